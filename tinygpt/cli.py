@@ -1,0 +1,226 @@
+"""What the commands share: composing the configuration, reading ``key=value``, one-line errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from tinygpt import config as schema
+from tinygpt.config import Config, ConfigError, RunError
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_HERE = Path(__file__).resolve().parent
+# Inside an installed wheel conf/ lies in the package, in a checkout beside it.
+CONF_DIR = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir()))
+
+_SCHEMAS: dict[str, dict[str, type]] = {
+    "data": {
+        "synthetic": schema.SyntheticData,
+        "hub": schema.HubData,
+        "custom": schema.CustomData,
+    },
+    "tokenizer": {
+        "bpe": schema.BpeTokenizer,
+        "char": schema.CharTokenizer,
+        "byte": schema.ByteTokenizer,
+        "gpt2": schema.Gpt2Tokenizer,
+    },
+    "optim": {"adam": schema.AdamOptim, "sgd": schema.SgdOptim},
+    "schedule": {
+        "constant": schema.ConstantSchedule,
+        "decay": schema.DecaySchedule,
+        "wsd": schema.WsdSchedule,
+    },
+}
+_PLAIN: dict[str, dict[str, type]] = {
+    "model": {"": schema.ModelConfig},
+    "train": {"": schema.TrainConfig},
+    "hardware": {"": schema.HardwareConfig},
+    "logger": {"": schema.LoggerConfig},
+}
+
+
+def register_schemas() -> None:
+    """Makes the dataclasses known to Hydra, so that it checks names and types as it composes."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, choices in _SCHEMAS.items():
+        for name, node in choices.items():
+            store.store(group=f"schema/{group}", name=name, node=node)
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The checked configuration that ``overrides`` ask for.  Raises ConfigError, one line."""
+    register_schemas()
+    try:
+        with initialize_config_dir(CONF_DIR, version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+        return schema.typed(composed, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+
+
+def compose_jobs(overrides: Sequence[str], multirun: bool) -> list[Config]:
+    """The configuration of every job of a command line, all checked before any of them runs."""
+    if not multirun:
+        return [compose_config(overrides)]
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(_explain(error, overrides)) from error
+    jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    return [compose_config(job) for job in jobs]
+
+
+def _explain(error: BaseException, overrides: Sequence[str]) -> str:
+    """Hydra's and OmegaConf's messages, as one line with the key, the value and what is allowed."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause)
+    name = _full_key(cause)
+    if isinstance(error, MissingConfigException):
+        return _unknown_choice(text)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read as key=value; quote it as 'key=\"value\"'"
+    missing = re.search(r"[Mm]issing mandatory value: (\S+)", text)
+    if missing:
+        name = missing.group(1) if "." in missing.group(1) else name
+        return f"{name}: must be given, as {name}=..."
+    if "does not support deletion" in text:
+        return f"~{name}: a key cannot be removed, only set"
+    if isinstance(cause, OmegaConfBaseException) and "not in '" in text:
+        return schema.unknown_key(name, _known_keys())
+    if isinstance(error, ConfigCompositionException) and "Could not override" in text:
+        return schema.unknown_key(text.split("'")[1], _known_keys())
+    if name:
+        return f"{name}={_given(name, overrides)}: {_plain(text)}"
+    return text.splitlines()[0]
+
+
+def _full_key(error: BaseException) -> str:
+    found = re.search(r"full_key: (\S+)", str(error))
+    return found.group(1) if found else ""
+
+
+def _given(name: str, overrides: Sequence[str]) -> str:
+    stem = re.sub(r"\[\d+\]$", "", name)
+    values = [
+        item.split("=", 1)[1] for item in overrides if item.lstrip("+").startswith(f"{stem}=")
+    ]
+    return values[-1] if values else "?"
+
+
+def _plain(text: str) -> str:
+    line = text.splitlines()[0]
+    if "not Optional" in line:
+        return "must not be null"
+    kinds = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
+    found = re.search(r"could not be converted to (\w+)", line)
+    return f"must be {kinds.get(found.group(1), found.group(1))}" if found else line
+
+
+def _unknown_choice(text: str) -> str:
+    """From Hydra's "Could not find 'group/choice'" or "Could not load 'group/choice'."."""
+    group, _, choice = re.findall(r"'([^']*)'", text)[1].rpartition("/")
+    allowed = sorted(p.stem for p in Path(CONF_DIR, group).glob("*.yaml"))
+    return f"{group}={choice}: no such choice; there are {', '.join(allowed)}"
+
+
+def _known_keys() -> list[str]:
+    names = [f"{f.name}" for f in dataclasses.fields(Config)]
+    for group, choices in {**_SCHEMAS, **_PLAIN}.items():
+        for cls in choices.values():
+            names += [f"{group}.{f.name}" for f in dataclasses.fields(cls)]
+    return sorted(set(names))
+
+
+def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
+    """Fills the dataclass ``cls`` from ``key=value`` arguments.
+
+    A text is taken verbatim after the first ``=``; a list is split at commas.  ``--help`` prints
+    ``usage``.  Raises ConfigError for an unknown key, a missing one or a wrong type.
+    """
+    if any(item in ("-h", "--help") for item in argv):
+        print(usage)
+        raise SystemExit(0)
+    values, kinds = OmegaConf.structured(cls), typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for item in argv:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"{item}: must be key=value, one of {', '.join(names)}")
+        if name not in names:
+            raise ConfigError(schema.unknown_key(name, names))
+        try:
+            values[name] = _read(value, kinds[name])
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{name}={value}: {_plain(str(error))}") from error
+    try:
+        arguments = OmegaConf.to_object(values)
+    except MissingMandatoryValue as error:
+        name = _full_key(error)
+        raise ConfigError(f"{name}: must be given, as {name}=...") from error
+    schema.check_bounds(arguments)
+    return arguments  # type: ignore[return-value]
+
+
+def _read(text: str, kind: Any) -> Any:
+    """``text`` as OmegaConf should see it for a field of type ``kind``."""
+    kinds = typing.get_args(kind) or (kind,)
+    if typing.get_origin(kind) is list:
+        return text.split(",") if text else []
+    return None if text == "null" and type(None) in kinds else text
+
+
+def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
+    """Turns what the user can mend into one line on stderr: ConfigError 2, RunError 1.
+
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    """
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return command(*args, **kwargs)
+        except ConfigError as error:
+            _leave(error, 2)
+        except (RunError, OSError) as error:
+            _leave(error, 1)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return run
+
+
+def _leave(error: Exception, code: int) -> NoReturn:
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    line = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    print("error: " + " ".join(line.split()), file=sys.stderr)
+    raise SystemExit(code)

@@ -1,0 +1,178 @@
+"""Batches.  The order of the data is a pure function of (seed, step).
+
+Optimizer step ``s`` takes the sequences ``s·B … s·B + B − 1`` of an endless sequence of epochs,
+each a seeded permutation of the training windows.  Devices and passes only cut that batch up, so
+that any machine, and any resumed run, sees the same tokens in the same order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tinygpt.config import Config, ConfigError, Plan
+from tinygpt.data.shards import EvalWindows, Prepared, Split, TrainWindows
+
+IGNORED = -100  # a target that is not scored: padding behind a short window
+Batch = tuple[Tensor, Tensor]  # inputs (B, T), targets (B, T), both int64
+
+
+class TrainBatches(Dataset[Batch]):
+    """Indexed by the pass (micro-step) of this device: inputs and the tokens behind them."""
+
+    def __init__(
+        self,
+        split: Split,
+        windows: TrainWindows,
+        *,
+        length: int,
+        seed: int,
+        plan: Plan,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.split, self.windows, self.length, self.seed = split, windows, length, seed
+        self.plan, self.rank, self.world_size = plan, rank, world_size
+        self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
+
+    def __len__(self) -> int:
+        return self.plan.total_steps * self.plan.accumulate
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.windows.starts)
+
+    def starts(self, step: int) -> NDArray[np.int64]:
+        """Positions ``(batch_size,)`` of the windows of optimizer step ``step``, all devices."""
+        count = len(self.windows.starts)
+        first = step * self.plan.batch_size
+        places = np.arange(first, first + self.plan.batch_size)
+        epochs = places // count
+        out = np.empty(len(places), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            out[rows] = self._epoch(int(epoch))[places[rows] % count]
+        return out
+
+    def __getitem__(self, index: int) -> Batch:
+        step, part = divmod(index, self.plan.accumulate)
+        micro = self.plan.micro_batch_size
+        first = (part * self.world_size + self.rank) * micro
+        starts = self.starts(step)[first : first + micro]
+        tokens = torch.from_numpy(self.split.gather(starts, self.length + 1))
+        return tokens[:, :-1], tokens[:, 1:]  # the one place where labels are shifted
+
+
+class EvalBatches:
+    """Every target of a split once; short windows are padded with targets that are ignored."""
+
+    def __init__(
+        self, split: Split, windows: EvalWindows, *, length: int, batch_size: int, pad: int
+    ) -> None:
+        self.split, self.windows, self.length = split, windows, length
+        self.batch_size, self.pad = batch_size, pad
+
+    def __len__(self) -> int:
+        return -(-len(self.windows.starts) // self.batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        starts, lengths = self.windows.starts[rows], self.windows.lengths[rows]
+        inputs = np.full((len(starts), self.length), self.pad, dtype=np.int64)
+        targets = np.full((len(starts), self.length), IGNORED, dtype=np.int64)
+        for count in np.unique(lengths):
+            same = lengths == count
+            tokens = self.split.gather(starts[same], int(count) + 1)
+            inputs[same, :count], targets[same, :count] = tokens[:, :-1], tokens[:, 1:]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self[index] for index in range(len(self)))
+
+
+class _FromStep(Sampler[int]):
+    """Passes from ``first`` on; its length is that of the whole run, as Lightning counts it."""
+
+    def __init__(self, first: int, total: int) -> None:
+        self.first, self.total = first, total
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.first, self.total))
+
+    def __len__(self) -> int:
+        return self.total
+
+
+class StepLoader(DataLoader[Batch]):
+    """Whole batches by their index.  There is no state to keep: the step says everything."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
+
+
+class TokenData(pl.LightningDataModule):
+    """The prepared corpus as Lightning wants it."""
+
+    def __init__(self, prepared: Prepared, config: Config) -> None:
+        super().__init__()
+        self.prepared, self.config = prepared, config
+        self.length = config.model.max_seq_len
+        self.splits = {s: prepared.split(s) for s, info in prepared.index["splits"].items() if info}
+        stride = config.data.stride or self.length
+        self.windows = self.splits["train"].train_windows(self.length, stride, config.data.fraction)
+        self._refuse_short_splits()
+        self.plan: Plan | None = None  # set before training
+
+    def _refuse_short_splits(self) -> None:
+        for name, split in self.splits.items():
+            tokens = split.info["tokens"]
+            enough = len(self.windows.starts) > 0 if name == "train" else tokens >= self.length
+            if not enough:
+                words = {"train": "training", "val": "validation", "test": "test"}[name]
+                mend = f"data.{name}_fraction" if name != "train" else "data.fraction"
+                raise ConfigError(
+                    f"model.max_seq_len={self.length}: longer than the {words} split of {tokens} "
+                    f"tokens; lower it, raise {mend} or take more text"
+                )
+
+    def floor(self, split: str) -> float | None:
+        """Nats per token below which no model can come, where the corpus knows it exactly.
+
+        Known only if every window can begin with a document and hold it whole.
+        """
+        info = self.splits[split].info
+        exact: float | None = info["irreducible_loss_exact"]
+        return exact if info["longest_document"] <= self.length else None
+
+    def eval_batches(self, split: str, batch_size: int) -> EvalBatches:
+        windows = self.splits[split].eval_windows(self.length, self.floor(split) is not None)
+        pad = self.prepared.tokenizer.eot_id
+        return EvalBatches(
+            self.splits[split], windows, length=self.length, batch_size=batch_size, pad=pad
+        )
+
+    def train_dataloader(self) -> StepLoader:
+        assert self.plan is not None
+        assert self.trainer is not None
+        batches = TrainBatches(
+            self.splits["train"],
+            self.windows,
+            length=self.length,
+            seed=self.config.seed,
+            plan=self.plan,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+        first = self.trainer.global_step * self.plan.accumulate
+        on_cuda = self.trainer.strategy.root_device.type == "cuda"
+        sampler = _FromStep(first, len(batches))
+        return StepLoader(batches, batch_size=None, sampler=sampler, pin_memory=on_cuda)

@@ -1,0 +1,392 @@
+"""Token shards: a corpus tokenized once, kept in the cache, read by memory map.
+
+The stages: documents → split → tokenizer → shards on disk (``train_00000.bin`` ...) with an
+``index.json`` → windows of tokens.  A shard is ``eot d1 eot d2 eot ...``: every document's tokens
+and the end of text behind it are targets once, the first ``eot`` is context alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygpt import rundir
+from tinygpt.config import ConfigError, DataConfig, TokenizerConfig
+from tinygpt.data.corpora import Corpus, Document, split_documents
+from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+
+FORMAT = 1  # of the files here; part of the cache key
+SHARD_TOKENS = 100_000_000
+BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at a time
+VERIFY_BYTES = 1 << 30  # larger files are checked by their size alone
+SPLITS = ("train", "val", "test")
+
+Progress = Callable[[str, int], None]  # what is being done, bytes of text so far
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """``cache_dir``, else ``$TINYGPT_CACHE``, else ``~/.cache/tinygpt``."""
+    chosen = cache_dir or os.environ.get("TINYGPT_CACHE") or "~/.cache/tinygpt"
+    return Path(chosen).expanduser()
+
+
+class Split:
+    """The tokens of one split: memory-mapped shards and where documents begin in them."""
+
+    def __init__(self, folder: Path, name: str, index: dict[str, Any]) -> None:
+        self.info = index["splits"][name]
+        self.files = [folder / entry["file"] for entry in self.info["files"]]
+        self.shards = [np.memmap(path, dtype=index["dtype"], mode="r") for path in self.files]
+        offsets = np.load(folder / f"{name}.offsets.npy")
+        counts = [entry["documents"] + 1 for entry in self.info["files"]]
+        self.offsets = np.split(offsets, np.cumsum(counts)[:-1])  # per shard: (documents + 1,)
+
+    def gather(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """Tokens ``(B, length)`` from positions ``starts`` ``(B,)``; none crosses a shard."""
+        ends = np.cumsum([len(shard) for shard in self.shards])
+        which = np.searchsorted(ends, starts, side="right")
+        out = np.empty((len(starts), length), dtype=np.int64)
+        steps = np.arange(length)
+        for shard in np.unique(which):
+            rows = which == shard
+            local = starts[rows] - (ends[shard] - len(self.shards[shard]))
+            out[rows] = self.shards[shard][local[:, None] + steps]
+        return out
+
+    def train_windows(self, length: int, stride: int, fraction: float) -> TrainWindows:
+        """Windows of ``length`` inputs and the token behind them, of a prefix of the documents."""
+        documents = max(1, round(fraction * self.info["documents"]))
+        starts: list[NDArray[np.int64]] = []
+        dropped = used = base = 0
+        for shard, offsets in zip(self.shards, self.offsets, strict=True):
+            taken = min(documents, len(offsets) - 1)
+            tokens = int(offsets[taken])  # targets in the prefix of this shard
+            count = max(0, (tokens - length) // stride + 1)
+            starts.append(base + np.arange(count, dtype=np.int64) * stride)
+            covered = (count - 1) * stride + length if count else 0
+            used, dropped = used + covered, dropped + tokens - covered
+            documents, base = documents - taken, base + len(shard)
+        return TrainWindows(np.concatenate(starts), used, dropped)
+
+    def eval_windows(self, length: int, whole_documents: bool) -> EvalWindows:
+        """Windows that hold every target once; the last of a shard may be short.
+
+        ``whole_documents``: a window begins where a document does and holds whole documents, as
+        many as fit; the longest must fit.
+        """
+        starts: list[int] = []
+        lengths: list[int] = []
+        base = 0
+        for shard, offsets in zip(self.shards, self.offsets, strict=True):
+            total = int(offsets[-1])
+            cuts = (
+                _packed(offsets, length) if whole_documents else [*range(0, total, length), total]
+            )
+            starts += [base + start for start in cuts[:-1]]
+            lengths += [end - start for start, end in itertools.pairwise(cuts)]
+            base += len(shard)
+        return EvalWindows(np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class TrainWindows:
+    starts: NDArray[np.int64]  # global positions
+    used_tokens: int  # distinct targets in the windows
+    dropped_tokens: int  # at the shards' ends, shorter than a window
+
+
+@dataclass(frozen=True)
+class EvalWindows:
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]  # targets in each
+
+
+def _packed(offsets: NDArray[np.int64], length: int) -> list[int]:
+    cuts = [0]
+    for start, end in itertools.pairwise(offsets.tolist()):
+        if end - cuts[-1] > length:
+            cuts.append(start)
+    return [*cuts, int(offsets[-1])]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tokenized corpus in the cache."""
+
+    folder: Path
+    index: dict[str, Any]
+    tokenizer: Tokenizer
+
+    def split(self, name: str) -> Split:
+        return Split(self.folder, name, self.index)
+
+
+def prepare(
+    corpus: Corpus,
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    cache: Path,
+    progress: Progress = lambda what, size: None,
+) -> Prepared:
+    """The tokenized corpus, from the cache or made now.
+
+    Two processes that ask for the same wait for each other; what was torn is made again.  Raises
+    ConfigError where the corpus does not give the splits that it should.
+    """
+    source = corpus.fingerprint()
+    vocabulary = _tokenizer(corpus, source, data, tokenizer, cache, progress)
+    sizes = [data.max_tokens, data.eval_tokens]
+    key = rundir.digest([FORMAT, source, vocabulary.fingerprint(), _cutting(data), sizes])
+    folder = cache / "data" / f"{data.name}-{key[:16]}"
+    with _lock(folder):
+        index = load_index(folder)
+        if index is None:
+            with _replacing_folder(folder) as temporary:
+                index = _tokenize(corpus, data, vocabulary, temporary, progress)
+                index = {"source_fingerprint": source, **index}
+                rundir.write_json(temporary / "index.json", index)
+    return Prepared(folder, index, vocabulary)
+
+
+def _cutting(data: DataConfig) -> list[Any]:
+    """The keys that say which document is in which split; ``fraction`` only takes a prefix."""
+    names = ("max_documents", "val_fraction", "test_fraction", "val_is_test")
+    return [getattr(data, name, None) for name in (*names, "separator", "text_column")]
+
+
+def _lock(path: Path) -> filelock.BaseFileLock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(f"{path}.lock")
+    except OSError as error:
+        raise ConfigError(f"cache_dir={path.parent.parent}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` once the block is through."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that died; the lock is ours
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a whole, undamaged folder of shards; None where it has to be made again."""
+    try:
+        index: dict[str, Any] = rundir.read_json(folder / "index.json")
+        entries = [e for s in index["splits"].values() if s for e in s["files"]]
+        whole = all(_is_whole(folder / e["file"], e["size"], e["sha256"]) for e in entries)
+    except (ConfigError, OSError, KeyError, TypeError):
+        return None
+    return index if whole else None
+
+
+def _is_whole(path: Path, size: int, sha256: str) -> bool:
+    if path.stat().st_size != size:
+        return False
+    return size > VERIFY_BYTES or _sha256(path) == sha256
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _tokenizer(
+    corpus: Corpus,
+    source: str,
+    data: DataConfig,
+    config: TokenizerConfig,
+    cache: Path,
+    progress: Progress,
+) -> Tokenizer:
+    """Trained on the first ``train_bytes`` of the training split, whatever prefix is used later."""
+    train_bytes = getattr(config, "train_bytes", None)
+    if train_bytes is None:
+        return train_tokenizer(config, ())
+    key = rundir.digest([FORMAT, source, _cutting(data), vars(config)])
+    path = cache / "tokenizers" / f"{config.kind}-{key[:16]}.json"
+    with _lock(path):
+        if path.exists():
+            with contextlib.suppress(ConfigError):  # damaged: it is made again
+                return load_tokenizer(path)
+        texts = _training_text(split_documents(corpus, data), train_bytes, progress)
+        tokenizer = train_tokenizer(config, texts)
+        tokenizer.save(path)
+    return tokenizer
+
+
+def _training_text(
+    documents: Iterable[tuple[str, Document]], train_bytes: int, progress: Progress
+) -> Iterator[str]:
+    size = 0
+    for split, document in documents:
+        if split != "train":
+            continue
+        if size >= train_bytes:
+            return
+        yield document.text
+        size += len(document.text.encode())
+        progress("reading text for the tokenizer", size)
+
+
+def _tokenize(
+    corpus: Corpus, data: DataConfig, tokenizer: Tokenizer, folder: Path, progress: Progress
+) -> dict[str, Any]:
+    """Writes the shards of all splits into ``folder`` and returns the index."""
+    limits = {"train": data.max_tokens, "val": data.eval_tokens, "test": data.eval_tokens}
+    writers = {name: _SplitWriter(folder, name, tokenizer, limits[name]) for name in SPLITS}
+    duplicates = size = 0
+    for split, document in split_documents(corpus, data):
+        if split == "duplicate":
+            duplicates += 1
+            continue
+        writers[split].add(document)
+        size += len(document.text)
+        progress("tokenizing", size)
+        if writers["train"].full:
+            break
+    infos = {name: writer.finish() for name, writer in writers.items()}
+    if data.val_is_test:
+        infos["test"] = infos["val"]
+        shutil.copy(folder / "val.offsets.npy", folder / "test.offsets.npy")
+    expected = ["train", "val", *(["test"] if data.test_fraction > 0 or data.val_is_test else [])]
+    for name in expected:
+        if not infos[name]["documents"]:
+            _refuse_empty(name, infos, data)
+    return {
+        "dtype": writers["train"].dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "duplicates_of_validation_or_test": duplicates,
+        "splits": {name: info if info["documents"] else None for name, info in infos.items()},
+    }
+
+
+def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
+    found = sum(info["documents"] for info in infos.values())
+    words = {"train": "training", "val": "validation", "test": "test"}[name]
+    mend = {
+        "train": "lower data.val_fraction and data.test_fraction",
+        "val": "raise data.val_fraction or give data.val_file",
+        "test": "raise data.test_fraction, give data.test_file or set data.test_fraction=0",
+    }[name]
+    raise ConfigError(
+        f"data.path={getattr(data, 'path', data.name)}: the {words} split is empty, as the corpus "
+        f"has only {found} documents; {mend}, or take more text"
+    )
+
+
+class _SplitWriter:
+    """Appends one split's documents to shards, tokenizing about a megabyte at a time."""
+
+    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, limit: int | None) -> None:
+        self.folder, self.name, self.tokenizer, self.limit = folder, name, tokenizer, limit
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        self.pending: list[Document] = []
+        self.pending_characters = 0
+        self.full = False
+        self.files: list[dict[str, Any]] = []
+        self.offsets: list[NDArray[np.int64]] = []  # of the open shard, then of all
+        self.shard_tokens = 0
+        counts = ("documents", "tokens", "bytes", "characters", "unknown_tokens")
+        self.info: dict[str, Any] = dict.fromkeys(
+            (*counts, "longest_document", "empty_documents", "left_out_documents"), 0
+        )
+        self.nats: float | None = 0.0
+
+    def add(self, document: Document) -> None:
+        if not document.text:
+            self.info["empty_documents"] += 1
+        elif self.full:
+            self.info["left_out_documents"] += 1
+        else:
+            self.pending.append(document)
+            self.pending_characters += len(document.text)
+            if self.pending_characters >= BATCH_CHARACTERS:
+                self._flush()
+
+    def _flush(self) -> None:
+        if not self.pending:
+            return
+        encoded = self.tokenizer.encode_batch([document.text for document in self.pending])
+        lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)  # with end of text
+        kept = len(encoded)
+        if self.limit is not None:
+            within = np.cumsum(lengths) + self.info["tokens"] >= self.limit
+            if within.any():
+                kept, self.full = int(within.argmax()) + 1, True
+                self.info["left_out_documents"] += len(encoded) - kept
+        self._write(encoded[:kept], lengths[:kept])
+        self._count(self.pending[:kept], encoded[:kept], lengths[:kept])
+        self.pending, self.pending_characters = [], 0
+
+    def _write(self, encoded: list[Any], lengths: NDArray[np.int64]) -> None:
+        end = np.array([self.tokenizer.eot_id], dtype=self.dtype)
+        if not self.files or self.shard_tokens >= SHARD_TOKENS:
+            self.files.append({"file": f"{self.name}_{len(self.files):05d}.bin", "documents": 0})
+            self.offsets.append(np.zeros(1, dtype=np.int64))
+            self.shard_tokens = 0
+            self._append(end)
+        self._append(np.concatenate([part for ids in encoded for part in (ids, end)]))
+        self.offsets.append(self.shard_tokens + np.cumsum(lengths))
+        self.shard_tokens += int(lengths.sum())
+        self.files[-1]["documents"] += len(encoded)
+
+    def _append(self, tokens: NDArray[Any]) -> None:
+        with (self.folder / self.files[-1]["file"]).open("ab") as file:
+            file.write(tokens.astype(self.dtype).tobytes())
+
+    def _count(
+        self, documents: list[Document], encoded: list[Any], lengths: NDArray[np.int64]
+    ) -> None:
+        info, unknown = self.info, self.tokenizer.unknown_id
+        info["documents"] += len(documents)
+        info["tokens"] += int(lengths.sum())
+        info["bytes"] += sum(len(document.text.encode()) for document in documents)
+        info["characters"] += sum(len(document.text) for document in documents)
+        info["longest_document"] = max(info["longest_document"], int(lengths.max()))
+        if unknown is not None:
+            info["unknown_tokens"] += sum(int((ids == unknown).sum()) for ids in encoded)
+        nats = [document.nats for document in documents]
+        known = None not in nats and self.nats is not None
+        self.nats = (
+            self.nats + math.fsum(n for n in nats if n) if known and self.nats is not None else None
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """The split's entry in the index: counts, the exact floor, files with checksums."""
+        self._flush()
+        for entry in self.files:
+            path = self.folder / entry["file"]
+            entry |= {"size": path.stat().st_size, "sha256": _sha256(path)}
+        offsets = np.concatenate(self.offsets) if self.offsets else np.zeros(0, dtype=np.int64)
+        np.save(self.folder / f"{self.name}.offsets.npy", offsets)
+        tokens, nats = self.info["tokens"], self.nats
+        return {
+            **self.info,
+            "irreducible_loss_exact": nats / tokens if nats is not None and tokens else None,
+            "fingerprint": rundir.digest([entry["sha256"] for entry in self.files]),
+            "files": self.files,
+        }

@@ -1,0 +1,539 @@
+"""The embedded corpus: tiny stories from a seeded probabilistic grammar with a known entropy.
+
+The grammar
+-----------
+Every choice has a stated probability; names in angle brackets are drawn:
+
+    story    = opening, n body sentences, closing         n uniform on 8..12
+    opening  = Once <name> , <name> and <name> met ...    names uniform, none twice
+    body     = fact 60 % | recall 20 % | filler 10 % | intro 10 % (none once the cast is full)
+    fact     = <entity> owns a <adjective tool> ...       three statements, two questions a relation
+    recall   = Then <name> <deed>                         a name that was introduced in this story
+    filler   = The <thing> was <look>                     uniform
+    intro    = From the <place> came <name>               uniform among the names not yet used
+    closing  = At last <name> <deed> and went home        recalled like the above; the story is over
+
+*Facts.*  Fact r of ``n_facts`` is stated with a probability proportional to r^-``zipf_exponent``:
+a long tail, of which a model learns as much as its size and its data allow.  It belongs to
+relation (r-1) mod 4 of an invented entity.  The true attribute, one of 32·32 pairs of adjective
+and noun, is fixed by ``corpus_seed``; a statement is wrong with probability ``noise_rate``, and
+then shows one of the other 1023, uniformly.
+
+*Recall.*  The d-th last name introduced has a probability proportional to 1/d: a model that sees
+the story's beginning needs about 1.1 nats for it, one that does not needs ln 64 = 4.2.
+
+Why a story has one derivation: the word classes are disjoint and hold no word of a template, so
+each word says its class; the sequence of classes and literal words, the signature, differs from
+template to template, so a sentence says its template and its slots; the names in a cast are
+distinct, so a name says its distance; a wrong attribute differs from the true one.  The
+constructor checks the first two.  Hence the information content of a story is the sum of
+-ln p over its choices, its length and the closing sentence (after which nothing but the end of
+the text can follow) included, and the mean over stories is a floor no model gets below.
+
+Its entropy, exactly: ln 5 for the length, and for each sentence the entropy of its kind, its
+template (uniform) and its slots: H(Zipf) + h(noise) + noise·ln 1023 for a fact; H(1/d, d ≤ k)
+for a recalled name, where the size k of the cast is the only state, its distribution at each
+position following from a recursion.  :meth:`Grammar.entropy` adds this up.
+
+Literature: Hutter 2021 (Learning curve theory) gets power laws in D from Zipf-distributed items
+to be memorised; Michaud et al. 2023 (The quantization model of neural scaling) in N as well, from
+skills learned in the order of their use; Cagnetta et al. 2024 (How deep neural networks learn
+compositional data: the random hierarchy model) control a learning task by a generative grammar.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tinygpt.config import SyntheticData
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+LEXICON = """
+name: Anna Amy Alice Ben Beth Bob Clara Carl Cora Daisy Dan Dora Ella Emma Erik Eva Finn Flora Fred
+    Grace Greta Hanna Henry Hugo Ida Ivan Iris Jack Jane John Jonas Julia Karl Kate Kim Lily Leo
+    Lucy Mark Mary Max Mia Mira Nick Nina Nora Olga Oscar Owen Paul Peter Polly Rosa Ruth Sam Sara
+    Simon Sophie Tom Tess Theo Vera Will Zoe
+place: mill well bridge forest market harbour meadow castle
+deed: laughed sang danced smiled waved rested cried whistled
+thing: sun wind river sky moon grass snow night
+look: bright calm quiet strange
+adjective: red blue green black white brown pink golden silver big small tall round flat long short
+    thin thick soft hard new rare fine plain pretty funny sweet clean dark pale dry magic
+tool: lamp drum rope bell knife cup pot pan axe net ring coin book pen map key flute harp clock
+    chest boat cart sled spade fork spoon hat coat boot scarf kite doll
+beast: dog cat cow goat sheep pig horse hen duck goose fox wolf bear deer hare mouse rat frog toad
+    snake fish crab seal whale bird crow swan lark mole bee moth bat
+dish: pie cake bread soup stew roast bun tart jam plum pear fig bean pea corn nut rice cheese tea
+    milk cream wine leek root leaf herb seed grain broth mash roll date
+house: hut cabin barn tower tent cave cottage hall palace shed loft villa farm inn lodge fort temple
+    chapel cellar nest den burrow wagon ship raft stable kitchen attic room yard tree stone
+"""
+WORDS = {head: words.split() for head, words in re.findall(r"(\w+):((?:\s+\w+\b(?!:))+)", LEXICON)}
+RELATIONS = ("tool", "beast", "dish", "house")  # an entity has one attribute of each
+STATEMENTS: dict[str, tuple[str, ...]] = {
+    "tool": (
+        "{entity} owns a {tool}.",
+        "The treasure of {entity} is a {tool}.",
+        "They knew that {entity} has a {tool}.",
+    ),
+    "beast": (
+        "{entity} keeps a {beast}.",
+        "The friend of {entity} is a {beast}.",
+        "They knew that {entity} feeds a {beast}.",
+    ),
+    "dish": (
+        "{entity} eats a {dish}.",
+        "The supper of {entity} is a {dish}.",
+        "They knew that {entity} cooks a {dish}.",
+    ),
+    "house": (
+        "{entity} lives in a {house}.",
+        "The home of {entity} is a {house}.",
+        "They knew that {entity} sleeps in a {house}.",
+    ),
+}
+QUERIES: dict[str, tuple[str, ...]] = {  # the attribute comes last, so that a prompt can ask for it
+    "tool": ("What does {entity} own? A {tool}.", "Which treasure has {entity}? A {tool}."),
+    "beast": ("What does {entity} keep? A {beast}.", "Which friend has {entity}? A {beast}."),
+    "dish": ("What does {entity} eat? A {dish}.", "Which supper has {entity}? A {dish}."),
+    "house": ("Where does {entity} live? In a {house}.", "Which home has {entity}? A {house}."),
+}
+OTHERS: dict[str, tuple[str, ...]] = {  # within a kind the slots keep their order
+    "opening": (
+        "Once {name}, {name} and {name} met.",
+        "One day {name} went out with {name} and {name}.",
+    ),
+    "recall": ("Then {name} {deed}.", "Now it was {name} who {deed}."),
+    "filler": ("The {thing} was {look}.", "How the {thing} looked so {look}!"),
+    "intro": ("From the {place} came {name}.", "Near the {place} they saw {name}."),
+    "closing": ("At last {name} {deed} and went home.", "In the end {name} {deed} and slept."),
+}
+KINDS = {"fact": 0.6, "recall": 0.2, "filler": 0.1, "intro": 0.1}  # intro last: it may drop out
+OPENING_CAST = 3
+RECALL_EXPONENT = 1.0
+SYLLABLES = [  # three letters each; "ger" and "per" would make words: Ginger, Temper
+    c + v + "mkslrn"[(i + j) % 6]
+    for (i, c), (j, v) in product(enumerate("bdfgjklmnprtvz"), enumerate("aeiou"))
+    if c + v not in ("ge", "pe")
+]
+BLOCK = 1024  # stories drawn from one random stream
+MAX_SLOTS = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How much of the grammar is used.  The default is the corpus; tests take less of it."""
+
+    least_sentences: int = 8  # of the body
+    most_sentences: int = 12
+    names: int = 64
+    cast: int = 8  # names in one story, at most
+    adjectives: int = 32
+    nouns: int = 32  # of each relation
+    words: int = 8  # of each other class
+    templates: int = 5  # of each kind
+
+    @property
+    def lengths(self) -> int:
+        return self.most_sentences - self.least_sentences + 1
+
+
+class Choice(NamedTuple):
+    """One choice of a derivation: what was chosen, and its probability given what came before."""
+
+    kind: str
+    value: str
+    probability: float
+
+
+class Entity(NamedTuple):
+    """An invented being and its true attributes, by relation."""
+
+    name: str
+    attributes: dict[str, str]
+
+
+class Sentence(NamedTuple):
+    """A sentence that was read: its kind, relation (facts only), template and fillers."""
+
+    kind: str
+    relation: str
+    template: int
+    fillers: list[str]
+
+
+class Grammar:
+    """A corpus: ``config`` fixes the facts and every story."""
+
+    def __init__(self, config: SyntheticData, shape: Shape = Shape()) -> None:
+        self.config = config
+        self.shape = shape
+        limits = {"name": shape.names, "adjective": shape.adjectives}
+        limits.update(dict.fromkeys(RELATIONS, shape.nouns))
+        self.words = {c: words[: limits.get(c, shape.words)] for c, words in WORDS.items()}
+        self.templates = {kind: texts[: shape.templates] for kind, texts in OTHERS.items()}
+        for relation in RELATIONS:
+            texts = STATEMENTS[relation] + QUERIES[relation]
+            self.templates[relation] = texts[: shape.templates]
+        self.values = {
+            r: [" ".join(pair) for pair in product(self.words["adjective"], self.words[r])]
+            for r in RELATIONS
+        }
+        self.n_values = len(self.values["tool"])
+        if config.noise_rate > 0 and self.n_values < 2:
+            raise ValueError("noise needs a second attribute to choose")
+        weights = np.arange(1, config.n_facts + 1, dtype=np.float64) ** -config.zipf_exponent
+        self.fact_p: Floats = weights / weights.sum()
+        self._make_table()
+        self._make_distributions()
+        self._make_parser()
+        self._make_pieces()
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        # Only uniform doubles are drawn: their stream does not change between numpy versions.
+        seeds = np.random.SeedSequence((self.config.corpus_seed, *key))
+        return np.random.Generator(np.random.Philox(seeds))
+
+    def _make_table(self) -> None:
+        """Names and true attributes of the entities that occur, then of those held out."""
+        self.n_entities = -(-self.config.n_facts // len(RELATIONS))
+        total = self.n_entities + self.config.heldout_entities
+        syllables = 2
+        while len(SYLLABLES) ** syllables < total:
+            syllables += 1
+        rng = self._rng(0)
+        order = np.argsort(rng.random(len(SYLLABLES) ** syllables), kind="stable")[:total]
+        digits = np.stack(np.unravel_index(order, (len(SYLLABLES),) * syllables), axis=1)
+        self.names = ["".join(SYLLABLES[i] for i in row).capitalize() for row in digits.tolist()]
+        self.truth: Ints = np.floor(rng.random((total, len(RELATIONS))) * self.n_values).astype(int)
+
+    def _make_distributions(self) -> None:
+        """By size k of the cast: probabilities of the sentence kinds and of the distances."""
+        shape = self.shape
+        kinds = np.tile(list(KINDS.values()), (shape.cast + 1, 1))
+        kinds[shape.cast, -1] = 0.0
+        self.kind_p: Floats = kinds / kinds.sum(axis=1, keepdims=True)  # (k, kind)
+        distance = np.arange(1, shape.cast + 1, dtype=np.float64) ** -RECALL_EXPONENT
+        recall = np.tril(np.ones((shape.cast + 1, shape.cast)), -1) * distance
+        self.recall_p: Floats = recall / np.maximum(recall.sum(axis=1, keepdims=True), 1e-300)
+
+    # Reading
+
+    def _make_parser(self) -> None:
+        """Word → class and signature → template, both of which must be unambiguous."""
+        self._class: dict[str, str] = {}
+        entities = self.names[: self.n_entities]
+        for word_class, words in [*self.words.items(), ("entity", entities)]:
+            for word in words:
+                if word in self._class:
+                    raise ValueError(f"the word {word!r} has two meanings")
+                self._class[word] = word_class
+        self._signature: dict[tuple[str, ...], tuple[str, int]] = {}
+        for kind, texts in self.templates.items():
+            for index, text in enumerate(texts):
+                full = re.sub("{(" + "|".join(RELATIONS) + ")}", r"{adjective} {\1}", text)
+                key = tuple(re.findall(r"{\w+}|\w+|[^\w\s]", full))
+                if key in self._signature or any(word in self._class for word in key):
+                    raise ValueError(f"the template {text!r} is ambiguous")
+                self._signature[key] = (kind, index)
+        self._entity = {name: i for i, name in enumerate(entities)}
+        self._value = {r: {v: i for i, v in enumerate(self.values[r])} for r in RELATIONS}
+
+    def _read(self, text: str) -> Sentence:
+        """One sentence by its signature."""
+        words = re.findall(r"\w+|[^\w\s]", text)
+        classes = [self._class.get(word, "") for word in words]
+        key = tuple("{" + c + "}" if c else w for c, w in zip(classes, words, strict=True))
+        if key not in self._signature:
+            raise ValueError(f"not a sentence of this grammar: {text!r}")
+        name, index = self._signature[key]
+        fillers = [word for c, word in zip(classes, words, strict=True) if c]
+        if name in RELATIONS:
+            fillers = [fillers[0], " ".join(fillers[1:])]
+        if _render(self.templates[name][index], fillers) != text:
+            raise ValueError(f"not a sentence of this grammar: {text!r}")
+        is_fact = name in RELATIONS
+        return Sentence("fact" if is_fact else name, name if is_fact else "", index, fillers)
+
+    def parse(self, text: str) -> list[Choice]:
+        """The one derivation of a story; ValueError if it has none."""
+        sentences = [self._read(part) for part in re.split(r"(?<=[.!]) ", text)]
+        kinds = [sentence.kind for sentence in sentences]
+        length = len(sentences) - 2
+        if not self.shape.least_sentences <= length <= self.shape.most_sentences:
+            raise ValueError(f"a story cannot have {len(sentences)} sentences")
+        if kinds[0] != "opening" or kinds[-1] != "closing" or not set(kinds[1:-1]) <= set(KINDS):
+            raise ValueError("a story has one opening, its body and one closing sentence")
+        choices = [Choice("length", str(length), 1 / self.shape.lengths)]
+        cast: list[str] = []
+        for sentence in sentences:
+            for choice in self._sentence_choices(sentence, cast):
+                if choice.probability <= 0:
+                    raise ValueError(f"an impossible choice: {choice.kind} {choice.value!r}")
+                choices.append(choice)
+        return choices
+
+    def _sentence_choices(self, sentence: Sentence, cast: list[str]) -> Iterator[Choice]:
+        """The choices of a sentence; ``cast`` grows by the names it introduces."""
+        kind = sentence.kind
+        if kind in KINDS:
+            column = list(KINDS).index(kind)
+            yield Choice("kind", kind, float(self.kind_p[len(cast), column]))
+        count = len(self.templates[sentence.relation or kind])
+        yield Choice("template", str(sentence.template), 1 / count)
+        if kind == "fact":
+            yield from self._fact_choices(sentence)
+            return
+        for word in sentence.fillers:
+            word_class = self._class[word]
+            if word_class != "name":
+                yield Choice(word_class, word, 1 / len(self.words[word_class]))
+            elif kind in ("opening", "intro"):
+                p = 0.0 if word in cast else 1 / (len(self.words["name"]) - len(cast))
+                yield Choice("name", word, p)
+                cast.append(word)
+            else:
+                distance = len(cast) - cast.index(word) if word in cast else 0
+                p = float(self.recall_p[len(cast), distance - 1]) if distance else 0.0
+                yield Choice("recall", word, p)
+
+    def _fact_choices(self, sentence: Sentence) -> Iterator[Choice]:
+        name, value = sentence.fillers
+        entity, relation = self._entity[name], RELATIONS.index(sentence.relation)
+        fact = entity * len(RELATIONS) + relation
+        p = float(self.fact_p[fact]) if fact < len(self.fact_p) else 0.0
+        yield Choice("fact", f"{name} {sentence.relation}", p)
+        right = self._value[sentence.relation][value] == self.truth[entity, relation]
+        noise = self.config.noise_rate
+        yield Choice("value", value, 1 - noise if right else noise / (self.n_values - 1))
+
+    def nats(self, text: str) -> float:
+        """-ln p of a story, from its derivation alone."""
+        return -math.fsum(math.log(choice.probability) for choice in self.parse(text))
+
+    # Entropy
+
+    def entropy(self) -> float:
+        """Expected nats of a story, end of text included."""
+        return math.fsum(self.entropy_parts().values())
+
+    def entropy_parts(self) -> dict[str, float]:
+        """The entropy by kind of choice, as :meth:`parse` names them."""
+        body, closing = self._expected_sentences()
+        fact, recall, filler, intro = body.sum(axis=0).tolist()
+        nats = {c: math.log(len(words)) for c, words in self.words.items()}
+        new_name = -_log(1 / np.maximum(len(self.words["name"]) - np.arange(len(closing)), 1))
+        counts = {"opening": 1, "closing": 1, "recall": recall, "filler": filler, "intro": intro}
+        counts[RELATIONS[0]] = fact  # every relation has as many templates
+        noise = self.config.noise_rate
+        wrong = noise * math.log(self.n_values - 1) if noise else 0.0
+        return {
+            "length": math.log(self.shape.lengths),
+            "kind": float(body.sum(axis=1) @ _entropy(self.kind_p)),
+            "template": sum(n * math.log(len(self.templates[kind])) for kind, n in counts.items()),
+            "name": float(new_name[:OPENING_CAST].sum() + body[:, 3] @ new_name),
+            "place": intro * nats["place"],
+            "recall": float((body[:, 1] + closing) @ _entropy(self.recall_p)),
+            "deed": (recall + 1) * nats["deed"],
+            "thing": filler * nats["thing"],
+            "look": filler * nats["look"],
+            "fact": fact * float(_entropy(self.fact_p)),
+            "value": fact * (float(_entropy(np.array([noise, 1 - noise]))) + wrong),
+        }
+
+    def _expected_sentences(self) -> tuple[Floats, Floats]:
+        """Body sentences by (cast before, kind), and closings by cast, in a story on average."""
+        shape = self.shape
+        cast = np.zeros(shape.cast + 1)  # the distribution of its size at a position
+        cast[OPENING_CAST] = 1.0
+        body, closing = np.zeros_like(self.kind_p), np.zeros_like(cast)
+        for position in range(shape.most_sentences + 1):
+            here = cast[:, None] * self.kind_p
+            body += here * min(1.0, (shape.most_sentences - position) / shape.lengths)
+            closing += cast * (position >= shape.least_sentences) / shape.lengths
+            cast = cast - here[:, 3] + np.roll(here[:, 3], 1)
+        return body, closing
+
+    # Writing
+
+    def _make_pieces(self) -> None:
+        """All strings a story is joined from, and where each class of them begins."""
+        pieces = [""]
+        self._base: dict[str, int] = {}
+        slots = {c: words for c, words in self.words.items() if c not in RELATIONS}
+        for word_class, words in {**slots, **self.values, "entity": self.names}.items():
+            self._base[word_class] = len(pieces)
+            pieces += words
+        self._literals: dict[str, Ints] = {}  # (template, MAX_SLOTS + 1)
+        for kind, texts in self.templates.items():
+            literals = np.zeros((len(texts), MAX_SLOTS + 1), dtype=np.int64)
+            for index, text in enumerate(texts):
+                space = "" if kind == "opening" else " "
+                for column, literal in enumerate(re.split(r"{\w+}", space + text)):
+                    literals[index, column] = len(pieces)
+                    pieces.append(literal)
+            self._literals[kind] = literals
+        self._pieces = np.array(pieces, dtype=object)
+
+    def stories(self, start: int = 0) -> Iterator[tuple[str, float]]:
+        """Story ``start`` and all that follow, without end, each with its -ln p in nats."""
+        block, skip = divmod(start, BLOCK)
+        while True:
+            texts, nats = self._block(block)
+            yield from zip(texts[skip:], nats[skip:], strict=True)
+            block, skip = block + 1, 0
+
+    def _block(self, block: int) -> tuple[list[str], list[float]]:
+        """Stories ``block * BLOCK`` up to the next block, drawn all at once."""
+        rng, shape = self._rng(1, block), self.shape
+        positions = shape.most_sentences + 2
+        length = shape.least_sentences + (rng.random(BLOCK) * shape.lengths).astype(int)
+        kinds, casts, nats = self._draw_kinds(rng, length)
+        order = np.argsort(rng.random((BLOCK, len(self.words["name"]))), axis=1, kind="stable")
+        draw = _Draw(
+            u=rng.random((BLOCK, positions, 4)).reshape(-1, 4),
+            casts=casts.ravel(),
+            names=np.repeat(order[:, : shape.cast], positions, axis=0),
+            ids=np.zeros((BLOCK * positions, 2 * MAX_SLOTS + 1), dtype=np.int64),
+            nats=nats.ravel(),
+        )
+        flat = kinds.ravel()
+        self._write_facts(draw, np.flatnonzero(flat == 0))
+        for index, kind in enumerate((*KINDS, "opening", "closing")):
+            if kind != "fact":
+                self._write(draw, np.flatnonzero(flat == index), kind)
+        rows = self._pieces[draw.ids.reshape(BLOCK, -1)].tolist()
+        total = draw.nats.reshape(BLOCK, -1).sum(axis=1) + math.log(shape.lengths)
+        return ["".join(row) for row in rows], total.tolist()
+
+    def _draw_kinds(self, rng: np.random.Generator, length: Ints) -> tuple[Ints, Ints, Floats]:
+        """The kind of each sentence (4 opening, 5 closing, -1 none), the cast before it, -ln p."""
+        positions = self.shape.most_sentences + 2
+        kinds = np.full((BLOCK, positions), -1)
+        casts = np.zeros((BLOCK, positions), dtype=np.int64)
+        nats = np.zeros((BLOCK, positions))
+        kinds[:, 0] = len(KINDS)
+        cumulative = np.cumsum(self.kind_p, axis=1)[:, :-1]
+        cumulative[self.shape.cast, -1] = 1.0  # not 0.999..: no new name for a full cast
+        cost = -_log(self.kind_p)
+        cast = np.full(BLOCK, OPENING_CAST)
+        for position in range(1, positions):
+            kind = (rng.random(BLOCK)[:, None] >= cumulative[cast]).sum(axis=1)
+            casts[:, position] = cast
+            kinds[:, position] = np.where(position <= length, kind, -1)
+            nats[:, position] = np.where(position <= length, cost[cast, kind], 0.0)
+            cast = cast + (kinds[:, position] == len(KINDS) - 1)
+        kinds[np.arange(BLOCK), length + 1] = len(KINDS) + 1
+        return kinds, casts, nats
+
+    def _write_facts(self, draw: _Draw, rows: Ints) -> None:
+        u, noise, count = draw.u[rows], self.config.noise_rate, self.n_values
+        cumulative = np.cumsum(self.fact_p)
+        fact = np.searchsorted(cumulative / cumulative[-1], u[:, 1], side="right")
+        entity, relation = np.divmod(fact, len(RELATIONS))
+        wrong = u[:, 3] < noise
+        shift = wrong * (1 + (u[:, 2] * (count - 1)).astype(int))
+        value = (self.truth[entity, relation] + shift) % count
+        log_value = np.where(wrong, _log(noise / max(count - 1, 1)), _log(1 - noise))
+        draw.nats[rows] -= _log(self.fact_p)[fact] + log_value
+        for index, name in enumerate(RELATIONS):
+            mine = relation == index
+            slots = [self._base["entity"] + entity[mine], self._base[name] + value[mine]]
+            self._put(draw, rows[mine], name, slots)
+
+    def _write(self, draw: _Draw, rows: Ints, kind: str) -> None:
+        u, cast, names = draw.u[rows], draw.casts[rows], draw.names[rows]
+        slots = []
+        for index, slot in enumerate(re.findall(r"{(\w+)}", self.templates[kind][0])):
+            words = len(self.words[slot])
+            if slot != "name":
+                chosen = (u[:, 1 + index] * words).astype(int)
+                draw.nats[rows] += math.log(words)
+            elif kind in ("opening", "intro"):
+                place = cast + (index if kind == "opening" else 0)
+                chosen = names[np.arange(len(rows)), place]
+                draw.nats[rows] += np.log(words - place)
+            else:
+                cumulative = np.cumsum(self.recall_p, axis=1)[cast, :-1]
+                back = (u[:, 1 + index, None] >= cumulative).sum(axis=1)
+                back = np.minimum(back, cast - 1)  # should the last sum be 0.999..
+                chosen = names[np.arange(len(rows)), cast - 1 - back]
+                draw.nats[rows] -= _log(self.recall_p)[cast, back]
+            slots.append(self._base[slot] + chosen)
+        self._put(draw, rows, kind, slots)
+
+    def _put(self, draw: _Draw, rows: Ints, kind: str, slots: list[Ints]) -> None:
+        """Draw a template and lay literals and fillers side by side."""
+        literals = self._literals[kind]
+        draw.ids[rows, 0::2] = literals[(draw.u[rows, 0] * len(literals)).astype(int)]
+        for index, slot in enumerate(slots):
+            draw.ids[rows, 2 * index + 1] = slot
+        draw.nats[rows] += math.log(len(literals))
+
+    # Facts by name
+
+    @cached_property
+    def entities(self) -> list[Entity]:
+        """Those of the stories, the most frequent first."""
+        return [self._attributes(i) for i in range(self.n_entities)]
+
+    @cached_property
+    def heldout(self) -> list[Entity]:
+        """Entities with attributes that no story mentions."""
+        return [self._attributes(i) for i in range(self.n_entities, len(self.names))]
+
+    def _attributes(self, index: int) -> Entity:
+        row = self.truth[index].tolist()
+        return Entity(
+            self.names[index],
+            {r: self.values[r][v] for r, v in zip(RELATIONS, row, strict=True)},
+        )
+
+    def statement(self, entity: Entity, attribute: str, template: int = 0) -> str:
+        """The true sentence by that template of ``STATEMENTS[attribute]``."""
+        text = STATEMENTS[attribute][template]
+        return _render(text, [entity.name, entity.attributes[attribute]])
+
+    def queries(self, entity: Entity, attribute: str) -> list[tuple[str, str]]:
+        """(prompt, answer) by each template of ``QUERIES``; answers begin with their space."""
+        prompts = [text.split(" {" + attribute)[0] for text in QUERIES[attribute]]
+        answer = " " + entity.attributes[attribute]
+        return [(prompt.replace("{entity}", entity.name), answer) for prompt in prompts]
+
+
+@dataclass
+class _Draw:
+    """A block while it is written, one row a sentence."""
+
+    u: Floats  # (rows, 4): template, two slots, noise
+    casts: Ints  # (rows,): names introduced before
+    names: Ints  # (rows, cast): in the order in which they are introduced
+    ids: Ints  # (rows, pieces): what is joined
+    nats: Floats  # (rows,)
+
+
+def _render(template: str, fillers: list[str]) -> str:
+    rest = iter(fillers)
+    return re.sub(r"{\w+}", lambda _: next(rest), template)
+
+
+def _log(p: Floats | float) -> Floats:
+    with np.errstate(divide="ignore"):
+        return np.log(np.asarray(p, dtype=np.float64))
+
+
+def _entropy(p: Floats) -> Floats:
+    """Of the distributions along the last axis."""
+    result: Floats = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+    return result

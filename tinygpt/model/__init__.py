@@ -1,0 +1,1 @@
+"""The model: ``gpt`` (blocks and GPT) and ``generate`` (text from it)."""

@@ -1,0 +1,211 @@
+"""A GPT from first principles: embeddings, pre-norm blocks of attention and MLP, a head.
+
+    x      = token_embedding + position_embedding         (learned; RoPE has no table)
+    x      = x + attention(norm_1(x))                     n_layers times,
+    x      = x + mlp(norm_2(x))                           the two lines together are a block
+    logits = head(norm_final(x))
+
+Shapes in comments: B batch, T tokens, C = d_model, H heads (KV of them with keys and values),
+D = C / H, F = d_ff, V = vocabulary, padded.  Labels are not shifted here: the logits at position
+t are about token t + 1, and whoever computes a loss gives them that token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tinygpt.config import ModelConfig
+from tinygpt.counting import padded_vocab, resolved_d_ff
+
+INIT_STD = 0.02  # as GPT-2
+NORM_EPS = 1e-5
+
+Rotary = tuple[Tensor, Tensor]  # cosines and sines, (T, D/2) each
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """LayerNorm, or RMSNorm, which never has a bias."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=NORM_EPS)
+    return nn.LayerNorm(config.d_model, eps=NORM_EPS, bias=config.bias)
+
+
+def rotary_tables(length: int, head_dim: int, theta: float) -> Rotary:
+    """Cosines and sines of the angles t · theta^(-2i/D): position t, pair i of D/2."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2,)
+    angles = torch.outer(torch.arange(length).float(), frequencies)  # (T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """RoPE: turn each pair (x[i], x[i + D/2]) of a head by its angle (half-split, as Llama)."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.type_as(x)  # the tables are float32, also under autocast
+
+
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """softmax(q k' / sqrt(D)) v, where no position sees a later one: what SDPA computes."""
+    T, D = q.shape[-2:]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T): query, key
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
+    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+    return F.dropout(weights, dropout) @ v  # (B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with n_kv_heads < n_heads, groups of queries share keys and values."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads or config.n_heads
+        self.head_dim = config.d_model // config.n_heads
+        self.manual = config.attention == "manual"
+        self.dropout = config.dropout
+        width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        self.qkv = nn.Linear(config.d_model, width, bias=config.bias)
+        self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.residual_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        B, T, C = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2·KV, T, D)
+        q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if self.n_kv_heads < self.n_heads:  # each key and value serves a group of queries
+            group = self.n_heads // self.n_kv_heads
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+        dropout = self.dropout if self.training else 0.0
+        if self.manual:
+            y = manual_attention(q, k, v, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        out: Tensor = self.residual_dropout(self.proj(y))
+        return out
+
+
+class MLP(nn.Module):
+    """Each position on its own: widen, bend, narrow.  SwiGLU bends by a second, gating matrix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d_ff = resolved_d_ff(config)
+        self.activation = config.activation
+        if config.activation == "swiglu":
+            self.gate = nn.Linear(config.d_model, d_ff, bias=config.bias)
+        self.up = nn.Linear(config.d_model, d_ff, bias=config.bias)
+        self.down = nn.Linear(d_ff, config.d_model, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)  # (B, T, F)
+        if self.activation == "swiglu":
+            h = F.silu(self.gate(x)) * h
+        else:
+            h = F.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        out: Tensor = self.dropout(self.down(h))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_1 = make_norm(config)
+        self.attention = Attention(config)
+        self.norm_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        x = x + self.attention(self.norm_1(x), rotary)
+        out: Tensor = x + self.mlp(self.norm_2(x))
+        return out
+
+
+class GPT(nn.Module):
+    """Tokens (B, T) in, logits (B, T, V) out."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        check_shape(config)
+        self.config = config
+        self.vocab_size = vocab_size  # what the tokenizer has; the rows that pad it are never data
+        rows = padded_vocab(vocab_size, config.pad_vocab_to_multiple)
+
+        self.token_embedding = nn.Embedding(rows, config.d_model)
+        if config.position == "learned":
+            self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
+        else:
+            head_dim = config.d_model // config.n_heads
+            cos, sin = rotary_tables(config.max_seq_len, head_dim, config.rope_theta)
+            self.register_buffer("cos", cos, persistent=False)  # computed, so not in a checkpoint
+            self.register_buffer("sin", sin, persistent=False)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
+        self.norm_final = make_norm(config)
+        if not config.tie_weights:
+            self.head = nn.Linear(config.d_model, rows, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """N(0, 0.02), biases 0.  The two projections of a block that add to the residual stream
+        are smaller by sqrt(2·L), as 2·L of them add up."""
+        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                is_residual = name.endswith(("attention.proj", "mlp.down"))
+                nn.init.normal_(module.weight, std=residual_std if is_residual else INIT_STD)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(V, C): the head's matrix; the token embedding where the two are tied."""
+        return self.token_embedding.weight if self.config.tie_weights else self.head.weight
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head reads: (B, T) -> (B, T, C)."""
+        T = tokens.shape[1]
+        if self.config.max_seq_len < T:
+            raise ValueError(f"{T} tokens, but max_seq_len is {self.config.max_seq_len}")
+        x = self.token_embedding(tokens)  # (B, T, C)
+        rotary = None
+        if self.config.position == "learned":
+            x = x + self.position_embedding.weight[:T]
+        else:
+            rotary = (self.cos[:T], self.sin[:T])
+        x = self.embedding_dropout(x)
+        for block in self.blocks:
+            if self.config.gradient_checkpointing and self.training:
+                # keep only the block's input; the backward pass computes the rest anew
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+        out: Tensor = self.norm_final(x)
+        return out
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.hidden(tokens), self.output_weight)  # (B, T, V)
+
+
+def check_shape(config: ModelConfig) -> None:
+    """Refuse sizes that cannot be cut into heads."""
+    n_kv_heads = config.n_kv_heads or config.n_heads
+    if config.d_model % config.n_heads:
+        raise ValueError(f"n_heads={config.n_heads} must divide d_model={config.d_model}")
+    if config.n_heads % n_kv_heads:
+        raise ValueError(f"n_kv_heads={n_kv_heads} must divide n_heads={config.n_heads}")
+    if config.position == "rope" and config.d_model // config.n_heads % 2:
+        raise ValueError("position=rope needs an even d_model / n_heads, as it turns pairs")

@@ -1,0 +1,64 @@
+"""``python -m tinygpt.run``: train one model, or a sweep of them with ``--multirun``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from tinygpt import cli
+from tinygpt.config import typed
+
+
+@hydra.main(config_path=cli.CONF_DIR, config_name="config", version_base="1.3")
+@cli.one_line_errors
+def job(composed: DictConfig) -> float:
+    """One run; returns its final validation loss, for a sweeper that optimises."""
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    config = typed(composed, overrides)
+    if config.study is None:
+        config.study = _study(hydra_config)
+
+    from rich.console import Console
+
+    from tinygpt.training.session import train
+
+    results = train(config, overrides, Console())
+    loss = results["final_val_loss"]
+    if results["status"] == "diverged" and hydra_config.mode == RunMode.RUN:
+        raise SystemExit(1)
+    return math.inf if loss is None else loss
+
+
+def _study(hydra_config: Any) -> str:
+    """The folder of runs that belong together: a bare sweep's is named after what it sweeps."""
+    experiment = hydra_config.runtime.choices.get("experiment")
+    if experiment:
+        return str(experiment)
+    if hydra_config.mode != RunMode.MULTIRUN:
+        return "runs"
+    parsed = OverridesParser.create().parse_overrides(hydra_config.overrides.task)
+    return "sweep-" + "-".join(sorted(o.key_or_group.rsplit(".", 1)[-1] for o in parsed))
+
+
+@cli.one_line_errors
+def main() -> None:
+    arguments = get_args_parser().parse_args(sys.argv[1:])
+    shown = (arguments.help, arguments.hydra_help, arguments.cfg, arguments.info)
+    cli.register_schemas()
+    if not any(shown) and not arguments.shell_completion:
+        # every mistake is found here, before torch is imported and before anything is written
+        cli.compose_jobs(arguments.overrides, arguments.multirun)
+    job()
+
+
+if __name__ == "__main__":
+    main()

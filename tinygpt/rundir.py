@@ -1,0 +1,266 @@
+"""The run folder: its name, its files, atomic writes, the configuration's hash.  Torch-free."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import filelock
+from omegaconf import OmegaConf
+
+from tinygpt.config import HORIZONS, Config, ConfigError
+
+SCHEMA_VERSION = 1
+# What does not change the result of a run, and so is neither in its hash nor in its name.
+NOT_SCIENCE = {
+    "hardware",
+    "logger",
+    "launcher",
+    "output_dir",
+    "cache_dir",
+    "study",
+    "run_name",
+    "force",
+}
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` and, if the block succeeds, renames it to ``path``.
+
+    The content is on disk before the rename, so a reader sees the old file or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner alone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Keys keep their order; a NaN is refused, as JSON has none."""
+    write_text(path, json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises ConfigError, naming the file, where it cannot be read as JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``, in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_hash(config: Config, content: dict[str, str]) -> str:
+    """The hash of all that changes a result.
+
+    ``content`` maps sections read from outside (``data``, ``tokenizer``) to the fingerprint of
+    what was read; it stands for the paths in them.
+    """
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}
+    for name in ("path", "val_file", "test_file"):
+        values["data"].pop(name, None)
+    values["tokenizer"].pop("vocab_dir", None)
+    return digest({**values, "content": content})
+
+
+def run_name(overrides: Sequence[str], config_hash: str) -> str:
+    """A readable folder name: the overridden values, then six digits of the hash."""
+    named: dict[str, str] = {}
+    for item in overrides:
+        key, _, value = item.lstrip("+~").partition("=")
+        group = key.split(".")[0]
+        is_cleared = key.startswith("train.") and key[6:] in HORIZONS and value == "null"
+        if group not in NOT_SCIENCE and not group.startswith("hydra") and not is_cleared:
+            named[key.rsplit(".", 1)[-1]] = value.rstrip("/").rsplit("/", 1)[-1]
+    words = [f"{key}-{value}" for key, value in sorted(named.items())]
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words))
+    text = re.sub(r"-{2,}", "-", text).strip("-._")[:100].strip("-._")
+    return f"{text or 'default'}-{config_hash[:6]}"
+
+
+def _is_strange(path: Path) -> bool:
+    """Not what a run can leave behind that was killed before it wrote environment.json."""
+    return not path.name.startswith(".") and path.name != "run.log"
+
+
+class RunDir:
+    """One run's folder and the paths in it (design: the run folder)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.environment = path / "environment.json"
+        self.tokenizer = path / "tokenizer.json"
+        self.metrics = path / "metrics.csv"
+        self.results = path / "results.json"
+        self.samples = path / "samples.txt"
+        self.error = path / "error.json"
+        self.log = path / "run.log"
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    def finished(self, config_hash: str) -> dict[str, Any] | None:
+        """The results of a finished run of this very configuration, else None.
+
+        Raises ConfigError where the folder belongs to another configuration or is not a run's.
+        """
+        if self.results.exists():
+            results: dict[str, Any] = read_json(self.results)
+            self._check_owner(results.get("config_hash"), config_hash)
+            return results
+        if self.environment.exists():
+            self._check_owner(read_json(self.environment).get("config_hash"), config_hash)
+        elif self.path.is_dir() and any(_is_strange(p) for p in self.path.iterdir()):
+            raise ConfigError(f"run_name={self.path.name}: {self.path} is there and is no run's")
+        return None
+
+    def _check_owner(self, found: Any, wanted: str) -> None:
+        if found != wanted:
+            raise ConfigError(
+                f"run_name={self.path.name}: {self.path} holds a run of another configuration; "
+                "choose another run_name or study, or remove that folder"
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second process out of this folder.  Raises ConfigError if one is there."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.path / ".lock")
+            with lock.acquire(timeout=0):
+                yield
+        except filelock.Timeout as error:
+            raise ConfigError(f"{self.path}: another process is training this run") from error
+
+    def remove_torn(self) -> None:
+        """Removes what a killed process was writing; call it under the lock."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.glob(".*.tmp"):
+                path.unlink()
+
+    def clear(self) -> None:
+        """Forgets an earlier run of the same configuration; the results go first."""
+        for path in (self.results, self.error, self.metrics, self.samples, self.log):
+            path.unlink(missing_ok=True)
+        for path in [*self.checkpoints.glob("*"), *self.path.glob("tensorboard/*")]:
+            path.unlink()
+
+    def write_config(self, config: Config) -> None:
+        write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+METRICS = (
+    "step",
+    "tokens",
+    "seconds",
+    "train_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "peak_memory_bytes",
+    "val_loss",
+    "val_perplexity",
+    "val_accuracy",
+    "val_bits_per_byte",
+    "val_bits_per_char",
+)
+
+
+class MetricsFile:
+    """``metrics.csv``: a line is appended whole or not at all; an empty field is not measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep_until(self, step: int) -> None:
+        """Makes the file, or drops the lines after ``step``, which will be written anew."""
+        rows = self.read() if self.path.exists() else []
+        kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
+        lines = [",".join(METRICS), *(",".join(row[name] for name in METRICS) for row in kept)]
+        write_text(self.path, "\n".join(lines) + "\n")
+
+    def read(self) -> list[dict[str, str]]:
+        """Whole lines only; one torn by a crash is left out."""
+        with self.path.open(newline="") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        rows = list(csv.DictReader(lines))
+        return [row for row in rows if len(row) == len(METRICS) and None not in row.values()]
+
+    def append(self, row: Mapping[str, float | int | None]) -> None:
+        values = ["" if row.get(name) is None else repr(row[name]) for name in METRICS]
+        with self.path.open("ab", buffering=0) as file:
+            file.write((",".join(values) + "\n").encode())
+
+
+def environment(**resolved: Any) -> dict[str, Any]:
+    """Versions, machine and code, for ``environment.json``; ``resolved`` comes first."""
+    names = ("torch", "lightning", "torchmetrics", "numpy", "tokenizers", "tiktoken", "datasets")
+    return {
+        **resolved,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in ("tinygpt", *names)},
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the source this runs from, with ``-dirty`` where it is changed; else None."""
+    source = Path(__file__).resolve().parent.parent
+    if not (source / ".git").exists():
+        return None
+    command = [
+        "git",
+        "-C",
+        str(source),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

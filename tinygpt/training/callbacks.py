@@ -1,0 +1,339 @@
+"""What happens between steps: metrics, evaluation, checkpoints, progress, interrupts.
+
+All of it happens at whole optimizer steps and in this order: log, evaluate, sample, save, stop.
+A checkpoint therefore knows everything that was logged before it, and a resumed run logs what the
+uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import psutil
+import torch
+from rich.progress import Progress, TaskID
+
+from tinygpt import rundir
+from tinygpt.config import Config, Plan
+from tinygpt.training.console import clock, short
+from tinygpt.training.evaluation import Scores
+from tinygpt.training.module import LanguageModel
+
+log = logging.getLogger("tinygpt")
+
+
+def step_ended(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the pass that just ended completed an optimizer step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class Journal(pl.Callback):
+    """Logs, evaluates and judges: what a run measures of itself.
+
+    ``evaluate`` scores the validation split; ``sample`` writes text at a step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        plan: Plan,
+        metrics: rundir.MetricsFile,
+        evaluate: Callable[[], Scores],
+        sample: Callable[[int], None],
+    ) -> None:
+        self.config, self.plan, self.metrics = config, plan, metrics
+        self.evaluate, self.sample = evaluate, sample
+        self.status = "finished"
+        self.scores: Scores | None = None  # the last ones
+        self.state: dict[str, Any] = {
+            "initial_val_loss": None,
+            "best_val_loss": None,
+            "best_val_step": None,
+            "last_val_loss": None,
+            "evaluations_without_progress": 0,
+            "final_train_loss": None,
+            "seconds": 0.0,
+            "tokens_per_second": None,
+            "loss_sum": 0.0,
+            "loss_count": 0,
+            "steps": 0,
+        }
+        self._mark = 0.0  # when the stretch of training that is being timed began
+        self._timed_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state.update(state_dict)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        self.state["loss_sum"] = float(pl_module.train_loss_sum)
+        self.state["loss_count"] = pl_module.train_loss_count
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModel)
+        dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
+        pl_module.train_loss_sum = torch.tensor(
+            self.state["loss_sum"], dtype=dtype, device=pl_module.device
+        )
+        pl_module.train_loss_count = self.state["loss_count"]
+        if trainer.global_step == 0:
+            scores = self._evaluated()
+            self.state["initial_val_loss"] = scores.loss
+            self._write(trainer, 0, {}, scores)
+            self.sample(0)
+        self._mark, self._timed_steps = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not step_ended(trainer, batch_idx):
+            return
+        assert isinstance(pl_module, LanguageModel)
+        step, plan = trainer.global_step, self.plan
+        self._timed_steps += 1
+        at_end = step >= plan.total_steps
+        evaluating = at_end or step % plan.eval_steps == 0
+        saving = step % plan.checkpoint_steps == 0  # never save weights that are not finite
+        if not (evaluating or saving or step % self.config.train.log_every == 0):
+            return
+        if evaluating or step % self.config.train.log_every == 0:
+            self._log(trainer, pl_module, step, evaluating)
+        elif not math.isfinite(float(pl_module.train_loss_sum)):
+            self._log(trainer, pl_module, step, False)
+        if self._is_half_way(step):
+            self.sample(step)
+        self._mark = time.perf_counter()
+
+    def _is_half_way(self, step: int) -> bool:
+        """The first evaluation in the second half, the last step excepted."""
+        every, total = self.plan.eval_steps, self.plan.total_steps
+        half = every * math.ceil(total / 2 / every)
+        return step == half and step < total
+
+    def _log(self, trainer: pl.Trainer, module: LanguageModel, step: int, evaluating: bool) -> None:
+        loss = float(module.train_loss_sum) / max(
+            1, module.train_loss_count
+        )  # waits for the device
+        elapsed = time.perf_counter() - self._mark
+        tokens = self._timed_steps * self.config.train.batch_tokens
+        state = self.state
+        state["seconds"] += elapsed
+        state["tokens_per_second"] = tokens / elapsed if elapsed > 0 else None
+        state["final_train_loss"], state["steps"] = loss, step
+        row: dict[str, Any] = {
+            "train_loss": loss,
+            "learning_rate": module.rate(step - 1),
+            "grad_norm": None if module.grad_norm is None else float(module.grad_norm),
+            "tokens_per_second": state["tokens_per_second"],
+            "peak_memory_bytes": peak_memory(module.device.type),
+        }
+        module.forget_train_loss()
+        self._timed_steps = 0
+        if not math.isfinite(loss):
+            self._end(trainer, "diverged", f"the training loss is {loss} at step {step}")
+        elif evaluating:
+            self._judge(step, self._evaluated())
+            if not math.isfinite(state["last_val_loss"]):
+                self._end(trainer, "diverged", f"the validation loss is not finite at step {step}")
+            elif self._out_of_patience():
+                patience = self.config.train.early_stopping_patience
+                self._end(trainer, "stopped_early", f"no progress in {patience} evaluations")
+        self._write(trainer, step, row, self.scores if evaluating else None)
+
+    def _evaluated(self) -> Scores:
+        self.scores = self.evaluate()
+        return self.scores
+
+    def _judge(self, step: int, scores: Scores) -> None:
+        state = self.state
+        state["last_val_loss"] = scores.loss
+        if state["best_val_loss"] is None or scores.loss < state["best_val_loss"]:
+            state |= {"best_val_loss": scores.loss, "best_val_step": step}
+            state["evaluations_without_progress"] = 0
+        else:
+            state["evaluations_without_progress"] += 1
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.train.early_stopping_patience
+        return patience is not None and self.state["evaluations_without_progress"] >= patience
+
+    def _end(self, trainer: pl.Trainer, status: str, why: str) -> None:
+        self.status = status
+        trainer.should_stop = True
+        log.info("%s: %s", status.replace("_", " "), why)
+
+    def _write(
+        self, trainer: pl.Trainer, step: int, row: dict[str, Any], scores: Scores | None = None
+    ) -> None:
+        tokens = step * self.config.train.batch_tokens
+        row = {**row, "seconds": round(self.state["seconds"], 3)}
+        row |= scores.named("val") if scores else {}
+        if not trainer.is_global_zero:
+            return
+        self.metrics.append({"step": step, "tokens": tokens, **row})
+        known = {k: v for k, v in row.items() if v is not None}
+        for logger in trainer.loggers:
+            logger.log_metrics(known, step=tokens)
+        if scores:
+            left = self._time_left(step)
+            train = f"train {row['train_loss']:.4f}  " if row.get("train_loss") is not None else ""
+            log.info(
+                "step %*d/%d  %s tokens  %sval %.4f%s",
+                len(str(self.plan.total_steps)),
+                step,
+                self.plan.total_steps,
+                short(tokens),
+                train,
+                scores.loss,
+                left,
+            )
+
+    def _time_left(self, step: int) -> str:
+        rate = self.state["tokens_per_second"]
+        if not rate:
+            return ""
+        seconds = (self.plan.total_steps - step) * self.config.train.batch_tokens / rate
+        left = f"  {clock(seconds)} left" if step < self.plan.total_steps else ""
+        return f"  {short(rate)} tokens/s{left}"
+
+
+class Checkpoints(pl.Callback):
+    """``last``, ``best`` and ``step_<N>``, each written beside its place and renamed."""
+
+    def __init__(self, run: rundir.RunDir, plan: Plan, journal: Journal) -> None:
+        self.run, self.plan, self.journal = run, plan, journal
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not step_ended(trainer, batch_idx) or self.journal.status == "diverged":
+            return
+        step, plan, folder = trainer.global_step, self.plan, self.run.checkpoints
+        at_end = step >= plan.total_steps or trainer.should_stop
+        if self.journal.state["best_val_step"] == step:
+            trainer.save_checkpoint(folder / "best.ckpt")
+        if plan.keep_steps and step % plan.keep_steps == 0:
+            trainer.save_checkpoint(folder / f"step_{step}.ckpt")
+        if at_end or step % plan.checkpoint_steps == 0:
+            trainer.save_checkpoint(self.run.last)
+
+
+class Interrupts(pl.Callback):
+    """SIGINT and SIGTERM: finish the step, save, stop.  A second SIGINT stops at once."""
+
+    def __init__(self, run: rundir.RunDir) -> None:
+        self.run = run
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        except ValueError:
+            log.debug("not in the main thread: signals are not handled here")
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self.received is not None and step_ended(trainer, batch_idx):
+            trainer.save_checkpoint(self.run.last)
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.restore()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class ProgressBar(pl.Callback):
+    """A bar with loss, speed and time left, drawn four times a second, on a terminal only."""
+
+    def __init__(self, bar: Progress, plan: Plan, journal: Journal) -> None:
+        self.bar, self.plan, self.journal = bar, plan, journal
+        self._task: TaskID | None = None
+        self._next = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        total, done = self.plan.total_steps, trainer.global_step
+        self._task = self.bar.add_task("training", total=total, completed=done, loss="", speed="")
+        self.bar.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        now = time.monotonic()
+        if now < self._next or self._task is None:
+            return
+        self._next = now + 0.25
+        state = self.journal.state
+        loss = "" if state["final_train_loss"] is None else f"loss {state['final_train_loss']:.3f}"
+        rate = state["tokens_per_second"]
+        speed = "" if rate is None else f"{short(rate)} tokens/s"
+        self.bar.update(self._task, completed=trainer.global_step, loss=loss, speed=speed)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar.stop()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self.bar.stop()
+
+
+def peak_memory(accelerator: str) -> int | None:
+    """Bytes: the most that CUDA had allocated, or that this process had resident."""
+    if accelerator == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,128 @@
+"""What a run says: lines, a bar, the table at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tinygpt import rundir
+
+log = logging.getLogger("tinygpt")
+
+
+def short(number: float) -> str:
+    """1234567 → 1.23M."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """75 → 1:15."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def make_bar(console: Console) -> Progress:
+    """Redrawn four times a second by its own thread, whatever the speed of the steps."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+    )
+
+
+class _ConsoleHandler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
+    """What is said goes to the console and, with the time, to run.log."""
+    file = logging.FileHandler(run.log, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handlers: list[logging.Handler] = [_ConsoleHandler(console), file]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in handlers:
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+@contextlib.contextmanager
+def preparing(console: Console) -> Iterator[Callable[[str, int], None]]:
+    """A status line while the corpus is read; nothing where it comes from the cache."""
+    with console.status("preparing data") as status:
+        yield lambda what, size: status.update(f"{what}: {size / 1e6:.1f} MB")
+
+
+def report_finished(
+    run: rundir.RunDir, results: dict[str, Any], console: Console
+) -> dict[str, Any]:
+    console.print(
+        f"already {results['status']}: {run.path} (val loss {_number(results['final_val_loss'])}); "
+        "force=true trains anew",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return results
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    floor = results["irreducible_loss_exact"]
+    rows = [
+        (
+            "trained",
+            f"{short(results['model_parameters'])} parameters, "
+            f"{short(results['train_tokens'])} tokens of {results['dataset']}, "
+            f"{clock(results['seconds_training'])}, "
+            f"{short(results['tokens_per_second'] or 0)} tokens/s",
+        ),
+        ("status", results["status"]),
+        (
+            "val loss",
+            f"{_number(results['initial_val_loss'])} → {_number(results['final_val_loss'])}"
+            " nats per token" + (f" (exact floor {floor:.4f})" if floor else ""),
+        ),
+        (
+            "",
+            f"perplexity {_number(results['final_val_perplexity'])}, "
+            f"accuracy {_number(results['final_val_accuracy'])}, "
+            f"{_number(results['final_val_bits_per_byte'])} bits per byte",
+        ),
+        ("test loss", _number(results["test_loss"])),
+        ("files", str(run.path)),
+        ("next", f"tensorboard --logdir {run.path.parent.parent}"),
+    ]
+    for name, text in rows:
+        table.add_row(name, text)
+    console.print()
+    console.print(table, highlight=False, soft_wrap=True)

@@ -1,0 +1,80 @@
+"""The LightningModule: the model, its loss, its optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tinygpt.config import Config, Plan
+from tinygpt.model.gpt import GPT
+from tinygpt.training.optim import make_optimizer, rate_factor
+
+
+class LanguageModel(pl.LightningModule):
+    """Next-token prediction with a GPT.
+
+    ``train_loss_sum`` adds up the loss of every pass on the device, so that nobody waits for the
+    device at each step; whoever logs divides by ``train_loss_count`` and resets both.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, plan: Plan) -> None:
+        super().__init__()
+        self.config, self.plan = config, plan
+        self.model = GPT(config.model, vocab_size)
+        self.train_loss_sum = torch.zeros(())
+        self.train_loss_count = 0
+        self.grad_norm: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(tokens)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch  # (B, T) each
+        if self.config.model.dropout > 0:
+            # dropout too is a function of (seed, step), so a resumed run drops the same units
+            key = np.random.SeedSequence([self.config.seed, batch_idx, self.global_rank])
+            torch.manual_seed(int(key.generate_state(1)[0]))
+        logits = self(inputs)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        self.train_loss_sum += loss.detach()
+        self.train_loss_count += 1
+        return loss
+
+    def forget_train_loss(self) -> None:
+        """Begins a new stretch of steps to average the training loss over."""
+        self.train_loss_sum = torch.zeros_like(self.train_loss_sum)
+        self.train_loss_count = 0
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        limit = self.config.train.grad_clip_norm
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), float("inf") if limit is None else limit
+        )
+
+    def rate(self, step: int) -> float:
+        """The learning rate that optimizer step ``step`` (0 is the first) uses."""
+        plan = self.plan
+        factor = rate_factor(
+            step, self.config.schedule, total_steps=plan.total_steps, warmup_steps=plan.warmup_steps
+        )
+        return self.config.optim.learning_rate * factor
+
+    def configure_optimizers(self) -> Any:
+        on_device = self.device.type in ("cpu", "cuda")
+        # gradients must be unscaled before they are clipped, which fused optimizers do too late
+        fused = on_device and self.trainer.precision != "16-mixed"
+        optimizer = make_optimizer(self.model, self.config.optim, fused=fused)
+        peak = self.config.optim.learning_rate
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: self.rate(s) / peak)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

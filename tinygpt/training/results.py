@@ -1,0 +1,132 @@
+"""``results.json``: the outcome of a run, flat, nothing missing; what does not apply is null."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from tinygpt import rundir
+from tinygpt.config import Config, Plan
+from tinygpt.counting import count_parameters, flops_6nd, flops_per_token, resolved_d_ff
+from tinygpt.data import corpora
+from tinygpt.data.datamodule import TokenData
+from tinygpt.training.callbacks import Journal, peak_memory
+from tinygpt.training.evaluation import Scores
+from tinygpt.training.trainer import Device
+
+
+def make_results(
+    config: Config,
+    hash_: str,
+    plan: Plan,
+    data: TokenData,
+    device: Device,
+    journal: Journal,
+    final: Scores | None,
+    test: Scores | None,
+) -> dict[str, Any]:
+    """Everything a study wants to know of a finished run; ``final`` is None for a diverged one."""
+    steps = journal.state["steps"]
+    return {
+        "schema_version": rundir.SCHEMA_VERSION,
+        "study": config.study,
+        "run_name": config.run_name,
+        "config_hash": hash_,
+        "git_commit": rundir.git_commit(),
+        "seed": config.seed,
+        "status": journal.status,
+        **_losses(journal, data, final, test),
+        **_sizes(config, data, steps),
+        "schedule_finished": steps >= plan.total_steps,
+        **_recipe(config, plan, data, device),
+        **_speed(config, data, device, journal),
+    }
+
+
+def _losses(
+    journal: Journal, data: TokenData, final: Scores | None, test: Scores | None
+) -> dict[str, Any]:
+    names = Scores(0, 0, 0, 0).named("val"), Scores(0, 0, 0, 0).named("test")
+    val = final.named("val") if final else dict.fromkeys(names[0])
+    state = journal.state
+    losses: dict[str, float | None] = {
+        **{f"final_{name}": value for name, value in val.items()},
+        "initial_val_loss": state["initial_val_loss"],
+        "best_val_loss": state["best_val_loss"],
+        "best_val_step": state["best_val_step"],
+        "final_train_loss": state["final_train_loss"],
+        "irreducible_loss_exact": data.floor("val"),
+        **(test.named("test") if test else dict.fromkeys(names[1])),
+        "test_irreducible_loss_exact": data.floor("test") if "test" in data.splits else None,
+    }
+    # JSON has no NaN and no infinity
+    return {k: v if v is None or math.isfinite(v) else None for k, v in losses.items()}
+
+
+def _sizes(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
+    model, vocab_size = config.model, data.prepared.tokenizer.vocab_size
+    sizes = count_parameters(model, vocab_size)
+    tokens = steps * config.train.batch_tokens
+    return {
+        "model_parameters": sizes.total,
+        "parameters_non_embedding": sizes.non_embedding,
+        "parameters_embedding": sizes.embedding,
+        "total_steps": steps,
+        "train_tokens": tokens,
+        "unique_train_tokens": min(tokens, data.windows.used_tokens),
+        "dropped_tokens": data.windows.dropped_tokens,
+        "flops_6nd": flops_6nd(sizes.total, tokens),
+        "flops_exact": flops_per_token(model, vocab_size) * tokens,
+        "d_model": model.d_model,
+        "d_ff": resolved_d_ff(model),
+        "n_layers": model.n_layers,
+        "n_heads": model.n_heads,
+        "max_seq_len": model.max_seq_len,
+        "vocab_size": vocab_size,
+    }
+
+
+def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict[str, Any]:
+    index = data.prepared.index
+    return {
+        "tokenizer": config.tokenizer.kind,
+        "dataset": corpora.describe(config.data),
+        "data_fraction": config.data.fraction,
+        "batch_tokens": config.train.batch_tokens,
+        "learning_rate": config.optim.learning_rate,
+        "weight_decay": config.optim.weight_decay,
+        "warmup_steps": plan.warmup_steps,
+        "optimizer": config.optim.kind,
+        "schedule": config.schedule.kind,
+        "precision_resolved": device.precision,
+        "threads": torch.get_num_threads(),
+        "tokenizer_fingerprint": index["tokenizer_fingerprint"],
+        "data_fingerprint": index["splits"]["train"]["fingerprint"],
+        "validation_fingerprint": index["splits"]["val"]["fingerprint"],
+    }
+
+
+def _speed(config: Config, data: TokenData, device: Device, journal: Journal) -> dict[str, Any]:
+    seconds = journal.state["seconds"]
+    tokens = journal.state["steps"] * config.train.batch_tokens
+    rate = tokens / seconds if seconds > 0 else None
+    flops = flops_per_token(config.model, data.prepared.tokenizer.vocab_size)
+    peak = _peak_flops(device)
+    return {
+        "tokens_per_second": rate,
+        "seconds_training": seconds,
+        "peak_memory_bytes": peak_memory(device.accelerator),
+        "mfu": flops * rate / peak if peak and rate else None,
+    }
+
+
+def _peak_flops(device: Device) -> int | None:
+    """The card's published peak at the run's precision, where Lightning's table has it."""
+    if device.accelerator != "cuda":
+        return None
+    dtypes = {"32": torch.float32, "64": torch.float64, "16-mixed": torch.float16}
+    dtype = dtypes.get(device.precision, torch.bfloat16)
+    return get_available_flops(torch.device("cuda", torch.cuda.current_device()), dtype)

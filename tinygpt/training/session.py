@@ -1,0 +1,302 @@
+"""One run from its configuration to its results."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tinygpt import rundir
+from tinygpt.config import Config, ConfigError, Plan, RunError, derive
+from tinygpt.counting import count_parameters, flops_per_token
+from tinygpt.data import corpora, shards
+from tinygpt.data.datamodule import TokenData
+from tinygpt.data.tokenizers import train_tokenizer
+from tinygpt.model.generate import generate
+from tinygpt.training.callbacks import Checkpoints, Interrupts, Journal, ProgressBar
+from tinygpt.training.console import (
+    logging_to,
+    make_bar,
+    preparing,
+    print_summary,
+    report_finished,
+    short,
+)
+from tinygpt.training.evaluation import Scores, score
+from tinygpt.training.module import LanguageModel
+from tinygpt.training.results import make_results
+from tinygpt.training.trainer import (
+    PASS_TOKENS,
+    AtomicCheckpoints,
+    Device,
+    check_loggers,
+    make_loggers,
+    make_trainer,
+    quiet_lightning,
+    resolve_device,
+)
+
+log = logging.getLogger("tinygpt")
+
+SAMPLE_MARK = "--- step"  # heads each text in samples.txt
+
+
+def train(config: Config, overrides: list[str], console: Console) -> dict[str, Any]:
+    """Trains the run that ``config`` describes, or goes on with it, or finds it finished.
+
+    Returns its results.  Raises ConfigError before a run folder is made where something asked
+    for cannot be had, RunError where a run fails on its way.
+    """
+    if config.hardware.threads is not None:
+        torch.set_num_threads(config.hardware.threads)
+    device = resolve_device(config.hardware, config.train.precision)
+    check_loggers(config)
+    corpus = corpora.open_corpus(config.data)
+    cache = shards.cache_root(config.cache_dir)
+    with preparing(console) as progress:
+        hash_, run = _identify(config, overrides, corpus)
+        found = None if config.force else run.finished(hash_)
+        if found is not None:
+            return report_finished(run, found, console)
+        prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
+    data = TokenData(prepared, config)
+    data.plan = _plan(config, data, device)
+    with run.locked(), _failures_recorded(run), logging_to(console, run):
+        if config.force:
+            run.clear()
+        elif (found := run.finished(hash_)) is not None:  # meanwhile, by another process
+            return report_finished(run, found, console)
+        resuming = _begin(config, run, prepared, device, hash_)
+        results = _Run(config, run, data, device, hash_, console).train(resuming)
+    print_summary(run, results, console)
+    return results
+
+
+def _identify(
+    config: Config, overrides: list[str], corpus: corpora.Corpus
+) -> tuple[str, rundir.RunDir]:
+    """The configuration's hash and folder; fills in ``study`` and ``run_name``."""
+    content = {"data": corpus.fingerprint()}
+    if config.tokenizer.kind == "gpt2":
+        content["tokenizer"] = train_tokenizer(config.tokenizer, ()).fingerprint()
+    hash_ = rundir.config_hash(config, content)
+    config.study = config.study or "runs"
+    config.run_name = config.run_name or rundir.run_name(overrides, hash_)
+    return hash_, rundir.RunDir(Path(config.output_dir) / config.study / config.run_name)
+
+
+def _plan(config: Config, data: TokenData, device: Device) -> Plan:
+    vocab_size = data.prepared.tokenizer.vocab_size
+    return derive(
+        config,
+        parameters=count_parameters(config.model, vocab_size).total,
+        flops_per_token=flops_per_token(config.model, vocab_size),
+        windows=len(data.windows.starts),
+        vocab_size=vocab_size,
+        pass_tokens=PASS_TOKENS[device.accelerator],
+    )
+
+
+def _begin(
+    config: Config, run: rundir.RunDir, prepared: shards.Prepared, device: Device, hash_: str
+) -> bool:
+    """Makes the folder, or checks that what is there can be gone on with.  True: resuming."""
+    run.error.unlink(missing_ok=True)
+    run.remove_torn()
+    resuming = run.last.exists()
+    if resuming:
+        before = rundir.read_json(run.environment)
+        if before["precision_resolved"] != device.precision:
+            raise ConfigError(
+                f"train.precision={device.precision}: {run.path} was begun at "
+                f"{before['precision_resolved']}; go on with that, or use force=true"
+            )
+        if before["threads"] != torch.get_num_threads():
+            log.info(
+                "note: begun with %d threads, now %d: equal within rounding, not bit for bit",
+                before["threads"],
+                torch.get_num_threads(),
+            )
+        return True
+    name = torch.cuda.get_device_name() if device.accelerator == "cuda" else device.accelerator
+    # first, as it says whose folder this is
+    rundir.write_json(
+        run.environment,
+        rundir.environment(
+            config_hash=hash_,
+            precision_resolved=device.precision,
+            threads=torch.get_num_threads(),
+            device=name,
+        ),
+    )
+    run.checkpoints.mkdir(exist_ok=True)
+    run.write_config(config)
+    prepared.tokenizer.save(run.tokenizer)
+    return False
+
+
+@contextlib.contextmanager
+def _failures_recorded(run: rundir.RunDir) -> Iterator[None]:
+    """A run that fails says why in ``error.json``, in one line; it is tried again next time."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        if run.environment.exists() and not isinstance(error, ConfigError):
+            with contextlib.suppress(OSError):
+                rundir.write_json(run.error, {"error": line})
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RunError(
+                f"out of memory: {line}; try a smaller hardware.micro_batch_size"
+            ) from error
+        raise
+
+
+class _Run:
+    """One training run: its parts, and what it leaves."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: rundir.RunDir,
+        data: TokenData,
+        device: Device,
+        hash_: str,
+        console: Console,
+    ) -> None:
+        assert data.plan is not None
+        self.config, self.run, self.data, self.device = config, run, data, device
+        self.hash, self.console, self.plan = hash_, console, data.plan
+        self.tokenizer = data.prepared.tokenizer
+        torch.manual_seed(config.seed)
+        self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
+        self.samples: dict[int, str] = {}  # by step
+        self.metrics = rundir.MetricsFile(run.metrics)
+        self.journal = Journal(config, self.plan, self.metrics, self._evaluate_val, self._sample)
+        self.interrupts = Interrupts(run)
+
+    def train(self, resuming: bool) -> dict[str, Any]:
+        self._introduce(resuming)
+        first = self._restore_records() if resuming else 0
+        self.metrics.keep_until(first)
+        callbacks = [self.journal, Checkpoints(self.run, self.plan, self.journal), self.interrupts]
+        if self.console.is_terminal:
+            callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
+        loggers = make_loggers(self.config, self.run, first)
+        self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers)
+        if self.config.hardware.compile:
+            self.module.model.compile()
+        ckpt_path = str(self.run.last) if resuming else None
+        with quiet_lightning():
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
+        if self.interrupts.received is not None:
+            self._leave_interrupted(self.interrupts.received)
+        results = self._results()
+        rundir.write_json(self.run.results, results)
+        return results
+
+    def _introduce(self, resuming: bool) -> None:
+        config, plan, index = self.config, self.plan, self.data.prepared.index
+        sizes = count_parameters(config.model, self.tokenizer.vocab_size)
+        train = index["splits"]["train"]
+        log.info(
+            "model   %s parameters (%s without embeddings), vocabulary %s (%s)",
+            short(sizes.total),
+            short(sizes.non_embedding),
+            f"{self.tokenizer.vocab_size:,}",
+            self.tokenizer.kind,
+        )
+        epochs = plan.train_tokens / max(1, self.data.windows.used_tokens)
+        log.info(
+            "data    %s: %s documents, %s tokens to train on (%.2g epochs), %s to validate",
+            corpora.describe(config.data),
+            f"{train['documents']:,}",
+            short(self.data.windows.used_tokens),
+            epochs,
+            short(index["splits"]["val"]["tokens"]),
+        )
+        log.info(
+            "train   %s tokens in %s steps of %s, on %s at %s bits",
+            short(plan.train_tokens),
+            f"{plan.total_steps:,}",
+            f"{config.train.batch_tokens:,}",
+            self.device.accelerator,
+            self.device.precision,
+        )
+        for name, info in index["splits"].items():
+            if info and info["unknown_tokens"]:
+                log.info("note    %d unknown characters in %s", info["unknown_tokens"], name)
+        log.info("folder  %s%s", self.run.path, "  (going on where it stopped)" if resuming else "")
+
+    def _restore_records(self) -> int:
+        """The step of the last checkpoint; samples written after it are forgotten."""
+        checkpoint = AtomicCheckpoints().load_checkpoint(self.run.last)
+        step = int(checkpoint["global_step"])
+        if self.run.samples.exists():
+            text = self.run.samples.read_text(encoding="utf-8")
+            for part in text.split(SAMPLE_MARK)[1:]:
+                at = int(part.split()[0].replace(",", ""))
+                if at <= step:
+                    self.samples[at] = SAMPLE_MARK + part
+        return step
+
+    def _evaluate(self, split: str) -> Scores:
+        batches = self.data.eval_batches(split, self.plan.micro_batch_size)
+        context = self.trainer.precision_plugin.forward_context()
+        info = self.data.splits[split].info
+        return score(self.module.model, batches, info, self.module.device, context)
+
+    def _evaluate_val(self) -> Scores:
+        return self._evaluate("val")
+
+    def _sample(self, step: int) -> None:
+        """Puts text of the model, as it is at ``step``, into samples.txt."""
+        train = self.config.train
+        if train.sample_tokens == 0:
+            return
+        tokenizer = self.tokenizer
+        prompt = [tokenizer.eot_id, *tokenizer.encode(train.sample_prompt)]
+        tokens = torch.tensor([prompt], device=self.module.device)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        with self.trainer.precision_plugin.forward_context():
+            out = generate(
+                self.module.model,
+                tokens[:, -self.config.model.max_seq_len :],
+                train.sample_tokens,
+                temperature=0.8,
+                top_k=50,
+                generator=generator,
+                stop_token=tokenizer.eot_id,
+            )
+        ids = [i for i in out[0].tolist() if i != tokenizer.eot_id]
+        head = f"{SAMPLE_MARK} {step:,} ({step * train.batch_tokens:,} tokens)\n"
+        self.samples[step] = f"{head}{tokenizer.decode(ids)}\n\n"
+        rundir.write_text(self.run.samples, "".join(self.samples.values()))
+
+    def _leave_interrupted(self, number: int) -> None:
+        log.info(
+            "stopped by %s at step %d of %d; the same command goes on from there",
+            signal.Signals(number).name,
+            self.trainer.global_step,
+            self.plan.total_steps,
+        )
+        raise SystemExit(128 + number)
+
+    def _results(self) -> dict[str, Any]:
+        final = test = None
+        if self.journal.status != "diverged":
+            self._sample(self.trainer.global_step)
+            with rundir.replacing(self.run.checkpoints / "final.ckpt") as temporary:
+                shutil.copyfile(self.run.last, temporary)
+            final = self.journal.scores or self._evaluate_val()
+            test = self._evaluate("test") if "test" in self.data.splits else None
+        return make_results(
+            self.config, self.hash, self.plan, self.data, self.device, self.journal, final, test
+        )
