@@ -1,0 +1,53 @@
+# `make` lists the targets.  PYTHON chooses the interpreter for the virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-slow lint typecheck check coverage format clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## Make .venv with everything the project needs (quick when done)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+run: install ## Train the default model (a minute or two on a laptop)
+	$(BIN)/python -m tinygpt.run
+
+test: install ## Run the tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: install ## Run the slow tests: real commands, kill tests, every configuration
+	$(BIN)/python -m pytest -m slow
+
+lint: install ## Look for mistakes
+	$(BIN)/ruff check .
+
+typecheck: install ## Check the types
+	$(BIN)/mypy
+
+check: install ## Format check, lint, types and tests: what must pass at each commit
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not slow'
+
+coverage: install ## Which lines the tests run, the slow ones included
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+format: install ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove caches and the virtual environment (outputs/ is kept)
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* htmlcov build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
