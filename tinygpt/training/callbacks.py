@@ -48,12 +48,13 @@ class Journal(pl.Callback):
         metrics: rundir.MetricsFile,
         evaluate: Callable[[], Scores],
         sample: Callable[[int], None],
+        module: LanguageModel,
     ) -> None:
         self.config, self.plan, self.metrics = config, plan, metrics
-        self.evaluate, self.sample = evaluate, sample
-        self.status = "finished"
+        self.evaluate, self.sample, self._module = evaluate, sample, module
         self.scores: Scores | None = None  # the last ones
         self.state: dict[str, Any] = {
+            "status": "finished",
             "initial_val_loss": None,
             "best_val_loss": None,
             "best_val_step": None,
@@ -66,21 +67,19 @@ class Journal(pl.Callback):
             "loss_count": 0,
             "steps": 0,
         }
-        self._mark = 0.0  # when the stretch of training that is being timed began
-        self._timed_steps = 0
+        self._mark: float | None = None  # when the stretch that is being timed began
+        self._timed_steps, self._timed_seconds = 0, 0.0  # since the last line of metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.state)
+        module = self._module
+        return {
+            **self.state,
+            "loss_sum": float(module.train_loss_sum),
+            "loss_count": module.train_loss_count,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state.update(state_dict)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        assert isinstance(pl_module, LanguageModel)
-        self.state["loss_sum"] = float(pl_module.train_loss_sum)
-        self.state["loss_count"] = pl_module.train_loss_count
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
@@ -94,7 +93,6 @@ class Journal(pl.Callback):
             self.state["initial_val_loss"] = scores.loss
             self._write(trainer, 0, {}, scores)
             self.sample(0)
-        self._mark, self._timed_steps = time.perf_counter(), 0
 
     def on_train_batch_end(
         self,
@@ -109,18 +107,30 @@ class Journal(pl.Callback):
         assert isinstance(pl_module, LanguageModel)
         step, plan = trainer.global_step, self.plan
         self._timed_steps += 1
-        at_end = step >= plan.total_steps
-        evaluating = at_end or step % plan.eval_steps == 0
-        saving = step % plan.checkpoint_steps == 0  # never save weights that are not finite
-        if not (evaluating or saving or step % self.config.train.log_every == 0):
+        evaluating = step >= plan.total_steps or step % plan.eval_steps == 0
+        logging_ = evaluating or step % self.config.train.log_every == 0
+        if not logging_ and step % plan.checkpoint_steps != 0:
             return
-        if evaluating or step % self.config.train.log_every == 0:
+        finite = math.isfinite(float(pl_module.train_loss_sum))  # waits for the device
+        self._stop_clock()
+        if logging_ or not finite:  # weights that are not finite are never saved
             self._log(trainer, pl_module, step, evaluating)
-        elif not math.isfinite(float(pl_module.train_loss_sum)):
-            self._log(trainer, pl_module, step, False)
         if self._is_half_way(step):
             self.sample(step)
-        self._mark = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._mark is None:
+            self._mark = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        """Evaluation, samples and checkpoints are not training time."""
+        if self._mark is not None:
+            elapsed = time.perf_counter() - self._mark
+            self.state["seconds"] += elapsed
+            self._timed_seconds += elapsed
+        self._mark = None
 
     def _is_half_way(self, step: int) -> bool:
         """The first evaluation in the second half, the last step excepted."""
@@ -129,15 +139,12 @@ class Journal(pl.Callback):
         return step == half and step < total
 
     def _log(self, trainer: pl.Trainer, module: LanguageModel, step: int, evaluating: bool) -> None:
-        loss = float(module.train_loss_sum) / max(
-            1, module.train_loss_count
-        )  # waits for the device
-        elapsed = time.perf_counter() - self._mark
+        loss = float(module.train_loss_sum) / max(1, module.train_loss_count)
         tokens = self._timed_steps * self.config.train.batch_tokens
         state = self.state
-        state["seconds"] += elapsed
-        state["tokens_per_second"] = tokens / elapsed if elapsed > 0 else None
+        state["tokens_per_second"] = tokens / self._timed_seconds if self._timed_seconds else None
         state["final_train_loss"], state["steps"] = loss, step
+        self._timed_steps, self._timed_seconds = 0, 0.0
         row: dict[str, Any] = {
             "train_loss": loss,
             "learning_rate": module.rate(step - 1),
@@ -146,7 +153,6 @@ class Journal(pl.Callback):
             "peak_memory_bytes": peak_memory(module.device.type),
         }
         module.forget_train_loss()
-        self._timed_steps = 0
         if not math.isfinite(loss):
             self._end(trainer, "diverged", f"the training loss is {loss} at step {step}")
         elif evaluating:
@@ -176,7 +182,7 @@ class Journal(pl.Callback):
         return patience is not None and self.state["evaluations_without_progress"] >= patience
 
     def _end(self, trainer: pl.Trainer, status: str, why: str) -> None:
-        self.status = status
+        self.state["status"] = status
         trainer.should_stop = True
         log.info("%s: %s", status.replace("_", " "), why)
 
@@ -229,7 +235,7 @@ class Checkpoints(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not step_ended(trainer, batch_idx) or self.journal.status == "diverged":
+        if not step_ended(trainer, batch_idx) or self.journal.state["status"] == "diverged":
             return
         step, plan, folder = trainer.global_step, self.plan, self.run.checkpoints
         at_end = step >= plan.total_steps or trainer.should_stop

@@ -37,7 +37,7 @@ def make_results(
         "config_hash": hash_,
         "git_commit": rundir.git_commit(),
         "seed": config.seed,
-        "status": journal.status,
+        "status": journal.state["status"],
         **_losses(journal, data, final, test),
         **_sizes(config, data, steps),
         "schedule_finished": steps >= plan.total_steps,

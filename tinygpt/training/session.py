@@ -179,18 +179,20 @@ class _Run:
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
         self.samples: dict[int, str] = {}  # by step
         self.metrics = rundir.MetricsFile(run.metrics)
-        self.journal = Journal(config, self.plan, self.metrics, self._evaluate_val, self._sample)
+        self.journal = Journal(
+            config, self.plan, self.metrics, self._evaluate_val, self._sample, self.module
+        )
         self.interrupts = Interrupts(run)
 
     def train(self, resuming: bool) -> dict[str, Any]:
         self._introduce(resuming)
-        first = self._restore_records() if resuming else 0
+        first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
         self.metrics.keep_until(first)
         callbacks = [self.journal, Checkpoints(self.run, self.plan, self.journal), self.interrupts]
         if self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
         loggers = make_loggers(self.config, self.run, first)
-        self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers)
+        self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers, last)
         if self.config.hardware.compile:
             self.module.model.compile()
         ckpt_path = str(self.run.last) if resuming else None
@@ -235,8 +237,12 @@ class _Run:
                 log.info("note    %d unknown characters in %s", info["unknown_tokens"], name)
         log.info("folder  %s%s", self.run.path, "  (going on where it stopped)" if resuming else "")
 
-    def _restore_records(self) -> int:
-        """The step of the last checkpoint; samples written after it are forgotten."""
+    def _restore_records(self) -> tuple[int, int]:
+        """The step of the last checkpoint and the step to end at.
+
+        Samples written after the checkpoint are forgotten; a run that had stopped early stays
+        where it stopped.
+        """
         checkpoint = AtomicCheckpoints().load_checkpoint(self.run.last)
         step = int(checkpoint["global_step"])
         if self.run.samples.exists():
@@ -245,7 +251,8 @@ class _Run:
                 at = int(part.split()[0].replace(",", ""))
                 if at <= step:
                     self.samples[at] = SAMPLE_MARK + part
-        return step
+        stopped = checkpoint["callbacks"]["Journal"]["status"] == "stopped_early"
+        return step, step if stopped else self.plan.total_steps
 
     def _evaluate(self, split: str) -> Scores:
         batches = self.data.eval_batches(split, self.plan.micro_batch_size)
@@ -291,7 +298,7 @@ class _Run:
 
     def _results(self) -> dict[str, Any]:
         final = test = None
-        if self.journal.status != "diverged":
+        if self.journal.state["status"] != "diverged":
             self._sample(self.trainer.global_step)
             with rundir.replacing(self.run.checkpoints / "final.ckpt") as temporary:
                 shutil.copyfile(self.run.last, temporary)

@@ -144,6 +144,7 @@ def make_trainer(
     device: Device,
     callbacks: list[pl.Callback],
     loggers: list[Logger],
+    max_steps: int,
 ) -> pl.Trainer:
     """A Trainer that steps and does nothing else: what is logged and saved is the callbacks' own.
 
@@ -156,7 +157,7 @@ def make_trainer(
             accelerator=device.accelerator,
             devices=1,
             precision=LIGHTNING_PRECISION.get(device.precision, device.precision),  # type: ignore[arg-type]
-            max_steps=plan.total_steps,
+            max_steps=max_steps,
             max_epochs=-1,
             min_epochs=0,
             accumulate_grad_batches=plan.accumulate,
