@@ -1,0 +1,109 @@
+"""``python -m tinygpt.tokenizer``: trains a tokenizer, encodes and decodes."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from omegaconf import MISSING
+
+from tinygpt.cli import one_line_errors, read_arguments
+from tinygpt.config import BpeTokenizer, CharTokenizer, ConfigError, TokenizerConfig, key
+from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+
+USAGE = """\
+usage: python -m tinygpt.tokenizer COMMAND key=value ...
+  train   path=corpus.txt [kind=bpe|char] [vocab_size=1024] [train_bytes=50000000]
+          [out=tokenizer.json]
+  encode  tokenizer=FILE_OR_RUN_FOLDER text="Once upon a time" | path=FILE
+  decode  tokenizer=FILE_OR_RUN_FOLDER ids=1,2,3
+encode prints the ids on one line, separated by commas, as decode takes them."""
+
+
+@dataclass
+class TrainArguments:
+    path: str = MISSING
+    kind: str = key("bpe", among=("bpe", "char"))
+    vocab_size: int = key(1024, least=258)
+    train_bytes: int = key(50_000_000, least=1)
+    out: str = "tokenizer.json"
+
+
+@dataclass
+class EncodeArguments:
+    tokenizer: str = MISSING
+    text: Optional[str] = None
+    path: Optional[str] = None
+
+
+@dataclass
+class DecodeArguments:
+    tokenizer: str = MISSING
+    ids: list[int] = key([])
+
+
+def train(argv: Sequence[str]) -> None:
+    arguments = read_arguments(TrainArguments, argv, USAGE)
+    config: TokenizerConfig = CharTokenizer()
+    if arguments.kind == "bpe":
+        config = BpeTokenizer(vocab_size=arguments.vocab_size)
+    tokenizer = train_tokenizer(config, [_read(arguments.path, arguments.train_bytes)])
+    tokenizer.save(Path(arguments.out))
+    print(f"{arguments.out}: {tokenizer.kind}, {tokenizer.vocab_size} tokens")
+    if isinstance(config, BpeTokenizer) and tokenizer.vocab_size < config.vocab_size:
+        note = f"note: vocab_size={config.vocab_size}: the text is too short to learn so many"
+        print(note, file=sys.stderr)
+
+
+def encode(argv: Sequence[str]) -> None:
+    arguments = read_arguments(EncodeArguments, argv, USAGE)
+    if (arguments.text is None) == (arguments.path is None):
+        raise ConfigError("text, path: exactly one of the two must be given")
+    tokenizer = _open(arguments.tokenizer)
+    text = arguments.text if arguments.path is None else _read(arguments.path)
+    ids = tokenizer.encode(text or "")
+    print(",".join(map(str, ids)))
+    if tokenizer.unknown_id is not None and (unknown := ids.count(tokenizer.unknown_id)):
+        print(f"note: {unknown} of {len(ids)} characters are unknown", file=sys.stderr)
+
+
+def decode(argv: Sequence[str]) -> None:
+    arguments = read_arguments(DecodeArguments, argv, USAGE)
+    print(_open(arguments.tokenizer).decode(arguments.ids))
+
+
+def _open(place: str) -> Tokenizer:
+    path = Path(place).expanduser()
+    return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+
+
+def _read(place: str, limit: int = -1) -> str:
+    """The first ``limit`` bytes of a UTF-8 file, less a character cut in two at their end."""
+    try:
+        with Path(place).expanduser().open("rb") as file:
+            data = file.read(limit)
+        return codecs.getincrementaldecoder("utf-8")().decode(data, final=limit < 0)
+    except OSError as error:
+        raise ConfigError(f"path={place}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"path={place}: not UTF-8 text (byte {error.start})") from error
+
+
+@one_line_errors
+def main() -> None:
+    commands = {"train": train, "encode": encode, "decode": decode}
+    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return
+    if name not in commands:
+        raise ConfigError(f"{name}: must be one of {', '.join(commands)}; --help shows how")
+    commands[name](rest)
+
+
+if __name__ == "__main__":
+    main()
