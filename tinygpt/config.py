@@ -204,7 +204,7 @@ class TrainConfig:
     epochs: Optional[float] = key(None, above=0.0)
     tokens_per_param: Optional[float] = key(None, above=0.0)
     flops: Optional[float] = key(None, above=0.0)
-    batch_tokens: int = key(8192, least=1)
+    batch_tokens: int = key(2048, least=1)
     precision: str = key("auto", among=PRECISIONS)
     grad_clip_norm: Optional[float] = key(1.0, above=0.0)
     log_every: int = key(10, least=1)  # optimizer steps

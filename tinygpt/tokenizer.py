@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
@@ -43,7 +43,7 @@ class EncodeArguments:
 @dataclass
 class DecodeArguments:
     tokenizer: str = MISSING
-    ids: list[int] = key([])
+    ids: list[int] = field(default_factory=list)
 
 
 def train(argv: Sequence[str]) -> None:

@@ -66,7 +66,8 @@ class Tokenizer(ABC):
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, without any special token."""
-        return self._encode(text).tolist()
+        ids: list[int] = self._encode(text).tolist()
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """One array a text, in this process; the fast way for a corpus."""
@@ -229,7 +230,9 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     if isinstance(config, schema.BpeTokenizer):
         return _train_bpe(config.vocab_size, _not_empty(texts, config.kind))
     if isinstance(config, schema.CharTokenizer):
-        characters = set[str]().union(*_not_empty(texts, config.kind))
+        characters: set[str] = set()
+        for text in _not_empty(texts, config.kind):
+            characters.update(text)
         return Char("".join(sorted(c for c in characters if not _SURROGATES.match(c))))
     if isinstance(config, schema.ByteTokenizer):
         return Bytes()
@@ -239,7 +242,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer that ``save`` wrote.  Raises ConfigError, naming ``path``, for anything else."""
+    """The tokenizer that ``save`` wrote to ``path``.  Raises ConfigError for any other file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
