@@ -28,7 +28,7 @@ from tinygpt.config import (
     Gpt2Tokenizer,
     TokenizerConfig,
 )
-from tinygpt.data import tokenizers
+from tinygpt.data import network, tokenizers
 from tinygpt.data.tokenizers import Bpe, Gpt2, Tokenizer, load_tokenizer, train_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -371,7 +371,7 @@ def test_gpt2_is_tiktokens(
         assert gpt2.decode(gpt2.encode(text)) == text
     assert gpt2.decode([50256]) == "<|endoftext|>"
 
-    monkeypatch.setattr(tokenizers, "_reachable", pytest.fail)  # the cache must do
+    monkeypatch.setattr(network, "reachable", pytest.fail)  # the cache must do
     cached = train_tokenizer(Gpt2Tokenizer(), ())
     assert cached.fingerprint() == gpt2.fingerprint()
     cached.save(tmp_path / "tokenizer.json")

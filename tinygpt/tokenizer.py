@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,20 @@ from typing import Optional
 from omegaconf import MISSING
 
 from tinygpt.cli import one_line_errors, read_arguments
-from tinygpt.config import BpeTokenizer, CharTokenizer, ConfigError, TokenizerConfig, key
+from tinygpt.config import (
+    BpeTokenizer,
+    CharTokenizer,
+    ConfigError,
+    CustomData,
+    TokenizerConfig,
+    key,
+)
+from tinygpt.data.corpora import FileCorpus, first_bytes
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
 USAGE = """\
 usage: python -m tinygpt.tokenizer COMMAND key=value ...
-  train   path=corpus.txt [kind=bpe|char] [vocab_size=1024] [train_bytes=50000000]
+  train   path=FILE|FOLDER|GLOB [kind=bpe|char] [vocab_size=1024] [train_bytes=50000000]
           [out=tokenizer.json]
   encode  tokenizer=FILE_OR_RUN_FOLDER text="Once upon a time" | path=FILE
   decode  tokenizer=FILE_OR_RUN_FOLDER ids=1,2,3
@@ -51,7 +58,9 @@ def train(argv: Sequence[str]) -> None:
     config: TokenizerConfig = CharTokenizer()
     if arguments.kind == "bpe":
         config = BpeTokenizer(vocab_size=arguments.vocab_size)
-    tokenizer = train_tokenizer(config, [_read(arguments.path, arguments.train_bytes)])
+    corpus = FileCorpus(CustomData(path=arguments.path))
+    texts = (document.text for document in corpus.documents("train"))
+    tokenizer = train_tokenizer(config, first_bytes(texts, arguments.train_bytes))
     tokenizer.save(Path(arguments.out))
     print(f"{arguments.out}: {tokenizer.kind}, {tokenizer.vocab_size} tokens")
     if isinstance(config, BpeTokenizer) and tokenizer.vocab_size < config.vocab_size:
@@ -81,12 +90,9 @@ def _open(place: str) -> Tokenizer:
     return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
 
 
-def _read(place: str, limit: int = -1) -> str:
-    """The first ``limit`` bytes of a UTF-8 file, less a character cut in two at their end."""
+def _read(place: str) -> str:
     try:
-        with Path(place).expanduser().open("rb") as file:
-            data = file.read(limit)
-        return codecs.getincrementaldecoder("utf-8")().decode(data, final=limit < 0)
+        return Path(place).expanduser().read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"path={place}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

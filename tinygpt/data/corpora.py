@@ -13,14 +13,12 @@ import json
 import os
 import re
 import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from tinygpt.config import ConfigError, CustomData, DataConfig, HubData, SyntheticData
+from tinygpt.data.network import require_hub
 
 END_OF_TEXT = "<|endoftext|>"
 SECTION = 2000  # characters: about the length of a document cut from a long text
@@ -90,6 +88,19 @@ def split_documents(corpus: Corpus, config: DataConfig) -> Iterator[tuple[str, D
 
 def _short_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+
+
+def first_bytes(
+    texts: Iterable[str], limit: int, progress: Callable[[int], None] = lambda size: None
+) -> Iterator[str]:
+    """Whole texts until ``limit`` bytes of UTF-8 are reached."""
+    size = 0
+    for text in texts:
+        if size >= limit:
+            return
+        yield text
+        size += len(text.encode("utf-8", "replace"))
+        progress(size)
 
 
 class SyntheticCorpus:
@@ -193,9 +204,7 @@ def _text_chunks(path: Path) -> Iterator[str]:
             while chunk := file.read(CHUNK):
                 yield chunk
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"data.path={path}: not UTF-8 text ({error.reason})"
-        ) from error
+        raise ConfigError(f"data.path={path}: not UTF-8 text ({error.reason})") from error
 
 
 def cut(chunks: Iterable[str], separator: str) -> Iterator[str]:
@@ -333,7 +342,7 @@ class HubCorpus:
         self.config = config
         self.local = Path(config.repo).is_dir()
         if not self.local:
-            require_network(f"data.repo={config.repo}", hub_endpoint())
+            require_hub(config.repo)
         self.splits = self._own_splits()
         self.own = set(self.splits) - {"train"}
 
@@ -392,36 +401,6 @@ class HubCorpus:
         if config.separator not in ("auto", "none"):
             texts = cut((text + "\n" for text in texts), config.separator)
         return (Document(text) for text in texts)
-
-
-def hub_endpoint() -> str:
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-
-
-def require_network(what: str, url: str) -> None:
-    """Raises ConfigError within two seconds if ``url`` cannot be reached at all."""
-    reached: list[bool] = []
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=1.5):
-                reached.append(True)
-        except urllib.error.HTTPError:
-            reached.append(True)  # it answered
-        except OSError:
-            reached.append(False)
-
-    thread = threading.Thread(
-        target=ask, daemon=True
-    )  # a name look-up has no time limit of its own
-    if os.environ.get("HF_HUB_OFFLINE") not in ("1", "true", "True"):
-        thread.start()
-        thread.join(1.6)
-    if reached != [True]:
-        raise ConfigError(
-            f"{what}: the network cannot be reached; start where the data lies in a folder of that "
-            "name, or use data=custom data.path=... or data=synthetic"
-        )
 
 
 def describe(config: DataConfig) -> str:

@@ -8,12 +8,13 @@ and the end of text behind it are targets once, the first ``eot`` is context alo
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from tinygpt import rundir
 from tinygpt.config import ConfigError, DataConfig, TokenizerConfig
+from tinygpt.data import corpora
 from tinygpt.data.corpora import Corpus, Document, split_documents
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -231,24 +233,12 @@ def _tokenizer(
         if path.exists():
             with contextlib.suppress(ConfigError):  # damaged: it is made again
                 return load_tokenizer(path)
-        texts = _training_text(split_documents(corpus, data), train_bytes, progress)
-        tokenizer = train_tokenizer(config, texts)
+        documents = split_documents(corpus, data)
+        texts = (document.text for split, document in documents if split == "train")
+        say = functools.partial(progress, "reading text for the tokenizer")
+        tokenizer = train_tokenizer(config, corpora.first_bytes(texts, train_bytes, say))
         tokenizer.save(path)
     return tokenizer
-
-
-def _training_text(
-    documents: Iterable[tuple[str, Document]], train_bytes: int, progress: Progress
-) -> Iterator[str]:
-    size = 0
-    for split, document in documents:
-        if split != "train":
-            continue
-        if size >= train_bytes:
-            return
-        yield document.text
-        size += len(document.text.encode())
-        progress("reading text for the tokenizer", size)
 
 
 def _tokenize(

@@ -9,28 +9,22 @@ as unknown.
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
-import os
 import re
-import tempfile
-import threading
-import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tiktoken
-from tiktoken.load import read_file_cached
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from tinygpt import config as schema
 from tinygpt.config import ConfigError, TokenizerConfig
+from tinygpt.data.network import gpt2_files
 from tinygpt.rundir import digest, write_text
 
 Ids = npt.NDArray[np.uint32]
@@ -47,12 +41,6 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 # Training is quadratic in the length of a piece, so runs longer than this are cut (training only).
 _LONGEST_RUN = 200
 _LONG_RUNS = re.compile(rf"\S{{{_LONGEST_RUN}}}|\s{{{_LONGEST_RUN}}}")
-
-_GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-_GPT2_SHA256 = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
 
 
 class Tokenizer(ABC):
@@ -418,48 +406,5 @@ def _gpt2_from(vocab_dir: str) -> Gpt2:
 
 
 def _gpt2_by_tiktoken() -> Gpt2:
-    """From tiktoken's cache, else by its download; fails fast without a network."""
-    remedy = "give tokenizer.vocab_dir=FOLDER, a folder with GPT-2's encoder.json and vocab.bpe"
-    missing = [name for name in _GPT2_SHA256 if not _is_cached(name)]
-    if missing and not _reachable(_GPT2_URL + missing[0]):
-        raise ConfigError(
-            "tokenizer.kind=gpt2: its vocabulary is not in tiktoken's cache and "
-            f"{_GPT2_URL.split('/')[2]} cannot be reached; {remedy}"
-        )
-    try:
-        read = {n: read_file_cached(_GPT2_URL + n, sha) for n, sha in _GPT2_SHA256.items()}
-        return _gpt2(read["encoder.json"], read["vocab.bpe"])
-    except (OSError, ValueError) as error:
-        reason = type(error).__name__
-        raise ConfigError(
-            f"tokenizer.kind=gpt2: tiktoken could not get its vocabulary ({reason}); {remedy}"
-        ) from error
-
-
-def _is_cached(name: str) -> bool:
-    """Whether tiktoken would take this file from its cache.  It deletes one that is damaged and
-    goes to the network, so that is found out first."""
-    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    places = os.environ
-    folder = places.get("TIKTOKEN_CACHE_DIR", places.get("DATA_GYM_CACHE_DIR", default))
-    path = Path(folder, hashlib.sha1((_GPT2_URL + name).encode()).hexdigest())
-    try:
-        return folder != "" and hashlib.sha256(path.read_bytes()).hexdigest() == _GPT2_SHA256[name]
-    except OSError:
-        return False
-
-
-def _reachable(url: str, seconds: float = 1.5) -> bool:
-    """In a thread, because looking up a host name has no time limit of its own."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        with suppress(Exception):
-            request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=seconds).close()
-            answered.set()
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(seconds)
-    return answered.is_set()
+    files = gpt2_files()
+    return _gpt2(files["encoder.json"], files["vocab.bpe"])

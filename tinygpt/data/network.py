@@ -1,0 +1,87 @@
+"""What comes over the network, and how soon one learns that it does not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tiktoken.load import read_file_cached
+
+from tinygpt.config import ConfigError
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+
+def reachable(url: str, seconds: float = 1.5) -> bool:
+    """Whether anything answers at ``url``, through whatever proxy the environment names."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=seconds).close()
+            answered.set()
+        except urllib.error.HTTPError:
+            answered.set()  # it answered, if only to refuse
+        except (OSError, ValueError):
+            return
+
+    # in a thread, because looking up a host name has no time limit of its own
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answered.is_set()
+
+
+def require_hub(repo: str) -> None:
+    """Raises ConfigError within two seconds where the Hugging Face hub cannot be reached."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    if offline or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+        raise ConfigError(
+            f"data.repo={repo}: no network{' (HF_HUB_OFFLINE is set)' if offline else ''}; start "
+            "where the data lies in a folder of that name, or use data=custom data.path=... or "
+            "data=synthetic"
+        )
+
+
+def gpt2_files() -> dict[str, bytes]:
+    """GPT-2's encoder.json and vocab.bpe from tiktoken's cache, else by its download.
+
+    Raises ConfigError, within two seconds where there is no network.
+    """
+    remedy = "give tokenizer.vocab_dir=FOLDER, a folder with GPT-2's encoder.json and vocab.bpe"
+    missing = [name for name in GPT2_SHA256 if not _is_cached(name)]
+    if missing and not reachable(GPT2_URL + missing[0]):
+        raise ConfigError(
+            "tokenizer.kind=gpt2: its vocabulary is not in tiktoken's cache and "
+            f"{GPT2_URL.split('/')[2]} cannot be reached; {remedy}"
+        )
+    try:
+        return {name: read_file_cached(GPT2_URL + name, sha) for name, sha in GPT2_SHA256.items()}
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"tokenizer.kind=gpt2: tiktoken could not get its vocabulary "
+            f"({type(error).__name__}); {remedy}"
+        ) from error
+
+
+def _is_cached(name: str) -> bool:
+    """Whether tiktoken would take this file from its cache.  It deletes one that is damaged and
+    goes to the network, so that is found out first."""
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    places = os.environ
+    folder = places.get("TIKTOKEN_CACHE_DIR", places.get("DATA_GYM_CACHE_DIR", default))
+    path = Path(folder, hashlib.sha1((GPT2_URL + name).encode()).hexdigest())
+    try:
+        return folder != "" and hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_SHA256[name]
+    except OSError:
+        return False
