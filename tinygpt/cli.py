@@ -74,11 +74,14 @@ def register_schemas() -> None:
 def compose_config(overrides: Sequence[str]) -> Config:
     """The checked configuration that ``overrides`` ask for.  Raises ConfigError, one line."""
     register_schemas()
+    _check_words(overrides)
     try:
         with initialize_config_dir(CONF_DIR, version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
         return schema.typed(composed, overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
         raise ConfigError(_explain(error, overrides)) from error
 
 
@@ -86,12 +89,21 @@ def compose_jobs(overrides: Sequence[str], multirun: bool) -> list[Config]:
     """The configuration of every job of a command line, all checked before any of them runs."""
     if not multirun:
         return [compose_config(overrides)]
+    _check_words(overrides)
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError(_explain(error, overrides)) from error
     jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
     return [compose_config(job) for job in jobs]
+
+
+def _check_words(overrides: Sequence[str]) -> None:
+    for item in overrides:
+        if item.startswith("~"):
+            raise ConfigError(f"{item}: a key cannot be removed, only set")
+        if not re.match(r"\+{0,2}[A-Za-z_][\w./@:-]*=", item):
+            raise ConfigError(f"'{item}': must be key=value")
 
 
 def _explain(error: BaseException, overrides: Sequence[str]) -> str:
@@ -104,18 +116,28 @@ def _explain(error: BaseException, overrides: Sequence[str]) -> str:
     if isinstance(error, MissingConfigException):
         return _unknown_choice(text)
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read as key=value; quote it as 'key=\"value\"'"
+        name, _, value = error.override.partition("=")
+        value = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f"{error.override}: cannot be read; in quotes it can: '{name}=\"{value}\"'"
+    if "Ambiguous value" in text or "requires --multirun" in text:
+        item = text.splitlines()[0].split("'", 1)[1].rsplit("'", 1)[0]
+        return f"{item}: several values need --multirun, a list [a,b], a text 'key=\"a,b\"'"
+    if "group override must be" in text:
+        return _not_a_choice(overrides)
+    if isinstance(cause, AssertionError):  # Hydra's, at a key of a section that is null
+        unset = [item for item in overrides if re.match(r"\+*logger\.\w+\.", item)]
+        chosen = unset[0].split(".")[1] if unset else ""
+        return f"{unset[0]}: needs logger={chosen}" if unset else text.splitlines()[0]
     missing = re.search(r"[Mm]issing mandatory value: (\S+)", text)
     if missing:
         name = missing.group(1) if "." in missing.group(1) else name
         return f"{name}: must be given, as {name}=..."
-    if "does not support deletion" in text:
-        return f"~{name}: a key cannot be removed, only set"
     if isinstance(cause, OmegaConfBaseException) and "not in '" in text:
-        return schema.unknown_key(name, _known_keys())
+        return _unknown_key(name)
     if isinstance(error, ConfigCompositionException) and "Could not override" in text:
-        return schema.unknown_key(text.split("'")[1], _known_keys())
+        return _unknown_key(text.split("'")[1])
     if name:
+        name = re.sub(r"\[\d+\]$", "", name)
         return f"{name}={_given(name, overrides)}: {_plain(text)}"
     return text.splitlines()[0]
 
@@ -126,9 +148,8 @@ def _full_key(error: BaseException) -> str:
 
 
 def _given(name: str, overrides: Sequence[str]) -> str:
-    stem = re.sub(r"\[\d+\]$", "", name)
     values = [
-        item.split("=", 1)[1] for item in overrides if item.lstrip("+").startswith(f"{stem}=")
+        item.split("=", 1)[1] for item in overrides if item.lstrip("+").startswith(f"{name}=")
     ]
     return values[-1] if values else "?"
 
@@ -137,6 +158,12 @@ def _plain(text: str) -> str:
     line = text.splitlines()[0]
     if "not Optional" in line:
         return "must not be null"
+    if "not a valid bool" in line:
+        return "must be true or false"
+    if "is not a ListConfig" in line:
+        return "must be a list, as [a,b]"
+    if "Invalid type assigned" in line:
+        return "must be set key by key"
     kinds = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
     found = re.search(r"could not be converted to (\w+)", line)
     return f"must be {kinds.get(found.group(1), found.group(1))}" if found else line
@@ -145,8 +172,33 @@ def _plain(text: str) -> str:
 def _unknown_choice(text: str) -> str:
     """From Hydra's "Could not find 'group/choice'" or "Could not load 'group/choice'."."""
     group, _, choice = re.findall(r"'([^']*)'", text)[1].rpartition("/")
-    allowed = sorted(p.stem for p in Path(CONF_DIR, group).glob("*.yaml"))
-    return f"{group}={choice}: no such choice; there are {', '.join(allowed)}"
+    return f"{group}={choice}: no such choice{_choices(group)}"
+
+
+def _not_a_choice(overrides: Sequence[str]) -> str:
+    """A group that was given a number or null: Hydra does not say which."""
+    for item in OverridesParser.create().parse_overrides(list(overrides)):
+        group = item.key_or_group
+        if Path(CONF_DIR, group).is_dir() and not isinstance(item.value(), str | list):
+            return f"{item.input_line}: no such choice{_choices(group)}"
+    return f"{' '.join(overrides)}: a group takes the name of a choice"
+
+
+def _choices(group: str) -> str:
+    names = sorted(p.stem for p in Path(CONF_DIR, group).glob("*.yaml"))
+    return f"; there are {', '.join(names)}" if names else ""
+
+
+def _unknown_key(name: str) -> str:
+    """With the choices of its group that have this key, where the chosen one has not."""
+    line = schema.unknown_key(name, _known_keys())
+    group, _, last = name.partition(".")
+    owners: list[str] = []
+    for choice in _SCHEMAS.get(group, {}).values():
+        fields = {f.name: f for f in dataclasses.fields(choice)}
+        if last in fields:
+            owners += fields["source" if group == "data" else "kind"].metadata["among"]
+    return f"{line}; it is one of {group}={' or '.join(owners)}" if owners else line
 
 
 def _known_keys() -> list[str]:
@@ -167,6 +219,7 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
         print(usage)
         raise SystemExit(0)
     values, kinds = OmegaConf.structured(cls), typing.get_type_hints(cls)
+    verbatim: dict[str, Any] = {}  # OmegaConf would see ${...} and ??? in a text
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for item in argv:
         name, equals, value = item.partition("=")
@@ -174,8 +227,11 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
             raise ConfigError(f"{item}: must be key=value, one of {', '.join(names)}")
         if name not in names:
             raise ConfigError(schema.unknown_key(name, names))
+        read = _read(value, kinds[name])
+        if read is not None and str in (kinds[name], *typing.get_args(kinds[name])):
+            verbatim[name], read = read, type(read)()
         try:
-            values[name] = _read(value, kinds[name])
+            values[name] = read
         except OmegaConfBaseException as error:
             raise ConfigError(f"{name}={value}: {_plain(str(error))}") from error
     try:
@@ -183,6 +239,8 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
     except MissingMandatoryValue as error:
         name = _full_key(error)
         raise ConfigError(f"{name}: must be given, as {name}=...") from error
+    for name, read in verbatim.items():
+        setattr(arguments, name, read)
     schema.check_bounds(arguments)
     return arguments  # type: ignore[return-value]
 

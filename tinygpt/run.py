@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any
+from collections.abc import Sequence
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -25,7 +25,7 @@ def job(composed: DictConfig) -> float:
     overrides = list(hydra_config.overrides.task)
     config = typed(composed, overrides)
     if config.study is None:
-        config.study = _study(hydra_config)
+        config.study = hydra_config.runtime.choices.get("experiment") or "runs"
 
     from rich.console import Console
 
@@ -38,15 +38,11 @@ def job(composed: DictConfig) -> float:
     return math.inf if loss is None else loss
 
 
-def _study(hydra_config: Any) -> str:
-    """The folder of runs that belong together: a bare sweep's is named after what it sweeps."""
-    experiment = hydra_config.runtime.choices.get("experiment")
-    if experiment:
-        return str(experiment)
-    if hydra_config.mode != RunMode.MULTIRUN:
-        return "runs"
-    parsed = OverridesParser.create().parse_overrides(hydra_config.overrides.task)
-    return "sweep-" + "-".join(sorted(o.key_or_group.rsplit(".", 1)[-1] for o in parsed))
+def sweep_name(overrides: Sequence[str]) -> str:
+    """The study of a bare sweep, named after the keys that it sweeps."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    swept = [o.get_key_element().rsplit(".", 1)[-1] for o in parsed if o.is_sweep_override()]
+    return "-".join(["sweep", *sorted(swept)])
 
 
 @cli.one_line_errors
@@ -57,6 +53,9 @@ def main() -> None:
     if not any(shown) and not arguments.shell_completion:
         # every mistake is found here, before torch is imported and before anything is written
         cli.compose_jobs(arguments.overrides, arguments.multirun)
+        keys = {item.split("=")[0] for item in arguments.overrides}
+        if arguments.multirun and not keys & {"study", "experiment"}:
+            sys.argv.append(f"study={sweep_name(arguments.overrides)}")
     job()
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,13 +49,28 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner alone
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner alone
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Tells of what a write failed: on a full disk the error itself does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except RuntimeError as error:  # torch's writer does not say why
+        if shutil.disk_usage(path.parent).free >= 1 << 16:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def _umask() -> int:
@@ -93,7 +110,7 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     what was read; it stands for the paths in them.
     """
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}
-    for name in ("path", "val_file", "test_file"):
+    for name in ("path", "val_file", "test_file", "repo"):
         values["data"].pop(name, None)
     values["tokenizer"].pop("vocab_dir", None)
     return digest({**values, "content": content})
@@ -101,14 +118,14 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
 
 def run_name(overrides: Sequence[str], config_hash: str) -> str:
     """A readable folder name: the overridden values, then six digits of the hash."""
-    named: dict[str, str] = {}
+    named: dict[str, str] = {}  # by the whole key: two may end alike
     for item in overrides:
         key, _, value = item.lstrip("+~").partition("=")
         group = key.split(".")[0]
         is_cleared = key.startswith("train.") and key[6:] in HORIZONS and value == "null"
         if group not in NOT_SCIENCE and not group.startswith("hydra") and not is_cleared:
-            named[key.rsplit(".", 1)[-1]] = value.rstrip("/").rsplit("/", 1)[-1]
-    words = [f"{key}-{value}" for key, value in sorted(named.items())]
+            named[key] = value.rstrip("/").rsplit("/", 1)[-1]
+    words = sorted(f"{key.rsplit('.', 1)[-1]}-{value}" for key, value in named.items())
     text = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words))
     text = re.sub(r"-{2,}", "-", text).strip("-._")[:100].strip("-._")
     return f"{text or 'default'}-{config_hash[:6]}"
@@ -144,32 +161,43 @@ class RunDir:
         Raises ConfigError where the folder belongs to another configuration or is not a run's.
         """
         if self.results.exists():
-            results: dict[str, Any] = read_json(self.results)
-            self._check_owner(results.get("config_hash"), config_hash)
+            results: dict[str, Any] = self._owned(self.results, config_hash)
             return results
         if self.environment.exists():
-            self._check_owner(read_json(self.environment).get("config_hash"), config_hash)
+            self._owned(self.environment, config_hash)
         elif self.path.is_dir() and any(_is_strange(p) for p in self.path.iterdir()):
             raise ConfigError(f"run_name={self.path.name}: {self.path} is there and is no run's")
         return None
 
-    def _check_owner(self, found: Any, wanted: str) -> None:
-        if found != wanted:
+    def _owned(self, path: Path, config_hash: str) -> Any:
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: not a file of a run")
+        if values.get("config_hash") != config_hash:
             raise ConfigError(
                 f"run_name={self.path.name}: {self.path} holds a run of another configuration; "
                 "choose another run_name or study, or remove that folder"
             )
+        return values
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second process out of this folder.  Raises ConfigError if one is there."""
+        lock = filelock.FileLock(self.path / ".lock")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.path / ".lock")
-            with lock.acquire(timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except filelock.Timeout as error:
             raise ConfigError(f"{self.path}: another process is training this run") from error
+        except OSError as error:
+            folder = self.path.parent.parent
+            raise ConfigError(
+                f"output_dir={folder}: cannot be written ({error.strerror})"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def remove_torn(self) -> None:
         """Removes what a killed process was writing; call it under the lock."""
@@ -227,8 +255,12 @@ class MetricsFile:
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         values = ["" if row.get(name) is None else repr(row[name]) for name in METRICS]
-        with self.path.open("ab", buffering=0) as file:
-            file.write((",".join(values) + "\n").encode())
+        line = (",".join(values) + "\n").encode()
+        with naming(self.path), self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line) != len(line):  # a full disk takes the beginning
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def environment(**resolved: Any) -> dict[str, Any]:

@@ -24,7 +24,8 @@ END_OF_TEXT = "<|endoftext|>"
 SECTION = 2000  # characters: about the length of a document cut from a long text
 BINARY = (".parquet", ".arrow", ".gz", ".zst")
 CHUNK = 1 << 20  # bytes read at a time
-TEXT_SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+ROWS = (".jsonl", ".csv", ".parquet")
+TEXT_SUFFIXES = (".txt", *ROWS)
 
 
 class Document(NamedTuple):
@@ -133,10 +134,17 @@ class FileCorpus:
             if value is not None:
                 self.files[split] = find_files(f"data.{key}", value)
         self.own = set(self.files) - {"train"}
-        self.scans = {path: _scan(path) for paths in self.files.values() for path in paths}
+        self.scans = {
+            path: _scan(path, f"data.{'path' if split == 'train' else split + '_file'}={path}")
+            for split, paths in self.files.items()
+            for path in paths
+        }
 
     def fingerprint(self) -> str:
-        found = {s: [self.scans[p].sha256 for p in paths] for s, paths in self.files.items()}
+        found = {  # the suffix says how a file is read
+            split: [[self.scans[p].sha256, p.suffix if p.suffix in ROWS else ""] for p in paths]
+            for split, paths in self.files.items()
+        }
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     def documents(self, split: str) -> Iterator[Document]:
@@ -145,7 +153,7 @@ class FileCorpus:
                 yield Document(text)
 
     def _texts(self, path: Path) -> Iterator[str]:
-        if path.suffix in (".jsonl", ".csv", ".parquet"):
+        if path.suffix in ROWS:
             rows = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
             return text_of_rows(rows[path.suffix](path), self.config.text_column, str(path))
         separator = self.config.separator
@@ -156,20 +164,28 @@ class FileCorpus:
 
 def find_files(key: str, value: str) -> list[Path]:
     """The files that a path, a folder or a glob names, in sorted order.  Raises ConfigError."""
-    path = Path(value).expanduser()
+    if not value:
+        raise ConfigError(f"{key}={value}: must name a file, a folder or a glob")
+    try:
+        return _found(key, value, Path(value).expanduser())
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{key}={value}: cannot be read ({reason})") from error
+
+
+def _found(key: str, value: str, path: Path) -> list[Path]:
     if path.is_dir():
-        if not os.access(path, os.R_OK | os.X_OK):
-            raise ConfigError(f"{key}={value}: this folder cannot be read (permission denied)")
+        os.scandir(path).close()  # rglob would pass over a folder that cannot be read
         files = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
         if not files:
             raise ConfigError(f"{key}={value}: no {', '.join(TEXT_SUFFIXES)} file in this folder")
         return files
-    files = (
-        [path] if path.exists() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-    )
+    there = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+    found = sorted(there)
+    files = [p for p in found if p.is_file()]
     if not files:
-        raise ConfigError(f"{key}={value}: no such file or folder")
-    return [p for p in files if p.is_file()]
+        raise ConfigError(f"{key}={value}: {'not a file' if found else 'no such file or folder'}")
+    return files
 
 
 class _Scan(NamedTuple):
@@ -177,7 +193,7 @@ class _Scan(NamedTuple):
     has_end_of_text: bool
 
 
-def _scan(path: Path) -> _Scan:
+def _scan(path: Path, where: str) -> _Scan:
     """One pass over a file: its hash, its separator, and whether it is text at all."""
     sha, found, tail, size = hashlib.sha256(), False, b"", 0
     mark = END_OF_TEXT.encode()
@@ -185,16 +201,24 @@ def _scan(path: Path) -> _Scan:
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 if path.suffix not in BINARY and b"\0" in chunk:
-                    raise ConfigError(f"data.path={path}: not a text file (it has zero bytes)")
+                    raise ConfigError(f"{where}: not a text file (it has zero bytes)")
                 found = found or mark in tail + chunk
                 sha.update(chunk)
                 size += len(chunk)
                 tail = chunk[-len(mark) :]
     except OSError as error:
-        raise ConfigError(f"data.path={path}: cannot be read ({error.strerror})") from error
+        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
     if size == 0:
-        raise ConfigError(f"data.path={path}: this file is empty")
+        raise ConfigError(f"{where}: this file is empty")
     return _Scan(sha.hexdigest(), found)
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def _text_chunks(path: Path) -> Iterator[str]:
@@ -311,7 +335,14 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
             raise ConfigError(f"data.path={path}: line {number} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise ConfigError(f"data.path={path}: line {number} is not a JSON object")
-        yield row
+        yield {name: _unicode(value) for name, value in row.items()}
+
+
+def _unicode(value: Any) -> Any:
+    """JSON can spell half of a surrogate pair, which is no character: U+FFFD stands for it."""
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)
 
 
 def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -331,7 +362,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.path={path}: not readable as parquet ({error})") from error
 
 
@@ -356,7 +387,8 @@ class HubCorpus:
                 chosen[split] = standard
             elif name not in (None, "auto"):
                 chosen[split] = str(name)
-        for key, name in zip(("split", "val_split", "test_split"), chosen.values(), strict=False):
+        for split, name in chosen.items():
+            key = "split" if split == "train" else f"{split}_split"
             if name not in there:
                 raise ConfigError(f"data.{key}={name}: no such split; there are {', '.join(there)}")
         return chosen
@@ -373,17 +405,24 @@ class HubCorpus:
         try:
             return question(datasets)
         except (OSError, ValueError, RuntimeError) as error:
-            line = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigError(f"data.repo={self.config.repo}: {line}") from error
+            raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> ConfigError:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return ConfigError(f"data.repo={self.config.repo}: {line}")
 
     def fingerprint(self) -> str:
         config = self.config
-        found: dict[str, Any] = {"splits": self.splits, "column": config.text_column}
+        found: dict[str, Any] = {
+            "config": config.config,
+            "splits": self.splits,
+            "column": config.text_column,
+        }
         if self.local:
             files = sorted(p for p in Path(config.repo).rglob("*") if p.is_file())
-            found["files"] = [_scan(p).sha256 for p in files]
+            found["files"] = [_sha256(p) for p in files]
         else:
-            found |= {"repo": config.repo, "config": config.config, "revision": config.revision}
+            found |= {"repo": config.repo, "revision": config.revision}
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     def documents(self, split: str) -> Iterator[Document]:
@@ -397,10 +436,17 @@ class HubCorpus:
                 revision=config.revision,
             )
         )
-        texts = text_of_rows(iter(stream), config.text_column, f"data.repo={config.repo}")
+        rows = self._rows(iter(stream))
+        texts = text_of_rows(rows, config.text_column, f"data.repo={config.repo}")
         if config.separator not in ("auto", "none"):
             texts = cut((text + "\n" for text in texts), config.separator)
         return (Document(text) for text in texts)
+
+    def _rows(self, stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        try:
+            yield from stream
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._refused(error) from error
 
 
 def describe(config: DataConfig) -> str:

@@ -38,7 +38,8 @@ def step_ended(trainer: pl.Trainer, batch_idx: int) -> bool:
 class Journal(pl.Callback):
     """Logs, evaluates and judges: what a run measures of itself.
 
-    ``evaluate`` scores the validation split; ``sample`` writes text at a step.
+    ``evaluate`` scores the validation split; ``sample`` writes text at a step; ``floor`` is the
+    loss that no model gets below, where the corpus knows it.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class Journal(pl.Callback):
         evaluate: Callable[[], Scores],
         sample: Callable[[int], None],
         module: LanguageModel,
+        floor: float | None,
     ) -> None:
         self.config, self.plan, self.metrics = config, plan, metrics
         self.evaluate, self.sample, self._module = evaluate, sample, module
+        self.floor = floor
         self.scores: Scores | None = None  # the last ones
         self.state: dict[str, Any] = {
             "status": "finished",
@@ -195,7 +198,9 @@ class Journal(pl.Callback):
         if not trainer.is_global_zero:
             return
         self.metrics.append({"step": step, "tokens": tokens, **row})
-        known = {k: v for k, v in row.items() if v is not None}
+        known = {_tag(name): value for name, value in row.items() if value is not None}
+        if scores and self.floor is not None:
+            known["val/irreducible_loss_exact"] = self.floor
         for logger in trainer.loggers:
             logger.log_metrics(known, step=tokens)
         if scores:
@@ -219,6 +224,12 @@ class Journal(pl.Callback):
         seconds = (self.plan.total_steps - step) * self.config.train.batch_tokens / rate
         left = f"  {clock(seconds)} left" if step < self.plan.total_steps else ""
         return f"  {short(rate)} tokens/s{left}"
+
+
+def _tag(name: str) -> str:
+    """A column of metrics.csv as TensorBoard groups it: ``val_loss`` → ``val/loss``."""
+    split, _, rest = name.partition("_")
+    return f"{split}/{rest}" if split in ("train", "val") else f"train/{name}"
 
 
 class Checkpoints(pl.Callback):

@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from tinygpt import rundir
 
@@ -96,33 +95,23 @@ def _number(value: float | None) -> str:
 
 
 def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    """What was trained, on what, to which loss, where it is, what to try next."""
     floor = results["irreducible_loss_exact"]
-    rows = [
-        (
-            "trained",
-            f"{short(results['model_parameters'])} parameters, "
-            f"{short(results['train_tokens'])} tokens of {results['dataset']}, "
-            f"{clock(results['seconds_training'])}, "
-            f"{short(results['tokens_per_second'] or 0)} tokens/s",
-        ),
-        ("status", results["status"]),
-        (
-            "val loss",
-            f"{_number(results['initial_val_loss'])} → {_number(results['final_val_loss'])}"
-            " nats per token" + (f" (exact floor {floor:.4f})" if floor else ""),
-        ),
-        (
-            "",
-            f"perplexity {_number(results['final_val_perplexity'])}, "
-            f"accuracy {_number(results['final_val_accuracy'])}, "
-            f"{_number(results['final_val_bits_per_byte'])} bits per byte",
-        ),
-        ("test loss", _number(results["test_loss"])),
-        ("files", str(run.path)),
-        ("next", f"tensorboard --logdir {run.path.parent.parent}"),
-    ]
-    for name, text in rows:
-        table.add_row(name, text)
+    initial, final = _number(results["initial_val_loss"]), _number(results["final_val_loss"])
+    lines = {
+        "trained": f"{short(results['model_parameters'])} parameters on "
+        f"{short(results['train_tokens'])} tokens of {results['dataset']} in "
+        f"{clock(results['seconds_training'])}, {short(results['tokens_per_second'] or 0)} tokens/s",
+        "status": results["status"],
+        "val loss": f"{initial} → {final} nats per token"
+        + (f", exact floor {floor:.4f}" if floor else ""),
+        "": f"perplexity {_number(results['final_val_perplexity'])}, accuracy "
+        f"{_number(results['final_val_accuracy'])}, bits per byte "
+        f"{_number(results['final_val_bits_per_byte'])}",
+        "test loss": _number(results["test_loss"]),
+        "files": str(run.path),
+        "next": f"tensorboard --logdir {run.path.parent.parent}",
+    }
     console.print()
-    console.print(table, highlight=False, soft_wrap=True)
+    for name, text in lines.items():
+        console.print(f"{name:<10} {text}", highlight=False, markup=False, soft_wrap=True)

@@ -180,7 +180,13 @@ class _Run:
         self.samples: dict[int, str] = {}  # by step
         self.metrics = rundir.MetricsFile(run.metrics)
         self.journal = Journal(
-            config, self.plan, self.metrics, self._evaluate_val, self._sample, self.module
+            config,
+            self.plan,
+            self.metrics,
+            self._evaluate_val,
+            self._sample,
+            self.module,
+            data.floor("val"),
         )
         self.interrupts = Interrupts(run)
 
@@ -206,36 +212,38 @@ class _Run:
 
     def _introduce(self, resuming: bool) -> None:
         config, plan, index = self.config, self.plan, self.data.prepared.index
-        sizes = count_parameters(config.model, self.tokenizer.vocab_size)
-        train = index["splits"]["train"]
+        vocab_size = self.tokenizer.vocab_size
+        sizes = count_parameters(config.model, vocab_size)
         log.info(
-            "model   %s parameters (%s without embeddings), vocabulary %s (%s)",
+            "model   %s parameters, %s without embeddings; vocabulary %s (%s)",
             short(sizes.total),
             short(sizes.non_embedding),
-            f"{self.tokenizer.vocab_size:,}",
+            f"{vocab_size:,}",
             self.tokenizer.kind,
         )
-        epochs = plan.train_tokens / max(1, self.data.windows.used_tokens)
+        if vocab_size < getattr(config.tokenizer, "vocab_size", 0):
+            log.info("note    the text is too short to learn a larger vocabulary from")
+        log.info("data    %s", corpora.describe(config.data))
+        for name, info in index["splits"].items():
+            if info:
+                log.info("        %s", _describe_split(name, info))
+        if index["duplicates_of_validation_or_test"]:
+            log.info(
+                "note    %d training documents stand in validation or test too and are left out",
+                index["duplicates_of_validation_or_test"],
+            )
         log.info(
-            "data    %s: %s documents, %s tokens to train on (%.2g epochs), %s to validate",
-            corpora.describe(config.data),
-            f"{train['documents']:,}",
-            short(self.data.windows.used_tokens),
-            epochs,
-            short(index["splits"]["val"]["tokens"]),
-        )
-        log.info(
-            "train   %s tokens in %s steps of %s, on %s at %s bits",
+            "train   %s tokens (%.2g epochs of %s) in %s steps of %s; %s, %s threads, precision %s",
             short(plan.train_tokens),
+            plan.train_tokens / max(1, self.data.windows.used_tokens),
+            short(self.data.windows.used_tokens),
             f"{plan.total_steps:,}",
             f"{config.train.batch_tokens:,}",
             self.device.accelerator,
+            torch.get_num_threads(),
             self.device.precision,
         )
-        for name, info in index["splits"].items():
-            if info and info["unknown_tokens"]:
-                log.info("note    %d unknown characters in %s", info["unknown_tokens"], name)
-        log.info("folder  %s%s", self.run.path, "  (going on where it stopped)" if resuming else "")
+        log.info("folder  %s%s", self.run.path, ", going on where it stopped" if resuming else "")
 
     def _restore_records(self) -> tuple[int, int]:
         """The step of the last checkpoint and the step to end at.
@@ -307,3 +315,16 @@ class _Run:
         return make_results(
             self.config, self.hash, self.plan, self.data, self.device, self.journal, final, test
         )
+
+
+def _describe_split(name: str, info: dict[str, Any]) -> str:
+    """One line: what a split has, and what of it was not taken as it came."""
+    counts = [
+        f"{name:<5} {info['documents']:>8,} documents",
+        f"{short(info['tokens'])} tokens",
+        f"{info['bytes'] / 1e6:.3g} MB",
+        f"{short(info['characters'])} characters",
+    ]
+    others = ("unknown_tokens", "empty_documents", "left_out_documents")
+    odd = [f"{info[key]:,} {key.replace('_', ' ')}" for key in others if info[key]]
+    return ", ".join(counts + odd)

@@ -78,15 +78,16 @@ def make_loggers(config: Config, run: rundir.RunDir, step: int) -> list[Logger]:
     if config.logger.tensorboard is not None:
         # what a resumed run logs again takes the place of what was logged before
         purge = step * config.train.batch_tokens + 1 if step else None
-        loggers.append(
-            TensorBoardLogger(
-                run.path / "tensorboard",
-                name="",
-                version="",
-                flush_secs=config.logger.tensorboard.flush_seconds,
-                purge_step=purge,
-            )
+        board = TensorBoardLogger(
+            run.path / "tensorboard",
+            name="",
+            version="",
+            flush_secs=config.logger.tensorboard.flush_seconds,
+            purge_step=purge,
         )
+        losses = ["train/loss", "val/loss", "val/irreducible_loss_exact"]
+        board.experiment.add_custom_scalars({"loss": {"all losses": ["Multiline", losses]}})
+        loggers.append(board)
     if config.logger.wandb is not None:
         from lightning.pytorch.loggers import WandbLogger
 

@@ -1,0 +1,409 @@
+"""Arguments, names of runs, the horizon, the hash: what a command line comes down to."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import MISSING
+
+from tests.conftest import ROOT
+from tinygpt import cli
+from tinygpt.cli import compose_config, compose_jobs, read_arguments
+from tinygpt.config import DEFAULT_TOKENS, HORIZONS, Config, ConfigError, key
+from tinygpt.rundir import config_hash, run_name
+
+USAGE = "usage: python -m tinygpt.test prompt=TEXT"
+
+
+@dataclass
+class Arguments:
+    prompt: str = MISSING
+    note: Optional[str] = None
+    count: int = key(3, least=1)
+    rate: Optional[float] = key(0.5, above=0.0)
+    quick: bool = False
+    kind: str = key("bpe", among=("bpe", "char"))
+    words: list[str] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+
+
+def read(*argv: str) -> Arguments:
+    return read_arguments(Arguments, argv, USAGE)
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        read(*argv)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@given(st.text())
+def test_a_text_is_taken_verbatim(text: str) -> None:
+    arguments = read(f"prompt={text}", f"note={text}")
+    assert arguments.prompt == text
+    assert arguments.note == (None if text == "null" else text)
+
+
+AWKWARD = ["a=b=c", "a, b", '"quoted"', "it's", "{a: 1}", "[1,2]", "${oc.env:HOME}", "${", "???"]
+AWKWARD += ["null", "", " ", "1e3", "true", "naïve 日本 🦕", "--flag", "a\nb", "\\n"]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_these_too(text: str) -> None:
+    assert read(f"prompt={text}").prompt == text
+
+
+@given(st.lists(st.text(st.characters(exclude_characters=",")), min_size=1))
+def test_a_list_is_cut_at_commas_and_nowhere_else(words: list[str]) -> None:
+    joined = ",".join(words)
+    assert read("prompt=", f"words={joined}").words == (words if joined else [])
+
+
+def test_values_become_what_their_field_is() -> None:
+    arguments = read("prompt=x", "count=7", "rate=1e-3", "quick=true", "ids=3,1,2", "kind=char")
+    assert dataclasses.astuple(arguments) == ("x", None, 7, 1e-3, True, "char", [], [3, 1, 2])
+    assert read("prompt=x", "rate=null").rate is None
+    assert read("prompt=x", "ids=").ids == []
+    assert read("prompt=a", "prompt=b").prompt == "b"
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("promt=x", "promt: no such key; did you mean prompt?"),
+        ("=x", ": no such key"),
+        ("x", "x: must be key=value, one of prompt, note, count"),
+        ("--count", "--count: must be key=value"),
+        ("count=many", "count=many: must be an integer"),
+        ("count=1.5", "count=1.5: must be an integer"),
+        ("count=null", "count=null: must be an integer"),
+        ("count=", "count=: must be an integer"),
+        ("count=0", "count=0: must be at least 1"),
+        ("rate=fast", "rate=fast: must be a number"),
+        ("rate=-1", "rate=-1.0: must be above 0"),
+        ("rate=nan", "rate=nan: must be a finite number"),
+        ("rate=inf", "rate=inf: must be a finite number"),
+        ("quick=perhaps", "quick=perhaps: must be true or false"),
+        ("ids=1,x", "ids=1,x: must be an integer"),
+        ("kind=word", "kind=word: must be one of bpe, char"),
+    ],
+)
+def test_a_bad_argument_is_one_line(argument: str, line: str) -> None:
+    assert refused("prompt=x", argument).startswith(line)
+
+
+def test_a_missing_argument_is_named() -> None:
+    assert refused() == "prompt: must be given, as prompt=..."
+
+
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_is_the_usage(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        read("nonsense", word)
+    assert left.value.code == 0
+    assert capsys.readouterr().out == USAGE + "\n"
+
+
+# --- exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ConfigError("a=1: must\n  be 2"), 2, "error: a=1: must be 2\n"),
+        (cli.RunError("it broke"), 1, "error: it broke\n"),
+        (OSError(28, "No space left on device", "/x/y"), 1, "error: /x/y: No space left on "),
+        (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @cli.one_line_errors
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as left:
+        command()
+    said = capsys.readouterr().err
+    assert left.value.code == code
+    assert said.startswith(line)
+    assert said.count("\n") == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    @cli.one_line_errors
+    def command(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(ZeroDivisionError):
+        command(ZeroDivisionError())
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(ConfigError):
+        command(ConfigError("x"))
+
+
+# --- what is imported, what is written
+
+MAIN = """
+import contextlib, io, json, sys
+from tinygpt import run
+
+heavy = ("torch", "lightning", "datasets", "tokenizers", "transformers")
+found = []
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["run.py", *words]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run.main()
+        except SystemExit as left:
+            code = left.code
+    loaded = [name for name in heavy if name in sys.modules]
+    found.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "loaded": loaded})
+print(json.dumps(found))
+"""
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+    loaded: list[str]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Outcome], Path]:
+    """Command lines that end before any training, one after the other in one fresh process."""
+    lines = {
+        "help": ["--help"],
+        "cfg": ["--cfg", "job", "model.d_model=32"],
+        "misspelt": ["model.d_modle=64"],
+        "unknown choice": ["data=foo"],
+        "does not divide": ["model.n_heads=3"],
+        "two horizons": ["train.tokens=5", "train.steps=5"],
+        "swept": ["--multirun", "model.d_model=16,32,abc"],
+        "swept late": ["--multirun", "model.d_model=16,18", "model.n_heads=4"],
+        "swept group": ["--multirun", "optim=adamw,lion"],
+    }
+    folder = tmp_path_factory.mktemp("main")
+    program = [sys.executable, "-c", MAIN, json.dumps(list(lines.values()))]
+    ran = subprocess.run(program, cwd=folder, capture_output=True, text=True, check=True)
+    found = [Outcome(**values) for values in json.loads(ran.stdout)]
+    return dict(zip(lines, found, strict=True)), folder
+
+
+def test_nothing_heavy_is_loaded_and_nothing_written(
+    outcomes: tuple[dict[str, Outcome], Path],
+) -> None:
+    found, folder = outcomes
+    assert {name: outcome.loaded for name, outcome in found.items() if outcome.loaded} == {}
+    assert list(folder.iterdir()) == []
+
+
+def test_help_and_cfg(outcomes: tuple[dict[str, Outcome], Path]) -> None:
+    found, _ = outcomes
+    assert found["help"].code == found["cfg"].code == 0
+    assert "train.tokens=N" in found["help"].out
+    assert "d_model: 32\n" in found["cfg"].out
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("misspelt", "error: model.d_modle: no such key; did you mean model.d_model"),
+        ("unknown choice", "error: data=foo: no such choice; there are custom, hub, synthetic"),
+        ("does not divide", "error: model.n_heads=3: must divide model.d_model=64"),
+        ("two horizons", "error: train.steps and train.tokens: give the horizon once"),
+        ("swept", "error: model.d_model=abc: must be an integer"),
+        ("swept late", "error: model.n_heads=4: must divide model.d_model=18"),
+        ("swept group", "error: optim=lion: no such choice; there are adam, adamw, sgd"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(
+    outcomes: tuple[dict[str, Outcome], Path], name: str, line: str
+) -> None:
+    outcome = outcomes[0][name]
+    assert outcome.code == 2
+    assert outcome.err.startswith(line)
+    assert outcome.err.count("\n") == 1
+    assert outcome.out == ""
+
+
+def test_a_real_command_says_it_alike(tmp_path: Path) -> None:
+    program = [sys.executable, "-X", "importtime", "-m", "tinygpt.run", "seed=-1"]
+    ran = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+    lines = ran.stderr.splitlines()
+    said = [line for line in lines if not line.startswith("import time:")]
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in lines}
+    assert ran.returncode == 2
+    assert said == ["error: seed=-1: must be at least 0"]
+    assert "omegaconf" in loaded
+    assert not loaded & {"torch", "lightning", "numpy"}
+    assert ran.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_jobs_of_a_sweep() -> None:
+    jobs = compose_jobs(["model.d_model=16,32", "seed=1,2", "train.steps=3"], multirun=True)
+    found = [(job.model.d_model, job.seed, job.train.steps) for job in jobs]
+    assert found == [(16, 1, 3), (16, 2, 3), (32, 1, 3), (32, 2, 3)]
+
+
+# --- the horizon
+
+
+def horizon(*overrides: str) -> dict[str, float]:
+    train = compose_config(overrides).train
+    return {h: getattr(train, h) for h in HORIZONS if getattr(train, h) is not None}
+
+
+def test_the_command_line_replaces_a_recipes_horizon() -> None:
+    assert horizon() == {"tokens": DEFAULT_TOKENS}
+    assert horizon("experiment=educational") == {"steps": 5000}
+    assert horizon("experiment=tinygpt_base") == {"epochs": 1.0}
+    for name in HORIZONS:
+        assert horizon("experiment=educational", f"train.{name}=7") == {name: 7}
+        assert horizon(f"train.{name}=7", "experiment=educational") == {name: 7}
+    assert horizon("experiment=educational", "train.tokens=7", "train.steps=null") == {"tokens": 7}
+    assert horizon("experiment=educational", "train.steps=null") == {"tokens": DEFAULT_TOKENS}
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(HORIZONS, 2)))
+def test_two_horizons_are_both_named(one: str, other: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose_config([f"train.{one}=5", f"train.{other}=5"])
+    first, second = sorted([f"train.{one}", f"train.{other}"])
+    assert str(error.value) == f"{first} and {second}: give the horizon once"
+
+
+# --- names of runs
+
+HASH = "3f9a2c" + "0" * 58
+
+
+def test_a_run_is_named_after_what_was_overridden() -> None:
+    assert run_name([], HASH) == "default-3f9a2c"
+    assert run_name(["seed=1", "model.d_model=128"], HASH) == "d_model-128_seed-1-3f9a2c"
+    assert run_name(["data=custom", "data.path=/a/b/my book.txt"], HASH) == (
+        "data-custom_path-my-book.txt-3f9a2c"
+    )
+    assert run_name(["optim.betas=[0.9,0.95]"], HASH) == "betas-0.9-0.95-3f9a2c"
+
+
+def test_where_it_runs_is_not_in_its_name() -> None:
+    elsewhere = ["hardware=cpu", "hardware.threads=2", "logger=csv", "output_dir=/x", "force=true"]
+    more = ["cache_dir=/y", "study=s", "run_name=r", "hydra.run.dir=z", "hydra/launcher=basic"]
+    assert run_name(["seed=1", *elsewhere, *more], HASH) == "seed-1-3f9a2c"
+
+
+KEYS = ["seed", "model", "model.d_model", "optim.kind", "schedule.kind", "data.path", "train.steps"]
+
+
+@given(
+    st.dictionaries(st.sampled_from(KEYS), st.text()),
+    st.randoms(use_true_random=False),
+)
+def test_a_name_is_safe_and_the_order_does_not_matter(
+    values: dict[str, str], chance: random.Random
+) -> None:
+    overrides = [f"{name}={value}" for name, value in values.items()]
+    shuffled = list(overrides)
+    chance.shuffle(shuffled)
+    name = run_name(overrides, HASH)
+    assert run_name(shuffled, HASH) == name
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}", name)
+    assert name.endswith("-3f9a2c")
+
+
+def test_a_name_can_be_typed_back() -> None:
+    name = run_name(["model.d_model=128", "train.sample_prompt=a/b: {c}, 'd' = é"], HASH)
+    assert compose_config([f"run_name={name}"]).run_name == name
+
+
+# --- the hash
+
+NOT_IN_HASH = re.compile(
+    r"(hardware|logger)\..*|output_dir|cache_dir|study|run_name|force"
+    r"|data\.(path|val_file|test_file|repo)|tokenizer\.vocab_dir"
+)
+CHOICES = {
+    "synthetic": ["data=synthetic", "tokenizer=bpe", "optim=adamw", "schedule=cosine"],
+    "hub": ["data=hub", "data.repo=a/b", "tokenizer=char", "optim=sgd", "schedule=wsd"],
+    "custom": ["data=custom", "data.path=x", "tokenizer=gpt2", "schedule=constant"],
+}
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[Any, str, str]]:
+    """Every leaf: the dataclass that holds it, its name there, its dotted name."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield section, item.name, prefix + item.name
+
+
+def other(value: Any) -> Any:
+    """Another value of about the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, list):
+        return [*value, 0.5]
+    return "other" if value is None else value + "x"
+
+
+def hash_of(config: Config) -> str:
+    return config_hash(config, {"data": "content"})
+
+
+@pytest.mark.parametrize("choices", list(CHOICES.values()), ids=list(CHOICES))
+def test_science_is_in_the_hash_and_nothing_else(choices: list[str]) -> None:
+    config = compose_config([*choices, "logger=[tensorboard,wandb]"])
+    before = hash_of(config)
+    assert hash_of(copy.deepcopy(config)) == before
+    names = [name for _, _, name in leaves(config)]
+    changing = set()
+    for name in names:
+        changed = copy.deepcopy(config)
+        section, attribute = next((s, a) for s, a, n in leaves(changed) if n == name)
+        setattr(section, attribute, other(getattr(section, attribute)))
+        if hash_of(changed) != before:
+            changing.add(name)
+    assert changing == {name for name in names if not NOT_IN_HASH.fullmatch(name)}
+    assert len(changing) > 40
+    assert len(names) - len(changing) > 10
+
+
+def test_content_is_in_the_hash() -> None:
+    config = compose_config(["data=custom", "data.path=x"])
+    assert config_hash(config, {"data": "a"}) != config_hash(config, {"data": "b"})
+    assert config_hash(config, {"data": "a"}) != config_hash(config, {"tokenizer": "a"})
+
+
+def test_the_way_a_value_is_written_is_not_in_the_hash() -> None:
+    one = compose_config(["optim.learning_rate=0.001", "train.tokens=2_000_000", "model=tiny"])
+    assert hash_of(one) == hash_of(compose_config(["optim.learning_rate=1e-3"]))
+
+
+def test_conf_is_found_wherever_one_stands() -> None:
+    assert Path(cli.CONF_DIR) == ROOT / "conf"

@@ -1,0 +1,126 @@
+"""Who may import whom (design: the house), read off the syntax tree of every file."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "tinygpt"
+COMMANDS = {"run", "fit", "evaluate", "sample", "export", "adapt", "tokenizer", "benchmark"}
+SHARED = {"config", "counting", "rundir"}  # everything may import these
+BELOW = SHARED | {"data", "model", "training", "trained", "adaptation", "scaling"}
+# What of our own each part may import besides SHARED and itself.
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "counting": set(),
+    "rundir": set(),
+    "data": set(),
+    "model": set(),
+    "training": {"data", "model"},
+    "trained": {"data", "model"},
+    "adaptation": {"training", "model", "data", "trained"},
+    "scaling": set(),
+    "cli": BELOW,
+    "sweeping": BELOW | {"cli"},
+    **{command: BELOW | {"cli", "sweeping"} for command in COMMANDS},
+}
+TORCH = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
+TORCH_FREE = {"config", "counting", "rundir", "cli", "scaling"}
+USES_HYDRA = COMMANDS | {"cli", "sweeping"}
+FILES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})  # that has its own test
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all imports, those inside functions too; of ours with the name taken."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            ours = module == "tinygpt"
+            yield from ([f"tinygpt.{a.name}" for a in node.names] if ours else [module])
+
+
+def part_of(path: Path) -> str:
+    """``training`` for ``tinygpt/training/session.py``, ``cli`` for ``tinygpt/cli.py``."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def violations(part: str, source: str) -> list[str]:
+    """What ``source``, a file of ``part``, imports against the rules."""
+    found = []
+    for name in imported(ast.parse(source)):
+        top, _, rest = name.partition(".")
+        ours = rest.split(".")[0]
+        forbidden = (
+            (top == "" and "relative import")
+            or (top == "tinygpt" and ours not in ALLOWED[part] | SHARED | {part} and "not below it")
+            or (top == "hydra" and part not in USES_HYDRA and "Hydra is for commands")
+            or (top in TORCH and part in TORCH_FREE and "must be free of torch")
+            or (
+                part == "config"
+                and top not in {*sys.stdlib_module_names, "omegaconf"}
+                and "omegaconf at most"
+            )
+        )
+        if forbidden:
+            found.append(f"{part} imports {name}: {forbidden}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_file_keeps_the_rules(path: Path) -> None:
+    part = part_of(path)
+    assert part in ALLOWED, f"{part}: say in ALLOWED what it may import"
+    assert violations(part, path.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("model", "from tinygpt.data import corpora"),
+        ("model", "import tinygpt.training.optim"),
+        ("data", "from tinygpt.model.gpt import GPT"),
+        ("training", "from tinygpt import trained"),
+        ("training", "def f():\n    import hydra"),
+        ("rundir", "import torch.nn as nn"),
+        ("counting", "import lightning.pytorch as pl"),
+        ("scaling", "def f():\n    from torch import nn"),
+        ("scaling", "from tinygpt.model import gpt"),
+        ("config", "import numpy as np"),
+        ("config", "from tinygpt import run"),
+        ("cli", "from tinygpt.run import job"),
+        ("cli", "import torch"),
+        ("sweeping", "import tinygpt.run"),
+        ("run", "import tinygpt.fit"),
+        ("data", "from . import shards"),
+        ("data", "from ..model import gpt"),
+    ],
+)
+def test_the_check_sees_a_breach(part: str, source: str) -> None:
+    assert len(violations(part, source)) == 1
+
+
+def test_no_drawer_for_odds_and_ends() -> None:
+    names = {part for path in FILES for part in path.relative_to(PACKAGE).with_suffix("").parts}
+    assert not names & {"utils", "util", "helpers", "common", "core", "misc"}
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    program = (
+        "import sys; before = set(sys.modules); import tinygpt; print(*set(sys.modules) - before)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    outside = {name.split(".")[0] for name in out.stdout.split()} - set(sys.stdlib_module_names)
+    assert outside == {"tinygpt"}
+    assert not [name for name in out.stdout.split() if name.startswith("tinygpt.")]

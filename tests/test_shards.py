@@ -1,0 +1,658 @@
+"""Token shards: what is on disk is the corpus, once, in order; the cache is never wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinygpt.config import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    ConfigError,
+    CustomData,
+    DataConfig,
+    SyntheticData,
+    TokenizerConfig,
+)
+from tinygpt.data import shards
+from tinygpt.data.corpora import Document, SyntheticCorpus, split_of
+from tinygpt.data.shards import Prepared, Split, cache_root, load_index, prepare
+
+EOT = 257  # of the byte tokenizer
+
+
+class Texts:
+    """A corpus in memory that counts what is read from it; validation and test are its own."""
+
+    def __init__(self, train: Any, **own: list[str]) -> None:
+        self.texts = {"train": train, **own}
+        self.own = set(own)
+        self.reads = 0
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr(sorted(self.texts.items())).encode()).hexdigest()
+
+    def documents(self, split: str) -> Iterator[Document]:
+        for text in self.texts[split]:
+            self.reads += 1
+            yield Document(text)
+
+
+class Endless(Texts):
+    """Documents without end, numbered."""
+
+    def __init__(self) -> None:
+        super().__init__((), val=["the validation"], test=["the test"])
+
+    def documents(self, split: str) -> Iterator[Document]:
+        if split != "train":
+            yield from super().documents(split)
+            return
+        for number in itertools.count():
+            self.reads += 1
+            yield Document(f"document {number}")
+
+
+def stories(count: int, start: int = 0) -> list[str]:
+    return [f"Story {n}: {'la' * (n % 17)} and {n * n} birds." for n in range(start, start + count)]
+
+
+def config(**values: Any) -> CustomData:
+    return CustomData(name="texts", path="-", **values)
+
+
+def whole(folder: str | Path, corpus: Any, data: DataConfig | None = None) -> Prepared:
+    return prepare(corpus, data or config(), ByteTokenizer(), Path(folder))
+
+
+def shard_tokens(prepared: Prepared, name: str) -> list[list[int]]:
+    """The raw content of the files, read without any of the code under test."""
+    entries = prepared.index["splits"][name]["files"]
+    dtype = prepared.index["dtype"]
+    return [np.fromfile(prepared.folder / e["file"], dtype=dtype).tolist() for e in entries]
+
+
+def documents_of(prepared: Prepared, name: str) -> list[str]:
+    """The texts of a split, cut from its shards at the ends of text."""
+    eot, texts = prepared.tokenizer.eot_id, []
+    for tokens in shard_tokens(prepared, name):
+        assert tokens[0] == eot
+        assert tokens[-1] == eot
+        ends = [place for place, token in enumerate(tokens) if token == eot]
+        for start, end in itertools.pairwise(ends):
+            texts.append(prepared.tokenizer.decode(tokens[start + 1 : end]))
+    return texts
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# What is on disk
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=30),
+    shard=st.integers(1, 200),
+    batch=st.integers(1, 100),
+)
+def test_documents_come_back_in_order_and_are_counted(
+    texts: list[str], shard: int, batch: int
+) -> None:
+    corpus = Texts([*texts, "last"], val=["validation"], test=["test", "one more"])
+    kept = [t for t in corpus.texts["train"] if t and t not in ("validation", "test", "one more")]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(shards, "SHARD_TOKENS", shard),
+        mock.patch.object(shards, "BATCH_CHARACTERS", batch),
+    ):
+        made = whole(folder, corpus)
+        assert documents_of(made, "train") == kept
+        assert documents_of(made, "val") == ["validation"]
+        assert documents_of(made, "test") == ["test", "one more"]
+        info, files = made.index["splits"]["train"], shard_tokens(made, "train")
+        offsets = made.split("train").offsets
+    lengths = [len(t.encode()) + 1 for t in kept]
+    assert info["documents"] == len(kept)
+    assert info["tokens"] == sum(lengths) == sum(len(f) - 1 for f in files)
+    assert info["bytes"] == sum(len(t.encode()) for t in kept)
+    assert info["characters"] == sum(len(t) for t in kept)
+    assert info["longest_document"] == max(lengths)
+    assert info["empty_documents"] == texts.count("")
+    assert info["left_out_documents"] == info["unknown_tokens"] == 0
+    assert info["irreducible_loss_exact"] is None
+    duplicates = len(corpus.texts["train"]) - len(kept) - texts.count("")
+    assert made.index["duplicates_of_validation_or_test"] == duplicates
+    # no shard is closed before it is full, and the offsets are where documents end
+    assert all(len(tokens) > shard for tokens in files[:-1])
+    assert np.concatenate([np.diff(o) for o in offsets]).tolist() == lengths
+    assert [int(o[-1]) for o in offsets] == [len(f) - 1 for f in files]
+
+
+def test_the_hash_of_a_document_says_its_split(tmp_path: Path) -> None:
+    texts = stories(300)
+    made = whole(tmp_path, Texts(texts), config(val_fraction=0.1, test_fraction=0.2))
+    for name in ("train", "val", "test"):
+        assert documents_of(made, name) == [t for t in texts if split_of(t, 0.1, 0.2) == name]
+    found = [set(documents_of(made, name)) for name in ("train", "val", "test")]
+    assert not found[0] & found[1]
+    assert not found[0] & found[2]
+    assert not found[1] & found[2]
+
+
+def test_val_is_test_is_the_same_tokens_and_no_document_is_lost(tmp_path: Path) -> None:
+    texts = stories(200)
+    made = whole(tmp_path, Texts(texts), config(val_fraction=0.2, val_is_test=True))
+    assert documents_of(made, "test") == documents_of(made, "val") != []
+    assert sorted(documents_of(made, "train") + documents_of(made, "val")) == sorted(texts)
+    assert made.split("test").offsets[0].tolist() == made.split("val").offsets[0].tolist()
+
+
+def test_no_test_split_where_none_is_asked_for(tmp_path: Path) -> None:
+    made = whole(tmp_path, Texts(stories(200)), config(val_fraction=0.2, test_fraction=0.0))
+    assert made.index["splits"]["test"] is None
+
+
+def test_eval_tokens_takes_whole_documents_and_counts_the_rest(tmp_path: Path) -> None:
+    val = stories(50, start=1000)
+    corpus = Texts(stories(20), val=val, test=["test"])
+    with mock.patch.object(shards, "BATCH_CHARACTERS", 100):
+        made = whole(tmp_path, corpus, config(eval_tokens=200))
+    info = made.index["splits"]["val"]
+    kept = documents_of(made, "val")
+    assert kept == val[: len(kept)]
+    assert info["tokens"] >= 200 > info["tokens"] - len(kept[-1].encode()) - 1
+    assert info["left_out_documents"] == len(val) - len(kept) > 0
+
+
+def test_characters_seen_only_in_validation_are_unknown_and_counted(tmp_path: Path) -> None:
+    corpus = Texts(stories(20), val=["Story ñ: ½ ½."], test=["Story"])
+    made = prepare(corpus, config(), CharTokenizer(), tmp_path)
+    assert made.index["splits"]["val"]["unknown_tokens"] == 3
+    assert made.index["splits"]["train"]["unknown_tokens"] == 0
+    assert made.tokenizer.vocab_size == 3 + len(set("".join(stories(20))))
+
+
+@pytest.mark.parametrize(("letters", "dtype"), [(2**16 - 3, "uint16"), (2**16 - 2, "uint32")])
+def test_ids_are_as_wide_as_they_must_be(tmp_path: Path, letters: int, dtype: str) -> None:
+    alphabet = "".join(chr(n) for n in range(0x10000, 0x10000 + letters))
+    text = alphabet[::-1]
+    made = prepare(Texts([text], val=["v"], test=["t"]), config(), CharTokenizer(), tmp_path)
+    assert made.tokenizer.vocab_size == letters + 3
+    assert made.index["dtype"] == dtype
+    assert documents_of(made, "train") == [text]
+    assert made.split("train").gather(np.array([0]), 2).tolist() == [[2, letters + 2]]
+
+
+def test_the_floor_is_the_mean_of_the_documents_information(tmp_path: Path) -> None:
+    data = SyntheticData(name="synthetic", max_documents=200, val_fraction=0.2, test_fraction=0.2)
+    corpus = SyntheticCorpus(data)
+    made = whole(tmp_path, corpus, data)
+    nats = {d.text: d.nats for d in itertools.islice(corpus.documents("train"), 200)}
+    for name in ("train", "val", "test"):
+        texts, info = documents_of(made, name), made.index["splits"][name]
+        known = [nats[text] for text in texts]
+        total = sum(n for n in known if n is not None)
+        assert None not in known
+        assert info["irreducible_loss_exact"] == pytest.approx(total / info["tokens"], rel=1e-12)
+
+
+# Windows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 25),
+    shard=st.integers(20, 400),
+    length=st.integers(1, 40),
+    part=st.integers(1, 40),
+    fraction=st.floats(0.01, 1.0),
+)
+def test_training_windows_are_those_of_a_direct_cut(
+    count: int, shard: int, length: int, part: int, fraction: float
+) -> None:
+    stride = min(part, length)
+    corpus = Texts(stories(count), val=["validation"], test=["test"])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(shards, "SHARD_TOKENS", shard),
+        mock.patch.object(shards, "BATCH_CHARACTERS", 1),
+    ):
+        made = whole(folder, corpus)
+        split = made.split("train")
+        windows = split.train_windows(length, stride, fraction)
+        found = split.gather(windows.starts, length + 1).tolist()
+        files = shard_tokens(made, "train")
+    left = max(1, round(fraction * count))
+    expected, used, dropped = [], 0, 0
+    for tokens in files:
+        ends = [place for place, token in enumerate(tokens) if token == EOT]
+        taken = min(left, len(ends) - 1)
+        left -= taken
+        tokens = tokens[: ends[taken] + 1]  # the first end of text is context alone
+        targets: set[int] = set()
+        for start in range(0, len(tokens) - length, stride):
+            expected.append(tokens[start : start + length + 1])
+            targets |= set(range(start + 1, start + length + 1))
+        used += len(targets)
+        dropped += len(tokens) - 1 - len(targets)
+    assert found == expected
+    assert (windows.used_tokens, windows.dropped_tokens) == (used, dropped)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 25),
+    shard=st.integers(20, 400),
+    length=st.integers(1, 120),
+    packed=st.booleans(),
+)
+def test_evaluation_windows_hold_every_target_once(
+    count: int, shard: int, length: int, packed: bool
+) -> None:
+    corpus = Texts(["t"], val=stories(count), test=["test"])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(shards, "SHARD_TOKENS", shard),
+        mock.patch.object(shards, "BATCH_CHARACTERS", 1),
+    ):
+        made = whole(folder, corpus)
+        split, files = made.split("val"), shard_tokens(made, "val")
+        longest = made.index["splits"]["val"]["longest_document"]
+        length = max(length, longest) if packed else length
+        windows = split.eval_windows(length, packed)
+        found = [
+            split.gather(np.array([start]), int(n) + 1)[0].tolist()
+            for start, n in zip(windows.starts, windows.lengths, strict=True)
+        ]
+    assert all(1 < len(tokens) <= length + 1 for tokens in found)
+    assert [t for tokens in found for t in tokens[1:]] == [t for f in files for t in f[1:]]
+    if packed:
+        assert all(tokens[0] == tokens[-1] == EOT for tokens in found)
+        # one more document would not have fitted, unless the shard was over
+        closed = {sum(len(f) for f in files[: n + 1]) for n in range(len(files))}
+        ends = [int(s) + len(t) for s, t in zip(windows.starts, found, strict=True)]
+        for tokens, after, end in zip(found, found[1:], ends, strict=False):
+            assert end in closed or len(tokens) - 1 + after[1:].index(EOT) + 1 > length
+
+
+@settings(max_examples=30, deadline=None)
+@given(fractions=st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)), shard=st.integers(20, 2000))
+def test_a_smaller_fraction_is_contained_in_a_larger(
+    fractions: tuple[float, float], shard: int
+) -> None:
+    small, large = sorted(fractions)
+    corpus = Texts(stories(40), val=["validation"], test=["test"])
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(shards, "SHARD_TOKENS", shard):
+        split = whole(folder, corpus).split("train")
+        some = split.train_windows(16, 16, small)
+        more = split.train_windows(16, 16, large)
+        tokens = split.gather(more.starts, 17).tolist()
+        assert split.gather(some.starts, 17).tolist() == [
+            row for row, start in zip(tokens, more.starts, strict=True) if start in some.starts
+        ]
+    assert set(some.starts) <= set(more.starts)
+    assert some.used_tokens <= more.used_tokens
+
+
+# How much is read
+
+
+@settings(max_examples=20, deadline=None)
+@given(limits=st.tuples(st.integers(1, 3000), st.integers(1, 3000)))
+def test_max_tokens_stops_an_endless_source_and_nests(limits: tuple[int, int]) -> None:
+    small, large = sorted(limits)
+    made: list[Prepared] = []
+    raw: list[list[int]] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(shards, "BATCH_CHARACTERS", 50),
+    ):
+        for limit in (small, large):
+            corpus = Endless()
+            made.append(whole(folder, corpus, config(max_tokens=limit)))
+            raw.append(shard_tokens(made[-1], "train")[0])
+            info = made[-1].index["splits"]["train"]
+            last = len(documents_of(made[-1], "train")[-1]) + 1
+            assert info["tokens"] >= limit > info["tokens"] - last
+            # one batch of text at the most beyond what is kept, and the two others
+            assert corpus.reads <= info["documents"] + 50 // len("document 0") + 1 + 2
+    assert raw[1][: len(raw[0])] == raw[0]
+
+
+def test_the_evaluation_set_of_fewer_training_tokens_begins_that_of_more(tmp_path: Path) -> None:
+    with mock.patch.object(shards, "BATCH_CHARACTERS", 50):
+        made = [
+            whole(tmp_path, Texts(stories(600)), config(max_tokens=limit, eval_tokens=500))
+            for limit in (6000, 14000, 18000)
+        ]
+    for name in ("val", "test"):
+        few, more, most = (shard_tokens(one, name)[0] for one in made)
+        assert most[: len(more)] == more
+        assert more[: len(few)] == few
+        assert more == most  # once eval_tokens are there, the set is fixed
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer(), BpeTokenizer()])
+def test_max_documents_reads_that_many(tmp_path: Path, tokenizer: TokenizerConfig) -> None:
+    corpus = Endless()
+    made = prepare(corpus, config(max_documents=30), tokenizer, tmp_path)
+    assert documents_of(made, "train") == [f"document {n}" for n in range(30)]
+    passes = 1 if isinstance(tokenizer, ByteTokenizer) else 2  # the tokenizer has its own
+    assert corpus.reads == passes * (30 + 2)
+
+
+@pytest.mark.parametrize("kind", [CharTokenizer, BpeTokenizer])
+def test_a_tokenizer_learns_from_train_bytes_of_training_text(
+    tmp_path: Path, kind: type[CharTokenizer | BpeTokenizer]
+) -> None:
+    """An endless source ends, and nothing that comes later changes the vocabulary."""
+    corpus = Endless()
+    with mock.patch.object(shards, "BATCH_CHARACTERS", 50):
+        first = prepare(corpus, config(max_tokens=50), kind(train_bytes=300), tmp_path)
+        assert corpus.reads < 60  # 300 bytes of ten or so a document, then 50 tokens
+        more = prepare(Endless(), config(max_tokens=500), kind(train_bytes=300), tmp_path)
+    assert first.tokenizer.fingerprint() == more.tokenizer.fingerprint()
+    assert first.folder != more.folder
+
+
+def test_the_tokenizer_sees_the_training_split_before_any_prefix(tmp_path: Path) -> None:
+    texts = [*stories(50), "a rare § at the end"]
+    corpus = Texts(texts, val=["validation ½"], test=["test ¾"])
+    limited = prepare(corpus, config(max_tokens=100), CharTokenizer(), tmp_path)
+    fraction = prepare(corpus, config(fraction=0.1), CharTokenizer(), tmp_path)
+    assert limited.tokenizer.fingerprint() == fraction.tokenizer.fingerprint()
+    assert limited.tokenizer.vocab_size == 3 + len(set("".join(texts)))
+
+
+# The cache
+
+
+def base(tmp_path: Path, **values: Any) -> Path:
+    return whole(tmp_path, Texts(stories(300)), config(**values)).folder
+
+
+@pytest.mark.parametrize("change", [{"fraction": 0.5}, {"stride": 3}])
+def test_what_changes_no_shard_shares_them(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert base(tmp_path) == base(tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_tokens": 300},
+        {"max_documents": 250},
+        {"eval_tokens": 50},
+        {"val_fraction": 0.2},
+        {"test_fraction": 0.2},
+        {"val_is_test": True},
+        {"separator": "none"},
+        {"text_column": "story"},
+    ],
+    ids=str,
+)
+def test_what_changes_shards_changes_the_key(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert base(tmp_path) != base(tmp_path, **change)
+
+
+def test_another_text_or_tokenizer_is_another_folder(tmp_path: Path) -> None:
+    texts = stories(300)
+    first = whole(tmp_path, Texts(texts)).folder
+    assert whole(tmp_path, Texts([*texts, "one more"])).folder != first
+    folders = {
+        prepare(Texts(texts), config(), tokenizer, tmp_path).folder
+        for tokenizer in (
+            CharTokenizer(),
+            BpeTokenizer(vocab_size=270),
+            BpeTokenizer(vocab_size=280),
+            BpeTokenizer(vocab_size=270, train_bytes=100),
+        )
+    }
+    assert len(folders | {first}) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"corpus_seed": 1},
+        {"n_facts": 16385},
+        {"zipf_exponent": 1.2000001},
+        pytest.param(
+            {"noise_rate": 0.0500001},
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="the fingerprint reads 1,000 stories, not the keys: another floor is shared",
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_every_key_of_the_synthetic_corpus_is_in_the_fingerprint(change: dict[str, Any]) -> None:
+    """Also one that happens to leave the first stories as they are: it changes the floor."""
+    data = SyntheticData(name="synthetic", max_documents=10)
+    changed = dataclasses.replace(data, **change)
+    assert SyntheticCorpus(data).fingerprint() != SyntheticCorpus(changed).fingerprint()
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "train_00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def flip(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[-3] ^= 1
+        (folder / name).write_bytes(content)
+
+    damage.__name__ = f"flip {name}"
+    return damage
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+
+    damage.__name__ = f"remove {name}"
+    return damage
+
+
+def garble(folder: Path) -> None:
+    (folder / "index.json").write_text('{"splits": {"train"')
+
+
+def other_json(folder: Path) -> None:
+    (folder / "index.json").write_text('{"splits": {"train": {"files": [{}]}}}')
+
+
+DAMAGES: list[Callable[[Path], None]] = [
+    truncate,
+    flip("train_00000.bin"),
+    flip("val_00000.bin"),
+    remove("index.json"),
+    remove("test_00000.bin"),
+    garble,
+    other_json,
+]
+NOT_SEEN = pytest.mark.xfail(strict=True, reason="*.offsets.npy is in no checksum of the index")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(pytest.param(damage, id=damage.__name__) for damage in DAMAGES),
+        pytest.param(remove("train.offsets.npy"), marks=NOT_SEEN, id="remove offsets"),
+        pytest.param(flip("val.offsets.npy"), marks=NOT_SEEN, id="flip offsets"),
+    ],
+)
+def test_a_damaged_folder_is_prepared_anew(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    corpus = Texts(stories(300))
+    folder = whole(tmp_path, corpus).folder
+    good = contents(folder)
+    corpus.reads = 0
+    assert whole(tmp_path, corpus).folder == folder
+    assert corpus.reads == 0  # from the cache
+    damage(folder)
+    assert contents(folder) != good
+    whole(tmp_path, corpus)
+    assert corpus.reads == 300
+    assert contents(folder) == good
+    assert load_index(folder) is not None
+
+
+def test_a_damaged_tokenizer_is_trained_anew(tmp_path: Path) -> None:
+    corpus = Texts(stories(300))
+    first = prepare(corpus, config(), BpeTokenizer(vocab_size=270), tmp_path)
+    (path,) = (tmp_path / "tokenizers").glob("*.json")
+    good = path.read_text()
+    path.write_text(good[:100])
+    again = prepare(corpus, config(), BpeTokenizer(vocab_size=270), tmp_path)
+    assert path.read_text() == good
+    assert again.tokenizer.fingerprint() == first.tokenizer.fingerprint()
+
+
+def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    class Failing(Texts):
+        def documents(self, split: str) -> Iterator[Document]:
+            yield from super().documents(split)
+            if self.reads < 400:
+                raise OSError("the disk is gone")
+
+    corpus = Failing(stories(300))
+    with pytest.raises(OSError, match="the disk is gone"):
+        whole(tmp_path, corpus)
+    assert [p.name for p in (tmp_path / "data").iterdir() if p.is_dir()] == []
+    assert len(documents_of(whole(tmp_path, corpus), "train")) > 200
+
+
+class Dying(Texts):
+    """Kills its process when it is read to the middle."""
+
+    def documents(self, split: str) -> Iterator[Document]:
+        for number, document in enumerate(super().documents(split)):
+            if number == 150:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield document
+
+
+def prepare_and_die(folder: Path) -> None:
+    shards.BATCH_CHARACTERS = 100  # so that there are torn shards
+    whole(folder, Dying(stories(300)))
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=prepare_and_die, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    torn = [p for p in (tmp_path / "data").iterdir() if p.is_dir()]
+    assert len(torn) == 1
+    assert any(p.stat().st_size for p in torn[0].glob("*.bin"))
+    corpus = Texts(stories(300))
+    made = whole(tmp_path, corpus)
+    assert corpus.reads == 300
+    assert contents(made.folder) == contents(whole(tmp_path / "clean", corpus).folder)
+    assert [p for p in (tmp_path / "data").iterdir() if p.is_dir()] == [made.folder]
+
+
+def prepare_together(folder: Path, barrier: Any, answers: Any) -> None:
+    corpus = Texts(stories(3000))
+    barrier.wait()
+    made = prepare(corpus, config(), BpeTokenizer(vocab_size=300), folder)
+    answers.put((corpus.reads, str(made.folder), len(documents_of(made, "train"))))
+
+
+def test_two_processes_at_once_make_one_good_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=prepare_together, args=(tmp_path, barrier, answers))
+        for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    # one of them read it for the tokenizer, one of them (whichever) for the shards
+    assert sum(reads for reads, _, _ in found) == 2 * 3000
+    assert found[0][1:] == found[1][1:]
+    assert [str(p) for p in (tmp_path / "data").iterdir() if p.is_dir()] == [found[0][1]]
+    assert load_index(Path(found[0][1])) is not None
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("corpus", "values", "words"),
+    [
+        (Texts(["one"], test=["t"]), {"val_fraction": 1e-9}, "the validation split is empty"),
+        (Texts(["one"], test=["t"]), {"val_fraction": 1e-9}, "data.val_file"),
+        (Texts(["one"], val=["v"]), {"test_fraction": 1e-9}, "the test split is empty"),
+        (Texts(["one"], val=["v"]), {"test_fraction": 1e-9}, "data.test_fraction=0"),
+        (Texts([], val=["v"], test=["t"]), {}, "the training split is empty"),
+        (Texts([""], val=["v"], test=["t"]), {}, "only 2 documents"),
+    ],
+)
+def test_an_empty_split_is_one_line_that_names_keys(
+    tmp_path: Path, corpus: Texts, values: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        whole(tmp_path, corpus, config(**values))
+    assert "\n" not in str(caught.value)
+    assert "data.path=" in str(caught.value)
+    assert [p for p in (tmp_path / "data").iterdir() if p.is_dir()] == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match="cache_dir="):
+        whole(tmp_path / "file", Texts(stories(300)))
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TINYGPT_CACHE", raising=False)
+    assert cache_root(None) == tmp_path / ".cache" / "tinygpt"
+    monkeypatch.setenv("TINYGPT_CACHE", "~/elsewhere")
+    assert cache_root(None) == tmp_path / "elsewhere"
+    assert cache_root("here") == Path("here")
+
+
+def test_gather_crosses_from_shard_to_shard(tmp_path: Path) -> None:
+    corpus = Texts(stories(30), val=["validation"], test=["test"])
+    with (
+        mock.patch.object(shards, "SHARD_TOKENS", 100),
+        mock.patch.object(shards, "BATCH_CHARACTERS", 1),
+    ):
+        made = whole(tmp_path, corpus)
+    split: Split = made.split("train")
+    files = shard_tokens(made, "train")
+    assert len(files) > 3
+    starts, expected, place = [], [], 0
+    for tokens in files:
+        for local in (0, len(tokens) - 5):
+            starts.append(place + local)
+            expected.append(tokens[local : local + 5])
+        place += len(tokens)
+    order = np.random.default_rng(0).permutation(len(starts))
+    found = split.gather(np.array(starts)[order], 5)
+    assert found.tolist() == [expected[i] for i in order]
