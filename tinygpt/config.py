@@ -462,7 +462,7 @@ def derive(
         )
     else:
         warmup = int(schedule.warmup_fraction * total)
-    eval_steps = _steps(train.eval_every, train.batch_tokens) or max(1, total // 10)
+    eval_steps = _steps(train.eval_every, train.batch_tokens) or math.ceil(total / 10)
     micro = config.hardware.micro_batch_size
     if micro is None:
         # float32 logits of one pass stay below 256 MiB
