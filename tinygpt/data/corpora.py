@@ -202,10 +202,11 @@ def _scan(path: Path, where: str) -> _Scan:
             while chunk := file.read(CHUNK):
                 if path.suffix not in BINARY and b"\0" in chunk:
                     raise ConfigError(f"{where}: not a text file (it has zero bytes)")
-                found = found or mark in tail + chunk
+                tail += chunk
+                found = found or mark in tail
                 sha.update(chunk)
                 size += len(chunk)
-                tail = chunk[-len(mark) :]
+                tail = tail[-len(mark) :]
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
     if size == 0:

@@ -1,0 +1,820 @@
+"""Whatever is wrong is said in one line, with exit code 2 (1 where it happens late), and nothing
+broken is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from tests.conftest import Command, tiny
+from tinygpt import cli
+from tinygpt.config import BpeTokenizer, ConfigError, CustomData
+from tinygpt.data import shards
+from tinygpt.data.corpora import find_files, open_corpus
+from tinygpt.rundir import MetricsFile, RunDir, write_text
+from tinygpt.training.session import train
+
+# What time and host decide.
+MEASURED = {"seconds", "tokens_per_second", "peak_memory_bytes", "seconds_training", "mfu"}
+
+
+def left(value: Any, reason: str) -> Any:
+    """A case that is known not to hold yet."""
+    return pytest.param(value, marks=pytest.mark.xfail(strict=True, reason=reason))
+
+
+@dataclass
+class Said:
+    code: int
+    line: str
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Runs what ``python -m tinygpt.run`` runs, in this process; it must end in one line."""
+
+    @cli.one_line_errors
+    def command(words: list[str]) -> None:
+        train(cli.compose_config(words), words, Console(file=io.StringIO()))
+
+    def run(*words: str) -> Said:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            command(list(words))
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+        assert isinstance(left.value.code, int)
+        return Said(left.value.code, said.err.removeprefix("error: ").rstrip("\n"))
+
+    return run
+
+
+def trained(*words: str) -> dict[str, Any]:
+    return train(cli.compose_config(words), list(words), Console(file=io.StringIO()))
+
+
+def lasting(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if name not in MEASURED}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def written(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory of one's own, with the session's cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TINYGPT_CACHE", str(cache))
+    return tmp_path
+
+
+# --- what the configuration alone shows
+
+CUSTOM = "data=custom data.path=x "
+CHOICES = ": no such choice; there are "
+NAMES = ": must be letters, digits, '.', '_', '-' only, as it names a folder"
+
+SCHEMA = [
+    # misspelt keys
+    ("model.d_modle=64", "model.d_modle: no such key; did you mean model.d_model"),
+    ("modle=tiny", "modle: no such key; did you mean model"),
+    ("modle.d_model=64", "modle: no such key; did you mean model"),
+    ("learning_rate=1", "learning_rate: no such key; did you mean optim.learning_rate?"),
+    ("model.foo.bar=3", "model.foo: no such key"),
+    ("seeed=1", "seeed: no such key; did you mean seed?"),
+    ("+new.key=1", "new: no such key"),
+    ("+seeed=1", "seeed: no such key; did you mean seed?"),
+    ("+model.d_modle=1", "model.d_modle: no such key; did you mean model.d_model"),
+    ("++model.d_modle=1", "model.d_modle: no such key; did you mean model.d_model"),
+    ("model={d_model:32,heads:3}", "model.heads: no such key; did you mean "),
+    ("~model", "~model: a key cannot be removed, only set"),
+    ("~model.d_model", "~model.d_model: a key cannot be removed, only set"),
+    ("~seed=42", "~seed=42: a key cannot be removed, only set"),
+    ("~nothing", "~nothing: a key cannot be removed, only set"),
+    # keys of another choice
+    (
+        "tokenizer=gpt2 tokenizer.vocab_size=3",
+        "tokenizer.vocab_size: not a key of the chosen tokenizer; it is one of tokenizer=bpe",
+    ),
+    ("data.path=x", "data.path: not a key of the chosen data; it is one of data=custom"),
+    (CUSTOM + "data.n_facts=3", "data.n_facts: not a key of the chosen data; it is one of data=s"),
+    ("optim=sgd optim.betas=[0.9,0.9]", "optim.betas: not a key of the chosen optim; it is one "),
+    ("data={path:x}", "data.path: not a key of the chosen data; it is one of data=custom"),
+    ("optim.kind=sgd", "optim.kind=sgd: must be one of adamw, adam"),
+    ("tokenizer.kind=char", "tokenizer.kind=char: must be one of bpe"),
+    ("logger.wandb.project=x", "logger.wandb.project=x: needs logger=wandb"),
+    # unknown choices
+    ("model=huge", "model=huge" + CHOICES + "gpt2_small, large, medium"),
+    ("data=foo", "data=foo" + CHOICES + "custom, hub, synthetic, tinystories"),
+    ("tokenizer=gpt3", "tokenizer=gpt3" + CHOICES + "bpe, byte, char, gpt2"),
+    ("optim=lion", "optim=lion" + CHOICES + "adam, adamw, sgd"),
+    ("schedule=cosin", "schedule=cosin" + CHOICES + "constant, cosine, linear, wsd"),
+    ("hardware=tpu", "hardware=tpu" + CHOICES + "auto, cpu, cuda, mps"),
+    ("experiment=nope", "experiment=nope" + CHOICES),
+    ("logger=foo", "logger=foo" + CHOICES + "csv, tensorboard, wandb"),
+    ("logger=[csv,foo]", "logger=foo" + CHOICES + "csv, tensorboard, wandb"),
+    ("hydra/launcher=nope", "hydra/launcher=nope: no such choice"),
+    ("model=null", "model=null" + CHOICES + "gpt2_small"),
+    ("data=5", "data=5" + CHOICES + "custom"),
+    ("seed=1 tokenizer=true", "tokenizer=true" + CHOICES + "bpe"),
+    # wrong types
+    ("model.d_model=abc", "model.d_model=abc: must be an integer"),
+    ("model.d_model=1.5", "model.d_model=1.5: must be an integer"),
+    ("model.d_model=true", "model.d_model=true: must be an integer"),
+    ("model.d_model=null", "model.d_model=null: must not be null"),
+    ("model.d_model=", "model.d_model=: must be an integer"),
+    ("model.d_model=[1,2]", "model.d_model=[1,2]: must be an integer"),
+    ("model.d_model={a:1}", "model.d_model={a:1}: must be an integer"),
+    ("train.tokens=1e6", "train.tokens=1e6: must be an integer"),
+    ("seed=x", "seed=x: must be an integer"),
+    ("model.bias=maybe", "model.bias=maybe: must be true or false"),
+    ("force=perhaps", "force=perhaps: must be true or false"),
+    ("model.dropout=lots", "model.dropout=lots: must be a number"),
+    ("optim.betas=0.9", "optim.betas=0.9: must be a list"),
+    ("optim.betas=[a,b]", "optim.betas=[a,b]: must be a number"),
+    ("optim.betas=null", "optim.betas=null: must not be null"),
+    ("train=5", "train=5: must be set key by key"),
+    (CUSTOM + "data.path=null", "data.path=null: must not be null"),
+    ("model.n_heads=${nothing}", "model.n_heads=${nothing}: Interpolation key 'nothing' not found"),
+    # bounds
+    ("optim.learning_rate=-1", "optim.learning_rate=-1.0: must be above 0"),
+    ("optim.learning_rate=0", "optim.learning_rate=0.0: must be above 0"),
+    ("optim.learning_rate=nan", "optim.learning_rate=nan: must be a finite number"),
+    ("optim.learning_rate=inf", "optim.learning_rate=inf: must be a finite number"),
+    ("train.flops=nan", "train.flops=nan: must be a finite number"),
+    ("train.epochs=inf", "train.epochs=inf: must be a finite number"),
+    ("optim.betas=[0.9,1.5]", "optim.betas=1.5: must be below 1"),
+    ("optim.betas=[nan,0.9]", "optim.betas=nan: must be a finite number"),
+    ("optim.betas=[0.9]", "optim.betas=[0.9]: must be two numbers"),
+    ("optim.betas=[]", "optim.betas=[]: must be two numbers"),
+    ("model.dropout=1", "model.dropout=1.0: must be below 1"),
+    ("model.max_seq_len=0", "model.max_seq_len=0: must be at least 1"),
+    ("seed=-1", "seed=-1: must be at least 0"),
+    ("seed=4294967296", "seed=4294967296: must be at most 4294967295"),
+    ("data.fraction=0", "data.fraction=0.0: must be above 0"),
+    ("data.fraction=1.1", "data.fraction=1.1: must be at most 1"),
+    ("tokenizer.vocab_size=10", "tokenizer.vocab_size=10: must be at least 258"),
+    ("schedule.warmup_steps=-1", "schedule.warmup_steps=-1: must be at least 0"),
+    ("hardware.threads=0", "hardware.threads=0: must be at least 1"),
+    ("train.precision=8", "train.precision=8: must be one of auto, 32, 64, bf16-mixed, 16-mixed"),
+    ("train.precision=bf16", "train.precision=bf16: must be one of auto, 32, 64"),
+    ("model.activation=relu", "model.activation=relu: must be one of gelu, gelu_tanh, swiglu"),
+    ("hardware.accelerator=tpu", "hardware.accelerator=tpu: must be one of auto, cpu, mps, cuda"),
+    # what does not fit together
+    ("model.n_heads=3", "model.n_heads=3: must divide model.d_model=64"),
+    ("model.n_kv_heads=3", "model.n_kv_heads=3: must divide model.n_heads=4"),
+    ("model.position=rope model.d_model=12", "model.n_heads=4: rope needs an even d_model / n_he"),
+    ("train.batch_tokens=1000", "model.max_seq_len=256: must divide train.batch_tokens=1000"),
+    ("data.stride=9999", "data.stride=9999: more than model.max_seq_len=256 would skip tokens"),
+    ("data.val_fraction=0.6 data.test_fraction=0.5", "data.val_fraction=0.6 and data.test_fracti"),
+    ("optim=sgd optim.momentum=0", "optim.nesterov=true: needs optim.momentum above 0"),
+    ("train.tokens=1 train.steps=5", "train.steps and train.tokens: give the horizon once"),
+    ("train={tokens:1,steps:5}", "train.tokens and train.steps: give the horizon once"),
+    # what must be given
+    ("data=custom", "data.path: must be given, as data.path=..."),
+    ("data=hub", "data.repo: must be given, as data.repo=..."),
+    # names of folders
+    ("run_name=a/b", "run_name=a/b" + NAMES),
+    ("run_name=..", "run_name=.." + NAMES),
+    ("run_name=../x", "run_name=../x" + NAMES),
+    ("run_name=.hidden", "run_name=.hidden" + NAMES),
+    ("run_name=", "run_name=" + NAMES),
+    ("study=a/b", "study=a/b" + NAMES),
+    ("study=..", "study=.." + NAMES),
+]
+UNCHECKED = [
+    ("data.name=../../x", "data.name=../../x" + NAMES),  # names a folder in the cache
+    ("data.name=", "data.name=" + NAMES),
+    ("hardware.threads=100_000_000_000_000", "hardware.threads=100000000000000: must be at most"),
+    ("train.steps=10_000_000_000_000_000_000", "train.steps=10000000000000000000: must be at mo"),
+]
+
+WORDS = [  # one argument each, as it has spaces or quotes
+    ("", "'': must be key=value"),
+    ("seed", "'seed': must be key=value"),
+    ("=", "'=': must be key=value"),
+    ("=5", "'=5': must be key=value"),
+    ("seed =1", "'seed =1': must be key=value"),
+    (" seed=1", "' seed=1': must be key=value"),
+    ("--seed=1", "'--seed=1': must be key=value"),
+    ("run_name=a b", "run_name=a b" + NAMES),
+    ('run_name="é"', "run_name=é" + NAMES),
+    ("train.sample_prompt=a=b", "train.sample_prompt=a=b: cannot be read; in quotes it can: 'tra"),
+    ("train.sample_prompt=it's", "train.sample_prompt=it's: cannot be read; in quotes it can"),
+    ("train.sample_prompt=é", "train.sample_prompt=é: cannot be read; in quotes it can"),
+    ('train.sample_prompt="a', 'train.sample_prompt="a: cannot be read; in quotes it can'),
+    ("train.sample_prompt=\udcff", "train.sample_prompt=\udcff: cannot be read"),
+    ("train.sample_prompt=a, b", "train.sample_prompt=a, b: several values need --multirun"),
+    ("seed=1,2", "seed=1,2: several values need --multirun"),
+    ("seed=range(1,3)", "seed=range(1,3): several values need --multirun"),
+    ("logger=[csv", "logger=[csv: cannot be read"),
+]
+
+
+def line_of(words: list[str]) -> str:
+    with pytest.raises(ConfigError) as error:
+        cli.compose_config(words)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("words", "line"), SCHEMA, ids=[words for words, _ in SCHEMA])
+def test_a_bad_configuration(words: str, line: str) -> None:
+    assert line_of(words.split()).startswith(line)
+
+
+@pytest.mark.xfail(strict=True, reason="config.py has no such check")
+@pytest.mark.parametrize(("words", "line"), UNCHECKED, ids=[words for words, _ in UNCHECKED])
+def test_a_bad_configuration_that_is_not_seen(words: str, line: str) -> None:
+    assert line_of(words.split()).startswith(line)
+
+
+@pytest.mark.parametrize(("word", "line"), WORDS, ids=[ascii(word) for word, _ in WORDS])
+def test_a_bad_word(word: str, line: str) -> None:
+    assert line_of([word]).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "text", ["a=b", "it's", "é 日本", 'say "hi"', "a, b", "{x}: [y]", "back\\slash", "#", "", "\\"]
+)
+def test_what_the_advice_on_quotes_leads_to(text: str) -> None:
+    """Where a value cannot be read as it is, the line gives the word that can."""
+    word = f"train.sample_prompt={text}"
+    try:
+        config = cli.compose_config([word])
+    except ConfigError as error:
+        line = str(error)
+        if "in quotes it can: '" in line:
+            word = line.split("in quotes it can: '", 1)[1].removesuffix("'")
+        else:
+            assert "several values need --multirun" in line
+            word = f'train.sample_prompt="{text}"'
+        config = cli.compose_config([word])
+    assert config.train.sample_prompt == text
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["model.d_model=16,32,abc"], "model.d_model=abc: must be an integer"),
+        (["model.d_model=16,18", "seed=1,2"], "model.n_heads=4: must divide model.d_model=18"),
+        (["optim=adamw,lion"], "optim=lion: no such choice; there are adam, adamw, sgd"),
+        (["optim.learning_rate=1e-3,-1"], "optim.learning_rate=-1.0: must be above 0"),
+        (["seed=1,2", "nonsense"], "'nonsense': must be key=value"),
+        (["seed=1,2", "x.y=a=b"], "x.y=a=b: cannot be read"),
+    ],
+)
+def test_a_sweep_is_checked_before_its_first_job(words: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        cli.compose_jobs(words, multirun=True)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+# --- what the machine and the data show, before a run folder is made
+
+
+def story(n: int) -> str:
+    return f"Story {n}: a cat saw {n * n} birds."
+
+
+FILES: dict[str, str | bytes] = {
+    "good.txt": "<|endoftext|>".join(story(n) for n in range(300)),
+    "empty.txt": "",
+    "blank.txt": " \n\n \n",
+    "binary.txt": b"abc\0def",
+    "latin.txt": b"caf\xe9 " * 500,
+    "late.txt": b"a good line\n" * 100_000 + b"\xff\n",
+    "utf16.txt": "some text ".encode("utf-16") * 100,
+    "one.txt": "one document",
+    "three.txt": "one<|endoftext|>two<|endoftext|>three",
+    "columns.csv": "a,b\n" + "1,hello\n" * 100,
+    "header.csv": "a,b\n",
+    "quote.csv": 'text\n"never closed\n',
+    "bad.jsonl": '{"text": "x"}\n{oops\n',
+    "numbers.jsonl": '{"text": 5}\n',
+    "bad.parquet": b"PAR1 and no more",
+    "folder/picture.png": b"\x89PNG",
+}
+DATA = [
+    ("data.path=nowhere.txt", "data.path=nowhere.txt: no such file or folder"),
+    ("data.path=*.zip", "data.path=*.zip: no such file or folder"),
+    ("data.path=folder", "data.path=folder: no .txt, .jsonl, .csv, .parquet file in this folder"),
+    ("data.path=", "data.path=: must name a file, a folder or a glob"),
+    ("data.path=/dev/null", "data.path=/dev/null: not a file"),
+    ("data.path=empty.txt", "data.path=empty.txt: this file is empty"),
+    ("data.path=blank.txt", "data.path=blank.txt: the training split is empty"),
+    ("data.path=binary.txt", "data.path=binary.txt: not a text file (it has zero bytes)"),
+    ("data.path=utf16.txt", "data.path=utf16.txt: not a text file (it has zero bytes)"),
+    ("data.path=latin.txt", "data.path=latin.txt: not UTF-8 text (invalid continuation byte)"),
+    ("data.path=late.txt", "data.path=late.txt: not UTF-8 text (invalid start byte)"),
+    ("data.path=header.csv", "data.path=header.csv: the training split is empty"),
+    ("data.path=quote.csv", "data.path=quote.csv: not readable as CSV"),
+    ("data.path=bad.jsonl", "data.path=bad.jsonl: line 2 is not JSON"),
+    ("data.path=numbers.jsonl", "data.text_column=auto: numbers.jsonl has no column of text"),
+    ("data.path=bad.parquet", "data.path=bad.parquet: not readable as parquet"),
+    (
+        "data.path=columns.csv data.text_column=body",
+        "data.text_column=body: columns.csv has no such column; it has a, b",
+    ),
+    ("data.val_file=nowhere.txt", "data.val_file=nowhere.txt: no such file or folder"),
+    ("data.test_file=empty.txt", "data.test_file=empty.txt: this file is empty"),
+    ("data.path=one.txt", "data.path=one.txt: the validation split is empty, as the corpus has"),
+    ("data.path=three.txt", "data.path=three.txt: the validation split is empty, as the corpus "),
+    (
+        "model.max_seq_len=2048 train.batch_tokens=2048",
+        "model.max_seq_len=2048: longer than the validation split of ",
+    ),
+    (
+        "model.max_seq_len=65536 train.batch_tokens=65536",
+        "model.max_seq_len=65536: longer than the training split of ",
+    ),
+    ("schedule.warmup_steps=12", "schedule.warmup_steps=12: must be below the 12 steps"),
+    ("hardware.micro_batch_size=3", "hardware.micro_batch_size=3: must divide the batch of 8 seq"),
+    ("train.precision=16-mixed", "train.precision=16-mixed: on cpu one of auto, 32, 64, bf16-mix"),
+    ("output_dir=good.txt", "output_dir=good.txt: cannot be written (Not a directory)"),
+    ("cache_dir=good.txt", "cache_dir=good.txt: Not a directory"),
+    (
+        "tokenizer=gpt2 tokenizer.vocab_dir=folder",
+        "tokenizer.vocab_dir=folder: must be a folder with encoder.json and vocab.bpe",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), DATA, ids=[words for words, _ in DATA])
+def test_bad_data(
+    here: Path, cache: Path, fails: Callable[..., Said], words: str, line: str
+) -> None:
+    for name, text in FILES.items():
+        written(here / name, text)
+    before = content(here)
+    said = fails(*tiny(Path("good.txt")), *words.split())
+    assert said.line.startswith(line)
+    assert said.code == 2
+    assert not (here / "outputs").exists()
+    assert content(here) == before
+    assert not list(cache.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_cuda_absent(here: Path, corpus: Path, fails: Callable[..., Said]) -> None:
+    said = fails(*tiny(corpus), "hardware=cuda", "hardware.accelerator=cuda")
+    assert said.code == 2
+    assert said.line.startswith("hardware.accelerator=cuda: this machine or this build of torch ")
+    assert "cpu" in said.line
+    assert not (here / "outputs").exists()
+
+
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "HF_ENDPOINT"])
+def test_no_network(
+    here: Path, fails: Callable[..., Said], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv(how, {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}[how])
+    said = fails("data=tinystories", "hardware=cpu")
+    assert said.code == 2
+    assert said.line.startswith("data.repo=roneneldan/TinyStories: no network")
+    assert "data=custom data.path=" in said.line
+    assert list(here.iterdir()) == []
+
+
+def test_no_network_for_gpt2(
+    here: Path, corpus: Path, fails: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(here / "none"))
+    monkeypatch.setattr("tinygpt.data.network.reachable", lambda url: False)
+    said = fails(*tiny(corpus), "tokenizer=gpt2")
+    assert said.code == 2
+    assert said.line.startswith("tokenizer.kind=gpt2: ")
+    assert "tokenizer.vocab_dir=FOLDER" in said.line
+    assert list(here.iterdir()) == []
+
+
+# --- what may not be read or written
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter, unlike pytest's own."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def unprivileged() -> Iterator[None]:
+    """Permission bits do not bind root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_cannot_be_read(open_folder: Path) -> None:
+    folder, file = open_folder / "folder", open_folder / "file.txt"
+    inside = written(folder / "inside.txt", "text")
+    written(file, "text").chmod(0)
+    folder.chmod(0)
+    for path in (folder, file, inside):
+        with unprivileged(), pytest.raises(ConfigError) as error:
+            open_corpus(CustomData(name="custom", path=str(path)))
+        assert str(error.value) == f"data.path={path}: cannot be read (Permission denied)"
+    folder.chmod(0o755)
+    with unprivileged():
+        assert find_files("data.path", str(folder)) == [inside]
+
+
+def test_what_cannot_be_written(open_folder: Path, corpus: Path) -> None:
+    config = CustomData(name="custom", path=str(corpus))
+    opened = open_corpus(config)
+    with unprivileged():
+        with pytest.raises(ConfigError) as error, RunDir(open_folder / "out" / "s" / "r").locked():
+            pytest.fail("the folder cannot be made")
+        line = f"output_dir={open_folder / 'out'}: cannot be written (Permission denied)"
+        assert str(error.value) == line
+        with pytest.raises(ConfigError) as error:
+            shards.prepare(opened, config, BpeTokenizer(), open_folder / "cache")
+        assert str(error.value) == f"cache_dir={open_folder / 'cache'}: Permission denied"
+    assert list(open_folder.iterdir()) == []
+
+
+# --- a run folder that is not as it should be
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, cache: Path) -> Path:
+    """The output folder of a small finished run, ``outputs/s/r``; to be copied, not changed."""
+    outputs = tmp_path_factory.mktemp("finished") / "outputs"
+    trained(*words_for(corpus, cache, outputs))
+    return outputs
+
+
+def words_for(corpus: Path, cache: Path, outputs: Path) -> list[str]:
+    more = [f"cache_dir={cache}", f"output_dir={outputs}", "study=s", "run_name=r", "logger=csv"]
+    return tiny(corpus, "train.eval_every=1024", *more)
+
+
+@pytest.fixture
+def again(here: Path, finished: Path, corpus: Path, cache: Path) -> tuple[Path, list[str]]:
+    """A copy of that run's folder, and the words that made it."""
+    shutil.copytree(finished, here / "outputs")
+    return here / "outputs" / "s" / "r", words_for(corpus, cache, here / "outputs")
+
+
+@pytest.mark.parametrize("force", ["false", left("true", "session.train: force skips the check")])
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_another_configuration_in_the_same_folder(
+    again: tuple[Path, list[str]], fails: Callable[..., Said], unfinished: bool, force: str
+) -> None:
+    run, words = again
+    if unfinished:
+        (run / "results.json").unlink()
+    before = content(run)
+    said = fails(*words, "optim.learning_rate=0.5", f"force={force}")
+    assert said.code == 2
+    assert said.line.startswith(f"run_name=r: {run} holds a run of another configuration; ")
+    assert content(run) == before
+    assert lasting(trained(*words))["status"] == "finished"
+
+
+def test_a_folder_that_is_no_runs(
+    here: Path, corpus: Path, cache: Path, fails: Callable[..., Said]
+) -> None:
+    run = here / "outputs" / "s" / "r"
+    written(run / "thesis.tex", "the only copy")
+    said = fails(*words_for(corpus, cache, here / "outputs"))
+    assert (said.code, said.line) == (2, f"run_name=r: {run} is there and is no run's")
+    assert content(run) == {"thesis.tex": b"the only copy"}
+
+
+def test_a_file_where_the_folder_should_be(
+    here: Path, corpus: Path, cache: Path, fails: Callable[..., Said]
+) -> None:
+    written(here / "outputs" / "s" / "r", "a file")
+    said = fails(*words_for(corpus, cache, here / "outputs"))
+    assert said.code == 2
+    assert said.line.startswith(f"output_dir={here / 'outputs'}: cannot be written")
+    assert content(here) == {"outputs/s/r": b"a file"}
+
+
+def test_another_process_is_training(
+    again: tuple[Path, list[str]], fails: Callable[..., Said]
+) -> None:
+    run, words = again
+    (run / "results.json").unlink()
+    before = content(run)
+    with RunDir(run).locked():
+        said = fails(*words)
+    assert (said.code, said.line) == (2, f"{run}: another process is training this run")
+    assert content(run) == before
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "tail lost": lambda data: data[:-10],
+    "empty": lambda data: b"",
+    "garbage": lambda data: bytes(range(256)) * 8,
+    "zeroed": lambda data: bytes(len(data)),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGE.values()), ids=list(DAMAGE))
+def test_a_damaged_checkpoint(
+    again: tuple[Path, list[str]], fails: Callable[..., Said], damage: Callable[[bytes], bytes]
+) -> None:
+    run, words = again
+    before = lasting(json.loads((run / "results.json").read_text()))
+    (run / "results.json").unlink()
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(damage(last.read_bytes()))
+    said = fails(*words)
+    assert said.code == 2
+    assert said.line.startswith(f"{last}: this checkpoint is damaged; remove it")
+    last.unlink()
+    assert lasting(trained(*words)) == before
+
+
+@pytest.mark.xfail(strict=True, reason="session._restore_records: KeyError: global_step")
+def test_a_checkpoint_of_something_else(
+    again: tuple[Path, list[str]], fails: Callable[..., Said]
+) -> None:
+    run, words = again
+    (run / "results.json").unlink()
+    torch.save({"weights": torch.zeros(3)}, run / "checkpoints" / "last.ckpt")
+    said = fails(*words)
+    assert said.line.startswith(f"{run / 'checkpoints' / 'last.ckpt'}: ")
+    assert trained(*words, "force=true")["status"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["results.json", "environment.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"text"'])
+def test_a_damaged_record(
+    again: tuple[Path, list[str]], fails: Callable[..., Said], name: str, text: str
+) -> None:
+    run, words = again
+    if name != "results.json":
+        (run / "results.json").unlink()
+    (run / name).write_text(text)
+    before = content(run)
+    said = fails(*words)
+    assert said.code == 2
+    assert said.line.startswith(f"{run / name}: not a ")
+    assert content(run) == before
+
+
+# --- a cache that is not as it should be
+
+
+def cached(corpus: Path, cache: Path) -> shards.Prepared:
+    config = CustomData(name="custom", path=str(corpus))
+    return shards.prepare(open_corpus(config), config, BpeTokenizer(vocab_size=300), cache)
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate_all(folder: Path) -> None:
+    for path in folder.glob("*.json"):
+        os.truncate(path, 100)
+
+
+CACHE_DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "shard truncated": lambda f: os.truncate(f / "train_00000.bin", 100),
+    "shard altered": lambda f: _flip(f / "train_00000.bin"),
+    "validation altered": lambda f: _flip(f / "val_00000.bin"),
+    "shard missing": lambda f: (f / "test_00000.bin").unlink(),
+    "shard empty": lambda f: os.truncate(f / "train_00000.bin", 0),
+    "index truncated": lambda f: os.truncate(f / "index.json", 50),
+    "index empty": lambda f: os.truncate(f / "index.json", 0),
+    "index missing": lambda f: (f / "index.json").unlink(),
+    "index null": lambda f: (f / "index.json").write_text("null"),
+    "index without splits": lambda f: (f / "index.json").write_text("{}"),
+    "everything missing": shutil.rmtree,
+    "tokenizer truncated": lambda f: _truncate_all(f.parent.parent / "tokenizers"),
+}
+
+
+UNSEEN_DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "index of other splits": lambda f: (f / "index.json").write_text('{"splits": []}'),
+    "offsets missing": lambda f: (f / "train.offsets.npy").unlink(),
+    "offsets truncated": lambda f: os.truncate(f / "train.offsets.npy", 150),
+    "offsets altered": lambda f: np.save(f / "val.offsets.npy", np.zeros(3, dtype=np.int64)),
+}
+UNSEEN = [left(damage, "shards.load_index does not look") for damage in UNSEEN_DAMAGE.values()]
+
+
+@pytest.mark.parametrize(
+    "damage", [*CACHE_DAMAGE.values(), *UNSEEN], ids=[*CACHE_DAMAGE, *UNSEEN_DAMAGE]
+)
+def test_a_damaged_cache_is_made_anew(
+    tmp_path: Path, corpus: Path, damage: Callable[[Path], Any]
+) -> None:
+    cache = tmp_path / "cache"
+    first = cached(corpus, cache)
+    assert cached(corpus, cache).index == first.index
+    before = content(cache)
+    damage(first.folder)
+    assert content(cache) != before
+    second = cached(corpus, cache)
+    for name in shards.SPLITS:
+        second.split(name)
+    assert content(cache) == before
+    assert second.index == first.index
+
+
+def test_what_a_killed_preparation_left_is_not_used(tmp_path: Path, corpus: Path) -> None:
+    folder = cached(corpus, tmp_path / "cache").folder
+    before = content(tmp_path)
+    half = folder.rename(folder.with_name(f".{folder.name}.tmp"))
+    (half / "index.json").unlink()
+    written(half / "train_00001.bin", b"half")
+    assert cached(corpus, tmp_path / "cache").folder == folder
+    assert content(tmp_path) == before
+
+
+def test_a_run_on_a_damaged_cache(again: tuple[Path, list[str]], tmp_path: Path) -> None:
+    run, words = again
+    before = lasting(json.loads((run / "results.json").read_text()))
+    words = [*words, f"cache_dir={tmp_path / 'own'}", "force=true"]
+    assert lasting(trained(*words)) == before
+    shard = next((tmp_path / "own" / "data").glob("*/train_00000.bin"))
+    _flip(shard)
+    assert lasting(trained(*words)) == before
+
+
+# --- a full disk
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of ``size`` at ``folder``; skips the test where it may not be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, leaving: int) -> Path:
+    """Takes all the space of a small disk but about ``leaving`` bytes."""
+    path = folder / "filler"
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    os.truncate(path, max(0, path.stat().st_size - leaving))
+    return path
+
+
+def test_a_full_disk_under_the_cache(here: Path, corpus: Path, fails: Callable[..., Said]) -> None:
+    with small_disk(here / "disk", "1m") as disk:
+        filler = fill(disk, leaving=16_384)
+        words = tiny(corpus, f"cache_dir={disk / 'cache'}", "logger=csv", "study=s", "run_name=r")
+        said = fails(*words)
+        assert said.code in (1, 2)
+        assert "No space left on device" in said.line
+        assert not (here / "outputs").exists()
+        assert not list(disk.rglob("*.tmp"))
+        assert not list(disk.rglob("*.bin"))
+        filler.unlink()
+        assert trained(*words)["status"] == "finished"
+
+
+@pytest.mark.parametrize("leaving", [0, 4096, 40_960])
+def test_a_full_disk_under_the_run(
+    here: Path, corpus: Path, cache: Path, finished: Path, fails: Callable[..., Said], leaving: int
+) -> None:
+    """It strikes at the folder itself, at the first records, at a checkpoint."""
+    with small_disk(here / "disk", "1m") as disk:
+        filler = fill(disk, leaving)
+        words = words_for(corpus, cache, disk / "outputs")
+        said = fails(*words)
+        assert said.code in (1, 2)
+        assert "No space left on device" in said.line
+        assert str(disk / "outputs") in said.line
+        assert not list(disk.rglob("results.json"))
+        assert not [path for path in disk.rglob("*.tmp") if path.is_file()]
+        filler.unlink()
+        expected = lasting(json.loads((finished / "s" / "r" / "results.json").read_text()))
+        assert lasting(trained(*words)) == expected
+
+
+@pytest.mark.slow
+def test_a_full_disk_under_a_real_command(tmp_path: Path, corpus: Path, tinygpt: Command) -> None:
+    """With TensorBoard's own thread writing too."""
+    with small_disk(tmp_path / "disk", "2m") as disk:
+        filler = fill(disk, leaving=65_536)
+        words = tiny(corpus, f"output_dir={disk / 'outputs'}", "study=s", "run_name=r")
+        ran = tinygpt("run", *words)
+        assert ran.returncode == 1
+        assert ran.stderr.startswith(f"error: {disk / 'outputs' / 's' / 'r'}")
+        assert ran.stderr.endswith(": No space left on device\n")
+        assert ran.stderr.count("\n") == 1
+        filler.unlink()
+        ran = tinygpt("run", *words)
+        assert ran.returncode == 0, ran.stderr
+        assert (disk / "outputs" / "s" / "r" / "results.json").exists()
+
+
+def test_a_line_of_metrics_is_whole_or_not_there(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        metrics = MetricsFile(disk / "metrics.csv")
+        metrics.keep_until(0)
+        fill(disk, leaving=0)
+        steps = 0
+        with pytest.raises(OSError, match=r"metrics\.csv"):  # noqa: PT012
+            for steps in range(10_000):
+                metrics.append({"step": steps, "train_loss": 1.2345678})
+        assert [int(row["step"]) for row in metrics.read()] == list(range(steps))
+        assert metrics.path.read_bytes().endswith(b"\n")
+
+
+def test_a_failed_write_names_its_file_and_keeps_the_old_one(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        path = disk / "a.txt"
+        write_text(path, "old")
+        with pytest.raises(OSError, match="No space left on device") as error:
+            write_text(path, "x" * 100_000)
+        assert error.value.filename == str(path)
+        assert content(disk) == {"a.txt": b"old"}
+
+
+# --- a run that goes wrong on its way
+
+
+def test_a_hopeless_rate_is_a_diverged_run(here: Path, corpus: Path, cache: Path) -> None:
+    words = words_for(corpus, cache, here / "outputs")
+    results = trained(*words, "optim.learning_rate=1e30", "train.grad_clip_norm=null")
+    assert results["status"] == "diverged"
+    assert None not in (results["config_hash"], results["seed"])
+    assert all(value == value for value in results.values())  # nothing is NaN
+
+
+@pytest.mark.xfail(strict=True, reason="Journal samples half way even if it has just diverged")
+def test_diverging_half_way(here: Path, corpus: Path, cache: Path) -> None:
+    words = words_for(corpus, cache, here / "outputs")
+    more = ["optim.learning_rate=1e30", "train.grad_clip_norm=null", "schedule=constant"]
+    results = trained(*words, *more, "train.steps=2", "train.eval_every=256")
+    assert results["status"] == "diverged"
+
+
+def test_out_of_memory_is_one_line(
+    here: Path,
+    corpus: Path,
+    cache: Path,
+    fails: Callable[..., Said],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def exhausted(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    words = words_for(corpus, cache, here / "outputs")
+    with monkeypatch.context() as patch:
+        patch.setattr("tinygpt.training.session._Run.train", exhausted)
+        said = fails(*words)
+    assert said.code == 1
+    assert said.line.startswith("out of memory: ")
+    assert "hardware.micro_batch_size" in said.line
+    run = here / "outputs" / "s" / "r"
+    assert json.loads((run / "error.json").read_text())["error"].startswith("OutOfMemoryError: ")
+    assert trained(*words)["status"] == "finished"
+    assert not (run / "error.json").exists()

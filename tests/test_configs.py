@@ -1,0 +1,565 @@
+"""Every shipped configuration trains a step; every key changes what it says."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from tests import test_training
+from tests.conftest import REAL_DATA, Command, tiny
+from tinygpt import cli, rundir
+from tinygpt import config as schema
+from tinygpt.config import Config, ConfigError, derive
+from tinygpt.counting import count_parameters, flops_per_token, padded_vocab
+from tinygpt.data import corpora
+from tinygpt.data.corpora import HubCorpus, open_corpus
+from tinygpt.data.datamodule import TokenData
+from tinygpt.data.shards import cache_root, prepare
+from tinygpt.data.synthetic import Grammar
+from tinygpt.data.tokenizers import train_tokenizer
+from tinygpt.model import gpt
+from tinygpt.model.gpt import GPT
+from tinygpt.training import trainer as trainers
+from tinygpt.training.optim import make_optimizer, rate_factor
+from tinygpt.training.session import train
+
+CONF = Path(cli.CONF_DIR)
+GPT2 = REAL_DATA / "gpt2-bpe"
+GROUPS = ("model", "data", "tokenizer", "optim", "schedule", "hardware", "logger", "experiment")
+PAIRS = [(g, path.stem) for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
+CHOICES = [pytest.param(*pair, id="=".join(pair)) for pair in PAIRS]
+LARGE = ("slm_tinystories", "gpt_research")  # ten seconds and more for a step, however cut
+VOCABULARY = {"gpt2": 50257, "char": 97, "byte": 258}
+
+
+def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
+    known = {CONF / "config.yaml", CONF / "hydra" / "help" / "tinygpt.yaml"}
+    known |= {CONF / group / f"{choice}.yaml" for group, choice in PAIRS}
+    assert set(CONF.rglob("*.yaml")) == known
+
+
+def required(group: str, choice: str) -> list[str]:
+    """What a choice cannot be composed without."""
+    missing = {"custom": ["data.path=somewhere.txt"], "hub": ["data.repo=some/where"]}
+    return missing.get(choice, []) if group == "data" else []
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_a_choice_is_composed_and_built(group: str, choice: str) -> None:
+    """At its full size, on the meta device, with as many parameters as we count."""
+    config = compose_once(f"{group}={choice}", *required(group, choice))
+    tokenizer = config.tokenizer
+    if isinstance(tokenizer, schema.BpeTokenizer):
+        vocab_size = tokenizer.vocab_size
+    else:
+        vocab_size = VOCABULARY[tokenizer.kind]
+    with torch.device("meta"):
+        model = GPT(config.model, vocab_size)
+        tokens = torch.zeros(2, config.model.max_seq_len, dtype=torch.int64)
+    rows = padded_vocab(vocab_size, config.model.pad_vocab_to_multiple)
+    assert model(tokens).shape == (2, config.model.max_seq_len, rows)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == count_parameters(config.model, vocab_size).total
+    make_optimizer(model, config.optim, fused=False)
+    plan = derive(
+        config,
+        parameters=total,
+        flops_per_token=flops_per_token(config.model, vocab_size),
+        windows=100_000,
+        vocab_size=vocab_size,
+    )
+    assert plan.warmup_steps < plan.total_steps
+
+
+def stories(count: int) -> list[str]:
+    return [
+        f"Story {n}. A cat saw {n * n} birds and {n % 7} plums, then it slept."
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a folder laid out like TinyStories on the hub."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "roneneldan" / "TinyStories" / "data"
+    folder.mkdir(parents=True)
+    for name, texts in (("train", stories(300)), ("validation", stories(350)[300:])):
+        table = pyarrow.table({"text": texts})
+        pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one_step(group: str, choice: str, corpus: Path) -> list[str]:
+    """The choice with its batch, its context and, if it is large, its depth cut down."""
+    words = [f"{group}={choice}", "model.max_seq_len=32", "train.batch_tokens=64"]
+    words += ["train.steps=1", "schedule.warmup_steps=0", "train.sample_tokens=4"]
+    words += ["data.eval_tokens=200", "hardware.threads=1", "study=s", "run_name=r"]
+    recipe = compose_once(f"{group}={choice}", *required(group, choice))
+    if count_parameters(recipe.model, 50257).total > 30e6:
+        words.append("model.n_layers=1")
+    if group != "tokenizer" and recipe.tokenizer.kind == "bpe":
+        words.append("tokenizer.vocab_size=300")
+    if recipe.tokenizer.kind == "gpt2":
+        if not GPT2.is_dir():
+            pytest.skip("no GPT-2 vocabulary beside the project")
+        words.append(f"tokenizer.vocab_dir={GPT2}")
+    if group == "data" and choice == "hub":
+        words.append("data.repo=roneneldan/TinyStories")
+    elif group == "data" and choice == "synthetic":
+        words += ["data.max_documents=200", "tokenizer.train_bytes=10_000"]
+    elif recipe.data.name != "tinystories":
+        words += [f"data.path={corpus}", *(["data=custom"] if choice != "custom" else [])]
+    if group != "hardware":
+        words.append("hardware=cpu")
+    return words
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [
+        pytest.param(*pair, id="=".join(pair), marks=[pytest.mark.slow] * (pair[1] in LARGE))
+        for pair in PAIRS
+    ],
+)
+def test_a_choice_takes_a_step(
+    hub: Path, cache: Path, corpus: Path, group: str, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = one_step(group, choice, corpus)
+    if choice == "wandb":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        refused = r"logger=wandb: .*tinygpt\[wandb\]"
+    elif choice == "cuda" and not torch.cuda.is_available():
+        refused = "hardware.accelerator=cuda: .*usable here: auto, .*cpu"
+    elif choice == "mps" and not torch.backends.mps.is_available():
+        refused = "hardware.accelerator=mps: .*usable here: auto, .*cpu"
+    else:
+        refused = ""
+    words += [f"cache_dir={cache}"]
+    console = Console(file=io.StringIO())
+    if refused:
+        with pytest.raises(ConfigError, match=refused):
+            train(cli.compose_config(words), words, console)
+        assert not (hub / "outputs").exists()
+        return
+    results = train(cli.compose_config(words), words, console)
+    assert results["total_steps"] == 1
+    assert results["final_val_loss"] != results["initial_val_loss"]
+    run = hub / "outputs" / "s" / "r"
+    assert json.loads((run / "results.json").read_text()) == results
+    assert (run / "tensorboard").exists() == (choice != "csv")
+
+
+# The recipes, as they were stated
+
+ADAMW = {"optim.kind": "adamw"}
+RECIPES: dict[str, dict[str, Any]] = {
+    "tinygpt_base": {
+        **ADAMW,
+        "model.n_layers": 6,
+        "model.d_model": 128,
+        "model.n_heads": 8,
+        "model.max_seq_len": 256,
+        "model.dropout": 0.1,
+        "tokenizer.kind": "char",
+        "train.batch_tokens": 32 * 256,
+        "optim.learning_rate": 3e-4,
+        "optim.weight_decay": 0.01,
+        "schedule.warmup_steps": 100,
+        "train.grad_clip_norm": 1.0,
+    },
+    "slm_tinystories": {
+        **ADAMW,
+        "model.n_layers": 6,
+        "model.d_model": 384,
+        "model.n_heads": 6,
+        "model.max_seq_len": 128,
+        "model.dropout": 0.1,
+        "tokenizer.kind": "gpt2",
+        "data.name": "tinystories",
+        "train.batch_tokens": 131_072,
+        "optim.learning_rate": 1e-4,
+        "optim.eps": 1e-9,
+        "optim.betas": [0.9, 0.95],
+        "optim.weight_decay": 0.1,
+        "schedule.warmup_steps": 1000,
+        "train.grad_clip_norm": 0.5,
+    },
+    "educational": {
+        "model.n_layers": 4,
+        "model.d_model": 128,
+        "model.n_heads": 4,
+        "model.max_seq_len": 256,
+        "model.position": "learned",
+        "tokenizer.kind": "bpe",
+        "tokenizer.vocab_size": 1000,
+        "optim.learning_rate": 1e-3,
+    },
+    "educational_rope": {
+        "model.n_layers": 4,
+        "model.d_model": 128,
+        "model.n_heads": 4,
+        "model.max_seq_len": 256,
+        "model.position": "rope",
+        "tokenizer.kind": "bpe",
+        "tokenizer.vocab_size": 1000,
+        "optim.learning_rate": 1e-3,
+    },
+    "gpt_research": {
+        "model.n_layers": 12,
+        "model.d_model": 768,
+        "model.n_heads": 12,
+        "model.max_seq_len": 512,
+        "tokenizer.kind": "gpt2",
+        "train.batch_tokens": 262_144,
+        "optim.learning_rate": 6e-4,
+        "schedule.warmup_steps": 700,  # 3.5 % of
+        "train.steps": 20_000,
+        "train.grad_clip_norm": 1.0,
+    },
+}
+
+
+def value(config: Any, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_as_stated(name: str) -> None:
+    config = cli.compose_config([f"experiment={name}"])
+    assert {key: value(config, key) for key in RECIPES[name]} == RECIPES[name]
+
+
+def test_the_horizon_of_the_command_line_replaces_that_of_a_recipe() -> None:
+    config = cli.compose_config(["experiment=gpt_research", "train.tokens=5_000_000"])
+    assert (config.train.tokens, config.train.steps) == (5_000_000, None)
+
+
+@pytest.mark.parametrize("words", [[], ["experiment=slm_tinystories", "optim.learning_rate=1e-5"]])
+def test_the_printed_configuration_is_yaml(tinygpt: Command, words: list[str]) -> None:
+    done = tinygpt("run", *words, "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    printed = yaml.safe_load(done.stdout)
+    config = cli.compose_config(words)
+    for section in ("model", "data", "tokenizer", "schedule"):
+        assert printed[section] == dataclasses.asdict(getattr(config, section))
+    assert float(printed["optim"]["learning_rate"]) == config.optim.learning_rate
+
+
+# Every key changes what it says.  A key is read here: `base` words, then `word` on top of them;
+# `part` is the part of the whole that must come out different.
+
+Part = Callable[[Config, Path], Any]
+
+
+def model_part(config: Config, cache: Path) -> Any:
+    """Shapes, logits in training, and the ways by which they were computed."""
+    torch.manual_seed(0)
+    model = GPT(config.model, 50)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)  # biases too
+    with (
+        mock.patch.object(gpt, "manual_attention", wraps=gpt.manual_attention) as manual,
+        mock.patch("tinygpt.model.gpt.checkpoint", wraps=torch_checkpoint) as saving,
+    ):
+        logits = model(torch.arange(8)[None])
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return shapes, logits.tolist(), manual.called, saving.called
+
+
+def window_part(config: Config, cache: Path) -> Any:
+    """The length that the model takes and that the data is cut into."""
+    return GPT(config.model, 50).position_embedding.weight.shape, data_part(config, cache)
+
+
+def plan_part(config: Config, cache: Path) -> Any:
+    return derive(config, parameters=5000, flops_per_token=30_000.0, windows=1000, vocab_size=258)
+
+
+def optim_part(config: Config, cache: Path) -> Any:
+    optimizer = make_optimizer(GPT(config.model, 50), config.optim, fused=False)
+    groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
+    return type(optimizer), groups
+
+
+def rate_part(config: Config, cache: Path) -> Any:
+    plan = plan_part(config, cache)
+    total, warmup = plan.total_steps, plan.warmup_steps
+    return [
+        rate_factor(n, config.schedule, total_steps=total, warmup_steps=warmup)
+        for n in range(total)
+    ]
+
+
+def data_part(config: Config, cache: Path) -> Any:
+    """What is trained on and what is scored, token by token."""
+    data = TokenData(
+        prepare(open_corpus(config.data), config.data, config.tokenizer, cache), config
+    )
+    train_tokens = data.splits["train"].gather(data.windows.starts, data.length + 1).tolist()
+    scored = {
+        name: [targets.tolist() for _, targets in data.eval_batches(name, 64)]
+        for name in data.splits
+        if name != "train"
+    }
+    return train_tokens, scored
+
+
+def tokenizer_part(config: Config, cache: Path) -> Any:
+    return train_tokenizer(config.tokenizer, ["some text"]).fingerprint()
+
+
+def device_part(config: Config, cache: Path) -> Any:
+    try:
+        return trainers.resolve_device(config.hardware, config.train.precision)
+    except ConfigError as error:
+        return str(error)
+
+
+def grammar_part(config: Config, cache: Path) -> Any:
+    assert isinstance(config.data, schema.SyntheticData)
+    grammar = Grammar(config.data)
+    return next(grammar.stories()), grammar.entropy(), len(grammar.heldout)
+
+
+def hub_part(config: Config, cache: Path) -> Any:
+    """The documents, from a hub library that answers with what it was asked."""
+    asked: list[Any] = []
+
+    def load(repo: str, name: Any, *, split: str, streaming: bool, revision: Any) -> Any:
+        asked.append((repo, name, split, revision))
+        return [{"text": f"{repo} {split} # {n}", "title": f"# {n}"} for n in range(3)]
+
+    fake = SimpleNamespace(
+        logging=SimpleNamespace(set_verbosity_error=lambda: None),
+        disable_progress_bars=lambda: None,
+        get_dataset_split_names=lambda repo, name: ["train", "validation", "test", "extra"],
+        load_dataset=load,
+    )
+    assert isinstance(config.data, schema.HubData)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", fake)
+        patch.setattr(corpora, "require_hub", lambda *args: None)
+        corpus = HubCorpus(config.data)
+        found = {
+            split: [document.text for document in corpus.documents(split)]
+            for split in ("train", *sorted(corpus.own))
+        }
+    return found, asked
+
+
+def logger_part(config: Config, cache: Path) -> Any:
+    """What the two libraries are given."""
+    board, wandb = mock.MagicMock(), mock.MagicMock()
+    with (
+        mock.patch.object(trainers, "TensorBoardLogger", board),
+        mock.patch("lightning.pytorch.loggers.WandbLogger", wandb),
+    ):
+        trainers.make_loggers(config, rundir.RunDir(cache), 0)
+    return board.call_args, wandb.call_args
+
+
+def place_part(config: Config, cache: Path) -> Any:
+    return config.output_dir, config.study, config.run_name, cache_root(config.cache_dir)
+
+
+def name_part(config: Config, cache: Path) -> Any:
+    return corpora.describe(config.data)
+
+
+TRAIN = {"train.eval_every=2560": plan_part, "train.checkpoint_every=2560": plan_part}
+TRAIN |= {"train.keep_every=2560": plan_part, "train.batch_tokens=512": plan_part}
+TRAIN |= {"train.precision=64": device_part, "train.steps=13": plan_part}
+HORIZONS = ("tokens=9000", "epochs=2", "tokens_per_param=20", "flops=1e9")
+Row = tuple[str, list[str], str, Part]
+
+
+def rows() -> Iterator[Row]:
+    """(key, base, word, part): PATH stands for the corpus."""
+    for word in (
+        *("n_layers=2", "d_model=32", "n_heads=4", "n_kv_heads=1", "d_ff=24", "dropout=0.5"),
+        *("bias=false", "tie_weights=false", "position=rope", "norm=rmsnorm"),
+        *("activation=gelu_tanh", "activation=swiglu", "attention=manual"),
+        *("gradient_checkpointing=true", "pad_vocab_to_multiple=64"),
+    ):
+        yield f"model.{word.split('=')[0]}", [], f"model.{word}", model_part
+    yield "model.rope_theta", ["model.position=rope"], "model.rope_theta=100", model_part
+    yield "model.max_seq_len", [], "model.max_seq_len=16", window_part
+    for word in (
+        *("fraction=0.5", "stride=16", "max_tokens=2000", "max_documents=200"),
+        *("eval_tokens=300", "val_fraction=0.2", "test_fraction=0.2", "val_is_test=true"),
+        *("separator=none", "separator=plums"),
+    ):
+        base = ["data.val_file=OTHER", "data.test_file=OTHER"] if "none" in word else []
+        yield f"data.{word.split('=')[0]}", base, f"data.{word}", data_part
+    yield "data.path", [], "data.path=OTHER", data_part
+    yield "data.val_file", [], "data.val_file=OTHER", data_part
+    yield "data.test_file", [], "data.test_file=OTHER", data_part
+    yield "data.text_column", ["data.path=TABLE"], "data.text_column=title", data_part
+    yield "data.name", [], "data.name=mine", name_part
+    for word in (
+        *("corpus_seed=1", "n_facts=100", "zipf_exponent=2", "noise_rate=0.5"),
+        "heldout_entities=3",
+    ):
+        yield f"data.{word.split('=')[0]}", ["data=synthetic"], f"data.{word}", grammar_part
+    for word in (
+        *("repo=other/repo", "config=some", "split=extra", "val_split=extra", "val_split=null"),
+        *("test_split=null", "revision=abc", "separator='#'", "text_column=title"),
+    ):
+        yield f"data.{word.split('=')[0]}", ["data=hub", "data.repo=a/b"], f"data.{word}", hub_part
+    yield "data.source", [], "data=synthetic", lambda config, cache: open_corpus(config.data)
+    yield "tokenizer.kind", [], "tokenizer=char", tokenizer_part
+    yield "tokenizer.vocab_size", ["tokenizer=bpe"], "tokenizer.vocab_size=258", tokenizer_part
+    yield "tokenizer.train_bytes", ["tokenizer=char"], "tokenizer.train_bytes=1", data_part
+    yield "optim.kind", [], "optim=adam", optim_part
+    for word in (
+        *("learning_rate=0.01", "weight_decay=0.2", "decay_embeddings=false"),
+        *("betas=[0.8,0.9]", "eps=1e-6"),
+    ):
+        yield f"optim.{word.split('=')[0]}", [], f"optim.{word}", optim_part
+    yield "optim.momentum", ["optim=sgd"], "optim.momentum=0.5", optim_part
+    yield "optim.nesterov", ["optim=sgd"], "optim.nesterov=false", optim_part
+    yield "schedule.kind", [], "schedule=linear", rate_part
+    yield "schedule.warmup_steps", [], "schedule.warmup_steps=3", rate_part
+    yield "schedule.warmup_fraction", [], "schedule.warmup_fraction=0.5", rate_part
+    yield "schedule.min_ratio", [], "schedule.min_ratio=0.5", rate_part
+    yield "schedule.decay_fraction", ["schedule=wsd"], "schedule.decay_fraction=0.5", rate_part
+    for word, part in TRAIN.items():
+        yield word.split("=")[0], [], word, part
+    for word in HORIZONS:
+        yield f"train.{word.split('=')[0]}", [], f"train.{word}", plan_part
+    yield "hardware.accelerator", [], "hardware.accelerator=mps", device_part
+    yield "hardware.micro_batch_size", [], "hardware.micro_batch_size=2", plan_part
+    board, wandb = ["logger=tensorboard"], ["logger=wandb"]
+    yield (
+        "logger.tensorboard.flush_seconds",
+        board,
+        "logger.tensorboard.flush_seconds=3",
+        logger_part,
+    )
+    yield "logger.wandb.project", wandb, "logger.wandb.project=mine", logger_part
+    yield "logger.wandb.entity", wandb, "logger.wandb.entity=us", logger_part
+    yield "logger.wandb.offline", wandb, "logger.wandb.offline=false", logger_part
+    for word in ("study=mine", "run_name=mine", "output_dir=there", "cache_dir=there"):
+        yield word.split("=")[0], [], word, place_part
+
+
+# These show only in a run, or need files that are not everywhere.
+ELSEWHERE = {
+    "train.grad_clip_norm": "test_training_is_a_plain_loop",
+    "train.log_every": "test_intervals_are_in_steps_and_in_tokens",
+    "train.early_stopping_patience": "test_early_stopping_stops_and_says_so",
+    "train.sample_prompt": "test_samples_are_as_long_as_asked_and_begin_with_the_prompt",
+    "train.sample_tokens": "test_samples_are_as_long_as_asked_and_begin_with_the_prompt",
+    "hardware.threads": "test_the_threads_are_set_and_recorded",
+    "hardware.compile": "test_compile_is_asked_of_the_model",
+    "seed": "test_a_seed_gives_the_same_bits_and_another_seed_others",
+    "force": "test_force_trains_anew",
+}
+BY_CONTENT = {"data.path", "data.repo", "data.val_file", "data.test_file", "tokenizer.vocab_dir"}
+
+
+def schema_keys() -> set[str]:
+    """Every leaf of every class that the schema knows."""
+    found = {
+        f"{group}.{item.name}"
+        for group, choices in {**cli._SCHEMAS, **cli._PLAIN}.items()
+        for cls in choices.values()
+        for item in dataclasses.fields(cls)
+    }
+    for name, cls in (("tensorboard", schema.TensorBoardLog), ("wandb", schema.WandbLog)):
+        found.remove(f"logger.{name}")
+        found |= {f"logger.{name}.{item.name}" for item in dataclasses.fields(cls)}
+    groups = {key.split(".")[0] for key in found}
+    return found | {item.name for item in dataclasses.fields(Config) if item.name not in groups}
+
+
+def test_no_key_is_left_out() -> None:
+    assert {row[0] for row in rows()} | set(ELSEWHERE) | {"tokenizer.vocab_dir"} == schema_keys()
+    assert all(hasattr(test_training, test) for test in ELSEWHERE.values())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "other.txt").write_text("\n<|endoftext|>\n".join(stories(200)))
+    lines = [json.dumps({"story": s, "title": s[::-1]}) for s in stories(200)]
+    (folder / "table.jsonl").write_text("\n".join(lines))
+    places = {"OTHER": folder / "other.txt", "TABLE": folder / "table.jsonl", "PATH": corpus}
+    return {name: str(path) for name, path in places.items()}
+
+
+def composed(words: list[str], files: dict[str, str]) -> Config:
+    """A small run, unless the words take another corpus or another horizon."""
+    small = tiny(Path("PATH"), "logger=csv")
+    if any(word in ("data=synthetic", "data=hub") for word in words):
+        small = [word for word in small if not word.startswith("data")]
+    horizons = tuple(f"train.{word.split('=')[0]}=" for word in HORIZONS)
+    if any(word.startswith(horizons) for word in words):
+        small.remove("train.steps=12")
+    words = [*small, *words]
+    for name, path in files.items():
+        words = [word.replace(name, path) for word in words]
+    return copy.deepcopy(compose_once(*words))
+
+
+@functools.cache
+def compose_once(*words: str) -> Config:
+    return cli.compose_config(words)
+
+
+@pytest.mark.parametrize(
+    ("key", "base", "word", "part"), [pytest.param(*row, id=f"{row[2]}") for row in rows()]
+)
+def test_a_key_changes_what_it_says(
+    key: str, base: list[str], word: str, part: Part, files: dict[str, str], cache: Path
+) -> None:
+    before, after = composed(base, files), composed([*base, word], files)
+    if key.split(".")[-1] not in ("kind", "source"):
+        assert value(before, key) != value(after, key)
+    if key != "data.source":
+        assert part(composed(base, files), cache) == part(before, cache)
+    assert part(before, cache) != part(after, cache)
+    # and it is another experiment, unless it only says where and how
+    is_science = key.split(".")[0] not in rundir.NOT_SCIENCE and key not in BY_CONTENT
+    hashes = {rundir.config_hash(config, {}) for config in (before, after)}
+    assert len(hashes) == (2 if is_science else 1)
+
+
+@pytest.mark.parametrize("key", sorted(ELSEWHERE))
+def test_what_shows_only_in_a_run_is_in_the_hash_if_it_is_science(
+    key: str, files: dict[str, str]
+) -> None:
+    values = {"train.sample_prompt": "hello", "hardware.compile": "true", "force": "true"}
+    before, after = composed([], files), composed([f"{key}={values.get(key, '7')}"], files)
+    assert value(before, key) != value(after, key)
+    hashes = {rundir.config_hash(config, {}) for config in (before, after)}
+    assert len(hashes) == (1 if key.split(".")[0] in rundir.NOT_SCIENCE else 2)
+
+
+def test_vocab_dir_is_where_gpt2_is_read(tmp_path: Path) -> None:
+    config = cli.compose_config(["tokenizer=gpt2", f"tokenizer.vocab_dir={tmp_path}"])
+    with pytest.raises(ConfigError, match=f"tokenizer.vocab_dir={tmp_path}"):
+        train_tokenizer(config.tokenizer, ())
+    if GPT2.is_dir():
+        config = cli.compose_config(["tokenizer=gpt2", f"tokenizer.vocab_dir={GPT2}"])
+        assert train_tokenizer(config.tokenizer, ()).vocab_size == 50257
