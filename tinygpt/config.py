@@ -18,6 +18,7 @@ from typing import Any, Optional
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 DEFAULT_TOKENS = 2_000_000
+MOST_STEPS = 10**12
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
 
@@ -199,8 +200,8 @@ class WsdSchedule(ScheduleConfig):
 class TrainConfig:
     """The training recipe.  The horizon is given once; intervals are in training tokens."""
 
-    tokens: Optional[int] = key(None, least=1)
-    steps: Optional[int] = key(None, least=1)
+    tokens: Optional[int] = key(None, least=1, most=10**18)
+    steps: Optional[int] = key(None, least=1, most=10**12)
     epochs: Optional[float] = key(None, above=0.0)
     tokens_per_param: Optional[float] = key(None, above=0.0)
     flops: Optional[float] = key(None, above=0.0)
@@ -222,7 +223,7 @@ class HardwareConfig:
 
     accelerator: str = key("auto", among=("auto", "cpu", "mps", "cuda"))
     micro_batch_size: Optional[int] = key(None, least=1)  # sequences; null: what fits well
-    threads: Optional[int] = key(None, least=1)  # CPU threads; null: torch's own choice
+    threads: Optional[int] = key(None, least=1, most=4096)  # CPU threads; null: torch's own choice
     compile: bool = False
 
 
@@ -289,8 +290,9 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
 
 def horizon_given(overrides: Sequence[str]) -> str | None:
     """The horizon key that the command line sets, if any; two of them are an error."""
-    pairs = [item.lstrip("+").split("=", 1) for item in overrides if "=" in item]
-    given = [k for k, value in pairs if k in {f"train.{h}" for h in HORIZONS} and value != "null"]
+    pairs = [item.lstrip("+").partition("=")[::2] for item in overrides if "=" in item]
+    last = dict(pairs)  # of a key given twice the last counts
+    given = [f"train.{h}" for h in HORIZONS if last.get(f"train.{h}", "null") != "null"]
     if len(set(given)) > 1:
         raise ConfigError(f"{' and '.join(sorted(set(given)))}: give the horizon once")
     return given[-1].removeprefix("train.") if given else None
@@ -367,8 +369,8 @@ def check(config: Config) -> None:
         or getattr(config.optim, "momentum", 0) > 0,
         "optim.nesterov=true: needs optim.momentum above 0",
     )
-    for name in ("study", "run_name"):
-        value = getattr(config, name)
+    named = {"study": config.study, "run_name": config.run_name, "data.name": data.name}
+    for name, value in named.items():
         _require(
             value is None or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", value) is not None,
             f"{name}={value}: must be letters, digits, '.', '_', '-' only, as it names a folder",
@@ -505,6 +507,10 @@ def _total_steps(train: TrainConfig, parameters: int, flops_per_token: float, ep
         total >= 1,
         f"train.{name}={getattr(train, name)}: less than one step of "
         f"train.batch_tokens={train.batch_tokens}",
+    )
+    _require(
+        total <= MOST_STEPS,
+        f"train.{name}={getattr(train, name)}: {total:.3g} steps are more than {MOST_STEPS:.0e}",
     )
     return int(total)
 

@@ -48,9 +48,9 @@ def sweep_name(overrides: Sequence[str]) -> str:
 @cli.one_line_errors
 def main() -> None:
     arguments = get_args_parser().parse_args(sys.argv[1:])
-    shown = (arguments.help, arguments.hydra_help, arguments.cfg, arguments.info)
+    shown = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
     cli.register_schemas()
-    if not any(shown) and not arguments.shell_completion:
+    if not any(shown):
         # every mistake is found here, before torch is imported and before anything is written
         cli.compose_jobs(arguments.overrides, arguments.multirun)
         keys = {item.split("=")[0] for item in arguments.overrides}

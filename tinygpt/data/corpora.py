@@ -114,8 +114,10 @@ class SyntheticCorpus:
         self.own: set[str] = set()
 
     def fingerprint(self) -> str:
-        first = itertools.islice(self.documents("train"), 1000)
-        return hashlib.sha256("\n".join(d.text for d in first).encode()).hexdigest()
+        names = ("corpus_seed", "n_facts", "zipf_exponent", "noise_rate", "heldout_entities")
+        keys = {name: getattr(self.config, name) for name in names}
+        first = next(self.documents("train")).text  # changes with the grammar itself
+        return hashlib.sha256(json.dumps([keys, first], sort_keys=True).encode()).hexdigest()
 
     def documents(self, split: str) -> Iterator[Document]:
         from tinygpt.data.synthetic import Grammar

@@ -29,7 +29,7 @@ from tinygpt.data import corpora
 from tinygpt.data.corpora import Corpus, Document, split_documents
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
-FORMAT = 1  # of the files here; part of the cache key
+FORMAT = 2  # of the files here; part of the cache key
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at a time
 VERIFY_BYTES = 1 << 30  # larger files are checked by their size alone
@@ -51,7 +51,7 @@ class Split:
         self.info = index["splits"][name]
         self.files = [folder / entry["file"] for entry in self.info["files"]]
         self.shards = [np.memmap(path, dtype=index["dtype"], mode="r") for path in self.files]
-        offsets = np.load(folder / f"{name}.offsets.npy")
+        offsets = np.load(folder / self.info["offsets"]["file"])
         counts = [entry["documents"] + 1 for entry in self.info["files"]]
         self.offsets = np.split(offsets, np.cumsum(counts)[:-1])  # per shard: (documents + 1,)
 
@@ -194,9 +194,10 @@ def load_index(folder: Path) -> dict[str, Any] | None:
     """The index of a whole, undamaged folder of shards; None where it has to be made again."""
     try:
         index: dict[str, Any] = rundir.read_json(folder / "index.json")
-        entries = [e for s in index["splits"].values() if s for e in s["files"]]
+        splits = [info for info in index["splits"].values() if info]
+        entries = [entry for info in splits for entry in (*info["files"], info["offsets"])]
         whole = all(_is_whole(folder / e["file"], e["size"], e["sha256"]) for e in entries)
-    except (ConfigError, OSError, KeyError, TypeError):
+    except (ConfigError, OSError, AttributeError, KeyError, TypeError):
         return None
     return index if whole else None
 
@@ -205,6 +206,10 @@ def _is_whole(path: Path, size: int, sha256: str) -> bool:
     if path.stat().st_size != size:
         return False
     return size > VERIFY_BYTES or _sha256(path) == sha256
+
+
+def _check_values(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:
@@ -260,7 +265,6 @@ def _tokenize(
     infos = {name: writer.finish() for name, writer in writers.items()}
     if data.val_is_test:
         infos["test"] = infos["val"]
-        shutil.copy(folder / "val.offsets.npy", folder / "test.offsets.npy")
     expected = ["train", "val", *(["test"] if data.test_fraction > 0 or data.val_is_test else [])]
     for name in expected:
         if not infos[name]["documents"]:
@@ -345,7 +349,8 @@ class _SplitWriter:
         self.files[-1]["documents"] += len(encoded)
 
     def _append(self, tokens: NDArray[Any]) -> None:
-        with (self.folder / self.files[-1]["file"]).open("ab") as file:
+        path = self.folder / self.files[-1]["file"]
+        with rundir.naming(path), path.open("ab") as file:
             file.write(tokens.astype(self.dtype).tobytes())
 
     def _count(
@@ -369,14 +374,15 @@ class _SplitWriter:
         """The split's entry in the index: counts, the exact floor, files with checksums."""
         self._flush()
         for entry in self.files:
-            path = self.folder / entry["file"]
-            entry |= {"size": path.stat().st_size, "sha256": _sha256(path)}
+            entry |= _check_values(self.folder / entry["file"])
         offsets = np.concatenate(self.offsets) if self.offsets else np.zeros(0, dtype=np.int64)
-        np.save(self.folder / f"{self.name}.offsets.npy", offsets)
+        name = f"{self.name}.offsets.npy"
+        np.save(self.folder / name, offsets)
         tokens, nats = self.info["tokens"], self.nats
         return {
             **self.info,
             "irreducible_loss_exact": nats / tokens if nats is not None and tokens else None,
             "fingerprint": rundir.digest([entry["sha256"] for entry in self.files]),
             "files": self.files,
+            "offsets": {"file": name, **_check_values(self.folder / name)},
         }

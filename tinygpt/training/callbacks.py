@@ -118,7 +118,7 @@ class Journal(pl.Callback):
         self._stop_clock()
         if logging_ or not finite:  # weights that are not finite are never saved
             self._log(trainer, pl_module, step, evaluating)
-        if self._is_half_way(step):
+        if self._is_half_way(step) and self.state["status"] != "diverged":
             self.sample(step)
 
     def on_train_batch_start(
@@ -156,16 +156,18 @@ class Journal(pl.Callback):
             "peak_memory_bytes": peak_memory(module.device.type),
         }
         module.forget_train_loss()
+        scores = None
         if not math.isfinite(loss):
             self._end(trainer, "diverged", f"the training loss is {loss} at step {step}")
         elif evaluating:
-            self._judge(step, self._evaluated())
+            scores = self._evaluated()
+            self._judge(step, scores)
             if not math.isfinite(state["last_val_loss"]):
                 self._end(trainer, "diverged", f"the validation loss is not finite at step {step}")
             elif self._out_of_patience():
                 patience = self.config.train.early_stopping_patience
                 self._end(trainer, "stopped_early", f"no progress in {patience} evaluations")
-        self._write(trainer, step, row, self.scores if evaluating else None)
+        self._write(trainer, step, row, scores)
 
     def _evaluated(self) -> Scores:
         self.scores = self.evaluate()

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from tinygpt.data.datamodule import IGNORED
 
@@ -51,24 +50,21 @@ def score(
     """
     was_training = model.training
     model.eval()
-    # MPS has no 64-bit floats
+    # Plain sums, in 64 bits where the device has them: a NaN must show, and torchmetrics' mean
+    # either drops it or rounds to 32 bits.
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    loss, accuracy = (MeanMetric().set_dtype(dtype).to(device) for _ in range(2))
+    loss, right, count = torch.zeros(3, dtype=dtype, device=device)
     with autocast or nullcontext():
         for inputs, targets in batches:
             inputs, targets = inputs.to(device), targets.to(device)
-            logits = model(inputs)  # (B, T, V)
-            flat, wanted = logits.flatten(0, 1), targets.flatten()
-            scored = wanted != IGNORED
-            losses = F.cross_entropy(
-                flat.float() if flat.dtype != torch.float64 else flat,
-                wanted,
-                ignore_index=IGNORED,
-                reduction="none",
-            )
-            loss.update(losses, weight=scored)
-            accuracy.update((flat.argmax(-1) == wanted).to(dtype), weight=scored)
+            logits = model(inputs).flatten(0, 1)  # (B·T, V)
+            wanted = targets.flatten()
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            losses = F.cross_entropy(wide, wanted, ignore_index=IGNORED, reduction="none")
+            loss += losses.to(dtype).sum()
+            right += (logits.argmax(-1) == wanted).sum()
+            count += (wanted != IGNORED).sum()
     model.train(was_training)
-    mean = float(loss.compute())
+    mean = float(loss / count)
     bits = mean * info["tokens"] / math.log(2)
-    return Scores(mean, float(accuracy.compute()), bits / info["bytes"], bits / info["characters"])
+    return Scores(mean, float(right / count), bits / info["bytes"], bits / info["characters"])

@@ -62,16 +62,17 @@ def train(config: Config, overrides: list[str], console: Console) -> dict[str, A
     cache = shards.cache_root(config.cache_dir)
     with preparing(console) as progress:
         hash_, run = _identify(config, overrides, corpus)
-        found = None if config.force else run.finished(hash_)
-        if found is not None:
+        found = run.finished(hash_)  # refuses another configuration's folder, forced or not
+        if found is not None and not config.force:
             return report_finished(run, found, console)
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
     data = TokenData(prepared, config)
     data.plan = _plan(config, data, device)
     with run.locked(), _failures_recorded(run), logging_to(console, run):
+        found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
             run.clear()
-        elif (found := run.finished(hash_)) is not None:  # meanwhile, by another process
+        elif found is not None:
             return report_finished(run, found, console)
         resuming = _begin(config, run, prepared, device, hash_)
         results = _Run(config, run, data, device, hash_, console).train(resuming)

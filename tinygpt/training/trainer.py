@@ -132,6 +132,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
     ) -> dict[str, Any]:
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint["global_step"], checkpoint["callbacks"]["Journal"]["status"]
         except Exception as error:  # torch raises whatever the broken bytes lead it to
             raise ConfigError(
                 f"{path}: this checkpoint is damaged; remove it to begin anew, or use force=true"
