@@ -1,11 +1,11 @@
-"""What the tests share: real text if it is there, a small corpus, the commands as a user runs them."""
+"""What the tests share: real text if there is any, a small corpus, commands as users run them."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,11 +17,10 @@ Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread() -> None:
     """Small tensors are no faster on two threads, and results are compared bit for bit."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -240,12 +240,10 @@ def test_help_and_cfg(outcomes: tuple[dict[str, Outcome], Path]) -> None:
         pytest.param(
             "cfg misspelt",
             "error: model.d_modle: no such key; did you mean model.d_model",
-            marks=pytest.mark.xfail(strict=True, reason="run.main does not check with --cfg"),
         ),
         pytest.param(
             "unknown option",
             "error: --multi-run: ",
-            marks=pytest.mark.xfail(strict=True, reason="argparse prints its usage, nine lines"),
         ),
     ],
 )

@@ -77,9 +77,6 @@ def test_scores_are_those_of_a_direct_computation(
     assert found.bits_per_char == pytest.approx(loss * 60 / 120 / math.log(2))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="MeanMetric.set_dtype(...).to(device) forgets the dtype: sums are 32-bit"
-)
 def test_the_batch_size_does_not_matter() -> None:
     """To the last digits of 64 bits."""
     inputs, targets = batch(11, 6, ignored=4)
@@ -134,9 +131,6 @@ def test_the_context_given_is_used() -> None:
     assert model.dtypes == [torch.bfloat16, torch.float32]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="torchmetrics' MeanMetric warns of a NaN, drops it and averages the rest"
-)
 def test_one_loss_that_is_not_a_number_is_never_averaged_away() -> None:
     model = Table()
     with torch.no_grad():

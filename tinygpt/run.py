@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -14,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tinygpt import cli
-from tinygpt.config import typed
+from tinygpt.config import ConfigError, typed
 
 
 @hydra.main(config_path=cli.CONF_DIR, config_name="config", version_base="1.3")
@@ -45,9 +46,15 @@ def sweep_name(overrides: Sequence[str]) -> str:
     return "-".join(["sweep", *sorted(swept)])
 
 
+def _unknown_option(message: str) -> NoReturn:
+    raise ConfigError(f"{message.rpartition(': ')[2]}: no such option; --help shows what there is")
+
+
 @cli.one_line_errors
 def main() -> None:
-    arguments = get_args_parser().parse_args(sys.argv[1:])
+    parser = get_args_parser()
+    parser.error = _unknown_option  # type: ignore[method-assign]
+    arguments = parser.parse_args(sys.argv[1:])
     shown = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
     cli.register_schemas()
     if not any(shown):

@@ -98,10 +98,11 @@ def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console)
     """What was trained, on what, to which loss, where it is, what to try next."""
     floor = results["irreducible_loss_exact"]
     initial, final = _number(results["initial_val_loss"]), _number(results["final_val_loss"])
+    speed = short(results["tokens_per_second"] or 0)
     lines = {
         "trained": f"{short(results['model_parameters'])} parameters on "
         f"{short(results['train_tokens'])} tokens of {results['dataset']} in "
-        f"{clock(results['seconds_training'])}, {short(results['tokens_per_second'] or 0)} tokens/s",
+        f"{clock(results['seconds_training'])}, {speed} tokens/s",
         "status": results["status"],
         "val loss": f"{initial} → {final} nats per token"
         + (f", exact floor {floor:.4f}" if floor else ""),
