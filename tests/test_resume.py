@@ -113,10 +113,8 @@ def test_ten_kills_change_nothing(
             process = start(tmp_path / "killed", cache, words, program)
         else:  # somewhere between its first sign of life and its end
             process = start(tmp_path / "killed", cache, words, ["-m", "tinygpt.run"])
-            before = run.exists() and (run / "run.log").stat().st_size
-            while process.poll() is None and not (
-                (run / "run.log").exists() and (run / "run.log").stat().st_size > (before or 0)
-            ):
+            before = _size(run / "run.log")
+            while process.poll() is None and _size(run / "run.log") <= before:
                 time.sleep(0.01)
             time.sleep(chance.uniform(0.0, 0.4))
             process.send_signal(signal.SIGKILL)
@@ -149,6 +147,10 @@ def test_a_signal_saves_and_says_how_to_go_on(
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] > 0
     assert not (run / "results.json").exists()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _has_steps(metrics: Path) -> bool:
