@@ -109,7 +109,8 @@ def _check_words(overrides: Sequence[str]) -> None:
 def _explain(error: BaseException, overrides: Sequence[str]) -> str:
     """Hydra's and OmegaConf's messages, as one line with the key, the value and what is allowed."""
     cause: BaseException = error
-    while cause.__cause__ is not None:
+    # under a debugger OmegaConf chains further causes that no longer name the key
+    while cause.__cause__ is not None and not _full_key(cause):
         cause = cause.__cause__
     text = str(cause)
     name = _full_key(cause)
