@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
-import yaml
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -257,7 +257,8 @@ def test_the_horizon_of_the_command_line_replaces_that_of_a_recipe() -> None:
 def test_the_printed_configuration_is_yaml(tinygpt: Command, words: list[str]) -> None:
     done = tinygpt("run", *words, "--cfg", "job")
     assert done.returncode == 0, done.stderr
-    printed = yaml.safe_load(done.stdout)
+    printed = OmegaConf.create(done.stdout)
+    assert isinstance(printed, DictConfig)
     config = cli.compose_config(words)
     for section in ("model", "data", "tokenizer", "schedule"):
         assert printed[section] == dataclasses.asdict(getattr(config, section))
