@@ -26,6 +26,7 @@ from tinygpt.config import BpeTokenizer, ConfigError, CustomData
 from tinygpt.data import shards
 from tinygpt.data.corpora import find_files, open_corpus
 from tinygpt.rundir import MetricsFile, RunDir, write_text
+from tinygpt.sweeping.jobs import compose_jobs, expand
 from tinygpt.training.session import train
 
 # What time and host decide.
@@ -283,7 +284,7 @@ def test_what_the_advice_on_quotes_leads_to(text: str) -> None:
 )
 def test_a_sweep_is_checked_before_its_first_job(words: list[str], line: str) -> None:
     with pytest.raises(ConfigError) as error:
-        cli.compose_jobs(words, multirun=True)
+        compose_jobs(expand({}, words))
     assert str(error.value).startswith(line)
     assert "\n" not in str(error.value)
 

@@ -21,6 +21,7 @@ DEFAULT_TOKENS = 2_000_000
 MOST_STEPS = 10**12
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
+SCALES = ("smoke", "laptop", "gpu")
 
 
 class ConfigError(ValueError):
@@ -248,6 +249,67 @@ class LoggerConfig:
 
 
 @dataclass
+class LauncherConfig:
+    """Where the runs of a sweep are trained."""
+
+    kind: str = MISSING
+
+
+@dataclass
+class SerialLauncher(LauncherConfig):
+    """One run after the other, in this process."""
+
+    kind: str = key("serial", among=("serial",))
+
+
+@dataclass
+class LocalLauncher(LauncherConfig):
+    """Processes on this machine, each with its share of the cores, or with a GPU of its own."""
+
+    kind: str = key("local", among=("local",))
+    n_jobs: Optional[int] = key(None, least=1)  # null: one a GPU; without GPUs one a core
+
+
+@dataclass
+class SlurmLauncher(LauncherConfig):
+    """An array of Slurm jobs, one a run; preempted or out of time, they are queued again."""
+
+    kind: str = key("slurm", among=("slurm",))
+    partition: Optional[str] = None
+    minutes: int = key(60, least=1)
+    cpus: int = key(4, least=1)
+    gpus: int = key(0, least=0)
+    memory_gb: Optional[int] = key(None, least=1)
+    n_jobs: int = key(256, least=1)  # at once
+    requeues: int = key(10, least=0)  # after preemption or the end of the time
+    sbatch: dict[str, Any] = field(default_factory=dict)  # any other option: account, qos, ...
+
+
+@dataclass
+class RayLauncher(LauncherConfig):
+    """A Ray cluster, or one that is started on this machine."""
+
+    kind: str = key("ray", among=("ray",))
+    address: Optional[str] = None  # null: a cluster of its own here
+    cpus: int = key(1, least=1)  # a run
+    gpus: float = key(0.0, least=0.0)
+
+
+@dataclass
+class SweepConfig:
+    """What an experiment varies, at each scale: keys with their values, every combination.
+
+    Under ``together`` stands a list of such tables whose combinations follow one another, for
+    keys that go together.
+    """
+
+    smoke: dict[str, Any] = field(default_factory=dict)
+    laptop: dict[str, Any] = field(default_factory=dict)
+    gpu: dict[str, Any] = field(default_factory=dict)
+    share_trunk: bool = False  # runs that differ in length alone share their constant-rate part
+
+
+@dataclass
 class Config:
     """The whole of it, as ``config.yaml`` in a run folder keeps it."""
 
@@ -259,12 +321,16 @@ class Config:
     train: TrainConfig = MISSING
     hardware: HardwareConfig = MISSING
     logger: LoggerConfig = MISSING
+    launcher: LauncherConfig = MISSING
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    scale: str = key("laptop", among=SCALES)
     seed: int = key(42, least=0, most=2**32 - 1)
     study: Optional[str] = None
     run_name: Optional[str] = None
     output_dir: str = "outputs"
     cache_dir: Optional[str] = None
     force: bool = False
+    plan: bool = False
 
 
 def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
@@ -281,7 +347,8 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     for name in _extra_keys(composed, config):
-        raise ConfigError(unknown_key(name, list(key_names(config))))
+        known = [key_ for key_ in key_names(config) if not key_.startswith("sweep.")]
+        raise ConfigError(unknown_key(name, known))
     if not any(getattr(config.train, name) is not None for name in HORIZONS):
         config.train.tokens = DEFAULT_TOKENS
     check(config)
@@ -327,7 +394,7 @@ def _extra_keys(composed: DictConfig, config: Any, prefix: str = "") -> Iterator
         name = str(key_)
         if name not in names:
             yield f"{prefix}{name}"
-        elif isinstance(value, DictConfig):
+        elif isinstance(value, DictConfig) and dataclasses.is_dataclass(getattr(config, name)):
             yield from _extra_keys(value, getattr(config, name), f"{prefix}{name}.")
 
 

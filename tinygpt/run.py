@@ -11,22 +11,25 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tinygpt import cli
-from tinygpt.config import ConfigError, typed
+from tinygpt.config import Config, ConfigError, typed
 
 
 @hydra.main(config_path=cli.CONF_DIR, config_name="config", version_base="1.3")
 @cli.one_line_errors
 def job(composed: DictConfig) -> float:
-    """One run; returns its final validation loss, for a sweeper that optimises."""
-    hydra_config = HydraConfig.get()
-    overrides = list(hydra_config.overrides.task)
+    """One run; returns its final validation loss."""
+    overrides = list(HydraConfig.get().overrides.task)
     config = typed(composed, overrides)
-    if config.study is None:
-        config.study = hydra_config.runtime.choices.get("experiment") or "runs"
+    from tinygpt.sweeping.jobs import study_name
+    from tinygpt.sweeping.study import run_study
+
+    if config.plan:
+        run_study([overrides])
+        return math.nan
+    config.study = config.study or study_name(config, overrides)
 
     from rich.console import Console
 
@@ -34,9 +37,18 @@ def job(composed: DictConfig) -> float:
 
     results = train(config, overrides, Console())
     loss = results["final_val_loss"]
-    if results["status"] == "diverged" and hydra_config.mode == RunMode.RUN:
+    if results["status"] == "diverged":
         raise SystemExit(1)
     return math.inf if loss is None else loss
+
+
+def check_single(config: Config, overrides: Sequence[str]) -> None:
+    """Refuses what only a sweep can use.  Raises ConfigError."""
+    keys = {item.split("=")[0] for item in overrides}
+    if config.launcher.kind != "serial":
+        raise ConfigError(f"launcher={config.launcher.kind}: needs --multirun, or an experiment")
+    if "scale" in keys:
+        raise ConfigError(f"scale={config.scale}: needs an experiment that has scales")
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
@@ -54,15 +66,19 @@ def _unknown_option(message: str) -> NoReturn:
 def main() -> None:
     parser = get_args_parser()
     parser.error = _unknown_option  # type: ignore[method-assign]
+    # it may stand anywhere; argparse wants options before or behind the overrides
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("--multirun", "-m"))
     arguments = parser.parse_args(sys.argv[1:])
+    overrides = arguments.overrides
     shown = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
     cli.register_schemas()
     if not any(shown):
-        # every mistake is found here, before torch is imported and before anything is written
-        cli.compose_jobs(arguments.overrides, arguments.multirun)
-        keys = {item.split("=")[0] for item in arguments.overrides}
-        if arguments.multirun and not keys & {"study", "experiment"}:
-            sys.argv.append(f"study={sweep_name(arguments.overrides)}")
+        # every mistake is found before torch is imported and before anything is written: those
+        # of a single run here, those of a sweep's jobs by sweeping
+        if not cli.sweeps(overrides, arguments.multirun):
+            check_single(cli.compose_config(overrides), overrides)
+        elif not {item.split("=")[0] for item in overrides} & {"study", "experiment"}:
+            sys.argv.append(f"study={sweep_name(overrides)}")
     job()
 
 

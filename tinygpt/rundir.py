@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import errno
@@ -22,7 +23,8 @@ from typing import Any
 import filelock
 from omegaconf import OmegaConf
 
-from tinygpt.config import HORIZONS, Config, ConfigError
+from tinygpt.config import HORIZONS, Config, ConfigError, SweepConfig
+from tinygpt.counting import resolved_d_ff
 
 SCHEMA_VERSION = 1
 # What does not change the result of a run, and so is neither in its hash nor in its name.
@@ -30,6 +32,10 @@ NOT_SCIENCE = {
     "hardware",
     "logger",
     "launcher",
+    "sweep",
+    "scale",
+    "plan",
+    "experiment",
     "output_dir",
     "cache_dir",
     "study",
@@ -116,6 +122,29 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     return digest({**values, "content": content})
 
 
+def effective_hash(config: Config, content: dict[str, str]) -> str:
+    """The hash of what decides the trained weights, however it is spelt.
+
+    A value that a default stands for is written out; what has no effect beside the other values,
+    or only looks on, is left out.  Two runs with the same hash train the same model.
+    """
+    config = copy.deepcopy(config)
+    model, train, schedule = config.model, config.train, config.schedule
+    model.d_ff = resolved_d_ff(model)
+    model.n_kv_heads = model.n_kv_heads or model.n_heads
+    model.rope_theta = model.rope_theta if model.position == "rope" else 0.0
+    model.attention = ""  # two ways to the same numbers
+    model.gradient_checkpointing = False
+    config.data.stride = config.data.stride or model.max_seq_len
+    if schedule.warmup_steps is not None:
+        schedule.warmup_fraction = 0.0
+    train.log_every, train.checkpoint_every, train.keep_every = 1, None, None
+    train.sample_prompt, train.sample_tokens = "", 0
+    if train.early_stopping_patience is None:
+        train.eval_every = None
+    return config_hash(config, content)
+
+
 def run_name(overrides: Sequence[str], config_hash: str) -> str:
     """A readable folder name: the overridden values, then six digits of the hash."""
     named: dict[str, str] = {}  # by the whole key: two may end alike
@@ -154,6 +183,9 @@ class RunDir:
     @property
     def last(self) -> Path:
         return self.checkpoints / "last.ckpt"
+
+    def step(self, number: int) -> Path:
+        return self.checkpoints / f"step_{number}.ckpt"
 
     def finished(self, config_hash: str) -> dict[str, Any] | None:
         """The results of a finished run of this very configuration, else None.
@@ -213,7 +245,9 @@ class RunDir:
             path.unlink()
 
     def write_config(self, config: Config) -> None:
-        write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        """As it is, without the tables of the sweep it may belong to."""
+        alone = dataclasses.replace(config, sweep=SweepConfig())
+        write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(alone)))
 
 
 METRICS = (

@@ -135,6 +135,14 @@ class Prepared:
         return Split(self.folder, name, self.index)
 
 
+def fingerprints(corpus: Corpus, tokenizer: TokenizerConfig) -> dict[str, str]:
+    """What stands for the files that a configuration names, in the hash of a run."""
+    content = {"data": corpus.fingerprint()}
+    if tokenizer.kind == "gpt2":
+        content["tokenizer"] = train_tokenizer(tokenizer, ()).fingerprint()
+    return content
+
+
 def prepare(
     corpus: Corpus,
     data: DataConfig,

@@ -237,8 +237,10 @@ def _tag(name: str) -> str:
 class Checkpoints(pl.Callback):
     """``last``, ``best`` and ``step_<N>``, each written beside its place and renamed."""
 
-    def __init__(self, run: rundir.RunDir, plan: Plan, journal: Journal) -> None:
-        self.run, self.plan, self.journal = run, plan, journal
+    def __init__(
+        self, run: rundir.RunDir, plan: Plan, journal: Journal, keep_at: frozenset[int]
+    ) -> None:
+        self.run, self.plan, self.journal, self.keep_at = run, plan, journal, keep_at
 
     def on_train_batch_end(
         self,
@@ -254,8 +256,8 @@ class Checkpoints(pl.Callback):
         at_end = step >= plan.total_steps or trainer.should_stop
         if self.journal.state["best_val_step"] == step:
             trainer.save_checkpoint(folder / "best.ckpt")
-        if plan.keep_steps and step % plan.keep_steps == 0:
-            trainer.save_checkpoint(folder / f"step_{step}.ckpt")
+        if step in self.keep_at or (plan.keep_steps and step % plan.keep_steps == 0):
+            trainer.save_checkpoint(self.run.step(step))
         if at_end or step % plan.checkpoint_steps == 0:
             trainer.save_checkpoint(self.run.last)
 

@@ -30,14 +30,19 @@ def rate_factor(step: int, config: ScheduleConfig, *, total_steps: int, warmup_s
     if isinstance(config, ConstantSchedule):
         return 1.0
     if isinstance(config, WsdSchedule):
-        decay_steps = max(1, round(config.decay_fraction * total_steps))
-        decay_steps = min(decay_steps, total_steps - warmup_steps)
-        done = (step + 1 - (total_steps - decay_steps)) / decay_steps
+        stable = stable_steps(config, total_steps=total_steps, warmup_steps=warmup_steps)
+        done = (step + 1 - stable) / (total_steps - stable)
         return 1.0 - (1.0 - config.min_ratio) * min(1.0, max(0.0, done))
     assert isinstance(config, DecaySchedule)
     done = min(1.0, (step + 1 - warmup_steps) / max(1, total_steps - warmup_steps))
     shape = (1 + math.cos(math.pi * done)) / 2 if config.kind == "cosine" else 1 - done
     return config.min_ratio + (1.0 - config.min_ratio) * shape
+
+
+def stable_steps(config: WsdSchedule, *, total_steps: int, warmup_steps: int) -> int:
+    """Steps, the warmup's included, before the decay of a warmup-stable-decay schedule begins."""
+    decay_steps = max(1, round(config.decay_fraction * total_steps))
+    return max(warmup_steps, total_steps - decay_steps)
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

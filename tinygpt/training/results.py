@@ -27,6 +27,7 @@ def make_results(
     journal: Journal,
     final: Scores | None,
     test: Scores | None,
+    branched: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything a study wants to know of a finished run; ``final`` is None for a diverged one."""
     steps = journal.state["steps"]
@@ -41,8 +42,21 @@ def make_results(
         **_losses(journal, data, final, test),
         **_sizes(config, data, steps),
         "schedule_finished": steps >= plan.total_steps,
+        **branched,
         **_recipe(config, plan, data, device),
         **_speed(config, data, device, journal),
+    }
+
+
+def planned(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
+    """What the results of a run will say of its sizes and its recipe, known beforehand."""
+    assert data.plan is not None
+    vocab_size = data.prepared.tokenizer.vocab_size
+    return {
+        "seed": config.seed,
+        **_sizes(config, data, data.plan.total_steps),
+        **_recipe(config, data.plan, data, device),
+        "flops_per_token": flops_per_token(config.model, vocab_size),
     }
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 
 from tinygpt import rundir
-from tinygpt.config import Config, ConfigError, Plan, RunError, derive
+from tinygpt.config import Config, ConfigError, RunError, derive
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
-from tinygpt.data.tokenizers import train_tokenizer
 from tinygpt.model.generate import generate
+from tinygpt.training.branching import Branch
 from tinygpt.training.callbacks import Checkpoints, Interrupts, Journal, ProgressBar
 from tinygpt.training.console import (
     logging_to,
@@ -48,16 +48,15 @@ log = logging.getLogger("tinygpt")
 SAMPLE_MARK = "--- step"  # heads each text in samples.txt
 
 
-def train(config: Config, overrides: list[str], console: Console) -> dict[str, Any]:
+def train(
+    config: Config, overrides: list[str], console: Console, branch: Branch | None = None
+) -> dict[str, Any]:
     """Trains the run that ``config`` describes, or goes on with it, or finds it finished.
 
     Returns its results.  Raises ConfigError before a run folder is made where something asked
     for cannot be had, RunError where a run fails on its way.
     """
-    if config.hardware.threads is not None:
-        torch.set_num_threads(config.hardware.threads)
-    device = resolve_device(config.hardware, config.train.precision)
-    check_loggers(config)
+    device = open_machine(config)
     corpus = corpora.open_corpus(config.data)
     cache = shards.cache_root(config.cache_dir)
     with preparing(console) as progress:
@@ -66,36 +65,33 @@ def train(config: Config, overrides: list[str], console: Console) -> dict[str, A
         if found is not None and not config.force:
             return report_finished(run, found, console)
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
-    data = TokenData(prepared, config)
-    data.plan = _plan(config, data, device)
+    data = open_data(config, prepared, device)
     with run.locked(), _failures_recorded(run), logging_to(console, run):
         found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
             run.clear()
         elif found is not None:
             return report_finished(run, found, console)
-        resuming = _begin(config, run, prepared, device, hash_)
-        results = _Run(config, run, data, device, hash_, console).train(resuming)
+        resuming = _begin(config, run, prepared, device, hash_, branch)
+        keep_at = branch.keep_at if branch else ()
+        results = _Run(config, run, data, device, hash_, console, keep_at).train(resuming)
     print_summary(run, results, console)
     return results
 
 
-def _identify(
-    config: Config, overrides: list[str], corpus: corpora.Corpus
-) -> tuple[str, rundir.RunDir]:
-    """The configuration's hash and folder; fills in ``study`` and ``run_name``."""
-    content = {"data": corpus.fingerprint()}
-    if config.tokenizer.kind == "gpt2":
-        content["tokenizer"] = train_tokenizer(config.tokenizer, ()).fingerprint()
-    hash_ = rundir.config_hash(config, content)
-    config.study = config.study or "runs"
-    config.run_name = config.run_name or rundir.run_name(overrides, hash_)
-    return hash_, rundir.RunDir(Path(config.output_dir) / config.study / config.run_name)
+def open_machine(config: Config) -> Device:
+    """What the run computes on.  Raises ConfigError where this machine lacks what is asked for."""
+    if config.hardware.threads is not None:
+        torch.set_num_threads(config.hardware.threads)
+    check_loggers(config)
+    return resolve_device(config.hardware, config.train.precision)
 
 
-def _plan(config: Config, data: TokenData, device: Device) -> Plan:
-    vocab_size = data.prepared.tokenizer.vocab_size
-    return derive(
+def open_data(config: Config, prepared: shards.Prepared, device: Device) -> TokenData:
+    """The prepared corpus and, with it known, all that is counted in steps."""
+    data = TokenData(prepared, config)
+    vocab_size = prepared.tokenizer.vocab_size
+    data.plan = derive(
         config,
         parameters=count_parameters(config.model, vocab_size).total,
         flops_per_token=flops_per_token(config.model, vocab_size),
@@ -103,16 +99,31 @@ def _plan(config: Config, data: TokenData, device: Device) -> Plan:
         vocab_size=vocab_size,
         pass_tokens=PASS_TOKENS[device.accelerator],
     )
+    return data
+
+
+def _identify(
+    config: Config, overrides: list[str], corpus: corpora.Corpus
+) -> tuple[str, rundir.RunDir]:
+    """The configuration's hash and folder; fills in ``study`` and ``run_name``."""
+    hash_ = rundir.config_hash(config, shards.fingerprints(corpus, config.tokenizer))
+    config.study = config.study or "runs"
+    config.run_name = config.run_name or rundir.run_name(overrides, hash_)
+    return hash_, rundir.RunDir(Path(config.output_dir) / config.study / config.run_name)
 
 
 def _begin(
-    config: Config, run: rundir.RunDir, prepared: shards.Prepared, device: Device, hash_: str
+    config: Config,
+    run: rundir.RunDir,
+    prepared: shards.Prepared,
+    device: Device,
+    hash_: str,
+    branch: Branch | None,
 ) -> bool:
     """Makes the folder, or checks that what is there can be gone on with.  True: resuming."""
     run.error.unlink(missing_ok=True)
     run.remove_torn()
-    resuming = run.last.exists()
-    if resuming:
+    if run.last.exists():
         before = rundir.read_json(run.environment)
         if before["precision_resolved"] != device.precision:
             raise ConfigError(
@@ -127,6 +138,7 @@ def _begin(
             )
         return True
     name = torch.cuda.get_device_name() if device.accelerator == "cuda" else device.accelerator
+    branching = branch is not None and branch.is_ready()
     # first, as it says whose folder this is
     rundir.write_json(
         run.environment,
@@ -135,12 +147,20 @@ def _begin(
             precision_resolved=device.precision,
             threads=torch.get_num_threads(),
             device=name,
+            branched_from=branch.trunk.path.name if branch and branch.trunk and branching else None,
+            branched_at_step=branch.step if branch and branching else None,
         ),
     )
     run.checkpoints.mkdir(exist_ok=True)
     run.write_config(config)
     prepared.tokenizer.save(run.tokenizer)
-    return False
+    if branch is not None and branching:
+        branch.begin(run)
+    elif branch is not None and branch.trunk is not None:
+        log.info(
+            "note    %s has no step %d: trained from the start", branch.trunk.path, branch.step
+        )
+    return branching
 
 
 @contextlib.contextmanager
@@ -150,6 +170,8 @@ def _failures_recorded(run: rundir.RunDir) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
+        if not isinstance(error, ConfigError | RunError):
+            log.debug("%s", line, exc_info=error)  # the traceback, for run.log
         if run.environment.exists() and not isinstance(error, ConfigError):
             with contextlib.suppress(OSError):
                 rundir.write_json(run.error, {"error": line})
@@ -171,10 +193,12 @@ class _Run:
         device: Device,
         hash_: str,
         console: Console,
+        keep_at: Sequence[int],
     ) -> None:
         assert data.plan is not None
         self.config, self.run, self.data, self.device = config, run, data, device
         self.hash, self.console, self.plan = hash_, console, data.plan
+        self.keep_at = frozenset(keep_at)
         self.tokenizer = data.prepared.tokenizer
         torch.manual_seed(config.seed)
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
@@ -195,7 +219,8 @@ class _Run:
         self._introduce(resuming)
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
         self.metrics.keep_until(first)
-        callbacks = [self.journal, Checkpoints(self.run, self.plan, self.journal), self.interrupts]
+        checkpoints = Checkpoints(self.run, self.plan, self.journal, self.keep_at)
+        callbacks = [self.journal, checkpoints, self.interrupts]
         if self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
         loggers = make_loggers(self.config, self.run, first)
@@ -313,8 +338,17 @@ class _Run:
                 shutil.copyfile(self.run.last, temporary)
             final = self.journal.scores or self._evaluate_val()
             test = self._evaluate("test") if "test" in self.data.splits else None
+        begun = rundir.read_json(self.run.environment)
         return make_results(
-            self.config, self.hash, self.plan, self.data, self.device, self.journal, final, test
+            self.config,
+            self.hash,
+            self.plan,
+            self.data,
+            self.device,
+            self.journal,
+            final,
+            test,
+            {name: begun.get(name) for name in ("branched_from", "branched_at_step")},
         )
 
 

@@ -1,0 +1,367 @@
+"""Sweeps: what is trained, where it goes, what is refused, skipped, resumed and said."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import ROOT, Command, tiny
+from tinygpt import cli, rundir
+from tinygpt.config import ConfigError, WsdSchedule
+from tinygpt.scaling.runs import load_runs
+from tinygpt.sweeping.jobs import Job, compose_jobs, expand
+
+EXPERIMENTS = sorted(
+    path.stem
+    for path in (ROOT / "conf/experiment").glob("*.yaml")
+    if "MULTIRUN" in path.read_text()
+)
+# What two runs of the same configuration may differ in.
+NOT_COMPARED = re.compile("tokens_per_second|seconds_training|peak_memory_bytes|git_commit|folder")
+
+
+def sweep(*words: str, params: dict[str, Any] | None = None) -> list[Job]:
+    return compose_jobs(expand(params or {}, words))
+
+
+# --- what a sweep comes to
+
+
+def test_every_combination_the_last_key_fastest() -> None:
+    jobs = sweep("model.d_model=16,32", "seed=1,2", "train.steps=3")
+    found = [(j.config.model.d_model, j.config.seed, j.config.train.steps) for j in jobs]
+    assert found == [(16, 1, 3), (16, 2, 3), (32, 1, 3), (32, 2, 3)]
+    assert [job.label for job in jobs[:2]] == ["d_model=16 seed=1", "d_model=16 seed=2"]
+
+
+def test_tables_of_keys_that_go_together() -> None:
+    rows = [{"model.d_model": 16, "model.n_heads": 1}, {"model.d_model": [32, 64]}]
+    jobs = sweep(params={"seed": [1, 2], "together": rows, "train.steps": 3})
+    found = [(j.config.seed, j.config.model.d_model, j.config.model.n_heads) for j in jobs]
+    assert found == [(1, 16, 1), (2, 16, 1), (1, 32, 4), (1, 64, 4), (2, 32, 4), (2, 64, 4)]
+
+
+def test_the_command_line_takes_the_place_of_a_key() -> None:
+    params = {"seed": [1, 2], "together": [{"model.d_model": 16}, {"model.d_model": 32}]}
+    assert expand(params, ["seed=7"]) == [
+        ["seed=7", "model.d_model=16"],
+        ["seed=7", "model.d_model=32"],
+    ]
+    assert expand(params, ["model.d_model=8,24", "seed=7"]) == [
+        ["seed=7", "model.d_model=8"],
+        ["seed=7", "model.d_model=24"],
+    ]
+    assert expand({"train.tokens": [5, 6]}, ["train.steps=3"]) == [["train.steps=3"]]
+
+
+YAML_VALUES = st.one_of(
+    st.integers(-(10**9), 10**9),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.booleans(),
+    st.none(),
+    st.lists(st.floats(0, 1), max_size=3),
+)
+
+
+@given(st.dictionaries(st.sampled_from(["a", "b.c", "d"]), YAML_VALUES, min_size=1))
+def test_values_of_an_experiment_survive_being_written_out(values: dict[str, Any]) -> None:
+    (job,) = expand({key: [value] for key, value in values.items()}, [])
+    (again,) = expand({}, job)
+    assert again == job or [word.split("=")[0] for word in again] == list(values)
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    read = {o.key_or_group: o.value() for o in OverridesParser.create().parse_overrides(job)}
+    assert read == values
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["hardware.threads=1,2"],
+            "hardware.threads=1 and hardware.threads=2: both train the same",
+        ),
+        (["model.d_ff=null,256"], "model.d_ff=null and model.d_ff=256: both train the same model"),
+        (["model.rope_theta=1e4,1e5"], "model.rope_theta=10000.0 and model.rope_theta=100000.0: bo"),
+        (["model.n_kv_heads=null,4"], "model.n_kv_heads=null and model.n_kv_heads=4: both train"),
+        (["train.log_every=1,2"], "train.log_every=1 and train.log_every=2: both train the same"),
+        (["seed=1,2", "run_name=x"], "seed=1 and seed=2: both would write outputs/runs/x"),
+        (
+            ["optim.learning_rate=interval(1e-4,1e-2)"],
+            "optim.learning_rate=interval(1e-4,1e-2): nee",
+        ),
+        (["model.d_model=16,32,abc"], "model.d_model=abc: must be an integer"),
+    ],
+)
+def test_jobs_that_would_be_the_same_are_refused(words: list[str], line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        sweep(*words)
+    assert str(error.value).startswith(line)
+
+
+def test_what_has_an_effect_is_not_refused() -> None:
+    assert len(sweep("model.rope_theta=1e4,1e5", "model.position=rope")) == 2
+    assert len(sweep("train.eval_every=20_000,40_000", "train.early_stopping_patience=2")) == 2
+
+
+# --- the experiments that ship
+
+
+@pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_at_every_scale(name: str, scale: str) -> None:
+    words = [f"experiment={name}", f"scale={scale}"]
+    params = getattr(cli.compose_config(words).sweep, scale)
+    jobs = sweep(*words, params=params)
+    assert {job.config.study for job in jobs} == {f"{name}-{scale}"}
+    assert len({job.run.path for job in jobs}) == len(jobs) > 1
+    if scale != "smoke":
+        seeds: dict[str, set[int]] = {}
+        for job in jobs:
+            setting = rundir.config_hash(vary(job, seed=0), job.content)
+            seeds.setdefault(setting, set()).add(job.config.seed)
+        assert min(map(len, seeds.values())) >= 2
+
+
+def vary(job: Job, **changes: Any) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(job.config, **changes)
+
+
+def test_the_names_of_all_experiments_are_listed() -> None:
+    wanted = "width depth heads context data params optimizer learning_rate batch_size tokenizer"
+    assert set(EXPERIMENTS) >= {*wanted.split(), "seeds", "isoflop", "grid", "cooldown"}
+    help_text = (ROOT / "conf/hydra/help/tinygpt.yaml").read_text()
+    assert [name for name in EXPERIMENTS if name not in help_text] == []
+
+
+# --- sweeps as users run them
+
+
+def read_summary(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep_summary.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def comparable(folder: Path) -> list[dict[str, str]]:
+    rows = read_summary(folder)
+    return [{k: v for k, v in row.items() if not NOT_COMPARED.search(k)} for row in rows]
+
+
+def test_a_sweep_and_the_same_again(tinygpt: Command, corpus: Path, tmp_path: Path) -> None:
+    words = tiny(corpus, "--multirun", "model.d_model=8,16", "seed=1,2")
+    done = tinygpt("run", *words)
+    assert done.returncode == 0, done.stderr
+    assert "4 runs: 4 finished" in done.stdout
+    study = tmp_path / "outputs/sweep-d_model-seed"
+    rows = read_summary(study)
+    results = [json.loads(path.read_text()) for path in sorted(study.glob("*/results.json"))]
+    assert len(rows) == len(results) == 4
+    for row, result in zip(rows, results, strict=True):
+        said = {name: "" if value is None else str(value) for name, value in result.items()}
+        assert {name: row[name] for name in said} == said
+    assert len({result["model_parameters"] for result in results}) == 2
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == [study.name]
+    before = {path: path.stat().st_mtime_ns for path in study.glob("*/*")}
+    (study / "sweep_summary.csv").unlink()
+
+    again = tinygpt("run", *words)
+    assert again.returncode == 0, again.stderr
+    assert "4 runs: 4 finished before" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in study.glob("*/*")} == before
+    assert read_summary(study) == rows
+    assert list(load_runs(study)["d_model"]) == [8, 8, 16, 16]
+
+
+def test_a_plan_trains_nothing(tinygpt: Command, corpus: Path, tmp_path: Path) -> None:
+    done = tinygpt("run", *tiny(corpus, "--multirun", "model.d_model=8,16,64", "plan=true"))
+    assert done.returncode == 0, done.stderr
+    assert "3 to train" in done.stdout
+    assert "NO   at least two seeds of every setting: 1" in done.stdout
+    assert "yes  equal training tokens for all sizes" in done.stdout
+    assert not (tmp_path / "outputs").exists()
+    alone = tinygpt("run", *tiny(corpus, "plan=true"))
+    assert alone.returncode == 0, alone.stderr
+    assert "1 to train" in alone.stdout
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_one_that_fails_and_one_that_diverges_hide_no_other(
+    tinygpt: Command, corpus: Path, tmp_path: Path
+) -> None:
+    words = tiny(corpus, "--multirun", "optim=sgd", "train.grad_clip_norm=null")
+    study = tmp_path / "outputs/sweep-learning_rate"
+    words.append("optim.learning_rate=1e-3,1e12,2e-3")
+    blocked = sweep(*[word for word in words if word != "--multirun"])[2]
+    folder = study / blocked.run.path.name
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints").rmdir()
+    (folder / "checkpoints").write_text("in the way")  # makes this job raise
+    (folder / "environment.json").write_text(json.dumps({"config_hash": blocked.hash}))
+    done = tinygpt("run", *words)
+    assert done.returncode == 1, done.stderr
+    assert "3 runs: 1 finished, 1 diverged, 1 failed" in done.stdout
+    assert "FileExistsError" in done.stdout
+    rows = {row["run_name"]: row for row in read_summary(study)}
+    assert sorted(row["status"] for row in rows.values()) == ["diverged", "failed", "finished"]
+    assert "FileExistsError" in rows[folder.name]["error"]
+
+    (folder / "checkpoints").unlink()  # what was in the way is gone: only that job is trained
+    again = tinygpt("run", *words)
+    assert again.returncode == 0, again.stderr
+    assert "3 runs: 1 finished before, 1 diverged before, 1 finished" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["scale=smoke"], "scale=smoke: needs an experiment that has scales"),
+        (["launcher=local"], "launcher=local: needs --multirun, or an experiment"),
+        (["experiment=width", "scale=huge"], "scale=huge: must be one of smoke, laptop, gpu"),
+        (["experiment=width", "model.d_modle=3"], "model.d_modle: no such key"),
+        (
+            ["--multirun", "seed=1,2", "hardware.accelerator=cuda"],
+            "hardware.accelerator=cuda: this",
+        ),
+        (["--multirun", "seed=1,2", "data=custom", "data.path=no"], "data.path=no: "),
+        (
+            ["--multirun", "train.tokens=1e4,2e4", "sweep.share_trunk=true"],
+            "sweep.share_trunk=true:",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    tinygpt: Command, tmp_path: Path, words: Sequence[str], line: str
+) -> None:
+    done = tinygpt("run", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {line}")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- runs that share a trunk
+
+
+def test_a_branch_ends_as_if_trained_from_the_start(
+    tinygpt: Command, corpus: Path, tmp_path: Path
+) -> None:
+    words = tiny(
+        corpus,
+        "--multirun",
+        "schedule=wsd",
+        "schedule.warmup_steps=2",
+        "train.steps=null",
+        "train.tokens=2560,5120,7680",  # 10, 20, 30 steps
+        "train.eval_every=512",
+        "train.log_every=2",
+        "model.dropout=0.1",
+    )
+    alone = tinygpt("run", *words, "study=alone")
+    shared = tinygpt("run", *words, "study=shared", "sweep.share_trunk=true")
+    assert alone.returncode == shared.returncode == 0, alone.stderr + shared.stderr
+    one, other = tmp_path / "outputs/alone", tmp_path / "outputs/shared"
+    rows = [comparable(folder) for folder in (one, other)]
+    begun = [[row.pop("branched_at_step") for row in some] for some in rows]
+    assert begun == [["", "", ""], ["8", "16", ""]]
+    parents = [row.pop("branched_from") for some in rows for row in some]
+    assert parents[-3:-1] == [rows[1][2]["run_name"]] * 2
+    for row in (*rows[0], *rows[1]):
+        row.pop("study")
+    assert rows[0] == rows[1]
+    weights = [
+        load_weights(next(folder.glob("tokens-2560*")) / "checkpoints/final.ckpt")
+        for folder in (one, other)
+    ]
+    assert all(bool((weights[0][key] == weights[1][key]).all()) for key in weights[0])
+    # what was measured before the branch came along
+    steps = [
+        [
+            row["step"]
+            for row in csv.DictReader((next(f.glob("tokens-5120*")) / "metrics.csv").open())
+        ]
+        for f in (one, other)
+    ]
+    assert steps[0] == steps[1]
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    import torch
+
+    weights: dict[str, Any] = torch.load(path, weights_only=True)["state_dict"]
+    return weights
+
+
+def test_where_the_decay_begins() -> None:
+    from tinygpt.training.optim import rate_factor, stable_steps
+
+    for total, warmup, fraction in itertools.product((10, 37), (0, 3), (0.05, 0.2, 1.0)):
+        config = WsdSchedule(warmup_steps=warmup, decay_fraction=fraction)
+        stable = stable_steps(config, total_steps=total, warmup_steps=warmup)
+        factors = [
+            rate_factor(step, config, total_steps=total, warmup_steps=warmup)
+            for step in range(total)
+        ]
+        assert all(factor == 1.0 for factor in factors[warmup:stable])
+        assert all(factor < 1.0 for factor in factors[stable:])
+
+
+# --- interrupted and taken up again
+
+
+def start(words: list[str], folder: Path, cache: Path) -> subprocess.Popen[bytes]:
+    """The command in a process group of its own; what it says goes to out.txt."""
+    with (folder / "out.txt").open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tinygpt.run", *words],
+            cwd=folder,
+            env={**os.environ, "TINYGPT_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def wait_until(holds: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("launcher", ["serial", "local"])
+def test_sigterm_saves_and_stops_a_study(
+    tinygpt: Command, corpus: Path, cache: Path, tmp_path: Path, launcher: str
+) -> None:
+    words = tiny(corpus, "--multirun", "seed=1,2,3", "train.steps=300", f"launcher={launcher}")
+    words += ["launcher.n_jobs=2"] if launcher == "local" else []
+    process = start(words, tmp_path, cache)
+    study = tmp_path / "outputs/sweep-seed"
+    wait_until(lambda: list(study.glob("*/checkpoints/last.ckpt")))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130, (tmp_path / "out.txt").read_text()
+    said = (tmp_path / "out.txt").read_text()
+    assert "interrupted; the same command goes on from there" in said
+    done = tinygpt("run", *words)
+    assert done.returncode == 0, done.stderr
+    undisturbed = tinygpt("run", *words, "study=undisturbed")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    one, other = comparable(study), comparable(study.with_name("undisturbed"))
+    for row in (*one, *other):
+        row.pop("study")
+    assert one == other

@@ -1,0 +1,60 @@
+"""What a study came to: ``sweep_summary.csv`` and ``.json`` from its folders, a table on screen."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tinygpt import rundir
+from tinygpt.scaling.runs import read_rows
+from tinygpt.sweeping.engines import Outcome
+from tinygpt.sweeping.jobs import Job
+
+
+def write(folder: Path) -> None:
+    """Writes both files anew from the run folders in ``folder``: a row a run."""
+    rows = read_rows(folder)
+    for row in rows:
+        row["folder"] = Path(row["folder"]).name  # the study may be moved
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)  # None is an empty field
+    rundir.write_text(folder / "sweep_summary.csv", text.getvalue())
+    rundir.write_json(folder / "sweep_summary.json", {"study": folder.name, "runs": rows})
+
+
+SHOWN = 40  # rows; of a longer study the table shows what did not end well
+
+
+def print_table(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], console: Console) -> None:
+    """Every run with its loss or its reason, then the counts and where the files are."""
+    said = {job: _status(outcomes.get(job)) for job in jobs}
+    shown = [job for job in jobs if len(jobs) <= SHOWN or not said[job].startswith("finished")]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("run", "status", "val loss", ""):
+        table.add_column(name, justify="right" if name == "val loss" else "left", overflow="fold")
+    for job in shown:
+        outcome = outcomes.get(job, Outcome("not begun"))
+        loss = "" if outcome.val_loss is None else f"{outcome.val_loss:.4f}"
+        table.add_row(job.label, said[job], loss, outcome.reason)
+    console.print()
+    if shown:
+        console.print(table, highlight=False, markup=False)
+    counts = ", ".join(f"{count} {status}" for status, count in Counter(said.values()).items())
+    console.print(f"{len(jobs)} runs: {counts}", highlight=False)
+    for folder in dict.fromkeys(job.run.path.parent for job in jobs):
+        console.print(f"summary    {folder / 'sweep_summary.csv'}", highlight=False, soft_wrap=True)
+
+
+def _status(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "not begun"
+    status = outcome.status.replace("_", " ")
+    return status if outcome.is_new else f"{status} before"
