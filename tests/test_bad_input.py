@@ -123,7 +123,7 @@ SCHEMA = [
     ("logger.wandb.project=x", "logger.wandb.project=x: needs logger=wandb"),
     # unknown choices
     ("model=huge", "model=huge" + CHOICES + "gpt2_small, large, medium"),
-    ("data=foo", "data=foo" + CHOICES + "custom, hub, synthetic, tinystories"),
+    ("data=foo", "data=foo" + CHOICES + "ag_news, cnn_articles, custom, enron, "),
     ("tokenizer=gpt3", "tokenizer=gpt3" + CHOICES + "bpe, byte, char, gpt2"),
     ("optim=lion", "optim=lion" + CHOICES + "adam, adamw, sgd"),
     ("schedule=cosin", "schedule=cosin" + CHOICES + "constant, cosine, linear, wsd"),
@@ -133,7 +133,7 @@ SCHEMA = [
     ("logger=[csv,foo]", "logger=foo" + CHOICES + "csv, tensorboard, wandb"),
     ("hydra/launcher=nope", "hydra/launcher=nope: no such choice"),
     ("model=null", "model=null" + CHOICES + "gpt2_small"),
-    ("data=5", "data=5" + CHOICES + "custom"),
+    ("data=5", "data=5" + CHOICES + "ag_news"),
     ("seed=1 tokenizer=true", "tokenizer=true" + CHOICES + "bpe"),
     # wrong types
     ("model.d_model=abc", "model.d_model=abc: must be an integer"),

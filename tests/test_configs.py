@@ -21,7 +21,7 @@ from rich.console import Console
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tests import test_training
-from tests.conftest import REAL_DATA, Command, tiny
+from tests.conftest import LAYOUTS, REAL_DATA, Command, lay_out, tiny
 from tinygpt import cli, rundir
 from tinygpt import config as schema
 from tinygpt.config import Config, ConfigError, derive
@@ -95,15 +95,10 @@ def stories(count: int) -> list[str]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a folder laid out like TinyStories on the hub."""
-    import pyarrow
-    import pyarrow.parquet
-
-    folder = tmp_path / "roneneldan" / "TinyStories" / "data"
-    folder.mkdir(parents=True)
-    for name, texts in (("train", stories(300)), ("validation", stories(350)[300:])):
-        table = pyarrow.table({"text": texts})
-        pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
+    """A working directory with a folder for each named corpus, laid out like the hub."""
+    held_out = stories(350)[300:]
+    for layout in LAYOUTS.values():
+        lay_out(tmp_path, layout, {"train": stories(300), "validation": held_out, "test": held_out})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -126,7 +121,7 @@ def one_step(group: str, choice: str, corpus: Path) -> list[str]:
         words.append("data.repo=roneneldan/TinyStories")
     elif group == "data" and choice == "synthetic":
         words += ["data.max_documents=200", "tokenizer.train_bytes=10_000"]
-    elif recipe.data.name != "tinystories":
+    elif recipe.data.name not in LAYOUTS:
         words += [f"data.path={corpus}", *(["data=custom"] if choice != "custom" else [])]
     if group != "hardware":
         words.append("hardware=cpu")
