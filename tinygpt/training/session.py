@@ -194,7 +194,9 @@ class _Run:
     def train(self, resuming: bool) -> dict[str, Any]:
         self._introduce(resuming)
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
-        self.metrics.keep_until(first)
+        self.metrics.keep_until(
+            first if resuming else -1
+        )  # a new beginning has a step 0 of its own
         callbacks = [self.journal, Checkpoints(self.run, self.plan, self.journal), self.interrupts]
         if self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
