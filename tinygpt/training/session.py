@@ -305,6 +305,8 @@ class _Run:
             self.trainer.global_step,
             self.plan.total_steps,
         )
+        for logger in self.trainer.loggers:
+            logger.finalize("KILLED")  # Lightning told them that all went well
         raise SystemExit(128 + number)
 
     def _results(self) -> dict[str, Any]:
