@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -70,6 +72,93 @@ def tinygpt(tmp_path: Path, cache: Path) -> Command:
         )
 
     return run
+
+
+class Layout(NamedTuple):
+    """How a shipped corpus lies on the hub: files by split, the column of the text, others."""
+
+    repo: str
+    files: dict[str, list[str]]
+    column: str = "text"
+    others: tuple[str, ...] = ()
+    readme: str = ""
+
+
+TRAIN = {"train": ["data/train-00000-of-00001.parquet"]}
+TRAIN_TEST = {**TRAIN, "test": ["data/test-00000-of-00001.parquet"]}
+SAMPLE = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*/*
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*
+---
+"""
+LAYOUTS = {
+    "tinystories": Layout(
+        "roneneldan/TinyStories",
+        {**TRAIN, "validation": ["data/validation-00000-of-00001.parquet"]},
+    ),
+    "ag_news": Layout("fancyzhx/ag_news", TRAIN_TEST, others=("label",)),
+    "cnn_articles": Layout("AyoubChLin/CNN_News_Articles_2011-2022", TRAIN_TEST, others=("label",)),
+    "openwebtext": Layout(
+        "vietgpt/openwebtext_en",
+        {"train": [f"data/train-0000{n}-of-00003.parquet" for n in range(3)]},
+    ),
+    "wikipedia": Layout(
+        "lucadiliello/english_wikipedia",
+        {"train": [f"data/train-0000{n}-of-00002.parquet" for n in range(2)]},
+        "maintext",
+        ("filename", "source_domain", "title", "url"),
+    ),
+    "gutenberg": Layout("Navanjana/Gutenberg_books", TRAIN, "paragraph", ("book_name",)),
+    "enron": Layout("snoop2head/enron_aeslc_emails", TRAIN),
+    "transweb_edu": Layout(
+        "britllm/TransWeb-Edu-English",
+        {"train": [f"data/train-0000{n}-of-00002.jsonl" for n in range(2)]},
+        others=("id", "url"),
+    ),
+    "fineweb_edu": Layout(
+        "HuggingFaceFW/fineweb-edu",
+        {"train": ["sample/10BT/000_00000.parquet", "sample/10BT/001_00000.parquet"]},
+        others=("id", "dump", "url"),
+        readme=SAMPLE,
+    ),
+}
+
+
+def lay_out(folder: Path, layout: Layout, texts: dict[str, list[str]]) -> Path:
+    """Writes ``texts``, by split, into ``folder`` as the hub has it; returns the repository."""
+    repo = folder / layout.repo
+    for split, names in layout.files.items():
+        size = -(-len(texts[split]) // len(names))
+        for n, name in enumerate(names):
+            rows = [
+                {**{other: f"{other} " * 50 for other in layout.others}, layout.column: text}
+                for text in texts[split][n * size : (n + 1) * size]
+            ]
+            write_rows(repo / name, rows)
+    if layout.readme:
+        write_rows(
+            repo / "data" / "CC-MAIN-2013-20" / "train-00000-of-00001.parquet", [{"text": "?"}]
+        )
+        (repo / "README.md").write_text(layout.readme)
+    return repo
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def tiny(corpus: Path, *more: str) -> list[str]:

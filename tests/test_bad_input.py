@@ -89,6 +89,7 @@ def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # --- what the configuration alone shows
 
+MLFLOW = "logger=mlflow logger.mlflow.tracking_uri="
 CUSTOM = "data=custom data.path=x "
 CHOICES = ": no such choice; there are "
 NAMES = ": must be letters, digits, '.', '_', '-' only, as it names a folder"
@@ -122,19 +123,22 @@ SCHEMA = [
     ("optim.kind=sgd", "optim.kind=sgd: must be one of adamw, adam"),
     ("tokenizer.kind=char", "tokenizer.kind=char: must be one of bpe"),
     ("logger.wandb.project=x", "logger.wandb.project=x: needs logger=wandb"),
+    ("logger.mlflow.experiment=x", "logger.mlflow.experiment=x: needs logger=mlflow"),
+    (MLFLOW + "./mlruns", "logger.mlflow.tracking_uri=./mlruns: must be a database or a server"),
+    (MLFLOW + "file:///x", "logger.mlflow.tracking_uri=file:///x: must be a database or a server"),
     # unknown choices
     ("model=huge", "model=huge" + CHOICES + "gpt2_small, large, medium"),
-    ("data=foo", "data=foo" + CHOICES + "custom, hub, synthetic, tinystories"),
+    ("data=foo", "data=foo" + CHOICES + "ag_news, cnn_articles, custom, enron, "),
     ("tokenizer=gpt3", "tokenizer=gpt3" + CHOICES + "bpe, byte, char, gpt2"),
     ("optim=lion", "optim=lion" + CHOICES + "adam, adamw, sgd"),
     ("schedule=cosin", "schedule=cosin" + CHOICES + "constant, cosine, linear, wsd"),
     ("hardware=tpu", "hardware=tpu" + CHOICES + "auto, cpu, cuda, mps"),
     ("experiment=nope", "experiment=nope" + CHOICES),
-    ("logger=foo", "logger=foo" + CHOICES + "csv, tensorboard, wandb"),
-    ("logger=[csv,foo]", "logger=foo" + CHOICES + "csv, tensorboard, wandb"),
+    ("logger=foo", "logger=foo" + CHOICES + "csv, mlflow, tensorboard, wandb"),
+    ("logger=[csv,foo]", "logger=foo" + CHOICES + "csv, mlflow, tensorboard, wandb"),
     ("hydra/launcher=nope", "hydra/launcher=nope: no such choice"),
     ("model=null", "model=null" + CHOICES + "gpt2_small"),
-    ("data=5", "data=5" + CHOICES + "custom"),
+    ("data=5", "data=5" + CHOICES + "ag_news"),
     ("seed=1 tokenizer=true", "tokenizer=true" + CHOICES + "bpe"),
     # wrong types
     ("model.d_model=abc", "model.d_model=abc: must be an integer"),

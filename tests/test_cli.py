@@ -231,7 +231,10 @@ def test_help_and_cfg(outcomes: tuple[dict[str, Outcome], Path]) -> None:
     ("name", "line"),
     [
         ("misspelt", "error: model.d_modle: no such key; did you mean model.d_model"),
-        ("unknown choice", "error: data=foo: no such choice; there are custom, hub, synthetic"),
+        (
+            "unknown choice",
+            "error: data=foo: no such choice; there are ag_news, cnn_articles, custom",
+        ),
         ("does not divide", "error: model.n_heads=3: must divide model.d_model=64"),
         ("two horizons", "error: train.steps and train.tokens: give the horizon once"),
         ("swept", "error: model.d_model=abc: must be an integer"),
@@ -384,7 +387,7 @@ def hash_of(config: Config) -> str:
 
 @pytest.mark.parametrize("choices", list(CHOICES.values()), ids=list(CHOICES))
 def test_science_is_in_the_hash_and_nothing_else(choices: list[str]) -> None:
-    config = compose_config([*choices, "logger=[tensorboard,wandb]"])
+    config = compose_config([*choices, "logger=[tensorboard,wandb,mlflow]"])
     before = hash_of(config)
     assert hash_of(copy.deepcopy(config)) == before
     names = [name for _, _, name in leaves(config)]

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tests import test_training
-from tests.conftest import REAL_DATA, Command, tiny
+from tests.conftest import LAYOUTS, REAL_DATA, Command, lay_out, tiny
 from tinygpt import cli, rundir
 from tinygpt import config as schema
 from tinygpt.config import Config, ConfigError, derive
@@ -34,6 +34,7 @@ from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import train_tokenizer
 from tinygpt.model import gpt
 from tinygpt.model.gpt import GPT
+from tinygpt.training import tracking
 from tinygpt.training import trainer as trainers
 from tinygpt.training.optim import make_optimizer, rate_factor
 from tinygpt.training.session import train
@@ -95,15 +96,10 @@ def stories(count: int) -> list[str]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a folder laid out like TinyStories on the hub."""
-    import pyarrow
-    import pyarrow.parquet
-
-    folder = tmp_path / "roneneldan" / "TinyStories" / "data"
-    folder.mkdir(parents=True)
-    for name, texts in (("train", stories(300)), ("validation", stories(350)[300:])):
-        table = pyarrow.table({"text": texts})
-        pyarrow.parquet.write_table(table, folder / f"{name}-00000-of-00001.parquet")
+    """A working directory with a folder for each named corpus, laid out like the hub."""
+    held_out = stories(350)[300:]
+    for layout in LAYOUTS.values():
+        lay_out(tmp_path, layout, {"train": stories(300), "validation": held_out, "test": held_out})
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -126,7 +122,7 @@ def one_step(group: str, choice: str, corpus: Path) -> list[str]:
         words.append("data.repo=roneneldan/TinyStories")
     elif group == "data" and choice == "synthetic":
         words += ["data.max_documents=200", "tokenizer.train_bytes=10_000"]
-    elif recipe.data.name != "tinystories":
+    elif recipe.data.name not in LAYOUTS:
         words += [f"data.path={corpus}", *(["data=custom"] if choice != "custom" else [])]
     if group != "hardware":
         words.append("hardware=cpu")
@@ -144,9 +140,9 @@ def test_a_choice_takes_a_step(
     hub: Path, cache: Path, corpus: Path, group: str, choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = one_step(group, choice, corpus)
-    if choice == "wandb":
-        monkeypatch.setitem(sys.modules, "wandb", None)
-        refused = r"logger=wandb: .*tinygpt\[wandb\]"
+    if choice in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, choice, None)
+        refused = rf"logger={choice}: needs `pip install 'tinygpt\[{choice}\]'`"
     elif choice == "cuda" and not torch.cuda.is_available():
         refused = "hardware.accelerator=cuda: .*usable here: auto, .*cpu"
     elif choice == "mps" and not torch.backends.mps.is_available():
@@ -369,14 +365,15 @@ def hub_part(config: Config, cache: Path) -> Any:
 
 
 def logger_part(config: Config, cache: Path) -> Any:
-    """What the two libraries are given."""
+    """What the libraries are given."""
     board, wandb = mock.MagicMock(), mock.MagicMock()
     with (
+        mock.patch.object(trainers, "open_mlflow"),
         mock.patch.object(trainers, "TensorBoardLogger", board),
         mock.patch("lightning.pytorch.loggers.WandbLogger", wandb),
     ):
         trainers.make_loggers(config, rundir.RunDir(cache), 0)
-    return board.call_args, wandb.call_args
+    return board.call_args, wandb.call_args, config.logger.mlflow and tracking.place(config)
 
 
 def place_part(config: Config, cache: Path) -> Any:
@@ -450,7 +447,7 @@ def rows() -> Iterator[Row]:
         yield f"train.{word.split('=')[0]}", [], f"train.{word}", plan_part
     yield "hardware.accelerator", [], "hardware.accelerator=mps", device_part
     yield "hardware.micro_batch_size", [], "hardware.micro_batch_size=2", plan_part
-    board, wandb = ["logger=tensorboard"], ["logger=wandb"]
+    board, wandb, mlflow = ["logger=tensorboard"], ["logger=wandb"], ["logger=mlflow"]
     yield (
         "logger.tensorboard.flush_seconds",
         board,
@@ -460,6 +457,13 @@ def rows() -> Iterator[Row]:
     yield "logger.wandb.project", wandb, "logger.wandb.project=mine", logger_part
     yield "logger.wandb.entity", wandb, "logger.wandb.entity=us", logger_part
     yield "logger.wandb.offline", wandb, "logger.wandb.offline=false", logger_part
+    yield "logger.mlflow.experiment", mlflow, "logger.mlflow.experiment=mine", logger_part
+    yield (
+        "logger.mlflow.tracking_uri",
+        mlflow,
+        "logger.mlflow.tracking_uri=sqlite:///mine.db",
+        logger_part,
+    )
     for word in ("study=mine", "run_name=mine", "output_dir=there", "cache_dir=there"):
         yield word.split("=")[0], [], word, place_part
 
@@ -487,7 +491,8 @@ def schema_keys() -> set[str]:
         for cls in choices.values()
         for item in dataclasses.fields(cls)
     }
-    for name, cls in (("tensorboard", schema.TensorBoardLog), ("wandb", schema.WandbLog)):
+    loggers = {"tensorboard": schema.TensorBoardLog, "wandb": schema.WandbLog}
+    for name, cls in {**loggers, "mlflow": schema.MlflowLog}.items():
         found.remove(f"logger.{name}")
         found |= {f"logger.{name}.{item.name}" for item in dataclasses.fields(cls)}
     groups = {key.split(".")[0] for key in found}

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import REAL_DATA
+from tests.conftest import LAYOUTS, REAL_DATA, lay_out, write_rows
+from tinygpt.cli import compose_config
 from tinygpt.config import ByteTokenizer, ConfigError, CustomData, HubData, SyntheticData
 from tinygpt.data import corpora
 from tinygpt.data.corpora import (
@@ -520,6 +521,100 @@ def test_a_separator_cuts_the_rows_of_the_hub(hub: Path) -> None:
     parquet(hub / "data" / "validation-00000-of-00001.parquet", rows)
     found = texts(hub_data(split="validation", separator=END_OF_TEXT))
     assert found == ["one\nstill one\n\ntwo", "three"]
+
+
+# --- the corpora that have a name here
+
+STANDARD = {"val": "validation", "test": "test"}
+
+
+def shipped(choice: str, *more: str) -> HubData:
+    config = compose_config([f"data={choice}", *more]).data
+    assert isinstance(config, HubData)
+    return config
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory without a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+@pytest.mark.parametrize("choice", LAYOUTS)
+def test_a_shipped_corpus_is_read_as_it_lies_on_the_hub(
+    choice: str, offline: Path, cache: Path
+) -> None:
+    layout = LAYOUTS[choice]
+    rows = {
+        split: [f"{choice}: {split} document {n}" for n in range(300 if split == "train" else 20)]
+        for split in layout.files
+    }
+    held_out = [split for split in rows if split != "train"]
+    for split in held_out:
+        rows["train"][7] = rows[split][3]  # left out of training, and counted
+    lay_out(offline, layout, rows)
+    config = shipped(choice)
+    corpus = open_corpus(config)
+    assert describe(config) == choice
+    assert corpus.own == {split for split, name in STANDARD.items() if name in layout.files}
+    assert texts(config) == rows["train"]
+    for split in corpus.own:
+        assert texts(config, split) == rows[STANDARD[split]]
+    found: dict[str, list[str]] = {"train": [], "val": [], "test": [], "duplicate": []}
+    for split, document in split_documents(corpus, config):
+        found[split].append(document.text)
+    for split in found:
+        if split in corpus.own:
+            assert found[split] == rows[STANDARD[split]]
+        elif split in ("val", "test"):  # a twentieth of the training documents
+            assert 5 <= len(found[split]) <= 30
+            assert set(found[split]) <= set(rows["train"])
+    assert len(found["duplicate"]) == len(held_out)
+    index = prepare(corpus, config, ByteTokenizer(), cache).index
+    sizes = {split: info["documents"] for split, info in index["splits"].items()}
+    assert sizes == {split: len(found[split]) for split in ("train", "val", "test")}
+    assert index["duplicates_of_validation_or_test"] == len(held_out)
+
+
+@pytest.mark.parametrize("choice", LAYOUTS)
+def test_the_text_column_of_a_shipped_corpus_is_recorded(choice: str) -> None:
+    """In the run's config.yaml; ``auto`` only where the source's own columns are not known."""
+    layout = LAYOUTS[choice]
+    config = shipped(choice)
+    assert config.repo == layout.repo
+    assert config.text_column == ("auto" if choice == "transweb_edu" else layout.column)
+
+
+def test_no_more_of_a_large_corpus_is_read_than_is_asked_for(offline: Path, cache: Path) -> None:
+    layout = LAYOUTS["openwebtext"]
+    rows = [f"page {n} " * 900 for n in range(600)]  # 5 MB, and about one is tokenized at a time
+    repo = lay_out(offline, layout, {"train": rows})
+    config = shipped("openwebtext", "data.max_tokens=20_000")
+    corpus = open_corpus(config)
+    (repo / layout.files["train"][2]).write_bytes(b"nobody looks here")
+    index = prepare(corpus, config, ByteTokenizer(), cache).index
+    assert index["splits"]["train"]["documents"] == 4
+    with pytest.raises(ConfigError, match=r"data\.repo=vietgpt/openwebtext_en: "):
+        texts(config)
+
+
+def test_a_configuration_is_the_sub_folder_of_its_name(offline: Path) -> None:
+    """As the hub's parquet branch has it, which has no README.md; others beside it are not read."""
+    repo = offline / "HuggingFaceFW" / "fineweb-edu"
+    write_rows(repo / "sample-10BT" / "train" / "0000.parquet", [{"text": "one"}, {"text": "two"}])
+    write_rows(repo / "sample-100BT" / "train" / "0000.parquet", [{"text": "another"}])
+    assert texts(shipped("fineweb_edu")) == ["one", "two"]
+    assert refused(shipped("fineweb_edu", "data.config=sample-1T")).startswith(
+        f"data.repo={repo.relative_to(offline)}: "
+    )
+
+
+def test_the_sample_of_fineweb_alone(offline: Path) -> None:
+    layout = LAYOUTS["fineweb_edu"]._replace(readme="")
+    lay_out(offline, layout, {"train": ["one", "two"]})
+    assert texts(shipped("fineweb_edu", "data.config=null")) == ["one", "two"]
 
 
 # --- real text

@@ -661,6 +661,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, corpus: Path, cache: Path
     assert trained.go("force=true").results["status"] == "finished"
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    trained = run(tmp_path, cache, corpus)
+    rows = len(trained.rows())
+    (trained.path / "results.json").unlink()
+    (trained.path / "checkpoints" / "last.ckpt").unlink()
+    assert len(trained.go().rows()) == rows
+    assert trained.steps("val_loss")[:2] == [0, 2]
+
+
 def test_nothing_is_left_behind_in_the_process(tmp_path: Path, corpus: Path, cache: Path) -> None:
     """Signal handlers and log handlers are those of before."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -241,11 +241,18 @@ class WandbLog:
 
 
 @dataclass
+class MlflowLog:
+    experiment: Optional[str] = None  # null: the study
+    tracking_uri: Optional[str] = None  # null: sqlite, <output_dir>/mlflow.db
+
+
+@dataclass
 class LoggerConfig:
     """metrics.csv is always written; these come on top."""
 
     tensorboard: Optional[TensorBoardLog] = None
     wandb: Optional[WandbLog] = None
+    mlflow: Optional[MlflowLog] = None
 
 
 @dataclass
@@ -435,6 +442,14 @@ def check(config: Config) -> None:
         not (isinstance(config.optim, SgdOptim) and config.optim.nesterov)
         or getattr(config.optim, "momentum", 0) > 0,
         "optim.nesterov=true: needs optim.momentum above 0",
+    )
+    mlflow = config.logger.mlflow
+    uri = mlflow.tracking_uri if mlflow else None
+    _require(
+        uri is None
+        or re.match(r"(sqlite|postgresql|mysql|mssql|https?)(\+\w+)?://", uri) is not None,
+        f"logger.mlflow.tracking_uri={uri}: must be a database or a server, as sqlite:///FILE or "
+        "http://HOST:PORT; MLflow takes no folders any more",
     )
     named = {"study": config.study, "run_name": config.run_name, "data.name": data.name}
     for name, value in named.items():

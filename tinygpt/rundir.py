@@ -178,6 +178,7 @@ class RunDir:
         self.samples = path / "samples.txt"
         self.error = path / "error.json"
         self.log = path / "run.log"
+        self.mlflow = path / "mlflow.json"  # which run there is this one
         self.checkpoints = path / "checkpoints"
 
     @property
@@ -239,7 +240,8 @@ class RunDir:
 
     def clear(self) -> None:
         """Forgets an earlier run of the same configuration; the results go first."""
-        for path in (self.results, self.error, self.metrics, self.samples, self.log):
+        files = (self.results, self.error, self.metrics, self.samples, self.log, self.mlflow)
+        for path in files:
             path.unlink(missing_ok=True)
         for path in [*self.checkpoints.glob("*"), *self.path.glob("tensorboard/*")]:
             path.unlink()

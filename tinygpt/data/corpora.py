@@ -381,7 +381,7 @@ class HubCorpus:
         self.own = set(self.splits) - {"train"}
 
     def _own_splits(self) -> dict[str, str]:
-        there = self._ask(lambda hub: hub.get_dataset_split_names(self.config.repo, self._name()))
+        there = self._ask(lambda hub: hub.get_dataset_split_names(*self._place()))
         chosen = {"train": self.config.split}
         wanted = {"val": self.config.val_split, "test": self.config.test_split}
         for split, name in wanted.items():
@@ -396,8 +396,18 @@ class HubCorpus:
                 raise ConfigError(f"data.{key}={name}: no such split; there are {', '.join(there)}")
         return chosen
 
-    def _name(self) -> str | None:
-        return self.config.config
+    def _place(self) -> tuple[str, str | None]:
+        """What the hub library is to open, and the configuration's name in it.
+
+        Only a README.md says what configurations there are.  In a local folder without one, as
+        the hub's own parquet branch comes, a configuration is the sub-folder of its name.
+        """
+        repo, name = self.config.repo, self.config.config
+        if self.local and name is not None and not Path(repo, "README.md").exists():
+            folder = Path(repo, name)
+            if folder.is_dir():
+                return str(folder), None
+        return repo, name
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
         """Calls the hub library and makes whatever it raises one line."""
@@ -432,8 +442,7 @@ class HubCorpus:
         config = self.config
         stream = self._ask(
             lambda hub: hub.load_dataset(
-                config.repo,
-                config.config,
+                *self._place(),
                 split=self.splits[split],
                 streaming=True,
                 revision=config.revision,

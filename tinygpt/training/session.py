@@ -218,7 +218,8 @@ class _Run:
     def train(self, resuming: bool) -> dict[str, Any]:
         self._introduce(resuming)
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
-        self.metrics.keep_until(first)
+        # a new beginning has a step 0 of its own
+        self.metrics.keep_until(first if resuming else -1)
         checkpoints = Checkpoints(self.run, self.plan, self.journal, self.keep_at)
         callbacks = [self.journal, checkpoints, self.interrupts]
         if self.console.is_terminal:
@@ -328,6 +329,8 @@ class _Run:
             self.trainer.global_step,
             self.plan.total_steps,
         )
+        for logger in self.trainer.loggers:
+            logger.finalize("KILLED")  # Lightning told them that all went well
         raise SystemExit(128 + number)
 
     def _results(self) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +19,12 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from tinygpt import rundir
 from tinygpt.config import Config, ConfigError, HardwareConfig, Plan
+from tinygpt.training.tracking import check_server, open_mlflow
 
 # Tokens that a device takes well in one pass: beyond that a larger pass is not faster.
 PASS_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}
+# mlflow is last: imported without the others it could not be told of them any more
+LIBRARIES = {"wandb": ["wandb"], "mlflow": ["alembic", "sqlalchemy", "mlflow"]}
 LIGHTNING_PRECISION = {"32": "32-true", "64": "64-true"}
 
 
@@ -64,12 +69,20 @@ def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
 
 
 def check_loggers(config: Config) -> None:
-    """Raises ConfigError where a logger's library is missing."""
-    if config.logger.wandb is not None:
-        try:
-            import wandb  # noqa: F401
-        except ImportError as error:
-            raise ConfigError("logger=wandb: needs `pip install 'tinygpt[wandb]'`") from error
+    """Raises ConfigError where a logger's library is missing, or its server."""
+    if config.logger.mlflow is not None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at its first import
+    for name, libraries in LIBRARIES.items():
+        if getattr(config.logger, name) is not None:
+            try:
+                for library in libraries:
+                    importlib.import_module(library)
+            except ImportError as error:
+                raise ConfigError(
+                    f"logger={name}: needs `pip install 'tinygpt[{name}]'`"
+                ) from error
+    if config.logger.mlflow is not None:
+        check_server(config)
 
 
 def make_loggers(config: Config, run: rundir.RunDir, step: int) -> list[Logger]:
@@ -104,6 +117,9 @@ def make_loggers(config: Config, run: rundir.RunDir, step: int) -> list[Logger]:
                 resume="allow",
             )
         )
+    if config.logger.mlflow is not None:
+        with quiet_lightning():
+            loggers.append(open_mlflow(config, run))
     return loggers
 
 
