@@ -439,6 +439,10 @@ def rows() -> Iterator[Row]:
         yield f"optim.{word.split('=')[0]}", [], f"optim.{word}", optim_part
     yield "optim.momentum", ["optim=sgd"], "optim.momentum=0.5", optim_part
     yield "optim.nesterov", ["optim=sgd"], "optim.nesterov=false", optim_part
+    for word in ("adam_learning_rate=0.01", "ns_steps=3", "momentum=0.5", "nesterov=false"):
+        yield f"optim.{word.split('=')[0]}", ["optim=muon"], f"optim.{word}", optim_part
+    for word in ("beta2_decay=-0.5", "least_rms=0.01", "clip_threshold=2"):
+        yield f"optim.{word.split('=')[0]}", ["optim=adafactor"], f"optim.{word}", optim_part
     yield "schedule.kind", [], "schedule=linear", rate_part
     yield "schedule.warmup_steps", [], "schedule.warmup_steps=3", rate_part
     yield "schedule.warmup_fraction", [], "schedule.warmup_fraction=0.5", rate_part

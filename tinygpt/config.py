@@ -172,6 +172,35 @@ class SgdOptim(OptimConfig):
 
 
 @dataclass
+class LionOptim(OptimConfig):
+    kind: str = key("lion", among=("lion",))
+    betas: list[float] = key([0.9, 0.99], least=0.0, below=1.0)  # noqa: RUF009
+
+
+@dataclass
+class AdafactorOptim(OptimConfig):
+    """``learning_rate`` is relative: a step is at most so much of a parameter's own RMS."""
+
+    kind: str = key("adafactor", among=("adafactor",))
+    beta2_decay: float = key(-0.8, least=-1.0, below=0.0)
+    least_rms: float = key(1e-3, above=0.0)
+    clip_threshold: float = key(1.0, least=1.0)
+
+
+@dataclass
+class MuonOptim(OptimConfig):
+    """``learning_rate`` is that of the matrices inside the blocks; AdamW moves the rest."""
+
+    kind: str = key("muon", among=("muon",))
+    momentum: float = key(0.95, least=0.0, below=1.0)
+    nesterov: bool = True
+    ns_steps: int = key(5, least=1, most=99)
+    adam_learning_rate: float = key(3e-3, above=0.0)
+    betas: list[float] = key([0.9, 0.95], least=0.0, below=1.0)  # noqa: RUF009
+    eps: float = key(1e-8, above=0.0)
+
+
+@dataclass
 class ScheduleConfig:
     kind: str = MISSING
     warmup_steps: Optional[int] = key(None, least=0)  # null: warmup_fraction of all steps
@@ -361,7 +390,7 @@ def check(config: Config) -> None:
         "data.separator='': must be auto, none or a text that separates documents",
     )
     _require(
-        not (isinstance(config.optim, AdamOptim) and len(config.optim.betas) != 2),
+        len(getattr(config.optim, "betas", (0.0, 0.0))) == 2,
         f"optim.betas={getattr(config.optim, 'betas', None)}: must be two numbers",
     )
     _require(

@@ -170,6 +170,10 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices inside the blocks: both of their sides grow with the width."""
+        return [p for p in self.blocks.parameters() if p.ndim == 2]
+
     @property
     def output_weight(self) -> Tensor:
         """(V, C): the head's matrix; the token embedding where the two are tied."""

@@ -31,6 +31,7 @@ from tinygpt.training.console import (
 )
 from tinygpt.training.evaluation import Scores, score
 from tinygpt.training.module import LanguageModel
+from tinygpt.training.optim import check_optimizer
 from tinygpt.training.results import make_results
 from tinygpt.training.trainer import (
     PASS_TOKENS,
@@ -58,6 +59,7 @@ def train(config: Config, overrides: list[str], console: Console) -> dict[str, A
         torch.set_num_threads(config.hardware.threads)
     device = resolve_device(config.hardware, config.train.precision)
     check_loggers(config)
+    check_optimizer(config.optim)
     corpus = corpora.open_corpus(config.data)
     cache = shards.cache_root(config.cache_dir)
     with preparing(console) as progress:
