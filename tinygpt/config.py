@@ -21,6 +21,7 @@ DEFAULT_TOKENS = 2_000_000
 MOST_STEPS = 10**12
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
+SCALED_BY_WIDTH = ("adamw", "adam", "lion")  # optimizers whose rate goes with 1/width
 
 
 class ConfigError(ValueError):
@@ -59,6 +60,8 @@ class ModelConfig:
     attention: str = key("sdpa", among=("sdpa", "manual"))
     gradient_checkpointing: bool = False
     pad_vocab_to_multiple: int = key(1, least=1)  # rows of the embedding are rounded up to this
+    parametrization: str = key("standard", among=("standard", "mup"))
+    mup_base_width: int = key(64, least=1)  # the d_model that the learning rate was tuned at
 
 
 @dataclass
@@ -155,6 +158,7 @@ class OptimConfig:
     learning_rate: float = key(1e-3, above=0.0)
     weight_decay: float = key(0.1, least=0.0)
     decay_embeddings: bool = True
+    scale_rate_with_width: Optional[bool] = None  # null: as model.parametrization needs it
 
 
 @dataclass
@@ -296,6 +300,22 @@ class Config:
     force: bool = False
 
 
+def width_ratio(model: ModelConfig) -> float:
+    """How many times wider than ``mup_base_width`` the model is: the m of µP's rules."""
+    return model.d_model / model.mup_base_width
+
+
+def rate_is_scaled(model: ModelConfig, optim: OptimConfig) -> bool:
+    """Whether the matrices inside the blocks get their rate divided by ``width_ratio``.
+
+    Under µP a step must change what a matrix does by as much at any width.  A step of Adam or
+    Lion does more the wider the matrix; one of Muon has the same spectral norm at any width.
+    """
+    if optim.scale_rate_with_width is not None:
+        return optim.scale_rate_with_width
+    return model.parametrization == "mup" and optim.kind != "muon"
+
+
 def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """The composed configuration as dataclasses, checked.
 
@@ -398,12 +418,22 @@ def check(config: Config) -> None:
         or getattr(config.optim, "momentum", 0) > 0,
         "optim.nesterov=true: needs optim.momentum above 0",
     )
+    _check_rate_scaling(config)
     named = {"study": config.study, "run_name": config.run_name, "data.name": data.name}
     for name, value in named.items():
         _require(
             value is None or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", value) is not None,
             f"{name}={value}: must be letters, digits, '.', '_', '-' only, as it names a folder",
         )
+
+
+def _check_rate_scaling(config: Config) -> None:
+    kind, allowed = config.optim.kind, f"allowed with optim={', '.join(SCALED_BY_WIDTH)}"
+    holds = kind in SCALED_BY_WIDTH or not rate_is_scaled(config.model, config.optim)
+    if config.optim.scale_rate_with_width:
+        _require(holds, f"optim.scale_rate_with_width=true: not with optim={kind}; {allowed}")
+    line = f"model.parametrization=mup: has no rule for the rates of optim={kind}; {allowed}, muon"
+    _require(holds, line)
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:

@@ -21,6 +21,8 @@ from tinygpt.config import (
     ScheduleConfig,
     SgdOptim,
     WsdSchedule,
+    rate_is_scaled,
+    width_ratio,
 )
 from tinygpt.model.gpt import GPT
 
@@ -58,8 +60,11 @@ def check_optimizer(config: OptimConfig) -> None:
 def parameter_groups(model: GPT, config: OptimConfig) -> list[dict[str, Any]]:
     """Matrices are decayed; norms and biases never; embeddings if ``decay_embeddings``.
 
-    Where the matrices inside the blocks have a rate of their own, they are the first group.
+    Where the matrices inside the blocks have a rate of their own, they are the first group.  A
+    rate that is divided by the width ratio has its decay multiplied by it, so that a step decays
+    by rate · weight_decay at any width ("independent weight decay", Wortsman et al. 2023).
     """
+    ratio = width_ratio(model.config) if rate_is_scaled(model.config, config) else 1.0
     hidden = {id(matrix) for matrix in model.hidden_matrices()}
     embeddings = {
         id(parameter)
@@ -73,13 +78,13 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict[str, Any]]:
     for parameter in model.parameters():
         is_matrix = parameter.ndim >= 2
         wanted = is_matrix and (config.decay_embeddings or id(parameter) not in embeddings)
-        if isinstance(config, MuonOptim) and id(parameter) in hidden:
+        if id(parameter) in hidden and (ratio != 1 or isinstance(config, MuonOptim)):
             apart.append(parameter)
         else:
             (decayed if wanted else plain).append(parameter)
     rate, decay = config.learning_rate, config.weight_decay
     rest = config.adam_learning_rate if isinstance(config, MuonOptim) else rate
-    groups = [(apart, rate, decay), (decayed, rest, decay), (plain, rest, 0.0)]
+    groups = [(apart, rate / ratio, decay * ratio), (decayed, rest, decay), (plain, rest, 0.0)]
     return [{"params": some, "lr": lr, "weight_decay": wd} for some, lr, wd in groups if some]
 
 
