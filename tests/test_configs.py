@@ -446,7 +446,7 @@ def rows() -> Iterator[Row]:
     yield "optim.scale_rate_with_width", [], "optim.scale_rate_with_width=true", optim_part
     yield "optim.momentum", ["optim=sgd"], "optim.momentum=0.5", optim_part
     yield "optim.nesterov", ["optim=sgd"], "optim.nesterov=false", optim_part
-    for word in ("adam_learning_rate=0.01", "ns_steps=3", "momentum=0.5", "nesterov=false"):
+    for word in ("adam_learning_rate=0.02", "ns_steps=3", "momentum=0.5", "nesterov=false"):
         yield f"optim.{word.split('=')[0]}", ["optim=muon"], f"optim.{word}", optim_part
     for word in ("beta2_decay=-0.5", "least_rms=0.01", "clip_threshold=2"):
         yield f"optim.{word.split('=')[0]}", ["optim=adafactor"], f"optim.{word}", optim_part

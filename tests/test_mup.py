@@ -121,7 +121,7 @@ def test_the_coordinate_check_sees_a_wrong_rule() -> None:
     """µP without its rates is seen by the check, and so is muon with rates divided by m."""
     config = AdamOptim(learning_rate=3e-3, scale_rate_with_width=False)
     assert growth("mup", config, "n_heads")["block 1"] > 0.5
-    muon = MuonOptim(learning_rate=0.02, scale_rate_with_width=True)
+    muon = MuonOptim(learning_rate=0.02, adam_learning_rate=3e-3, scale_rate_with_width=True)
     assert growth("mup", muon, "n_heads")["block 1"] < -0.35
 
 

@@ -199,7 +199,7 @@ class MuonOptim(OptimConfig):
     momentum: float = key(0.95, least=0.0, below=1.0)
     nesterov: bool = True
     ns_steps: int = key(5, least=1, most=99)
-    adam_learning_rate: float = key(3e-3, above=0.0)
+    adam_learning_rate: float = key(1e-2, above=0.0)
     betas: list[float] = key([0.9, 0.95], least=0.0, below=1.0)  # noqa: RUF009
     eps: float = key(1e-8, above=0.0)
 
