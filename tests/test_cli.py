@@ -203,7 +203,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Outcom
         "unknown option": ["--multi-run", "seed=1,2"],
         "swept": ["--multirun", "model.d_model=16,32,abc"],
         "swept late": ["--multirun", "model.d_model=16,18", "model.n_heads=4"],
-        "swept group": ["--multirun", "optim=adamw,lion"],
+        "swept group": ["--multirun", "optim=adamw,lino"],
     }
     folder = tmp_path_factory.mktemp("main")
     program = [sys.executable, "-c", MAIN, json.dumps(list(lines.values()))]
@@ -239,7 +239,7 @@ def test_help_and_cfg(outcomes: tuple[dict[str, Outcome], Path]) -> None:
         ("two horizons", "error: train.steps and train.tokens: give the horizon once"),
         ("swept", "error: model.d_model=abc: must be an integer"),
         ("swept late", "error: model.n_heads=4: must divide model.d_model=18"),
-        ("swept group", "error: optim=lion: no such choice; there are adam, adamw, sgd"),
+        ("swept group", "error: optim=lino: no such choice; there are adafactor, adam, adamw, l"),
         pytest.param(
             "cfg misspelt",
             "error: model.d_modle: no such key; did you mean model.d_model",

@@ -397,10 +397,16 @@ def rows() -> Iterator[Row]:
         *("n_layers=2", "d_model=32", "n_heads=4", "n_kv_heads=1", "d_ff=24", "dropout=0.5"),
         *("bias=false", "tie_weights=false", "position=rope", "norm=rmsnorm"),
         *("activation=gelu_tanh", "activation=swiglu", "attention=manual"),
-        *("gradient_checkpointing=true", "pad_vocab_to_multiple=64"),
+        *("gradient_checkpointing=true", "pad_vocab_to_multiple=64", "parametrization=mup"),
     ):
         yield f"model.{word.split('=')[0]}", [], f"model.{word}", model_part
     yield "model.rope_theta", ["model.position=rope"], "model.rope_theta=100", model_part
+    yield (
+        "model.mup_base_width",
+        ["model.parametrization=mup"],
+        "model.mup_base_width=8",
+        model_part,
+    )
     yield "model.max_seq_len", [], "model.max_seq_len=16", window_part
     for word in (
         *("fraction=0.5", "stride=16", "max_tokens=2000", "max_documents=200"),
@@ -434,8 +440,13 @@ def rows() -> Iterator[Row]:
         *("betas=[0.8,0.9]", "eps=1e-6"),
     ):
         yield f"optim.{word.split('=')[0]}", [], f"optim.{word}", optim_part
+    yield "optim.scale_rate_with_width", [], "optim.scale_rate_with_width=true", optim_part
     yield "optim.momentum", ["optim=sgd"], "optim.momentum=0.5", optim_part
     yield "optim.nesterov", ["optim=sgd"], "optim.nesterov=false", optim_part
+    for word in ("adam_learning_rate=0.02", "ns_steps=3", "momentum=0.5", "nesterov=false"):
+        yield f"optim.{word.split('=')[0]}", ["optim=muon"], f"optim.{word}", optim_part
+    for word in ("beta2_decay=-0.5", "least_rms=0.01", "clip_threshold=2"):
+        yield f"optim.{word.split('=')[0]}", ["optim=adafactor"], f"optim.{word}", optim_part
     yield "schedule.kind", [], "schedule=linear", rate_part
     yield "schedule.warmup_steps", [], "schedule.warmup_steps=3", rate_part
     yield "schedule.warmup_fraction", [], "schedule.warmup_fraction=0.5", rate_part

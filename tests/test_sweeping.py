@@ -96,7 +96,11 @@ def test_values_of_an_experiment_survive_being_written_out(values: dict[str, Any
             "hardware.threads=1 and hardware.threads=2: both train the same",
         ),
         (["model.d_ff=null,256"], "model.d_ff=null and model.d_ff=256: both train the same model"),
-        (["model.rope_theta=1e4,1e5"], "model.rope_theta=10000.0 and model.rope_theta=100000.0: bo"),
+        (
+            ["model.rope_theta=1e4,1e5"],
+            "model.rope_theta=10000.0 and model.rope_theta=100000.0: bo",
+        ),
+        (["model.mup_base_width=32,64"], "model.mup_base_width=32 and model.mup_base_width=64: bo"),
         (["model.n_kv_heads=null,4"], "model.n_kv_heads=null and model.n_kv_heads=4: both train"),
         (["train.log_every=1,2"], "train.log_every=1 and train.log_every=2: both train the same"),
         (["seed=1,2", "run_name=x"], "seed=1 and seed=2: both would write outputs/runs/x"),
@@ -115,6 +119,7 @@ def test_jobs_that_would_be_the_same_are_refused(words: list[str], line: str) ->
 
 def test_what_has_an_effect_is_not_refused() -> None:
     assert len(sweep("model.rope_theta=1e4,1e5", "model.position=rope")) == 2
+    assert len(sweep("model.mup_base_width=32,64", "model.parametrization=mup")) == 2
     assert len(sweep("train.eval_every=20_000,40_000", "train.early_stopping_patience=2")) == 2
 
 

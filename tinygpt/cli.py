@@ -52,7 +52,13 @@ _SCHEMAS: dict[str, dict[str, type]] = {
         "byte": schema.ByteTokenizer,
         "gpt2": schema.Gpt2Tokenizer,
     },
-    "optim": {"adam": schema.AdamOptim, "sgd": schema.SgdOptim},
+    "optim": {
+        "adam": schema.AdamOptim,
+        "sgd": schema.SgdOptim,
+        "lion": schema.LionOptim,
+        "adafactor": schema.AdafactorOptim,
+        "muon": schema.MuonOptim,
+    },
     "launcher": {
         "serial": schema.SerialLauncher,
         "local": schema.LocalLauncher,

@@ -22,6 +22,7 @@ MOST_STEPS = 10**12
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
 SCALES = ("smoke", "laptop", "gpu")
+SCALED_BY_WIDTH = ("adamw", "adam", "lion")  # optimizers whose rate goes with 1/width
 
 
 class ConfigError(ValueError):
@@ -60,6 +61,8 @@ class ModelConfig:
     attention: str = key("sdpa", among=("sdpa", "manual"))
     gradient_checkpointing: bool = False
     pad_vocab_to_multiple: int = key(1, least=1)  # rows of the embedding are rounded up to this
+    parametrization: str = key("standard", among=("standard", "mup"))
+    mup_base_width: int = key(64, least=1)  # the d_model that the learning rate was tuned at
 
 
 @dataclass
@@ -156,6 +159,7 @@ class OptimConfig:
     learning_rate: float = key(1e-3, above=0.0)
     weight_decay: float = key(0.1, least=0.0)
     decay_embeddings: bool = True
+    scale_rate_with_width: Optional[bool] = None  # null: as model.parametrization needs it
 
 
 @dataclass
@@ -170,6 +174,35 @@ class SgdOptim(OptimConfig):
     kind: str = key("sgd", among=("sgd",))
     momentum: float = key(0.9, least=0.0, below=1.0)
     nesterov: bool = True
+
+
+@dataclass
+class LionOptim(OptimConfig):
+    kind: str = key("lion", among=("lion",))
+    betas: list[float] = key([0.9, 0.99], least=0.0, below=1.0)  # noqa: RUF009
+
+
+@dataclass
+class AdafactorOptim(OptimConfig):
+    """``learning_rate`` is relative: a step is at most so much of a parameter's own RMS."""
+
+    kind: str = key("adafactor", among=("adafactor",))
+    beta2_decay: float = key(-0.8, least=-1.0, below=0.0)
+    least_rms: float = key(1e-3, above=0.0)
+    clip_threshold: float = key(1.0, least=1.0)
+
+
+@dataclass
+class MuonOptim(OptimConfig):
+    """``learning_rate`` is that of the matrices inside the blocks; AdamW moves the rest."""
+
+    kind: str = key("muon", among=("muon",))
+    momentum: float = key(0.95, least=0.0, below=1.0)
+    nesterov: bool = True
+    ns_steps: int = key(5, least=1, most=99)
+    adam_learning_rate: float = key(1e-2, above=0.0)
+    betas: list[float] = key([0.9, 0.95], least=0.0, below=1.0)  # noqa: RUF009
+    eps: float = key(1e-8, above=0.0)
 
 
 @dataclass
@@ -340,6 +373,22 @@ class Config:
     plan: bool = False
 
 
+def width_ratio(model: ModelConfig) -> float:
+    """How many times wider than ``mup_base_width`` the model is: the m of µP's rules."""
+    return model.d_model / model.mup_base_width
+
+
+def rate_is_scaled(model: ModelConfig, optim: OptimConfig) -> bool:
+    """Whether the matrices inside the blocks get their rate divided by ``width_ratio``.
+
+    Under µP a step must change what a matrix does by as much at any width.  A step of Adam or
+    Lion does more the wider the matrix; one of Muon has the same spectral norm at any width.
+    """
+    if optim.scale_rate_with_width is not None:
+        return optim.scale_rate_with_width
+    return model.parametrization == "mup" and optim.kind != "muon"
+
+
 def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """The composed configuration as dataclasses, checked.
 
@@ -435,7 +484,7 @@ def check(config: Config) -> None:
         "data.separator='': must be auto, none or a text that separates documents",
     )
     _require(
-        not (isinstance(config.optim, AdamOptim) and len(config.optim.betas) != 2),
+        len(getattr(config.optim, "betas", (0.0, 0.0))) == 2,
         f"optim.betas={getattr(config.optim, 'betas', None)}: must be two numbers",
     )
     _require(
@@ -451,12 +500,22 @@ def check(config: Config) -> None:
         f"logger.mlflow.tracking_uri={uri}: must be a database or a server, as sqlite:///FILE or "
         "http://HOST:PORT; MLflow takes no folders any more",
     )
+    _check_rate_scaling(config)
     named = {"study": config.study, "run_name": config.run_name, "data.name": data.name}
     for name, value in named.items():
         _require(
             value is None or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", value) is not None,
             f"{name}={value}: must be letters, digits, '.', '_', '-' only, as it names a folder",
         )
+
+
+def _check_rate_scaling(config: Config) -> None:
+    kind, allowed = config.optim.kind, f"allowed with optim={', '.join(SCALED_BY_WIDTH)}"
+    holds = kind in SCALED_BY_WIDTH or not rate_is_scaled(config.model, config.optim)
+    if config.optim.scale_rate_with_width:
+        _require(holds, f"optim.scale_rate_with_width=true: not with optim={kind}; {allowed}")
+    line = f"model.parametrization=mup: has no rule for the rates of optim={kind}; {allowed}, muon"
+    _require(holds, line)
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import filelock
 from omegaconf import OmegaConf
 
-from tinygpt.config import HORIZONS, Config, ConfigError, SweepConfig
+from tinygpt.config import HORIZONS, Config, ConfigError, SweepConfig, rate_is_scaled
 from tinygpt.counting import resolved_d_ff
 
 SCHEMA_VERSION = 1
@@ -133,6 +133,9 @@ def effective_hash(config: Config, content: dict[str, str]) -> str:
     model.d_ff = resolved_d_ff(model)
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.rope_theta = model.rope_theta if model.position == "rope" else 0.0
+    config.optim.scale_rate_with_width = rate_is_scaled(model, config.optim)
+    if model.parametrization == "standard" and not config.optim.scale_rate_with_width:
+        model.mup_base_width = 0
     model.attention = ""  # two ways to the same numbers
     model.gradient_checkpointing = False
     config.data.stride = config.data.stride or model.max_seq_len

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tinygpt.model.gpt import GPT
 
@@ -73,7 +72,7 @@ def generate(
             for _ in range(max_new_tokens):
                 start = context_start(tokens.shape[1], model.config.max_seq_len)
                 last = model.hidden(tokens[:, start:])[:, -1]  # (B, C)
-                logits = F.linear(last, model.output_weight)[:, :choices]
+                logits = model.logits(last)[:, :choices]
                 new = next_token(logits, temperature, top_k, generator)  # (B,)
                 if stop_token is not None:
                     new = new.masked_fill(ended, stop_token)

@@ -5,6 +5,11 @@
     x      = x + mlp(norm_2(x))                           the two lines together are a block
     logits = head(norm_final(x))
 
+Under µP (Yang et al. 2022, "Tensor Programs V", the table for Adam) a learning rate tuned at one
+width serves all.  With m = d_model / mup_base_width the matrices inside the blocks begin smaller
+by sqrt(m), attention scores are divided by D instead of sqrt(D), logits by m; the rates are
+training/optim.py's.  The rules take it that d_ff, too, grows with d_model.
+
 Shapes in comments: B batch, T tokens, C = d_model, H heads (KV of them with keys and values),
 D = C / H, F = d_ff, V = vocabulary, padded.  Labels are not shifted here: the logits at position
 t are about token t + 1, and whoever computes a loss gives them that token.
@@ -19,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tinygpt.config import ModelConfig
+from tinygpt.config import ModelConfig, width_ratio
 from tinygpt.counting import padded_vocab, resolved_d_ff
 
 INIT_STD = 0.02  # as GPT-2
 NORM_EPS = 1e-5
+MUP_HEAD_DIM = 16  # where scores are the same under µP: the default model's
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, (T, D/2) each
 
@@ -50,10 +56,18 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return turned.type_as(x)  # the tables are float32, also under autocast
 
 
-def manual_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """softmax(q k' / sqrt(D)) v, where no position sees a later one: what SDPA computes."""
-    T, D = q.shape[-2:]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(D)  # (B, H, T, T): query, key
+def score_divisor(config: ModelConfig) -> float:
+    """sqrt(D); under µP D / sqrt(16), as trained queries and keys agree in all of D numbers."""
+    head_dim = config.d_model // config.n_heads
+    if config.parametrization == "mup":
+        return head_dim / math.sqrt(MUP_HEAD_DIM)
+    return math.sqrt(head_dim)
+
+
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, divisor: float) -> Tensor:
+    """softmax(q k' / divisor) v, where no position sees a later one: what SDPA computes."""
+    T = q.shape[-2]
+    scores = q @ k.transpose(-2, -1) / divisor  # (B, H, T, T): query, key
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
     weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
     return F.dropout(weights, dropout) @ v  # (B, H, T, D)
@@ -69,6 +83,7 @@ class Attention(nn.Module):
         self.head_dim = config.d_model // config.n_heads
         self.manual = config.attention == "manual"
         self.dropout = config.dropout
+        self.divisor = score_divisor(config)
         width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.d_model, width, bias=config.bias)
         self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
@@ -86,9 +101,12 @@ class Attention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         if self.manual:
-            y = manual_attention(q, k, v, dropout)
+            y = manual_attention(q, k, v, dropout, self.divisor)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            scale = 1 / self.divisor
+            y = F.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=scale
+            )
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         out: Tensor = self.residual_dropout(self.proj(y))
         return out
@@ -141,6 +159,7 @@ class GPT(nn.Module):
         super().__init__()
         check_shape(config)
         self.config = config
+        self.width_ratio = width_ratio(config) if config.parametrization == "mup" else 1.0
         self.vocab_size = vocab_size  # what the tokenizer has; the rows that pad it are never data
         rows = padded_vocab(vocab_size, config.pad_vocab_to_multiple)
 
@@ -161,14 +180,21 @@ class GPT(nn.Module):
 
     def init_weights(self) -> None:
         """N(0, 0.02), biases 0.  The two projections of a block that add to the residual stream
-        are smaller by sqrt(2·L), as 2·L of them add up."""
-        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layers)
+        are smaller by sqrt(2·L), as 2·L of them add up; under µP all of a block by sqrt(m)."""
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                is_residual = name.endswith(("attention.proj", "mlp.down"))
-                nn.init.normal_(module.weight, std=residual_std if is_residual else INIT_STD)
+                std = INIT_STD
+                if name.startswith("blocks."):
+                    std /= math.sqrt(self.width_ratio)
+                if name.endswith(("attention.proj", "mlp.down")):
+                    std /= math.sqrt(2 * self.config.n_layers)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices inside the blocks: both of their sides grow with the width."""
+        return [p for p in self.blocks.parameters() if p.ndim == 2]
 
     @property
     def output_weight(self) -> Tensor:
@@ -196,8 +222,14 @@ class GPT(nn.Module):
         out: Tensor = self.norm_final(x)
         return out
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: (..., C) -> (..., V)."""
+        if self.width_ratio != 1:
+            hidden = hidden / self.width_ratio  # smaller than the logits
+        return F.linear(hidden, self.output_weight)
+
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.linear(self.hidden(tokens), self.output_weight)  # (B, T, V)
+        return self.logits(self.hidden(tokens))  # (B, T, V)
 
 
 def check_shape(config: ModelConfig) -> None:

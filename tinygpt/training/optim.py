@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinygpt.config import (
+    AdafactorOptim,
     AdamOptim,
+    ConfigError,
     ConstantSchedule,
     DecaySchedule,
+    LionOptim,
+    MuonOptim,
     OptimConfig,
     ScheduleConfig,
     SgdOptim,
     WsdSchedule,
+    rate_is_scaled,
+    width_ratio,
 )
+from tinygpt.model.gpt import GPT
 
 
 def rate_factor(step: int, config: ScheduleConfig, *, total_steps: int, warmup_steps: int) -> float:
@@ -45,36 +53,139 @@ def stable_steps(config: WsdSchedule, *, total_steps: int, warmup_steps: int) ->
     return max(warmup_steps, total_steps - decay_steps)
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices are decayed; norms and biases never; embeddings if ``decay_embeddings``."""
+def check_optimizer(config: OptimConfig) -> None:
+    """Raises ConfigError where this torch lacks the optimizer."""
+    if isinstance(config, MuonOptim) and not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"optim=muon: needs torch 2.9 or later, here is {torch.__version__}; "
+            "the other choices of optim work with it"
+        )
+
+
+def parameter_groups(model: GPT, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices are decayed; norms and biases never; embeddings if ``decay_embeddings``.
+
+    Where the matrices inside the blocks have a rate of their own, they are the first group.  A
+    rate that is divided by the width ratio has its decay multiplied by it, so that a step decays
+    by rate · weight_decay at any width ("independent weight decay", Wortsman et al. 2023).
+    """
+    ratio = width_ratio(model.config) if rate_is_scaled(model.config, config) else 1.0
+    hidden = {id(matrix) for matrix in model.hidden_matrices()}
     embeddings = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, nn.Embedding)
         for parameter in module.parameters()
     }
+    apart: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         is_matrix = parameter.ndim >= 2
         wanted = is_matrix and (config.decay_embeddings or id(parameter) not in embeddings)
-        (decayed if wanted else plain).append(parameter)
-    groups = [(decayed, config.weight_decay), (plain, 0.0)]
-    return [{"params": some, "weight_decay": decay} for some, decay in groups if some]
+        if id(parameter) in hidden and (ratio != 1 or isinstance(config, MuonOptim)):
+            apart.append(parameter)
+        else:
+            (decayed if wanted else plain).append(parameter)
+    rate, decay = config.learning_rate, config.weight_decay
+    rest = config.adam_learning_rate if isinstance(config, MuonOptim) else rate
+    groups = [(apart, rate / ratio, decay * ratio), (decayed, rest, decay), (plain, rest, 0.0)]
+    return [{"params": some, "lr": lr, "weight_decay": wd} for some, lr, wd in groups if some]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
-    """torch's own optimizer over the decay groups of ``model``."""
-    groups = parameter_groups(model, config)
+class Lion(torch.optim.Optimizer):
+    """Each number moves by the rate, in the direction of the sign of an average of gradients.
+
+    Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", with decoupled decay:
+    u = sign(b1·m + (1 - b1)·g);  w = w·(1 - rate·decay) - rate·u;  m = b2·m + (1 - b2)·g.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._move(params, group)
+        return loss
+
+    def _move(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        gradients = [p.grad for p in params if p.grad is not None]
+        momenta = [self.state[p]["momentum"] for p in params]
+        of_step, of_momentum = group["betas"]
+        updates = torch._foreach_lerp(gradients, momenta, of_step)
+        torch._foreach_sign_(updates)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, updates, alpha=-group["lr"])
+        torch._foreach_lerp_(momenta, gradients, 1 - of_momentum)
+
+
+class MuonWithAdam(torch.optim.Optimizer):
+    """torch's Muon for the first group, torch's AdamW for the others, as one optimizer.
+
+    Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") makes
+    the momentum of a matrix orthogonal.  This object owns groups and state, which the two inside
+    only borrow for a step, so a schedule and a checkpoint see one optimizer.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], muon: dict[str, Any], adam: dict[str, Any]
+    ) -> None:
+        # "original": a step's spectral norm is the rate's, whatever the width, so one rate fits
+        # models of all sizes; "match_rms_adamw" lets it grow with the square root of the width.
+        self.muon = torch.optim.Muon(groups[:1], adjust_lr_fn="original", **muon)
+        self.adam = torch.optim.AdamW(groups[1:], **adam)
+        super().__init__(self.muon.param_groups + self.adam.param_groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # load_state_dict puts new objects in place of these
+        groups = self.param_groups
+        self.muon.param_groups, self.adam.param_groups = groups[:1], groups[1:]
+        self.muon.state = self.adam.state = self.state
+        self.muon.step()  # type: ignore[no-untyped-call]
+        self.adam.step()
+        return loss
+
+
+def make_optimizer(model: GPT, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer over the groups of ``model``; ``fused`` where torch has it so."""
+    groups, rate = parameter_groups(model, config), config.learning_rate
     if isinstance(config, SgdOptim):
         return torch.optim.SGD(
-            groups,
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            fused=fused,
+            groups, lr=rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused
         )
-    assert isinstance(config, AdamOptim)
-    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    if isinstance(config, AdafactorOptim):
+        # torch squares the first eps where the paper has 1e-30; torch's default for it would
+        # also stand in for the mean square of any gradient below 3e-4
+        eps = (1e-15, config.least_rms)
+        decay, limit = config.beta2_decay, config.clip_threshold
+        return torch.optim.Adafactor(groups, lr=rate, beta2_decay=decay, eps=eps, d=limit)
+    assert isinstance(config, (AdamOptim, LionOptim, MuonOptim))
     first, second = config.betas
-    return kind(groups, lr=config.learning_rate, betas=(first, second), eps=config.eps, fused=fused)
+    betas = (first, second)
+    if isinstance(config, LionOptim):
+        return Lion(groups, betas)
+    if isinstance(config, MuonOptim):
+        check_optimizer(config)
+        muon = {
+            "momentum": config.momentum,
+            "nesterov": config.nesterov,
+            "ns_steps": config.ns_steps,
+        }
+        return MuonWithAdam(groups, muon, {"betas": betas, "eps": config.eps})
+    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    return kind(groups, lr=rate, betas=betas, eps=config.eps, fused=fused)

@@ -99,6 +99,7 @@ def _sizes(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
         "n_layers": model.n_layers,
         "n_heads": model.n_heads,
         "max_seq_len": model.max_seq_len,
+        "parametrization": model.parametrization,
         "vocab_size": vocab_size,
     }
 

@@ -31,6 +31,7 @@ from tinygpt.training.console import (
 )
 from tinygpt.training.evaluation import Scores, score
 from tinygpt.training.module import LanguageModel
+from tinygpt.training.optim import check_optimizer
 from tinygpt.training.results import make_results
 from tinygpt.training.trainer import (
     PASS_TOKENS,
@@ -84,6 +85,7 @@ def open_machine(config: Config) -> Device:
     if config.hardware.threads is not None:
         torch.set_num_threads(config.hardware.threads)
     check_loggers(config)
+    check_optimizer(config.optim)
     return resolve_device(config.hardware, config.train.precision)
 
 
