@@ -245,7 +245,7 @@ def test_one_that_fails_and_one_that_diverges_hide_no_other(
         ),
         (["--multirun", "seed=1,2", "data=custom", "data.path=no"], "data.path=no: "),
         (
-            ["--multirun", "train.tokens=1e4,2e4", "sweep.share_trunk=true"],
+            ["--multirun", "train.steps=9,19", "sweep.share_trunk=true"],
             "sweep.share_trunk=true:",
         ),
     ],

@@ -135,6 +135,7 @@ def sweeps(overrides: Sequence[str], multirun: bool) -> bool:
         composed = hydra.compose_config(
             "config", list(overrides), RunMode.MULTIRUN, from_shell=False
         )
+        schema.check_scale(composed.scale)
     return multirun or composed.hydra.mode == RunMode.MULTIRUN
 
 

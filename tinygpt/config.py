@@ -530,6 +530,11 @@ def check_bounds(section: Any, prefix: str = "") -> None:
                 _check_value(name, one, **bounds)
 
 
+def check_scale(scale: str) -> None:
+    """Raises ConfigError where no experiment can have that scale."""
+    _check_value("scale", scale, among=SCALES)
+
+
 def _check_value(
     name: str,
     value: Any,

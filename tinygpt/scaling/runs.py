@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ def load_runs(*folders: str | Path) -> pd.DataFrame:
 
 def read_rows(*folders: str | Path) -> list[dict[str, Any]]:
     """The rows of ``load_runs``, in the order of the folders' names; what is missing is None."""
-    paths = [path for folder in folders for path in sorted(_run_folders(Path(folder)))]
+    paths = [p for folder in folders for p in sorted(_run_folders(Path(folder)), key=_natural)]
     rows, configs = [], []
     for path in paths:
         run = rundir.RunDir(path)
         rows.append(_outcome(run))
-        configs.append(_flat(yaml.load(run.config.read_text(encoding="utf-8"), Loader=_Loader)))
+        text = run.config.read_text(encoding="utf-8") if run.config.exists() else "{}"
+        configs.append(_flat(yaml.load(text, Loader=_Loader)))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     known = {name.rsplit(".", 1)[-1] for name in columns}
     differing = [
@@ -56,8 +58,13 @@ def read_rows(*folders: str | Path) -> list[dict[str, Any]]:
 
 def _run_folders(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("environment.json"):
-        if (path.parent / "config.yaml").exists():
-            yield path.parent
+        yield path.parent
+
+
+def _natural(path: Path) -> list[tuple[str, int]]:
+    """d_model-64 before d_model-128."""
+    parts = re.findall(r"(\D*)(\d*)", str(path))
+    return [(text, int(number or -1)) for text, number in parts]
 
 
 def _outcome(run: rundir.RunDir) -> dict[str, Any]:
