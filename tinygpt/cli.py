@@ -95,7 +95,10 @@ def compose_jobs(overrides: Sequence[str], multirun: bool) -> list[Config]:
     except HydraException as error:
         raise ConfigError(_explain(error, overrides)) from error
     jobs = BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-    return [compose_config(job) for job in jobs]
+    configs = [compose_config(job) for job in jobs]
+    for config in configs:
+        schema.check_sweepable(config)
+    return configs
 
 
 def _check_words(overrides: Sequence[str]) -> None:

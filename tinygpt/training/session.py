@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from rich.console import Console
 
@@ -33,14 +36,18 @@ from tinygpt.training.evaluation import Scores, score
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.results import make_results
 from tinygpt.training.trainer import (
+    PARENT,
     PASS_TOKENS,
     AtomicCheckpoints,
     Device,
     check_loggers,
+    ending_together,
+    leave_with_parent,
     make_loggers,
     make_trainer,
     quiet_lightning,
     resolve_device,
+    set_threads,
 )
 
 log = logging.getLogger("tinygpt")
@@ -54,9 +61,12 @@ def train(config: Config, overrides: list[str], console: Console) -> dict[str, A
     Returns its results.  Raises ConfigError before a run folder is made where something asked
     for cannot be had, RunError where a run fails on its way.
     """
-    if config.hardware.threads is not None:
-        torch.set_num_threads(config.hardware.threads)
     device = resolve_device(config.hardware, config.train.precision)
+    set_threads(config.hardware, device)
+    if device.rank > 0:
+        console = Console(quiet=True)
+        if PARENT in os.environ:
+            leave_with_parent()
     check_loggers(config)
     corpus = corpora.open_corpus(config.data)
     cache = shards.cache_root(config.cache_dir)
@@ -68,6 +78,9 @@ def train(config: Config, overrides: list[str], console: Console) -> dict[str, A
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
     data = TokenData(prepared, config)
     data.plan = _plan(config, data, device)
+    if device.rank > 0:  # the first process has the folder, and waits for this one to train
+        resuming = run.last.exists() and not config.force
+        return _Run(config, run, data, device, hash_, console).train(resuming)
     with run.locked(), _failures_recorded(run), logging_to(console, run):
         found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
@@ -101,6 +114,7 @@ def _plan(config: Config, data: TokenData, device: Device) -> Plan:
         flops_per_token=flops_per_token(config.model, vocab_size),
         windows=len(data.windows.starts),
         vocab_size=vocab_size,
+        devices=device.world_size,
         pass_tokens=PASS_TOKENS[device.accelerator],
     )
 
@@ -125,6 +139,12 @@ def _begin(
                 before["threads"],
                 torch.get_num_threads(),
             )
+        if before["devices"] != device.world_size:
+            log.info(
+                "note: begun on %d devices, now %d: equal within rounding, not bit for bit",
+                before["devices"],
+                device.world_size,
+            )
         return True
     name = torch.cuda.get_device_name() if device.accelerator == "cuda" else device.accelerator
     # first, as it says whose folder this is
@@ -134,6 +154,7 @@ def _begin(
             config_hash=hash_,
             precision_resolved=device.precision,
             threads=torch.get_num_threads(),
+            devices=device.world_size,
             device=name,
         ),
     )
@@ -189,25 +210,41 @@ class _Run:
             self.module,
             data.floor("val"),
         )
-        self.interrupts = Interrupts(run)
+        self.interrupts = Interrupts(run, config, self.plan)
+        self.writes = device.rank == 0
 
     def train(self, resuming: bool) -> dict[str, Any]:
         self._introduce(resuming)
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
-        self.metrics.keep_until(first)
-        callbacks = [self.journal, Checkpoints(self.run, self.plan, self.journal), self.interrupts]
-        if self.console.is_terminal:
+        if self.writes:
+            self.metrics.keep_until(first)
+        callbacks: list[pl.Callback] = [
+            self.journal,
+            Checkpoints(self.run, self.plan, self.journal),
+            self.interrupts,
+        ]
+        if self.writes and self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
-        loggers = make_loggers(self.config, self.run, first)
+        loggers = make_loggers(self.config, self.run, first) if self.writes else []
         self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers, last)
         if self.config.hardware.compile:
             self.module.model.compile()
         ckpt_path = str(self.run.last) if resuming else None
-        with quiet_lightning():
+        with ending_together(self.trainer), quiet_lightning():
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
+            self.module.to(self.trainer.strategy.root_device)  # Lightning puts it on the CPU
+            self.interrupts.agree(self.trainer)
+            final, test = self._final_scores()
+        if not self.writes:
+            raise SystemExit(0)  # the first process says how it ended
         if self.interrupts.received is not None:
             self._leave_interrupted(self.interrupts.received)
-        results = self._results()
+        if final is not None:
+            with rundir.replacing(self.run.checkpoints / "final.ckpt") as temporary:
+                shutil.copyfile(self.run.last, temporary)
+        results = make_results(
+            self.config, self.hash, self.plan, self.data, self.device, self.journal, final, test
+        )
         rundir.write_json(self.run.results, results)
         return results
 
@@ -234,13 +271,15 @@ class _Run:
                 index["duplicates_of_validation_or_test"],
             )
         log.info(
-            "train   %s tokens (%.2g epochs of %s) in %s steps of %s; %s, %s threads, precision %s",
+            "train   %s tokens (%.2g epochs of %s) in %s steps of %s; "
+            "%s%s, %s threads, precision %s",
             short(plan.train_tokens),
             plan.train_tokens / max(1, self.data.windows.used_tokens),
             short(self.data.windows.used_tokens),
             f"{plan.total_steps:,}",
             f"{config.train.batch_tokens:,}",
             self.device.accelerator,
+            f" on {self.device.world_size} devices" if self.device.world_size > 1 else "",
             torch.get_num_threads(),
             self.device.precision,
         )
@@ -265,9 +304,15 @@ class _Run:
 
     def _evaluate(self, split: str) -> Scores:
         batches = self.data.eval_batches(split, self.plan.micro_batch_size)
+        rank, processes, reduced = self.device.rank, self.device.world_size, None
+        if self.device.strategy == "fsdp":  # all processes go through each batch together
+            rank, processes = 0, 1
+        else:
+            reduced = functools.partial(self.trainer.strategy.reduce, reduce_op="sum")
+        share = (batches[index] for index in range(rank, len(batches), processes))
         context = self.trainer.precision_plugin.forward_context()
         info = self.data.splits[split].info
-        return score(self.module.model, batches, info, self.module.device, context)
+        return score(self.module.model, share, info, self.module.device, context, reduced)
 
     def _evaluate_val(self) -> Scores:
         return self._evaluate("val")
@@ -275,7 +320,8 @@ class _Run:
     def _sample(self, step: int) -> None:
         """Puts text of the model, as it is at ``step``, into samples.txt."""
         train = self.config.train
-        if train.sample_tokens == 0:
+        # under fsdp the others help to compute it
+        if train.sample_tokens == 0 or not (self.writes or self.device.strategy == "fsdp"):
             return
         tokenizer = self.tokenizer
         prompt = [tokenizer.eot_id, *tokenizer.encode(train.sample_prompt)]
@@ -294,7 +340,8 @@ class _Run:
         ids = [i for i in out[0].tolist() if i != tokenizer.eot_id]
         head = f"{SAMPLE_MARK} {step:,} ({step * train.batch_tokens:,} tokens)\n"
         self.samples[step] = f"{head}{tokenizer.decode(ids)}\n\n"
-        rundir.write_text(self.run.samples, "".join(self.samples.values()))
+        if self.writes:
+            rundir.write_text(self.run.samples, "".join(self.samples.values()))
 
     def _leave_interrupted(self, number: int) -> None:
         log.info(
@@ -305,17 +352,14 @@ class _Run:
         )
         raise SystemExit(128 + number)
 
-    def _results(self) -> dict[str, Any]:
-        final = test = None
-        if self.journal.state["status"] != "diverged":
-            self._sample(self.trainer.global_step)
-            with rundir.replacing(self.run.checkpoints / "final.ckpt") as temporary:
-                shutil.copyfile(self.run.last, temporary)
-            final = self.journal.scores or self._evaluate_val()
-            test = self._evaluate("test") if "test" in self.data.splits else None
-        return make_results(
-            self.config, self.hash, self.plan, self.data, self.device, self.journal, final, test
-        )
+    def _final_scores(self) -> tuple[Scores | None, Scores | None]:
+        """Of validation and test, where the run came to its end; with a last sample."""
+        if self.journal.state["status"] == "diverged" or self.interrupts.received is not None:
+            return None, None
+        self._sample(self.trainer.global_step)
+        final = self.journal.scores or self._evaluate_val()
+        test = self._evaluate("test") if "test" in self.data.splits else None
+        return final, test
 
 
 def _describe_split(name: str, info: dict[str, Any]) -> str:
