@@ -199,6 +199,8 @@ class _Run:
         self.tokenizer = data.prepared.tokenizer
         torch.manual_seed(config.seed)
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
+        if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
+            self.module.double()
         self.samples: dict[int, str] = {}  # by step
         self.metrics = rundir.MetricsFile(run.metrics)
         self.journal = Journal(
