@@ -6,11 +6,8 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -20,19 +17,19 @@ from tests.conftest import Command, tiny
 from tests.test_resume import outcome, start
 from tests.test_training import Trained
 from tinygpt import cli
-from tinygpt.config import ConfigError
-from tinygpt.training.trainer import resolve_device
+from tinygpt.config import ConfigError, HardwareConfig
+from tinygpt.training.trainer import Device, resolve_device, set_threads
 
 TWO = ["hardware.devices=2", "hardware.strategy=ddp"]
 TOLERANCE = {"64": 1e-9, "32": 1e-4}
 
 # The command, with something wrong in one of its two processes.
 SABOTAGED = """
-import os, sys, time
+import os
 from tinygpt import run
 from tinygpt.training.module import LanguageModel
 
-rank, what = sys.argv[1].split("=")[1].split(":")
+rank, what = os.environ["SABOTAGE"].split(":")
 step = LanguageModel.training_step
 
 def fail(self, batch, batch_idx):
@@ -43,7 +40,6 @@ def fail(self, batch, batch_idx):
     return step(self, batch, batch_idx)
 
 LanguageModel.training_step = fail
-sys.argv.remove(sys.argv[1])
 run.main()
 """
 
@@ -213,16 +209,6 @@ def test_dropout_resumes_exactly_and_a_diverged_run_ends_in_both(
     assert results["status"] == "diverged"
 
 
-def sabotaged(
-    folder: Path, cache: Path, corpus: Path, what: str
-) -> tuple[subprocess.Popen[str], Path]:
-    program = folder / "sabotaged.py"
-    program.write_text(SABOTAGED)
-    arguments = [f"sabotage={what}", *words(corpus, "32", *TWO)]
-    process = start(folder, cache, arguments, [str(program)])
-    return process, folder / "outputs" / "s" / "r"
-
-
 def assert_nothing_is_left(program: str, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -243,12 +229,22 @@ def assert_nothing_is_left(program: str, seconds: float = 20) -> None:
     ],
 )
 def test_where_one_process_fails_the_other_ends(
-    tmp_path: Path, corpus: Path, cache: Path, what: str, code: int, error: str
+    tmp_path: Path,
+    corpus: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    code: int,
+    error: str,
 ) -> None:
-    process, run = sabotaged(tmp_path, cache, corpus, what)
+    program = tmp_path / "sabotaged.py"
+    program.write_text(SABOTAGED)
+    monkeypatch.setenv("SABOTAGE", what)
+    process = start(tmp_path, cache, words(corpus, "32", *TWO), [str(program)])
+    run = tmp_path / "outputs" / "s" / "r"
     _, said = process.communicate(timeout=90)
     assert process.returncode == code, said
-    assert_nothing_is_left(str(tmp_path / "sabotaged.py"))
+    assert_nothing_is_left(str(program))
     assert not (run / "results.json").exists()
     if error:
         assert json.loads((run / "error.json").read_text())["error"].startswith(error)
@@ -285,12 +281,10 @@ def test_what_cannot_be_had_is_told(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
-def test_no_cuda_for_cuda_ddp(tmp_path: Path, corpus: Path, tinygpt: Command) -> None:
+def test_no_cuda_for_cuda_ddp(tmp_path: Path, corpus: Path, cache: Path) -> None:
     small = [word for word in tiny(corpus) if not word.startswith("hardware")]
-    done = tinygpt("run", *small, "hardware=cuda_ddp")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: hardware.accelerator=cuda: this machine or this build ")
-    assert done.stderr.count("\n") == 1
+    with pytest.raises(ConfigError, match=r"^hardware\.accelerator=cuda: this machine or this bui"):
+        Trained(tmp_path, cache, [*small, "hardware=cuda_ddp"]).go()
     assert not list(tmp_path.iterdir())
 
 
@@ -303,7 +297,7 @@ def test_a_sweep_runs_jobs_of_one_device(corpus: Path, key: str) -> None:
 # Which process, and its share of the machine
 
 
-def resolved(*more: str, **there: str) -> Any:
+def resolved(*more: str) -> Device:
     config = cli.compose_config([*tiny(Path("x")), *more])
     return resolve_device(config.hardware, "32")
 
@@ -328,16 +322,15 @@ def test_srun_and_torchrun_say_which_process_this_is(monkeypatch: pytest.MonkeyP
             resolved("hardware.devices=4")
 
 
-def test_processes_share_the_cores(tmp_path: Path, corpus: Path, cache: Path) -> None:
-    """Seen from a fresh process, as the tests of this one pin its threads."""
-    program = (
-        "import os, torch; os.cpu_count = lambda: 6; torch.set_num_threads(6)\n"
-        "from tinygpt.config import HardwareConfig\n"
-        "from tinygpt.training.trainer import Device, set_threads\n"
-        "set_threads(HardwareConfig(), Device('cpu', '32', 3))\n"
-        "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])\n"
-        "set_threads(HardwareConfig(threads=5), Device('cpu', '32', 3))\n"
-        "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout.split() == ["2", "2", "5", "5"], done.stderr
+@pytest.mark.parametrize(("asked", "threads"), [(None, 2), (5, 5)])
+def test_processes_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, asked: int | None, threads: int
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    torch.set_num_threads(6)
+    set_threads(HardwareConfig(threads=asked), Device("cpu", "32", devices=3, strategy="ddp"))
+    assert torch.get_num_threads() == threads
+    assert os.environ["OMP_NUM_THREADS"] == str(
+        threads
+    )  # what Lightning would set, and others inherit
