@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -22,6 +23,30 @@ from tinygpt.training.trainer import Device, resolve_device, set_threads
 
 TWO = ["hardware.devices=2", "hardware.strategy=ddp"]
 TOLERANCE = {"64": 1e-9, "32": 1e-4}
+
+# What each launcher puts around the process of a rank.
+LAUNCHED = {
+    "srun": {
+        "SLURM_JOB_ID": "4321",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": "RANK",
+        "SLURM_LOCALID": "RANK",
+    },
+    "torchrun": {
+        "TORCHELASTIC_RUN_ID": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29871",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "RANK": "RANK",
+        "LOCAL_RANK": "RANK",
+    },
+}
 
 # The command, with something wrong in one of its two processes.
 SABOTAGED = """
@@ -119,12 +144,19 @@ def test_one_process_writes(alone: Path, together: Path) -> None:
     assert json.loads((alone / "results.json").read_text())["devices"] == 1
 
 
-def stop(folder: Path, cache: Path, arguments: list[str], number: int, group: bool) -> Path:
+def stop(
+    folder: Path,
+    cache: Path,
+    arguments: list[str],
+    number: int,
+    group: bool,
+    program: Sequence[str] = ("-m", "tinygpt.run"),
+) -> Path:
     """Starts the run and, when it has trained a little, signals it; two processes, or one of them.
 
     It must leave as if it were one, with nothing of it still running.
     """
-    process = start(folder, cache, arguments, ["-m", "tinygpt.run"])
+    process = start(folder, cache, arguments, list(program))
     run = folder / "outputs" / "s" / "r"
     while process.poll() is None and not trained_a_little(run):
         time.sleep(0.01)
@@ -252,6 +284,63 @@ def test_where_one_process_fails_the_other_ends(
         assert said.count("error: ") == (2 if what == "1:raise" else 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_launched_by_others_they_start_at_once(
+    tmp_path: Path, corpus: Path, alone: Path, launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With no cache yet: both prepare the data, behind one lock."""
+    processes = []
+    for rank in ("0", "1"):
+        with monkeypatch.context() as patch:
+            for name, value in LAUNCHED[launcher].items():
+                patch.setenv(name, value.replace("RANK", rank))
+            program = ["-m", "tinygpt.run"]
+            processes.append(
+                start(tmp_path, tmp_path / "cache", words(corpus, "64", *TWO), program)
+            )
+    for process in processes:
+        _, said = process.communicate(timeout=300)
+        assert (process.returncode, said) == (0, "")
+    assert_learned_the_same(alone, tmp_path / "outputs" / "s" / "r", TOLERANCE["64"])
+
+
+# Shards: refused on the CPU only because nobody wants them there
+
+ON_THE_CPU = """
+from tinygpt import run
+from tinygpt.training import trainer
+
+trainer._resolve_devices = lambda hardware, kind: (hardware.devices, hardware.strategy)
+run.main()
+"""
+
+
+@pytest.mark.slow
+def test_fsdp_learns_the_same_and_goes_on_where_it_stopped(
+    tmp_path: Path, corpus: Path, cache: Path, tinygpt: Command
+) -> None:
+    program = tmp_path / "on_the_cpu.py"
+    program.write_text(ON_THE_CPU)
+    arguments = words(corpus, "32", "train.steps=120", "model.n_layers=2")
+    one = Trained(tmp_path, cache, arguments).go().path
+    arguments += ["hardware.devices=2", "hardware.strategy=fsdp"]
+    (tmp_path / "whole").mkdir()
+    process = start(tmp_path / "whole", cache, arguments, [str(program)])
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    whole = tmp_path / "whole" / "outputs" / "s" / "r"
+    assert_learned_the_same(one, whole, TOLERANCE["32"])
+    run = stop(tmp_path, cache, arguments, signal.SIGTERM, group=True, program=[str(program)])
+    refused = tinygpt("run", *arguments, "hardware.strategy=ddp", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "was begun with fsdp; go on with that" in refused.stderr
+    process = start(tmp_path, cache, arguments, [str(program)])
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert outcome(run) == outcome(whole)
+
+
 # What cannot be had: one line, before there is a folder
 
 
@@ -262,6 +351,7 @@ def test_where_one_process_fails_the_other_ends(
         ("hardware.devices=16", "hardware.devices=16: 16 devices cannot share the batch of 8 "),
         ("hardware.strategy=fsdp", "hardware.strategy=fsdp: only on cuda, not on cpu; here: auto"),
         ("hardware.devices=-1", "hardware.devices=-1: on cpu say how many"),
+        ("hardware.devices=1 hardware.num_nodes=3", "hardware.devices=1: 3 devices cannot share"),
         ("hardware.devices=2 hardware.micro_batch_size=8", "hardware.micro_batch_size=8: must div"),
     ],
 )
@@ -304,11 +394,10 @@ def resolved(*more: str) -> Device:
 
 def test_srun_and_torchrun_say_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolved(*TWO).rank == 0
-    srun = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "1"}
-    srun |= {"SLURM_LOCALID": "1", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train"}
-    torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    torchrun |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
-    torchrun |= {"TORCHELASTIC_RUN_ID": "1"}
+    srun, torchrun = (
+        {name: value.replace("RANK", "1") for name, value in LAUNCHED[launcher].items()}
+        for launcher in ("srun", "torchrun")
+    )
     for there in (srun, torchrun, {"LOCAL_RANK": "1"}):
         with monkeypatch.context() as patch:
             for name, value in there.items():

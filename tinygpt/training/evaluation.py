@@ -35,7 +35,7 @@ class Scores:
         return {f"{split}_{name}": getattr(self, name) for name in names}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # fsdp goes on training in what it gathers here: no inference_mode
 def score(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],

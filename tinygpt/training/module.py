@@ -29,6 +29,15 @@ class LanguageModel(pl.LightningModule):
         self.train_loss_sum = torch.zeros(())
         self.grad_norm: Tensor | None = None
 
+    def configure_model(self) -> None:
+        """Under fsdp: each block's weights, then the rest, are spread over the devices."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*self.model.blocks, self.model):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens)
         return logits
@@ -63,9 +72,10 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         limit = self.config.train.grad_clip_norm
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(
+        norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), float("inf") if limit is None else limit
         )
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # fsdp
 
     def rate(self, step: int) -> float:
         """The learning rate that optimizer step ``step`` (0 is the first) uses."""

@@ -42,6 +42,7 @@ from tinygpt.training.trainer import (
     Device,
     check_loggers,
     ending_together,
+    gathered,
     leave_with_parent,
     make_loggers,
     make_trainer,
@@ -127,11 +128,19 @@ def _begin(
     run.remove_torn()
     resuming = run.last.exists()
     if resuming:
-        before = rundir.read_json(run.environment)
+        before = {"devices": 1, "strategy": "auto", **rundir.read_json(run.environment)}
         if before["precision_resolved"] != device.precision:
             raise ConfigError(
                 f"train.precision={device.precision}: {run.path} was begun at "
                 f"{before['precision_resolved']}; go on with that, or use force=true"
+            )
+        if (
+            "fsdp" in (before["strategy"], device.strategy)
+            and before["strategy"] != device.strategy
+        ):
+            raise ConfigError(  # its optimizer's state is in another order
+                f"hardware.strategy={config.hardware.strategy}: {run.path} was begun with "
+                f"{before['strategy']}; go on with that, or use force=true"
             )
         if before["threads"] != torch.get_num_threads():
             log.info(
@@ -155,6 +164,7 @@ def _begin(
             precision_resolved=device.precision,
             threads=torch.get_num_threads(),
             devices=device.world_size,
+            strategy=device.strategy,
             device=name,
         ),
     )
@@ -329,7 +339,7 @@ class _Run:
         prompt = [tokenizer.eot_id, *tokenizer.encode(train.sample_prompt)]
         tokens = torch.tensor([prompt], device=self.module.device)
         generator = torch.Generator().manual_seed(self.config.seed)
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), gathered(self.module.model):
             out = generate(
                 self.module.model,
                 tokens[:, -self.config.model.max_seq_len :],

@@ -17,9 +17,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
 
 from tinygpt import rundir
 from tinygpt.config import Config, ConfigError, HardwareConfig, Plan, RunError
@@ -75,6 +81,8 @@ def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
             f"train.precision={precision}: on {kind} one of auto, {', '.join(allowed)}"
         )
     devices, strategy = _resolve_devices(hardware, kind)
+    if strategy == "fsdp" and precision not in ("32", "bf16-mixed"):
+        raise ConfigError(f"train.precision={precision}: with fsdp one of 32, bf16-mixed")
     device = Device(kind, precision, devices, hardware.num_nodes, strategy)
     return dataclasses.replace(device, rank=_rank(device)) if strategy != "auto" else device
 
@@ -126,6 +134,12 @@ def _placed(device: Device) -> dict[str, Any]:
 def _strategy(device: Device) -> Strategy | str:
     if device.strategy == "ddp":
         return DDPStrategy(broadcast_buffers=False)  # they are constants
+    if device.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=device.world_size,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+        )
     return device.strategy
 
 
@@ -232,6 +246,9 @@ def make_trainer(
     """
     if device.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
+    plugins: list[Any] = [AtomicCheckpoints()]
+    if SLURMEnvironment.detect():  # its own checkpoints would bypass ours
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     with quiet_lightning():
         trainer = pl.Trainer(
             **_placed(device),
@@ -242,7 +259,7 @@ def make_trainer(
             accumulate_grad_batches=plan.accumulate,
             logger=loggers or False,
             callbacks=callbacks,
-            plugins=[AtomicCheckpoints()],
+            plugins=plugins,
             deterministic="warn",
             use_distributed_sampler=False,
             enable_checkpointing=False,
@@ -255,6 +272,16 @@ def make_trainer(
     # ask that where the processes rest anyway.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
+
+
+@contextlib.contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """Under fsdp: the weights outside the blocks stand whole, for who does not call ``forward``."""
+    if hasattr(model, "unshard"):
+        model.unshard()
+    yield
+    if hasattr(model, "reshard"):
+        model.reshard()
 
 
 PARENT = "TINYGPT_PARENT"  # environment variable: the process that launched this one
