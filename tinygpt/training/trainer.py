@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import (
@@ -247,9 +247,9 @@ def make_trainer(
     if device.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     plugins: list[Any] = [AtomicCheckpoints()]
-    if SLURMEnvironment.detect():  # its own checkpoints would bypass ours
-        plugins.append(SLURMEnvironment(auto_requeue=False))
     with quiet_lightning():
+        if SLURMEnvironment.detect():  # the checkpoints it writes by itself would bypass ours
+            plugins.append(SLURMEnvironment(auto_requeue=False))
         trainer = pl.Trainer(
             **_placed(device),
             precision=LIGHTNING_PRECISION.get(device.precision, device.precision),  # type: ignore[arg-type]
