@@ -74,11 +74,11 @@ def words(corpus: Path, precision: str = "64", *more: str) -> list[str]:
     return tiny(
         corpus,
         f"train.precision={precision}",
-        "train.steps=300",
+        "train.steps=160",
         "train.log_every=7",
         "train.eval_every=12800",  # 50 steps
         "train.checkpoint_every=5120",  # 20 steps
-        "train.keep_every=38400",  # 150 steps
+        "train.keep_every=20480",  # 80 steps
         "hardware.micro_batch_size=2",
         "study=s",
         "run_name=r",
@@ -132,11 +132,11 @@ def test_one_process_writes(alone: Path, together: Path) -> None:
     assert names[1] == sorted({*names[0], "tensorboard"})
     assert len(list((together / "tensorboard").glob("events*"))) == 1
     kept = {path.name for path in (together / "checkpoints").iterdir()}
-    assert kept == {"last.ckpt", "best.ckpt", "final.ckpt", "step_150.ckpt", "step_300.ckpt"}
+    assert kept == {"last.ckpt", "best.ckpt", "final.ckpt", "step_80.ckpt", "step_160.ckpt"}
     steps = [int(row["step"]) for row in rows(together)]
     assert steps == sorted(set(steps))
     lines = (together / "run.log").read_text().splitlines()
-    assert sum("step 300/300" in line for line in lines) == 1
+    assert sum("step 160/160" in line for line in lines) == 1
     assert sum("on 2 devices" in line for line in lines) == 1
     assert (together / "samples.txt").read_text().count("--- step") == 3
     for name, devices in (("results", 2), ("environment", 2)):
