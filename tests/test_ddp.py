@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -66,6 +65,22 @@ def fail(self, batch, batch_idx):
 
 LanguageModel.training_step = fail
 run.main()
+"""
+
+
+# The command, slow enough to be interrupted.
+SLOWED = """
+import time
+from tinygpt import run
+from tinygpt.training.module import LanguageModel
+
+step = LanguageModel.training_step
+
+def slow(self, batch, batch_idx):
+    time.sleep(0.01)
+    return step(self, batch, batch_idx)
+
+LanguageModel.training_step = slow
 """
 
 
@@ -150,13 +165,15 @@ def stop(
     arguments: list[str],
     number: int,
     group: bool,
-    program: Sequence[str] = ("-m", "tinygpt.run"),
+    program: str = "run.main()",
 ) -> Path:
     """Starts the run and, when it has trained a little, signals it; two processes, or one of them.
 
     It must leave as if it were one, with nothing of it still running.
     """
-    process = start(folder, cache, arguments, list(program))
+    path = folder / "slowed.py"
+    path.write_text(f"{SLOWED}\n{program}\n")
+    process = start(folder, cache, arguments, [str(path)])
     run = folder / "outputs" / "s" / "r"
     while process.poll() is None and not trained_a_little(run):
         time.sleep(0.01)
@@ -331,7 +348,7 @@ def test_fsdp_learns_the_same_and_goes_on_where_it_stopped(
     assert process.returncode == 0, said
     whole = tmp_path / "whole" / "outputs" / "s" / "r"
     assert_learned_the_same(one, whole, TOLERANCE["32"])
-    run = stop(tmp_path, cache, arguments, signal.SIGTERM, group=True, program=[str(program)])
+    run = stop(tmp_path, cache, arguments, signal.SIGTERM, group=True, program=ON_THE_CPU)
     refused = tinygpt("run", *arguments, "hardware.strategy=ddp", cwd=tmp_path)
     assert refused.returncode == 2
     assert "was begun with fsdp; go on with that" in refused.stderr
