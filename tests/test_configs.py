@@ -143,7 +143,7 @@ def test_a_choice_takes_a_step(
     if choice in ("wandb", "mlflow"):
         monkeypatch.setitem(sys.modules, choice, None)
         refused = rf"logger={choice}: needs `pip install 'tinygpt\[{choice}\]'`"
-    elif choice == "cuda" and not torch.cuda.is_available():
+    elif choice in ("cuda", "cuda_ddp") and not torch.cuda.is_available():
         refused = "hardware.accelerator=cuda: .*usable here: auto, .*cpu"
     elif choice == "mps" and not torch.backends.mps.is_available():
         refused = "hardware.accelerator=mps: .*usable here: auto, .*cpu"
@@ -457,6 +457,9 @@ def rows() -> Iterator[Row]:
     for word in HORIZONS:
         yield f"train.{word.split('=')[0]}", [], f"train.{word}", plan_part
     yield "hardware.accelerator", [], "hardware.accelerator=mps", device_part
+    yield "hardware.devices", [], "hardware.devices=2", device_part
+    yield "hardware.num_nodes", [], "hardware.num_nodes=2", device_part
+    yield "hardware.strategy", [], "hardware.strategy=fsdp", device_part
     yield "hardware.micro_batch_size", [], "hardware.micro_batch_size=2", plan_part
     board, wandb, mlflow = ["logger=tensorboard"], ["logger=wandb"], ["logger=mlflow"]
     yield (

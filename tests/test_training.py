@@ -51,7 +51,7 @@ RESULTS = {  # design.md, section 4
     *["total_steps", "train_tokens", "unique_train_tokens", "flops_6nd", "flops_exact"],
     *["schedule_finished", "d_model", "d_ff", "n_layers", "n_heads", "max_seq_len", "vocab_size"],
     *["tokenizer", "dataset", "data_fraction", "batch_tokens", "learning_rate", "weight_decay"],
-    *["warmup_steps", "optimizer", "schedule", "precision_resolved", "threads"],
+    *["warmup_steps", "optimizer", "schedule", "precision_resolved", "threads", "devices"],
     *["tokenizer_fingerprint", "data_fingerprint", "validation_fingerprint"],
     *["tokens_per_second", "seconds_training", "peak_memory_bytes", "mfu"],
 }
@@ -663,6 +663,31 @@ def test_a_run_that_failed_goes_on_with_the_same_bits(
     for one, other in zip(*(state.values() for state in states), strict=True):
         assert same_weights(one, other)
     assert trained.results["final_val_loss"] == whole.results["final_val_loss"]
+
+
+def test_a_run_goes_on_with_another_micro_batch(
+    tmp_path: Path, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between whole steps, though Lightning counts passes and a step has another number of them."""
+    words = ["train.precision=64", "train.log_every=1", "train.eval_every=768"]  # 3 steps
+    whole = run(tmp_path / "whole", cache, corpus, *words)
+    trained = Trained(tmp_path / "failing", cache, tiny(corpus, *words))
+    judge = Journal._judge
+
+    def fail(self: Journal, step: int, scores: Any) -> None:
+        if step == 6:
+            raise ValueError("lost after the checkpoint of step 3")
+        judge(self, step, scores)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_judge", fail)
+        with pytest.raises(ValueError, match="lost"):
+            trained.go("hardware.micro_batch_size=4")
+    trained.go("hardware.micro_batch_size=2")
+    assert [row["step"] for row in trained.rows()] == [row["step"] for row in whole.rows()]
+    for column in ("train_loss", "grad_norm", "learning_rate"):
+        one, other = ([float(r[column]) for r in t.rows()[1:]] for t in (trained, whole))
+        assert one == pytest.approx(other, rel=1e-9)
 
 
 def test_another_precision_does_not_go_on_with_a_run(

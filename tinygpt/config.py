@@ -256,6 +256,9 @@ class HardwareConfig:
     """Where it runs.  Nothing here changes what is learned."""
 
     accelerator: str = key("auto", among=("auto", "cpu", "mps", "cuda"))
+    devices: int = key(1, least=-1)  # on each node, a process each; -1: all there are
+    num_nodes: int = key(1, least=1)
+    strategy: str = key("auto", among=("auto", "ddp", "fsdp"))  # auto: ddp for several devices
     micro_batch_size: Optional[int] = key(None, least=1)  # sequences; null: what fits well
     threads: Optional[int] = key(None, least=1, most=4096)  # CPU threads; null: torch's own choice
     compile: bool = False
@@ -501,6 +504,10 @@ def check(config: Config) -> None:
         "http://HOST:PORT; MLflow takes no folders any more",
     )
     _check_rate_scaling(config)
+    _require(
+        config.hardware.devices != 0,
+        "hardware.devices=0: must be at least 1, or -1 for all there are",
+    )
     named = {"study": config.study, "run_name": config.run_name, "data.name": data.name}
     for name, value in named.items():
         _require(
@@ -516,6 +523,21 @@ def _check_rate_scaling(config: Config) -> None:
         _require(holds, f"optim.scale_rate_with_width=true: not with optim={kind}; {allowed}")
     line = f"model.parametrization=mup: has no rule for the rates of optim={kind}; {allowed}, muon"
     _require(holds, line)
+
+
+def check_sweepable(config: Config) -> None:
+    """Raises ConfigError for a job that a sweep cannot run.
+
+    Each further process of a run repeats its command: in a sweep it would repeat the sweep.
+    """
+    hardware = config.hardware
+    several = {"devices": hardware.devices, "num_nodes": hardware.num_nodes}
+    for name, value in several.items():
+        _require(
+            value == 1,
+            f"hardware.{name}={value}: a sweep runs jobs of one device side by side; "
+            f"use hardware.{name}=1, or no --multirun",
+        )
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:
@@ -611,6 +633,12 @@ def derive(
     else:
         warmup = int(schedule.warmup_fraction * total)
     eval_steps = _steps(train.eval_every, train.batch_tokens) or math.ceil(total / 10)
+    _require(
+        batch_size % devices == 0,
+        f"hardware.devices={config.hardware.devices}: {devices} devices cannot share the batch of "
+        f"{batch_size} sequences evenly (train.batch_tokens={train.batch_tokens} / "
+        f"model.max_seq_len={length}); their number must divide it",
+    )
     micro = config.hardware.micro_batch_size
     if micro is None:
         # float32 logits of one pass stay below 256 MiB

@@ -66,7 +66,7 @@ def generate(
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # fsdp goes on training in what it gathers here: no inference_mode
             tokens = prompt  # (B, T)
             ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
             for _ in range(max_new_tokens):
@@ -83,4 +83,4 @@ def generate(
     finally:
         for module, training in was_training.items():
             module.training = training
-    return tokens.clone()  # not an inference tensor: it may be trained on
+    return tokens

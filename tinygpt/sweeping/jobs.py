@@ -13,7 +13,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tinygpt import cli, rundir
-from tinygpt.config import HORIZONS, Config, ConfigError, Plan
+from tinygpt.config import HORIZONS, Config, ConfigError, Plan, check_sweepable
 
 
 @dataclass(eq=False)
@@ -84,6 +84,9 @@ def _written(value: Any) -> str:
 def compose_jobs(job_overrides: Sequence[Sequence[str]]) -> list[Job]:
     """Every job with its configuration, hash and folder.  Raises ConfigError."""
     configs = [cli.compose_config(overrides) for overrides in job_overrides]
+    for config in configs:
+        if not config.plan:
+            check_sweepable(config)
     from tinygpt.data import corpora, shards  # heavier; mistakes in the keys are known by now
 
     varied = _varied_keys(job_overrides)

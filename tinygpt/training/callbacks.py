@@ -35,6 +35,16 @@ def step_ended(trainer: pl.Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
+def is_rest(step: int, config: Config, plan: Plan) -> bool:
+    """Whether something is logged, evaluated or saved after this step.
+
+    Only there do the processes of a run speak of more than gradients; so all of them must find
+    the same steps.
+    """
+    intervals = (config.train.log_every, plan.eval_steps, plan.checkpoint_steps, plan.keep_steps)
+    return step >= plan.total_steps or any(every and step % every == 0 for every in intervals)
+
+
 class Journal(pl.Callback):
     """Logs, evaluates and judges: what a run measures of itself.
 
@@ -66,20 +76,14 @@ class Journal(pl.Callback):
             "final_train_loss": None,
             "seconds": 0.0,
             "tokens_per_second": None,
-            "loss_sum": 0.0,
-            "loss_count": 0,
-            "steps": 0,
+            "loss_sum": 0.0,  # over the steps since the last line of metrics
+            "steps": 0,  # at that line
         }
         self._mark: float | None = None  # when the stretch that is being timed began
         self._timed_steps, self._timed_seconds = 0, 0.0  # since the last line of metrics
 
     def state_dict(self) -> dict[str, Any]:
-        module = self._module
-        return {
-            **self.state,
-            "loss_sum": float(module.train_loss_sum),
-            "loss_count": module.train_loss_count,
-        }
+        return {**self.state, "loss_sum": float(self._module.train_loss_sum)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state.update(state_dict)
@@ -90,7 +94,6 @@ class Journal(pl.Callback):
         pl_module.train_loss_sum = torch.tensor(
             self.state["loss_sum"], dtype=dtype, device=pl_module.device
         )
-        pl_module.train_loss_count = self.state["loss_count"]
         if trainer.global_step == 0:
             scores = self._evaluated()
             self.state["initial_val_loss"] = scores.loss
@@ -110,10 +113,12 @@ class Journal(pl.Callback):
         assert isinstance(pl_module, LanguageModel)
         step, plan = trainer.global_step, self.plan
         self._timed_steps += 1
+        if not is_rest(step, self.config, plan):
+            return
         evaluating = step >= plan.total_steps or step % plan.eval_steps == 0
         logging_ = evaluating or step % self.config.train.log_every == 0
-        if not logging_ and step % plan.checkpoint_steps != 0:
-            return
+        # every process goes on with the mean of all, so that a checkpoint of one tells of all
+        pl_module.train_loss_sum = trainer.strategy.reduce(pl_module.train_loss_sum)
         finite = math.isfinite(float(pl_module.train_loss_sum))  # waits for the device
         self._stop_clock()
         if logging_ or not finite:  # weights that are not finite are never saved
@@ -142,9 +147,9 @@ class Journal(pl.Callback):
         return step == half and step < total
 
     def _log(self, trainer: pl.Trainer, module: LanguageModel, step: int, evaluating: bool) -> None:
-        loss = float(module.train_loss_sum) / max(1, module.train_loss_count)
-        tokens = self._timed_steps * self.config.train.batch_tokens
         state = self.state
+        loss = float(module.train_loss_sum) / (step - state["steps"])
+        tokens = self._timed_steps * self.config.train.batch_tokens
         state["tokens_per_second"] = tokens / self._timed_seconds if self._timed_seconds else None
         state["final_train_loss"], state["steps"] = loss, step
         self._timed_steps, self._timed_seconds = 0, 0.0
@@ -263,10 +268,14 @@ class Checkpoints(pl.Callback):
 
 
 class Interrupts(pl.Callback):
-    """SIGINT and SIGTERM: finish the step, save, stop.  A second SIGINT stops at once."""
+    """SIGINT and SIGTERM: finish the step, save, stop.  A second SIGINT stops at once.
 
-    def __init__(self, run: rundir.RunDir) -> None:
-        self.run = run
+    Several processes finish the steps until the next rest, where they learn of each other's
+    signals, and stop together.
+    """
+
+    def __init__(self, run: rundir.RunDir, config: Config, plan: Plan) -> None:
+        self.run, self.config, self.plan = run, config, plan
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -290,9 +299,20 @@ class Interrupts(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self.received is not None and step_ended(trainer, batch_idx):
+        if not step_ended(trainer, batch_idx):
+            return
+        if trainer.world_size > 1:
+            if not is_rest(trainer.global_step, self.config, self.plan):
+                return
+            self.agree(trainer)
+        if self.received is not None:
             trainer.save_checkpoint(self.run.last)
             trainer.should_stop = True
+
+    def agree(self, trainer: pl.Trainer) -> None:
+        """What one process received, all have received.  All must call it."""
+        number = torch.tensor(float(self.received or 0), device=trainer.strategy.root_device)
+        self.received = int(trainer.strategy.reduce(number, reduce_op="max")) or None
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.restore()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -35,18 +35,20 @@ class Scores:
         return {f"{split}_{name}": getattr(self, name) for name in names}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # fsdp goes on training in what it gathers here: no inference_mode
 def score(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     info: dict[str, Any],
     device: torch.device,
     autocast: AbstractContextManager[Any] | None = None,
+    reduced: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
     """Scores ``model`` on ``batches`` of inputs and targets, both ``(B, T)``.
 
     ``info`` is the split's entry of the index: the nats of all its tokens, ends of text included,
-    are set against the bytes and characters of its documents.
+    are set against the bytes and characters of its documents.  ``reduced`` adds up the sums of
+    several processes, each of which scores some of the batches.
     """
     was_training = model.training
     model.eval()
@@ -65,6 +67,8 @@ def score(
             right += (logits.argmax(-1) == wanted).sum()
             count += (wanted != IGNORED).sum()
     model.train(was_training)
+    if reduced is not None:
+        loss, right, count = reduced(torch.stack((loss, right, count)))
     mean = float(loss / count)
     bits = mean * info["tokens"] / math.log(2)
     return Scores(mean, float(right / count), bits / info["bytes"], bits / info["characters"])

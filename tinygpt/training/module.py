@@ -18,8 +18,8 @@ from tinygpt.training.optim import make_optimizer, rate_factor
 class LanguageModel(pl.LightningModule):
     """Next-token prediction with a GPT.
 
-    ``train_loss_sum`` adds up the loss of every pass on the device, so that nobody waits for the
-    device at each step; whoever logs divides by ``train_loss_count`` and resets both.
+    ``train_loss_sum`` adds up the loss of every step on the device, so that nobody waits for the
+    device at each step; whoever logs divides by the number of steps and resets it.
     """
 
     def __init__(self, config: Config, vocab_size: int, plan: Plan) -> None:
@@ -27,8 +27,16 @@ class LanguageModel(pl.LightningModule):
         self.config, self.plan = config, plan
         self.model = GPT(config.model, vocab_size)
         self.train_loss_sum = torch.zeros(())
-        self.train_loss_count = 0
         self.grad_norm: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Under fsdp: each block's weights, then the rest, are spread over the devices."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (*self.model.blocks, self.model):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens)
@@ -42,14 +50,20 @@ class LanguageModel(pl.LightningModule):
             torch.manual_seed(int(key.generate_state(1)[0]))
         logits = self(inputs)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        self.train_loss_sum += loss.detach()
-        self.train_loss_count += 1
+        self.train_loss_sum += loss.detach().to(self.train_loss_sum) / self.plan.accumulate
         return loss
 
     def forget_train_loss(self) -> None:
         """Begins a new stretch of steps to average the training loss over."""
         self.train_loss_sum = torch.zeros_like(self.train_loss_sum)
-        self.train_loss_count = 0
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts passes; on other hardware a step may have another number of them."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            more = checkpoint["global_step"] * self.plan.accumulate - counts["ready"]
+            for name in counts:
+                counts[name] += more
 
     def configure_gradient_clipping(
         self,
@@ -58,9 +72,10 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         limit = self.config.train.grad_clip_norm
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(
+        norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), float("inf") if limit is None else limit
         )
+        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # fsdp
 
     def rate(self, step: int) -> float:
         """The learning rate that optimizer step ``step`` (0 is the first) uses."""

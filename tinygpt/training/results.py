@@ -118,6 +118,7 @@ def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict
         "schedule": config.schedule.kind,
         "precision_resolved": device.precision,
         "threads": torch.get_num_threads(),
+        "devices": device.world_size,
         "tokenizer_fingerprint": index["tokenizer_fingerprint"],
         "data_fingerprint": index["splits"]["train"]["fingerprint"],
         "validation_fingerprint": index["splits"]["val"]["fingerprint"],
@@ -134,7 +135,7 @@ def _speed(config: Config, data: TokenData, device: Device, journal: Journal) ->
         "tokens_per_second": rate,
         "seconds_training": seconds,
         "peak_memory_bytes": peak_memory(device.accelerator),
-        "mfu": flops * rate / peak if peak and rate else None,
+        "mfu": flops * rate / (peak * device.world_size) if peak and rate else None,
     }
 
 

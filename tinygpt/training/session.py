@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from rich.console import Console
 
@@ -34,14 +37,19 @@ from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
 from tinygpt.training.results import make_results
 from tinygpt.training.trainer import (
+    PARENT,
     PASS_TOKENS,
     AtomicCheckpoints,
     Device,
     check_loggers,
+    ending_together,
+    gathered,
+    leave_with_parent,
     make_loggers,
     make_trainer,
     quiet_lightning,
     resolve_device,
+    set_threads,
 )
 
 log = logging.getLogger("tinygpt")
@@ -58,6 +66,10 @@ def train(
     for cannot be had, RunError where a run fails on its way.
     """
     device = open_machine(config)
+    if device.rank > 0:
+        console = Console(quiet=True)
+        if PARENT in os.environ:
+            leave_with_parent()
     corpus = corpora.open_corpus(config.data)
     cache = shards.cache_root(config.cache_dir)
     with preparing(console) as progress:
@@ -67,6 +79,10 @@ def train(
             return report_finished(run, found, console)
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
     data = open_data(config, prepared, device)
+    keep_at = branch.keep_at if branch else ()
+    if device.rank > 0:  # the first process has the folder, and waits for this one to train
+        resuming = run.last.exists() and not config.force
+        return _Run(config, run, data, device, hash_, console, keep_at).train(resuming)
     with run.locked(), _failures_recorded(run), logging_to(console, run):
         found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
@@ -74,7 +90,6 @@ def train(
         elif found is not None:
             return report_finished(run, found, console)
         resuming = _begin(config, run, prepared, device, hash_, branch)
-        keep_at = branch.keep_at if branch else ()
         results = _Run(config, run, data, device, hash_, console, keep_at).train(resuming)
     print_summary(run, results, console)
     return results
@@ -82,11 +97,11 @@ def train(
 
 def open_machine(config: Config) -> Device:
     """What the run computes on.  Raises ConfigError where this machine lacks what is asked for."""
-    if config.hardware.threads is not None:
-        torch.set_num_threads(config.hardware.threads)
+    device = resolve_device(config.hardware, config.train.precision)
+    set_threads(config.hardware, device)
     check_loggers(config)
     check_optimizer(config.optim)
-    return resolve_device(config.hardware, config.train.precision)
+    return device
 
 
 def open_data(config: Config, prepared: shards.Prepared, device: Device) -> TokenData:
@@ -99,6 +114,7 @@ def open_data(config: Config, prepared: shards.Prepared, device: Device) -> Toke
         flops_per_token=flops_per_token(config.model, vocab_size),
         windows=len(data.windows.starts),
         vocab_size=vocab_size,
+        devices=device.world_size,
         pass_tokens=PASS_TOKENS[device.accelerator],
     )
     return data
@@ -126,17 +142,31 @@ def _begin(
     run.error.unlink(missing_ok=True)
     run.remove_torn()
     if run.last.exists():
-        before = rundir.read_json(run.environment)
+        before = {"devices": 1, "strategy": "auto", **rundir.read_json(run.environment)}
         if before["precision_resolved"] != device.precision:
             raise ConfigError(
                 f"train.precision={device.precision}: {run.path} was begun at "
                 f"{before['precision_resolved']}; go on with that, or use force=true"
+            )
+        if (
+            "fsdp" in (before["strategy"], device.strategy)
+            and before["strategy"] != device.strategy
+        ):
+            raise ConfigError(  # its optimizer's state is in another order
+                f"hardware.strategy={config.hardware.strategy}: {run.path} was begun with "
+                f"{before['strategy']}; go on with that, or use force=true"
             )
         if before["threads"] != torch.get_num_threads():
             log.info(
                 "note: begun with %d threads, now %d: equal within rounding, not bit for bit",
                 before["threads"],
                 torch.get_num_threads(),
+            )
+        if before["devices"] != device.world_size:
+            log.info(
+                "note: begun on %d devices, now %d: equal within rounding, not bit for bit",
+                before["devices"],
+                device.world_size,
             )
         return True
     name = torch.cuda.get_device_name() if device.accelerator == "cuda" else device.accelerator
@@ -148,6 +178,8 @@ def _begin(
             config_hash=hash_,
             precision_resolved=device.precision,
             threads=torch.get_num_threads(),
+            devices=device.world_size,
+            strategy=device.strategy,
             device=name,
             branched_from=branch.trunk.path.name if branch and branch.trunk and branching else None,
             branched_at_step=branch.step if branch and branching else None,
@@ -204,6 +236,8 @@ class _Run:
         self.tokenizer = data.prepared.tokenizer
         torch.manual_seed(config.seed)
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
+        if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
+            self.module.double()
         self.samples: dict[int, str] = {}  # by step
         self.metrics = rundir.MetricsFile(run.metrics)
         self.journal = Journal(
@@ -215,27 +249,51 @@ class _Run:
             self.module,
             data.floor("val"),
         )
-        self.interrupts = Interrupts(run)
+        self.interrupts = Interrupts(run, config, self.plan)
+        self.writes = device.rank == 0
 
     def train(self, resuming: bool) -> dict[str, Any]:
         self._introduce(resuming)
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
-        # a new beginning has a step 0 of its own
-        self.metrics.keep_until(first if resuming else -1)
-        checkpoints = Checkpoints(self.run, self.plan, self.journal, self.keep_at)
-        callbacks = [self.journal, checkpoints, self.interrupts]
-        if self.console.is_terminal:
+        if self.writes:  # a new beginning has a step 0 of its own
+            self.metrics.keep_until(first if resuming else -1)
+        callbacks: list[pl.Callback] = [
+            self.journal,
+            Checkpoints(self.run, self.plan, self.journal, self.keep_at),
+            self.interrupts,
+        ]
+        if self.writes and self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
-        loggers = make_loggers(self.config, self.run, first)
+        loggers = make_loggers(self.config, self.run, first) if self.writes else []
         self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers, last)
         if self.config.hardware.compile:
             self.module.model.compile()
         ckpt_path = str(self.run.last) if resuming else None
-        with quiet_lightning():
+        with ending_together(self.trainer), quiet_lightning():
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
+            self.module.to(self.trainer.strategy.root_device)  # Lightning puts it on the CPU
+            self.interrupts.agree(self.trainer)
+            final, test = self._final_scores()
+        if not self.writes:
+            raise SystemExit(0)  # the first process says how it ended
         if self.interrupts.received is not None:
             self._leave_interrupted(self.interrupts.received)
-        results = self._results()
+        if final is not None:
+            with rundir.replacing(self.run.checkpoints / "final.ckpt") as temporary:
+                shutil.copyfile(self.run.last, temporary)
+        begun = rundir.read_json(self.run.environment)
+        branched = {name: begun.get(name) for name in ("branched_from", "branched_at_step")}
+        results = make_results(
+            self.config,
+            self.hash,
+            self.plan,
+            self.data,
+            self.device,
+            self.journal,
+            final,
+            test,
+            branched,
+        )
         rundir.write_json(self.run.results, results)
         return results
 
@@ -262,13 +320,15 @@ class _Run:
                 index["duplicates_of_validation_or_test"],
             )
         log.info(
-            "train   %s tokens (%.2g epochs of %s) in %s steps of %s; %s, %s threads, precision %s",
+            "train   %s tokens (%.2g epochs of %s) in %s steps of %s; "
+            "%s%s, %s threads, precision %s",
             short(plan.train_tokens),
             plan.train_tokens / max(1, self.data.windows.used_tokens),
             short(self.data.windows.used_tokens),
             f"{plan.total_steps:,}",
             f"{config.train.batch_tokens:,}",
             self.device.accelerator,
+            f" on {self.device.world_size} devices" if self.device.world_size > 1 else "",
             torch.get_num_threads(),
             self.device.precision,
         )
@@ -293,9 +353,15 @@ class _Run:
 
     def _evaluate(self, split: str) -> Scores:
         batches = self.data.eval_batches(split, self.plan.micro_batch_size)
+        rank, processes, reduced = self.device.rank, self.device.world_size, None
+        if self.device.strategy == "fsdp":  # all processes go through each batch together
+            rank, processes = 0, 1
+        else:
+            reduced = functools.partial(self.trainer.strategy.reduce, reduce_op="sum")
+        share = (batches[index] for index in range(rank, len(batches), processes))
         context = self.trainer.precision_plugin.forward_context()
         info = self.data.splits[split].info
-        return score(self.module.model, batches, info, self.module.device, context)
+        return score(self.module.model, share, info, self.module.device, context, reduced)
 
     def _evaluate_val(self) -> Scores:
         return self._evaluate("val")
@@ -303,13 +369,14 @@ class _Run:
     def _sample(self, step: int) -> None:
         """Puts text of the model, as it is at ``step``, into samples.txt."""
         train = self.config.train
-        if train.sample_tokens == 0:
+        # under fsdp the others help to compute it
+        if train.sample_tokens == 0 or not (self.writes or self.device.strategy == "fsdp"):
             return
         tokenizer = self.tokenizer
         prompt = [tokenizer.eot_id, *tokenizer.encode(train.sample_prompt)]
         tokens = torch.tensor([prompt], device=self.module.device)
         generator = torch.Generator().manual_seed(self.config.seed)
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), gathered(self.module.model):
             out = generate(
                 self.module.model,
                 tokens[:, -self.config.model.max_seq_len :],
@@ -322,7 +389,8 @@ class _Run:
         ids = [i for i in out[0].tolist() if i != tokenizer.eot_id]
         head = f"{SAMPLE_MARK} {step:,} ({step * train.batch_tokens:,} tokens)\n"
         self.samples[step] = f"{head}{tokenizer.decode(ids)}\n\n"
-        rundir.write_text(self.run.samples, "".join(self.samples.values()))
+        if self.writes:
+            rundir.write_text(self.run.samples, "".join(self.samples.values()))
 
     def _leave_interrupted(self, number: int) -> None:
         log.info(
@@ -335,26 +403,14 @@ class _Run:
             logger.finalize("KILLED")  # Lightning told them that all went well
         raise SystemExit(128 + number)
 
-    def _results(self) -> dict[str, Any]:
-        final = test = None
-        if self.journal.state["status"] != "diverged":
-            self._sample(self.trainer.global_step)
-            with rundir.replacing(self.run.checkpoints / "final.ckpt") as temporary:
-                shutil.copyfile(self.run.last, temporary)
-            final = self.journal.scores or self._evaluate_val()
-            test = self._evaluate("test") if "test" in self.data.splits else None
-        begun = rundir.read_json(self.run.environment)
-        return make_results(
-            self.config,
-            self.hash,
-            self.plan,
-            self.data,
-            self.device,
-            self.journal,
-            final,
-            test,
-            {name: begun.get(name) for name in ("branched_from", "branched_at_step")},
-        )
+    def _final_scores(self) -> tuple[Scores | None, Scores | None]:
+        """Of validation and test, where the run came to its end; with a last sample."""
+        if self.journal.state["status"] == "diverged" or self.interrupts.received is not None:
+            return None, None
+        self._sample(self.trainer.global_step)
+        final = self.journal.scores or self._evaluate_val()
+        test = self._evaluate("test") if "test" in self.data.splits else None
+        return final, test
 
 
 def _describe_split(name: str, info: dict[str, Any]) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import os
+import subprocess
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,11 +18,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
 
 from tinygpt import rundir
-from tinygpt.config import Config, ConfigError, HardwareConfig, Plan
+from tinygpt.config import Config, ConfigError, HardwareConfig, Plan, RunError
 from tinygpt.training.tracking import check_server, open_mlflow
 
 # Tokens that a device takes well in one pass: beyond that a larger pass is not faster.
@@ -34,6 +45,14 @@ class Device:
 
     accelerator: str  # cpu, mps or cuda
     precision: str  # 32, 64, bf16-mixed or 16-mixed
+    devices: int = 1  # on each node
+    num_nodes: int = 1
+    strategy: str = "auto"  # ddp or fsdp; auto: one device
+    rank: int = 0  # of this process; the first one, 0, speaks and writes
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
 
 
 def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
@@ -65,7 +84,79 @@ def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
         raise ConfigError(
             f"train.precision={precision}: on {kind} one of auto, {', '.join(allowed)}"
         )
-    return Device(kind, precision)
+    devices, strategy = _resolve_devices(hardware, kind)
+    if strategy == "fsdp" and precision not in ("32", "bf16-mixed"):
+        raise ConfigError(f"train.precision={precision}: with fsdp one of 32, bf16-mixed")
+    device = Device(kind, precision, devices, hardware.num_nodes, strategy)
+    return dataclasses.replace(device, rank=_rank(device)) if strategy != "auto" else device
+
+
+def _resolve_devices(hardware: HardwareConfig, kind: str) -> tuple[int, str]:
+    """How many devices a node, and the strategy that joins them."""
+    devices, strategy = hardware.devices, hardware.strategy
+    if strategy == "fsdp" and kind != "cuda":
+        raise ConfigError(f"hardware.strategy=fsdp: only on cuda, not on {kind}; here: auto, ddp")
+    if kind == "cuda":
+        there = torch.cuda.device_count()
+        if devices > there:
+            raise ConfigError(f"hardware.devices={devices}: this machine has {there}")
+        devices = there if devices == -1 else devices
+    elif devices == -1:
+        raise ConfigError(f"hardware.devices=-1: on {kind} say how many")
+    if kind == "mps" and devices * hardware.num_nodes > 1:
+        raise ConfigError(f"hardware.devices={devices}: mps has one device")
+    several = devices * hardware.num_nodes > 1
+    if strategy == "fsdp":
+        return devices, strategy
+    return devices, "ddp" if several else "auto"
+
+
+def _rank(device: Device) -> int:
+    """Which process of the run this one is: launched by Lightning, by srun or by torchrun."""
+    try:
+        with quiet_lightning():
+            trainer = pl.Trainer(**_placed(device), logger=False, enable_checkpointing=False)
+        strategy = trainer.strategy
+        assert isinstance(strategy, ParallelStrategy)
+        assert strategy.cluster_environment is not None
+        strategy.cluster_environment.validate_settings(device.devices, device.num_nodes)
+    except (RuntimeError, ValueError) as error:  # what srun was asked for does not fit
+        raise ConfigError(f"hardware.devices={device.devices}: {error}") from error
+    return trainer.global_rank
+
+
+def _placed(device: Device) -> dict[str, Any]:
+    """Where a Trainer runs, in Lightning's words."""
+    return {
+        "accelerator": device.accelerator,
+        "devices": device.devices,
+        "num_nodes": device.num_nodes,
+        "strategy": _strategy(device),
+    }
+
+
+def _strategy(device: Device) -> Strategy | str:
+    if device.strategy == "ddp":
+        return DDPStrategy(broadcast_buffers=False)  # they are constants
+    if device.strategy == "fsdp":
+        return ModelParallelStrategy(
+            data_parallel_size=device.world_size,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+        )
+    return device.strategy
+
+
+def set_threads(hardware: HardwareConfig, device: Device) -> None:
+    """CPU threads: what is asked for, else torch's choice, which processes side by side share."""
+    threads = hardware.threads
+    if threads is None and device.devices > 1:
+        share = max(1, (os.cpu_count() or 1) // device.devices)
+        threads = min(share, torch.get_num_threads())
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device.world_size > 1:
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else Lightning sets its own
 
 
 def check_loggers(config: Config) -> None:
@@ -170,10 +261,12 @@ def make_trainer(
     """
     if device.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
+    plugins: list[Any] = [AtomicCheckpoints()]
     with quiet_lightning():
-        return pl.Trainer(
-            accelerator=device.accelerator,
-            devices=1,
+        if SLURMEnvironment.detect():  # the checkpoints it writes by itself would bypass ours
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        trainer = pl.Trainer(
+            **_placed(device),
             precision=LIGHTNING_PRECISION.get(device.precision, device.precision),  # type: ignore[arg-type]
             max_steps=max_steps,
             max_epochs=-1,
@@ -181,7 +274,7 @@ def make_trainer(
             accumulate_grad_batches=plan.accumulate,
             logger=loggers or False,
             callbacks=callbacks,
-            plugins=[AtomicCheckpoints()],
+            plugins=plugins,
             deterministic="warn",
             use_distributed_sampler=False,
             enable_checkpointing=False,
@@ -190,3 +283,66 @@ def make_trainer(
             num_sanity_val_steps=0,
             default_root_dir=run.path,
         )
+    # Lightning would broadcast at each pass, and wait for it, whether a SIGTERM came; Interrupts
+    # ask that where the processes rest anyway.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+@contextlib.contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """Under fsdp: the weights outside the blocks stand whole, for who does not call ``forward``."""
+    if hasattr(model, "unshard"):
+        model.unshard()
+    yield
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
+PARENT = "TINYGPT_PARENT"  # environment variable: the process that launched this one
+
+
+def leave_with_parent() -> None:
+    """Ends this process soon after the one that launched it, which may have been killed."""
+    parent = int(os.environ[PARENT])
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def ending_together(trainer: pl.Trainer) -> Iterator[None]:
+    """No process that Lightning launches inside outlives the block, however that ends."""
+    os.environ[PARENT] = str(os.getpid())
+    try:
+        yield
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    except (Exception, KeyboardInterrupt) as error:
+        # where another process fails this one loses its connection, a RuntimeError
+        if _end_launched(trainer, patience=5 if isinstance(error, RuntimeError) else 0):
+            raise RunError("another process of this run failed, as said above") from error
+        raise
+    finally:
+        del os.environ[PARENT]
+        _end_launched(trainer, patience=60)
+
+
+def _end_launched(trainer: pl.Trainer, patience: float) -> bool:
+    """Waits so many seconds for the launched processes, then kills them; whether one failed."""
+    launched: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    processes = list(launched)
+    launched.clear()  # Lightning watches this list, and kills this process once one has failed
+    end = time.monotonic() + patience
+    failed = False
+    for process in processes:
+        try:
+            failed |= process.wait(max(0.0, end - time.monotonic())) != 0
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return failed
