@@ -21,7 +21,7 @@ from rich.console import Console
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tests import test_training
-from tests.conftest import LAYOUTS, REAL_DATA, Command, lay_out, tiny
+from tests.conftest import LAYOUTS, REAL_DATA, ROOT, Command, lay_out, tiny
 from tinygpt import cli, rundir
 from tinygpt import config as schema
 from tinygpt.config import Config, ConfigError, derive
@@ -41,7 +41,10 @@ from tinygpt.training.session import train
 
 CONF = Path(cli.CONF_DIR)
 GPT2 = REAL_DATA / "gpt2-bpe"
-GROUPS = ("model", "data", "tokenizer", "optim", "schedule", "hardware", "logger", "experiment")
+GROUPS = (
+    *("model", "data", "tokenizer", "optim", "schedule", "hardware", "logger"),
+    *("launcher", "experiment"),
+)
 PAIRS = [(g, path.stem) for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
 CHOICES = [pytest.param(*pair, id="=".join(pair)) for pair in PAIRS]
 LARGE = ("slm_tinystories", "gpt_research")  # ten seconds and more for a step, however cut
@@ -114,6 +117,8 @@ def one_step(group: str, choice: str, corpus: Path) -> list[str]:
         words.append("model.n_layers=1")
     if group != "tokenizer" and recipe.tokenizer.kind == "bpe":
         words.append("tokenizer.vocab_size=300")
+    if recipe.schedule.kind == "wsd":
+        words.append("schedule.min_ratio=0.1")  # the only step is the last one
     if recipe.tokenizer.kind == "gpt2":
         if not GPT2.is_dir():
             pytest.skip("no GPT-2 vocabulary beside the project")
@@ -494,6 +499,16 @@ ELSEWHERE = {
     "seed": "test_a_seed_gives_the_same_bits_and_another_seed_others",
     "force": "test_force_trains_anew",
 }
+IN_SWEEPS = {  # keys that only a sweep reads: the tests there
+    "launcher.kind": "test_engines_agree",
+    **dict.fromkeys(("launcher.partition", "launcher.minutes", "launcher.cpus"), "test_slurm_asks"),
+    **dict.fromkeys(("launcher.gpus", "launcher.memory_gb", "launcher.n_jobs"), "test_slurm_asks"),
+    **dict.fromkeys(("launcher.requeues", "launcher.sbatch"), "test_slurm_asks"),
+    "launcher.address": "test_ray_asks",
+    "sweep": "test_an_experiment_at_every_scale",
+    "scale": "test_an_experiment_at_every_scale",
+    "plan": "test_a_plan_trains_nothing",
+}
 BY_CONTENT = {"data.path", "data.repo", "data.val_file", "data.test_file", "tokenizer.vocab_dir"}
 
 
@@ -514,8 +529,11 @@ def schema_keys() -> set[str]:
 
 
 def test_no_key_is_left_out() -> None:
-    assert {row[0] for row in rows()} | set(ELSEWHERE) | {"tokenizer.vocab_dir"} == schema_keys()
+    tested = {row[0] for row in rows()} | set(ELSEWHERE) | set(IN_SWEEPS) | {"tokenizer.vocab_dir"}
+    assert tested == schema_keys()
     assert all(hasattr(test_training, test) for test in ELSEWHERE.values())
+    text = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in ("sweeping", "engines"))
+    assert all(f"def {test}(" in text for test in IN_SWEEPS.values())
 
 
 @pytest.fixture(scope="module")

@@ -175,13 +175,20 @@ def test_a_sweep_and_the_same_again(tinygpt: Command, corpus: Path, tmp_path: Pa
     assert "4 runs: 4 finished" in done.stdout
     study = tmp_path / "outputs/sweep-d_model-seed"
     rows = read_summary(study)
-    results = [json.loads(path.read_text()) for path in sorted(study.glob("*/results.json"))]
+    results = [json.loads((study / row["folder"] / "results.json").read_text()) for row in rows]
     assert len(rows) == len(results) == 4
     for row, result in zip(rows, results, strict=True):
         said = {name: "" if value is None else str(value) for name, value in result.items()}
         assert {name: row[name] for name in said} == said
     assert len({result["model_parameters"] for result in results}) == 2
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == [study.name]
+    words_of_names = [
+        "d_model-8_seed-1",
+        "d_model-8_seed-2",
+        "d_model-16_seed-1",
+        "d_model-16_seed-2",
+    ]
+    assert [row["run_name"][:-7] for row in rows] == names
     before = {path: path.stat().st_mtime_ns for path in study.glob("*/*")}
     (study / "sweep_summary.csv").unlink()
 
@@ -191,6 +198,10 @@ def test_a_sweep_and_the_same_again(tinygpt: Command, corpus: Path, tmp_path: Pa
     assert {path: path.stat().st_mtime_ns for path in study.glob("*/*")} == before
     assert read_summary(study) == rows
     assert list(load_runs(study)["d_model"]) == [8, 8, 16, 16]
+    # beside others and under another name, a run is still the same
+    beside = [*words[:-2], "model.d_model=16", "seed=2,3", f"study={study.name}"]
+    more = tinygpt("run", *beside)
+    assert "2 runs: 1 finished before, 1 finished" in more.stdout
 
 
 def test_a_plan_trains_nothing(tinygpt: Command, corpus: Path, tmp_path: Path) -> None:

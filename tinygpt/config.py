@@ -406,8 +406,7 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     config = OmegaConf.to_object(composed)
     assert isinstance(config, Config)
     for name in _extra_keys(composed, config):
-        known = [key_ for key_ in key_names(config) if not key_.startswith("sweep.")]
-        raise ConfigError(unknown_key(name, known))
+        raise ConfigError(unknown_key(name, list(key_names(config))))
     if not any(getattr(config.train, name) is not None for name in HORIZONS):
         config.train.tokens = DEFAULT_TOKENS
     check(config)
@@ -437,8 +436,11 @@ def unknown_key(name: str, known: Sequence[str]) -> str:
 
 
 def key_names(section: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every leaf of a configuration or of a schema class."""
+    """Dotted names of every leaf of a configuration or of a schema class, but an experiment's
+    tables of values."""
     for item in dataclasses.fields(section):
+        if item.name == "sweep":
+            continue
         value = getattr(section, item.name, None)
         if dataclasses.is_dataclass(value):
             yield from key_names(value, f"{prefix}{item.name}.")

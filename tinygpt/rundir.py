@@ -163,6 +163,21 @@ def run_name(overrides: Sequence[str], config_hash: str) -> str:
     return f"{text or 'default'}-{config_hash[:6]}"
 
 
+def folder_of(config: Config, named: Sequence[str], config_hash: str) -> Path:
+    """Where a run goes: to the folder that its study has for it, else to one with a telling name.
+
+    A run that is spelt in another way, or swept beside others, so finds itself again.
+    """
+    study = Path(config.output_dir) / (config.study or "runs")
+    if config.run_name is not None:
+        return study / config.run_name
+    for path in study.glob(f"*-{config_hash[:6]}"):
+        with contextlib.suppress(ConfigError, AttributeError):
+            if read_json(path / "environment.json").get("config_hash") == config_hash:
+                return path
+    return study / run_name(named, config_hash)
+
+
 def _is_strange(path: Path) -> bool:
     """Not what a run can leave behind that was killed before it wrote environment.json."""
     return not path.name.startswith(".") and path.name != "run.log"

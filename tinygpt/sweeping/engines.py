@@ -227,33 +227,42 @@ class _SlurmJob:
         return submitit.helpers.DelayedSubmission(self, job)
 
 
-def run_slurm(jobs: Sequence[Job], launcher: SlurmLauncher, folder: Path) -> Results:
-    """As a Slurm array, by submitit, whose files go to ``folder``/.slurm."""
-    import submitit
-
-    executor = submitit.SlurmExecutor(folder / ".slurm", max_num_timeout=launcher.requeues)
+def slurm_parameters(launcher: SlurmLauncher, study: str) -> dict[str, Any]:
+    """What sbatch is asked for, in the words of submitit's SlurmExecutor."""
     asked = {
-        "job_name": f"tinygpt-{folder.name}",
+        "job_name": f"tinygpt-{study}",
         "partition": launcher.partition,
         "time": launcher.minutes,
         "cpus_per_task": launcher.cpus,
         "gres": f"gpu:{launcher.gpus}" if launcher.gpus else None,
         "mem": f"{launcher.memory_gb}GB" if launcher.memory_gb else None,
+        "array_parallelism": launcher.n_jobs,
+        "additional_parameters": launcher.sbatch,
     }
-    executor.update_parameters(
-        **{name: value for name, value in asked.items() if value is not None},
-        array_parallelism=launcher.n_jobs,
-        additional_parameters=launcher.sbatch,
-    )
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def run_slurm(jobs: Sequence[Job], launcher: SlurmLauncher, folder: Path) -> Results:
+    """As a Slurm array, by submitit, whose files go to ``folder``/.slurm."""
+    import submitit
+
+    executor = submitit.SlurmExecutor(folder / ".slurm", max_num_timeout=launcher.requeues)
+    executor.update_parameters(**slurm_parameters(launcher, folder.name))
     for job in jobs:
         job.config.hardware.threads = job.config.hardware.threads or launcher.cpus
     with executor.batch():
-        running = {executor.submit(_SlurmJob(), job): job for job in jobs}
-    for done in submitit.helpers.as_completed(list(running), poll_frequency=2):
+        submitted = [(executor.submit(_SlurmJob(), job), job) for job in jobs]
+    waiting = dict(submitted)
+    for done in submitit.helpers.as_completed(list(waiting), poll_frequency=2):
         error = done.exception()
         lines = (str(error).strip() or "lost").splitlines() if error else []
         outcome = Outcome("killed", reason=f"slurm: {lines[0]}") if error else done.result()
-        yield running[done], outcome
+        yield waiting[done], outcome
+
+
+def ray_options(launcher: RayLauncher) -> dict[str, Any]:
+    """What a run asks of the cluster; it is the study that tries again, not Ray."""
+    return {"num_cpus": launcher.cpus, "num_gpus": launcher.gpus, "max_retries": 0}
 
 
 def run_ray(jobs: Sequence[Job], launcher: RayLauncher) -> Results:
@@ -262,7 +271,7 @@ def run_ray(jobs: Sequence[Job], launcher: RayLauncher) -> Results:
 
     ray.init(address=launcher.address, log_to_driver=False, configure_logging=False)
     try:
-        task = ray.remote(num_cpus=launcher.cpus, num_gpus=launcher.gpus, max_retries=0)(train_job)
+        task = ray.remote(**ray_options(launcher))(train_job)
         for job in jobs:
             job.config.hardware.threads = job.config.hardware.threads or launcher.cpus
         running = {task.remote(job): job for job in jobs}

@@ -98,12 +98,11 @@ def compose_jobs(job_overrides: Sequence[Sequence[str]]) -> list[Job]:
             corpus = corpora.open_corpus(config.data)
             contents[source] = shards.fingerprints(corpus, config.tokenizer)
         hash_ = rundir.config_hash(config, contents[source])
-        preset = _preset_keys(config)
-        named = [o for o in overrides if _key(o) not in preset or _key(o) in varied]
+        swept = [o for o in overrides if _key(o) in varied]
         config.study = config.study or study_name(config, overrides)
-        config.run_name = config.run_name or rundir.run_name(named, hash_)
-        folder = Path(config.output_dir) / config.study / config.run_name
-        words = [o.lstrip("+") for o in overrides if _key(o) in varied]
+        folder = rundir.folder_of(config, swept or overrides, hash_)
+        config.run_name = folder.name
+        words = [o.lstrip("+") for o in swept]
         label = " ".join(
             word.split("=")[0].rsplit(".", 1)[-1] + word[word.index("=") :] for word in words
         )

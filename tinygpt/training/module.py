@@ -58,7 +58,16 @@ class LanguageModel(pl.LightningModule):
         self.train_loss_sum = torch.zeros_like(self.train_loss_sum)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning counts passes; on other hardware a step may have another number of them."""
+        """Makes another run's checkpoint one of this run's.
+
+        Lightning counts passes; on other hardware a step may have another number of them.  And the
+        rate of the next step, which is kept with the optimizer, is another one where the run that
+        begins here is shorter.
+        """
+        factor = self.rate(checkpoint["global_step"]) / self.config.optim.learning_rate
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                group["lr"] = group["initial_lr"] * factor
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             more = checkpoint["global_step"] * self.plan.accumulate - counts["ready"]

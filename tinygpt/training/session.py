@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -126,8 +125,9 @@ def _identify(
     """The configuration's hash and folder; fills in ``study`` and ``run_name``."""
     hash_ = rundir.config_hash(config, shards.fingerprints(corpus, config.tokenizer))
     config.study = config.study or "runs"
-    config.run_name = config.run_name or rundir.run_name(overrides, hash_)
-    return hash_, rundir.RunDir(Path(config.output_dir) / config.study / config.run_name)
+    folder = rundir.folder_of(config, overrides, hash_)
+    config.run_name = folder.name
+    return hash_, rundir.RunDir(folder)
 
 
 def _begin(

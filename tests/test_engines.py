@@ -1,0 +1,176 @@
+"""Who trains the jobs: this process, processes of joblib, Slurm, Ray.  The real ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import Command, tiny
+from tests.test_sweeping import comparable, start, sweep, wait_until
+from tinygpt.config import LocalLauncher, RayLauncher, SlurmLauncher
+from tinygpt.sweeping import engines
+from tinygpt.sweeping.jobs import Job
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is missing")
+needs_slurm = pytest.mark.skipif(shutil.which("sbatch") is None, reason="no Slurm here")
+
+
+def test_slurm_asks() -> None:
+    launcher = SlurmLauncher(partition="short", minutes=7, cpus=3, gpus=2, memory_gb=5, n_jobs=9)
+    launcher.sbatch = {"account": "mine"}
+    assert engines.slurm_parameters(launcher, "width-laptop") == {
+        "job_name": "tinygpt-width-laptop",
+        "partition": "short",
+        "time": 7,
+        "cpus_per_task": 3,
+        "gres": "gpu:2",
+        "mem": "5GB",
+        "array_parallelism": 9,
+        "additional_parameters": {"account": "mine"},
+    }
+    assert not {"partition", "gres", "mem"} & set(engines.slurm_parameters(SlurmLauncher(), "x"))
+
+
+def test_ray_asks() -> None:
+    asked = engines.ray_options(RayLauncher(address="auto", cpus=3, gpus=0.5))
+    assert asked == {"num_cpus": 3, "num_gpus": 0.5, "max_retries": 0}
+
+
+@pytest.mark.parametrize("kind", ["slurm", "ray"])
+def test_a_missing_engine_is_one_line(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    launcher = {"slurm": SlurmLauncher(), "ray": RayLauncher()}[kind]
+    with pytest.raises(Exception, match=rf"launcher={kind}: needs `pip install 'tinygpt\[{kind}"):
+        engines.make_engine(launcher)
+
+
+def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from joblib.externals.loky import ProcessPoolExecutor
+
+    pool = ProcessPoolExecutor(2, initializer=engines._claim_gpu, initargs=(2, tmp_path))
+    try:
+        seen = {pool.submit(visible_gpu, 0.3).result() for _ in range(1)}
+        futures = [pool.submit(visible_gpu, 0.5) for _ in range(4)]
+        seen |= {future.result() for future in futures}
+    finally:
+        pool.shutdown(kill_workers=True)
+    assert seen == {"0", "1"}
+
+
+def visible_gpu(seconds: float) -> str:
+    time.sleep(seconds)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def study_of(tinygpt: Command, corpus: Path, folder: Path, name: str, *words: str) -> Any:
+    done = tinygpt(
+        "run",
+        *tiny(corpus, "--multirun", "seed=1,2", "model.d_model=8,16", *words),
+        f"study={name}",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = comparable(folder / "outputs" / name)
+    for row in rows:
+        row.pop("study")
+    return rows
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launcher=local", "launcher.n_jobs=2"],
+        pytest.param(["launcher=ray"], marks=[needs_ray, pytest.mark.slow]),
+        pytest.param(
+            ["launcher=slurm", "launcher.minutes=5", "launcher.cpus=1"],
+            marks=[needs_slurm, pytest.mark.slow],
+        ),
+    ],
+    ids=lambda words: words[0].split("=")[1],
+)
+def test_engines_agree(tinygpt: Command, corpus: Path, tmp_path: Path, words: list[str]) -> None:
+    """To the last digit, as every engine gives a run one thread here."""
+    serial = study_of(tinygpt, corpus, tmp_path, "serial")
+    assert study_of(tinygpt, corpus, tmp_path, "other", *words) == serial
+
+
+def test_a_killed_worker_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is seen which job it was; the others end well."""
+    jobs = sweep("seed=1,2,3,4,5", f"output_dir={tmp_path}", "hardware.accelerator=cpu")
+    monkeypatch.setattr(engines, "train_job", dies_at_seed_3)
+    launcher = LocalLauncher(n_jobs=2)
+    outcomes = dict(engines.run_local(jobs, launcher, tmp_path))
+    found = {job.config.seed: outcome for job, outcome in outcomes.items()}
+    assert {seed: outcome.status for seed, outcome in found.items()} == {
+        1: "finished",
+        2: "finished",
+        3: "killed",
+        4: "finished",
+        5: "finished",
+    }
+    assert "SIGKILL" in found[3].reason
+
+
+def dies_at_seed_3(job: Job) -> engines.Outcome:
+    job.run.path.mkdir(parents=True, exist_ok=True)
+    job.run.log.touch()
+    time.sleep(0.2)
+    if job.config.seed == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return engines.Outcome("finished", 1.0)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Everything that the command started, at once; loky's workers have sessions of their own."""
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        children = []
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in children:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["serial", "local"])
+def test_a_study_killed_five_times_ends_as_if_undisturbed(
+    tinygpt: Command, corpus: Path, cache: Path, tmp_path: Path, launcher: str
+) -> None:
+    words = tiny(corpus, "--multirun", "model.d_model=8,16", "seed=1,2", "train.steps=400")
+    words += ["train.checkpoint_every=2560", "train.eval_every=5120", f"launcher={launcher}"]
+    words += ["launcher.n_jobs=2"] if launcher == "local" else []
+    whole = tinygpt("run", *words, "study=whole")
+    assert whole.returncode == 0, whole.stderr
+    random_ = random.Random(launcher)
+    killed = tmp_path / "outputs/killed"
+    for _ in range(5):
+        process = start([*words, "study=killed"], tmp_path, cache)
+        before = len(list(killed.glob("*/results.json")))
+        wait_until(lambda: any(killed.glob("*/metrics.csv")))
+        time.sleep(random_.uniform(3, 8))
+        kill_group(process)
+        assert len(list(killed.glob("*/results.json"))) >= before
+    done = tinygpt("run", *words, "study=killed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, other = comparable(killed), comparable(killed.with_name("whole"))
+    for row in (*one, *other):
+        row.pop("study")
+    assert one == other
+    assert len(one) == 4
+    assert re.search(r"4 runs: .*finished", done.stdout)
