@@ -182,12 +182,7 @@ def test_a_sweep_and_the_same_again(tinygpt: Command, corpus: Path, tmp_path: Pa
         assert {name: row[name] for name in said} == said
     assert len({result["model_parameters"] for result in results}) == 2
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == [study.name]
-    words_of_names = [
-        "d_model-8_seed-1",
-        "d_model-8_seed-2",
-        "d_model-16_seed-1",
-        "d_model-16_seed-2",
-    ]
+    names = [f"d_model-{d_model}_seed-{seed}" for d_model in (8, 16) for seed in (1, 2)]
     assert [row["run_name"][:-7] for row in rows] == names
     before = {path: path.stat().st_mtime_ns for path in study.glob("*/*")}
     (study / "sweep_summary.csv").unlink()
@@ -306,14 +301,10 @@ def test_a_branch_ends_as_if_trained_from_the_start(
     ]
     assert all(bool((weights[0][key] == weights[1][key]).all()) for key in weights[0])
     # what was measured before the branch came along
-    steps = [
-        [
-            row["step"]
-            for row in csv.DictReader((next(f.glob("tokens-5120*")) / "metrics.csv").open())
-        ]
-        for f in (one, other)
-    ]
+    files = [next(f.glob("tokens-5120*")) / "metrics.csv" for f in (one, other)]
+    steps = [[line.split(",")[0] for line in file.read_text().split()] for file in files]
     assert steps[0] == steps[1]
+    assert len(steps[0]) > 8
 
 
 def load_weights(path: Path) -> dict[str, Any]:
