@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from tests.conftest import Command, tiny
 from tests.test_resume import outcome, start
@@ -411,6 +412,7 @@ def resolved(*more: str) -> Device:
 
 
 def test_srun_and_torchrun_say_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)  # Lightning notes it there
     assert resolved(*TWO).rank == 0
     srun, torchrun = (
         {name: value.replace("RANK", "1") for name, value in LAUNCHED[launcher].items()}
