@@ -187,9 +187,12 @@ def test_a_sweep_and_the_same_again(tinygpt: Command, corpus: Path, tmp_path: Pa
     before = {path: path.stat().st_mtime_ns for path in study.glob("*/*")}
     (study / "sweep_summary.csv").unlink()
 
-    again = tinygpt("run", *words)
+    again = tinygpt("run", *words, PYTHONPROFILEIMPORTTIME="1")
     assert again.returncode == 0, again.stderr
     assert "4 runs: 4 finished before" in again.stdout
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in again.stderr.splitlines()}
+    assert "pandas" in loaded
+    assert "torch" not in loaded  # what is finished is skipped without it
     assert {path: path.stat().st_mtime_ns for path in study.glob("*/*")} == before
     assert read_summary(study) == rows
     assert list(load_runs(study)["d_model"]) == [8, 8, 16, 16]

@@ -79,6 +79,7 @@ _PLAIN: dict[str, dict[str, type]] = {
 }
 
 
+@functools.cache
 def register_schemas() -> None:
     """Makes the dataclasses known to Hydra, so that it checks names and types as it composes."""
     store = ConfigStore.instance()

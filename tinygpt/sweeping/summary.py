@@ -34,7 +34,12 @@ SHOWN = 40  # rows; of a longer study the table shows what did not end well
 
 
 def print_table(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], console: Console) -> None:
-    """Every run with its loss or its reason, then the counts and where the files are."""
+    """Every run with its loss or its reason, then the counts and where the files are.
+
+    Of a single run, as a sweeper that optimises asks for them, all has been said.
+    """
+    if len(jobs) == 1:
+        return
     said = {job: _status(outcomes.get(job)) for job in jobs}
     shown = [job for job in jobs if len(jobs) <= SHOWN or not said[job].startswith("finished")]
     table = Table(box=None, pad_edge=False, header_style="bold")
