@@ -234,6 +234,7 @@ def test_one_that_fails_and_one_that_diverges_hide_no_other(
     rows = {row["run_name"]: row for row in read_summary(study)}
     assert sorted(row["status"] for row in rows.values()) == ["diverged", "failed", "finished"]
     assert "FileExistsError" in rows[folder.name]["error"]
+    assert "Traceback" in (folder / "run.log").read_text()
 
     (folder / "checkpoints").unlink()  # what was in the way is gone: only that job is trained
     again = tinygpt("run", *words)

@@ -506,6 +506,7 @@ def test_force_trains_anew(tmp_path: Path, corpus: Path, cache: Path) -> None:
     assert trained.go("force=true").results["final_val_loss"] == first["final_val_loss"]
     assert (trained.path / "results.json").stat().st_mtime_ns > made
     assert len(trained.rows()) == rows  # not appended to the old ones
+    assert "val" in (trained.path / "run.log").read_text()
     assert "already" not in trained.said
 
 

@@ -42,7 +42,8 @@ class View:
         before = f", {skipped} finished before" if skipped else ""
         folder = self.pending[0].run.path.parent
         self._say(f"training {len(self.pending)} runs{before}; folder {folder}")
-        self._done_before = sum(_read(job)[0] * _cost(job) for job in self.pending)
+        anew = self.pending[0].config.force
+        self._done_before = 0.0 if anew else sum(_read(job)[0] * _cost(job) for job in self.pending)
         if self.console.is_terminal:
             self._live.start()
         self._thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -65,6 +66,10 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
         log.addHandler(handler)
     try:
         yield
+    except Exception:  # who called says it in a line; the log has the whole of it
+        with contextlib.suppress(OSError):
+            file.stream.write(traceback.format_exc())
+        raise
     finally:
         for handler in handlers:
             log.removeHandler(handler)

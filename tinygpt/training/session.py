@@ -82,14 +82,15 @@ def train(
     if device.rank > 0:  # the first process has the folder, and waits for this one to train
         resuming = run.last.exists() and not config.force
         return _Run(config, run, data, device, hash_, console, keep_at).train(resuming)
-    with run.locked(), _failures_recorded(run), logging_to(console, run):
+    with run.locked(), _failures_recorded(run):
         found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
             run.clear()
         elif found is not None:
             return report_finished(run, found, console)
-        resuming = _begin(config, run, prepared, device, hash_, branch)
-        results = _Run(config, run, data, device, hash_, console, keep_at).train(resuming)
+        with logging_to(console, run):
+            resuming = _begin(config, run, prepared, device, hash_, branch)
+            results = _Run(config, run, data, device, hash_, console, keep_at).train(resuming)
     print_summary(run, results, console)
     return results
 
@@ -204,8 +205,6 @@ def _failures_recorded(run: rundir.RunDir) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         line = " ".join(f"{type(error).__name__}: {error}".split())
-        if not isinstance(error, ConfigError | RunError):
-            log.debug("%s", line, exc_info=error)  # the traceback, for run.log
         if run.environment.exists() and not isinstance(error, ConfigError):
             with contextlib.suppress(OSError):
                 rundir.write_json(run.error, {"error": line})
