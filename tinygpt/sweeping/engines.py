@@ -253,11 +253,15 @@ def run_slurm(jobs: Sequence[Job], launcher: SlurmLauncher, folder: Path) -> Res
     with executor.batch():
         submitted = [(executor.submit(_SlurmJob(), job), job) for job in jobs]
     waiting = dict(submitted)
-    for done in submitit.helpers.as_completed(list(waiting), poll_frequency=2):
-        error = done.exception()
-        lines = (str(error).strip() or "lost").splitlines() if error else []
-        outcome = Outcome("killed", reason=f"slurm: {lines[0]}") if error else done.result()
-        yield waiting[done], outcome
+    try:
+        for done in submitit.helpers.as_completed(list(waiting), poll_frequency=2):
+            error = done.exception()
+            lines = (str(error).strip() or "lost").splitlines() if error else []
+            outcome = Outcome("killed", reason=f"slurm: {lines[0]}") if error else done.result()
+            yield waiting.pop(done), outcome
+    finally:
+        for left in waiting:  # interrupted: what runs saves and stops
+            left.cancel()
 
 
 def ray_options(launcher: RayLauncher) -> dict[str, Any]:

@@ -67,8 +67,8 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
     try:
         yield
     except Exception:  # who called says it in a line; the log has the whole of it
-        with contextlib.suppress(OSError):
-            file.stream.write(traceback.format_exc())
+        with contextlib.suppress(OSError), run.log.open("a", encoding="utf-8") as trace:
+            trace.write(traceback.format_exc())
         raise
     finally:
         for handler in handlers:
