@@ -106,6 +106,30 @@ def test_engines_agree(tinygpt: Command, corpus: Path, tmp_path: Path, words: li
     assert study_of(tinygpt, corpus, tmp_path, "other", *words) == serial
 
 
+@needs_slurm
+@pytest.mark.slow
+def test_slurm_queues_a_run_again_and_it_goes_on(
+    tinygpt: Command, corpus: Path, cache: Path, tmp_path: Path
+) -> None:
+    """It takes Slurm two minutes to begin a job again."""
+    words = tiny(corpus, "--multirun", "seed=1,2", "train.steps=3000", "train.log_every=100")
+    words += ["train.checkpoint_every=25_600"]
+    slurm = ["launcher=slurm", "launcher.cpus=1", "study=requeued"]
+    process = start([*words, *slurm], tmp_path, cache)
+    study = tmp_path / "outputs/requeued"
+    wait_until(lambda: list(study.glob("seed-2*/checkpoints/last.ckpt")))
+    (job,) = {path.name.split("_")[0] for path in (study / ".slurm").glob("*_submitted.pkl")}
+    subprocess.run(["scontrol", "requeue", f"{job}_1"], check=True)
+    assert process.wait(400) == 0, (tmp_path / "out.txt").read_text()
+    whole = tinygpt("run", *words, "study=whole")
+    assert whole.returncode == 0, whole.stderr
+    one, other = comparable(study), comparable(study.with_name("whole"))
+    for row in (*one, *other):
+        row.pop("study")
+    assert one == other
+    assert "going on where it stopped" in next(study.glob("seed-2*/run.log")).read_text()
+
+
 def test_a_killed_worker_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is seen which job it was; the others end well."""
     jobs = sweep("seed=1,2,3,4,5", f"output_dir={tmp_path}", "hardware.accelerator=cpu")

@@ -6,6 +6,7 @@ job that fails, diverges or is killed is an outcome like any other.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -219,7 +220,10 @@ class _SlurmJob:
     """What submitit runs on a node; out of time or preempted, it is queued again as it is."""
 
     def __call__(self, job: Job) -> Outcome:
-        return train_job(job)
+        outcome = train_job(job)
+        if outcome.status == "interrupted":  # no outcome: Slurm may have queued it again
+            raise SystemExit(143)
+        return outcome
 
     def checkpoint(self, job: Job) -> Any:
         import submitit
@@ -246,6 +250,7 @@ def run_slurm(jobs: Sequence[Job], launcher: SlurmLauncher, folder: Path) -> Res
     """As a Slurm array, by submitit, whose files go to ``folder``/.slurm."""
     import submitit
 
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # a cluster without accounting is fine
     executor = submitit.SlurmExecutor(folder / ".slurm", max_num_timeout=launcher.requeues)
     executor.update_parameters(**slurm_parameters(launcher, folder.name))
     for job in jobs:
