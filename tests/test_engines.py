@@ -22,8 +22,16 @@ from tinygpt.config import LocalLauncher, RayLauncher, SlurmLauncher
 from tinygpt.sweeping import engines
 from tinygpt.sweeping.jobs import Job
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is missing")
-needs_slurm = pytest.mark.skipif(shutil.which("sbatch") is None, reason="no Slurm here")
+
+def there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+needs_ray = pytest.mark.skipif(not there("ray"), reason="ray is missing")
+needs_slurm = pytest.mark.skipif(
+    not (shutil.which("sbatch") and there("submitit")),
+    reason="no Slurm here: tests/slurm.sh start; pip install -e '.[slurm]'",
+)
 
 
 def test_slurm_asks() -> None:
