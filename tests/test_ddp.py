@@ -8,6 +8,8 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +22,7 @@ from tests.test_training import Trained
 from tinygpt import cli
 from tinygpt.config import ConfigError, HardwareConfig
 from tinygpt.sweeping.jobs import compose_jobs, expand
+from tinygpt.training.callbacks import Interrupts
 from tinygpt.training.trainer import Device, resolve_device, set_threads
 
 TWO = ["hardware.devices=2", "hardware.strategy=ddp"]
@@ -216,6 +219,20 @@ def test_a_signal_to_one_process_stops_both(
     run = stop(tmp_path, cache, arguments, number, group=False)
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] % 7 == 0 or saved["global_step"] % 10 == 0  # at a rest
+
+
+def test_a_signal_that_comes_while_they_agree_is_not_forgotten() -> None:
+    interrupts = Interrupts(*[None] * 3)  # type: ignore[arg-type]
+
+    def reduce(number: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        interrupts.received = interrupts.received or 15
+        return number
+
+    strategy = SimpleNamespace(root_device="cpu", reduce=reduce)
+    trainer: Any = SimpleNamespace(world_size=2, strategy=strategy)
+    assert not interrupts.agreed(trainer)  # the other process could not know
+    assert interrupts.received == 15
+    assert interrupts.agreed(trainer)
 
 
 @pytest.mark.slow

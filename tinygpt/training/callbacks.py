@@ -301,18 +301,23 @@ class Interrupts(pl.Callback):
     ) -> None:
         if not step_ended(trainer, batch_idx):
             return
-        if trainer.world_size > 1:
-            if not is_rest(trainer.global_step, self.config, self.plan):
-                return
-            self.agree(trainer)
-        if self.received is not None:
+        if trainer.world_size > 1 and not is_rest(trainer.global_step, self.config, self.plan):
+            return
+        if self.agreed(trainer):
             trainer.save_checkpoint(self.run.last)
             trainer.should_stop = True
 
-    def agree(self, trainer: pl.Trainer) -> None:
-        """What one process received, all have received.  All must call it."""
+    def agreed(self, trainer: pl.Trainer) -> bool:
+        """Whether a process had received a signal when it was asked; all must ask together.
+
+        One that comes while they agree is not forgotten: it is for the next time.
+        """
+        if trainer.world_size == 1:
+            return self.received is not None
         number = torch.tensor(float(self.received or 0), device=trainer.strategy.root_device)
-        self.received = int(trainer.strategy.reduce(number, reduce_op="max")) or None
+        received = int(trainer.strategy.reduce(number, reduce_op="max"))
+        self.received = received or self.received
+        return received > 0
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.restore()

@@ -271,7 +271,7 @@ class _Run:
         with ending_together(self.trainer), quiet_lightning():
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
             self.module.to(self.trainer.strategy.root_device)  # Lightning puts it on the CPU
-            self.interrupts.agree(self.trainer)
+            self.interrupts.agreed(self.trainer)
             final, test = self._final_scores()
         if not self.writes:
             raise SystemExit(0)  # the first process says how it ended
