@@ -274,7 +274,9 @@ class _Run:
             self.interrupts.agreed(self.trainer)
             final, test = self._final_scores()
         if not self.writes:
-            raise SystemExit(0)  # the first process says how it ended
+            # The first process says how it ended.  At Python's own end gloo's threads, which may
+            # still hold tensors, would abort the process.
+            os._exit(0)
         if self.interrupts.received is not None:
             self._leave_interrupted(self.interrupts.received)
         if final is not None:
