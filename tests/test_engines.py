@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import re
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 from tests.conftest import Command, tiny
-from tests.test_sweeping import comparable, start, sweep, wait_until
+from tests.test_sweeping import comparable, read_summary, start, sweep, wait_until
 from tinygpt.config import LocalLauncher, RayLauncher, SlurmLauncher
 from tinygpt.sweeping import engines
 from tinygpt.sweeping.jobs import Job
@@ -162,6 +163,47 @@ def dies_at_seed_3(job: Job) -> engines.Outcome:
     if job.config.seed == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return engines.Outcome("finished", 1.0)
+
+
+def test_one_raises_one_diverges_one_is_killed(
+    tinygpt: Command, corpus: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The fourth ends well, and it is said of each of the three what happened."""
+    words = tiny(corpus, "optim=sgd", "train.grad_clip_norm=null", "train.steps=400")
+    words += ["optim.learning_rate=1e-3,1e12,2e-3,3e-3", "study=s"]
+    study = tmp_path / "outputs/s"
+    jobs = sweep(*words)
+    ends, diverges, raises, is_killed = [study / job.run.path.name for job in jobs]
+    raises.mkdir(parents=True)
+    (raises / "checkpoints").write_text("in the way")
+    (raises / "environment.json").write_text(json.dumps({"config_hash": jobs[2].hash}))
+    process = start(["--multirun", "launcher=local", "launcher.n_jobs=2", *words], tmp_path, cache)
+    while process.poll() is None:
+        kill_who_trains(is_killed, process.pid)
+        time.sleep(0.01)
+    said = (tmp_path / "out.txt").read_text()
+    assert process.returncode == 1, said
+    assert "4 runs: 1 finished, 1 diverged, 1 failed, 1 killed" in said
+    assert "FileExistsError" in said
+    assert "SIGKILL" in said
+    found = {row["run_name"]: row for row in read_summary(study)}
+    statuses = [found[path.name]["status"] for path in (ends, diverges, raises, is_killed)]
+    assert statuses == ["finished", "diverged", "failed", "failed"]
+    assert "SIGKILL" in found[is_killed.name]["error"]
+    again = tinygpt("run", "--multirun", *words[:-2], "optim.learning_rate=3e-3,1e-3", "study=s")
+    assert "2 runs: 1 finished, 1 finished before" in again.stdout, again.stderr
+
+
+def kill_who_trains(run: Path, command: int) -> None:
+    """As the system does where memory runs out: the process that has the run's files open."""
+    if not (run / "metrics.csv").exists():
+        return
+    try:
+        for child in psutil.Process(command).children(recursive=True):
+            if any(Path(file.path).parent == run for file in child.open_files()):
+                child.kill()
+    except psutil.NoSuchProcess:
+        pass
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -51,6 +51,8 @@ def run_study(job_overrides: Sequence[Sequence[str]]) -> list[Outcome]:
             for stage in filter(None, stages):
                 for job, outcome in engine(stage, folder):
                     outcomes[job] = outcome
+                    if outcome.status == "killed" and job.run.environment.exists():
+                        rundir.write_json(job.run.error, {"error": outcome.reason})
                     view.ended(job, outcome)
                 if any(outcome.status == "interrupted" for outcome in outcomes.values()):
                     break

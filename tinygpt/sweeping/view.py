@@ -41,7 +41,8 @@ class View:
         skipped = self.total - len(self.pending)
         before = f", {skipped} finished before" if skipped else ""
         folder = self.pending[0].run.path.parent
-        self._say(f"training {len(self.pending)} runs{before}; folder {folder}")
+        runs = "1 run" if len(self.pending) == 1 else f"{len(self.pending)} runs"
+        self._say(f"training {runs}{before}; folder {folder}")
         anew = self.pending[0].config.force
         self._done_before = 0.0 if anew else sum(_read(job)[0] * _cost(job) for job in self.pending)
         if self.console.is_terminal:
