@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import yaml
 
 from tinygpt import rundir
+from tinygpt.config import ConfigError
 
 # Read by the C library, if it is there: ten times faster.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -25,6 +27,59 @@ def load_runs(*folders: str | Path) -> pd.DataFrame:
     has only left its error, ``unfinished`` where it has begun; their losses are missing.
     """
     return pd.DataFrame(read_rows(*folders)).infer_objects()
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """A table of runs from elsewhere, CSV or parquet.  Raises ConfigError if it cannot be read."""
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".parquet"):
+        raise ConfigError(f"table={path}: must be a .csv or a .parquet file")
+    try:
+        found = pd.read_parquet(path) if kind == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ConfigError(f"table={path}: cannot be read ({reason})") from error
+    if found.empty:
+        raise ConfigError(f"table={path}: has no rows")
+    return found
+
+
+def comparable(table: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs whose final losses can stand in one law, and the others, with a ``reason``.
+
+    Raises ConfigError for a run that is there twice, and for losses that do not compare: nats
+    per token of several tokenizers or corpora (bits per byte do).
+    """
+    _refuse_twice(table)
+    reason = pd.Series("", index=table.index)
+    if "status" in table:
+        ended = table["status"].isin(["finished", "stopped_early"])
+        reason[~ended] = table["status"][~ended].astype(str)
+    used, left = table[reason == ""], table[reason != ""]
+    if not len(used):
+        raise ConfigError(f"none of these {len(table)} runs has a final loss")
+    for name in ("tokenizer_fingerprint", "dataset"):
+        if name in used and used[name].nunique() > 1 and "bits_per" not in loss:
+            kinds = ", ".join(sorted(map(str, used[name.split("_")[0]].unique())))
+            raise ConfigError(
+                f"runs: several {name.split('_')[0]}s ({kinds}): nats per token do not compare; "
+                "loss=final_val_bits_per_byte does"
+            )
+    return used, left.assign(reason=reason[reason != ""])
+
+
+def _refuse_twice(table: pd.DataFrame) -> None:
+    if "config_hash" in table:
+        twice = table[table["config_hash"].duplicated(keep=False)]
+        if len(twice):
+            one, other = twice[twice["config_hash"] == twice["config_hash"].iloc[0]]["folder"][:2]
+            raise ConfigError(f"runs: {one} and {other} are the same run; give it once")
+    else:
+        twice = table[table.duplicated(keep=False)]
+        if len(twice):
+            rows = [str(i) for i in twice.index[(twice == twice.iloc[0]).all(axis=1)][:2]]
+            raise ConfigError(f"table: rows {' and '.join(rows)} are the same; give it once")
 
 
 def read_rows(*folders: str | Path) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) 
     if len(jobs) > 1:
         console.print("\nwhat this design can show", highlight=False)
         for check in check_design(pd.DataFrame([job.row for job in jobs])):
-            mark = "yes" if check.passed else "NO "
+            mark = {True: "yes", False: "NO ", None: " - "}[check.passed]
             console.print(f"  {mark}  {check.name}: {check.detail}", highlight=False)
 
 

@@ -1,0 +1,303 @@
+"""How far an estimate may be trusted: delta method, profile likelihood, bootstrap.
+
+Each gives an interval for a *target*: a parameter of the law (coefficients by their logarithm) or
+the log loss at some place.  All of them stand on the residuals; none assumes a normal law beyond
+the quantiles of Student's t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.fitting import Fit
+from tinygpt.scaling.laws import Array
+from tinygpt.scaling.optimum import huber, objective, polish
+
+LEVEL = 0.95
+FURTHEST = 30.0  # standard errors that a profile is followed
+
+
+@dataclass(frozen=True)
+class Interval:
+    """``low`` to ``high`` at ``level``; an end that the data do not set is 0, -inf or inf."""
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+    method: str
+
+    @property
+    def identified(self) -> bool:
+        """Whether the data set both ends."""
+        return bool(np.isfinite(self.low) and np.isfinite(self.high) and self.low != 0.0)
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function of the parameters; ``is_log``: what is reported is its exponential."""
+
+    derivatives: Callable[[Array], tuple[float, Array, Array]]  # (P,) -> value, (P,), (P, P)
+    is_log: bool
+
+    def report(self, value: float) -> float:
+        return float(np.exp(value)) if self.is_log else float(value)
+
+
+def of_parameter(fit: Fit, name: str) -> Target:
+    """A parameter of the formula.  Raises ConfigError for a name that the law has not."""
+    law = fit.optimum.law
+    if name not in law.parameters:
+        raise ConfigError(f"{name}: must be one of {', '.join(law.parameters)}")
+    row = law.shift(fit.points.centres)[law.parameters.index(name)]
+    flat = np.zeros((len(law), len(law)))
+    return Target(
+        lambda theta: (float(row[:-1] @ theta + row[-1]), row[:-1], flat),
+        name in law.coefficients,
+    )
+
+
+def of_loss(fit: Fit, **values: float) -> Target:
+    """The loss at one place, as ``N=..., D=...``."""
+    law, x = fit.optimum.law, fit.points.at(values)
+    one = np.ones((1, 1))
+
+    def derivatives(theta: Array) -> tuple[float, Array, Array]:
+        found = law.derivatives(theta[None], x)
+        return float(found.value[0, 0]), found.gradient[0, 0], found.curvature(one)[0]
+
+    return Target(derivatives, is_log=True)
+
+
+# --- from the curvature at the optimum
+
+
+def covariance(fit: Fit) -> Array:
+    """Of the parameters for centred variables, (P, P): s² (JᵀJ)⁻¹.
+
+    s is the scale of an M-estimator (Huber & Ronchetti 2009, section 7.6); of least squares it is
+    the standard error of the residuals.
+    """
+    jacobian = fit.optimum.law.derivatives(fit.optimum.theta[None], fit.points.x).gradient[0]
+    found: Array = fit.scale**2 * np.linalg.pinv(jacobian.T @ jacobian)
+    return found
+
+
+def delta(fit: Fit, target: Target, level: float = LEVEL, new_run: bool = False) -> Interval:
+    """The delta method with a t quantile; ``new_run`` adds the scatter of a single run."""
+    value, gradient, _ = target.derivatives(fit.optimum.theta)
+    variance = gradient @ covariance(fit) @ gradient + (fit.scale**2 if new_run else 0.0)
+    reach = _quantile(fit, level) * float(np.sqrt(max(variance, 0.0)))
+    low, high = target.report(value - reach), target.report(value + reach)
+    return Interval(target.report(value), low, high, level, "delta")
+
+
+def _quantile(fit: Fit, level: float) -> float:
+    if fit.degrees < 1:
+        raise ConfigError(
+            f"{fit.law.name}: {len(fit.points)} points leave nothing to judge "
+            f"{len(fit.optimum.law)} parameters by; no interval without more runs"
+        )
+    return float(stats.t.ppf(0.5 + level / 2, fit.degrees))
+
+
+# --- profile likelihood
+
+
+def profile(fit: Fit, target: Target, level: float = LEVEL) -> Interval:
+    """All values for which the law, refitted with the target held there, is not refuted.
+
+    The objective may rise by t² times what one residual is worth: exact for least squares of a
+    linear model (Bates & Watts 1988, section 6.1).  Where it never rises so far, the target is
+    not identified on that side.
+    """
+    value, gradient, _ = target.derivatives(fit.optimum.theta)
+    step = float(np.sqrt(gradient @ covariance(fit) @ gradient))
+    allowed = fit.optimum.objective + _quantile(fit, level) ** 2 * _worth(fit)
+    ends = []
+    for sign in (-1.0, 1.0):
+        ends.append(_follow(fit, target, value, sign * step, allowed))
+    low, high = (target.report(end) for end in ends)
+    return Interval(target.report(value), low, high, level, "profile")
+
+
+def _worth(fit: Fit) -> float:
+    """By how much the objective rises, on average, where a parameter is off by its error."""
+    limit = fit.optimum.threshold
+    slope = np.clip(fit.residuals, -limit, limit)
+    inside = float(np.mean(np.abs(fit.residuals) <= limit))
+    return 0.5 * float(np.sum(slope**2)) / fit.degrees / inside
+
+
+def _follow(fit: Fit, target: Target, value: float, step: float, allowed: float) -> float:
+    """Where the profile, followed from the optimum, reaches ``allowed``; ±inf if it does not."""
+    if step == 0.0:
+        return value
+    theta, at, move = fit.optimum.theta, 0.0, 0.5
+    while at < FURTHEST:
+        found = _held(fit, target, theta, value + (at + move) * step)
+        if found is None:
+            move /= 2
+            if move < 1e-3:
+                break
+            continue
+        if found[1] >= allowed:
+            return _crossing(fit, target, theta, value + at * step, found[0], move * step, allowed)
+        theta, at, move = found[0], at + move, min(2 * move, 2.0)
+    return float(np.copysign(np.inf, step))
+
+
+def _crossing(
+    fit: Fit, target: Target, theta: Array, at: float, beyond: Array, step: float, allowed: float
+) -> float:
+    """Between ``at`` and ``at + step``: Brent's method on the profile."""
+
+    def excess(share: float) -> float:
+        start = theta + share * (beyond - theta)
+        found = _held(fit, target, start, at + share * step)
+        return (found[1] if found else _value(fit, start)) - allowed
+
+    if excess(0.0) >= 0.0:
+        return at
+    share = optimize.brentq(excess, 0.0, 1.0, xtol=1e-4)
+    return float(at + share * step)
+
+
+def _value(fit: Fit, theta: Array) -> float:
+    found = fit.optimum.law.log_loss(theta[None], fit.points.x)[0] - fit.points.y
+    return float(huber(found, fit.optimum.threshold).sum())
+
+
+def _held(fit: Fit, target: Target, theta: Array, value: float) -> tuple[Array, float] | None:
+    """The best parameters with the target held at ``value``, and their objective.
+
+    Newton's method on the Lagrangian.  None where it finds no such minimum.
+    """
+    size = len(theta)
+    limit = np.array([fit.optimum.threshold])
+    multiplier = 0.0
+    for _ in range(50):
+        now, normal, bend = target.derivatives(theta)
+        _, gradient, hessian = objective(
+            fit.optimum.law, fit.points.x, fit.points.y[None], theta[None], limit, None
+        )
+        matrix = np.zeros((size + 1, size + 1))
+        matrix[:size, :size] = hessian[0] - multiplier * bend
+        matrix[:size, size] = matrix[size, :size] = normal
+        try:
+            solved = np.linalg.solve(matrix, np.append(-gradient[0], value - now))
+        except np.linalg.LinAlgError:
+            return None
+        move, multiplier = solved[:size], -solved[size]
+        longest = float(np.abs(move).max())
+        if not np.isfinite(longest):
+            return None
+        theta = theta + move * min(1.0, 2.0 / max(longest, 1e-300))
+        if longest < 1e-9:
+            return theta, _value(fit, theta)
+    return None
+
+
+# --- bootstrap
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """The law fitted anew to resampled runs; the replicas are those that converged."""
+
+    fit: Fit
+    theta: Array  # (B, P)
+    failed: int  # replicas that came to no minimum
+    kind: str
+
+    @cached_property
+    def parameters(self) -> pd.DataFrame:
+        """A row a replica, by the names of the formula."""
+        law = self.fit.optimum.law
+        affine = law.shift(self.fit.points.centres)
+        plain = self.theta @ affine[:, :-1].T + affine[:, -1]
+        plain[:, : len(law.coefficients)] = np.exp(plain[:, : len(law.coefficients)])
+        return pd.DataFrame(plain, columns=list(law.parameters))
+
+    def predict(self, **values: Any) -> Array:
+        """The loss by every replica, (B, n)."""
+        x = self.fit.points.at(values)
+        return np.exp(self.fit.optimum.law.log_loss(self.theta, x))
+
+    def interval(self, name: str, level: float = LEVEL) -> Interval:
+        """Percentiles over the replicas."""
+        estimate = self.fit.parameters[name]
+        low, high = np.quantile(self.parameters[name], [0.5 - level / 2, 0.5 + level / 2])
+        return Interval(estimate, float(low), float(high), level, f"bootstrap ({self.kind})")
+
+
+def bootstrap(
+    fit: Fit,
+    n: int = 4000,
+    kind: str = "pairs",
+    cluster: str | None = None,
+    seed: int = 0,
+) -> Bootstrap:
+    """Refits the law ``n`` times, starting from the optimum.
+
+    ``pairs`` draws runs with replacement, or whole groups of rows that agree in the column
+    ``cluster`` (rows that are checkpoints of one run are no independent points).  ``wild`` keeps
+    every run and turns the signs of the residuals at random (Wu 1986, with leverages corrected
+    as by HC3); rows of a cluster turn together.
+    """
+    if kind not in ("pairs", "wild"):
+        raise ConfigError(f"bootstrap={kind}: must be pairs or wild")
+    random = np.random.default_rng(seed)
+    groups = _groups(fit, cluster)
+    law, points = fit.optimum.law, fit.points
+    start = np.repeat(fit.optimum.theta[None], n, axis=0)
+    count = int(groups.max()) + 1
+    if kind == "pairs":
+        drawn = random.multinomial(count, np.full(count, 1 / count), size=n)
+        found = polish(law, points, start, fit.optimum.threshold, drawn[:, groups].astype(float))
+    else:
+        signs = random.choice([-1.0, 1.0], size=(n, count))[:, groups]
+        fitted = points.y - fit.residuals
+        lost = fitted + signs * fit.residuals / np.maximum(1 - _leverages(fit), 1e-3)
+        found = polish(law, points.with_losses(lost), start, fit.optimum.threshold)
+    good = found.converged & np.isfinite(found.theta).all(axis=1)
+    return Bootstrap(fit, found.theta[good], int((~good).sum()), kind)
+
+
+def _groups(fit: Fit, cluster: str | None) -> np.ndarray[Any, np.dtype[np.intp]]:
+    if cluster is None:
+        return np.arange(len(fit.points))
+    if cluster not in fit.table:
+        raise ConfigError(f"cluster={cluster}: no such column")
+    return np.asarray(pd.factorize(fit.table[cluster])[0], dtype=np.intp)
+
+
+def _leverages(fit: Fit) -> Array:
+    jacobian = fit.optimum.law.derivatives(fit.optimum.theta[None], fit.points.x).gradient[0]
+    basis, _ = np.linalg.qr(jacobian)
+    found: Array = np.sum(basis**2, axis=1)
+    return found
+
+
+def intervals(fit: Fit, names: Sequence[str] = (), level: float = LEVEL) -> dict[str, Interval]:
+    """The default interval of each parameter: profile likelihood for least squares and Huber.
+
+    Where the threshold is so low that hardly a residual lies within it the curvature says
+    nothing, and the bootstrap over runs stands in.
+    """
+    names = names or fit.optimum.law.parameters
+    if fit.estimator in ("least_squares", "huber"):
+        return {name: profile(fit, of_parameter(fit, name), level) for name in names}
+    replicas = bootstrap(fit)
+    return {name: replicas.interval(name, level) for name in names}

@@ -1,0 +1,400 @@
+"""A global optimum and what certifies it.
+
+A sum of powers is fitted by variable projection: on a grid of exponents the coefficients follow
+in closed form, every local minimum of that surface is polished by a damped Newton method, and the
+threshold of a robust estimator comes down step by step on the way.  Other laws are polished from
+many starts instead.  All starts, and all refits of a bootstrap, go through one batched method.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tinygpt.scaling.laws import Array, Law
+from tinygpt.scaling.points import Points
+
+NDBool = np.ndarray[Any, np.dtype[np.bool_]]
+NDInt = np.ndarray[Any, np.dtype[np.intp]]
+
+LEAST = np.log(1e-9)  # a coefficient below this part of the loss is zero
+EXPONENTS = np.geomspace(0.015, 2.4, 34)
+N_STARTS = 1024  # of a law that is no sum of powers; the best are polished
+N_POLISHED = 32
+# Where the starts of a law that is no sum of powers lie: exponents, logarithms of coefficients
+# (of a term: relative to the least loss).
+LIKELY = {
+    "E": (-3.0, 0.0),
+    "A": (-4.0, 1.0),
+    "B": (-4.0, 1.0),
+    "Nc": (-4.0, 1.0),
+    "Dc": (-4.0, 1.0),
+    "alpha": (0.03, 1.0),
+    "beta": (0.03, 1.0),
+    "gamma": (0.3, 2.0),
+    "c": (-0.6, 0.9),
+    "f": (-3.0, 1.0),
+    "rn": (0.0, 4.0),
+    "rd": (0.0, 4.0),
+    "x1": (0.0, 1.0),
+}
+
+
+# --- the objective
+
+
+def huber(residuals: Array, threshold: Array | float) -> Array:
+    """r²/2 up to the threshold, beyond it linear with the same slope.  Huber 1964."""
+    size = np.abs(residuals)
+    inside = np.minimum(size, threshold)
+    # with an infinite threshold the second factor is zero everywhere
+    return inside * (0.5 * inside + (size - inside))
+
+
+@dataclass
+class Polished:
+    """Where the Newton method came to, for each of a batch of starts."""
+
+    theta: Array  # (B, P)
+    objective: Array  # (B,)
+    gradient: Array  # (B, P)
+    hessian: Array  # (B, P, P)
+    converged: NDBool
+
+
+def polish(
+    law: Law,
+    points: Points,
+    theta: Array,
+    threshold: Array | float = np.inf,
+    weights: Array | None = None,
+    most_steps: int = 100,
+) -> Polished:
+    """Minimises Σ weight · huber(residual) from every row of ``theta``, (B, P).
+
+    Newton's method with the absolute eigenvalues of the Hessian, damped so that every step goes
+    down.  ``threshold`` is one number or one a row; ``weights`` are (B, n), ``points.y`` too if
+    it differs by row.
+    """
+    theta = theta.copy()
+    batch, size = theta.shape
+    bounds = _bounds(law, points)
+    threshold = np.broadcast_to(np.asarray(threshold, dtype=float), batch).copy()
+    y = np.broadcast_to(points.y, (batch, len(points)))
+    result = Polished(
+        theta,
+        np.empty(batch),
+        np.empty((batch, size)),
+        np.empty((batch, size, size)),
+        np.zeros(batch, dtype=bool),
+    )
+    for chunk in np.array_split(np.arange(batch), max(1, batch // 64)):
+        _polish_chunk(
+            law,
+            points.x,
+            y[chunk],
+            threshold[chunk],
+            None if weights is None else weights[chunk],
+            bounds,
+            most_steps,
+            chunk,
+            result,
+        )
+    return result
+
+
+def _bounds(law: Law, points: Points) -> tuple[Array, Array]:
+    """The least and the greatest each parameter can be, for centred variables."""
+    low, high = np.full(len(law), -np.inf), np.full(len(law), np.inf)
+    for j, name in enumerate(law.parameters):
+        if name in ("E", "A", "B"):
+            low[j] = points.y.min() + LEAST
+        if name in law.bounds:
+            ends = np.array(law.bounds[name])
+            low[j], high[j] = np.log(ends) if name in law.coefficients else ends
+        if name == "x1":
+            low[j], high[j] = points.x["x"].min() - 3, points.x["x"].max() + 3
+    return low, high
+
+
+def _polish_chunk(
+    law: Law,
+    x: Mapping[str, Array],
+    y: Array,
+    threshold: Array,
+    weights: Array | None,
+    bounds: tuple[Array, Array],
+    most_steps: int,
+    rows: NDInt,
+    result: Polished,
+) -> None:
+    """Fills ``rows`` of ``result``; those that have converged leave the batch."""
+    theta = result.theta[rows]
+    value, gradient, hessian = objective(law, x, y, theta, threshold, weights)
+    damping = np.zeros(len(rows))
+    live = np.arange(len(rows))
+    for _ in range(most_steps):
+        if not len(live):
+            break
+        slope, bend = _inside(theta[live], gradient[live], hessian[live], bounds)
+        eigenvalues, vectors = np.linalg.eigh(bend)
+        size = np.abs(eigenvalues)
+        size = np.maximum(size, 1e-12 * size[:, -1:] + 1e-300)
+        along = np.einsum("bqp,bq->bp", vectors, slope)
+        scale = size.max(axis=1, keepdims=True)
+        moves = along / (size + damping[live, None] * scale)
+        step = -np.einsum("bpq,bq->bp", vectors, moves)
+        longest = np.abs(step).max(axis=1, keepdims=True)
+        step *= np.minimum(1.0, 2.0 / np.maximum(longest, 1e-300))
+        expected = 0.5 * np.sum(along * moves, axis=1)
+        trial = np.clip(theta[live] + step, *bounds)
+        with np.errstate(all="ignore"):
+            new = objective(
+                law, x, y[live], trial, threshold[live], None if weights is None else weights[live]
+            )
+        better = (new[0] <= value[live]) & np.isfinite(new[2]).all(axis=(1, 2))
+        gained = value[live] - new[0]
+        still = np.abs(trial - theta[live]).max(axis=1) <= 1e-12
+        done = (expected <= 1e-18 * value[live] + 1e-300) | (better & still & (damping[live] == 0))
+        stuck = ~better & (damping[live] > 1e8)
+        taken = live[better]
+        theta[taken] = trial[better]
+        value[taken], gradient[taken], hessian[taken] = (part[better] for part in new)
+        good = better & (gained > 0.25 * expected)
+        damping[live] = np.where(
+            good,
+            np.where(damping[live] < 1e-6, 0.0, damping[live] * 0.1),
+            np.maximum(damping[live] * 8, 1e-6),
+        )
+        result.converged[rows[live[done]]] = True
+        live = live[~(done | stuck)]
+    result.theta[rows], result.objective[rows] = theta, value
+    result.gradient[rows], result.hessian[rows] = gradient, hessian
+
+
+def _inside(
+    theta: Array, gradient: Array, hessian: Array, bounds: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """Without the parameters that are at a bound and would go beyond it."""
+    held = ((theta <= bounds[0]) & (gradient > 0)) | ((theta >= bounds[1]) & (gradient < 0))
+    if not held.any():
+        return gradient, hessian
+    free = ~held
+    bend = hessian * (free[:, :, None] & free[:, None, :])
+    trace = np.trace(bend, axis1=1, axis2=2)[:, None, None]
+    return gradient * free, bend + held[:, :, None] * np.eye(theta.shape[1]) * trace
+
+
+def objective(
+    law: Law,
+    x: Mapping[str, Array],
+    y: Array,
+    theta: Array,
+    threshold: Array,
+    weights: Array | None,
+) -> tuple[Array, Array, Array]:
+    """Value, gradient and Hessian, for each row of ``theta``."""
+    found = law.derivatives(theta, x)
+    residuals = found.value - y
+    limit = threshold[:, None]
+    slope = np.clip(residuals, -limit, limit)
+    inside = (np.abs(residuals) <= limit).astype(float)
+    loss = huber(residuals, limit)
+    if weights is not None:
+        slope, inside, loss = slope * weights, inside * weights, loss * weights
+    jacobian = found.gradient
+    gradient = np.einsum("bn,bnp->bp", slope, jacobian)
+    hessian = np.swapaxes(jacobian * inside[..., None], 1, 2) @ jacobian + found.curvature(slope)
+    return loss.sum(axis=1), gradient, hessian
+
+
+# --- starts
+
+
+def grid_starts(law: Law, points: Points) -> Array:
+    """The local minima of a sum of powers over a grid of its exponents, (B, P).
+
+    At each node the coefficients that minimise the sum of squared relative errors, none of them
+    negative, follow in closed form.
+    """
+    assert law.powers is not None
+    loss = np.exp(points.y)
+    columns, axes = [], []
+    for powers in law.powers.values():
+        if powers:
+            ((variable, exponent),) = powers.items()
+            columns.append(np.exp(-np.outer(EXPONENTS, points.x[variable])) / loss)
+            axes.append(law.exponents.index(exponent))
+        else:
+            columns.append(1 / loss[None])
+            axes.append(-1)
+    shape = (len(EXPONENTS),) * len(law.exponents)
+    kinds = len(columns)
+    gram = np.empty((*shape, kinds, kinds))
+    target = np.empty((*shape, kinds))
+    for k, m in itertools.product(range(kinds), repeat=2):
+        gram[..., k, m] = _on_mesh(columns[k], columns[m], axes[k], axes[m], len(shape))
+    for k in range(kinds):
+        target[..., k] = _on_mesh(columns[k], np.ones((1, len(points))), axes[k], -1, len(shape))
+    best, coefficients = _non_negative(gram, target)
+    nodes = np.argwhere(_local_minima(best))
+    order = np.argsort(best[tuple(nodes.T)], kind="stable")[:8]
+    starts = []
+    for node in nodes[order]:
+        found = np.maximum(coefficients[tuple(node)], 1e-6)
+        starts.append(np.concatenate([np.log(found), EXPONENTS[node]]))
+    return np.array(starts)
+
+
+def _on_mesh(one: Array, other: Array, axis: int, other_axis: int, dimensions: int) -> Array:
+    """Σ over the points of the products of two families of columns, on the mesh of exponents."""
+    if axis == other_axis or axis < 0 or other_axis < 0:
+        sums = np.einsum("gn,gn->g", *np.broadcast_arrays(one, other))
+        shape = [1] * dimensions
+        if max(axis, other_axis) >= 0:
+            shape[max(axis, other_axis)] = len(sums)
+        return sums.reshape(shape)
+    products = one @ other.T
+    return products if axis < other_axis else products.T
+
+
+def _non_negative(gram: Array, target: Array) -> tuple[Array, Array]:
+    """min over c >= 0 of cᵀGc - 2 tᵀc at every node, by trying each set of active terms."""
+    kinds = target.shape[-1]
+    best = np.full(target.shape[:-1], np.inf)
+    coefficients = np.zeros(target.shape)
+    for count in range(1, kinds + 1):
+        for active in itertools.combinations(range(kinds), count):
+            part = gram[..., active, :][..., active]
+            part = part + 1e-13 * np.trace(part, axis1=-2, axis2=-1)[..., None, None] * np.eye(
+                count
+            )
+            wanted = target[..., active]
+            found = np.linalg.solve(part, wanted[..., None])[..., 0]
+            value = -np.sum(found * wanted, axis=-1)
+            take = (found >= 0).all(axis=-1) & (value < best)
+            best[take] = value[take]
+            filled = np.zeros(target.shape)
+            filled[..., active] = found
+            coefficients[take] = filled[take]
+    return best, coefficients
+
+
+def _local_minima(surface: Array) -> NDBool:
+    from scipy.ndimage import minimum_filter
+
+    return np.asarray(surface <= minimum_filter(surface, size=3, mode="nearest"))
+
+
+def spread_starts(law: Law, points: Points, seed: int) -> Array:
+    """Starts for any law: a Sobol sequence over what its parameters may reasonably be."""
+    names = law.parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # balance needs no power of two here
+        unit = stats.qmc.Sobol(len(names), seed=seed).random(N_STARTS)
+    ends = np.array([LIKELY[name] for name in names])
+    starts = ends[:, 0] + unit * (ends[:, 1] - ends[:, 0])
+    least = points.y.min()
+    for j, name in enumerate(names):
+        if name in ("E", "A", "B"):
+            starts[:, j] += least
+        if name in ("Nc", "Dc"):  # its power is what is about as large as the loss
+            exponent = starts[:, names.index("alpha" if name == "Nc" else "beta")]
+            starts[:, j] = (starts[:, j] + least) / exponent
+        if name == "x1":
+            starts[:, j] = np.quantile(points.x["x"], unit[:, j])
+    starts = np.clip(starts, *_bounds(law, points))
+    with np.errstate(all="ignore"):
+        found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
+    return starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
+
+
+# --- the optimum
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best minimum found, and what certifies it."""
+
+    law: Law  # without the terms that went to zero
+    theta: Array  # (P,)
+    threshold: float
+    objective: float  # Σ huber(residual, threshold)
+    gradient_norm: float
+    smallest_eigenvalue: float  # of the Hessian, in the free parameters for centred variables
+    converged: bool
+    basins: tuple[float, ...]  # the objectives of the distinct minima, best first
+    starts: int
+    at_bound: tuple[str, ...]  # terms that went to zero, parameters at the end of their range
+
+
+def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int = 0) -> Optimum:
+    """The least sum of Huber's losses of the log residuals.
+
+    The threshold comes down from a sum of squares, a factor of √10 at a time: at each stage the
+    minima of the last are the starts.
+    """
+    starts = grid_starts(law, points) if law.powers else spread_starts(law, points, seed)
+    found = _distinct(polish(law, points, starts))
+    for stage in _stages(found, law, points, threshold):
+        found = _distinct(polish(law, points, found.theta, stage))
+    theta = found.theta[0]
+    low, high = _bounds(law, points)
+    reach = 5.0 if law.powers else 0.0  # a term so close to its floor is none
+    at_end = (theta <= low + reach) | (theta >= high)
+    gone = [name for name, end in zip(law.parameters, at_end, strict=True) if end]
+    if gone and law.powers and len(law.powers) > 1:
+        rest = find_optimum(law.without(gone[0]), points, threshold, seed)
+        return replace(rest, at_bound=(gone[0], *rest.at_bound), starts=len(starts))
+    free = ~at_end
+    return Optimum(
+        law,
+        theta,
+        threshold,
+        float(found.objective[0]),
+        float(np.linalg.norm(found.gradient[0, free])),
+        float(np.linalg.eigvalsh(found.hessian[0][np.ix_(free, free)])[0]),
+        bool(found.converged[0]),
+        tuple(found.objective.tolist()),
+        len(starts),
+        tuple(gone),
+    )
+
+
+def _stages(found: Polished, law: Law, points: Points, threshold: float) -> Array:
+    if not np.isfinite(threshold):
+        return np.empty(0)
+    residuals = law.log_loss(found.theta[:1], points.x)[0] - points.y
+    first = np.abs(residuals).max()
+    count = int(np.ceil(2 * np.log10(first / threshold))) if first > threshold else 1
+    return threshold * 10.0 ** (np.arange(count - 1, -1, -1) / 2)
+
+
+def _distinct(found: Polished) -> Polished:
+    """Each minimum once, the best first."""
+    order = np.lexsort((~found.converged, found.objective))
+    best = found.objective[order[0]]
+    kept: list[int] = []
+    for i in order:
+        if not np.isfinite(found.objective[i]) or (kept and not found.converged[i]):
+            continue
+        near = 1e-6 * abs(best) + 1e-300
+        if all(
+            abs(found.objective[i] - found.objective[k]) > near
+            or np.abs(found.theta[i] - found.theta[k]).max() > 1e-3
+            for k in kept
+        ):
+            kept.append(int(i))
+    return Polished(
+        found.theta[kept],
+        found.objective[kept],
+        found.gradient[kept],
+        found.hessian[kept],
+        found.converged[kept],
+    )
