@@ -117,14 +117,18 @@ def analyse(
     laws, variables, words = _choice(law, varied, where)
     compute = _compute(runs, columns)
     settings: dict[str, str | float | int | None] = {
-        "loss": columns.loss, "estimator": estimator, "threshold": threshold,
-        "threshold_unit": threshold_unit, "seed": seed,
+        "loss": columns.loss,
+        "estimator": estimator,
+        "threshold": threshold,
+        "threshold_unit": threshold_unit,
+        "seed": seed,
         **variables,
     }
     candidates = select(runs, laws, compute, **settings)
-    best = candidates[0].fit
+    chosen = candidates[0] if law == "auto" else next(c for c in candidates if c.law == law)
+    best = chosen.fit
     if best is None:
-        raise ConfigError(candidates[0].reason)
+        raise ConfigError(chosen.reason)
     found = intervals(best) if best.degrees > 0 else {}
     noise, shape = seed_noise(best), structure(best)
     floor = _floor(runs, columns)
@@ -135,13 +139,14 @@ def analyse(
         *check_finished(runs, pd.concat([runs, left_out])),
         *check_fit(
             best,
-            candidates[0].held_out,
+            chosen.held_out,
             found,
             noise,
             shape,
             floor,
             FURTHER if predictions else None,
             _span(best, compute),
+            candidates,
         ),
     ]
     return Analysis(
@@ -195,7 +200,7 @@ def _known(variable: str, where: dict[str, str]) -> str:
 def _choice(
     law: str, varied: Sequence[str], where: dict[str, str]
 ) -> tuple[Sequence[str], dict[str, str], dict[str, str]]:
-    """The laws to try, their variables' columns, and how to call them."""
+    """The laws to compare, their variables' columns, and how to call them."""
     if law != "auto" and law not in LAWS:
         raise ConfigError(f"law={law}: must be one of auto, {', '.join(LAWS)}")
     if not varied:
@@ -205,10 +210,9 @@ def _choice(
     joint = law in (*JOINT, "data_constrained") or (law == "auto" and {"N", "D"} <= set(varied))
     if joint or (law == "auto" and {"D", "U"} <= set(varied)):
         names = ["N", "D", "U"] if law == "data_constrained" or "U" in varied else ["N", "D"]
-        laws = [*JOINT, *(["data_constrained"] if "U" in names else [])] if law == "auto" else [law]
+        laws: Sequence[str] = [*JOINT, *(["data_constrained"] if "U" in names else [])]
     else:
-        names = [varied[0]]
-        laws = list(ONE_VARIABLE) if law == "auto" else [law]
+        names, laws = [varied[0]], ONE_VARIABLE
     words = {name: WORDS[name] for name in names}
     if len(names) == 1 and not joint:
         return laws, {"x": where[names[0]]}, {"x": words[names[0]]}

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from tinygpt.scaling.runs import SETTINGS
+
 if TYPE_CHECKING:
     from tinygpt.scaling.fitting import Fit
     from tinygpt.scaling.intervals import Interval
-    from tinygpt.scaling.selection import HeldOut, Noise
+    from tinygpt.scaling.selection import Candidate, HeldOut, Noise
 
 # What a study may vary as the x of a law, in the words of results.json.
 VARIABLES = {
@@ -25,14 +28,9 @@ VARIABLES = {
     "max_seq_len": "context",
     "unique_train_tokens": "unique tokens",
 }
-# Columns of the configuration in which replicas, runs that differ in their seed alone, agree.
-SETTINGS = (
-    *("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "parametrization"),
-    *("vocab_size", "tokenizer", "dataset", "data_fraction", "train_tokens", "batch_tokens"),
-    *("learning_rate", "weight_decay", "warmup_steps", "optimizer", "schedule"),
-)
 SIGNIFICANT = 0.01  # a smaller p-value speaks against the law
 NEAR_FLOOR = 0.05
+CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ def check_design(runs: pd.DataFrame) -> list[Check]:
 
 def check_finished(runs: pd.DataFrame, all_runs: pd.DataFrame) -> list[Check]:
     """What can be told of runs that are over; ``all_runs`` are those that were left out too."""
-    ended, *others = _FINISHED
-    return [*_judged(all_runs, [ended]), *_judged(runs, others)]
+    return [*_judged(all_runs, _OF_ALL), *_judged(runs, _OF_FITTED)]
 
 
 Verdict = tuple[bool | None, str]
@@ -165,6 +162,17 @@ def _one_of(column: str) -> Callable[[pd.DataFrame], Verdict]:
     return judge
 
 
+def _one_recipe(runs: pd.DataFrame) -> Verdict:
+    """Apart from size, length and rate."""
+    kinds = {
+        name: sorted(map(str, runs[name].dropna().unique()))
+        for name in ("optimizer", "schedule", "batch_tokens", "weight_decay", "parametrization")
+        if name in runs and runs[name].nunique() > 1
+    }
+    varied = "; ".join(f"{name} {', '.join(values[:4])}" for name, values in kinds.items())
+    return not kinds, varied or "the same in every run"
+
+
 def _all_ended(runs: pd.DataFrame) -> Verdict:
     odd = runs["status"].value_counts().drop("finished", errors="ignore")
     return not len(odd), (
@@ -184,13 +192,16 @@ _DESIGN: Sequence[Rule] = (
     ("every run decays to its own end", ("schedule",), _ends_decayed),
     ("a fair learning rate for every width", ("d_model", "parametrization"), _fair_rate),
 )
-_FINISHED: Sequence[Rule] = (
+_OF_ALL: Sequence[Rule] = (
     ("all runs came to their end", ("status",), _all_ended),
     (
         "the best learning rate is not at the edge of its sweep",
         ("learning_rate", "final_val_loss", "optimizer"),
         _rate_inside,
     ),
+)
+_OF_FITTED: Sequence[Rule] = (
+    ("one recipe", ("optimizer",), _one_recipe),
     ("one precision", ("precision_resolved",), _one_of("precision_resolved")),
     ("one version of the code", ("git_commit",), _one_of("git_commit")),
 )
@@ -208,18 +219,20 @@ def check_fit(
     floor: float | None,
     distance: float | None,
     span: float,
+    rivals: Sequence[Candidate],
 ) -> list[Check]:
     """The checklist of a law.
 
     ``structure`` is the p-value of there being none in the residuals, ``floor`` the exact entropy
     of the corpus, ``distance`` how many times beyond the runs the prediction lies, ``span`` the
-    largest compute (or x) of the runs over the smallest.
+    largest compute (or x) of the runs over the smallest, ``rivals`` all laws that were tried.
     """
     return [
         _certified(fit),
         Check(
             "the law explains the losses", fit.r_squared >= 0.9, f"R² of log L {fit.r_squared:.4f}"
         ),
+        _unrivalled(fit, rivals),
         _shapeless(structure),
         _no_lack_of_fit(noise),
         *_not_collinear(fit),
@@ -240,6 +253,23 @@ def _certified(fit: Fit) -> Check:
     )
     passed = found.converged and found.smallest_eigenvalue > 0 and not found.at_bound
     return Check("a certified minimum inside its bounds", passed, detail)
+
+
+def _unrivalled(fit: Fit, rivals: Sequence[Candidate]) -> Check:
+    name = "no other law describes these runs clearly better"
+    own = next((c.aicc for c in rivals if c.law == fit.law.name), math.inf)
+    best = min(rivals, key=lambda c: c.aicc)
+    if not math.isfinite(best.aicc):
+        return Check(name, None, "too few runs to compare laws")
+    if best.law == fit.law.name:
+        others = sorted(c.aicc for c in rivals if c.law != best.law)
+        ahead = others[0] - best.aicc if others else math.inf
+        return Check(name, True, f"{best.law} is the best of {len(rivals)}, AICc by {ahead:.1f}")
+    detail = f"{best.law} is better: AICc by {own - best.aicc:.1f}"
+    held = {c.law: c.held_out.error for c in rivals if c.held_out}
+    if best.law in held and fit.law.name in held:
+        detail += f", held-out error {held[best.law]:.2%} against {held[fit.law.name]:.2%}"
+    return Check(name, own - best.aicc <= CLEAR, detail)
 
 
 def _shapeless(p: float | None) -> Check:

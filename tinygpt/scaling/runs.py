@@ -15,6 +15,13 @@ import yaml
 from tinygpt import rundir
 from tinygpt.config import ConfigError
 
+# Columns of the configuration in which replicas, runs that differ in their seed alone, agree.
+RATES = ("learning_rate", "warmup_steps")
+SETTINGS = (
+    *("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "parametrization"),
+    *("vocab_size", "tokenizer", "dataset", "data_fraction", "train_tokens", "batch_tokens"),
+    *("weight_decay", "optimizer", "schedule", *RATES),
+)
 # Read by the C library, if it is there: ten times faster.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -66,7 +73,26 @@ def comparable(table: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, pd.DataFra
                 f"runs: several {name.split('_')[0]}s ({kinds}): nats per token do not compare; "
                 "loss=final_val_bits_per_byte does"
             )
+    reason = reason.mask(
+        reason == "", _slower_rates(used, loss).reindex(table.index, fill_value="")
+    )
+    used, left = table[reason == ""], table[reason != ""]
     return used, left.assign(reason=reason[reason != ""])
+
+
+def _slower_rates(runs: pd.DataFrame, loss: str) -> pd.Series:
+    """Where several learning rates were tried in one setting the best is its run, by its mean."""
+    reason = pd.Series("", index=runs.index)
+    settings = [name for name in SETTINGS if name in runs and name not in RATES]
+    if "learning_rate" not in runs or loss not in runs or not settings:
+        return reason
+    for _, group in runs.groupby(settings, dropna=False):
+        mean = group.groupby("learning_rate")[loss].mean()
+        best = mean.idxmin()
+        if len(mean) > 1:
+            others = group.index[group["learning_rate"] != best]
+            reason[others] = f"learning_rate {best:g} is better there"
+    return reason
 
 
 def _refuse_twice(table: pd.DataFrame) -> None:

@@ -18,7 +18,6 @@ from tinygpt.scaling.optimum import polish
 ONE_VARIABLE = ("power_constant", "power", "log_power", "broken")
 JOINT = ("chinchilla", "chinchilla_tied", "chinchilla_zero", "kaplan", "kaplan_constant", "coupled")
 HELD_OUT = 0.2  # at least so large a part of the settings, those of the largest compute
-CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
 
 
 @dataclass(frozen=True)
