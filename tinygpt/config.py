@@ -374,6 +374,7 @@ class Config:
     cache_dir: Optional[str] = None
     force: bool = False
     plan: bool = False
+    fit: bool = True
 
 
 def width_ratio(model: ModelConfig) -> float:

@@ -33,6 +33,12 @@ class Job:
     trunk: rundir.RunDir | None = None  # the run whose first steps are this one's too
     branch_step: int = 0
 
+    @property
+    def flops(self) -> float:
+        """What this job itself has to compute: not the steps that it takes over from a trunk."""
+        own: float = 1 - self.branch_step / self.row["total_steps"]
+        return own * float(self.row["flops_exact"])
+
 
 def expand(
     params: Mapping[str, Any], arguments: Sequence[str], loader: ConfigLoader | None = None

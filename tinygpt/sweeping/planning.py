@@ -44,7 +44,7 @@ def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) 
             "" if job in todo else "finished",
         )
     console.print(table, highlight=False, markup=False)
-    flops = sum(job.row["flops_exact"] * _own_part(job) for job in todo)
+    flops = sum(job.flops for job in todo)
     total = clock(sum(seconds[job] for job in todo))
     disk = sum(map(disk_bytes, todo)) / 1e6
     say = f"{len(todo)} to train: {flops:.2e} FLOPs, {total} one after the other, {disk:.3g} MB"
@@ -91,7 +91,3 @@ def disk_bytes(job: Job) -> float:
 def _plan(job: Job) -> Plan:
     assert job.plan is not None
     return job.plan
-
-
-def _own_part(job: Job) -> float:
-    return 1 - job.branch_step / _plan(job).total_steps
