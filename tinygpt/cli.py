@@ -30,6 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from tinygpt import checks
 from tinygpt import config as schema
 from tinygpt.config import Config, ConfigError, RunError
 
@@ -97,7 +98,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         groups = tuple(item.input_line or "" for item in parsed if not _is_plain_value(item))
         composed = copy.deepcopy(_composed(groups))
         ConfigLoaderImpl._apply_overrides_to_config(values, composed)
-        return schema.typed(composed, overrides)
+        return checks.typed(composed, overrides)
 
 
 @functools.lru_cache(maxsize=64)
@@ -136,7 +137,7 @@ def sweeps(overrides: Sequence[str], multirun: bool) -> bool:
         composed = hydra.compose_config(
             "config", list(overrides), RunMode.MULTIRUN, from_shell=False
         )
-        schema.check_scale(composed.scale)
+        checks.check_scale(composed.scale)
     return multirun or composed.hydra.mode == RunMode.MULTIRUN
 
 
@@ -247,7 +248,7 @@ def _choices(group: str) -> str:
 
 def _unknown_key(name: str) -> str:
     """With the choices of its group that have this key, where the chosen one has not."""
-    line = schema.unknown_key(name, _known_keys())
+    line = checks.unknown_key(name, _known_keys())
     group, _, last = name.partition(".")
     owners: list[str] = []
     for choice in _SCHEMAS.get(group, {}).values():
@@ -282,7 +283,7 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
         if not equals:
             raise ConfigError(f"{item}: must be key=value, one of {', '.join(names)}")
         if name not in names:
-            raise ConfigError(schema.unknown_key(name, names))
+            raise ConfigError(checks.unknown_key(name, names))
         read = _read(value, kinds[name])
         if read is not None and str in (kinds[name], *typing.get_args(kinds[name])):
             verbatim[name], read = read, type(read)()
@@ -297,7 +298,7 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
         raise ConfigError(f"{name}: must be given, as {name}=...") from error
     for name, read in verbatim.items():
         setattr(arguments, name, read)
-    schema.check_bounds(arguments)
+    checks.check_bounds(arguments)
     return arguments  # type: ignore[return-value]
 
 

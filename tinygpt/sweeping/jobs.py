@@ -13,7 +13,9 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tinygpt import cli, rundir
-from tinygpt.config import HORIZONS, Config, ConfigError, Plan, check_sweepable
+from tinygpt.checks import check_sweepable
+from tinygpt.config import HORIZONS, Config, ConfigError
+from tinygpt.horizon import Plan
 
 
 @dataclass(eq=False)

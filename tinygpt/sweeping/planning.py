@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from tinygpt.config import Plan
+from tinygpt.horizon import Plan
 from tinygpt.scaling.evidence import check_design
 from tinygpt.sweeping.jobs import Job
 from tinygpt.training.calibration import seconds_per_step
