@@ -127,7 +127,7 @@ class Profile:
 
     def curve(self, n: Array) -> Array:
         """The loss by the interpolation, at sizes within those that were run."""
-        logs, mean = _by_size(self.n, self.loss)
+        logs, mean = by_size(self.n, self.loss)
         if self.method == "akima":
             found: Array = interpolate.Akima1DInterpolator(logs, mean, method="makima")(np.log(n))
             return found
@@ -191,7 +191,7 @@ def budgets(flops: Array, same: float = SAME_BUDGET) -> list[np.ndarray[Any, np.
 
 
 def _profile(flops: Array, n: Array, d: Array, loss: Array, method: str) -> Profile:
-    logs, mean = _by_size(n, loss)
+    logs, mean = by_size(n, loss)
     if method == "cubic" and len(logs) == 3:
         method = "parabola"
 
@@ -218,14 +218,14 @@ def _profile(flops: Array, n: Array, d: Array, loss: Array, method: str) -> Prof
         return without(f"the {method} has no minimum between the sizes that were run")
     at, least = found
     c_best, d_best = (
-        float(np.exp(np.interp(at, logs, _by_size(n, np.log(v))[1]))) for v in (flops, d)
+        float(np.exp(np.interp(at, logs, by_size(n, np.log(v))[1]))) for v in (flops, d)
     )
     best_n = None if parabola is None else float(np.exp(parabola[0]))
     values = (c_best, float(np.exp(at)), d_best, least)
     return Profile(flops, n, d, loss, method, values, best_n, "")
 
 
-def _by_size(n: Array, values: Array) -> tuple[Array, Array]:
+def by_size(n: Array, values: Array) -> tuple[Array, Array]:
     """log N of the distinct sizes in order, and the mean of ``values`` at each."""
     sizes, where = np.unique(n, return_inverse=True)
     return np.log(sizes), np.bincount(where, values) / np.bincount(where)
@@ -241,7 +241,7 @@ def _polynomial(n: Array, loss: Array, degree: int, centre: float) -> np.polynom
 
 def _minimum(n: Array, loss: Array, method: str) -> tuple[float, float] | None:
     """log N and the loss at the least of the curve between the ends; None if it is at an end."""
-    logs, mean = _by_size(n, loss)
+    logs, mean = by_size(n, loss)
     if method == "akima":
         curve = interpolate.Akima1DInterpolator(logs, mean, method="makima")
         found = curve.derivative().roots(extrapolate=False)

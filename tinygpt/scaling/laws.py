@@ -81,7 +81,7 @@ class Law:
                     term = term - columns[exponent] * x[variable]
                 value = np.logaddexp(value, term)
         n = next(iter(x.values())).shape[-1]
-        return np.broadcast_to(value, (len(theta), n))
+        return np.asarray(np.broadcast_to(value, (len(theta), n)), dtype=float)
 
     def design(self, x: Mapping[str, Array]) -> Array:
         """Of a sum of powers: the logarithm of each term is linear in the parameters; (K, n, P)."""
