@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.interpolate import PchipInterpolator
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import Fit
@@ -32,31 +33,35 @@ def six_n(n: Array) -> Array:
 
 
 def flops_per_token(n: Array, d: Array, flops: Array) -> FlopsPerToken:
-    """As recorded by runs of N, D and FLOPs, (n,) each: log-log between their sizes.
+    """As recorded by runs of N, D and FLOPs, (n,) each; the mean of the logarithms at a size.
 
-    Beyond the sizes it goes on with the slope over the last factor of 2 in N.  Runs that say 6·N
-    give the rule of thumb itself, and with it the closed forms.
+    Between sizes a monotone cubic in logarithms (corners would draw the best size to them),
+    beyond them the slope over the last factor of 2 in N.  Runs that say 6·N give the rule of
+    thumb itself, and with it the closed forms.
     """
-    recorded = flops / d
-    if np.allclose(recorded, 6.0 * n, rtol=1e-9, atol=0.0):
+    per_token = flops / d
+    if np.allclose(per_token, 6.0 * n, rtol=1e-9, atol=0.0):
         return six_n
-    sizes, logs = by_size(n, np.log(recorded))
-
-    def slope(end: int) -> float:
-        far = np.flatnonzero(np.abs(sizes - sizes[end]) >= np.log(2) * (1 - 1e-9))
-        other = (0, -1)[end == 0] if not len(far) else far[0] if end == 0 else far[-1]
-        run = sizes[end] - sizes[other]
-        return float((logs[end] - logs[other]) / run) if run else 1.0  # one size: as 6·N
-
-    first, last = slope(0), slope(-1)
+    sizes, logs = by_size(n, np.log(per_token))
+    inner = PchipInterpolator(sizes, logs) if len(sizes) > 1 else lambda x: logs[0] + 0.0 * x
+    first, last = _end_slope(sizes, logs), _end_slope(sizes[::-1], logs[::-1])
 
     def at(size: Array) -> Array:
         x = np.log(size)
-        found = np.interp(x, sizes, logs)
+        found = inner(np.clip(x, sizes[0], sizes[-1]))
         found += first * np.minimum(x - sizes[0], 0) + last * np.maximum(x - sizes[-1], 0)
         return np.asarray(np.exp(found))
 
     return at
+
+
+def _end_slope(x: Array, y: Array) -> float:
+    """From the first point to the next that is a factor of 2 away, or else the last."""
+    if len(x) == 1:
+        return 1.0  # as in 6·N
+    far = np.flatnonzero(np.abs(x - x[0]) >= np.log(2) * (1 - 1e-9))
+    other = far[0] if len(far) else -1
+    return float((y[other] - y[0]) / (x[other] - x[0]))
 
 
 def recorded(fit: Fit, compute: Array) -> FlopsPerToken:
@@ -103,8 +108,8 @@ def best_splits(
     n, d, loss = splits(fit, fit.optimum.theta[None], flops, per_token, unique)
     if np.isnan(n).any():
         raise ConfigError(
-            f"law={fit.law.name}: as fitted its loss has no minimum in N within a factor of "
-            f"{np.exp(REACH):.0e} of the sizes that were run"
+            f"law={fit.law.name}: as fitted the loss has no minimum in N about the sizes that were "
+            "run, and so no best split"
         )
     return n[0], d[0], loss[0]
 
@@ -137,7 +142,8 @@ def splits(
         log_n = np.concatenate(found)
         n = np.exp(log_n)
         d = flops / per_token(n)
-    log_loss = law.log_loss(theta, _at(fit, log_n, np.log(d), unique))
+    with np.errstate(invalid="ignore"):
+        log_loss = law.log_loss(theta, _at(fit, log_n, np.log(d), unique))
     return n, d, np.exp(log_loss)
 
 
@@ -164,7 +170,7 @@ def _numeric(
         steps = np.linspace(0.0, 1.0, count)
         log_n = left + steps * (right - left)  # (B, G, count)
         log_d = log_c - np.log(per_token(np.exp(log_n)))
-        flat = (len(theta), -1)
+        flat = (len(theta), len(flops) * count)
         loss = law.log_loss(theta, _at(fit, log_n.reshape(flat), log_d.reshape(flat), unique))
         best = np.argmin(loss.reshape(log_n.shape), axis=-1)[..., None]
         left = np.take_along_axis(log_n, np.maximum(best - 1, 0), axis=-1)
