@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ HOFFMANN = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.3392, "beta": 0.2849}
 EPOCH = {"A": 482.01, "B": 2085.43, "E": 1.8169, "alpha": 0.3478, "beta": 0.3658}
 A_EXACT = HOFFMANN["beta"] / (HOFFMANN["alpha"] + HOFFMANN["beta"])
 FACTORS = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4)
-COLUMNS = {"n": "n", "d": "d", "c": "c", "loss": "loss"}
+COLUMNS: dict[str, Any] = {"n": "n", "d": "d", "c": "c", "loss": "loss"}
 
 
 def chinchilla(n, d, p=HOFFMANN):
@@ -61,17 +62,17 @@ def profiles(p=HOFFMANN, noise=0.0, seed=0, factors=FACTORS):
     return pd.DataFrame(rows, columns=["n", "d", "c", "loss"])
 
 
-def curves(p=HOFFMANN, low=1e6, high=1e11, sizes=21, tokens=(1e7, 1e13)):
+def curves(p=HOFFMANN, low=1e6, high=1e11, sizes=21):
     """A curve a size, as if every checkpoint were the end of a run."""
     parts = []
     for i, n in enumerate(np.geomspace(low, high, sizes)):
-        d = np.geomspace(*tokens, 150)
+        d = np.geomspace(1e7, 1e13, 150)
         columns = {"folder": f"run{i}", "n": n, "tokens": d, "flops_exact": 6 * n * d}
         parts.append(pd.DataFrame({**columns, "val_loss": chinchilla(n, d, p)}))
     return pd.concat(parts, ignore_index=True)
 
 
-def fitted(table, law="chinchilla"):
+def fitted(table: pd.DataFrame, law: str = "chinchilla") -> Fit:
     return fit_law(table, law, N="n", D="d", loss="loss")
 
 
@@ -270,10 +271,35 @@ def test_envelope_leaves_out_what_was_not_measured() -> None:
     assert one.minima is not None
     assert other.minima is not None
     assert other.minima.flops == pytest.approx(one.minima.flops, rel=0.03)
-    with pytest.raises(ConfigError, match="no run has two checkpoints"):
+    with pytest.raises(ConfigError, match="no run has 2 checkpoints"):
         envelope(table.groupby("folder").head(1), n="n")
     with pytest.raises(ConfigError, match="size: no such column"):
         envelope(table, n="size")
+
+
+def test_smoothing_takes_off_what_scatter_does_to_the_stairs() -> None:
+    random = np.random.default_rng(0)
+    found = []
+    for smooth in (1, 11):
+        bias = []
+        for _ in range(10):
+            table = curves(low=1e7, high=1e10)
+            table["val_loss"] *= np.exp(0.003 * random.normal(size=len(table)))
+            minima = envelope(table, n="n", smooth=smooth).minima
+            assert minima is not None
+            bias.append(minima.n_law.exponent.estimate - A_EXACT)
+        found.append(abs(np.mean(bias)))
+    assert found[1] < found[0] / 3
+    with pytest.raises(ConfigError, match="smooth=0: must be 1 or more"):
+        envelope(curves(), n="n", smooth=0)
+
+
+def test_curves_may_come_as_their_envelope(exact: Fit) -> None:
+    compute = profiles()["c"].to_numpy()
+    around = envelope(curves(), n="n", smooth=3)
+    found = frontier(exact, compute, curves=around, replicas=0)
+    assert found.envelope is around
+    assert found.estimates[-1].way == CURVES
 
 
 def test_one_size_has_no_envelope() -> None:

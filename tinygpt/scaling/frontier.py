@@ -109,7 +109,7 @@ def frontier(
     fit: Fit,
     compute: Array,
     *,
-    curves: pd.DataFrame | None = None,
+    curves: pd.DataFrame | Envelope | None = None,
     method: str = "cubic",
     per_token: FlopsPerToken | None = None,
     unique: float = np.inf,
@@ -119,8 +119,9 @@ def frontier(
     """The best split by the law, by IsoFLOP profiles of the runs, and by their ``curves``.
 
     ``compute`` is that of each run of the fit, (n,); ``method`` that of ``isoflop``; ``curves``
-    as from ``load_curves``, whose FLOPs must be counted as those of the runs.  A way that says
-    nothing is in ``missing`` with its reason.
+    as from ``load_curves``, or their envelope where other columns or smoothing are wanted; their
+    FLOPs must be counted as those of the runs.  A way that says nothing is in ``missing`` with
+    its reason.
     """
     missing: dict[str, str] = {}
     budget = float(compute.max())
@@ -133,16 +134,13 @@ def frontier(
         missing[LAW] = str(error)
     runs = fit.table.assign(_compute=compute)
     profiles = isoflop(runs, **columns, c="_compute", loss=fit.loss, method=method, level=level)
-    if curves is None:
-        missing[CURVES] = "no training curves were given"
-    else:
-        try:
-            around = envelope(curves, n=columns["n"], level=level)
-        except ConfigError as error:
-            missing[CURVES] = str(error)
+    try:
+        around = _around(curves, columns["n"], fit.loss, level)
+    except ConfigError as error:
+        missing[CURVES] = str(error)
     estimates = []
     if law:
-        estimates.append(_of_law(law, level))
+        estimates.append(_of_law(law))
     for way, found in ((PROFILES, profiles), (CURVES, around)):
         if found and found.minima:
             estimates.append(_of_minima(way, found.minima, budget))
@@ -152,8 +150,18 @@ def frontier(
     return Frontier(budget, law, profiles, around, tuple(estimates), missing, apart)
 
 
-def _of_law(law: LawSplit, level: float) -> Estimate:
-    ends = (band.at(law.largest, level) for band in (law.n, law.d, law.loss))
+def _around(curves: pd.DataFrame | Envelope | None, n: str, loss: str, level: float) -> Envelope:
+    """The envelope of ``curves`` in the loss that the runs were fitted by."""
+    if curves is None:
+        raise ConfigError("no training curves were given")
+    if isinstance(curves, Envelope):
+        return curves
+    same = loss.removeprefix("final_")
+    return envelope(curves, n=n, loss=same if same in curves else "val_loss", level=level)
+
+
+def _of_law(law: LawSplit) -> Estimate:
+    ends = (band.at(law.largest) for band in (law.n, law.d, law.loss))
     return Estimate(LAW, law.a, law.b, law.c, *ends)
 
 
@@ -256,10 +264,10 @@ def predict(
     place = {"N": float(n[-1]), "D": float(d[-1])}
     if "U" in fit.columns:
         place["U"] = min(place["D"], unique)
-    many = splits(fit, parameter_vectors(fit, replicas), budgets[-1:], per_token, unique)
-    at_n, at_d = (
-        band(e[-1:], m, level).at(0, level) for e, m in zip((n, d), many[:2], strict=True)
-    )
+    theta, kind = parameter_vectors(fit, replicas)
+    many = splits(fit, theta, budgets[-1:], per_token, unique)
+    at_n = band(n[-1:], many[0], level, kind).at(0)
+    at_d = band(d[-1:], many[1], level, kind).at(0)
     wrong = []
     for factor in (2.0, 0.5):
         size = np.array([factor * n[-1]])

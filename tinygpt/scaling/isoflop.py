@@ -284,13 +284,16 @@ def envelope(
     d: str = "tokens",
     c: str = "flops_exact",
     loss: str = "val_loss",
+    smooth: int = 1,
     level: float = LEVEL,
 ) -> Envelope:
     """Which size has the least loss at each budget (approach 1 of Hoffmann et al. 2022).
 
     ``curves`` has a row a checkpoint: the run, its N, tokens seen, FLOPs spent, the loss.  Rows
     without a loss or before the first step are left out; between checkpoints log L is a monotone
-    cubic in log C.  Where a size has several runs, seeds or schedules, the lowest is what counts.
+    cubic in log C.  Where a size has several runs, seeds or schedules, the lowest is what counts,
+    which favours what scatters: ``smooth`` takes the mean of so many neighbouring checkpoints of
+    a run, of log C, log D and log L alike.
 
     The stairs of the envelope give a point for each size: the middle, in log C, of the stretch
     where it is best.  The first and the last size have no such stretch, nor has one that starts
@@ -300,28 +303,36 @@ def envelope(
 
     Raises ConfigError where columns are absent or no run has two checkpoints.
     """
+    if smooth < 1:
+        raise ConfigError(f"smooth={smooth}: must be 1 or more checkpoints")
     missing = [column for column in (run, n, d, c, loss) if column not in curves]
     if missing:
         raise ConfigError(f"{missing[0]}: no such column; there are {', '.join(map(str, curves))}")
     rows = curves[curves[loss].notna() & (curves[d] > 0) & (curves[c] > 0)]
     rows = rows.sort_values(c).drop_duplicates([run, c], keep="last")
-    rows = rows[rows.groupby(run)[c].transform("size") >= 2]
+    rows = rows[rows.groupby(run)[c].transform("size") > smooth]
     if rows.empty:
-        raise ConfigError(f"{loss}: no run has two checkpoints; an envelope needs training curves")
-    logs = np.log(positive(rows, c))
-    grid = np.linspace(logs.min(), logs.max(), BUDGETS)
-    every, sizes, tokens = [], [], []
-    for _, part in rows.groupby(run, sort=False):
-        x = np.log(part[c].to_numpy(dtype=float))
-        every.append(_between(x, positive(part, loss), grid))
-        tokens.append(_between(x, positive(part, d), grid))
-        sizes.append(float(part[n].iloc[0]))
-    return _envelope(grid, np.array(sizes), np.array(every), np.array(tokens), level)
+        raise ConfigError(
+            f"{loss}: no run has {smooth + 1} checkpoints; an envelope needs training curves"
+        )
+    logs = pd.DataFrame({name: np.log(positive(rows, name)) for name in (c, d, loss)})
+    runs = rows[run].to_numpy()
+    if smooth > 1:
+        logs = logs.groupby(runs).rolling(smooth).mean().droplevel(0).sort_index()
+    there = logs[loss].notna().to_numpy()
+    logs, runs, sizes = logs[there], runs[there], positive(rows, n)[there]
+    grid = np.linspace(logs[c].min(), logs[c].max(), BUDGETS)
+    every = []
+    for part in pd.Series(range(len(runs))).groupby(runs).indices.values():
+        x, tokens, losses = logs.iloc[part][[c, d, loss]].to_numpy(dtype=float).T
+        every.append((sizes[part[0]], _between(x, losses, grid), _between(x, tokens, grid)))
+    of_run, losses, tokens = (np.array(values) for values in zip(*every, strict=True))
+    return _envelope(grid, of_run, losses, tokens, level)
 
 
 def _between(x: Array, y: Array, grid: Array) -> Array:
-    """log y at ``grid``; nan beyond the ends of ``x``."""
-    found: Array = interpolate.PchipInterpolator(x, np.log(y), extrapolate=False)(grid)
+    """y at ``grid``; nan beyond the ends of ``x``."""
+    found: Array = interpolate.PchipInterpolator(x, y, extrapolate=False)(grid)
     return found
 
 

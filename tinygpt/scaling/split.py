@@ -191,10 +191,12 @@ class Band:
     estimate: Array
     low: Array
     high: Array
+    level: float
+    method: str
 
-    def at(self, i: int, level: float) -> Interval:
+    def at(self, i: int) -> Interval:
         ends = float(self.low[i]), float(self.high[i])
-        return Interval(float(self.estimate[i]), *ends, level, "bootstrap (pairs)")
+        return Interval(float(self.estimate[i]), *ends, self.level, self.method)
 
 
 @dataclass(frozen=True)
@@ -235,40 +237,40 @@ def by_law(
     inside = np.geomspace(compute.min(), compute.max(), 33)
     inside = inside if np.ptp(compute) > 0 else inside[:1]
     flops = np.append(inside, compute.max() * np.geomspace(1.0, FURTHER, 12)[1:])
-    theta = parameter_vectors(fit, replicas)
+    theta, kind = parameter_vectors(fit, replicas)
     one = best_splits(fit, flops, per_token, unique)
     many = splits(fit, theta, flops, per_token, unique)
     span = slice(len(inside)) if len(inside) > 1 else slice(None)
     log_c = np.log(flops[span])
     bands, exponents = [], []
     for best, values in zip(one, many, strict=True):
-        bands.append(band(best, values, level))
+        bands.append(band(best, values, level, kind))
         slopes = (_slope(log_c, np.log(v[:, span]))[:, None] for v in (best[None], values))
-        exponents.append(band(next(slopes)[0], next(slopes), level).at(0, level))
-    ratio = band(one[1] / one[0], many[1] / many[0], level)
+        exponents.append(band(next(slopes)[0], next(slopes), level, kind).at(0))
+    ratio = band(one[1] / one[0], many[1] / many[0], level, kind)
     undefined = float(np.isnan(many[0]).any(axis=1).mean()) if len(theta) else 0.0
     n, d, loss = bands
     a, b, c = exponents
     return LawSplit(flops, n, d, loss, ratio, a, b, c, undefined, len(inside) - 1)
 
 
-def parameter_vectors(fit: Fit, replicas: int | Bootstrap) -> Array:
-    """Of a bootstrap over runs, (B, P); none where the fit has no degrees of freedom."""
-    if isinstance(replicas, Bootstrap):
-        return replicas.theta
-    if fit.degrees < 1 or replicas < 1:
-        return np.empty((0, len(fit.optimum.law)))
-    return bootstrap(fit, replicas).theta
+def parameter_vectors(fit: Fit, replicas: int | Bootstrap) -> tuple[Array, str]:
+    """Of a bootstrap over runs, (B, P), and its name; none without degrees of freedom."""
+    if isinstance(replicas, int):
+        if fit.degrees < 1 or replicas < 1:
+            return np.empty((0, len(fit.optimum.law))), "none"
+        replicas = bootstrap(fit, replicas)
+    return replicas.theta, f"bootstrap ({replicas.kind})"
 
 
-def band(estimate: Array, values: Array, level: float) -> Band:
+def band(estimate: Array, values: Array, level: float, method: str) -> Band:
     """Percentiles of the rows of ``values``, (B, G), that have a number."""
     good = values[np.isfinite(values).all(axis=1)]
     if not len(good):
         none = np.full(np.shape(estimate), np.nan)
-        return Band(estimate, none, none)
+        return Band(estimate, none, none, level, "none")
     low, high = np.quantile(good, [0.5 - level / 2, 0.5 + level / 2], axis=0)
-    return Band(estimate, low, high)
+    return Band(estimate, low, high, level, method)
 
 
 def _slope(x: Array, y: Array) -> Array:
