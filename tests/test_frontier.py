@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from tinygpt.config import ConfigError
+from tinygpt.scaling import Columns, analyse
 from tinygpt.scaling import fit as fit_law
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.frontier import CURVES, LAW, PROFILES, frontier, predict
@@ -209,6 +210,19 @@ def test_budgets_are_found_though_their_runs_differ(steps, counts, seed) -> None
     flops = centres[label] * np.exp(random.uniform(-0.04, 0.04, len(label)))
     found = budgets(flops)
     assert [set(label[rows]) for rows in found] == [{i} for i in range(len(centres))]
+
+
+def test_compute_that_goes_with_the_size_does_not_move_the_minimum() -> None:
+    """Within a budget the larger models have spent a few per cent more."""
+    table = profiles()
+    table["d"] *= (table["n"] / table.groupby("c")["n"].transform("median")) ** 0.02
+    table["c"] = 6 * table["n"] * table["d"]
+    table["loss"] = chinchilla(table["n"], table["d"])
+    assert np.ptp(table["c"].iloc[:9]) / table["c"].iloc[0] > 0.05
+    found = isoflop(table, **COLUMNS).minima
+    assert found is not None
+    assert found.n == pytest.approx([best_n(c) for c in found.flops], rel=0.015)
+    assert found.d == pytest.approx(found.flops / 6 / found.n)
 
 
 def test_a_chain_of_runs_is_no_budget() -> None:
@@ -481,6 +495,18 @@ def test_the_split_of_recorded_flops() -> None:
     n, d = best_split(law, 1e20, cost)
     assert n == pytest.approx(np.exp(found.x), rel=5e-3)
     assert d * float(cost(np.array([n]))[0]) == pytest.approx(1e20)
+
+
+def test_an_analysis_counts_its_prediction_as_its_runs_do() -> None:
+    table = profiles(noise=0.002)
+    table["c"] = (6 * table["n"] + 2e8) * table["d"]
+    columns = Columns(n="n", d="d", c="c", loss="loss", n_total=None, u=None, t=None, run=None)
+    found = analyse(table, table.iloc[:0].assign(reason=""), columns, law="chinchilla")
+    place = found.predictions[0].place
+    cost = (6 * place["N"] + 2e8) * place["D"]
+    assert cost == pytest.approx(10 * table["c"].max(), rel=1e-3)
+    assert found.frontier is not None
+    assert found.frontier.n[-1] == pytest.approx(place["N"], rel=1e-6)
 
 
 # --- a budget

@@ -132,8 +132,8 @@ def frontier(
         law = by_law(fit, compute, per_token=per_token, **settings)
     except ConfigError as error:
         missing[LAW] = str(error)
-    runs = fit.table.assign(_compute=compute)
-    profiles = isoflop(runs, **columns, c="_compute", loss=fit.loss, method=method, level=level)
+    runs = fit.table.assign(compute=compute)
+    profiles = isoflop(runs, **columns, c="compute", loss=fit.loss, method=method, level=level)
     try:
         around = _around(curves, columns["n"], fit.loss, level)
     except ConfigError as error:

@@ -19,6 +19,8 @@ from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.points import positive
 
+Rows = np.ndarray[Any, np.dtype[np.intp]]
+
 METHODS = ("cubic", "akima", "parabola")
 # Runs whose compute differs by less than this factor share a budget; the rule that holds runs
 # out by compute draws the same line.
@@ -108,6 +110,7 @@ class Minima:
 class Profile:
     """The runs of one budget, and the size at which their loss is least.
 
+    ``loss`` is that at the budget itself, where the compute of the runs differs a little.
     ``best`` is (C, N, D, L) at the minimum; None with a ``reason`` where it is not to be had.
     """
 
@@ -161,8 +164,9 @@ def isoflop(
     ``method``: ``cubic`` or ``parabola``, least squares through all rows, seeds among them, or
     ``akima`` (the modified one, which does not overshoot), which needs one value a size and so
     goes through the means over seeds.  Three sizes carry a parabola only, and then get one.
-    ``same_budget`` is the factor below which neighbours in compute are one budget.  The intervals
-    of the power laws are those of a regression through the minima.
+    ``same_budget`` is the factor below which neighbours in compute are one budget; what its runs
+    differ in compute is taken off their losses.  The intervals of the power laws are those of a
+    regression through the minima.
 
     A minimum counts only where the sizes tried enclose it: where the best size on average is the
     smallest or the largest there is none.  Raises ConfigError for columns that are not there.
@@ -172,9 +176,10 @@ def isoflop(
     if same_budget <= 1:
         raise ConfigError(f"same_budget={same_budget:g}: must be above 1, it is a factor")
     sizes, tokens, flops, losses = (positive(runs, column) for column in (n, d, c, loss))
+    groups = budgets(flops, same_budget)
+    losses = _at_one_compute(flops, losses, groups)
     profiles = [
-        _profile(flops[rows], sizes[rows], tokens[rows], losses[rows], method)
-        for rows in budgets(flops, same_budget)
+        _profile(flops[rows], sizes[rows], tokens[rows], losses[rows], method) for rows in groups
     ]
     minima = [profile.best for profile in profiles if profile.best]
     if len(minima) < 2:
@@ -183,11 +188,30 @@ def isoflop(
     return IsoFlop(tuple(profiles), Minima.through(minima, level), "")
 
 
-def budgets(flops: Array, same: float = SAME_BUDGET) -> list[np.ndarray[Any, np.dtype[np.intp]]]:
+def budgets(flops: Array, same: float = SAME_BUDGET) -> list[Rows]:
     """The rows of each budget, the smallest first: cut where log C jumps by log ``same``."""
     order = np.argsort(flops, kind="stable")
     jumps = np.flatnonzero(np.diff(np.log(flops[order])) > np.log(same))
     return list(np.split(order, jumps + 1))
+
+
+def _at_one_compute(flops: Array, losses: Array, groups: list[Rows]) -> Array:
+    """The losses as if every run of a budget had spent its geometric mean, (n,).
+
+    A few per cent of compute that go with the size would else move the minimum by as much as a
+    tenth.  The slope is that of the least losses from budget to budget: at a minimum in N the loss
+    falls with C as along the minima (the envelope theorem).
+    """
+    if len(groups) < 2:
+        return losses
+    logs = np.log(flops)
+    means = np.array([logs[rows].mean() for rows in groups])
+    least = np.array([np.log(losses[rows].min()) for rows in groups])
+    slopes = np.gradient(least, means, edge_order=2 if len(groups) > 2 else 1)
+    moved = losses.copy()
+    for rows, mean, slope in zip(groups, means, slopes, strict=True):
+        moved[rows] *= np.exp(slope * (mean - logs[rows]))
+    return moved
 
 
 def _profile(flops: Array, n: Array, d: Array, loss: Array, method: str) -> Profile:
@@ -217,11 +241,10 @@ def _profile(flops: Array, n: Array, d: Array, loss: Array, method: str) -> Prof
     if found is None:
         return without(f"the {method} has no minimum between the sizes that were run")
     at, least = found
-    c_best, d_best = (
-        float(np.exp(np.interp(at, logs, by_size(n, np.log(v))[1]))) for v in (flops, d)
-    )
+    budget = np.log(flops).mean()
+    per_token = np.interp(at, logs, by_size(n, np.log(flops / d))[1])
     best_n = None if parabola is None else float(np.exp(parabola[0]))
-    values = (c_best, float(np.exp(at)), d_best, least)
+    values = (float(np.exp(budget)), float(np.exp(at)), float(np.exp(budget - per_token)), least)
     return Profile(flops, n, d, loss, method, values, best_n, "")
 
 
