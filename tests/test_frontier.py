@@ -18,6 +18,7 @@ from tinygpt.scaling import fit as fit_law
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.frontier import CURVES, LAW, PROFILES, frontier, predict
 from tinygpt.scaling.isoflop import PowerLaw, budgets, envelope, isoflop
+from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.runs import load_curves
 from tinygpt.scaling.split import (
     best_split,
@@ -461,6 +462,20 @@ def test_without_degrees_of_freedom_there_are_no_bands() -> None:
     assert np.isnan(found.loss.low)
 
 
+@pytest.mark.parametrize("name", LAWS)
+def test_the_loss_at_other_places_for_each_parameter_vector(name: str) -> None:
+    """What the numeric split asks of every law: rows of places, as if one vector at a time."""
+    law = LAWS[name]
+    random = np.random.default_rng(0)
+    theta = random.uniform(0.2, 0.8, (3, len(law)))
+    x = {variable: random.normal(size=(3, 5)) for variable in law.variables}
+    together = law.log_loss(theta, x)
+    assert together.shape == (3, 5)
+    for i in range(3):
+        one = law.derivatives(theta[i : i + 1], {v: rows[i] for v, rows in x.items()})
+        assert together[i] == pytest.approx(one.value[0], rel=1e-12)
+
+
 # --- FLOPs as recorded
 
 
@@ -471,6 +486,11 @@ def test_flops_per_token_follow_the_runs() -> None:
         30 * np.array([1e4, 1e5, 3e5, 1e8]) ** 0.9
     )
     assert flops_per_token(n, 2 * n, 12 * n**2)(np.array([7.0])) == pytest.approx([42.0])
+
+
+def test_one_recorded_size_costs_as_the_rule_of_thumb_beyond() -> None:
+    cost = flops_per_token(np.array([1e6]), np.array([1.0]), np.array([9e6]))
+    assert cost(np.array([1e5, 1e6, 1e7])) == pytest.approx([9e5, 9e6, 9e7])
 
 
 def test_the_end_slope_is_not_that_of_two_close_sizes() -> None:
@@ -573,6 +593,14 @@ def test_load_curves(tmp_path: Path) -> None:
     assert list(found["flops_6nd"])[-1] == 48e3
     assert list(found["parameters_non_embedding"]) == [100] * 3 + [200] * 3
     assert found["val_loss"].isna().sum() == 2
+
+
+def test_load_curves_of_runs_without_metrics(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_text(json.dumps({"config_hash": "0"}))
+    outcome = {"status": "finished", "flops_exact": 1.0}
+    (tmp_path / "results.json").write_text(json.dumps(outcome))
+    with pytest.raises(ConfigError, match=r"none under .* has a metrics\.csv"):
+        load_curves(tmp_path)
 
 
 def test_load_curves_of_nothing(tmp_path: Path) -> None:

@@ -47,7 +47,11 @@ CHEAPER = 1e-3  # the least share of a budget that is looked at for what a wrong
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one way says; N, D and L at the largest budget that was run."""
+    """What one way says; N, D and L at the largest budget that was run.
+
+    L of profiles and curves is by a pure power law, which lies below a loss with an irreducible
+    part at both ends.
+    """
 
     way: str
     a: Interval  # N ~ C^a
