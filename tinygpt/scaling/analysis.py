@@ -11,7 +11,7 @@ import pandas as pd
 from tinygpt.config import ConfigError
 from tinygpt.scaling.evidence import Check, check_design, check_finished, check_fit
 from tinygpt.scaling.fitting import Fit, fit
-from tinygpt.scaling.frontier import Frontier, best_split, frontier
+from tinygpt.scaling.frontier import Frontier, frontier
 from tinygpt.scaling.intervals import Interval, delta, intervals, of_loss
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.selection import (
@@ -27,6 +27,7 @@ from tinygpt.scaling.selection import (
     select,
     structure,
 )
+from tinygpt.scaling.split import best_split, recorded
 
 FURTHER = 10.0  # the prediction asked for lies at so many times the largest compute, or x
 
@@ -106,11 +107,13 @@ def analyse(
     threshold_unit: str = "noise",
     variable: str = "auto",
     seed: int = 0,
+    curves: pd.DataFrame | None = None,
 ) -> Analysis:
     """Fits every law that the runs can tell of, and judges the best, or the one asked for.
 
     ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
-    varies.  Raises ConfigError where nothing can be fitted.
+    varies; ``curves`` are those of the runs, for the frontier.  Raises ConfigError where nothing
+    can be fitted.
     """
     where = _columns_of(columns)
     varied = _varied(runs, where) if variable == "auto" else [_known(variable, where)]
@@ -167,7 +170,7 @@ def analyse(
         influence(best, found),
         floor,
         predictions,
-        frontier(best, compute) if joint else None,
+        frontier(best, compute, curves=curves) if joint else None,
         _next(best, compute, predictions),
     )
 
@@ -259,7 +262,10 @@ def _predictions(best: Fit, compute: Array) -> list[Prediction]:
     if {"N", "D"} <= set(best.columns):
         flops: float | None = FURTHER * float(compute.max())
         assert flops is not None
-        n, d = best_split(best, flops)
+        try:
+            n, d = best_split(best, flops, recorded(best, compute))
+        except ConfigError:  # the frontier says why
+            return []
         place = {"N": n, "D": d, **({"U": d} if "U" in best.columns else {})}
     else:
         (name,) = best.columns

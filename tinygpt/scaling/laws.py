@@ -66,10 +66,22 @@ class Law:
         return Derivatives(value, gradient, lambda w: np.einsum("bn,bnpq->bpq", w, hessian))
 
     def log_loss(self, theta: Array, x: Mapping[str, Array]) -> Array:
-        """The value alone, (B, n)."""
-        if self.powers is not None:
-            return np.asarray(np.logaddexp.reduce(np.einsum("knp,bp->kbn", self.design(x), theta)))
-        return self.derivatives(theta, x).value
+        """The value alone, (B, n); ``x`` may differ by row of ``theta``: (n,) or (B, n) each."""
+        columns = {name: theta[:, j : j + 1] for j, name in enumerate(self.parameters)}
+        if self.powers is None:
+            assert self.expression is not None
+            none = np.zeros((1, 1, 0))  # derivatives in no parameter at all cost nothing
+            jets = {name: Jet(c, none, none[..., None]) for name, c in columns.items()}
+            value = self.expression(jets, x).value
+        else:
+            value = np.full((1, 1), -np.inf)
+            for name, powers in self.powers.items():
+                term = columns[name]
+                for variable, exponent in powers.items():
+                    term = term - columns[exponent] * x[variable]
+                value = np.logaddexp(value, term)
+        n = next(iter(x.values())).shape[-1]
+        return np.asarray(np.broadcast_to(value, (len(theta), n)), dtype=float)
 
     def design(self, x: Mapping[str, Array]) -> Array:
         """Of a sum of powers: the logarithm of each term is linear in the parameters; (K, n, P)."""

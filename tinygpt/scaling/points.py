@@ -29,7 +29,7 @@ class Points:
         """Raises ConfigError for a column that is absent, values no law can take, too few rows."""
         x, centres = {}, {}
         for variable in law.variables:
-            values = _positive(table, columns[variable.removeprefix("log ")])
+            values = positive(table, columns[variable.removeprefix("log ")])
             logs = np.log(values)
             if variable.startswith("log "):
                 if values.min() <= 1:
@@ -44,7 +44,7 @@ class Points:
         if "U" in centres:  # unique and all tokens are counted in one unit
             centres["U"] = shared
         x = {name: logs - centres[name] for name, logs in x.items()}
-        points = cls(x, np.log(_positive(table, loss)), centres)
+        points = cls(x, np.log(positive(table, loss)), centres)
         distinct = len({tuple(row) for row in np.stack(list(x.values()), axis=1).round(12)})
         if distinct < len(law):
             raise ConfigError(
@@ -67,7 +67,8 @@ class Points:
         return {name: np.broadcast_to(logs, size) for name, logs in found.items()}
 
 
-def _positive(table: pd.DataFrame, column: str) -> Array:
+def positive(table: pd.DataFrame, column: str) -> Array:
+    """A column as numbers, (n,).  Raises ConfigError where it is absent or a value is not."""
     if column not in table:
         raise ConfigError(f"{column}: no such column; there are {', '.join(map(str, table))}")
     values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)

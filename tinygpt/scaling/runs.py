@@ -36,6 +36,31 @@ def load_runs(*folders: str | Path) -> pd.DataFrame:
     return pd.DataFrame(read_rows(*folders)).infer_objects()
 
 
+def load_curves(*folders: str | Path) -> pd.DataFrame:
+    """The training curves of the runs under ``folders`` that left results: a row a line of metrics.
+
+    The columns of ``metrics.csv``, then of the run ``run_name study seed status`` and the two
+    counts of parameters, and the FLOPs up to there, ``flops_6nd`` and ``flops_exact``.  A branch
+    has the curve of its trunk up to where it began.
+    """
+    runs = load_runs(*folders)
+    if "flops_exact" not in runs:
+        raise ConfigError(f"runs: none under {' '.join(map(str, folders))} has results")
+    runs = runs[runs["flops_exact"].notna()].set_index("folder")
+    files = {folder: rundir.RunDir(Path(folder)).metrics for folder in runs.index}
+    tables = {folder: pd.read_csv(path) for folder, path in files.items() if path.exists()}
+    if not tables:
+        raise ConfigError(f"runs: none under {' '.join(map(str, folders))} has a metrics.csv")
+    stacked = pd.concat(tables, names=["folder", None])
+    curves: pd.DataFrame = stacked.reset_index("folder").reset_index(drop=True)
+    sizes = ["parameters_non_embedding", "model_parameters"]
+    curves = curves.join(runs[["run_name", "study", "seed", "status", *sizes]], on="folder")
+    for name in ("flops_6nd", "flops_exact"):
+        per_token = (runs[name] / runs["train_tokens"]).rename(name)
+        curves[name] = curves["folder"].map(per_token) * curves["tokens"]
+    return curves
+
+
 def read_table(path: str | Path) -> pd.DataFrame:
     """A table of runs from elsewhere, CSV or parquet.  Raises ConfigError if it cannot be read."""
     path = Path(path)
