@@ -31,6 +31,8 @@ class HeldOut:
     runs: int
     cut: float  # the largest compute that was fitted
     distance: float  # largest compute / cut
+    below: Fit  # the law fitted below the cut
+    above: Array  # (n,) bool: which of all runs were held out
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def hold_out(
         len(measured),
         cut,
         float(compute.max()) / cut,
+        below,
+        above,
     )
 
 
