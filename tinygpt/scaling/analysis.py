@@ -119,6 +119,8 @@ def analyse(
     where = _columns_of(columns)
     varied = _varied(runs, where) if variable == "auto" else [_known(variable, where)]
     laws, variables, words = _choice(law, varied, where)
+    if columns.n != Columns.n:  # of a table from elsewhere nobody says which count it is
+        words = {name: word.replace(WORDS["N"], "parameters") for name, word in words.items()}
     compute = _compute(runs, columns)
     settings: dict[str, str | float | int | None] = {
         "loss": columns.loss,

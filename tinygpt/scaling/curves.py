@@ -67,7 +67,7 @@ def _column(log: list[dict[str, str]], name: str) -> tuple[Array, Array]:
 
 
 def envelope(curves: list[Curve]) -> tuple[Array, Array]:
-    """The least loss that any run has at so many FLOPs, interpolated in the logarithms."""
+    """The least loss that any run has by so many FLOPs, interpolated in the logarithms."""
     low = min(curve.flops.min() for curve in curves)
     high = max(curve.flops.max() for curve in curves)
     grid = np.geomspace(low, high, 200)
@@ -76,7 +76,7 @@ def envelope(curves: list[Curve]) -> tuple[Array, Array]:
         inside = (grid >= curve.flops.min()) & (grid <= curve.flops.max())
         logs = np.interp(np.log(grid[inside]), np.log(curve.flops), np.log(curve.loss))
         line[inside] = np.exp(logs)
-    least = found.min(axis=0)
+    least = np.minimum.accumulate(found.min(axis=0))
     return grid[np.isfinite(least)], least[np.isfinite(least)]
 
 

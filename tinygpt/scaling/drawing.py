@@ -155,7 +155,7 @@ def log_ticks(axis: Any) -> None:
         axis.set_major_locator(LogLocator(numticks=7))
         axis.set_minor_formatter(NullFormatter())
         return
-    narrow = high / low < 3
+    narrow = high / low < 5
     axis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(_short))
     axis.set_minor_formatter(NullFormatter())

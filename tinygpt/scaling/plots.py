@@ -94,7 +94,7 @@ def scaling(analysis: Analysis) -> Figure:
         _floors(analysis, axes)
         log_axes(axes, label(analysis, name), loss_label(analysis))
         if axes.get_legend_handles_labels()[0]:
-            legend(axes)
+            legend(axes, above=other is not None)
     _share_loss(panels)
     return figure
 
@@ -192,7 +192,7 @@ def residuals(analysis: Analysis) -> Figure:
         axes.set_xlabel(label(analysis, name))
         axes.set_ylabel("measured / law − 1 (%)")
         log_ticks(axes.xaxis)
-        legend(axes)
+        legend(axes, above=True)
     return figure
 
 
@@ -276,15 +276,26 @@ def frontier(analysis: Analysis) -> Figure | None:
     figure, panels = side_by_side(3)
     runs = (values(analysis, "N"), values(analysis, "D"), losses(analysis))
     best = (path.n, path.d, path.loss)
-    words = (label(analysis, "N"), label(analysis, "D"), loss_label(analysis))
-    size = size_of(analysis.fit)
+    words = (LABELS["N"], LABELS["D"], loss_label(analysis))
+    dots: dict[str, Any] = {"color": GREY, "markersize": size_of(analysis.fit) - 0.5, "alpha": 0.6}
     for axes, points, line, word in zip(panels, runs, best, words, strict=True):
-        axes.plot(analysis.compute, points, "o", color=GREY, markersize=size - 0.5, alpha=0.6)
+        axes.plot(
+            analysis.compute,
+            points,
+            "o",
+            color=GREY,
+            markersize=size - 0.5,
+            alpha=0.6,
+            label="runs",
+        )
         inside = path.flops <= analysis.compute.max()
         axes.plot(path.flops[inside], line[inside], color=RED, label="best split")
         axes.plot(path.flops[~inside], line[~inside], color=RED, linestyle=(0, (4, 2)))
         log_axes(axes, LABELS["C"], word)
+    legend(panels[0], above=True, columns=2)
     _floors(analysis, panels[2])
+    if analysis.floor is not None:
+        panels[2].legend(["exact floor"], handles=panels[2].lines[-1:], loc="upper right")
     return figure
 
 
