@@ -88,10 +88,10 @@ def _markdown(block: Block) -> str:
         case Items(lines):
             return "\n".join(f"- {line}" for line in lines)
         case Table(header, rows):
-            lines = [header, ["---"] * len(header), *rows]
-            return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+            ruled = [header, ["---"] * len(header), *rows]
+            return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in ruled)
         case Picture(name, caption):
-            return f"![{caption}]({name}.png)\n\n{caption}"
+            return f"![{name}]({name}.png)\n\n{caption}"
 
 
 def _cell(text: str) -> str:
@@ -146,21 +146,22 @@ def show(blocks: Iterable[Block], console: Console) -> None:
     for block in blocks:
         match block:
             case Heading(text, level):
-                style = "bold" if level > 1 else "bold underline"
-                console.print(Text(text, style=style))
+                console.print(Text(text, style="bold" if level > 1 else "bold underline"))
             case Paragraph(text):
-                console.print(Text(text.replace("`", "")))
-                console.print()
+                console.print(Text(_bare(text)))
             case Equation(text):
-                console.print(Padding(Text(text, style="cyan"), (0, 0, 1, 2)))
+                console.print(Padding(Text(text, style="cyan"), (0, 0, 0, 2), expand=False))
             case Items(lines):
                 for line in lines:
-                    console.print(Padding(Text(line.replace("`", "")), (0, 0, 0, 2)))
-                console.print()
+                    console.print(Padding(Text(_bare(line)), (0, 0, 0, 2), expand=False))
             case Table():
                 console.print(_rich(block))
-            case Picture():
-                pass
+        if not isinstance(block, Heading | Picture):
+            console.print()
+
+
+def _bare(text: str) -> str:
+    return text.replace("`", "")
 
 
 def _rich(block: Table) -> RichTable:
@@ -168,6 +169,5 @@ def _rich(block: Table) -> RichTable:
     for name in block.header:
         table.add_column(Text(name), header_style="dim")
     for row in block.rows:
-        cells = (cell.replace("`", "") for cell in row)
-        table.add_row(*(Text(cell, style="red" if cell == FAIL else "") for cell in cells))
+        table.add_row(*(Text(_bare(cell), style="red" if cell == FAIL else "") for cell in row))
     return table

@@ -27,7 +27,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
 )
 GREY = "#777777"
 COLUMN, PAGE = 3.4, 7.0  # inches
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 8,
     "axes.labelsize": 8,
     "legend.fontsize": 7,
@@ -125,7 +125,7 @@ def viridis(norm: Normalize) -> Any:
 def colour_bar(figure: Figure, axes: Axes, norm: Normalize, word: str) -> None:
     bar = figure.colorbar(ScalarMappable(norm, "viridis"), ax=axes, pad=0.02, aspect=30)
     bar.set_label(word)
-    bar.outline.set_linewidth(0.4)  # type: ignore[operator]
+    bar.outline.set_linewidth(0.4)
     log_ticks(bar.ax.yaxis)
 
 

@@ -279,15 +279,7 @@ def frontier(analysis: Analysis) -> Figure | None:
     words = (LABELS["N"], LABELS["D"], loss_label(analysis))
     dots: dict[str, Any] = {"color": GREY, "markersize": size_of(analysis.fit) - 0.5, "alpha": 0.6}
     for axes, points, line, word in zip(panels, runs, best, words, strict=True):
-        axes.plot(
-            analysis.compute,
-            points,
-            "o",
-            color=GREY,
-            markersize=size - 0.5,
-            alpha=0.6,
-            label="runs",
-        )
+        axes.plot(analysis.compute, points, "o", **dots, label="runs")
         inside = path.flops <= analysis.compute.max()
         axes.plot(path.flops[inside], line[inside], color=RED, label="best split")
         axes.plot(path.flops[~inside], line[~inside], color=RED, linestyle=(0, (4, 2)))
@@ -295,7 +287,7 @@ def frontier(analysis: Analysis) -> Figure | None:
     legend(panels[0], above=True, columns=2)
     _floors(analysis, panels[2])
     if analysis.floor is not None:
-        panels[2].legend(["exact floor"], handles=panels[2].lines[-1:], loc="upper right")
+        panels[2].legend(handles=panels[2].lines[-1:], loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.intervals import Interval
@@ -20,6 +19,11 @@ def number(value: float | None, digits: int = 3) -> str:
     if value == 0 or math.isinf(value):
         return f"{value:g}"
     return _to_place(value, math.floor(math.log10(abs(value))) - digits + 1)
+
+
+def whole(value: float) -> str:
+    """As it is, if it can be counted; else to four digits."""
+    return f"{value:,.0f}" if value == round(value) and value < 1e7 else number(value, 4)
 
 
 def _to_place(value: float, place: int) -> str:
@@ -53,6 +57,8 @@ def estimate(value: float, interval: Interval | None) -> str:
     """A value to the digits its interval supports."""
     if interval is None or math.isnan(value):
         return number(value)
+    if not (_is_set(interval.low) or _is_set(interval.high)):
+        return number(value, 2)
     return _to_place(value, _place(interval))
 
 
@@ -90,11 +96,11 @@ def _base(variable: str) -> str:
     return f"(ln {variable[4:]})" if variable.startswith("log ") else variable
 
 
-def equation(fit: Fit, intervals: Mapping[str, Interval]) -> str:
-    """The formula with its numbers."""
+def equation(fit: Fit) -> str:
+    """The formula with its numbers, to four digits: they are to be used together."""
     text = formula(fit.optimum.law)
     for name in fit.optimum.law.parameters:
-        value = estimate(fit.parameters[name], intervals.get(name))
+        value = number(fit.parameters[name], 4)
         shown = f"({value})" if value.startswith("-") else value
         text = re.sub(rf"(?<!\w){name}(?!\w)", shown, text)
     return re.sub(r"([\d)]) (?=[\d(]\S*\))", r"\1·", text)
