@@ -228,7 +228,9 @@ def _choice(
 
 
 def _question(words: dict[str, str]) -> str:
-    return f"How does the loss fall with {' and '.join(words.values())}?"
+    *others, last = words.values()
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"How does the loss fall with {listed}?"
 
 
 def _compute(runs: pd.DataFrame, columns: Columns) -> Array:

@@ -73,6 +73,8 @@ def draw(analysis: Analysis, folder: Path) -> list[str]:
 
 def _save(figure: Figure, stem: Path) -> None:
     nothing: Mapping[str, Any] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # it was laid out once; each format would do it again
     for kind, metadata in nothing.items():
         with rundir.replacing(stem.with_suffix(f".{kind}")) as path:
             figure.savefig(path, format=kind, metadata=metadata)
@@ -144,7 +146,7 @@ def _family(analysis: Analysis, figure: Figure, axes: Axes, name: str, other: st
         edgecolors="white",
         linewidths=0.3,
     )
-    colour_bar(figure, axes, norm, label(analysis, other))
+    colour_bar(figure, axes, norm, LABELS.get(other, other))
 
 
 def _place(analysis: Analysis, given: dict[str, Array]) -> dict[str, Array]:
@@ -186,7 +188,7 @@ def residuals(analysis: Analysis) -> Figure:
         if other is not None:
             colours = values(analysis, other)
             style = {"c": colours, "cmap": "viridis", "norm": log_norm(colours)}
-            colour_bar(figure, axes, style["norm"], label(analysis, other))
+            colour_bar(figure, axes, style["norm"], LABELS.get(other, other))
         axes.scatter(values(analysis, name), left, s=size_of(fit) ** 2, zorder=3, **style)
         axes.set_xscale("log")
         axes.set_xlabel(label(analysis, name))
@@ -204,7 +206,8 @@ def contours(analysis: Analysis) -> Figure | None:
     sizes = np.geomspace(n.min() / 2, n.max() * 2, 80)
     tokens = np.geomspace(d.min() / 2, d.max() * 2, 80)
     mesh_n, mesh_d = np.meshgrid(sizes, tokens)
-    flat = _place(analysis, {"N": mesh_n.ravel(), "D": mesh_d.ravel()})
+    flat = {"N": mesh_n.ravel(), "D": mesh_d.ravel()}
+    flat |= {"U": flat["D"]} if "U" in analysis.variables else {}  # as the best split has it
     found = fit.predict(**flat).reshape(mesh_n.shape)
     measured = losses(analysis)
     norm = LogNorm(min(found.min(), measured.min()), max(found.max(), measured.max()))

@@ -71,7 +71,10 @@ ADVICE = {
 CAPTIONS = {
     "scaling": "The runs and the law, with its 95 % band; dashed: beyond the runs.",
     "residuals": "What the law leaves: structure here is what it does not see.",
-    "contours": "Lines of equal loss by the law, and the runs, coloured by what was measured.",
+    "contours": (
+        "Lines of equal loss by the law where no token is seen twice, and the runs, coloured by "
+        "what was measured."
+    ),
     "extrapolation": "The law fitted to the smaller runs predicts the larger ones, held out.",
     "frontier": "The best split of each budget by the law; dashed: beyond the runs.",
     "curves": "The loss of every run as it trains; dashed: the least that any has by a compute.",
@@ -94,7 +97,8 @@ def answer(analysis: Analysis) -> Iterator[Block]:
         for name, one in analysis.intervals.items()
         if name in fit.law.exponents
     ]
-    text = f"{_count(len(analysis.runs), 'run')} are best described by {fit.law.name}"
+    word = "are best described by" if len(analysis.candidates) > 1 else "were fitted by"
+    text = f"{_count(len(analysis.runs), 'run')} {word} {fit.law.name}"
     text += f": {', '.join(exponents)}." if exponents else "."
     if analysis.is_evidence:
         text += " Every check that applies is passed."
@@ -152,8 +156,9 @@ def law(analysis: Analysis) -> Iterator[Block]:
     source = fit.law.source
     yield Paragraph(f"L: {loss_label(analysis)}; {where}. {source[0].upper()}{source[1:]}.")
     if fit.optimum.at_bound:
-        gone = ", ".join(fit.optimum.at_bound)
-        yield Paragraph(f"{gone}: went to the end of its range; the term is not in these data.")
+        ends = ", ".join(fit.optimum.at_bound)
+        gone = "went to zero: these data do not show that term"
+        yield Paragraph(f"{ends}: {gone if fit.law.powers else 'at the end of its range'}.")
     yield _parameters(analysis)
     left = f"The law leaves {wording.percent(fit.scale)} of the loss (standard deviation)"
     if analysis.noise:
