@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from tinygpt.scaling import analysis, document, evidence, report, sections, wording
+from tinygpt.scaling import analysis, document, drawing, evidence, facts, report, sections, wording
 from tinygpt.scaling.analysis import Analysis, Columns, analyse
 from tinygpt.scaling.intervals import Interval
 
@@ -120,10 +120,10 @@ def test_the_data_hash_is_that_of_the_values(joint: Analysis) -> None:
     moved = table().assign(name="elsewhere")
     changed = table().assign(loss=lambda t: t["loss"] * 1.001)
     hashes = [
-        sections.data_hash(analysis_of(runs, law="power_constant", variable="N"))
+        facts.data_hash(analysis_of(runs, law="power_constant", variable="N"))
         for runs in (table(), moved, changed)
     ]
-    assert hashes[0] == hashes[1] == sections.data_hash(joint)
+    assert hashes[0] == hashes[1] == facts.data_hash(joint)
     assert hashes[2] != hashes[0]
 
 
@@ -179,11 +179,18 @@ def test_few_runs_make_a_report_too(runs: int, tmp_path: Path) -> None:
 
 
 def test_unique_tokens_make_a_third_panel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(analysis, "intervals", lambda fit: {})  # they take seconds here
+    monkeypatch.setattr(analysis, "intervals", lambda _: {})  # these two take seconds
+    monkeypatch.setattr(analysis, "frontier", lambda *_: None)
     runs = table().assign(U=lambda t: np.where(t["seed"] == 0, t["D"], t["D"] / 2))
     columns = Columns("N", None, "D", "U", None, "C", "loss", "seed", "name")
     report.write(analysis_of(runs, columns, law="data_constrained"), tmp_path)
     assert "unique tokens" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_any_number_of_panels(count: int) -> None:
+    figure, panels = drawing.side_by_side(count)
+    assert len(panels) == len(figure.axes) == count
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 300])

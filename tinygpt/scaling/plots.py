@@ -73,8 +73,10 @@ def draw(analysis: Analysis, folder: Path) -> list[str]:
 
 def _save(figure: Figure, stem: Path) -> None:
     nothing: Mapping[str, Any] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # it was laid out once; each format would do it again
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")  # laid out once; each format would do it again
     for kind, metadata in nothing.items():
         with rundir.replacing(stem.with_suffix(f".{kind}")) as path:
             figure.savefig(path, format=kind, metadata=metadata)
@@ -177,7 +179,8 @@ def residuals(analysis: Analysis) -> Figure:
     """What the law leaves, against each variable."""
     fit, names = analysis.fit, list(analysis.variables)
     left = 100 * (np.exp(fit.residuals) - 1)
-    noise = analysis.noise.scale if analysis.noise else fit.scale
+    spread = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
+    noise = analysis.noise.scale if analysis.noise else spread
     word = "± 1 sd between seeds" if analysis.noise else "± 1 sd of the residuals"
     figure, panels = side_by_side(len(names))
     for name, axes in zip(names, panels, strict=True):

@@ -160,7 +160,8 @@ def law(analysis: Analysis) -> Iterator[Block]:
         gone = "went to zero: these data do not show that term"
         yield Paragraph(f"{ends}: {gone if fit.law.powers else 'at the end of its range'}.")
     yield _parameters(analysis)
-    left = f"The law leaves {wording.percent(fit.scale)} of the loss (standard deviation)"
+    spread = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
+    left = f"The law leaves {wording.percent(spread)} of the loss (standard deviation)"
     if analysis.noise:
         left += f"; runs that differ in their seed alone {wording.percent(analysis.noise.scale)}"
     if fit.degrees > 0:
@@ -257,7 +258,7 @@ def checklist(analysis: Analysis, brief: bool = False) -> Iterator[Block]:
     none = sum(check.passed is None for check in analysis.checks)
     failed = sum(check.passed is not None and not check.passed for check in analysis.checks)
     passed = len(analysis.checks) - none - failed
-    yield Paragraph(f"{passed} pass, {failed} fail, {none} do not apply or cannot be told.")
+    yield Paragraph(f"{passed} pass, {failed} fail, {none} not applicable.")
 
 
 def influence(analysis: Analysis) -> Iterator[Block]:
@@ -321,7 +322,7 @@ def optimum(analysis: Analysis) -> Iterator[Block]:
 
 def next_run(analysis: Analysis) -> Iterator[Block]:
     one = analysis.next_run
-    if one is None:
+    if one is None or not np.isfinite(one.width_now):
         return
     yield Heading("What to run next")
     place = ", ".join(

@@ -63,7 +63,7 @@ def select(
             continue
         held = hold_out(one, compute, settings)
         found.append(Candidate(law, one.law.formula, one, "", aicc(one), held))
-    return sorted(found, key=lambda candidate: candidate.aicc)
+    return sorted(found, key=lambda one: (one.aicc, one.fit is None))
 
 
 def aicc(fit: Fit) -> float:
