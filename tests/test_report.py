@@ -216,6 +216,7 @@ def test_every_advice_is_for_a_check_there_is() -> None:
         (1.77549, 1.77541, 1.77561, "1.77549, 1.77541 to 1.77561"),
         (3.2e10, 3.1e10, 3.35e10, "3.20e10, 3.10e10 to 3.35e10"),
         (0.98, -np.inf, 1.5, "0.98, below 1.50, no lower end"),
+        (0.32, -3e-5, np.inf, "0.32, above 0, no upper end"),
         (16.0, 0.0, np.inf, "16, not set by the data"),
         (0.1, -0.2, 0.4, "0.10, -0.20 to 0.40"),
     ],

@@ -125,9 +125,11 @@ def _html(block: Block, folder: Path) -> str:
             body = "".join(f"<tr>{''.join(map(_data, row))}</tr>\n" for row in rows)
             return f"<table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
         case Picture(name, caption):
-            data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+            data = (folder / f"{name}.png").read_bytes()
+            width = int.from_bytes(data[16:20], "big") // 2  # pixels: twice as fine as the page
             return (
-                f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
+                f'<figure><img width="{width}" alt="{html.escape(caption)}" '
+                f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
                 f"<figcaption>{_inline(caption)}</figcaption></figure>"
             )
 

@@ -142,6 +142,14 @@ def side_by_side(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(grid[:count])
 
 
+def limit(axes: Axes, shown: Array) -> None:
+    """Lets a wide band run off: the axis is at most three times as long as these values."""
+    low, high = float(shown.min()), float(shown.max())
+    room = max(high / low, 1.02)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, low / room), min(top, high * room))
+
+
 def log_axes(axes: Axes, x: str, y: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     for axis in (axes.xaxis, axes.yaxis):

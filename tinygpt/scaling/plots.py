@@ -33,6 +33,7 @@ from tinygpt.scaling.drawing import (
     is_joint,
     label,
     legend,
+    limit,
     log_axes,
     log_norm,
     log_ticks,
@@ -96,6 +97,7 @@ def scaling(analysis: Analysis) -> Figure:
         else:
             _family(analysis, figure, axes, name, other)
         _floors(analysis, axes)
+        limit(axes, _levels_of_loss(analysis))
         log_axes(axes, label(analysis, name), loss_label(analysis))
         if axes.get_legend_handles_labels()[0]:
             legend(axes, above=other is not None)
@@ -175,6 +177,13 @@ def _floors(analysis: Analysis, axes: Axes) -> None:
         axes.axhline(constant, color=GREY, linestyle=":", linewidth=1, label="E", zorder=1)
 
 
+def _levels_of_loss(analysis: Analysis) -> Array:
+    """What has to be in sight: measured and predicted losses, the floor."""
+    known = [] if analysis.floor is None else [analysis.floor]
+    predicted = [one.loss.estimate for one in analysis.predictions]
+    return np.array([*losses(analysis), *known, *predicted])
+
+
 def residuals(analysis: Analysis) -> Figure:
     """What the law leaves, against each variable."""
     fit, names = analysis.fit, list(analysis.variables)
@@ -246,6 +255,7 @@ def extrapolation(analysis: Analysis) -> Figure | None:
         grid = np.geomspace(x.min() / 1.2, x.max() * 1.2, 200)
         band(held.below, axes, {name: grid}, SKY, new_run=True, label=OF_A_RUN)
         axes.plot(grid, held.below.predict(**{name: grid}), color=BLUE, label=OF_THE_FITTED)
+        limit(axes, y)
     else:
         x, y = analysis.compute, _off(analysis, held, axes)
     above, size = held.above.astype(bool), size_of(analysis.fit)

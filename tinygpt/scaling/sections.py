@@ -68,8 +68,18 @@ ADVICE = {
         "Add larger runs, or read only predictions that are nearer."
     ),
 }
+ESTIMATORS = {
+    "least_squares": "least squares",
+    "huber": "Huber's loss",
+    "absolute": "least absolute deviations",
+    "likelihood": "the likelihood of Huber's density, its scale a parameter",
+}
 CAPTIONS = {
     "scaling": "The runs and the law, with its 95 % band; dashed: beyond the runs.",
+    "scaling together": (
+        "The runs and the law, with its 95 % band, at some values of the other variable: its "
+        "colour. What a panel does not show is at its geometric mean."
+    ),
     "residuals": "What the law leaves: structure here is what it does not see.",
     "contours": (
         "Lines of equal loss by the law where no token is seen twice, and the runs, coloured by "
@@ -81,8 +91,11 @@ CAPTIONS = {
 }
 
 
-def pictures(figures: Sequence[str], *names: str) -> Iterator[Block]:
-    yield from (Picture(name, CAPTIONS[name]) for name in names if name in figures)
+def pictures(analysis: Analysis, figures: Sequence[str], *names: str) -> Iterator[Block]:
+    together = " together" if len(analysis.variables) > 1 else ""
+    for name in names:
+        if name in figures:
+            yield Picture(name, CAPTIONS.get(name + together, CAPTIONS[name]))
 
 
 def title(analysis: Analysis) -> Iterator[Block]:
@@ -339,8 +352,7 @@ def next_run(analysis: Analysis) -> Iterator[Block]:
 def method(analysis: Analysis) -> Iterator[Block]:
     fit, found = analysis.fit, analysis.fit.optimum
     yield Heading("How it was computed")
-    estimator = fit.estimator.replace("_", " ")
-    text = f"Estimator: {estimator} of log L ({fit.reason})."
+    text = f"Estimator, of log L: {ESTIMATORS[fit.estimator]} ({fit.reason})."
     if np.isfinite(found.threshold):
         text += f" Threshold {wording.number(found.threshold)} in log L."
     methods = sorted({one.method for one in analysis.intervals.values()})

@@ -28,6 +28,8 @@ def whole(value: float) -> str:
 
 def _to_place(value: float, place: int) -> str:
     """Rounded to 10^place."""
+    if abs(value) < 0.5 * 10.0**place:
+        return "0"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{round(value, -place):.{max(0, -place)}f}"
     mantissa, _, exponent = (
