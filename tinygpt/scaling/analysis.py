@@ -283,7 +283,7 @@ def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Pr
         return [_predicted(best, _split(best, each), each) for each in flops]
     (name,) = best.columns
     values = [FURTHER * float(best.table[best.columns[name]].max()), *budgets]
-    return [_predicted(best, {name: value}, value if budgets else None) for value in values]
+    return [_predicted(best, {name: value}, None) for value in values]
 
 
 def _split(best: Fit, flops: float) -> dict[str, float]:
