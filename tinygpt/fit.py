@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
-from typing import Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
 
 from tinygpt import cli
 from tinygpt.config import ConfigError, key
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tinygpt.scaling.analysis import Columns
 
 USAGE = """\
 python -m tinygpt.fit runs=outputs/width [key=value ...]
@@ -25,7 +32,8 @@ estimator=auto          least_squares huber absolute likelihood
 threshold=NUMBER        of huber, in units of the noise; threshold_unit=absolute: in log L
 budgets=1e15,1e16       FLOPs to split between parameters and tokens
 seed=0                  of the bootstrap and of random starts
-output_dir=FOLDER       default: fit/ in the folder of the runs
+output_dir=FOLDER       where to put a folder fit-<name>; default: fit/ in the first folder of runs,
+                        outputs/fit-<name> for a table
 """
 
 
@@ -65,9 +73,78 @@ def main() -> None:
     if bool(arguments.runs) == bool(arguments.table):
         raise ConfigError("runs: give runs=FOLDER, or table=FILE")
     from tinygpt.scaling import report
+    from tinygpt.scaling.analysis import analyse
+    from tinygpt.scaling.runs import comparable
 
     table, columns, folder = _read(arguments)
-    report.write(table, columns, folder, arguments)
+    used, left_out = comparable(table, columns.loss)
+    analysis = analyse(
+        used,
+        left_out,
+        columns,
+        law=arguments.law,
+        variable=arguments.variable,
+        estimator=arguments.estimator,
+        threshold=arguments.threshold,
+        threshold_unit=arguments.threshold_unit,
+        budgets=arguments.budgets,
+        seed=arguments.seed,
+    )
+    report.write(analysis, folder)
+    report.show(analysis, folder)
+
+
+def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
+    """The runs, where they say what, and the folder for the report."""
+    from tinygpt.scaling.runs import load_runs, read_table
+
+    if arguments.table:
+        table, source = read_table(arguments.table), Path(arguments.table)
+        folder = Path(arguments.output_dir or "outputs") / f"fit-{source.stem}"
+        return table, _columns(table, arguments), folder
+    for name in arguments.runs:
+        if not Path(name).is_dir():
+            raise ConfigError(f"runs={name}: no such folder")
+    table, first = load_runs(*arguments.runs), Path(arguments.runs[0])
+    if table.empty:
+        raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there")
+    folder = first / "fit"
+    if arguments.output_dir:
+        folder = Path(arguments.output_dir) / f"fit-{first.resolve().name}"
+    return table, _columns(table, arguments), folder
+
+
+def _columns(table: pd.DataFrame, arguments: Arguments) -> Columns:
+    """The columns that were named, and of the others those of ``results.json`` that are there.
+
+    Raises ConfigError for a name that the table has not.
+    """
+    from tinygpt.scaling.analysis import Columns
+
+    given = {k: v for k, v in dataclasses.asdict(arguments.columns).items() if v is not None}
+    for name, column in given.items():
+        if column not in table:
+            raise ConfigError(f"columns.{name}={column}: {_there_are(table)}")
+    loss = given.get("loss", arguments.loss)
+    if loss not in table:
+        raise ConfigError(f"loss={loss}: {_there_are(table)}")
+    default = dataclasses.asdict(Columns(loss=loss))
+    optional = {k: v if v in table else None for k, v in default.items() if k not in ("n", "d")}
+    found = Columns(**{**default, **optional, **given})
+    if "n" in given:
+        found = dataclasses.replace(found, n_total=None)
+    if not {found.n, found.d, found.t, found.c} & set(table):
+        raise ConfigError(
+            f"columns.n: name the column of the parameters (columns.d: of the tokens); "
+            f"{_there_are(table)}"
+        )
+    return found
+
+
+def _there_are(table: pd.DataFrame) -> str:
+    names = [str(name) for name in table]
+    more = ", ..." if len(names) > 12 else ""
+    return f"no such column; there are {', '.join(names[:12])}{more}"
 
 
 if __name__ == "__main__":

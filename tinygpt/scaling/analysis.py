@@ -72,6 +72,7 @@ class Analysis:
     fit: Fit
     intervals: dict[str, Interval]
     in_total: Fit | None  # the same law where N counts the embeddings too
+    total_intervals: dict[str, Interval]  # of that law
     noise: Noise | None
     structure: float | None  # p-value of there being none in the residuals
     checks: list[Check]
@@ -80,6 +81,7 @@ class Analysis:
     predictions: list[Prediction]
     frontier: Frontier | None
     next_run: NextRun | None
+    seed: int  # of random starts
 
     @property
     def is_evidence(self) -> bool:
@@ -106,18 +108,22 @@ def analyse(
     threshold: float | None = None,
     threshold_unit: str = "noise",
     variable: str = "auto",
+    budgets: Sequence[float] = (),
     seed: int = 0,
     curves: pd.DataFrame | None = None,
 ) -> Analysis:
     """Fits every law that the runs can tell of, and judges the best, or the one asked for.
 
     ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
-    varies; ``curves`` are those of the runs, for the frontier.  Raises ConfigError where nothing
-    can be fitted.
+    varies.  ``budgets`` are FLOPs to predict the loss at, split between N and D in the best way;
+    ``curves`` are those of the runs, for the frontier.  Raises ConfigError where nothing can be
+    fitted.
     """
     where = _columns_of(columns)
     varied = _varied(runs, where) if variable == "auto" else [_known(variable, where)]
     laws, variables, words = _choice(law, varied, where)
+    if columns.n != Columns.n:  # of a table from elsewhere nobody says which count it is
+        words = {name: word.replace(WORDS["N"], "parameters") for name, word in words.items()}
     compute = _compute(runs, columns)
     settings: dict[str, str | float | int | None] = {
         "loss": columns.loss,
@@ -136,7 +142,8 @@ def analyse(
     noise, shape = seed_noise(best), structure(best)
     floor = _floor(runs, columns)
     joint = {"N", "D"} <= set(best.columns)
-    predictions = _predictions(best, compute)
+    predictions = _predictions(best, compute, _budgets(best, columns, budgets))
+    total = _in_total(runs, best, columns, settings)
     checks = [
         *check_design(runs),
         *check_finished(runs, pd.concat([runs, left_out])),
@@ -163,7 +170,8 @@ def analyse(
         candidates,
         best,
         found,
-        _in_total(runs, best, columns, settings),
+        total,
+        intervals(total) if total and total.degrees > 0 else {},
         noise,
         shape,
         checks,
@@ -172,6 +180,7 @@ def analyse(
         predictions,
         frontier(best, compute, curves=curves) if joint else None,
         _next(best, compute, predictions),
+        seed,
     )
 
 
@@ -223,16 +232,19 @@ def _choice(
 
 
 def _question(words: dict[str, str]) -> str:
-    return f"How does the loss fall with {' and '.join(words.values())}?"
+    *others, last = words.values()
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"How does the loss fall with {listed}?"
 
 
 def _compute(runs: pd.DataFrame, columns: Columns) -> Array:
     """FLOPs of each run: as recorded, else 6·N·D."""
+    found: Array = np.ones(len(runs))
     if columns.c and columns.c in runs:
-        return runs[columns.c].to_numpy(dtype=float)
-    if columns.n in runs and columns.d in runs:
-        return 6.0 * runs[columns.n].to_numpy(dtype=float) * runs[columns.d].to_numpy(dtype=float)
-    return np.ones(len(runs))
+        found = runs[columns.c].to_numpy(dtype=float)
+    elif columns.n in runs and columns.d in runs:
+        found = (6.0 * runs[columns.n] * runs[columns.d]).to_numpy(dtype=float)
+    return found
 
 
 def _floor(runs: pd.DataFrame, columns: Columns) -> float | None:
@@ -255,23 +267,41 @@ def _in_total(
     return fit(runs, best.law, **{**settings, name: columns.n_total})  # type: ignore[arg-type]
 
 
-def _predictions(best: Fit, compute: Array) -> list[Prediction]:
-    """At ten times the largest compute, or the largest x; best split between N and D."""
+def _budgets(best: Fit, columns: Columns, budgets: Sequence[float]) -> Sequence[float]:
+    """Raises ConfigError where the law says nothing of FLOPs."""
+    if any(not 0 < flops < float("inf") for flops in budgets):
+        raise ConfigError(f"budgets={','.join(f'{b:g}' for b in budgets)}: must be above zero")
+    by_compute = columns.c is not None and best.columns.get("x") == columns.c
+    if budgets and not by_compute and not {"N", "D"} <= set(best.columns):
+        raise ConfigError(
+            f"budgets={','.join(f'{b:g}' for b in budgets)}: needs a law in N and D, or variable=C"
+        )
+    return budgets
+
+
+def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Prediction]:
+    """At ten times the largest compute, or the largest x; then for each of the budgets."""
     if best.degrees < 1:
         return []
     if {"N", "D"} <= set(best.columns):
-        flops: float | None = FURTHER * float(compute.max())
-        assert flops is not None
+        per_token = recorded(best, compute)
+        budgets = [FURTHER * float(compute.max()), *budgets]
         try:
-            n, d = best_split(best, flops, recorded(best, compute))
+            places = [best_split(best, flops, per_token) for flops in budgets]
         except ConfigError:  # the frontier says why
             return []
-        place = {"N": n, "D": d, **({"U": d} if "U" in best.columns else {})}
-    else:
-        (name,) = best.columns
-        flops, place = None, {name: FURTHER * float(best.table[best.columns[name]].max())}
+        return [
+            _predicted(best, {"N": n, "D": d, **({"U": d} if "U" in best.columns else {})}, flops)
+            for flops, (n, d) in zip(budgets, places, strict=True)
+        ]
+    (name,) = best.columns
+    values = [FURTHER * float(best.table[best.columns[name]].max()), *budgets]
+    return [_predicted(best, {name: value}, None) for value in values]
+
+
+def _predicted(best: Fit, place: dict[str, float], flops: float | None) -> Prediction:
     target = of_loss(best, **place)
-    return [Prediction(place, flops, delta(best, target), delta(best, target, new_run=True))]
+    return Prediction(place, flops, delta(best, target), delta(best, target, new_run=True))
 
 
 def _span(best: Fit, compute: Array) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import stats
 
 from tinygpt.config import ConfigError
@@ -30,6 +31,8 @@ class HeldOut:
     runs: int
     cut: float  # the largest compute that was fitted
     distance: float  # largest compute / cut
+    below: Fit  # the law fitted below the cut
+    above: NDArray[np.bool_]  # (n,) bool: which of all runs were held out
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def select(
             continue
         held = hold_out(one, compute, settings)
         found.append(Candidate(law, one.law.formula, one, "", aicc(one), held))
-    return sorted(found, key=lambda candidate: candidate.aicc)
+    return sorted(found, key=lambda one: (one.aicc, one.fit is None))
 
 
 def aicc(fit: Fit) -> float:
@@ -74,7 +77,9 @@ def aicc(fit: Fit) -> float:
     return n * float(np.log(2 * max(fit.optimum.objective, 1e-300) / n)) + 2 * k * n / (n - k - 1)
 
 
-def split_by_compute(settings: Array, compute: Array, least: int) -> Array | None:
+def split_by_compute(
+    settings: NDArray[np.intp], compute: Array, least: int
+) -> NDArray[np.bool_] | None:
     """Which runs to hold out: those of the largest compute, whole settings at a time.
 
     At least a fifth of the settings, and never a part of a budget; None where fewer than
@@ -120,6 +125,8 @@ def hold_out(
         len(measured),
         cut,
         float(compute.max()) / cut,
+        below,
+        above,
     )
 
 
