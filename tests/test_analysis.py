@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_one_variable() -> None:
     runs = pd.DataFrame({"N": sizes, "D": 1e6, "loss": (1.5 + 30 / sizes**0.3) * np.exp(noise)})
     found = analysed(runs)
     assert found.variables == {"x": "N"}
-    assert found.question == "How does the loss fall with parameters without embeddings?"
+    assert found.question == "How does the loss fall with parameters?"
     assert found.fit.law.name == "power_constant"
     assert found.frontier is None
     assert found.predictions[0].place == {"x": pytest.approx(1e8)}
@@ -165,6 +166,18 @@ def test_runs_without_a_final_loss_are_left_out_and_named() -> None:
     used, left = comparable(runs, "final_val_loss")
     assert len(used) == 4
     assert left["reason"].tolist() == ["diverged", "unfinished"]
+
+
+def test_a_condition_leaves_out_and_says_so() -> None:
+    used, left = comparable(runs_of(), "final_val_loss", "d_model > 2e4 and seed == 1")
+    assert len(used) == 2
+    assert set(left["reason"]) == {"not d_model > 2e4 and seed == 1"}
+
+
+@pytest.mark.parametrize("where", ["params > 1", "d_model", "d_model >", "1", "d_model.foo()"])
+def test_a_condition_that_is_none(where: str) -> None:
+    with pytest.raises(ConfigError, match=f"^where={re.escape(where)}: "):
+        comparable(runs_of(), "final_val_loss", where)
 
 
 def test_of_several_rates_the_best_of_each_setting_stays() -> None:

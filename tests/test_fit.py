@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.conftest import Command
+from tests.conftest import Command, tiny
 from tinygpt import rundir
 
 FLOOR, AMOUNT, ALPHA = 0.9, 60.0, 0.4
@@ -138,3 +138,30 @@ def test_a_mistake_is_one_line(
     assert done.stderr.count("\n") == 1
     assert (done.returncode, done.stdout) == (2, "")
     assert {path.name for path in tmp_path.iterdir()} == {"t.csv"}
+
+
+# --- at the end of a sweep
+
+
+def test_a_study_ends_with_its_law(tinygpt: Command, corpus: Path, tmp_path: Path) -> None:
+    words = tiny(corpus, "--multirun", "model.d_model=8,16,32", "seed=1,2", "study=s")
+    done = tinygpt("run", *words)
+    assert done.returncode == 0, done.stderr
+    assert "law        L = " in done.stdout
+    assert "report     outputs/s/fit/report.html" in done.stdout
+    folder = tmp_path / "outputs/s/fit"
+    written = (folder / "fit.json").read_bytes()
+    assert len(pd.read_csv(folder / "runs.csv")) == 6
+    again = tinygpt("fit", "runs=outputs/s")
+    assert again.returncode == 0, again.stderr
+    assert (folder / "fit.json").read_bytes() == written
+
+
+def test_a_study_without_a_law_says_why(tinygpt: Command, corpus: Path, tmp_path: Path) -> None:
+    words = tiny(corpus, "--multirun", "seed=1,2", "train.steps=5")
+    done = tinygpt("run", *words, "study=s")
+    assert done.returncode == 0, done.stderr
+    assert "law        none: these runs have one size, one number of tokens" in done.stdout
+    off = tinygpt("run", *words, "study=t", "fit=false")
+    assert "law" not in off.stdout
+    assert not (tmp_path / "outputs/t/fit").exists()

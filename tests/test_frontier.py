@@ -599,10 +599,8 @@ def test_load_curves_of_runs_without_metrics(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text(json.dumps({"config_hash": "0"}))
     outcome = {"status": "finished", "flops_exact": 1.0}
     (tmp_path / "results.json").write_text(json.dumps(outcome))
-    with pytest.raises(ConfigError, match=r"none under .* has a metrics\.csv"):
-        load_curves(tmp_path)
+    assert load_curves(tmp_path).empty
 
 
 def test_load_curves_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none under .* has results"):
-        load_curves(tmp_path)
+    assert load_curves(tmp_path).empty

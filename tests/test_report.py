@@ -67,7 +67,7 @@ def printed(found: Analysis, width: int = 100) -> str:
 
 
 def test_every_file_is_there_and_nothing_else(folder: Path) -> None:
-    figures = ("scaling", "residuals", "contours", "extrapolation", "frontier")
+    figures = ("scaling", "residuals", "contours", "extrapolation", "isoflop", "frontier")
     names = {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
     wanted = names | {"fit.json", "report.md", "report.html", "runs.csv"}
     assert {path.name for path in folder.iterdir()} == wanted
@@ -92,7 +92,7 @@ def test_what_an_earlier_analysis_left_goes(
 def test_the_page_needs_nothing_else(folder: Path) -> None:
     text = (folder / "report.html").read_text()
     sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", text)
-    assert len(sources) == 5
+    assert len(sources) == 6
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "url(" not in text
     assert "<script" not in text
@@ -110,10 +110,14 @@ def test_fit_json_has_no_nan_and_all_facts(folder: Path, joint: Analysis) -> Non
         found["selection"][0] | {"law": joint.fit.law.name, "delta_aicc": 0.0}
         == (found["selection"][0])
     )
-    assert [one["flops"] for one in found["predictions"]][1] == 1e15
+    assert [one["flops"] for one in found["budgets"]] == [1e15]
     assert found["is_evidence"] == joint.is_evidence
     assert re.fullmatch("[0-9a-f]{64}", found["data_hash"])
-    assert set(found["frontier"]) == {"flops", "n", "d", "loss"}
+    assert [way["way"] for way in found["frontier"]["ways"]] == [
+        "parametric law",
+        "IsoFLOP profiles",
+    ]
+    assert found["frontier"]["missing"] == {"training curves": "no training curves were given"}
 
 
 def test_the_data_hash_is_that_of_the_values(joint: Analysis) -> None:
@@ -179,8 +183,8 @@ def test_few_runs_make_a_report_too(runs: int, tmp_path: Path) -> None:
 
 
 def test_unique_tokens_make_a_third_panel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(analysis, "intervals", lambda _: {})  # these two take seconds
-    monkeypatch.setattr(analysis, "frontier", lambda *_: None)
+    monkeypatch.setattr(analysis, "_intervals", lambda *_: {})  # these two take seconds
+    monkeypatch.setattr(analysis, "frontier", lambda *_, **__: None)
     runs = table().assign(U=lambda t: np.where(t["seed"] == 0, t["D"], t["D"] / 2))
     columns = Columns("N", None, "D", "U", None, "C", "loss", "seed", "name")
     report.write(analysis_of(runs, columns, law="data_constrained"), tmp_path)

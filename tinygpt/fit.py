@@ -23,6 +23,7 @@ runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole
 table=FILE              instead: a .csv or .parquet with a row a run; its columns are named by
                         columns.n= d= u= t= c= loss= seed= run=
                         (parameters, tokens, unique tokens, context, FLOPs, loss, seed, name)
+where=CONDITION         only these runs, as 'params > 1e6' or 'outlier == 0'; the others are listed
 law=auto                the best by AICc, or the name of one: power power_constant log_power broken
                         chinchilla chinchilla_tied chinchilla_zero kaplan kaplan_constant coupled
                         data_constrained
@@ -56,6 +57,7 @@ class Arguments:
     runs: list[str] = field(default_factory=list)
     table: Optional[str] = None
     columns: TableColumns = field(default_factory=TableColumns)
+    where: Optional[str] = None
     law: str = "auto"
     variable: str = "auto"
     loss: str = "final_val_loss"
@@ -74,10 +76,10 @@ def main() -> None:
         raise ConfigError("runs: give runs=FOLDER, or table=FILE")
     from tinygpt.scaling import report
     from tinygpt.scaling.analysis import analyse
-    from tinygpt.scaling.runs import comparable
+    from tinygpt.scaling.runs import comparable, load_curves
 
     table, columns, folder = _read(arguments)
-    used, left_out = comparable(table, columns.loss)
+    used, left_out = comparable(table, columns.loss, arguments.where)
     analysis = analyse(
         used,
         left_out,
@@ -89,6 +91,7 @@ def main() -> None:
         threshold_unit=arguments.threshold_unit,
         budgets=arguments.budgets,
         seed=arguments.seed,
+        curves=load_curves(*arguments.runs) if arguments.runs else None,
     )
     report.write(analysis, folder)
     report.show(analysis, folder)

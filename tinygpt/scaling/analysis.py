@@ -11,8 +11,8 @@ import pandas as pd
 from tinygpt.config import ConfigError
 from tinygpt.scaling.evidence import Check, check_design, check_finished, check_fit
 from tinygpt.scaling.fitting import Fit, fit
-from tinygpt.scaling.frontier import Frontier, frontier
-from tinygpt.scaling.intervals import Interval, delta, intervals, of_loss
+from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
+from tinygpt.scaling.intervals import Interval, bootstrap, delta, intervals, of_loss
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.selection import (
     JOINT,
@@ -23,6 +23,7 @@ from tinygpt.scaling.selection import (
     Noise,
     influence,
     next_run,
+    plainest,
     seed_noise,
     select,
     structure,
@@ -62,6 +63,7 @@ class Analysis:
     """What ``report`` writes and ``plots`` draw."""
 
     question: str  # "How does the loss fall with ...?"
+    chosen: Candidate  # the law of the report
     runs: pd.DataFrame  # the rows that were fitted
     left_out: pd.DataFrame  # the others, with a column ``reason``
     columns: Columns
@@ -79,6 +81,7 @@ class Analysis:
     influence: list[Influence]
     floor: float | None  # the entropy of the corpus where it is known exactly
     predictions: list[Prediction]
+    budgets: list[Budget]  # those that were asked for, at their best split
     frontier: Frontier | None
     next_run: NextRun | None
     seed: int  # of random starts
@@ -134,11 +137,12 @@ def analyse(
         **variables,
     }
     candidates = select(runs, laws, compute, **settings)
-    chosen = candidates[0] if law == "auto" else next(c for c in candidates if c.law == law)
+    chosen = plainest(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
     best = chosen.fit
     if best is None:
         raise ConfigError(chosen.reason)
-    found = intervals(best) if best.degrees > 0 else {}
+    cluster = _cluster(runs, columns)
+    found = _intervals(best, cluster, seed)
     noise, shape = seed_noise(best), structure(best)
     floor = _floor(runs, columns)
     joint = {"N", "D"} <= set(best.columns)
@@ -161,6 +165,7 @@ def analyse(
     ]
     return Analysis(
         _question(words),
+        chosen,
         runs,
         left_out,
         columns,
@@ -171,17 +176,36 @@ def analyse(
         best,
         found,
         total,
-        intervals(total) if total and total.degrees > 0 else {},
+        _intervals(total, cluster, seed) if total else {},
         noise,
         shape,
         checks,
         influence(best, found),
         floor,
         predictions,
-        frontier(best, compute, curves=curves) if joint else None,
+        [predict(best, flops, per_token=recorded(best, compute)) for flops in budgets if joint],
+        frontier(best, compute, curves=curves, per_token=recorded(best, compute))
+        if joint
+        else None,
         _next(best, compute, predictions),
         seed,
     )
+
+
+def _cluster(runs: pd.DataFrame, columns: Columns) -> str | None:
+    """The column of the run's name where several rows, its checkpoints, share one."""
+    name = columns.run
+    return name if name in runs and runs[name].duplicated().any() else None
+
+
+def _intervals(fit: Fit, cluster: str | None, seed: int) -> dict[str, Interval]:
+    """Rows that share a run are no independent points: then whole runs are drawn anew."""
+    if fit.degrees < 1:
+        return {}
+    if cluster is None:
+        return intervals(fit)
+    replicas = bootstrap(fit, cluster=cluster, seed=seed)
+    return {name: replicas.interval(name) for name in fit.optimum.law.parameters}
 
 
 def _columns_of(columns: Columns) -> dict[str, str]:
@@ -280,20 +304,18 @@ def _budgets(best: Fit, columns: Columns, budgets: Sequence[float]) -> Sequence[
 
 
 def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Prediction]:
-    """At ten times the largest compute, or the largest x; then for each of the budgets."""
+    """At ten times the largest compute, or the largest x; of a law of C also for each budget."""
     if best.degrees < 1:
         return []
     if {"N", "D"} <= set(best.columns):
         per_token = recorded(best, compute)
-        budgets = [FURTHER * float(compute.max()), *budgets]
+        flops = FURTHER * float(compute.max())
         try:
-            places = [best_split(best, flops, per_token) for flops in budgets]
+            n, d = best_split(best, flops, per_token)
         except ConfigError:  # the frontier says why
             return []
-        return [
-            _predicted(best, {"N": n, "D": d, **({"U": d} if "U" in best.columns else {})}, flops)
-            for flops, (n, d) in zip(budgets, places, strict=True)
-        ]
+        place = {"N": n, "D": d, **({"U": d} if "U" in best.columns else {})}
+        return [_predicted(best, place, flops)]
     (name,) = best.columns
     values = [FURTHER * float(best.table[best.columns[name]].max()), *budgets]
     return [_predicted(best, {name: value}, None) for value in values]

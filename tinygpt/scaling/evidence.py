@@ -83,12 +83,15 @@ def _equal_tokens(runs: pd.DataFrame) -> Verdict:
     passed = bool(by_size.nunique() == 1)
     many = by_size.iloc[0]
     if passed and len(many) == 1:
-        return passed, f"{next(iter(many)):,} in every run"
+        return passed, f"{int(next(iter(many))):,} in every run"
     if passed:
         return passed, f"the same {len(many)} amounts for every size"
     if _is_isoflop(runs):
         return None, "equal compute instead: sizes along budgets"
-    return passed, f"{runs['train_tokens'].min():,} to {runs['train_tokens'].max():,}, by size"
+    return (
+        passed,
+        f"{int(runs['train_tokens'].min()):,} to {int(runs['train_tokens'].max()):,}, by size",
+    )
 
 
 def _is_isoflop(runs: pd.DataFrame) -> bool:
@@ -247,8 +250,9 @@ def check_fit(
 def _certified(fit: Fit) -> Check:
     found = fit.optimum
     bound = f"; at its bound: {', '.join(found.at_bound)}" if found.at_bound else ""
+    basins = "1 basin" if len(found.basins) == 1 else f"{len(found.basins)} basins"
     detail = (
-        f"{len(found.basins)} basins, gradient {found.gradient_norm:.1g}, "
+        f"{basins}, gradient {found.gradient_norm:.1g}, "
         f"least eigenvalue {found.smallest_eigenvalue:.2g}{bound}"
     )
     passed = found.converged and found.smallest_eigenvalue > 0 and not found.at_bound
@@ -265,11 +269,12 @@ def _unrivalled(fit: Fit, rivals: Sequence[Candidate]) -> Check:
         others = sorted(c.aicc for c in rivals if c.law != best.law)
         ahead = others[0] - best.aicc if others else math.inf
         return Check(name, True, f"{best.law} is the best of {len(rivals)}, AICc by {ahead:.1f}")
-    detail = f"{best.law} is better: AICc by {own - best.aicc:.1f}"
+    clear = own - best.aicc > CLEAR
+    detail = f"{best.law} is {'' if clear else 'hardly '}better: AICc by {own - best.aicc:.1f}"
     held = {c.law: c.held_out.error for c in rivals if c.held_out}
     if best.law in held and fit.law.name in held:
         detail += f", held-out error {held[best.law]:.2%} against {held[fit.law.name]:.2%}"
-    return Check(name, own - best.aicc <= CLEAR, detail)
+    return Check(name, not clear, detail)
 
 
 def _shapeless(p: float | None) -> Check:
@@ -300,8 +305,15 @@ def _falls(fit: Fit, intervals: Mapping[str, Interval]) -> Iterator[Check]:
     for name in ("alpha", "beta"):
         if name in intervals:
             one = intervals[name]
-            detail = f"{one.estimate:.3f}, {one.low:.3f} to {one.high:.3f}"
+            detail = _reach(one)
             yield Check(f"{name} is above zero", one.low > 0, detail)
+
+
+def _reach(one: Interval) -> str:
+    """The estimate and its interval; an end that the data do not set is said to be open."""
+    low = "open" if one.low in (0.0, -math.inf) else f"{one.low:.3f}"
+    high = "open" if one.high == math.inf else f"{one.high:.3f}"
+    return f"{one.estimate:.3f}, {low} to {high}"
 
 
 def _constant_identified(fit: Fit, intervals: Mapping[str, Interval]) -> Iterator[Check]:
@@ -312,9 +324,8 @@ def _constant_identified(fit: Fit, intervals: Mapping[str, Interval]) -> Iterato
         yield Check(name, False, "the best E is zero")
     elif "E" in intervals:
         one = intervals["E"]
-        reach = f"{one.estimate:.3f}, {one.low:.3f} to {one.high:.3f}"
         wide = one.high - one.low > 0.5 * one.estimate
-        yield Check(name, one.identified and not wide, reach)
+        yield Check(name, one.identified and not wide, _reach(one))
 
 
 def _predicts(held_out: HeldOut | None) -> Iterator[Check]:

@@ -13,7 +13,7 @@ from tinygpt import rundir
 from tinygpt.scaling.analysis import Analysis, Prediction
 from tinygpt.scaling.evidence import Check
 from tinygpt.scaling.fitting import Fit
-from tinygpt.scaling.frontier import Frontier
+from tinygpt.scaling.frontier import Budget, Frontier
 from tinygpt.scaling.intervals import Interval
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.selection import Candidate, HeldOut
@@ -58,6 +58,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
             for one in analysis.influence
         ],
         "predictions": [_prediction(one) for one in analysis.predictions],
+        "budgets": [_budget(one) for one in analysis.budgets],
         "frontier": _frontier(analysis.frontier),
         "next_run": vars(analysis.next_run) if analysis.next_run else None,
     }
@@ -184,4 +185,24 @@ def _prediction(one: Prediction) -> dict[str, Any]:
 def _frontier(path: Frontier | None) -> dict[str, Any] | None:
     if path is None:
         return None
-    return {name: getattr(path, name) for name in ("flops", "n", "d", "loss")}
+    return {
+        "largest_budget": path.budget,
+        "ways": path.table().to_dict("records"),
+        "missing": path.missing,
+        "disagreements": path.disagreements,
+        "profiles": [
+            {"budget": one.budget, "best": one.best, "reason": one.reason}
+            for one in path.isoflop.profiles
+        ],
+        "law": {name: getattr(path, name) for name in ("flops", "n", "d", "loss")},
+    }
+
+
+def _budget(one: Budget) -> dict[str, Any]:
+    intervals = {name: getattr(one, name) for name in ("n", "d", "loss", "run")}
+    return {
+        "flops": one.flops,
+        **{k: {"estimate": v.estimate, "interval": _interval(v)} for k, v in intervals.items()},
+        "twice_too_large": vars(one.twice_too_large),
+        "twice_too_small": vars(one.twice_too_small),
+    }

@@ -156,7 +156,7 @@ def frontier(
 
 def _around(curves: pd.DataFrame | Envelope | None, n: str, loss: str, level: float) -> Envelope:
     """The envelope of ``curves`` in the loss that the runs were fitted by."""
-    if curves is None:
+    if curves is None or (isinstance(curves, pd.DataFrame) and curves.empty):
         raise ConfigError("no training curves were given")
     if isinstance(curves, Envelope):
         return curves

@@ -60,6 +60,7 @@ def draw(analysis: Analysis, folder: Path) -> list[str]:
             "residuals": residuals(analysis),
             "contours": contours(analysis),
             "extrapolation": extrapolation(analysis),
+            "isoflop": isoflop(analysis),
             "frontier": frontier(analysis),
             "curves": curves.draw(analysis),
         }
@@ -244,7 +245,7 @@ def contours(analysis: Analysis) -> Figure | None:
 
 def extrapolation(analysis: Analysis) -> Figure | None:
     """The law fitted below a cut in compute, and the runs above it that it had not seen."""
-    held = analysis.candidates[0].held_out
+    held = analysis.chosen.held_out
     if held is None:
         return None
     figure = Figure(figsize=(COLUMN * 1.2, COLUMN * 0.95))
@@ -286,9 +287,9 @@ def _off(analysis: Analysis, held: HeldOut, axes: Axes) -> Array:
 
 def frontier(analysis: Analysis) -> Figure | None:
     """The best size, data and loss of each budget."""
-    path = analysis.frontier
-    if path is None:
+    if analysis.frontier is None or analysis.frontier.law is None:
         return None
+    path = analysis.frontier.law
     figure, panels = side_by_side(3)
     runs = (values(analysis, "N"), values(analysis, "D"), losses(analysis))
     best = (path.n, path.d, path.loss)
@@ -297,13 +298,36 @@ def frontier(analysis: Analysis) -> Figure | None:
     for axes, points, line, word in zip(panels, runs, best, words, strict=True):
         axes.plot(analysis.compute, points, "o", **dots, label="runs")
         inside = path.flops <= analysis.compute.max()
-        axes.plot(path.flops[inside], line[inside], color=RED, label="best split")
-        axes.plot(path.flops[~inside], line[~inside], color=RED, linestyle=(0, (4, 2)))
+        axes.fill_between(path.flops, line.low, line.high, color=SKY, alpha=0.4, linewidth=0)
+        axes.plot(path.flops[inside], line.estimate[inside], color=RED, label="best split")
+        axes.plot(path.flops[~inside], line.estimate[~inside], color=RED, linestyle=(0, (4, 2)))
         log_axes(axes, LABELS["C"], word)
     legend(panels[0], above=True, columns=2)
     _floors(analysis, panels[2])
     if analysis.floor is not None:
         panels[2].legend(handles=panels[2].lines[-1:], loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+def isoflop(analysis: Analysis) -> Figure | None:
+    """Loss against size along each budget, with the minima that stand."""
+    found = analysis.frontier.isoflop.profiles if analysis.frontier else ()
+    profiles = [one for one in found if len(np.unique(one.n)) >= 3]
+    if sum(one.best is not None for one in profiles) < 2:
+        return None
+    figure = Figure(figsize=(COLUMN * 1.35, COLUMN * 1.05))
+    axes = figure.subplots()
+    norm = log_norm(np.array([one.budget for one in profiles]))
+    for one in profiles:
+        colour = viridis(norm)(one.budget)
+        grid = np.geomspace(one.n.min(), one.n.max(), 100)
+        axes.plot(one.n, one.loss, "o", color=colour, markersize=size_of(analysis.fit))
+        axes.plot(grid, one.curve(grid), color=colour)
+        if one.best:
+            axes.plot(one.best[1], one.best[3], "*", color=RED, markersize=8, zorder=4)
+    _floors(analysis, axes)
+    log_axes(axes, label(analysis, "N"), loss_label(analysis))
+    colour_bar(figure, axes, norm, LABELS["C"])
     return figure
 
 

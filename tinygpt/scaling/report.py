@@ -53,6 +53,7 @@ def show(analysis: Analysis, folder: Path, console: Console | None = None) -> No
             *sections.selection(analysis),
             *sections.checklist(analysis, brief=True),
             *sections.predictions(analysis),
+            *sections.budgets(analysis),
             *sections.next_run(analysis),
         ],
         console,
@@ -74,7 +75,8 @@ def compose(analysis: Analysis, figures: Sequence[str]) -> Iterator[Block]:
     yield from sections.influence(analysis)
     yield from sections.predictions(analysis)
     yield from sections.optimum(analysis)
-    yield from sections.pictures(analysis, figures, "contours", "frontier", "curves")
+    yield from sections.pictures(analysis, figures, "contours", "isoflop", "frontier")
+    yield from sections.pictures(analysis, figures, "curves")
     yield from sections.next_run(analysis)
     yield from sections.method(analysis)
     yield from sections.files(analysis, figures)

@@ -41,21 +41,22 @@ def load_curves(*folders: str | Path) -> pd.DataFrame:
 
     The columns of ``metrics.csv``, then of the run ``run_name study seed status`` and the two
     counts of parameters, and the FLOPs up to there, ``flops_6nd`` and ``flops_exact``.  A branch
-    has the curve of its trunk up to where it began.
+    has the curve of its trunk up to where it began.  Empty where no run has left one.
     """
     runs = load_runs(*folders)
     if "flops_exact" not in runs:
-        raise ConfigError(f"runs: none under {' '.join(map(str, folders))} has results")
+        return pd.DataFrame()
     runs = runs[runs["flops_exact"].notna()].set_index("folder")
     files = {folder: rundir.RunDir(Path(folder)).metrics for folder in runs.index}
     tables = {folder: pd.read_csv(path) for folder, path in files.items() if path.exists()}
     if not tables:
-        raise ConfigError(f"runs: none under {' '.join(map(str, folders))} has a metrics.csv")
+        return pd.DataFrame()
     stacked = pd.concat(tables, names=["folder", None])
     curves: pd.DataFrame = stacked.reset_index("folder").reset_index(drop=True)
     sizes = ["parameters_non_embedding", "model_parameters"]
-    curves = curves.join(runs[["run_name", "study", "seed", "status", *sizes]], on="folder")
-    for name in ("flops_6nd", "flops_exact"):
+    known = [name for name in ("run_name", "study", "seed", "status", *sizes) if name in runs]
+    curves = curves.join(runs[known], on="folder")
+    for name in runs.columns.intersection(["flops_6nd", "flops_exact"]):
         per_token = (runs[name] / runs["train_tokens"]).rename(name)
         curves[name] = curves["folder"].map(per_token) * curves["tokens"]
     return curves
@@ -77,17 +78,22 @@ def read_table(path: str | Path) -> pd.DataFrame:
     return found
 
 
-def comparable(table: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def comparable(
+    table: pd.DataFrame, loss: str, where: str | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The runs whose final losses can stand in one law, and the others, with a ``reason``.
 
-    Raises ConfigError for a run that is there twice, and for losses that do not compare: nats
+    ``where`` is a condition on the columns, as ``pandas.DataFrame.query`` reads it; what does not
+    meet it is left out.  Raises ConfigError for a condition that cannot be read, for a run that is there twice, and for losses that do not compare: nats
     per token of several tokenizers or corpora (bits per byte do).
     """
-    _refuse_twice(table)
     reason = pd.Series("", index=table.index)
+    if where is not None:
+        reason[~_meets(table, where)] = f"not {where}"
+    _refuse_twice(table[reason == ""])
     if "status" in table:
         ended = table["status"].isin(["finished", "stopped_early"])
-        reason[~ended] = table["status"][~ended].astype(str)
+        reason[~ended & (reason == "")] = table["status"][~ended].astype(str)
     used, left = table[reason == ""], table[reason != ""]
     if not len(used):
         raise ConfigError(f"none of these {len(table)} runs has a final loss")
@@ -103,6 +109,17 @@ def comparable(table: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, pd.DataFra
     )
     used, left = table[reason == ""], table[reason != ""]
     return used, left.assign(reason=reason[reason != ""])
+
+
+def _meets(table: pd.DataFrame, where: str) -> pd.Series:
+    try:
+        met = table.eval(where, engine="python")
+    except Exception as error:  # whatever the words of the condition lead pandas to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"where={where}: {reason}") from error
+    if not isinstance(met, pd.Series) or met.dtype != bool:
+        raise ConfigError(f"where={where}: must be a condition on the columns, as 'params > 1e6'")
+    return met
 
 
 def _slower_rates(runs: pd.DataFrame, loss: str) -> pd.Series:

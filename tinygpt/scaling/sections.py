@@ -86,7 +86,8 @@ CAPTIONS = {
         "what was measured."
     ),
     "extrapolation": "The law fitted to the smaller runs predicts the larger ones, held out.",
-    "frontier": "The best split of each budget by the law; dashed: beyond the runs.",
+    "isoflop": "Loss against size at equal compute, a cubic through each budget; stars: minima.",
+    "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
     "curves": "The loss of every run as it trains; dashed: the least that any has by a compute.",
 }
 
@@ -110,7 +111,7 @@ def answer(analysis: Analysis) -> Iterator[Block]:
         for name, one in analysis.intervals.items()
         if name in fit.law.exponents
     ]
-    word = "are best described by" if len(analysis.candidates) > 1 else "were fitted by"
+    word = "are described by" if len(analysis.candidates) > 1 else "were fitted by"
     text = f"{_count(len(analysis.runs), 'run')} {word} {fit.law.name}"
     text += f": {', '.join(exponents)}." if exponents else "."
     if analysis.is_evidence:
@@ -220,7 +221,7 @@ def selection(analysis: Analysis) -> Iterator[Block]:
         ["law", "formula", "Δ AICc", "held-out error", "within 95 %"],
         [_candidate(one, analysis.candidates[0]) for one in analysis.candidates],
     )
-    yield Paragraph(_how_clear(analysis.candidates))
+    yield Paragraph(_how_clear(analysis))
 
 
 def _candidate(one: Candidate, best: Candidate) -> list[str]:
@@ -235,14 +236,19 @@ def _candidate(one: Candidate, best: Candidate) -> list[str]:
     return [one.law, formula, distance, wording.percent(one.held_out.error), within]
 
 
-def _how_clear(candidates: Sequence[Candidate]) -> str:
+def _how_clear(analysis: Analysis) -> str:
+    candidates, chosen = analysis.candidates, analysis.chosen
     best = candidates[0]
     fitted = [one for one in candidates if one.fit is not None]
     if not np.isfinite(best.aicc):
         return "Too few runs to choose between laws: the first that could be fitted stands."
     near = [one.law for one in fitted[1:] if one.aicc - best.aicc < CLEAR]
-    if near:
-        text = f"{best.law} is best by AICc, but {', '.join(near)} can hardly be told from it."
+    if near and chosen.law in (best.law, *near):
+        others = [law for law in (best.law, *near) if law != chosen.law]
+        text = f"{', '.join(others)} can hardly be told from {chosen.law}, the plainest of them."
+    elif chosen is not best:
+        gap = wording.number(chosen.aicc - best.aicc)
+        text = f"{chosen.law} was asked for; {best.law} is better by AICc, by {gap}."
     elif len(fitted) > 1 and np.isfinite(fitted[1].aicc):
         gap = wording.number(fitted[1].aicc - best.aicc)
         text = f"{best.law} is best by AICc, {gap} ahead of {fitted[1].law}."
@@ -251,7 +257,7 @@ def _how_clear(candidates: Sequence[Candidate]) -> str:
     held = [one for one in fitted if one.held_out is not None]
     if held:
         least = min(held, key=lambda one: one.held_out.error if one.held_out else np.inf)
-        if least is not best:
+        if least is not chosen:
             text += f" The held-out runs are predicted best by {least.law}."
     return text
 
@@ -317,20 +323,29 @@ def optimum(analysis: Analysis) -> Iterator[Block]:
     if path is None:
         return
     yield Heading("Compute-optimal")
-    span = np.log(path.flops[-1] / path.flops[0])
-    sizes, tokens = (float(np.log(v[-1] / v[0]) / span) for v in (path.n, path.d))
-    yield Paragraph(
-        f"By the law, with C = 6·N·D, the best size grows as C^{sizes:.2f} and the best number of "
-        f"tokens as C^{tokens:.2f} between {wording.number(path.flops[0])} and "
-        f"{wording.number(path.flops[-1])} FLOPs."
-    )
-    shown = np.linspace(0, len(path.flops) - 1, 5).round().astype(int)
-    rows = [
-        [wording.number(float(v[i])) for v in (path.flops, path.n, path.d, path.d / path.n)]
-        + [wording.number(float(path.loss[i]), 4)]
-        for i in shown
-    ]
-    yield Table(["FLOPs", "N", "D", "D / N", "loss"], rows)
+    if path.estimates:
+        yield Paragraph(
+            "N ~ C^a, D ~ C^b; N and D at the largest budget that was run, "
+            f"{wording.number(path.budget)} FLOPs:"
+        )
+        rows = [[one.way, *map(_reached, (one.a, one.b, one.n, one.d))] for one in path.estimates]
+        yield Table(["", "a", "b", "N", "D"], rows)
+    notes = [f"{FAIL}: the ways disagree on {line}." for line in path.disagreements]
+    notes += [f"{way}: {reason}." for way, reason in path.missing.items()]
+    if notes:
+        yield Items(notes)
+    yield from budgets(analysis)
+
+
+def _reached(one: Interval) -> str:
+    return f"{wording.estimate(one.estimate, one)} ({wording.reach(one)})"
+
+
+def budgets(analysis: Analysis) -> Iterator[Block]:
+    """What was asked for with ``budgets=``."""
+    lines = [str(one) for one in analysis.budgets]
+    if lines:
+        yield Items([f"{line[0].upper()}{line[1:]}." for line in lines])
 
 
 def next_run(analysis: Analysis) -> Iterator[Block]:

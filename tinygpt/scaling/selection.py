@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from tinygpt.config import ConfigError
+from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.intervals import Interval, Target, covariance, delta, of_loss
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.optimum import polish
 
 ONE_VARIABLE = ("power_constant", "power", "log_power", "broken")
-JOINT = ("chinchilla", "chinchilla_tied", "chinchilla_zero", "kaplan", "kaplan_constant", "coupled")
+JOINT = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant", "chinchilla_zero", "kaplan")
 HELD_OUT = 0.2  # at least so large a part of the settings, those of the largest compute
 
 
@@ -64,6 +65,16 @@ def select(
         held = hold_out(one, compute, settings)
         found.append(Candidate(law, one.law.formula, one, "", aicc(one), held))
     return sorted(found, key=lambda one: (one.aicc, one.fit is None))
+
+
+def plainest(candidates: Sequence[Candidate]) -> Candidate:
+    """Of the laws that can hardly be told from the best, the one that stands first in the table.
+
+    So a law with a constant goes before one without: a text has an entropy.
+    """
+    near = [c for c in candidates if c.fit and c.aicc - candidates[0].aicc < CLEAR]
+    order = [*ONE_VARIABLE, *JOINT, "data_constrained"]
+    return min(near, key=lambda c: order.index(c.law)) if near else candidates[0]
 
 
 def aicc(fit: Fit) -> float:
