@@ -84,8 +84,9 @@ def comparable(
     """The runs whose final losses can stand in one law, and the others, with a ``reason``.
 
     ``where`` is a condition on the columns, as ``pandas.DataFrame.query`` reads it; what does not
-    meet it is left out.  Raises ConfigError for a condition that cannot be read, for a run that is there twice, and for losses that do not compare: nats
-    per token of several tokenizers or corpora (bits per byte do).
+    meet it is left out.  Raises ConfigError for a condition that cannot be read, for a run that
+    is there twice, and for losses that do not compare: nats per token of several tokenizers or
+    corpora (bits per byte do).
     """
     reason = pd.Series("", index=table.index)
     if where is not None:
