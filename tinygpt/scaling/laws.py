@@ -340,7 +340,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "c"),
             {"A": (("x", "alpha"),), "x1": (("x", 1.0),)},
             expression=_broken,
-            bounds={"f": (0.02, 10.0)},
+            bounds={"f": (0.02, 10.0), "alpha": (0.0, 3.0), "c": (-3.0, 3.0)},
         ),
         _powers(
             "chinchilla",

@@ -25,6 +25,10 @@ NDInt = np.ndarray[Any, np.dtype[np.intp]]
 
 LEAST = np.log(1e-9)  # a coefficient below this part of the loss is zero
 EXPONENTS = np.geomspace(0.015, 2.4, 34)
+ROUNDING = 1e-16  # of a log loss
+STEPS = 300
+LEAST_FACTOR = 0.1  # by which a term falls in one step
+FADING = 10.0  # in units of log: a term so near its floor that still falls is tried there
 N_STARTS = 1024  # of a law that is no sum of powers; the best are polished
 N_POLISHED = 32
 # Where the starts of a law that is no sum of powers lie: exponents, logarithms of coefficients
@@ -54,7 +58,8 @@ def huber(residuals: Array, threshold: Array | float) -> Array:
     size = np.abs(residuals)
     inside = np.minimum(size, threshold)
     # with an infinite threshold the second factor is zero everywhere
-    return inside * (0.5 * inside + (size - inside))
+    found: Array = inside * (0.5 * inside + (size - inside))
+    return found
 
 
 @dataclass
@@ -74,12 +79,14 @@ def polish(
     theta: Array,
     threshold: Array | float = np.inf,
     weights: Array | None = None,
-    most_steps: int = 100,
+    most_steps: int = STEPS,
 ) -> Polished:
     """Minimises Σ weight · huber(residual) from every row of ``theta``, (B, P).
 
     Newton's method with the absolute eigenvalues of the Hessian, damped so that every step goes
-    down.  ``threshold`` is one number or one a row; ``weights`` are (B, n), ``points.y`` too if
+    down.  It steps in the terms themselves, not in their logarithms: where a term and E can
+    hardly be told apart the minimum lies in a valley that is straight in the terms and bent in
+    their logarithms.  ``threshold`` is one number or one a row; ``weights`` are (B, n), ``points.y`` too if
     it differs by row.
     """
     theta = theta.copy()
@@ -119,7 +126,7 @@ def _bounds(law: Law, points: Points) -> tuple[Array, Array]:
             ends = np.array(law.bounds[name])
             low[j], high[j] = np.log(ends) if name in law.coefficients else ends
         if name == "x1":
-            low[j], high[j] = points.x["x"].min() - 3, points.x["x"].max() + 3
+            low[j], high[j] = points.x["x"].min(), points.x["x"].max()  # elsewhere there is none
     return low, high
 
 
@@ -139,43 +146,64 @@ def _polish_chunk(
     value, gradient, hessian = objective(law, x, y, theta, threshold, weights)
     damping = np.zeros(len(rows))
     live = np.arange(len(rows))
+    terms = _terms(law)
+    rounding = y.shape[1] * ROUNDING**2  # no sum of squares is known better
     for _ in range(most_steps):
         if not len(live):
             break
-        slope, bend = _inside(theta[live], gradient[live], hessian[live], bounds)
+        bend = hessian[live] - gradient[live, :, None] * terms * np.eye(len(law))
+        slope, bend = _inside(theta[live], gradient[live], bend, bounds)
         eigenvalues, vectors = np.linalg.eigh(bend)
         size = np.abs(eigenvalues)
-        size = np.maximum(size, 1e-12 * size[:, -1:] + 1e-300)
+        largest = size.max(axis=1, keepdims=True)
+        size = np.maximum(size, 1e-12 * largest + 1e-300)
         along = np.einsum("bqp,bq->bp", vectors, slope)
-        scale = size.max(axis=1, keepdims=True)
-        moves = along / (size + damping[live, None] * scale)
+        moves = along / (size + damping[live, None] * largest)
         step = -np.einsum("bpq,bq->bp", vectors, moves)
         longest = np.abs(step).max(axis=1, keepdims=True)
         step *= np.minimum(1.0, 2.0 / np.maximum(longest, 1e-300))
         expected = 0.5 * np.sum(along * moves, axis=1)
+        undamped = 0.5 * np.sum(along**2 / size, axis=1)  # what a full step would gain
+        step = np.where(terms, np.log1p(np.maximum(step, LEAST_FACTOR - 1)), step)
         trial = np.clip(theta[live] + step, *bounds)
+        fading = terms & (trial < bounds[0] + FADING) & (slope > 0) & (damping[live, None] == 0)
+        trial = np.where(fading, bounds[0], trial)
         with np.errstate(all="ignore"):
             new = objective(
                 law, x, y[live], trial, threshold[live], None if weights is None else weights[live]
             )
         better = (new[0] <= value[live]) & np.isfinite(new[2]).all(axis=(1, 2))
         gained = value[live] - new[0]
-        still = np.abs(trial - theta[live]).max(axis=1) <= 1e-12
-        done = (expected <= 1e-18 * value[live] + 1e-300) | (better & still & (damping[live] == 0))
+        # within the rounding of the objective a step need not go down
+        done = (undamped <= 1e-18 * value[live] + rounding) | (
+            ~better & (undamped <= 1e-13 * value[live])
+        )
         stuck = ~better & (damping[live] > 1e8)
         taken = live[better]
         theta[taken] = trial[better]
         value[taken], gradient[taken], hessian[taken] = (part[better] for part in new)
-        good = better & (gained > 0.25 * expected)
-        damping[live] = np.where(
-            good,
-            np.where(damping[live] < 1e-6, 0.0, damping[live] * 0.1),
-            np.maximum(damping[live] * 8, 1e-6),
-        )
+        weakest = np.maximum(size.min(axis=1) / largest[:, 0], 1e-8)
+        damping[live] = _damped(damping[live], weakest, better, gained / (expected + 1e-300))
         result.converged[rows[live[done]]] = True
         live = live[~(done | stuck)]
     result.theta[rows], result.objective[rows] = theta, value
     result.gradient[rows], result.hessian[rows] = gradient, hessian
+
+
+def _terms(law: Law) -> NDBool:
+    """Which parameters are logarithms of terms, which the loss is linear in."""
+    return np.array([name in (law.powers or ("E",)) for name in law.parameters])
+
+
+def _damped(damping: Array, weakest: Array, better: NDBool, ratio: Array) -> Array:
+    """The next damping, after steps that gained ``ratio`` of what was expected.
+
+    It is relative to the largest eigenvalue and begins at the smallest: less would change no
+    step, more would stop all movement along a curved valley.
+    """
+    less = np.where(damping < 0.1 * weakest, 0.0, damping * 0.1)
+    more = np.maximum(damping * 8, weakest)
+    return np.where(better & (ratio > 0.25), np.where(ratio > 0.6, less, damping), more)
 
 
 def _inside(
@@ -312,7 +340,12 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
     starts = np.clip(starts, *_bounds(law, points))
     with np.errstate(all="ignore"):
         found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
-    return starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
+    best = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
+    if "E" not in names:
+        return best
+    zero = best[: N_POLISHED // 4].copy()  # a slope in E may lead away from the best with none
+    zero[:, names.index("E")] = _bounds(law, points)[0][names.index("E")]
+    return np.vstack([best, zero])
 
 
 # --- the optimum
@@ -346,7 +379,7 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
         found = _distinct(polish(law, points, found.theta, stage))
     theta = found.theta[0]
     low, high = _bounds(law, points)
-    reach = 5.0 if law.powers else 0.0  # a term so close to its floor is none
+    reach = np.where(_terms(law), 0.5 * FADING, 0.0)  # a term so close to its floor is none
     at_end = (theta <= low + reach) | (theta >= high)
     gone = [name for name, end in zip(law.parameters, at_end, strict=True) if end]
     if gone and law.powers and len(law.powers) > 1:
