@@ -58,9 +58,7 @@ PLAIN: dict[str, Callable[..., Any]] = {
         + p["A"] * x ** -p["alpha"] * (1 + (x / p["x1"]) ** (1 / p["f"])) ** (-p["c"] * p["f"])
     ),
     "chinchilla": lambda p, N, D: p["E"] + p["A"] / N ** p["alpha"] + p["B"] / D ** p["beta"],
-    "chinchilla_tied": lambda p, N, D: (
-        p["E"] + p["A"] / N ** p["alpha"] + p["B"] / D ** p["alpha"]
-    ),
+    "chinchilla_tied": lambda p, N, D: p["E"] + p["A"] / N ** p["alpha"] + p["B"] / D ** p["alpha"],
     "chinchilla_zero": lambda p, N, D: p["A"] / N ** p["alpha"] + p["B"] / D ** p["beta"],
     "kaplan": lambda p, N, D: (
         ((p["Nc"] / N) ** (p["alpha"] / p["beta"]) + p["Dc"] / D) ** p["beta"]

@@ -91,7 +91,7 @@ def polish(
     """
     theta = theta.copy()
     batch, size = theta.shape
-    bounds = _bounds(law, points)
+    ends = bounds(law, points)
     threshold = np.broadcast_to(np.asarray(threshold, dtype=float), batch).copy()
     y = np.broadcast_to(points.y, (batch, len(points)))
     result = Polished(
@@ -108,7 +108,7 @@ def polish(
             y[chunk],
             threshold[chunk],
             None if weights is None else weights[chunk],
-            bounds,
+            ends,
             most_steps,
             chunk,
             result,
@@ -116,7 +116,7 @@ def polish(
     return result
 
 
-def _bounds(law: Law, points: Points) -> tuple[Array, Array]:
+def bounds(law: Law, points: Points) -> tuple[Array, Array]:
     """The least and the greatest each parameter can be, for centred variables."""
     low, high = np.full(len(law), -np.inf), np.full(len(law), np.inf)
     for j, name in enumerate(law.parameters):
@@ -136,7 +136,7 @@ def _polish_chunk(
     y: Array,
     threshold: Array,
     weights: Array | None,
-    bounds: tuple[Array, Array],
+    ends: tuple[Array, Array],
     most_steps: int,
     rows: NDInt,
     result: Polished,
@@ -146,13 +146,13 @@ def _polish_chunk(
     value, gradient, hessian = objective(law, x, y, theta, threshold, weights)
     damping = np.zeros(len(rows))
     live = np.arange(len(rows))
-    terms = _terms(law)
+    terms = term_mask(law)
     rounding = y.shape[1] * ROUNDING**2  # no sum of squares is known better
     for _ in range(most_steps):
         if not len(live):
             break
         bend = hessian[live] - gradient[live, :, None] * terms * np.eye(len(law))
-        slope, bend = _inside(theta[live], gradient[live], bend, bounds)
+        slope, bend = _inside(theta[live], gradient[live], bend, ends)
         eigenvalues, vectors = np.linalg.eigh(bend)
         size = np.abs(eigenvalues)
         largest = size.max(axis=1, keepdims=True)
@@ -165,9 +165,9 @@ def _polish_chunk(
         expected = 0.5 * np.sum(along * moves, axis=1)
         undamped = 0.5 * np.sum(along**2 / size, axis=1)  # what a full step would gain
         step = np.where(terms, np.log1p(np.maximum(step, LEAST_FACTOR - 1)), step)
-        trial = np.clip(theta[live] + step, *bounds)
-        fading = terms & (trial < bounds[0] + FADING) & (slope > 0) & (damping[live, None] == 0)
-        trial = np.where(fading, bounds[0], trial)
+        trial = np.clip(theta[live] + step, *ends)
+        fading = terms & (trial < ends[0] + FADING) & (slope > 0) & (damping[live, None] == 0)
+        trial = np.where(fading, ends[0], trial)
         with np.errstate(all="ignore"):
             new = objective(
                 law, x, y[live], trial, threshold[live], None if weights is None else weights[live]
@@ -190,7 +190,7 @@ def _polish_chunk(
     result.gradient[rows], result.hessian[rows] = gradient, hessian
 
 
-def _terms(law: Law) -> NDBool:
+def term_mask(law: Law) -> NDBool:
     """Which parameters are logarithms of terms, which the loss is linear in."""
     return np.array([name in (law.powers or ("E",)) for name in law.parameters])
 
@@ -207,10 +207,10 @@ def _damped(damping: Array, weakest: Array, better: NDBool, ratio: Array) -> Arr
 
 
 def _inside(
-    theta: Array, gradient: Array, hessian: Array, bounds: tuple[Array, Array]
+    theta: Array, gradient: Array, hessian: Array, ends: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     """Without the parameters that are at a bound and would go beyond it."""
-    held = ((theta <= bounds[0]) & (gradient > 0)) | ((theta >= bounds[1]) & (gradient < 0))
+    held = ((theta <= ends[0]) & (gradient > 0)) | ((theta >= ends[1]) & (gradient < 0))
     if not held.any():
         return gradient, hessian
     free = ~held
@@ -287,7 +287,7 @@ def _on_mesh(one: Array, other: Array, axis: int, other_axis: int, dimensions: i
         shape = [1] * dimensions
         if max(axis, other_axis) >= 0:
             shape[max(axis, other_axis)] = len(sums)
-        return sums.reshape(shape)
+        return np.asarray(sums.reshape(shape))
     products = one @ other.T
     return products if axis < other_axis else products.T
 
@@ -337,14 +337,14 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
             starts[:, j] = (starts[:, j] + least) / exponent
         if name == "x1":
             starts[:, j] = np.quantile(points.x["x"], unit[:, j])
-    starts = np.clip(starts, *_bounds(law, points))
+    starts = np.clip(starts, *bounds(law, points))
     with np.errstate(all="ignore"):
         found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
-    best = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
+    best: Array = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
     if "E" not in names:
         return best
     zero = best[: N_POLISHED // 4].copy()  # a slope in E may lead away from the best with none
-    zero[:, names.index("E")] = _bounds(law, points)[0][names.index("E")]
+    zero[:, names.index("E")] = bounds(law, points)[0][names.index("E")]
     return np.vstack([best, zero])
 
 
@@ -378,8 +378,8 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
     for stage in _stages(found, law, points, threshold):
         found = _distinct(polish(law, points, found.theta, stage))
     theta = found.theta[0]
-    low, high = _bounds(law, points)
-    reach = np.where(_terms(law), 0.5 * FADING, 0.0)  # a term so close to its floor is none
+    low, high = bounds(law, points)
+    reach = np.where(term_mask(law), 0.5 * FADING, 0.0)  # a term so close to its floor is none
     at_end = (theta <= low + reach) | (theta >= high)
     gone = [name for name, end in zip(law.parameters, at_end, strict=True) if end]
     if gone and law.powers and len(law.powers) > 1:
