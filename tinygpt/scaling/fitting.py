@@ -184,7 +184,7 @@ def _scale(points: Points, optimum: Optimum) -> float:
     """The standard deviation that an M-estimator implies; of least squares the usual one."""
     residuals = _residuals(points, optimum)
     slope = np.clip(residuals, -optimum.threshold, optimum.threshold)
-    inside = np.mean(np.abs(residuals) <= optimum.threshold)
+    inside = max(np.mean(np.abs(residuals) <= optimum.threshold), 1 / len(points))
     degrees = max(1, len(points) - len(optimum.law))
     return float(np.sqrt(np.sum(slope**2) / degrees) / inside)
 

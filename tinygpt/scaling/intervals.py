@@ -28,6 +28,7 @@ from tinygpt.scaling.optimum import (
     huber,
     objective,
     polish,
+    stages,
     term_mask,
 )
 
@@ -323,15 +324,20 @@ def bootstrap(
     groups = _groups(fit, cluster)
     law, points = fit.optimum.law, fit.points
     start = np.repeat(fit.optimum.theta[None], n, axis=0)
+    weights: Array | None
     count = int(groups.max()) + 1
     if kind == "pairs":
         drawn = random.multinomial(count, np.full(count, 1 / count), size=n)
-        found = polish(law, points, start, fit.optimum.threshold, drawn[:, groups].astype(float))
+        weights = drawn[:, groups].astype(float)
     else:
         signs = random.choice([-1.0, 1.0], size=(n, count))[:, groups]
         fitted = points.y - fit.residuals
         lost = fitted + signs * fit.residuals / np.maximum(1 - _leverages(fit), 1e-3)
-        found = polish(law, points.with_losses(lost), start, fit.optimum.threshold)
+        points, weights = points.with_losses(lost), None
+    # a threshold far below the residuals is come down to, as in the fit itself
+    for threshold in stages(float(np.abs(fit.residuals).max()), fit.optimum.threshold):
+        found = polish(law, points, start, threshold, weights)
+        start = found.theta
     good = found.converged & np.isfinite(found.theta).all(axis=1)
     return Bootstrap(fit, found.theta[good], int((~good).sum()), kind)
 

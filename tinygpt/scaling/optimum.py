@@ -25,7 +25,7 @@ NDInt = np.ndarray[Any, np.dtype[np.intp]]
 
 LEAST = np.log(1e-9)  # a coefficient below this part of the loss is zero
 EXPONENTS = np.geomspace(0.015, 2.4, 34)
-ROUNDING = 1e-16  # of a log loss
+ROUNDING = 1e-15  # of a log loss
 STEPS = 300
 LEAST_FACTOR = 0.1  # by which a term falls in one step
 FADING = 10.0  # in units of log: a term so near its floor that still falls is tried there
@@ -86,8 +86,8 @@ def polish(
     Newton's method with the absolute eigenvalues of the Hessian, damped so that every step goes
     down.  It steps in the terms themselves, not in their logarithms: where a term and E can
     hardly be told apart the minimum lies in a valley that is straight in the terms and bent in
-    their logarithms.  ``threshold`` is one number or one a row; ``weights`` are (B, n), ``points.y`` too if
-    it differs by row.
+    their logarithms.  ``threshold`` is one number or one a row; ``weights`` are (B, n),
+    ``points.y`` too if it differs by row.
     """
     theta = theta.copy()
     batch, size = theta.shape
@@ -155,7 +155,7 @@ def _polish_chunk(
         slope, bend = _inside(theta[live], gradient[live], bend, ends)
         eigenvalues, vectors = np.linalg.eigh(bend)
         size = np.abs(eigenvalues)
-        largest = size.max(axis=1, keepdims=True)
+        largest = size.max(axis=1, keepdims=True) + 1e-300
         size = np.maximum(size, 1e-12 * largest + 1e-300)
         along = np.einsum("bqp,bq->bp", vectors, slope)
         moves = along / (size + damping[live, None] * largest)
@@ -233,6 +233,11 @@ def objective(
     limit = threshold[:, None]
     slope = np.clip(residuals, -limit, limit)
     inside = (np.abs(residuals) <= limit).astype(float)
+    counted = inside if weights is None else inside * (weights > 0)
+    few = counted.sum(axis=1) < theta.shape[1]
+    if few.any():  # the curvature of too few says nothing; Huber's own weights still lead down
+        size = np.maximum(np.abs(residuals[few]), 1e-300)
+        inside[few] = np.minimum(1.0, limit[few] / size)
     loss = huber(residuals, limit)
     if weights is not None:
         slope, inside, loss = slope * weights, inside * weights, loss * weights
@@ -341,11 +346,15 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
     with np.errstate(all="ignore"):
         found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
     best: Array = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
-    if "E" not in names:
-        return best
-    zero = best[: N_POLISHED // 4].copy()  # a slope in E may lead away from the best with none
-    zero[:, names.index("E")] = bounds(law, points)[0][names.index("E")]
-    return np.vstack([best, zero])
+    return best
+
+
+def without_constant(law: Law, points: Points, starts: Array) -> Array:
+    """The same starts with E at zero: a slope in E may lead away from a best that has none."""
+    zero = starts[: N_POLISHED // 4].copy()
+    j = law.parameters.index("E")
+    zero[:, j] = bounds(law, points)[0][j]
+    return zero
 
 
 # --- the optimum
@@ -374,9 +383,13 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
     minima of the last are the starts.
     """
     starts = grid_starts(law, points) if law.powers else spread_starts(law, points, seed)
+    if "E" in law.parameters:
+        starts = np.vstack([starts, without_constant(law, points, starts)])
     found = _distinct(polish(law, points, starts))
-    for stage in _stages(found, law, points, threshold):
-        found = _distinct(polish(law, points, found.theta, stage))
+    if np.isfinite(threshold):
+        residuals = law.log_loss(found.theta[:1], points.x)[0] - points.y
+        for stage in stages(float(np.abs(residuals).max()), threshold):
+            found = _distinct(polish(law, points, found.theta, stage))
     theta = found.theta[0]
     low, high = bounds(law, points)
     reach = np.where(term_mask(law), 0.5 * FADING, 0.0)  # a term so close to its floor is none
@@ -400,13 +413,13 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
     )
 
 
-def _stages(found: Polished, law: Law, points: Points, threshold: float) -> Array:
-    if not np.isfinite(threshold):
-        return np.empty(0)
-    residuals = law.log_loss(found.theta[:1], points.x)[0] - points.y
-    first = np.abs(residuals).max()
-    count = int(np.ceil(2 * np.log10(first / threshold))) if first > threshold else 1
-    return threshold * 10.0 ** (np.arange(count - 1, -1, -1) / 2)
+def stages(largest: float, threshold: float) -> Array:
+    """Thresholds from the largest residual down, a factor of √10 at a time."""
+    if not threshold < largest:
+        return np.array([threshold])
+    count = int(np.ceil(2 * np.log10(largest / threshold)))
+    found: Array = threshold * 10.0 ** (np.arange(count - 1, -1, -1) / 2)
+    return found
 
 
 def _distinct(found: Polished) -> Polished:
