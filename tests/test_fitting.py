@@ -165,10 +165,12 @@ def test_no_other_optimizer_does_better(law: str, seed: int) -> None:
     best = np.inf
 
     def residuals(theta: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(form.log_loss(theta[None], points.x)[0] - points.y)
+        found: np.ndarray = np.nan_to_num(form.log_loss(theta[None], points.x)[0] - points.y)
+        return found
 
     def jacobian(theta: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(form.derivatives(theta[None], points.x).gradient[0])
+        found: np.ndarray = np.nan_to_num(form.derivatives(theta[None], points.x).gradient[0])
+        return found
 
     for _ in range(STARTS):
         solved = optimize.least_squares(

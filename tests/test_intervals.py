@@ -60,7 +60,9 @@ def test_a_line_has_the_intervals_of_regression(line: Fit, method: Callable[...,
 
 
 @pytest.mark.parametrize("method", [delta, profile])
-def test_a_line_has_the_coefficient_of_regression(line: Fit, method: Callable[..., Interval]) -> None:
+def test_a_line_has_the_coefficient_of_regression(
+    line: Fit, method: Callable[..., Interval]
+) -> None:
     found = stats.linregress(np.log(line.table.x), np.log(line.table.loss))
     t = regression(line)[2]
     interval = method(line, of_parameter(line, "A"))
@@ -227,7 +229,10 @@ def test_other_estimators_have_intervals(estimator: str) -> None:
 
 # --- coverage
 
-PLACE: dict[str, Any] = {"N": 6.17e9, "D": 3.24e10}  # compute-optimal at ten times the largest compute
+PLACE: dict[str, Any] = {
+    "N": 6.17e9,
+    "D": 3.24e10,
+}  # compute-optimal at ten times the largest compute
 
 
 def coverage(size: int, noise: float, worlds: int) -> Counter[str]:

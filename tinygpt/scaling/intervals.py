@@ -28,11 +28,11 @@ from tinygpt.scaling.optimum import (
     huber,
     objective,
     polish,
-    stages,
     term_mask,
 )
 
 LEVEL = 0.95
+REPLICAS = 1000  # where the bootstrap stands in
 FAINT = np.log(1e-4)  # of a term that is zero: from where its profile is followed
 FURTHEST = 30.0  # standard errors that a profile is followed
 
@@ -334,10 +334,7 @@ def bootstrap(
         fitted = points.y - fit.residuals
         lost = fitted + signs * fit.residuals / np.maximum(1 - _leverages(fit), 1e-3)
         points, weights = points.with_losses(lost), None
-    # a threshold far below the residuals is come down to, as in the fit itself
-    for threshold in stages(float(np.abs(fit.residuals).max()), fit.optimum.threshold):
-        found = polish(law, points, start, threshold, weights)
-        start = found.theta
+    found = polish(law, points, start, fit.optimum.threshold, weights)
     good = found.converged & np.isfinite(found.theta).all(axis=1)
     return Bootstrap(fit, found.theta[good], int((~good).sum()), kind)
 
@@ -370,7 +367,7 @@ def intervals(fit: Fit, names: Sequence[str] = (), level: float = LEVEL) -> dict
     names = names or whole.optimum.law.parameters
     if _has_curvature(fit):
         return {name: profile(whole, of_parameter(whole, name), level) for name in names}
-    replicas = bootstrap(fit)
+    replicas = bootstrap(fit, REPLICAS)
     return {name: replicas.interval(name, level) for name in names}
 
 
@@ -386,7 +383,7 @@ def predict_interval(
     if _has_curvature(fit):
         found = profile(whole, of_loss(whole, **place), level)
     else:
-        losses = bootstrap(fit).predict(**place)[:, 0]
+        losses = bootstrap(fit, REPLICAS).predict(**place)[:, 0]
         low, high = np.quantile(losses, [0.5 - level / 2, 0.5 + level / 2])
         estimate = float(fit.predict(**place)[0])
         found = Interval(estimate, float(low), float(high), level, "bootstrap (pairs)")

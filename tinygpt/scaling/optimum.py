@@ -383,9 +383,10 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
     minima of the last are the starts.
     """
     starts = grid_starts(law, points) if law.powers else spread_starts(law, points, seed)
-    if "E" in law.parameters:
-        starts = np.vstack([starts, without_constant(law, points, starts)])
     found = _distinct(polish(law, points, starts))
+    if "E" in law.parameters and not (law.powers and found.converged[0]):
+        both = np.vstack([found.theta, without_constant(law, points, found.theta)])
+        found = _distinct(polish(law, points, both))
     if np.isfinite(threshold):
         residuals = law.log_loss(found.theta[:1], points.x)[0] - points.y
         for stage in stages(float(np.abs(residuals).max()), threshold):
