@@ -16,6 +16,7 @@ from tinygpt.scaling.optimum import Optimum, find_optimum
 from tinygpt.scaling.points import Points
 
 ESTIMATORS = ("auto", "least_squares", "huber", "absolute", "likelihood")
+UNITS = ("noise", "absolute")  # of Huber's threshold
 # Which column is which variable, unless the caller says otherwise.
 COLUMNS = {
     "N": "parameters_non_embedding",
@@ -59,8 +60,7 @@ class Fit:
     @cached_property
     def residuals(self) -> Array:
         """log(measured) - log(fitted), (n,)."""
-        theta = self.optimum.theta[None]
-        return self.points.y - self.optimum.law.log_loss(theta, self.points.x)[0]
+        return _residuals(self.points, self.optimum)
 
     @property
     def degrees(self) -> int:
@@ -76,7 +76,8 @@ class Fit:
     def predict(self, **values: Any) -> Array:
         """The loss at new values of the law's variables, as ``N=..., D=...``."""
         x = self.points.at(values)
-        return np.exp(self.optimum.law.log_loss(self.optimum.theta[None], x)[0])
+        found: Array = np.exp(self.optimum.law.log_loss(self.optimum.theta[None], x)[0])
+        return found
 
 
 def fit(
@@ -105,6 +106,10 @@ def fit(
     form = _named(law)
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator={estimator}: must be one of {', '.join(ESTIMATORS)}")
+    if threshold_unit not in UNITS:
+        raise ConfigError(f"threshold_unit={threshold_unit}: must be one of {', '.join(UNITS)}")
+    if threshold is not None and not threshold > 0:
+        raise ConfigError(f"threshold={threshold:g}: must be above zero")
     where = {name: {**COLUMNS, **columns}[name] for name in _plain(form)}
     points = Points.read(table, form, where, loss)
     reason = "asked for"
@@ -147,7 +152,8 @@ def _plain(law: Law) -> list[str]:
 
 
 def _residuals(points: Points, optimum: Optimum) -> Array:
-    return points.y - optimum.law.log_loss(optimum.theta[None], points.x)[0]
+    found: Array = points.y - optimum.law.log_loss(optimum.theta[None], points.x)[0]
+    return found
 
 
 def judge(residuals: Array) -> tuple[str, str]:
@@ -178,7 +184,7 @@ def _scale(points: Points, optimum: Optimum) -> float:
     """The standard deviation that an M-estimator implies; of least squares the usual one."""
     residuals = _residuals(points, optimum)
     slope = np.clip(residuals, -optimum.threshold, optimum.threshold)
-    inside = np.mean(np.abs(residuals) <= optimum.threshold)
+    inside = max(np.mean(np.abs(residuals) <= optimum.threshold), 1 / len(points))
     degrees = max(1, len(points) - len(optimum.law))
     return float(np.sqrt(np.sum(slope**2) / degrees) / inside)
 

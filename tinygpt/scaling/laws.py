@@ -113,12 +113,14 @@ class Law:
         return dict(zip(self.parameters, plain.tolist(), strict=True))
 
     def internal(self, natural: Mapping[str, float], centres: Mapping[str, float]) -> Array:
-        """The other way round."""
+        """The other way round; a coefficient of zero is -inf."""
+        kinds = len(self.coefficients)
+        theta = np.array([natural[name] for name in self.parameters], dtype=float)
         with np.errstate(divide="ignore"):
-            plain = np.array([natural[name] for name in self.parameters], dtype=float)
-            plain[: len(self.coefficients)] = np.log(plain[: len(self.coefficients)])
-        affine = self.shift(centres)
-        return np.linalg.solve(affine[:, :-1], plain - affine[:, -1])
+            theta[:kinds] = np.log(theta[:kinds])
+        affine = self.shift(centres)[:kinds]
+        theta[:kinds] -= affine[:, kinds:-1] @ theta[kinds:] + affine[:, -1]
+        return theta
 
     def without(self, coefficient: str) -> Law:
         """A sum of powers without one of its terms: where that term has gone to zero."""
@@ -243,7 +245,7 @@ def _jets(names: tuple[str, ...], theta: Array) -> dict[str, Jet]:
     }
 
 
-def _where(condition: Array, one: Jet, other: Jet) -> Jet:
+def _where(condition: NDArray[np.bool_], one: Jet, other: Jet) -> Jet:
     return Jet(
         np.where(condition, one.value, other.value),
         np.where(condition[..., None], one.gradient, other.gradient),
@@ -276,12 +278,13 @@ def _broken(p: Mapping[str, Jet], x: Mapping[str, Array]) -> Jet:
 
 def _data_constrained(p: Mapping[str, Jet], x: Mapping[str, Array]) -> Jet:
     alpha, beta = p["alpha"], p["beta"]
+    fresh = np.minimum(x["U"], x["D"])  # of less than one epoch all tokens are unique
     # the size that so much unique data pays for: where both terms shrink at the same cost
-    wanted = (alpha.log() + p["A"] - beta.log() - p["B"] + beta * x["U"]) / alpha
+    wanted = (alpha.log() + p["A"] - beta.log() - p["B"] + beta * fresh) / alpha
     excess = (x["N"] - wanted).value > 0
     unique = _where(excess, wanted, p["E"] * 0.0 + x["N"])
     size = unique + _worth(x["N"] - unique, p["rn"])
-    data = x["U"] + _worth(p["E"] * 0.0 + (x["D"] - x["U"]), p["rd"])
+    data = fresh + _worth(p["E"] * 0.0 + (x["D"] - fresh), p["rd"])
     return _logaddexp(p["E"], _logaddexp(p["A"] - alpha * size, p["B"] - beta * data))
 
 
@@ -347,7 +350,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "c"),
             {"A": (("x", "alpha"),), "x1": (("x", 1.0),)},
             expression=_broken,
-            bounds={"f": (0.02, 10.0)},
+            bounds={"f": (0.02, 10.0), "alpha": (0.0, 3.0), "c": (-3.0, 3.0)},
         ),
         _powers(
             "chinchilla",

@@ -25,6 +25,10 @@ NDInt = np.ndarray[Any, np.dtype[np.intp]]
 
 LEAST = np.log(1e-9)  # a coefficient below this part of the loss is zero
 EXPONENTS = np.geomspace(0.015, 2.4, 34)
+ROUNDING = 1e-15  # of a log loss
+STEPS = 300
+LEAST_FACTOR = 0.1  # by which a term falls in one step
+FADING = 10.0  # in units of log: a term so near its floor that still falls is tried there
 N_STARTS = 1024  # of a law that is no sum of powers; the best are polished
 N_POLISHED = 32
 # Where the starts of a law that is no sum of powers lie: exponents, logarithms of coefficients
@@ -54,7 +58,8 @@ def huber(residuals: Array, threshold: Array | float) -> Array:
     size = np.abs(residuals)
     inside = np.minimum(size, threshold)
     # with an infinite threshold the second factor is zero everywhere
-    return inside * (0.5 * inside + (size - inside))
+    found: Array = inside * (0.5 * inside + (size - inside))
+    return found
 
 
 @dataclass
@@ -74,17 +79,19 @@ def polish(
     theta: Array,
     threshold: Array | float = np.inf,
     weights: Array | None = None,
-    most_steps: int = 100,
+    most_steps: int = STEPS,
 ) -> Polished:
     """Minimises Σ weight · huber(residual) from every row of ``theta``, (B, P).
 
     Newton's method with the absolute eigenvalues of the Hessian, damped so that every step goes
-    down.  ``threshold`` is one number or one a row; ``weights`` are (B, n), ``points.y`` too if
-    it differs by row.
+    down.  It steps in the terms themselves, not in their logarithms: where a term and E can
+    hardly be told apart the minimum lies in a valley that is straight in the terms and bent in
+    their logarithms.  ``threshold`` is one number or one a row; ``weights`` are (B, n),
+    ``points.y`` too if it differs by row.
     """
     theta = theta.copy()
     batch, size = theta.shape
-    bounds = _bounds(law, points)
+    ends = bounds(law, points)
     threshold = np.broadcast_to(np.asarray(threshold, dtype=float), batch).copy()
     y = np.broadcast_to(points.y, (batch, len(points)))
     result = Polished(
@@ -101,7 +108,7 @@ def polish(
             y[chunk],
             threshold[chunk],
             None if weights is None else weights[chunk],
-            bounds,
+            ends,
             most_steps,
             chunk,
             result,
@@ -109,7 +116,7 @@ def polish(
     return result
 
 
-def _bounds(law: Law, points: Points) -> tuple[Array, Array]:
+def bounds(law: Law, points: Points) -> tuple[Array, Array]:
     """The least and the greatest each parameter can be, for centred variables."""
     low, high = np.full(len(law), -np.inf), np.full(len(law), np.inf)
     for j, name in enumerate(law.parameters):
@@ -119,7 +126,7 @@ def _bounds(law: Law, points: Points) -> tuple[Array, Array]:
             ends = np.array(law.bounds[name])
             low[j], high[j] = np.log(ends) if name in law.coefficients else ends
         if name == "x1":
-            low[j], high[j] = points.x["x"].min() - 3, points.x["x"].max() + 3
+            low[j], high[j] = points.x["x"].min(), points.x["x"].max()  # elsewhere there is none
     return low, high
 
 
@@ -129,7 +136,7 @@ def _polish_chunk(
     y: Array,
     threshold: Array,
     weights: Array | None,
-    bounds: tuple[Array, Array],
+    ends: tuple[Array, Array],
     most_steps: int,
     rows: NDInt,
     result: Polished,
@@ -139,50 +146,71 @@ def _polish_chunk(
     value, gradient, hessian = objective(law, x, y, theta, threshold, weights)
     damping = np.zeros(len(rows))
     live = np.arange(len(rows))
+    terms = term_mask(law)
+    rounding = y.shape[1] * ROUNDING**2  # no sum of squares is known better
     for _ in range(most_steps):
         if not len(live):
             break
-        slope, bend = _inside(theta[live], gradient[live], hessian[live], bounds)
+        bend = hessian[live] - gradient[live, :, None] * terms * np.eye(len(law))
+        slope, bend = _inside(theta[live], gradient[live], bend, ends)
         eigenvalues, vectors = np.linalg.eigh(bend)
         size = np.abs(eigenvalues)
-        size = np.maximum(size, 1e-12 * size[:, -1:] + 1e-300)
+        largest = size.max(axis=1, keepdims=True) + 1e-300
+        size = np.maximum(size, 1e-12 * largest + 1e-300)
         along = np.einsum("bqp,bq->bp", vectors, slope)
-        scale = size.max(axis=1, keepdims=True)
-        moves = along / (size + damping[live, None] * scale)
+        moves = along / (size + damping[live, None] * largest)
         step = -np.einsum("bpq,bq->bp", vectors, moves)
         longest = np.abs(step).max(axis=1, keepdims=True)
         step *= np.minimum(1.0, 2.0 / np.maximum(longest, 1e-300))
         expected = 0.5 * np.sum(along * moves, axis=1)
-        trial = np.clip(theta[live] + step, *bounds)
+        undamped = 0.5 * np.sum(along**2 / size, axis=1)  # what a full step would gain
+        step = np.where(terms, np.log1p(np.maximum(step, LEAST_FACTOR - 1)), step)
+        trial = np.clip(theta[live] + step, *ends)
+        fading = terms & (trial < ends[0] + FADING) & (slope > 0) & (damping[live, None] == 0)
+        trial = np.where(fading, ends[0], trial)
         with np.errstate(all="ignore"):
             new = objective(
                 law, x, y[live], trial, threshold[live], None if weights is None else weights[live]
             )
         better = (new[0] <= value[live]) & np.isfinite(new[2]).all(axis=(1, 2))
         gained = value[live] - new[0]
-        still = np.abs(trial - theta[live]).max(axis=1) <= 1e-12
-        done = (expected <= 1e-18 * value[live] + 1e-300) | (better & still & (damping[live] == 0))
+        # within the rounding of the objective a step need not go down
+        done = (undamped <= 1e-18 * value[live] + rounding) | (
+            ~better & (undamped <= 1e-13 * value[live])
+        )
         stuck = ~better & (damping[live] > 1e8)
         taken = live[better]
         theta[taken] = trial[better]
         value[taken], gradient[taken], hessian[taken] = (part[better] for part in new)
-        good = better & (gained > 0.25 * expected)
-        damping[live] = np.where(
-            good,
-            np.where(damping[live] < 1e-6, 0.0, damping[live] * 0.1),
-            np.maximum(damping[live] * 8, 1e-6),
-        )
+        weakest = np.maximum(size.min(axis=1) / largest[:, 0], 1e-8)
+        damping[live] = _damped(damping[live], weakest, better, gained / (expected + 1e-300))
         result.converged[rows[live[done]]] = True
         live = live[~(done | stuck)]
     result.theta[rows], result.objective[rows] = theta, value
     result.gradient[rows], result.hessian[rows] = gradient, hessian
 
 
+def term_mask(law: Law) -> NDBool:
+    """Which parameters are logarithms of terms, which the loss is linear in."""
+    return np.array([name in (law.powers or ("E",)) for name in law.parameters])
+
+
+def _damped(damping: Array, weakest: Array, better: NDBool, ratio: Array) -> Array:
+    """The next damping, after steps that gained ``ratio`` of what was expected.
+
+    It is relative to the largest eigenvalue and begins at the smallest: less would change no
+    step, more would stop all movement along a curved valley.
+    """
+    less = np.where(damping < 0.1 * weakest, 0.0, damping * 0.1)
+    more = np.maximum(damping * 8, weakest)
+    return np.where(better & (ratio > 0.25), np.where(ratio > 0.6, less, damping), more)
+
+
 def _inside(
-    theta: Array, gradient: Array, hessian: Array, bounds: tuple[Array, Array]
+    theta: Array, gradient: Array, hessian: Array, ends: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     """Without the parameters that are at a bound and would go beyond it."""
-    held = ((theta <= bounds[0]) & (gradient > 0)) | ((theta >= bounds[1]) & (gradient < 0))
+    held = ((theta <= ends[0]) & (gradient > 0)) | ((theta >= ends[1]) & (gradient < 0))
     if not held.any():
         return gradient, hessian
     free = ~held
@@ -205,6 +233,11 @@ def objective(
     limit = threshold[:, None]
     slope = np.clip(residuals, -limit, limit)
     inside = (np.abs(residuals) <= limit).astype(float)
+    counted = inside if weights is None else inside * (weights > 0)
+    few = counted.sum(axis=1) < theta.shape[1]
+    if few.any():  # the curvature of too few says nothing; Huber's own weights still lead down
+        size = np.maximum(np.abs(residuals[few]), 1e-300)
+        inside[few] = np.minimum(1.0, limit[few] / size)
     loss = huber(residuals, limit)
     if weights is not None:
         slope, inside, loss = slope * weights, inside * weights, loss * weights
@@ -259,7 +292,7 @@ def _on_mesh(one: Array, other: Array, axis: int, other_axis: int, dimensions: i
         shape = [1] * dimensions
         if max(axis, other_axis) >= 0:
             shape[max(axis, other_axis)] = len(sums)
-        return sums.reshape(shape)
+        return np.asarray(sums.reshape(shape))
     products = one @ other.T
     return products if axis < other_axis else products.T
 
@@ -309,10 +342,19 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
             starts[:, j] = (starts[:, j] + least) / exponent
         if name == "x1":
             starts[:, j] = np.quantile(points.x["x"], unit[:, j])
-    starts = np.clip(starts, *_bounds(law, points))
+    starts = np.clip(starts, *bounds(law, points))
     with np.errstate(all="ignore"):
         found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
-    return starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
+    best: Array = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
+    return best
+
+
+def without_constant(law: Law, points: Points, starts: Array) -> Array:
+    """The same starts with E at zero: a slope in E may lead away from a best that has none."""
+    zero = starts[: N_POLISHED // 4].copy()
+    j = law.parameters.index("E")
+    zero[:, j] = bounds(law, points)[0][j]
+    return zero
 
 
 # --- the optimum
@@ -342,11 +384,16 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
     """
     starts = grid_starts(law, points) if law.powers else spread_starts(law, points, seed)
     found = _distinct(polish(law, points, starts))
-    for stage in _stages(found, law, points, threshold):
-        found = _distinct(polish(law, points, found.theta, stage))
+    if "E" in law.parameters and not (law.powers and found.converged[0]):
+        both = np.vstack([found.theta, without_constant(law, points, found.theta)])
+        found = _distinct(polish(law, points, both))
+    if np.isfinite(threshold):
+        residuals = law.log_loss(found.theta[:1], points.x)[0] - points.y
+        for stage in stages(float(np.abs(residuals).max()), threshold):
+            found = _distinct(polish(law, points, found.theta, stage))
     theta = found.theta[0]
-    low, high = _bounds(law, points)
-    reach = 5.0 if law.powers else 0.0  # a term so close to its floor is none
+    low, high = bounds(law, points)
+    reach = np.where(term_mask(law), 0.5 * FADING, 0.0)  # a term so close to its floor is none
     at_end = (theta <= low + reach) | (theta >= high)
     gone = [name for name, end in zip(law.parameters, at_end, strict=True) if end]
     if gone and law.powers and len(law.powers) > 1:
@@ -367,13 +414,13 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
     )
 
 
-def _stages(found: Polished, law: Law, points: Points, threshold: float) -> Array:
-    if not np.isfinite(threshold):
-        return np.empty(0)
-    residuals = law.log_loss(found.theta[:1], points.x)[0] - points.y
-    first = np.abs(residuals).max()
-    count = int(np.ceil(2 * np.log10(first / threshold))) if first > threshold else 1
-    return threshold * 10.0 ** (np.arange(count - 1, -1, -1) / 2)
+def stages(largest: float, threshold: float) -> Array:
+    """Thresholds from the largest residual down, a factor of √10 at a time."""
+    if not threshold < largest:
+        return np.array([threshold])
+    count = int(np.ceil(2 * np.log10(largest / threshold)))
+    found: Array = threshold * 10.0 ** (np.arange(count - 1, -1, -1) / 2)
+    return found
 
 
 def _distinct(found: Polished) -> Polished:
