@@ -12,7 +12,13 @@ from tinygpt.config import ConfigError
 from tinygpt.scaling.evidence import Check, check_design, check_finished, check_fit
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
-from tinygpt.scaling.intervals import Interval, bootstrap, delta, intervals, of_loss
+from tinygpt.scaling.intervals import (
+    Interval,
+    bootstrap,
+    intervals,
+    of_loss,
+    predict_interval,
+)
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.selection import (
     JOINT,
@@ -322,8 +328,8 @@ def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Pr
 
 
 def _predicted(best: Fit, place: dict[str, float], flops: float | None) -> Prediction:
-    target = of_loss(best, **place)
-    return Prediction(place, flops, delta(best, target), delta(best, target, new_run=True))
+    law, run = (predict_interval(best, new_run=new_run, **place) for new_run in (False, True))
+    return Prediction(place, flops, law, run)
 
 
 def _span(best: Fit, compute: Array) -> float:

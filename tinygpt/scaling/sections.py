@@ -372,7 +372,9 @@ def method(analysis: Analysis) -> Iterator[Block]:
         text += f" Threshold {wording.number(found.threshold)} in log L."
     methods = sorted({one.method for one in analysis.intervals.values()})
     if methods:
-        text += f" Intervals of parameters: {', '.join(methods)}; of predictions: delta method."
+        text += f" Intervals of parameters: {', '.join(methods)}"
+        ways = sorted({one.loss.method for one in analysis.predictions})
+        text += f"; of predictions: {', '.join(ways)}." if ways else "."
     yield Paragraph(text)
     state = "converged" if found.converged else "not converged"
     yield Paragraph(
