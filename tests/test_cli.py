@@ -111,6 +111,42 @@ def test_a_missing_argument_is_named() -> None:
     assert refused() == "prompt: must be given, as prompt=..."
 
 
+@dataclass
+class Section:
+    n: Optional[str] = None
+    count: int = key(1, least=1)
+    names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Sectioned:
+    name: str = "x"
+    columns: Section = field(default_factory=Section)
+
+
+def test_keys_of_a_section_are_dotted() -> None:
+    argv = ["columns.n=${a}=b", "columns.names=a,b", "columns.count=3", "name=y"]
+    arguments = read_arguments(Sectioned, argv, USAGE)
+    assert arguments == Sectioned("y", Section("${a}=b", 3, ["a", "b"]))
+    assert read_arguments(Sectioned, [], USAGE).columns.n is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("columns.m=1", "columns.m: no such key; did you mean columns.n"),
+        ("columns=1", "columns: no such key; did you mean columns."),
+        ("columns.count=x", "columns.count=x: must be an integer"),
+        ("columns.count=0", "columns.count=0: must be at least 1"),
+        ("columns", "columns: must be key=value, one of name, columns.n, columns.count"),
+    ],
+)
+def test_a_bad_argument_of_a_section_is_one_line(argument: str, line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_arguments(Sectioned, [argument], USAGE)
+    assert str(error.value).startswith(line)
+
+
 @pytest.mark.parametrize("word", ["-h", "--help"])
 def test_help_is_the_usage(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
@@ -348,7 +384,7 @@ def test_a_name_can_be_typed_back() -> None:
 # --- the hash
 
 NOT_IN_HASH = re.compile(
-    r"(hardware|logger|launcher|sweep)\..*|output_dir|cache_dir|study|run_name|force|plan|scale"
+    r"(hardware|logger|launcher|sweep)\..*|output_dir|cache_dir|study|run_name|force|plan|fit|scale"
     r"|data\.(path|val_file|test_file|repo)|tokenizer\.vocab_dir"
 )
 CHOICES = {

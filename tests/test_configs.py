@@ -24,7 +24,7 @@ from tests import test_training
 from tests.conftest import LAYOUTS, REAL_DATA, ROOT, Command, lay_out, tiny
 from tinygpt import cli, rundir
 from tinygpt import config as schema
-from tinygpt.config import Config, ConfigError, derive
+from tinygpt.config import Config, ConfigError
 from tinygpt.counting import count_parameters, flops_per_token, padded_vocab
 from tinygpt.data import corpora
 from tinygpt.data.corpora import HubCorpus, open_corpus
@@ -32,6 +32,7 @@ from tinygpt.data.datamodule import TokenData
 from tinygpt.data.shards import cache_root, prepare
 from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import train_tokenizer
+from tinygpt.horizon import derive
 from tinygpt.model import gpt
 from tinygpt.model.gpt import GPT
 from tinygpt.training import tracking

@@ -14,11 +14,13 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "tinygpt"
 COMMANDS = {"run", "fit", "evaluate", "sample", "export", "adapt", "tokenizer", "benchmark"}
-SHARED = {"config", "counting", "rundir"}  # everything may import these
+SHARED = {"config", "checks", "horizon", "counting", "rundir"}  # everything may import these
 BELOW = SHARED | {"data", "model", "training", "trained", "adaptation", "scaling"}
 # What of our own each part may import besides SHARED and itself.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
+    "checks": set(),
+    "horizon": set(),
     "counting": set(),
     "rundir": set(),
     "data": set(),
@@ -32,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     **{command: BELOW | {"cli", "sweeping"} for command in COMMANDS},
 }
 TORCH = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
-TORCH_FREE = {"config", "counting", "rundir", "cli", "scaling"}
+TORCH_FREE = {"config", "checks", "horizon", "counting", "rundir", "cli", "scaling"}
 USES_HYDRA = COMMANDS | {"cli", "sweeping"}
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})  # that has its own test
 

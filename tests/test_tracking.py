@@ -17,7 +17,8 @@ import torch
 from tests.conftest import tiny
 from tests.test_training import Trained
 from tinygpt import cli
-from tinygpt.config import Config, ConfigError, key_names
+from tinygpt.checks import key_names
+from tinygpt.config import Config, ConfigError
 from tinygpt.training import tracking
 from tinygpt.training.callbacks import Checkpoints
 from tinygpt.training.tracking import check_server, place

@@ -21,10 +21,11 @@ from torch.nn import functional as F
 
 from tests.conftest import Command, tiny
 from tinygpt import cli, rundir
-from tinygpt.config import Config, ConfigError, DecaySchedule, ModelConfig, SyntheticData, derive
+from tinygpt.config import Config, ConfigError, DecaySchedule, ModelConfig, SyntheticData
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import load_tokenizer
+from tinygpt.horizon import derive
 from tinygpt.model.gpt import GPT
 from tinygpt.training.callbacks import Journal
 from tinygpt.training.optim import rate_factor

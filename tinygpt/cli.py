@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import operator
 import os
 import re
 import sys
@@ -30,6 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from tinygpt import checks
 from tinygpt import config as schema
 from tinygpt.config import Config, ConfigError, RunError
 
@@ -97,7 +99,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         groups = tuple(item.input_line or "" for item in parsed if not _is_plain_value(item))
         composed = copy.deepcopy(_composed(groups))
         ConfigLoaderImpl._apply_overrides_to_config(values, composed)
-        return schema.typed(composed, overrides)
+        return checks.typed(composed, overrides)
 
 
 @functools.lru_cache(maxsize=64)
@@ -136,7 +138,7 @@ def sweeps(overrides: Sequence[str], multirun: bool) -> bool:
         composed = hydra.compose_config(
             "config", list(overrides), RunMode.MULTIRUN, from_shell=False
         )
-        schema.check_scale(composed.scale)
+        checks.check_scale(composed.scale)
     return multirun or composed.hydra.mode == RunMode.MULTIRUN
 
 
@@ -247,7 +249,7 @@ def _choices(group: str) -> str:
 
 def _unknown_key(name: str) -> str:
     """With the choices of its group that have this key, where the chosen one has not."""
-    line = schema.unknown_key(name, _known_keys())
+    line = checks.unknown_key(name, _known_keys())
     group, _, last = name.partition(".")
     owners: list[str] = []
     for choice in _SCHEMAS.get(group, {}).values():
@@ -266,7 +268,8 @@ def _known_keys() -> list[str]:
 
 
 def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
-    """Fills the dataclass ``cls`` from ``key=value`` arguments.
+    """Fills the dataclass ``cls`` from ``key=value`` arguments, ``field.key=value`` for a
+    dataclass in it.
 
     A text is taken verbatim after the first ``=``; a list is split at commas.  ``--help`` prints
     ``usage``.  Raises ConfigError for an unknown key, a missing one or a wrong type.
@@ -274,20 +277,21 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
     if any(item in ("-h", "--help") for item in argv):
         print(usage)
         raise SystemExit(0)
-    values, kinds = OmegaConf.structured(cls), typing.get_type_hints(cls)
+    values, kinds = OmegaConf.structured(cls), _kinds(cls)
     verbatim: dict[str, Any] = {}  # OmegaConf would see ${...} and ??? in a text
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names = list(kinds)
     for item in argv:
         name, equals, value = item.partition("=")
         if not equals:
             raise ConfigError(f"{item}: must be key=value, one of {', '.join(names)}")
         if name not in names:
-            raise ConfigError(schema.unknown_key(name, names))
+            raise ConfigError(checks.unknown_key(name, names))
         read = _read(value, kinds[name])
         if read is not None and str in (kinds[name], *typing.get_args(kinds[name])):
             verbatim[name], read = read, type(read)()
+        section, _, last = name.rpartition(".")
         try:
-            values[name] = read
+            (OmegaConf.select(values, section) if section else values)[last] = read
         except OmegaConfBaseException as error:
             raise ConfigError(f"{name}={value}: {_plain(str(error))}") from error
     try:
@@ -296,9 +300,21 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
         name = _full_key(error)
         raise ConfigError(f"{name}: must be given, as {name}=...") from error
     for name, read in verbatim.items():
-        setattr(arguments, name, read)
-    schema.check_bounds(arguments)
+        section, _, last = name.rpartition(".")
+        setattr(operator.attrgetter(section)(arguments) if section else arguments, last, read)
+    checks.check_bounds(arguments)
     return arguments  # type: ignore[return-value]
+
+
+def _kinds(cls: type, prefix: str = "") -> dict[str, Any]:
+    """The type of every key of a dataclass; those of a dataclass in it are ``field.key``."""
+    kinds: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            kinds |= _kinds(kind, f"{prefix}{name}.")
+        else:
+            kinds[prefix + name] = kind
+    return kinds
 
 
 def _read(text: str, kind: Any) -> Any:

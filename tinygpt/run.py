@@ -14,7 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from tinygpt import cli
-from tinygpt.config import Config, ConfigError, typed
+from tinygpt.checks import typed
+from tinygpt.config import Config, ConfigError
 
 
 @hydra.main(config_path=cli.CONF_DIR, config_name="config", version_base="1.3")

@@ -35,6 +35,7 @@ NOT_SCIENCE = {
     "sweep",
     "scale",
     "plan",
+    "fit",
     "experiment",
     "output_dir",
     "cache_dir",

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tinygpt.config import Config, ConfigError, Plan
+from tinygpt.config import Config, ConfigError
 from tinygpt.data.shards import EvalWindows, Prepared, Split, TrainWindows
+from tinygpt.horizon import Plan
 
 IGNORED = -100  # a target that is not scored: padding behind a short window
 Batch = tuple[Tensor, Tensor]  # inputs (B, T), targets (B, T), both int64

@@ -1,0 +1,46 @@
+"""From run folders to scaling laws: a library for notebooks, without torch.
+
+``load_runs`` makes a table, ``fit`` puts a law through it, ``intervals`` and ``bootstrap`` say how
+far its numbers may be trusted, ``frontier`` and ``predict`` split a budget, ``analyse`` does all
+of it.
+"""
+
+from tinygpt.scaling.analysis import Analysis, Columns, analyse
+from tinygpt.scaling.fitting import Fit, fit
+from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
+from tinygpt.scaling.intervals import Interval, bootstrap, delta, intervals, of_loss, profile
+from tinygpt.scaling.isoflop import Envelope, IsoFlop, envelope, isoflop
+from tinygpt.scaling.laws import LAWS, Law
+from tinygpt.scaling.runs import load_curves, load_runs, read_table
+from tinygpt.scaling.split import best_split, by_law, flops_per_token, recorded
+
+__all__ = [
+    "LAWS",
+    "Analysis",
+    "Budget",
+    "Columns",
+    "Envelope",
+    "Fit",
+    "Frontier",
+    "Interval",
+    "IsoFlop",
+    "Law",
+    "analyse",
+    "best_split",
+    "bootstrap",
+    "by_law",
+    "delta",
+    "envelope",
+    "fit",
+    "flops_per_token",
+    "frontier",
+    "intervals",
+    "isoflop",
+    "load_curves",
+    "load_runs",
+    "of_loss",
+    "predict",
+    "profile",
+    "read_table",
+    "recorded",
+]

@@ -1,13 +1,25 @@
-"""What a set of runs can show, by its design: the evidence protocol of a scaling study.
+"""What a set of runs can show: the evidence protocol of a scaling study.
 
-The same checks read a plan before anything is trained and the table of finished runs.
+``check_design`` reads a plan before anything is trained, or the table of finished runs;
+``check_fit`` reads the law that was fitted to them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
+
+from tinygpt.scaling.runs import SETTINGS
+
+if TYPE_CHECKING:
+    from tinygpt.scaling.fitting import Fit
+    from tinygpt.scaling.intervals import Interval
+    from tinygpt.scaling.selection import Candidate, HeldOut, Noise
 
 # What a study may vary as the x of a law, in the words of results.json.
 VARIABLES = {
@@ -16,12 +28,9 @@ VARIABLES = {
     "max_seq_len": "context",
     "unique_train_tokens": "unique tokens",
 }
-# Columns of the configuration in which replicas, runs that differ in their seed alone, agree.
-SETTINGS = (
-    *("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "parametrization"),
-    *("vocab_size", "tokenizer", "dataset", "data_fraction", "train_tokens", "batch_tokens"),
-    *("learning_rate", "weight_decay", "warmup_steps", "optimizer", "schedule"),
-)
+SIGNIFICANT = 0.01  # a smaller p-value speaks against the law
+NEAR_FLOOR = 0.05
+CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
 
 
 @dataclass(frozen=True)
@@ -29,22 +38,34 @@ class Check:
     """One line of the checklist."""
 
     name: str
-    passed: bool
+    passed: bool | None  # None: does not apply, or cannot be told
     detail: str
 
 
 def check_design(runs: pd.DataFrame) -> list[Check]:
     """The checklist of ``runs``: a row a run, columns named as in ``results.json``."""
-    varied = [name for name in VARIABLES if name in runs and runs[name].nunique() > 1]
-    return [
-        *(_spread(runs, name) for name in varied),
-        _equal_tokens(runs),
-        _seeds(runs),
-        _one_validation_set(runs),
-        _no_repetition(runs),
-        _ends_decayed(runs),
-        *_fair_rate(runs),
-    ]
+    spreads = [_spread(runs, name) for name in VARIABLES if _varies(runs, name)]
+    return [*spreads, *_judged(runs, _DESIGN)]
+
+
+def check_finished(runs: pd.DataFrame, all_runs: pd.DataFrame) -> list[Check]:
+    """What can be told of runs that are over; ``all_runs`` are those that were left out too."""
+    return [*_judged(all_runs, _OF_ALL), *_judged(runs, _OF_FITTED)]
+
+
+Verdict = tuple[bool | None, str]
+Rule = tuple[str, tuple[str, ...], Callable[[pd.DataFrame], Verdict]]
+
+
+def _judged(runs: pd.DataFrame, rules: Sequence[Rule]) -> Iterator[Check]:
+    for name, columns, judge in rules:
+        missing = [c for c in columns if c not in runs or runs[c].isna().all()]
+        passed, detail = (None, f"{missing[0]} is not in the table") if missing else judge(runs)
+        yield Check(name, passed, detail)
+
+
+def _varies(runs: pd.DataFrame, name: str) -> bool:
+    return name in runs and runs[name].nunique() > 1
 
 
 def _spread(runs: pd.DataFrame, name: str) -> Check:
@@ -52,58 +73,289 @@ def _spread(runs: pd.DataFrame, name: str) -> Check:
     points, ratio = values.nunique(), values.max() / max(1, values.min())
     detail = f"{points} values, ×{ratio:.3g}; a law needs 3, and ×10 to be trusted"
     words = VARIABLES[name]
+    if points < 3:
+        return Check(f"{words} has at least three values", False, detail)
+    return Check(f"{words} spans more than an order of magnitude", bool(ratio >= 10), detail)
+
+
+def _equal_tokens(runs: pd.DataFrame) -> Verdict:
+    by_size = runs.groupby("parameters_non_embedding")["train_tokens"].agg(frozenset)
+    passed = bool(by_size.nunique() == 1)
+    many = by_size.iloc[0]
+    if passed and len(many) == 1:
+        return passed, f"{int(next(iter(many))):,} in every run"
+    if passed:
+        return passed, f"the same {len(many)} amounts for every size"
+    if _is_isoflop(runs):
+        return None, "equal compute instead: sizes along budgets"
     return (
-        Check(f"{words} spans more than an order of magnitude", ratio >= 10, detail)
-        if (points >= 3)
-        else Check(f"{words} has at least three values", False, detail)
+        passed,
+        f"{int(runs['train_tokens'].min()):,} to {int(runs['train_tokens'].max()):,}, by size",
     )
 
 
-def _equal_tokens(runs: pd.DataFrame) -> Check:
-    by_size = runs.groupby("parameters_non_embedding")["train_tokens"].agg(frozenset)
-    passed = by_size.nunique() == 1
-    many = by_size.iloc[0]
-    if passed and len(many) == 1:
-        detail = f"{next(iter(many)):,} in every run"
-    elif passed:
-        detail = f"the same {len(many)} amounts for every size"
-    else:
-        detail = f"{runs['train_tokens'].min():,} to {runs['train_tokens'].max():,}, by size"
-    return Check("equal training tokens for all sizes", passed, detail)
+def _is_isoflop(runs: pd.DataFrame) -> bool:
+    """Whether the runs lie on a few budgets, several sizes on each."""
+    if "flops_exact" not in runs or runs["flops_exact"].isna().any():
+        return False
+    logs = np.sort(np.log(runs["flops_exact"].to_numpy(dtype=float)))
+    budgets = np.split(logs, np.flatnonzero(np.diff(logs) > 0.2) + 1)
+    wide = max(float(np.ptp(budget)) for budget in budgets)
+    return wide < 0.2 and len(budgets) > 1 and len(logs) >= 3 * len(budgets)
 
 
-def _seeds(runs: pd.DataFrame) -> Check:
+def _seeds(runs: pd.DataFrame) -> Verdict:
     settings = [name for name in SETTINGS if name in runs]
-    least = runs.groupby(settings, dropna=False)["seed"].nunique().min()
-    return Check("at least two seeds of every setting", least >= 2, f"{least}")
+    if not settings:
+        return None, "the table does not say what else differs"
+    least = int(runs.groupby(settings, dropna=False)["seed"].nunique().min())
+    return least >= 2, f"{least}"
 
 
-def _one_validation_set(runs: pd.DataFrame) -> Check:
+def _one_validation_set(runs: pd.DataFrame) -> Verdict:
     sets = runs["validation_fingerprint"].nunique()
     same = "all runs are scored on the same tokens"
-    detail = same if sets == 1 else f"{sets} different ones: compare bits per byte with care"
-    return Check("one validation set", sets == 1, detail)
+    return sets == 1, same if sets == 1 else f"{sets} different ones: compare with care"
 
 
-def _no_repetition(runs: pd.DataFrame) -> Check:
-    epochs = (runs["train_tokens"] / runs["unique_train_tokens"]).max()
-    return Check("no token is seen twice", epochs <= 1.0, f"up to {epochs:.3g} epochs")
+def _no_repetition(runs: pd.DataFrame) -> Verdict:
+    epochs = float((runs["train_tokens"] / runs["unique_train_tokens"]).max())
+    return epochs <= 1.0, f"up to {epochs:.3g} epochs"
 
 
-def _ends_decayed(runs: pd.DataFrame) -> Check:
-    constant = (runs["schedule"] == "constant").sum()
-    detail = f"{constant} runs at a constant rate" if constant else "final, not best, loss counts"
-    return Check("every run decays to its own end", constant == 0, detail)
+def _ends_decayed(runs: pd.DataFrame) -> Verdict:
+    constant = int((runs["schedule"] == "constant").sum())
+    return constant == 0, (
+        f"{constant} runs at a constant rate" if constant else "final, not best, loss counts"
+    )
 
 
-def _fair_rate(runs: pd.DataFrame) -> list[Check]:
+def _fair_rate(runs: pd.DataFrame) -> Verdict:
     """Under the standard parametrization the best rate falls with width."""
-    if runs["d_model"].nunique() < 2 or "parametrization" not in runs:
-        return []
+    if runs["d_model"].nunique() < 2:
+        return None, "one width"
     fixed = runs[runs["parametrization"] == "standard"].groupby("d_model")["learning_rate"]
     if not len(fixed):
-        return [Check("a fair learning rate for every width", True, "transferred by mup")]
+        return True, "transferred by mup"
     rates = fixed.agg(frozenset)
     swept = all(len(tried) > 1 for tried in rates) or rates.nunique() == len(rates)
-    detail = "swept or set for each width" if swept else "one rate for all widths, not transferred"
-    return [Check("a fair learning rate for every width", swept, detail)]
+    return swept, (
+        "swept or set for each width" if swept else "one rate for all widths, not transferred"
+    )
+
+
+def _rate_inside(runs: pd.DataFrame) -> Verdict:
+    """Of sizes at which several rates were tried: whether the best is not the last one tried."""
+    swept, edge = 0, 0
+    for _, group in runs.groupby(["parameters_non_embedding", "train_tokens", "optimizer"]):
+        mean = group.groupby("learning_rate")["final_val_loss"].mean()
+        if len(mean) > 2:
+            swept += 1
+            edge += mean.idxmin() in (mean.index.min(), mean.index.max())
+    if not swept:
+        return None, "no rate was swept here"
+    return edge == 0, f"the best is at the edge for {edge} of {swept} settings"
+
+
+def _one_of(column: str) -> Callable[[pd.DataFrame], Verdict]:
+    def judge(runs: pd.DataFrame) -> Verdict:
+        kinds = sorted(map(str, runs[column].dropna().unique()))
+        return len(kinds) == 1, kinds[0] if len(kinds) == 1 else f"{', '.join(kinds[:4])}"
+
+    return judge
+
+
+def _one_recipe(runs: pd.DataFrame) -> Verdict:
+    """Apart from size, length and rate."""
+    kinds = {
+        name: sorted(map(str, runs[name].dropna().unique()))
+        for name in ("optimizer", "schedule", "batch_tokens", "weight_decay", "parametrization")
+        if name in runs and runs[name].nunique() > 1
+    }
+    varied = "; ".join(f"{name} {', '.join(values[:4])}" for name, values in kinds.items())
+    return not kinds, varied or "the same in every run"
+
+
+def _all_ended(runs: pd.DataFrame) -> Verdict:
+    odd = runs["status"].value_counts().drop("finished", errors="ignore")
+    return not len(odd), (
+        ", ".join(f"{count} {status}" for status, count in odd.items()) or "all finished"
+    )
+
+
+_DESIGN: Sequence[Rule] = (
+    (
+        "equal training tokens for all sizes",
+        ("parameters_non_embedding", "train_tokens"),
+        _equal_tokens,
+    ),
+    ("at least two seeds of every setting", ("seed",), _seeds),
+    ("one validation set", ("validation_fingerprint",), _one_validation_set),
+    ("no token is seen twice", ("train_tokens", "unique_train_tokens"), _no_repetition),
+    ("every run decays to its own end", ("schedule",), _ends_decayed),
+    ("a fair learning rate for every width", ("d_model", "parametrization"), _fair_rate),
+)
+_OF_ALL: Sequence[Rule] = (
+    ("all runs came to their end", ("status",), _all_ended),
+    (
+        "the best learning rate is not at the edge of its sweep",
+        ("learning_rate", "final_val_loss", "optimizer"),
+        _rate_inside,
+    ),
+)
+_OF_FITTED: Sequence[Rule] = (
+    ("one recipe", ("optimizer",), _one_recipe),
+    ("one precision", ("precision_resolved",), _one_of("precision_resolved")),
+    ("one version of the code", ("git_commit",), _one_of("git_commit")),
+)
+
+
+# --- the law
+
+
+def check_fit(
+    fit: Fit,
+    held_out: HeldOut | None,
+    intervals: Mapping[str, Interval],
+    noise: Noise | None,
+    structure: float | None,
+    floor: float | None,
+    distance: float | None,
+    span: float,
+    rivals: Sequence[Candidate],
+) -> list[Check]:
+    """The checklist of a law.
+
+    ``structure`` is the p-value of there being none in the residuals, ``floor`` the exact entropy
+    of the corpus, ``distance`` how many times beyond the runs the prediction lies, ``span`` the
+    largest compute (or x) of the runs over the smallest, ``rivals`` all laws that were tried.
+    """
+    return [
+        _certified(fit),
+        Check(
+            "the law explains the losses", fit.r_squared >= 0.9, f"R² of log L {fit.r_squared:.4f}"
+        ),
+        _unrivalled(fit, rivals),
+        _shapeless(structure),
+        _no_lack_of_fit(noise),
+        *_not_collinear(fit),
+        *_falls(fit, intervals),
+        *_constant_identified(fit, intervals),
+        *_predicts(held_out),
+        *_meets_floor(fit, intervals, floor),
+        _distance(distance, span),
+    ]
+
+
+def _certified(fit: Fit) -> Check:
+    found = fit.optimum
+    bound = f"; at its bound: {', '.join(found.at_bound)}" if found.at_bound else ""
+    basins = "1 basin" if len(found.basins) == 1 else f"{len(found.basins)} basins"
+    detail = (
+        f"{basins}, gradient {found.gradient_norm:.1g}, "
+        f"least eigenvalue {found.smallest_eigenvalue:.2g}{bound}"
+    )
+    passed = found.converged and found.smallest_eigenvalue > 0 and not found.at_bound
+    return Check("a certified minimum inside its bounds", passed, detail)
+
+
+def _unrivalled(fit: Fit, rivals: Sequence[Candidate]) -> Check:
+    name = "no other law describes these runs clearly better"
+    own = next((c.aicc for c in rivals if c.law == fit.law.name), math.inf)
+    best = min(rivals, key=lambda c: c.aicc)
+    if not math.isfinite(best.aicc):
+        return Check(name, None, "too few runs to compare laws")
+    if best.law == fit.law.name:
+        others = sorted(c.aicc for c in rivals if c.law != best.law)
+        ahead = others[0] - best.aicc if others else math.inf
+        return Check(name, True, f"{best.law} is the best of {len(rivals)}, AICc by {ahead:.1f}")
+    clear = own - best.aicc > CLEAR
+    detail = f"{best.law} is {'' if clear else 'hardly '}better: AICc by {own - best.aicc:.1f}"
+    held = {c.law: c.held_out.error for c in rivals if c.held_out}
+    if best.law in held and fit.law.name in held:
+        detail += f", held-out error {held[best.law]:.2%} against {held[fit.law.name]:.2%}"
+    return Check(name, not clear, detail)
+
+
+def _shapeless(p: float | None) -> Check:
+    name = "the residuals have no structure"
+    if p is None:
+        return Check(name, None, "too few points to tell")
+    return Check(name, p >= SIGNIFICANT, f"second and third powers of the logs: p = {p:.2g}")
+
+
+def _no_lack_of_fit(noise: Noise | None) -> Check:
+    name = "the law leaves no more than the seeds scatter"
+    if noise is None or noise.lack_of_fit is None:
+        return Check(name, None, "no two runs differ in their seed alone")
+    detail = (
+        f"seeds scatter by {noise.scale:.2%} of the loss; lack of fit: p = {noise.lack_of_fit:.2g}"
+    )
+    return Check(name, noise.lack_of_fit >= SIGNIFICANT, detail)
+
+
+def _not_collinear(fit: Fit) -> Iterator[Check]:
+    if {"N", "D"} <= set(fit.points.x):
+        r = float(np.corrcoef(fit.points.x["N"], fit.points.x["D"])[0, 1])
+        yield Check("D does not go with N", abs(r) < 0.9, f"correlation of the logs {r:.2f}")
+
+
+def _falls(fit: Fit, intervals: Mapping[str, Interval]) -> Iterator[Check]:
+    """The exponents that say how fast a term falls are above zero, with their intervals."""
+    for name in ("alpha", "beta"):
+        if name in intervals:
+            one = intervals[name]
+            detail = _reach(one)
+            yield Check(f"{name} is above zero", one.low > 0, detail)
+
+
+def _reach(one: Interval) -> str:
+    """The estimate and its interval; an end that the data do not set is said to be open."""
+    low = "open" if one.low in (0.0, -math.inf) else f"{one.low:.3f}"
+    high = "open" if one.high == math.inf else f"{one.high:.3f}"
+    return f"{one.estimate:.3f}, {low} to {high}"
+
+
+def _constant_identified(fit: Fit, intervals: Mapping[str, Interval]) -> Iterator[Check]:
+    if "E" not in fit.law.coefficients:
+        return
+    name = "E is identified"
+    if "E" in fit.optimum.at_bound:
+        yield Check(name, False, "the best E is zero")
+    elif "E" in intervals:
+        one = intervals["E"]
+        wide = one.high - one.low > 0.5 * one.estimate
+        yield Check(name, one.identified and not wide, _reach(one))
+
+
+def _predicts(held_out: HeldOut | None) -> Iterator[Check]:
+    name = "runs of larger compute, held out, are predicted"
+    if held_out is None:
+        yield Check(name, None, "too few runs to hold any out")
+        return
+    detail = (
+        f"{held_out.runs} runs up to ×{held_out.distance:.3g} beyond the rest: off by "
+        f"{held_out.error:.2%}, at most {held_out.worst:.2%}; {held_out.within:.0%} of them in "
+        "their 95 % interval"
+    )
+    yield Check(name, held_out.within >= 0.5, detail)
+
+
+def _meets_floor(
+    fit: Fit, intervals: Mapping[str, Interval], floor: float | None
+) -> Iterator[Check]:
+    if floor is None or "E" not in fit.law.coefficients:
+        return
+    found = fit.parameters["E"]
+    off = found / floor - 1
+    detail = f"E {found:.4f}, entropy of the corpus {floor:.4f} ({off:+.1%})"
+    if "E" in intervals and floor in intervals["E"]:
+        detail += ", inside the interval"
+    yield Check("E meets the exact floor of the corpus", abs(off) <= NEAR_FLOOR, detail)
+
+
+def _distance(distance: float | None, span: float) -> Check:
+    name = "the prediction lies no further beyond the runs than they span"
+    if distance is None:
+        return Check(name, None, "nothing can be predicted")
+    return Check(name, distance <= span, f"×{distance:.3g} beyond; the runs span ×{span:.3g}")

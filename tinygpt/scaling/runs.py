@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import yaml
 
 from tinygpt import rundir
+from tinygpt.config import ConfigError
 
+# Columns of the configuration in which replicas, runs that differ in their seed alone, agree.
+RATES = ("learning_rate", "warmup_steps")
+SETTINGS = (
+    *("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "parametrization"),
+    *("vocab_size", "tokenizer", "dataset", "data_fraction", "train_tokens", "batch_tokens"),
+    *("weight_decay", "optimizer", "schedule", *RATES),
+)
 # Read by the C library, if it is there: ten times faster.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -25,6 +34,121 @@ def load_runs(*folders: str | Path) -> pd.DataFrame:
     has only left its error, ``unfinished`` where it has begun; their losses are missing.
     """
     return pd.DataFrame(read_rows(*folders)).infer_objects()
+
+
+def load_curves(*folders: str | Path) -> pd.DataFrame:
+    """The training curves of the runs under ``folders`` that left results: a row a line of metrics.
+
+    The columns of ``metrics.csv``, then of the run ``run_name study seed status`` and the two
+    counts of parameters, and the FLOPs up to there, ``flops_6nd`` and ``flops_exact``.  A branch
+    has the curve of its trunk up to where it began.  Empty where no run has left one.
+    """
+    runs = load_runs(*folders)
+    if "flops_exact" not in runs:
+        return pd.DataFrame()
+    runs = runs[runs["flops_exact"].notna()].set_index("folder")
+    files = {folder: rundir.RunDir(Path(folder)).metrics for folder in runs.index}
+    tables = {folder: pd.read_csv(path) for folder, path in files.items() if path.exists()}
+    if not tables:
+        return pd.DataFrame()
+    stacked = pd.concat(tables, names=["folder", None])
+    curves: pd.DataFrame = stacked.reset_index("folder").reset_index(drop=True)
+    sizes = ["parameters_non_embedding", "model_parameters"]
+    known = [name for name in ("run_name", "study", "seed", "status", *sizes) if name in runs]
+    curves = curves.join(runs[known], on="folder")
+    for name in runs.columns.intersection(["flops_6nd", "flops_exact"]):
+        per_token = (runs[name] / runs["train_tokens"]).rename(name)
+        curves[name] = curves["folder"].map(per_token) * curves["tokens"]
+    return curves
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """A table of runs from elsewhere, CSV or parquet.  Raises ConfigError if it cannot be read."""
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".parquet"):
+        raise ConfigError(f"table={path}: must be a .csv or a .parquet file")
+    try:
+        found = pd.read_parquet(path) if kind == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ConfigError(f"table={path}: cannot be read ({reason})") from error
+    if found.empty:
+        raise ConfigError(f"table={path}: has no rows")
+    return found
+
+
+def comparable(
+    table: pd.DataFrame, loss: str, where: str | None = None
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs whose final losses can stand in one law, and the others, with a ``reason``.
+
+    ``where`` is a condition on the columns, as ``pandas.DataFrame.query`` reads it; what does not
+    meet it is left out.  Raises ConfigError for a condition that cannot be read, for a run that
+    is there twice, and for losses that do not compare: nats per token of several tokenizers or
+    corpora (bits per byte do).
+    """
+    reason = pd.Series("", index=table.index)
+    if where is not None:
+        reason[~_meets(table, where)] = f"not {where}"
+    _refuse_twice(table[reason == ""])
+    if "status" in table:
+        ended = table["status"].isin(["finished", "stopped_early"])
+        reason[~ended & (reason == "")] = table["status"][~ended].astype(str)
+    used, left = table[reason == ""], table[reason != ""]
+    if not len(used):
+        raise ConfigError(f"none of these {len(table)} runs has a final loss")
+    for name in ("tokenizer_fingerprint", "dataset"):
+        if name in used and used[name].nunique() > 1 and "bits_per" not in loss:
+            kinds = ", ".join(sorted(map(str, used[name.split("_")[0]].unique())))
+            raise ConfigError(
+                f"runs: several {name.split('_')[0]}s ({kinds}): nats per token do not compare; "
+                "loss=final_val_bits_per_byte does"
+            )
+    reason = reason.mask(
+        reason == "", _slower_rates(used, loss).reindex(table.index, fill_value="")
+    )
+    used, left = table[reason == ""], table[reason != ""]
+    return used, left.assign(reason=reason[reason != ""])
+
+
+def _meets(table: pd.DataFrame, where: str) -> pd.Series:
+    try:
+        met = table.eval(where, engine="python")
+    except Exception as error:  # whatever the words of the condition lead pandas to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"where={where}: {reason}") from error
+    if not isinstance(met, pd.Series) or met.dtype != bool:
+        raise ConfigError(f"where={where}: must be a condition on the columns, as 'params > 1e6'")
+    return met
+
+
+def _slower_rates(runs: pd.DataFrame, loss: str) -> pd.Series:
+    """Where several learning rates were tried in one setting the best is its run, by its mean."""
+    reason = pd.Series("", index=runs.index)
+    settings = [name for name in SETTINGS if name in runs and name not in RATES]
+    if "learning_rate" not in runs or loss not in runs or not settings:
+        return reason
+    for _, group in runs.groupby(settings, dropna=False):
+        mean = group.groupby("learning_rate")[loss].mean()
+        best = mean.idxmin()
+        if len(mean) > 1:
+            others = group.index[group["learning_rate"] != best]
+            reason[others] = f"learning_rate {best:g} is better there"
+    return reason
+
+
+def _refuse_twice(table: pd.DataFrame) -> None:
+    if "config_hash" in table:
+        twice = table[table["config_hash"].duplicated(keep=False)]
+        if len(twice):
+            one, other = twice[twice["config_hash"] == twice["config_hash"].iloc[0]]["folder"][:2]
+            raise ConfigError(f"runs: {one} and {other} are the same run; give it once")
+    else:
+        twice = table[table.duplicated(keep=False)]
+        if len(twice):
+            rows = [str(i) for i in twice.index[(twice == twice.iloc[0]).all(axis=1)][:2]]
+            raise ConfigError(f"table: rows {' and '.join(rows)} are the same; give it once")
 
 
 def read_rows(*folders: str | Path) -> list[dict[str, Any]]:

@@ -13,7 +13,9 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tinygpt import cli, rundir
-from tinygpt.config import HORIZONS, Config, ConfigError, Plan, check_sweepable
+from tinygpt.checks import check_sweepable
+from tinygpt.config import HORIZONS, Config, ConfigError
+from tinygpt.horizon import Plan
 
 
 @dataclass(eq=False)
@@ -32,6 +34,12 @@ class Job:
     keep_at: list[int] = field(default_factory=list)  # steps at which others branch off
     trunk: rundir.RunDir | None = None  # the run whose first steps are this one's too
     branch_step: int = 0
+
+    @property
+    def flops(self) -> float:
+        """What this job itself has to compute: not the steps that it takes over from a trunk."""
+        own: float = 1 - self.branch_step / self.row["total_steps"]
+        return own * float(self.row["flops_exact"])
 
 
 def expand(

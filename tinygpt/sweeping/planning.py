@@ -10,7 +10,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from tinygpt.config import Plan
+from tinygpt.horizon import Plan
 from tinygpt.scaling.evidence import check_design
 from tinygpt.sweeping.jobs import Job
 from tinygpt.training.calibration import seconds_per_step
@@ -44,7 +44,7 @@ def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) 
             "" if job in todo else "finished",
         )
     console.print(table, highlight=False, markup=False)
-    flops = sum(job.row["flops_exact"] * _own_part(job) for job in todo)
+    flops = sum(job.flops for job in todo)
     total = clock(sum(seconds[job] for job in todo))
     disk = sum(map(disk_bytes, todo)) / 1e6
     say = f"{len(todo)} to train: {flops:.2e} FLOPs, {total} one after the other, {disk:.3g} MB"
@@ -52,7 +52,7 @@ def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) 
     if len(jobs) > 1:
         console.print("\nwhat this design can show", highlight=False)
         for check in check_design(pd.DataFrame([job.row for job in jobs])):
-            mark = "yes" if check.passed else "NO "
+            mark = {True: "yes", False: "NO ", None: " - "}[check.passed]
             console.print(f"  {mark}  {check.name}: {check.detail}", highlight=False)
 
 
@@ -91,7 +91,3 @@ def disk_bytes(job: Job) -> float:
 def _plan(job: Job) -> Plan:
     assert job.plan is not None
     return job.plan
-
-
-def _own_part(job: Job) -> float:
-    return 1 - job.branch_step / _plan(job).total_steps

@@ -63,7 +63,30 @@ def run_study(job_overrides: Sequence[Sequence[str]]) -> list[Outcome]:
     if len(outcomes) < len(jobs) or any(o.status == "interrupted" for o in outcomes.values()):
         console.print("interrupted; the same command goes on from there", highlight=False)
         raise SystemExit(130)
+    if settings.fit and pending and len(jobs) > 1:
+        for folder in folders:
+            _fit(folder, console)
     return [outcomes[job] for job in jobs]
+
+
+def _fit(folder: Path, console: Console) -> None:
+    """The law of a study with its report, or one line that says why there is none."""
+    from tinygpt.scaling import Columns, analyse, load_curves, load_runs, report, wording
+    from tinygpt.scaling.runs import comparable
+
+    columns = Columns()
+    try:
+        used, left_out = comparable(load_runs(folder), columns.loss)
+        analysis = analyse(used, left_out, columns, curves=load_curves(folder))
+    except ConfigError as error:
+        console.print(f"law        none: {error}", highlight=False, soft_wrap=True)
+        return
+    report.write(analysis, folder / "fit")
+    failed = sum(check.passed is False for check in analysis.checks)
+    verdict = f"not evidence yet: {failed} checks fail" if failed else "every check passed"
+    law = wording.equation(analysis.fit)
+    console.print(f"law        {law}  ({verdict})", highlight=False, soft_wrap=True)
+    console.print(f"report     {folder / 'fit' / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _finished(job: Job) -> Outcome | None:

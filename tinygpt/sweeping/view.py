@@ -44,7 +44,7 @@ class View:
         runs = "1 run" if len(self.pending) == 1 else f"{len(self.pending)} runs"
         self._say(f"training {runs}{before}; folder {folder}")
         anew = self.pending[0].config.force
-        self._done_before = 0.0 if anew else sum(_read(job)[0] * _cost(job) for job in self.pending)
+        self._done_before = 0.0 if anew else sum(_read(job)[0] * job.flops for job in self.pending)
         if self.console.is_terminal:
             self._live.start()
         self._thread.start()
@@ -89,9 +89,9 @@ class View:
 
     def _left(self) -> str:
         """From the FLOPs done since the start; what runs had done before does not count."""
-        todo = sum(map(_cost, self.pending))
-        done = sum(_cost(job) for job in self.ended_jobs)
-        done += sum(_cost(job) * part for job, (part, _) in list(self.progress.items()))
+        todo = sum(job.flops for job in self.pending)
+        done = sum(job.flops for job in self.ended_jobs)
+        done += sum(job.flops * part for job, (part, _) in list(self.progress.items()))
         gained = done - self._done_before
         if gained <= 0 or done >= todo:
             return ""
@@ -107,12 +107,6 @@ class View:
         failed = sum(outcome.failed for outcome in self.ended_jobs.values())
         line = f"{done}/{self.total} runs" + (f", {failed} failed" if failed else "")
         return Group(table, Text(f"{line}{self._left()}"))
-
-
-def _cost(job: Job) -> float:
-    """FLOPs that this job itself has to compute."""
-    own: float = 1 - job.branch_step / job.row["total_steps"]
-    return own * float(job.row["flops_exact"])
 
 
 def _is_alive(log: Path, since: float) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from tinygpt.config import Config, Plan
+from tinygpt.config import Config
+from tinygpt.horizon import Plan
 from tinygpt.model.gpt import GPT
 from tinygpt.training.optim import make_optimizer
 from tinygpt.training.trainer import Device

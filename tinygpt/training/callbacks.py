@@ -22,7 +22,8 @@ import torch
 from rich.progress import Progress, TaskID
 
 from tinygpt import rundir
-from tinygpt.config import Config, Plan
+from tinygpt.config import Config
+from tinygpt.horizon import Plan
 from tinygpt.training.console import clock, short
 from tinygpt.training.evaluation import Scores
 from tinygpt.training.module import LanguageModel

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tinygpt.config import Config, Plan
+from tinygpt.config import Config
+from tinygpt.horizon import Plan
 from tinygpt.model.gpt import GPT
 from tinygpt.training.optim import make_optimizer, rate_factor
 

@@ -9,10 +9,11 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
 from tinygpt import rundir
-from tinygpt.config import Config, Plan
+from tinygpt.config import Config
 from tinygpt.counting import count_parameters, flops_6nd, flops_per_token, resolved_d_ff
 from tinygpt.data import corpora
 from tinygpt.data.datamodule import TokenData
+from tinygpt.horizon import Plan
 from tinygpt.training.callbacks import Journal, peak_memory
 from tinygpt.training.evaluation import Scores
 from tinygpt.training.trainer import Device

@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 
 from tinygpt import rundir
-from tinygpt.config import Config, ConfigError, RunError, derive
+from tinygpt.config import Config, ConfigError, RunError
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
+from tinygpt.horizon import derive
 from tinygpt.model.generate import generate
 from tinygpt.training.branching import Branch
 from tinygpt.training.callbacks import Checkpoints, Interrupts, Journal, ProgressBar

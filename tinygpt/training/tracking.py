@@ -13,7 +13,8 @@ import filelock
 from lightning.pytorch.loggers import MLFlowLogger
 
 from tinygpt import rundir
-from tinygpt.config import Config, ConfigError, key_names
+from tinygpt.checks import key_names
+from tinygpt.config import Config, ConfigError
 from tinygpt.data.network import reachable
 
 log = logging.getLogger("tinygpt")

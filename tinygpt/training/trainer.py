@@ -29,7 +29,8 @@ from lightning.pytorch.strategies import (
 )
 
 from tinygpt import rundir
-from tinygpt.config import Config, ConfigError, HardwareConfig, Plan, RunError
+from tinygpt.config import Config, ConfigError, HardwareConfig, RunError
+from tinygpt.horizon import Plan
 from tinygpt.training.tracking import check_server, open_mlflow
 
 # Tokens that a device takes well in one pass: beyond that a larger pass is not faster.

@@ -1,0 +1,290 @@
+"""What is thought of a law: which is best, what fails, what is left out, what to run next."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling import Analysis, Columns, analyse, fit
+from tinygpt.scaling.evidence import check_design
+from tinygpt.scaling.runs import comparable
+from tinygpt.scaling.selection import split_by_compute
+
+TABLE = Columns(n="N", n_total=None, d="D", u=None, t=None, c=None, loss="loss", run=None)
+
+
+def chinchilla(n: Any, d: Any) -> Any:
+    return 1.8 + 480.0 / n**0.35 + 2100.0 / d**0.37
+
+
+def memoriser(n: float, d: float) -> float:
+    """A learner that keeps the n / 200 commonest of Zipf's facts, each once it has seen it.
+
+    The loss is an integral over the facts, of which no sum of powers is a limit.
+    """
+    rank = np.arange(1, 16385)
+    p = rank**-1.2 / np.sum(rank**-1.2)
+    known = (rank <= n / 200) * (1 - (1 - p) ** (d / 500))
+    return float(1.0 + 3.0 * np.sum(p * (1 - known)))
+
+
+def table(
+    surface: Any, noise: float, seeds: int = 2, points: int = 6, world: int = 0
+) -> pd.DataFrame:
+    random = np.random.default_rng(world)
+    rows = [
+        {"N": n, "D": d, "seed": seed, "loss": surface(n, d) * np.exp(noise * random.normal())}
+        for n in np.geomspace(1e4, 3e6, points)
+        for d in np.geomspace(1e5, 3e7, points)
+        for seed in range(seeds)
+    ]
+    return pd.DataFrame(rows)
+
+
+def analysed(runs: pd.DataFrame, **settings: Any) -> Analysis:
+    return analyse(*comparable(runs, "loss"), TABLE, **settings)
+
+
+def failing(analysis: Analysis) -> list[str]:
+    return [check.name for check in analysis.checks if check.passed is False]
+
+
+def test_a_chinchilla_surface_is_recognised() -> None:
+    found = analysed(table(chinchilla, 0.003))
+    assert found.fit.law.name in ("chinchilla", "chinchilla_tied")
+    held = next(c.held_out for c in found.candidates if c.law == "chinchilla")
+    assert held is not None
+    assert held.error < 0.005
+    assert failing(found) == []
+    assert found.is_evidence
+    place = found.predictions[0].place
+    assert chinchilla(place["N"], place["D"]) in found.predictions[0].loss
+
+
+@pytest.mark.parametrize(("noise", "seeds"), [(0.0, 1), (0.003, 2)])
+def test_a_memoriser_is_not_called_chinchilla(noise: float, seeds: int) -> None:
+    """Neither by itself nor where it is asked for; and the reason is said."""
+    runs = table(memoriser, noise, seeds)
+    assert not analysed(runs).fit.law.name.startswith("chinchilla")
+    asked = analysed(runs, law="chinchilla")
+    assert asked.fit.law.name == "chinchilla"
+    assert not asked.is_evidence
+    assert "no other law describes these runs clearly better" in failing(asked)
+    assert "the residuals have no structure" in failing(asked)
+    better = next(c for c in asked.checks if c.name.startswith("no other law"))
+    assert "is better: AICc by" in better.detail
+    assert "held-out error" in better.detail
+
+
+def test_the_seeds_tell_what_the_law_leaves() -> None:
+    wrong = analysed(table(memoriser, 0.001), law="chinchilla")
+    assert wrong.noise is not None
+    assert wrong.noise.scale == pytest.approx(0.001, rel=0.3)
+    assert wrong.noise.degrees == 36
+    assert "the law leaves no more than the seeds scatter" in failing(wrong)
+
+
+def test_one_variable() -> None:
+    sizes = np.repeat(np.geomspace(1e4, 1e7, 7), 2)
+    noise = 0.002 * np.random.default_rng(1).normal(size=len(sizes))
+    runs = pd.DataFrame({"N": sizes, "D": 1e6, "loss": (1.5 + 30 / sizes**0.3) * np.exp(noise)})
+    found = analysed(runs)
+    assert found.variables == {"x": "N"}
+    assert found.question == "How does the loss fall with parameters?"
+    assert found.fit.law.name == "power_constant"
+    assert found.frontier is None
+    assert found.predictions[0].place == {"x": pytest.approx(1e8)}
+    assert 1.5 in found.intervals["E"]
+
+
+def test_a_run_that_carries_the_law_is_named() -> None:
+    sizes = np.append(np.geomspace(1e4, 3e4, 12), 1e7)
+    noise = 0.01 * np.random.default_rng(0).normal(size=len(sizes))
+    runs = pd.DataFrame({"N": sizes, "D": 1e6, "loss": 20 / sizes**0.1 * np.exp(noise)})
+    runs["loss"] *= np.where(sizes > 1e6, 1.6, 1.0)
+    found = analysed(runs, law="power")
+    assert {one.row for one in found.influence} == {12}
+    assert found.influence[0].parameter == "alpha"
+
+
+def test_the_next_run_narrows_the_prediction() -> None:
+    runs = table(chinchilla, 0.003, seeds=1, points=4)
+    found = analysed(runs, law="chinchilla")
+    best = found.next_run
+    assert best is not None
+    assert best.width_then < best.width_now
+    assert best.cost <= 2 * 6 * runs["N"].max() * runs["D"].max()
+    more = {**best.place, "loss": chinchilla(best.place["N"], best.place["D"]), "seed": 0}
+    again = analysed(pd.concat([runs, pd.DataFrame([more])], ignore_index=True), law="chinchilla")
+    assert again.next_run is not None
+    assert again.next_run.width_now < best.width_now
+
+
+def test_the_largest_compute_is_held_out_by_whole_budgets() -> None:
+    compute = np.repeat([1e9, 1e10, 1e11], 5) * np.tile([1.0, 1.01, 0.99, 1.02, 0.98], 3)
+    held = split_by_compute(np.arange(15), compute, 5)
+    assert held is not None
+    assert held.tolist() == [False] * 10 + [True] * 5
+    assert split_by_compute(np.arange(15), compute, 11) is None
+
+
+# --- what stands in one law
+
+
+def runs_of(**columns: Any) -> pd.DataFrame:
+    """Finished runs as ``results.json`` has them, three sizes × two seeds."""
+    sizes = np.repeat([1e4, 1e5, 1e6], 2)
+    base: dict[str, Any] = {
+        "config_hash": [f"{i:064x}" for i in range(6)],
+        "folder": [f"outputs/s/r{i}" for i in range(6)],
+        "status": "finished",
+        "seed": [1, 2] * 3,
+        "parameters_non_embedding": sizes,
+        "d_model": sizes,
+        "train_tokens": 1_000_000,
+        "learning_rate": 0.003,
+        "optimizer": "adamw",
+        "tokenizer": "bpe",
+        "tokenizer_fingerprint": "t",
+        "dataset": "synthetic",
+        "final_val_loss": 1.0 + 30 / sizes**0.3,
+        "final_val_bits_per_byte": 0.5 + 10 / sizes**0.3,
+    }
+    return pd.DataFrame({**base, **columns})
+
+
+def test_runs_without_a_final_loss_are_left_out_and_named() -> None:
+    runs = runs_of(status=["finished"] * 4 + ["diverged", "unfinished"])
+    used, left = comparable(runs, "final_val_loss")
+    assert len(used) == 4
+    assert left["reason"].tolist() == ["diverged", "unfinished"]
+
+
+def test_a_condition_leaves_out_and_says_so() -> None:
+    used, left = comparable(runs_of(), "final_val_loss", "d_model > 2e4 and seed == 1")
+    assert len(used) == 2
+    assert set(left["reason"]) == {"not d_model > 2e4 and seed == 1"}
+
+
+@pytest.mark.parametrize("where", ["params > 1", "d_model", "d_model >", "1", "d_model.foo()"])
+def test_a_condition_that_is_none(where: str) -> None:
+    with pytest.raises(ConfigError, match=f"^where={re.escape(where)}: "):
+        comparable(runs_of(), "final_val_loss", where)
+
+
+def test_of_several_rates_the_best_of_each_setting_stays() -> None:
+    one = runs_of()
+    other = runs_of(
+        learning_rate=0.01,
+        final_val_loss=one["final_val_loss"] * [0.9, 0.9, 1.1, 1.1, 1.1, 1.1],
+        config_hash=[f"{i:064x}" for i in range(6, 12)],
+    )
+    used, left = comparable(pd.concat([one, other], ignore_index=True), "final_val_loss")
+    assert sorted(used["learning_rate"]) == [0.003] * 4 + [0.01] * 2
+    assert set(left["reason"]) == {
+        "learning_rate 0.01 is better there",
+        "learning_rate 0.003 is better there",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"tokenizer_fingerprint": list("ttttuu"), "tokenizer": ["bpe"] * 4 + ["char"] * 2},
+         "runs: several tokenizers (bpe, char): nats per token do not compare"),
+        ({"dataset": ["a"] * 5 + ["b"]}, "runs: several datasets (a, b): nats per token do"),
+        ({"config_hash": ["same"] * 6}, "runs: outputs/s/r0 and outputs/s/r1 are the same run"),
+        ({"status": "diverged"}, "none of these 6 runs has a final loss"),
+    ],
+)  # fmt: skip
+def test_what_does_not_compare_is_refused(changed: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match="^" + line.replace("(", r"\(").replace(")", r"\)")):
+        comparable(runs_of(**changed), "final_val_loss")
+
+
+def test_bits_per_byte_compare_across_tokenizers() -> None:
+    runs = runs_of(tokenizer_fingerprint=list("ttttuu"))
+    assert len(comparable(runs, "final_val_bits_per_byte")[0]) == 6
+
+
+def test_nothing_varies() -> None:
+    runs = table(chinchilla, 0.01, seeds=5, points=1)
+    with pytest.raises(ConfigError, match="there is no law to fit"):
+        analysed(runs)
+
+
+def test_a_table_of_the_same_row_twice_is_refused() -> None:
+    runs = table(chinchilla, 0.01)
+    with pytest.raises(ConfigError, match="table: rows 0 and 72 are the same; give it once"):
+        comparable(pd.concat([runs, runs[:1]], ignore_index=True), "loss")
+
+
+# --- the checklist
+
+
+def verdict(runs: pd.DataFrame, name: str) -> bool | None:
+    return next(check.passed for check in check_design(runs) if check.name == name)
+
+
+def test_what_a_table_does_not_say_does_not_apply() -> None:
+    runs = runs_of().drop(columns="d_model")
+    assert verdict(runs, "a fair learning rate for every width") is None
+    assert verdict(runs, "one validation set") is None
+
+
+def test_the_design() -> None:
+    runs = runs_of()
+    assert verdict(runs, "model size spans more than an order of magnitude") is True
+    assert verdict(runs, "equal training tokens for all sizes") is True
+    assert verdict(runs, "at least two seeds of every setting") is True
+    assert verdict(runs[:5], "at least two seeds of every setting") is False
+    unequal = runs_of(train_tokens=[1, 1, 1, 1, 2, 2])
+    assert verdict(unequal, "equal training tokens for all sizes") is False
+
+
+def test_isoflop_runs_need_no_equal_tokens() -> None:
+    sizes = np.tile([1e4, 2e4, 4e4], 2)
+    budgets = np.repeat([1e12, 1e13], 3)
+    runs = runs_of(
+        parameters_non_embedding=sizes, train_tokens=budgets / 6 / sizes, flops_exact=budgets
+    )
+    assert verdict(runs, "equal training tokens for all sizes") is None
+
+
+# --- as a library
+
+
+def test_without_torch() -> None:
+    code = "import sys, tinygpt.scaling; print('torch' in sys.modules, 'hydra' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_fits_any_frame() -> None:
+    runs = table(chinchilla, 0.0, seeds=1).rename(columns={"N": "params", "D": "tokens"})
+    found = fit(runs, "chinchilla", N="params", D="tokens", loss="loss")
+    assert found.parameters["E"] == pytest.approx(1.8, rel=1e-6)
+    assert found.predict(N=1e9, D=1e10)[0] == pytest.approx(chinchilla(1e9, 1e10), rel=1e-6)
+
+
+def test_reads_a_table(tmp_path: Path) -> None:
+    from tinygpt.scaling import read_table
+
+    runs = table(chinchilla, 0.01)
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    runs.to_parquet(tmp_path / "runs.parquet")
+    for name in ("runs.csv", "runs.parquet"):
+        assert np.allclose(read_table(tmp_path / name), runs)
+    for name, text in (("no.csv", None), ("runs.txt", "a"), ("empty.csv", "a,b\n")):
+        if text:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=f"table=.*{name}: "):
+            read_table(tmp_path / name)

@@ -1,0 +1,167 @@
+"""``python -m tinygpt.fit`` as a user calls it: on a table, on run folders, with mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.conftest import Command, tiny
+from tinygpt import rundir
+
+FLOOR, AMOUNT, ALPHA = 0.9, 60.0, 0.4
+
+
+def table(sizes: int = 6, seeds: int = 2) -> pd.DataFrame:
+    """Runs of one number of tokens that follow a law with a little noise."""
+    random = np.random.default_rng(1)
+    rows: list[dict[str, Any]] = []
+    for width in (32 * 2**i for i in range(sizes)):
+        n = 24 * width**2
+        for seed in range(seeds):
+            noise = np.exp(0.003 * random.standard_normal())
+            loss = (FLOOR + AMOUNT / n**ALPHA) * noise
+            rows.append({"params": n, "tokens": 2_000_000, "seed": seed, "loss": loss})
+    return pd.DataFrame(rows)
+
+
+def results(row: dict[str, Any], width: int) -> dict[str, Any]:
+    """What a finished run of this size would have written."""
+    return {
+        "schema_version": 1,
+        "config_hash": f"{width}-{row['seed']}",
+        "status": "finished",
+        "seed": int(row["seed"]),
+        "final_val_loss": float(row["loss"]),
+        "irreducible_loss_exact": FLOOR,
+        "parameters_non_embedding": int(row["params"]),
+        "model_parameters": int(row["params"]) + 1000 * width,
+        "train_tokens": int(row["tokens"]),
+        "unique_train_tokens": int(row["tokens"]),
+        "flops_exact": 6.5 * row["params"] * row["tokens"],
+        "d_model": width,
+        "max_seq_len": 128,
+        "schedule": "cosine",
+        "learning_rate": 1e-3,
+        "optimizer": "adamw",
+        "parametrization": "mup",
+        "precision_resolved": "32",
+        "git_commit": "abc",
+        "validation_fingerprint": "v",
+        "tokenizer": "bpe",
+        "tokenizer_fingerprint": "t",
+        "dataset": "synthetic",
+    }
+
+
+def run_folders(study: Path) -> Path:
+    """Finished runs with their curves, and one that has only begun."""
+    for row in table().to_dict("records"):
+        width = round((row["params"] / 24) ** 0.5)
+        run = rundir.RunDir(study / f"d_model-{width}_seed-{row['seed']}")
+        rundir.write_json(run.environment, {"config_hash": f"{width}-{row['seed']}"})
+        metrics = rundir.MetricsFile(run.metrics)
+        metrics.keep_until(0)
+        for step in range(9):
+            loss = row["loss"] * (1 + 2 / (1 + step))
+            values = {"step": step, "tokens": step * 250_000, "val_loss": loss}
+            metrics.append(values)
+        rundir.write_json(run.results, results({str(k): v for k, v in row.items()}, width))
+    begun = rundir.RunDir(study / "d_model-4096_seed-0")
+    rundir.write_json(begun.environment, {"config_hash": "begun"})
+    return study
+
+
+def test_a_table(tinygpt: Command, tmp_path: Path) -> None:
+    table().to_csv(tmp_path / "mine.csv", index=False)
+    names = ("columns.n=params", "columns.d=tokens", "columns.loss=loss", "columns.seed=seed")
+    done = tinygpt("fit", "table=mine.csv", *names)
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = tmp_path / "outputs" / "fit-mine"
+    found = json.loads((folder / "fit.json").read_text())
+    assert found["law"] == "power_constant"
+    interval = found["parameters"]["alpha"]["interval"]
+    assert interval["low"] < ALPHA < interval["high"]
+    assert found["variables"]["x"] == {"column": "params", "meaning": "parameters"}
+    assert "outputs/fit-mine/report.html" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert not (folder / "left_out.csv").exists()
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "runs.csv"), table())
+
+
+def test_run_folders(tinygpt: Command, tmp_path: Path) -> None:
+    run_folders(tmp_path / "outputs" / "width")
+    done = tinygpt("fit", "runs=outputs/width", COLUMNS="200")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    folder = tmp_path / "outputs" / "width" / "fit"
+    left = pd.read_csv(folder / "left_out.csv")
+    assert list(left["reason"]) == ["unfinished"]
+    assert "outputs/width/d_model-32_seed-0" in list(pd.read_csv(folder / "runs.csv")["folder"])
+    found = json.loads((folder / "fit.json").read_text())
+    assert found["in_total"]["column"] == "model_parameters"
+    assert found["floor"] == FLOOR
+    assert (folder / "curves.svg").exists()
+    again = tinygpt("fit", "runs=outputs/width", "output_dir=else")  # the report is no run
+    assert again.returncode == 0
+    other = tmp_path / "else" / "fit-width"
+    assert (other / "fit.json").read_bytes() == (folder / "fit.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "runs: give runs=FOLDER, or table=FILE"),
+        (["runs=a", "table=b.csv"], "runs: give runs=FOLDER, or table=FILE"),
+        (["runs=nowhere"], "runs=nowhere: no such folder"),
+        (["runs=."], "runs=.: no runs in there"),
+        (["table=absent.csv"], "table=absent.csv: cannot be read (No such file or directory)"),
+        (["table=t.csv", "columns.n=size"], "columns.n=size: no such column; there are params, "),
+        (["table=t.csv", "columns.m=size"], "columns.m: no such key"),
+        (["table=t.csv"], "loss=final_val_loss: no such column; there are params, tokens"),
+        (["table=t.csv", "loss=loss"], "columns.n: name the column of the parameters"),
+        (["table=t.csv", "loss=loss", "columns.n=params", "law=cubic"], "law=cubic: must be one"),
+        (["table=t.csv", "loss=loss", "columns.n=params", "budgets=1e15"], "budgets=1e+15: needs"),
+        (["table=t.csv", "loss=loss", "columns.n=tokens"], "these runs have one size"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tinygpt: Command, tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    table().to_csv(tmp_path / "t.csv", index=False)
+    done = tinygpt("fit", *arguments)
+    assert done.stderr.startswith(f"error: {line}")
+    assert done.stderr.count("\n") == 1
+    assert (done.returncode, done.stdout) == (2, "")
+    assert {path.name for path in tmp_path.iterdir()} == {"t.csv"}
+
+
+# --- at the end of a sweep
+
+
+def test_a_study_ends_with_its_law(tinygpt: Command, corpus: Path, tmp_path: Path) -> None:
+    words = tiny(corpus, "--multirun", "model.d_model=8,16,32", "seed=1,2", "study=s")
+    done = tinygpt("run", *words)
+    assert done.returncode == 0, done.stderr
+    assert "law        L = " in done.stdout
+    assert "report     outputs/s/fit/report.html" in done.stdout
+    folder = tmp_path / "outputs/s/fit"
+    written = (folder / "fit.json").read_bytes()
+    assert len(pd.read_csv(folder / "runs.csv")) == 6
+    again = tinygpt("fit", "runs=outputs/s")
+    assert again.returncode == 0, again.stderr
+    assert (folder / "fit.json").read_bytes() == written
+
+
+def test_a_study_without_a_law_says_why(tinygpt: Command, corpus: Path, tmp_path: Path) -> None:
+    words = tiny(corpus, "--multirun", "seed=1,2", "train.steps=5")
+    done = tinygpt("run", *words, "study=s")
+    assert done.returncode == 0, done.stderr
+    assert "law        none: these runs have one size, one number of tokens" in done.stdout
+    off = tinygpt("run", *words, "study=t", "fit=false")
+    assert "law" not in off.stdout
+    assert not (tmp_path / "outputs/t/fit").exists()

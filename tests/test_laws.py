@@ -1,0 +1,304 @@
+"""The laws: formulas, derivatives, units, and what one becomes at the edge of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinygpt.scaling.laws import LAWS, Law
+
+NAMES = tuple(LAWS)
+STEP = 1e-200  # of the complex step: no digits are lost however small it is
+
+# Likely values of the internal parameters: coefficients as logarithms.
+RANGES = {
+    "E": (-2.0, 1.0),
+    "A": (-2.0, 1.0),
+    "B": (-2.0, 1.0),
+    "Nc": (-2.0, 2.0),
+    "Dc": (-2.0, 2.0),
+    "x1": (-1.5, 1.5),
+    "f": (-1.5, 1.0),
+    "rn": (0.0, 3.0),
+    "rd": (0.0, 3.0),
+    "alpha": (0.1, 1.2),
+    "beta": (0.1, 1.2),
+    "gamma": (0.3, 2.0),
+    "c": (-0.5, 0.8),
+}
+
+
+def worth(x: Any, unique: Any, star: Any) -> Any:
+    return unique * (1 + star * (1 - np.exp(-(x / unique - 1) / star)))
+
+
+def data_constrained(p: dict[str, Any], N: Any, D: Any, U: Any) -> Any:
+    """As in the appendix of Muennighoff et al.: through G, not through the derivative."""
+    alpha, beta = p["alpha"], p["beta"]
+    U = np.minimum(U, D)
+    G = (alpha * p["A"] / (beta * p["B"])) ** (1 / (alpha + beta))
+    wanted = G * (U * G) ** (beta / alpha)
+    unique = np.where(np.real(wanted) < N, wanted, N)
+    size, data = worth(N, unique, p["rn"]), worth(D, U, p["rd"])
+    return p["E"] + p["A"] / size**alpha + p["B"] / data**beta
+
+
+# Each law once more, straight from its formula, for complex parameters.
+PLAIN: dict[str, Callable[..., Any]] = {
+    "power": lambda p, x: p["A"] / x ** p["alpha"],
+    "power_constant": lambda p, x: p["E"] + p["A"] / x ** p["alpha"],
+    "log_power": lambda p, **v: p["A"] / v["log x"] ** p["alpha"],
+    "broken": lambda p, x: (
+        p["E"]
+        + p["A"] * x ** -p["alpha"] * (1 + (x / p["x1"]) ** (1 / p["f"])) ** (-p["c"] * p["f"])
+    ),
+    "chinchilla": lambda p, N, D: p["E"] + p["A"] / N ** p["alpha"] + p["B"] / D ** p["beta"],
+    "chinchilla_tied": lambda p, N, D: p["E"] + p["A"] / N ** p["alpha"] + p["B"] / D ** p["alpha"],
+    "chinchilla_zero": lambda p, N, D: p["A"] / N ** p["alpha"] + p["B"] / D ** p["beta"],
+    "kaplan": lambda p, N, D: (
+        ((p["Nc"] / N) ** (p["alpha"] / p["beta"]) + p["Dc"] / D) ** p["beta"]
+    ),
+    "kaplan_constant": lambda p, N, D: p["E"] + PLAIN["kaplan"](p, N, D),
+    "coupled": lambda p, N, D: (
+        p["E"] + (p["A"] / N ** p["alpha"] + p["B"] / D ** p["beta"]) ** p["gamma"]
+    ),
+    "data_constrained": data_constrained,
+}
+
+
+def plain(law: Law, theta: np.ndarray, x: dict[str, np.ndarray]) -> np.ndarray:
+    """The log loss by the formula, (n,)."""
+    values = list(theta)
+    values[: len(law.coefficients)] = np.exp(theta[: len(law.coefficients)])
+    parameters = dict(zip(law.parameters, values, strict=True))
+    where = {name: np.exp(logs) for name, logs in x.items()}
+    found: np.ndarray = np.log(PLAIN[law.name](parameters, **where))
+    return found
+
+
+def plain_gradient(law: Law, theta: np.ndarray, x: dict[str, np.ndarray]) -> np.ndarray:
+    """By the complex step, (n, P): exact to rounding."""
+    steps = theta + 1j * STEP * np.eye(len(law))
+    return np.stack([plain(law, step, x).imag / STEP for step in steps], axis=1)
+
+
+@st.composite
+def cases(draw: st.DrawFn, name: str) -> tuple[Law, np.ndarray, dict[str, np.ndarray]]:
+    law = LAWS[name]
+    theta = np.array([draw(st.floats(*RANGES[parameter])) for parameter in law.parameters])
+    seed = draw(st.integers(0, 2**16))
+    random = np.random.default_rng(seed)
+    x = {variable: random.uniform(-2, 2, 7) for variable in law.variables}
+    if "U" in x:
+        x["U"] = np.minimum(x["U"], x["D"] - 0.01)
+    return law, theta, x
+
+
+def each_law(test: Callable[..., None]) -> Callable[..., None]:
+    found: Callable[..., None] = pytest.mark.parametrize("name", NAMES)(
+        settings(max_examples=15, deadline=None)(test)
+    )
+    return found
+
+
+@each_law
+@given(data=st.data())
+def test_value_is_the_formula(name: str, data: st.DataObject) -> None:
+    law, theta, x = data.draw(cases(name))
+    np.testing.assert_allclose(law.log_loss(theta[None], x)[0], plain(law, theta, x), atol=1e-10)
+    np.testing.assert_allclose(law.derivatives(theta[None], x).value[0], plain(law, theta, x))
+
+
+@each_law
+@given(data=st.data())
+def test_derivatives(name: str, data: st.DataObject) -> None:
+    law, theta, x = data.draw(cases(name))
+    found = law.derivatives(theta[None], x)
+    np.testing.assert_allclose(
+        found.gradient[0], plain_gradient(law, theta, x), rtol=1e-9, atol=1e-9
+    )
+    if not near_kink(law, theta, x):
+        h = 1e-6
+        hessian = np.stack(
+            [
+                plain_gradient(law, theta + h * unit, x) - plain_gradient(law, theta - h * unit, x)
+                for unit in np.eye(len(law))
+            ],
+            axis=2,
+        ) / (2 * h)
+        for i, expected in enumerate(hessian):
+            weights = np.eye(7)[i : i + 1]
+            np.testing.assert_allclose(
+                found.curvature(weights)[0], expected, rtol=1e-5, atol=1e-6, err_msg=f"point {i}"
+            )
+
+
+def near_kink(law: Law, theta: np.ndarray, x: dict[str, np.ndarray]) -> bool:
+    """Where the size is all that its data pay for, the second derivative jumps."""
+    if law.name != "data_constrained":
+        return False
+    p = dict(zip(law.parameters, theta, strict=True))
+    wanted = p["A"] - p["B"] + np.log(p["alpha"] / p["beta"]) + p["beta"] * x["U"]
+    return bool(np.abs(wanted / p["alpha"] - x["N"]).min() < 1e-3)
+
+
+@each_law
+@given(data=st.data())
+def test_batch_is_rows_one_by_one(name: str, data: st.DataObject) -> None:
+    law, theta, x = data.draw(cases(name))
+    batch = theta + np.array([[0.0], [0.01], [0.05]])
+    weights = np.linspace(-1, 2, 21).reshape(3, 7)
+    found = law.derivatives(batch, x)
+    for i in range(3):
+        one = law.derivatives(batch[i : i + 1], x)
+        np.testing.assert_allclose(found.value[i], one.value[0], rtol=1e-12)
+        np.testing.assert_allclose(found.gradient[i], one.gradient[0], rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(
+            found.curvature(weights)[i], one.curvature(weights[i : i + 1])[0], rtol=1e-9, atol=1e-12
+        )
+
+
+@each_law
+@given(data=st.data())
+def test_natural_and_internal_are_inverse(name: str, data: st.DataObject) -> None:
+    law, theta, _ = data.draw(cases(name))
+    centres = dict(zip(law.variables, (18.0, 21.0, 21.0), strict=False))
+    natural = law.natural(theta, centres)
+    np.testing.assert_allclose(law.internal(natural, centres), theta, atol=1e-9)
+
+
+@each_law
+@given(data=st.data())
+def test_centres_do_not_change_the_law(name: str, data: st.DataObject) -> None:
+    """The natural parameters, at plain variables, give what the internal ones give."""
+    law, theta, x = data.draw(cases(name))
+    centres = dict(zip(law.variables, (3.0, 5.0, 5.0), strict=False))
+    natural = law.natural(theta, centres)
+    there = {v: np.exp(x[v] + centres[v]) for v in law.variables}
+    np.testing.assert_allclose(
+        np.log(PLAIN[name](natural, **there)), plain(law, theta, x), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "log_power"])
+def test_units_rescale_the_coefficients_alone(name: str) -> None:
+    """N in thousands is the same law: only coefficients change, never an exponent or E."""
+    law = LAWS[name]
+    theta = np.array([np.mean(RANGES[parameter]) for parameter in law.parameters])
+    centres = dict.fromkeys(law.variables, 20.0)
+    thousands = {v: c - np.log(1e3) for v, c in centres.items()}
+    one, other = law.natural(theta, centres), law.natural(theta, thousands)
+    x = dict.fromkeys(law.variables, np.array([1e7, 3e8, 2e9]))
+    np.testing.assert_allclose(
+        PLAIN[name](one, **x), PLAIN[name](other, **{v: a / 1e3 for v, a in x.items()})
+    )
+    kept = {p for p in law.parameters if p not in law.units}
+    assert {p for p in law.parameters if np.isclose(one[p], other[p], rtol=1e-12)} == kept
+
+
+X2 = {"N": np.linspace(-2, 2, 9), "D": np.linspace(1, -3, 9)}
+
+
+def log_loss(name: str, x: dict[str, np.ndarray], **natural: float) -> np.ndarray:
+    law = LAWS[name]
+    theta = law.internal(natural, dict.fromkeys(law.variables, 0.0))
+    found: np.ndarray = law.log_loss(theta[None], x)[0]
+    return found
+
+
+def test_coupled_without_coupling_is_chinchilla() -> None:
+    p = {"E": 1.8, "A": 0.7, "B": 0.4, "alpha": 0.3, "beta": 0.5}
+    np.testing.assert_allclose(
+        log_loss("coupled", X2, **p, gamma=1.0), log_loss("chinchilla", X2, **p), rtol=1e-12
+    )
+
+
+def test_coupled_with_beta_one_is_kaplan_with_a_constant() -> None:
+    coupled = log_loss("coupled", X2, E=1.8, A=0.7, B=0.4, alpha=0.8, beta=1.0, gamma=0.3)
+    kaplan = log_loss(
+        "kaplan_constant", X2, E=1.8, Nc=0.7 ** (1 / 0.8), Dc=0.4, alpha=0.24, beta=0.3
+    )
+    np.testing.assert_allclose(coupled, kaplan, rtol=1e-12)
+
+
+def test_kaplan_with_a_constant_of_zero_is_kaplan() -> None:
+    p = {"Nc": 0.7, "Dc": 0.4, "alpha": 0.2, "beta": 0.3}
+    np.testing.assert_allclose(
+        log_loss("kaplan_constant", X2, E=1e-300, **p), log_loss("kaplan", X2, **p), rtol=1e-12
+    )
+
+
+def test_broken_without_a_break_is_a_power_with_a_constant() -> None:
+    p = {"E": 1.8, "A": 0.7, "alpha": 0.3}
+    x = {"x": np.linspace(-3, 3, 9)}
+    np.testing.assert_allclose(
+        log_loss("broken", x, **p, c=0.0, x1=1.5, f=0.4),
+        log_loss("power_constant", x, **p),
+        rtol=1e-12,
+    )
+
+
+def test_broken_has_its_second_slope_beyond_the_break() -> None:
+    x = {"x": np.array([30.0, 31.0])}
+    one, other = log_loss("broken", x, E=1e-300, A=1.0, alpha=0.3, c=0.2, x1=1.0, f=0.5)
+    assert other - one == pytest.approx(-0.5)
+
+
+def test_tied_and_zero_are_chinchilla() -> None:
+    p = {"A": 0.7, "B": 0.4, "alpha": 0.3}
+    np.testing.assert_allclose(
+        log_loss("chinchilla_tied", X2, E=1.8, **p),
+        log_loss("chinchilla", X2, E=1.8, **p, beta=0.3),
+    )
+    np.testing.assert_allclose(
+        log_loss("chinchilla_zero", X2, **p, beta=0.5),
+        log_loss("chinchilla", X2, E=1e-300, **p, beta=0.5),
+    )
+
+
+def test_without_repetition_data_constrained_is_chinchilla() -> None:
+    """One epoch, and parameters beyond what the data pay for worth as much as others."""
+    p = {"E": 1.8, "A": 0.7, "B": 0.4, "alpha": 0.3, "beta": 0.5}
+    one_epoch = {**X2, "U": X2["D"]}
+    more_than_read = {**X2, "U": X2["D"] + 1.0}
+    chinchilla = log_loss("chinchilla", X2, **p)
+    for x in (one_epoch, more_than_read):
+        found = log_loss("data_constrained", x, **p, rn=1e9, rd=1e9)
+        np.testing.assert_allclose(found, chinchilla, rtol=1e-6)
+    found = log_loss("data_constrained", more_than_read, **p, rn=1e9, rd=0.5)
+    np.testing.assert_allclose(found, chinchilla, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("N", "D", "loss"),
+    [(6.34e9, 242e9, 2.2256440889984477), (8.67e9, 178e9, 2.2269634075087867)],
+)
+def test_published_example_of_repeated_data(N: float, D: float, loss: float) -> None:
+    """Muennighoff et al. 2023: their parameters, their two ways of spending one budget."""
+    found = log_loss(
+        "data_constrained",
+        {"N": np.log([N]), "D": np.log([D]), "U": np.log([25e9])},
+        A=np.exp(6.255414),
+        B=np.exp(7.3049974),
+        E=np.exp(0.6254804),
+        alpha=0.3526596,
+        beta=0.3526596,
+        rd=15.387756,
+        rn=5.309743,
+    )
+    assert np.exp(found[0]) == pytest.approx(loss, rel=1e-9)
+
+
+def test_sums_of_powers_lose_a_term() -> None:
+    law = LAWS["chinchilla"].without("E")
+    assert law.parameters == LAWS["chinchilla_zero"].parameters
+    assert LAWS["chinchilla_tied"].without("A").parameters == ("E", "B", "alpha")
+    theta = np.array([[-0.3, -0.9, 0.3, 0.5]])
+    np.testing.assert_allclose(
+        law.log_loss(theta, X2), LAWS["chinchilla_zero"].log_loss(theta, X2), rtol=1e-14
+    )

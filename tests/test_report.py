@@ -1,0 +1,239 @@
+"""The report of a fit: its facts, its files, the same bytes again."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from tinygpt.scaling import analysis, document, drawing, evidence, facts, report, sections, wording
+from tinygpt.scaling.analysis import Analysis, Columns, analyse
+from tinygpt.scaling.intervals import Interval
+
+COLUMNS = Columns("N", None, "D", None, None, "C", "loss", "seed", "name")
+ALONE = {"loss": "loss", "seed": "seed", "run": "name", "n_total": "T", "d": "D", "c": "C"}
+
+
+def table(sizes: int = 5, tokens: tuple[float, ...] = (1e6, 4e6, 1.6e7), seeds: int = 2) -> Any:
+    random = np.random.default_rng(3)
+    rows = []
+    for n in (2e4 * 4.0**i for i in range(sizes)):
+        for d in tokens:
+            for seed in range(seeds):
+                noise = np.exp(0.003 * random.standard_normal())
+                loss = (1.0 + 40 / n**0.4 + 2000 / d**0.6) * noise
+                row = {"name": f"{n:g}-{d:g}-{seed}", "seed": seed, "N": n, "T": n + 5e4, "D": d}
+                rows.append({**row, "C": 6 * n * d, "loss": loss})
+    return pd.DataFrame(rows)
+
+
+def analysis_of(runs: pd.DataFrame, columns: Columns = COLUMNS, **settings: Any) -> Analysis:
+    left_out = runs.iloc[:0].assign(reason="")
+    return analyse(runs, left_out, columns, **settings)
+
+
+@pytest.fixture(scope="module")
+def joint() -> Analysis:
+    return analysis_of(table(), budgets=[1e15])
+
+
+@pytest.fixture(scope="module")
+def alone() -> Analysis:
+    """One variable, both counts of parameters, and a run left out."""
+    runs = table(sizes=6, tokens=(4e6,))
+    left_out = pd.DataFrame([{"name": "x", "reason": "diverged"}])
+    return analyse(runs, left_out, Columns(n="N", u=None, t=None, **ALONE))
+
+
+@pytest.fixture(scope="module")
+def folder(joint: Analysis, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report")
+    report.write(joint, path)
+    return path
+
+
+def printed(found: Analysis, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    report.show(found, Path("there"), console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_every_file_is_there_and_nothing_else(folder: Path) -> None:
+    figures = ("scaling", "residuals", "contours", "extrapolation", "isoflop", "frontier")
+    names = {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
+    wanted = names | {"fit.json", "report.md", "report.html", "runs.csv"}
+    assert {path.name for path in folder.iterdir()} == wanted
+
+
+def test_the_same_analysis_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    for path in report.write(analysis_of(table(), budgets=[1e15]), tmp_path):
+        assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
+
+
+def test_what_an_earlier_analysis_left_goes(
+    joint: Analysis, alone: Analysis, tmp_path: Path
+) -> None:
+    for name in ("contours.png", "frontier.svg", "curves.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "mine.txt").touch()
+    written = {path.name for path in report.write(alone, tmp_path)}
+    assert {path.name for path in tmp_path.iterdir()} == written | {"mine.txt"}
+    assert "left_out.csv" in written
+
+
+def test_the_page_needs_nothing_else(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", text)
+    assert len(sources) == 6
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "url(" not in text
+    assert "<script" not in text
+
+
+def test_fit_json_has_no_nan_and_all_facts(folder: Path, joint: Analysis) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    found = json.loads((folder / "fit.json").read_text(), parse_constant=refuse)
+    assert found["parameters"]["alpha"]["estimate"] == joint.fit.parameters["alpha"]
+    assert found["method"]["threshold"] is None  # least squares
+    assert found["method"]["converged"] is True
+    assert (
+        found["selection"][0] | {"law": joint.fit.law.name, "delta_aicc": 0.0}
+        == (found["selection"][0])
+    )
+    assert [one["flops"] for one in found["budgets"]] == [1e15]
+    assert found["is_evidence"] == joint.is_evidence
+    assert re.fullmatch("[0-9a-f]{64}", found["data_hash"])
+    assert [way["way"] for way in found["frontier"]["ways"]] == [
+        "parametric law",
+        "IsoFLOP profiles",
+    ]
+    assert found["frontier"]["missing"] == {"training curves": "no training curves were given"}
+
+
+def test_the_data_hash_is_that_of_the_values(joint: Analysis) -> None:
+    moved = table().assign(name="elsewhere")
+    changed = table().assign(loss=lambda t: t["loss"] * 1.001)
+    hashes = [
+        facts.data_hash(analysis_of(runs, law="power_constant", variable="N"))
+        for runs in (table(), moved, changed)
+    ]
+    assert hashes[0] == hashes[1] == facts.data_hash(joint)
+    assert hashes[2] != hashes[0]
+
+
+def test_the_report_says_the_numbers_of_fit_json(folder: Path) -> None:
+    found = json.loads((folder / "fit.json").read_text())
+    text = (folder / "report.md").read_text()
+    for name, one in found["parameters"].items():
+        value, ends = one["estimate"], one["interval"]
+        interval = Interval(value, ends["low"], ends["high"], ends["level"], ends["method"])
+        row = f"| {name} | {wording.estimate(value, interval)} | {wording.reach(interval)} |"
+        assert row in text
+    for one in found["predictions"]:
+        assert f"| {wording.number(one['flops'])} |" in text
+    assert found["data_hash"][:12] in text
+    for check in found["checks"]:
+        assert f"| {check['name']} | {check['detail']} |" in text
+
+
+def test_what_fails_comes_first(alone: Analysis, tmp_path: Path) -> None:
+    failing = analysis_of(table(sizes=6, tokens=(4e6,)), law="power")
+    assert not failing.is_evidence
+    text = _text(failing)
+    assert text.index("Not evidence yet") < text.index("FAIL: ") < text.index("The law, as far")
+    assert "A / x^alpha" in text
+    assert printed(failing).index("Not evidence yet") < printed(failing).index("L = A / x^alpha")
+
+
+def _text(found: Analysis) -> str:
+    return document.markdown(report.compose(found, []))
+
+
+def test_where_all_passes_it_says_so(alone: Analysis) -> None:
+    text = _text(alone)
+    assert alone.is_evidence
+    assert "Not evidence yet" not in text
+    assert "Every check that applies is passed." in text
+    assert "FAIL" not in text
+    assert "Left out: 1 diverged" in text
+    assert "| | estimate | 95 % interval | embeddings counted | 95 % interval |" in text.replace(
+        "|  |", "| |"
+    )
+
+
+@pytest.mark.parametrize("runs", [3, 4])
+def test_few_runs_make_a_report_too(runs: int, tmp_path: Path) -> None:
+    few = table(sizes=runs, tokens=(4e6,), seeds=1)
+    found = analysis_of(few)
+    report.write(found, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert f"{runs} runs at {runs} different points" in text
+    assert "nan" not in text
+    assert printed(found)
+
+
+def test_unique_tokens_make_a_third_panel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(analysis, "_intervals", lambda *_: {})  # these two take seconds
+    monkeypatch.setattr(analysis, "frontier", lambda *_, **__: None)
+    runs = table().assign(U=lambda t: np.where(t["seed"] == 0, t["D"], t["D"] / 2))
+    columns = Columns("N", None, "D", "U", None, "C", "loss", "seed", "name")
+    report.write(analysis_of(runs, columns, law="data_constrained"), tmp_path)
+    assert "unique tokens" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_any_number_of_panels(count: int) -> None:
+    figure, panels = drawing.side_by_side(count)
+    assert len(panels) == len(figure.axes) == count
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 300])
+def test_the_terminal_is_wide_enough(joint: Analysis, width: int) -> None:
+    text = printed(joint, width)
+    assert max(map(len, text.splitlines())) <= min(width, 100)
+    assert "report: there/report.html" in text
+    assert joint.fit.law.name in text
+
+
+def test_every_advice_is_for_a_check_there_is() -> None:
+    source = Path(evidence.__file__).read_text()
+    for name in sections.ADVICE:
+        known = name in source or name.replace(name.split()[0], "{name}", 1) in source
+        assert known, name
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "says"),
+    [
+        (0.42234, 0.39154, 0.45451, "0.422, 0.392 to 0.455"),
+        (2180.75, 1194.4, 4106.2, "2200, 1200 to 4100"),
+        (1.77549, 1.77541, 1.77561, "1.77549, 1.77541 to 1.77561"),
+        (3.2e10, 3.1e10, 3.35e10, "3.20e10, 3.10e10 to 3.35e10"),
+        (0.98, -np.inf, 1.5, "0.98, below 1.50, no lower end"),
+        (0.32, -3e-5, np.inf, "0.32, above 0, no upper end"),
+        (16.0, 0.0, np.inf, "16, not set by the data"),
+        (0.1, -0.2, 0.4, "0.10, -0.20 to 0.40"),
+    ],
+)
+def test_digits_are_those_the_interval_supports(
+    value: float, low: float, high: float, says: str
+) -> None:
+    interval = Interval(value, low, high, 0.95, "profile")
+    assert f"{wording.estimate(value, interval)}, {wording.reach(interval)}" == says
+
+
+def test_the_equation_can_be_used(joint: Analysis) -> None:
+    text = wording.equation(joint.fit).removeprefix("L = ").replace("^", "**")
+    place = {"N": 1e6, "D": 1e7}
+    by_hand = eval(text, {"__builtins__": {}}, place)
+    assert by_hand == pytest.approx(float(joint.fit.predict(**place)[0]), rel=1e-3)

@@ -1,0 +1,228 @@
+"""What a configuration must keep to: known keys, bounds, and what must fit together.
+
+Every mistake is a ConfigError of one line, found before torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from tinygpt.config import (
+    DEFAULT_TOKENS,
+    HORIZONS,
+    SCALED_BY_WIDTH,
+    SCALES,
+    Config,
+    ConfigError,
+    SgdOptim,
+    TextData,
+    rate_is_scaled,
+)
+
+
+def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
+    """The composed configuration as dataclasses, checked.
+
+    ``overrides`` are the command line's ``key=value`` strings: a horizon given there replaces the
+    one that a recipe brings.  Raises ConfigError.
+    """
+    composed = composed.copy()
+    given = horizon_given(overrides)
+    if given:
+        for name in HORIZONS:
+            composed.train[name] = composed.train[name] if name == given else None
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    for name in _extra_keys(composed, config):
+        raise ConfigError(unknown_key(name, list(key_names(config))))
+    if not any(getattr(config.train, name) is not None for name in HORIZONS):
+        config.train.tokens = DEFAULT_TOKENS
+    check(config)
+    return config
+
+
+def horizon_given(overrides: Sequence[str]) -> str | None:
+    """The horizon key that the command line sets, if any; two of them are an error."""
+    pairs = [item.lstrip("+").partition("=")[::2] for item in overrides if "=" in item]
+    last = dict(pairs)  # of a key given twice the last counts
+    given = [f"train.{h}" for h in HORIZONS if last.get(f"train.{h}", "null") != "null"]
+    if len(set(given)) > 1:
+        raise ConfigError(f"{' and '.join(sorted(set(given)))}: give the horizon once")
+    return given[-1].removeprefix("train.") if given else None
+
+
+def unknown_key(name: str, known: Sequence[str]) -> str:
+    """The line for a key that does not exist, with the nearest ones that do."""
+    if name in known:
+        group = name.split(".")[0]
+        return f"{name}: not a key of the chosen {group}"
+    last = name.rsplit(".", 1)[-1]
+    nearest = [k for k in known if k.rsplit(".", 1)[-1] == last][:2]  # right name, wrong place
+    nearest = nearest or difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+    return f"{name}: no such key{hint}"
+
+
+def key_names(section: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every leaf of a configuration or of a schema class, but an experiment's
+    tables of values."""
+    for item in dataclasses.fields(section):
+        if item.name == "sweep":
+            continue
+        value = getattr(section, item.name, None)
+        if dataclasses.is_dataclass(value):
+            yield from key_names(value, f"{prefix}{item.name}.")
+        else:
+            yield prefix + item.name
+
+
+def _extra_keys(composed: DictConfig, config: Any, prefix: str = "") -> Iterator[str]:
+    """Keys that Hydra's ``+key=value`` added to a schema that does not have them."""
+    names = {item.name for item in dataclasses.fields(config)}
+    for key_, value in composed.items():
+        name = str(key_)
+        if name not in names:
+            yield f"{prefix}{name}"
+        elif isinstance(value, DictConfig) and dataclasses.is_dataclass(getattr(config, name)):
+            yield from _extra_keys(value, getattr(config, name), f"{prefix}{name}.")
+
+
+def check(config: Config) -> None:
+    """Bounds of every key, then what must fit together.  Raises ConfigError, one line."""
+    check_bounds(config)
+    model, data, train = config.model, config.data, config.train
+    given = [f"train.{name}" for name in HORIZONS if getattr(train, name) is not None]
+    require(len(given) == 1, f"{' and '.join(given)}: give the horizon once")
+    _divides("model.n_heads", model.n_heads, "model.d_model", model.d_model)
+    if model.n_kv_heads is not None:
+        _divides("model.n_kv_heads", model.n_kv_heads, "model.n_heads", model.n_heads)
+    require(
+        model.position != "rope" or model.d_model // model.n_heads % 2 == 0,
+        f"model.n_heads={model.n_heads}: rope needs an even d_model / n_heads, "
+        f"here {model.d_model} / {model.n_heads} = {model.d_model // model.n_heads}",
+    )
+    _divides("model.max_seq_len", model.max_seq_len, "train.batch_tokens", train.batch_tokens)
+    stride = data.stride or model.max_seq_len
+    require(
+        stride <= model.max_seq_len,
+        f"data.stride={stride}: more than model.max_seq_len={model.max_seq_len} would skip tokens",
+    )
+    require(
+        data.val_fraction + data.test_fraction < 1,
+        f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction}: "
+        "their sum must be below 1",
+    )
+    require(
+        not (isinstance(data, TextData) and data.separator == ""),
+        "data.separator='': must be auto, none or a text that separates documents",
+    )
+    require(
+        len(getattr(config.optim, "betas", (0.0, 0.0))) == 2,
+        f"optim.betas={getattr(config.optim, 'betas', None)}: must be two numbers",
+    )
+    require(
+        not (isinstance(config.optim, SgdOptim) and config.optim.nesterov)
+        or getattr(config.optim, "momentum", 0) > 0,
+        "optim.nesterov=true: needs optim.momentum above 0",
+    )
+    mlflow = config.logger.mlflow
+    uri = mlflow.tracking_uri if mlflow else None
+    require(
+        uri is None
+        or re.match(r"(sqlite|postgresql|mysql|mssql|https?)(\+\w+)?://", uri) is not None,
+        f"logger.mlflow.tracking_uri={uri}: must be a database or a server, as sqlite:///FILE or "
+        "http://HOST:PORT; MLflow takes no folders any more",
+    )
+    _check_rate_scaling(config)
+    require(
+        config.hardware.devices != 0,
+        "hardware.devices=0: must be at least 1, or -1 for all there are",
+    )
+    named = {"study": config.study, "run_name": config.run_name, "data.name": data.name}
+    for name, value in named.items():
+        require(
+            value is None or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", value) is not None,
+            f"{name}={value}: must be letters, digits, '.', '_', '-' only, as it names a folder",
+        )
+
+
+def _check_rate_scaling(config: Config) -> None:
+    kind, allowed = config.optim.kind, f"allowed with optim={', '.join(SCALED_BY_WIDTH)}"
+    holds = kind in SCALED_BY_WIDTH or not rate_is_scaled(config.model, config.optim)
+    if config.optim.scale_rate_with_width:
+        require(holds, f"optim.scale_rate_with_width=true: not with optim={kind}; {allowed}")
+    line = f"model.parametrization=mup: has no rule for the rates of optim={kind}; {allowed}, muon"
+    require(holds, line)
+
+
+def check_sweepable(config: Config) -> None:
+    """Raises ConfigError for a job that a sweep cannot run.
+
+    Each further process of a run repeats its command: in a sweep it would repeat the sweep.
+    """
+    hardware = config.hardware
+    several = {"devices": hardware.devices, "num_nodes": hardware.num_nodes}
+    for name, value in several.items():
+        require(
+            value == 1,
+            f"hardware.{name}={value}: a sweep runs jobs of one device side by side; "
+            f"use hardware.{name}=1, or no --multirun",
+        )
+
+
+def check_bounds(section: Any, prefix: str = "") -> None:
+    """Every field of a dataclass against the bounds its ``key`` gave.  Raises ConfigError."""
+    for item in dataclasses.fields(section):
+        value, name, bounds = getattr(section, item.name), prefix + item.name, item.metadata
+        if dataclasses.is_dataclass(value):
+            check_bounds(value, name + ".")
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                _check_value(name, one, **bounds)
+
+
+def check_scale(scale: str) -> None:
+    """Raises ConfigError where no experiment can have that scale."""
+    _check_value("scale", scale, among=SCALES)
+
+
+def _check_value(
+    name: str,
+    value: Any,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    among: Sequence[str] | None = None,
+) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}={value}: must be a finite number")
+    if among is not None and value not in among:
+        raise ConfigError(f"{name}={value}: must be one of {', '.join(among)}")
+    limits = [
+        ("at least", least, operator.ge),
+        ("above", above, operator.gt),
+        ("at most", most, operator.le),
+        ("below", below, operator.lt),
+    ]
+    for words, limit, holds in limits:
+        if limit is not None and not holds(value, limit):
+            raise ConfigError(f"{name}={value}: must be {words} {limit:.10g}")
+
+
+def require(holds: bool, line: str) -> None:
+    if not holds:
+        raise ConfigError(line)
+
+
+def _divides(small_key: str, small: int, large_key: str, large: int) -> None:
+    require(large % small == 0, f"{small_key}={small}: must divide {large_key}={large}")

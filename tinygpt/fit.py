@@ -1,0 +1,154 @@
+"""``python -m tinygpt.fit``: runs to scaling laws, figures and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+from tinygpt import cli
+from tinygpt.config import ConfigError, key
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from tinygpt.scaling.analysis import Columns
+
+USAGE = """\
+python -m tinygpt.fit runs=outputs/width [key=value ...]
+
+runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole
+table=FILE              instead: a .csv or .parquet with a row a run; its columns are named by
+                        columns.n= d= u= t= c= loss= seed= run=
+                        (parameters, tokens, unique tokens, context, FLOPs, loss, seed, name)
+where=CONDITION         only these runs, as 'params > 1e6' or 'outlier == 0'; the others are listed
+law=auto                the best by AICc, or the name of one: power power_constant log_power broken
+                        chinchilla chinchilla_tied chinchilla_zero kaplan kaplan_constant coupled
+                        data_constrained
+variable=auto           what a law in one variable goes by: N D U T C
+loss=final_val_loss     the column of the loss; final_val_bits_per_byte compares tokenizers
+estimator=auto          least_squares huber absolute likelihood
+threshold=NUMBER        of huber, in units of the noise; threshold_unit=absolute: in log L
+budgets=1e15,1e16       FLOPs to split between parameters and tokens
+seed=0                  of the bootstrap and of random starts
+output_dir=FOLDER       where to put a folder fit-<name>; default: fit/ in the first folder of runs,
+                        outputs/fit-<name> for a table
+"""
+
+
+@dataclass
+class TableColumns:
+    """Where a table from elsewhere says what."""
+
+    n: Optional[str] = None
+    d: Optional[str] = None
+    u: Optional[str] = None
+    t: Optional[str] = None
+    c: Optional[str] = None
+    loss: Optional[str] = None
+    seed: Optional[str] = None
+    run: Optional[str] = None
+
+
+@dataclass
+class Arguments:
+    runs: list[str] = field(default_factory=list)
+    table: Optional[str] = None
+    columns: TableColumns = field(default_factory=TableColumns)
+    where: Optional[str] = None
+    law: str = "auto"
+    variable: str = "auto"
+    loss: str = "final_val_loss"
+    estimator: str = "auto"
+    threshold: Optional[float] = key(None, above=0.0)
+    threshold_unit: str = key("noise", among=("noise", "absolute"))
+    budgets: list[float] = field(default_factory=list)
+    seed: int = key(0, least=0)
+    output_dir: Optional[str] = None
+
+
+@cli.one_line_errors
+def main() -> None:
+    arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
+    if bool(arguments.runs) == bool(arguments.table):
+        raise ConfigError("runs: give runs=FOLDER, or table=FILE")
+    from tinygpt.scaling import report
+    from tinygpt.scaling.analysis import analyse
+    from tinygpt.scaling.runs import comparable, load_curves
+
+    table, columns, folder = _read(arguments)
+    used, left_out = comparable(table, columns.loss, arguments.where)
+    analysis = analyse(
+        used,
+        left_out,
+        columns,
+        law=arguments.law,
+        variable=arguments.variable,
+        estimator=arguments.estimator,
+        threshold=arguments.threshold,
+        threshold_unit=arguments.threshold_unit,
+        budgets=arguments.budgets,
+        seed=arguments.seed,
+        curves=load_curves(*arguments.runs) if arguments.runs else None,
+    )
+    report.write(analysis, folder)
+    report.show(analysis, folder)
+
+
+def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
+    """The runs, where they say what, and the folder for the report."""
+    from tinygpt.scaling.runs import load_runs, read_table
+
+    if arguments.table:
+        table, source = read_table(arguments.table), Path(arguments.table)
+        folder = Path(arguments.output_dir or "outputs") / f"fit-{source.stem}"
+        return table, _columns(table, arguments), folder
+    for name in arguments.runs:
+        if not Path(name).is_dir():
+            raise ConfigError(f"runs={name}: no such folder")
+    table, first = load_runs(*arguments.runs), Path(arguments.runs[0])
+    if table.empty:
+        raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there")
+    folder = first / "fit"
+    if arguments.output_dir:
+        folder = Path(arguments.output_dir) / f"fit-{first.resolve().name}"
+    return table, _columns(table, arguments), folder
+
+
+def _columns(table: pd.DataFrame, arguments: Arguments) -> Columns:
+    """The columns that were named, and of the others those of ``results.json`` that are there.
+
+    Raises ConfigError for a name that the table has not.
+    """
+    from tinygpt.scaling.analysis import Columns
+
+    given = {k: v for k, v in dataclasses.asdict(arguments.columns).items() if v is not None}
+    for name, column in given.items():
+        if column not in table:
+            raise ConfigError(f"columns.{name}={column}: {_there_are(table)}")
+    loss = given.get("loss", arguments.loss)
+    if loss not in table:
+        raise ConfigError(f"loss={loss}: {_there_are(table)}")
+    default = dataclasses.asdict(Columns(loss=loss))
+    optional = {k: v if v in table else None for k, v in default.items() if k not in ("n", "d")}
+    found = Columns(**{**default, **optional, **given})
+    if "n" in given:
+        found = dataclasses.replace(found, n_total=None)
+    if not {found.n, found.d, found.t, found.c} & set(table):
+        raise ConfigError(
+            f"columns.n: name the column of the parameters (columns.d: of the tokens); "
+            f"{_there_are(table)}"
+        )
+    return found
+
+
+def _there_are(table: pd.DataFrame) -> str:
+    names = [str(name) for name in table]
+    more = ", ..." if len(names) > 12 else ""
+    return f"no such column; there are {', '.join(names[:12])}{more}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""From runs to a law and what is to be thought of it: everything that a report says, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.evidence import Check, check_design, check_finished, check_fit
+from tinygpt.scaling.fitting import Fit, fit
+from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
+from tinygpt.scaling.intervals import (
+    Interval,
+    bootstrap,
+    intervals,
+    of_loss,
+    predict_interval,
+)
+from tinygpt.scaling.laws import LAWS, Array
+from tinygpt.scaling.selection import (
+    JOINT,
+    ONE_VARIABLE,
+    Candidate,
+    Influence,
+    NextRun,
+    Noise,
+    influence,
+    next_run,
+    plainest,
+    seed_noise,
+    select,
+    structure,
+)
+from tinygpt.scaling.split import best_split, recorded
+
+FURTHER = 10.0  # the prediction asked for lies at so many times the largest compute, or x
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a table says what; the defaults are those of ``results.json``."""
+
+    n: str = "parameters_non_embedding"
+    n_total: str | None = "model_parameters"
+    d: str = "train_tokens"
+    u: str | None = "unique_train_tokens"
+    t: str | None = "max_seq_len"
+    c: str | None = "flops_exact"
+    loss: str = "final_val_loss"
+    seed: str | None = "seed"
+    run: str | None = "folder"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The loss at a place where nothing was trained."""
+
+    place: dict[str, float]  # variable -> value
+    flops: float | None
+    loss: Interval  # of the law there
+    run: Interval  # of a single run there
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What ``report`` writes and ``plots`` draw."""
+
+    question: str  # "How does the loss fall with ...?"
+    chosen: Candidate  # the law of the report
+    runs: pd.DataFrame  # the rows that were fitted
+    left_out: pd.DataFrame  # the others, with a column ``reason``
+    columns: Columns
+    variables: dict[str, str]  # variable of the law -> column
+    words: dict[str, str]  # variable of the law -> what it is called, with its unit
+    compute: Array  # FLOPs of each run, (n,)
+    candidates: list[Candidate]  # the best first
+    fit: Fit
+    intervals: dict[str, Interval]
+    in_total: Fit | None  # the same law where N counts the embeddings too
+    total_intervals: dict[str, Interval]  # of that law
+    noise: Noise | None
+    structure: float | None  # p-value of there being none in the residuals
+    checks: list[Check]
+    influence: list[Influence]
+    floor: float | None  # the entropy of the corpus where it is known exactly
+    predictions: list[Prediction]
+    budgets: list[Budget]  # those that were asked for, at their best split
+    frontier: Frontier | None
+    next_run: NextRun | None
+    seed: int  # of random starts
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether nothing on the checklist failed."""
+        return all(check.passed is not False for check in self.checks)
+
+
+WORDS = {
+    "N": "parameters without embeddings",
+    "D": "training tokens",
+    "U": "unique tokens",
+    "T": "context length (tokens)",
+    "C": "training compute (FLOPs)",
+}
+
+
+def analyse(
+    runs: pd.DataFrame,
+    left_out: pd.DataFrame,
+    columns: Columns,
+    *,
+    law: str = "auto",
+    estimator: str = "auto",
+    threshold: float | None = None,
+    threshold_unit: str = "noise",
+    variable: str = "auto",
+    budgets: Sequence[float] = (),
+    seed: int = 0,
+    curves: pd.DataFrame | None = None,
+) -> Analysis:
+    """Fits every law that the runs can tell of, and judges the best, or the one asked for.
+
+    ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
+    varies.  ``budgets`` are FLOPs to predict the loss at, split between N and D in the best way;
+    ``curves`` are those of the runs, for the frontier.  Raises ConfigError where nothing can be
+    fitted.
+    """
+    where = _columns_of(columns)
+    varied = _varied(runs, where) if variable == "auto" else [_known(variable, where)]
+    laws, variables, words = _choice(law, varied, where)
+    if columns.n != Columns.n:  # of a table from elsewhere nobody says which count it is
+        words = {name: word.replace(WORDS["N"], "parameters") for name, word in words.items()}
+    compute = _compute(runs, columns)
+    settings: dict[str, str | float | int | None] = {
+        "loss": columns.loss,
+        "estimator": estimator,
+        "threshold": threshold,
+        "threshold_unit": threshold_unit,
+        "seed": seed,
+        **variables,
+    }
+    candidates = select(runs, laws, compute, **settings)
+    chosen = plainest(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
+    best = chosen.fit
+    if best is None:
+        raise ConfigError(chosen.reason)
+    cluster = _cluster(runs, columns)
+    found = _intervals(best, cluster, seed)
+    noise, shape = seed_noise(best), structure(best)
+    floor = _floor(runs, columns)
+    joint = {"N", "D"} <= set(best.columns)
+    predictions = _predictions(best, compute, _budgets(best, columns, budgets))
+    total = _in_total(runs, best, columns, settings)
+    checks = [
+        *check_design(runs),
+        *check_finished(runs, pd.concat([runs, left_out])),
+        *check_fit(
+            best,
+            chosen.held_out,
+            found,
+            noise,
+            shape,
+            floor,
+            FURTHER if predictions else None,
+            _span(best, compute),
+            candidates,
+        ),
+    ]
+    return Analysis(
+        _question(words),
+        chosen,
+        runs,
+        left_out,
+        columns,
+        variables,
+        words,
+        compute,
+        candidates,
+        best,
+        found,
+        total,
+        _intervals(total, cluster, seed) if total else {},
+        noise,
+        shape,
+        checks,
+        influence(best, found),
+        floor,
+        predictions,
+        [predict(best, flops, per_token=recorded(best, compute)) for flops in budgets if joint],
+        frontier(best, compute, curves=curves, per_token=recorded(best, compute))
+        if joint
+        else None,
+        _next(best, compute, predictions),
+        seed,
+    )
+
+
+def _cluster(runs: pd.DataFrame, columns: Columns) -> str | None:
+    """The column of the run's name where several rows, its checkpoints, share one."""
+    name = columns.run
+    return name if name in runs and runs[name].duplicated().any() else None
+
+
+def _intervals(fit: Fit, cluster: str | None, seed: int) -> dict[str, Interval]:
+    """Rows that share a run are no independent points: then whole runs are drawn anew."""
+    if fit.degrees < 1:
+        return {}
+    if cluster is None:
+        return intervals(fit)
+    replicas = bootstrap(fit, cluster=cluster, seed=seed)
+    return {name: replicas.interval(name) for name in fit.optimum.law.parameters}
+
+
+def _columns_of(columns: Columns) -> dict[str, str]:
+    """Variable -> column, of those that the table has."""
+    found = {"N": columns.n, "D": columns.d, "U": columns.u, "T": columns.t, "C": columns.c}
+    return {name: column for name, column in found.items() if column}
+
+
+def _varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
+    """N, D and T if they take several values; U where it is not simply all of D."""
+    found = [v for v in "NDT" if where.get(v) in runs and runs[where[v]].nunique() > 1]
+    if where.get("U") in runs:
+        unique = runs[where["U"]]
+        repeated = (runs[where["D"]] > 1.001 * unique).any()
+        if unique.nunique() > 1 and repeated:
+            found.append("U")
+    if "T" in found and len(found) > 1 and "N" not in found:
+        found.remove("T")
+    return found
+
+
+def _known(variable: str, where: dict[str, str]) -> str:
+    if variable not in where:
+        raise ConfigError(f"variable={variable}: must be one of auto, {', '.join(where)}")
+    return variable
+
+
+def _choice(
+    law: str, varied: Sequence[str], where: dict[str, str]
+) -> tuple[Sequence[str], dict[str, str], dict[str, str]]:
+    """The laws to compare, their variables' columns, and how to call them."""
+    if law != "auto" and law not in LAWS:
+        raise ConfigError(f"law={law}: must be one of auto, {', '.join(LAWS)}")
+    if not varied:
+        raise ConfigError(
+            "these runs have one size, one number of tokens and one context: there is no law to fit"
+        )
+    joint = law in (*JOINT, "data_constrained") or (law == "auto" and {"N", "D"} <= set(varied))
+    if joint or (law == "auto" and {"D", "U"} <= set(varied)):
+        names = ["N", "D", "U"] if law == "data_constrained" or "U" in varied else ["N", "D"]
+        laws: Sequence[str] = [*JOINT, *(["data_constrained"] if "U" in names else [])]
+    else:
+        names, laws = [varied[0]], ONE_VARIABLE
+    words = {name: WORDS[name] for name in names}
+    if len(names) == 1 and not joint:
+        return laws, {"x": where[names[0]]}, {"x": words[names[0]]}
+    return laws, {name: where[name] for name in names}, words
+
+
+def _question(words: dict[str, str]) -> str:
+    *others, last = words.values()
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"How does the loss fall with {listed}?"
+
+
+def _compute(runs: pd.DataFrame, columns: Columns) -> Array:
+    """FLOPs of each run: as recorded, else 6·N·D."""
+    found: Array = np.ones(len(runs))
+    if columns.c and columns.c in runs:
+        found = runs[columns.c].to_numpy(dtype=float)
+    elif columns.n in runs and columns.d in runs:
+        found = (6.0 * runs[columns.n] * runs[columns.d]).to_numpy(dtype=float)
+    return found
+
+
+def _floor(runs: pd.DataFrame, columns: Columns) -> float | None:
+    name = "irreducible_loss_exact"
+    if columns.loss != "final_val_loss" or name not in runs or runs[name].isna().any():
+        return None
+    return float(runs[name].iloc[0]) if runs[name].nunique() == 1 else None
+
+
+def _in_total(
+    runs: pd.DataFrame,
+    best: Fit,
+    columns: Columns,
+    settings: dict[str, str | float | int | None],
+) -> Fit | None:
+    """The law with the embeddings counted in N, where the table has both counts."""
+    name = next((v for v, column in best.columns.items() if column == columns.n), None)
+    if name is None or columns.n_total is None or columns.n_total not in runs:
+        return None
+    return fit(runs, best.law, **{**settings, name: columns.n_total})  # type: ignore[arg-type]
+
+
+def _budgets(best: Fit, columns: Columns, budgets: Sequence[float]) -> Sequence[float]:
+    """Raises ConfigError where the law says nothing of FLOPs."""
+    if any(not 0 < flops < float("inf") for flops in budgets):
+        raise ConfigError(f"budgets={','.join(f'{b:g}' for b in budgets)}: must be above zero")
+    by_compute = columns.c is not None and best.columns.get("x") == columns.c
+    if budgets and not by_compute and not {"N", "D"} <= set(best.columns):
+        raise ConfigError(
+            f"budgets={','.join(f'{b:g}' for b in budgets)}: needs a law in N and D, or variable=C"
+        )
+    return budgets
+
+
+def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Prediction]:
+    """At ten times the largest compute, or the largest x; of a law of C also for each budget."""
+    if best.degrees < 1:
+        return []
+    if {"N", "D"} <= set(best.columns):
+        per_token = recorded(best, compute)
+        flops = FURTHER * float(compute.max())
+        try:
+            n, d = best_split(best, flops, per_token)
+        except ConfigError:  # the frontier says why
+            return []
+        place = {"N": n, "D": d, **({"U": d} if "U" in best.columns else {})}
+        return [_predicted(best, place, flops)]
+    (name,) = best.columns
+    values = [FURTHER * float(best.table[best.columns[name]].max()), *budgets]
+    return [_predicted(best, {name: value}, None) for value in values]
+
+
+def _predicted(best: Fit, place: dict[str, float], flops: float | None) -> Prediction:
+    law, run = (predict_interval(best, new_run=new_run, **place) for new_run in (False, True))
+    return Prediction(place, flops, law, run)
+
+
+def _span(best: Fit, compute: Array) -> float:
+    """Largest over smallest: of the x of a law in one variable, else of the compute."""
+    values = best.table[best.columns["x"]].to_numpy() if "x" in best.columns else compute
+    return float(values.max() / values.min())
+
+
+def _next(best: Fit, compute: Array, predictions: Sequence[Prediction]) -> NextRun | None:
+    """Among sizes and lengths around those that were run, at no more than their largest cost."""
+    if not predictions:
+        return None
+    target = of_loss(best, **predictions[0].place)
+    columns = {name: best.table[column] for name, column in best.columns.items() if name != "U"}
+    axes = [np.geomspace(v.min() / 4, v.max() * 4, 33) for v in columns.values()]
+    mesh = [axis.reshape(-1) for axis in np.meshgrid(*axes)]
+    places = dict(zip(columns, mesh, strict=True))
+    if "U" in best.columns:
+        places["U"] = places["D"]
+    if {"N", "D"} <= set(places):
+        costs = 6 * places["N"] * places["D"]
+        largest = float((6 * columns["N"] * columns["D"]).max())
+    else:
+        (x,) = columns.values()
+        costs = float(compute.max()) * places["x"] / float(x.max())
+        largest = float(compute.max())
+    cheap = costs <= 2 * largest
+    return next_run(best, target, {k: v[cheap] for k, v in places.items()}, costs[cheap])

@@ -1,0 +1,175 @@
+"""A report as a list of blocks, and how these look as Markdown, as HTML and on a terminal."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    """Words; what stands in backticks is code."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Equation:
+    text: str
+
+
+@dataclass(frozen=True)
+class Items:
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Table:
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``name``: of a figure beside the report, without ending."""
+
+    name: str
+    caption: str
+
+
+Block = Heading | Paragraph | Equation | Items | Table | Picture
+
+CSS = """
+body { font: 16px/1.5 Georgia, 'Times New Roman', serif; max-width: 46em; margin: 2em auto;
+  padding: 0 1em; color: #222; background: #fff; }
+h1, h2, th, figcaption { font-family: Helvetica, Arial, sans-serif; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 1.8em; }
+table { border-collapse: collapse; font-size: .85em; margin: 1em 0; display: block;
+  overflow-x: auto; }
+th, td { text-align: left; padding: .25em .9em .25em 0; vertical-align: top; }
+thead th { border-top: 1.5px solid; border-bottom: .75px solid; }
+tbody tr:last-child td { border-bottom: 1.5px solid; }
+pre { background: #f5f5f3; padding: .7em 1em; overflow-x: auto; }
+code, pre { font: .85em Menlo, Consolas, monospace; }
+figure { margin: 1.5em 0; } img { max-width: 100%; }
+figcaption { font-size: .8em; color: #444; }
+td.fail { color: #b03000; font-weight: bold; }
+"""
+FAIL = "FAIL"
+
+
+def markdown(blocks: Iterable[Block]) -> str:
+    return "\n\n".join(_markdown(block) for block in blocks) + "\n"
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {text}"
+        case Paragraph(text):
+            return text
+        case Equation(text):
+            return f"```\n{text}\n```"
+        case Items(lines):
+            return "\n".join(f"- {line}" for line in lines)
+        case Table(header, rows):
+            ruled = [header, ["---"] * len(header), *rows]
+            return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in ruled)
+        case Picture(name, caption):
+            return f"![{name}]({name}.png)\n\n{caption}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def page(blocks: Sequence[Block], folder: Path) -> str:
+    """One HTML file that needs no other: figures are in it."""
+    title = next((block.text for block in blocks if isinstance(block, Heading)), "")
+    body = "\n".join(_html(block, folder) for block in blocks)
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _html(block: Block, folder: Path) -> str:
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{_inline(text)}</h{level}>"
+        case Paragraph(text):
+            return f"<p>{_inline(text)}</p>"
+        case Equation(text):
+            return f"<pre>{html.escape(text)}</pre>"
+        case Items(lines):
+            return f"<ul>{''.join(f'<li>{_inline(line)}</li>' for line in lines)}</ul>"
+        case Table(header, rows):
+            top = "".join(f"<th>{_inline(text)}</th>" for text in header)
+            body = "".join(f"<tr>{''.join(map(_data, row))}</tr>\n" for row in rows)
+            return f"<table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
+        case Picture(name, caption):
+            data = (folder / f"{name}.png").read_bytes()
+            width = int.from_bytes(data[16:20], "big") // 2  # pixels: twice as fine as the page
+            return (
+                f'<figure><img width="{width}" alt="{html.escape(caption)}" '
+                f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+                f"<figcaption>{_inline(caption)}</figcaption></figure>"
+            )
+
+
+def _data(text: str) -> str:
+    kind = ' class="fail"' if text == FAIL else ""
+    return f"<td{kind}>{_inline(text)}</td>"
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+
+
+def show(blocks: Iterable[Block], console: Console) -> None:
+    """On a terminal; figures are left out."""
+    for block in blocks:
+        match block:
+            case Heading(text, level):
+                console.print(Text(text, style="bold" if level > 1 else "bold underline"))
+            case Paragraph(text):
+                console.print(Text(_bare(text)))
+            case Equation(text):
+                console.print(Padding(Text(text, style="cyan"), (0, 0, 0, 2), expand=False))
+            case Items(lines):
+                for line in lines:
+                    console.print(Padding(Text(_bare(line)), (0, 0, 0, 2), expand=False))
+            case Table():
+                console.print(_rich(block))
+        if not isinstance(block, Heading | Picture):
+            console.print()
+
+
+def _bare(text: str) -> str:
+    return text.replace("`", "")
+
+
+def _rich(block: Table) -> RichTable:
+    table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in block.header:
+        table.add_column(Text(name), header_style="dim")
+    for row in block.rows:
+        table.add_row(*(Text(_bare(cell), style="red" if cell == FAIL else "") for cell in row))
+    return table

@@ -1,0 +1,218 @@
+"""One law through the points of a table: estimators by name, and the fit as an object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.laws import LAWS, Array, Law
+from tinygpt.scaling.optimum import Optimum, find_optimum
+from tinygpt.scaling.points import Points
+
+ESTIMATORS = ("auto", "least_squares", "huber", "absolute", "likelihood")
+UNITS = ("noise", "absolute")  # of Huber's threshold
+# Which column is which variable, unless the caller says otherwise.
+COLUMNS = {
+    "N": "parameters_non_embedding",
+    "D": "train_tokens",
+    "U": "unique_train_tokens",
+    "x": "parameters_non_embedding",
+}
+LOSS = "final_val_loss"
+EFFICIENT = 1.345  # Huber's threshold in units of the noise: 95 % efficient under a normal
+HUBER_DENSITY = 1e-3  # threshold of the likelihood in units of its scale
+ABSOLUTE = 1e-7  # Huber's threshold in units of the noise, where he is as good as absolute
+FEWEST_TO_JUDGE = 20  # residuals; the distribution of fewer cannot be judged
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law with its estimates and all that says how they were found.
+
+    ``parameters`` are those of the formula; losses are in the unit of the loss column, nats per
+    token as a rule.
+    """
+
+    law: Law
+    optimum: Optimum
+    points: Points
+    table: pd.DataFrame  # the rows that were fitted
+    columns: dict[str, str]  # variable -> column
+    loss: str  # column
+    estimator: str
+    reason: str  # why this estimator
+    scale: float  # of the residuals of log L: a standard deviation, by the estimator's own measure
+
+    @cached_property
+    def parameters(self) -> dict[str, float]:
+        """By name; a term that went to zero has coefficient 0 and no exponent (nan)."""
+        found = self.optimum.law.natural(self.optimum.theta, self.points.centres)
+        missing = dict.fromkeys(self.law.coefficients, 0.0)
+        missing |= {name: float("nan") for name in self.law.exponents}
+        return {name: found.get(name, missing[name]) for name in self.law.parameters}
+
+    @cached_property
+    def residuals(self) -> Array:
+        """log(measured) - log(fitted), (n,)."""
+        return _residuals(self.points, self.optimum)
+
+    @property
+    def degrees(self) -> int:
+        """Of freedom: points less parameters."""
+        return len(self.points) - len(self.optimum.law)
+
+    @property
+    def r_squared(self) -> float:
+        """The share of the variance of log L that the law explains."""
+        total = float(np.sum((self.points.y - self.points.y.mean()) ** 2))
+        return 1.0 - float(np.sum(self.residuals**2)) / total
+
+    def predict(self, **values: Any) -> Array:
+        """The loss at new values of the law's variables, as ``N=..., D=...``."""
+        x = self.points.at(values)
+        found: Array = np.exp(self.optimum.law.log_loss(self.optimum.theta[None], x)[0])
+        return found
+
+
+def fit(
+    table: pd.DataFrame,
+    law: str | Law = "chinchilla",
+    *,
+    loss: str = LOSS,
+    estimator: str = "auto",
+    threshold: float | None = None,
+    threshold_unit: str = "noise",
+    seed: int = 0,
+    **columns: str,
+) -> Fit:
+    """Fits ``law`` to a table, a row a run.
+
+    ``columns`` say where the variables of the law stand, as ``N="params"``; ``loss`` names that
+    of the loss.  ``estimator``: ``least_squares`` (of log L), ``huber`` (with ``threshold``, by
+    default 1.345 times the noise; ``threshold_unit="absolute"`` for one in log L, as the 1e-3 of
+    Hoffmann et al. 2022), ``absolute`` (least absolute deviations), ``likelihood`` (Huber's
+    density with its scale as a parameter, ``threshold`` in units of it: Besiroglu et al. 2024),
+    or ``auto``: least squares unless the residuals speak against it.  ``seed`` is that of the
+    starts, where there are random ones.
+
+    Raises ConfigError, one line, where the table cannot carry the law.
+    """
+    form = _named(law)
+    if estimator not in ESTIMATORS:
+        raise ConfigError(f"estimator={estimator}: must be one of {', '.join(ESTIMATORS)}")
+    if threshold_unit not in UNITS:
+        raise ConfigError(f"threshold_unit={threshold_unit}: must be one of {', '.join(UNITS)}")
+    if threshold is not None and not threshold > 0:
+        raise ConfigError(f"threshold={threshold:g}: must be above zero")
+    where = {name: {**COLUMNS, **columns}[name] for name in _plain(form)}
+    points = Points.read(table, form, where, loss)
+    reason = "asked for"
+    squares = find_optimum(form, points, seed=seed)
+    if estimator == "auto":
+        estimator, reason = judge(_residuals(points, squares))
+    optimum = squares
+    if estimator == "huber":
+        limit = EFFICIENT if threshold is None else threshold
+        if threshold_unit == "noise":
+            limit *= max(_robust_scale(points, squares), 1e-12)
+        optimum = find_optimum(form, points, limit, seed)
+    elif estimator == "absolute":
+        optimum = _absolute(form, points, squares, seed)
+    elif estimator == "likelihood":
+        optimum = _likelihood(form, points, squares, threshold or HUBER_DENSITY, seed)
+    return Fit(
+        form,
+        optimum,
+        points,
+        table,
+        where,
+        loss,
+        estimator,
+        reason,
+        _scale(points, optimum),
+    )
+
+
+def _named(law: str | Law) -> Law:
+    if isinstance(law, Law):
+        return law
+    if law not in LAWS:
+        raise ConfigError(f"law={law}: must be one of {', '.join(LAWS)}")
+    return LAWS[law]
+
+
+def _plain(law: Law) -> list[str]:
+    return [name.removeprefix("log ") for name in law.variables]
+
+
+def _residuals(points: Points, optimum: Optimum) -> Array:
+    found: Array = points.y - optimum.law.log_loss(optimum.theta[None], points.x)[0]
+    return found
+
+
+def judge(residuals: Array) -> tuple[str, str]:
+    """The estimator that residuals of least squares ask for, and why."""
+    n = len(residuals)
+    if n < FEWEST_TO_JUDGE:
+        return "least_squares", f"{n} residuals are too few to judge their distribution"
+    if np.ptp(residuals) < 1e-9:
+        return "least_squares", "the law goes through the points"
+    excess = float(stats.kurtosis(residuals))
+    p = float(stats.kurtosistest(residuals).pvalue)
+    if excess > 0 and p < 0.01:
+        return (
+            "huber",
+            f"the residuals have heavy tails (excess kurtosis {excess:.1f}, p = {p:.1g})",
+        )
+    return "least_squares", f"the residuals have no heavy tails (excess kurtosis {excess:.1f})"
+
+
+def _robust_scale(points: Points, optimum: Optimum) -> float:
+    """From the median absolute residual, corrected for the fitted parameters."""
+    residuals = np.abs(_residuals(points, optimum))
+    degrees = max(1, len(points) - len(optimum.law))
+    return float(np.median(residuals) / stats.norm.ppf(0.75) * np.sqrt(len(points) / degrees))
+
+
+def _scale(points: Points, optimum: Optimum) -> float:
+    """The standard deviation that an M-estimator implies; of least squares the usual one."""
+    residuals = _residuals(points, optimum)
+    slope = np.clip(residuals, -optimum.threshold, optimum.threshold)
+    inside = max(np.mean(np.abs(residuals) <= optimum.threshold), 1 / len(points))
+    degrees = max(1, len(points) - len(optimum.law))
+    return float(np.sqrt(np.sum(slope**2) / degrees) / inside)
+
+
+def _absolute(law: Law, points: Points, squares: Optimum, seed: int) -> Optimum:
+    noise = max(_robust_scale(points, squares), 1e-9)
+    return find_optimum(law, points, ABSOLUTE * noise, seed)
+
+
+def _likelihood(law: Law, points: Points, squares: Optimum, unit: float, seed: int) -> Optimum:
+    """Alternates the law, given the scale, and the scale, given the law, until both stand."""
+    optimum, threshold = squares, np.inf
+    for _ in range(100):
+        residuals = np.abs(_residuals(points, optimum))
+        new = unit * _density_scale(residuals, unit)
+        if np.isfinite(threshold) and abs(new / threshold - 1) < 1e-6:
+            break
+        threshold = new
+        optimum = find_optimum(law, points, threshold, seed)
+    return optimum
+
+
+def _density_scale(sizes: Array, unit: float) -> float:
+    """Where n·log σ + Σ huber(r/σ) is least."""
+
+    def slope(log_scale: float) -> float:
+        ratio = sizes / np.exp(log_scale)
+        return float(np.sum(np.minimum(ratio, unit) * ratio) - len(sizes))
+
+    middle = np.log(max(float(sizes.mean()), 1e-12))
+    return float(np.exp(optimize.brentq(slope, middle + np.log(unit) - 30, middle + 30)))

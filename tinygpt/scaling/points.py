@@ -1,0 +1,79 @@
+"""The points that a law is fitted to, read from a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.laws import Array, Law
+
+
+@dataclass(frozen=True)
+class Points:
+    """What a law is fitted to: log variables about their centres, log losses."""
+
+    x: dict[str, Array]  # by variable of the law, (n,)
+    y: Array  # (n,), or (B, n) for a batch of different losses
+    centres: dict[str, float]
+
+    def __len__(self) -> int:
+        return int(self.y.shape[-1])
+
+    @classmethod
+    def read(cls, table: pd.DataFrame, law: Law, columns: Mapping[str, str], loss: str) -> Points:
+        """Raises ConfigError for a column that is absent, values no law can take, too few rows."""
+        x, centres = {}, {}
+        for variable in law.variables:
+            values = positive(table, columns[variable.removeprefix("log ")])
+            logs = np.log(values)
+            if variable.startswith("log "):
+                if values.min() <= 1:
+                    raise ConfigError(f"{law.name}: needs {columns[variable[4:]]} above 1")
+                logs = np.log(logs)
+            if np.ptp(logs) == 0:
+                name = columns[variable.removeprefix("log ")]
+                raise ConfigError(f"{name}: is {values[0]:g} in every run; {law.name} varies it")
+            centres[variable] = float(logs.mean())
+            x[variable] = logs
+        shared = centres["D"] if "U" in centres else 0.0
+        if "U" in centres:  # unique and all tokens are counted in one unit
+            centres["U"] = shared
+        x = {name: logs - centres[name] for name, logs in x.items()}
+        points = cls(x, np.log(positive(table, loss)), centres)
+        distinct = len({tuple(row) for row in np.stack(list(x.values()), axis=1).round(12)})
+        if distinct < len(law):
+            raise ConfigError(
+                f"{law.name}: {law.formula} has {len(law)} parameters and needs at least as many "
+                f"different points; these {len(points)} runs are {distinct}"
+            )
+        return points
+
+    def with_losses(self, y: Array) -> Points:
+        """Other log losses, (B, n), at the same places."""
+        return Points(self.x, y, self.centres)
+
+    def at(self, values: Mapping[str, Any]) -> dict[str, Array]:
+        """New values of the variables, as the law wants them."""
+        found = {}
+        for name, centre in self.centres.items():
+            logs = np.log(np.atleast_1d(np.asarray(values[name.removeprefix("log ")], dtype=float)))
+            found[name] = (np.log(logs) if name.startswith("log ") else logs) - centre
+        size = max(len(logs) for logs in found.values())
+        return {name: np.broadcast_to(logs, size) for name, logs in found.items()}
+
+
+def positive(table: pd.DataFrame, column: str) -> Array:
+    """A column as numbers, (n,).  Raises ConfigError where it is absent or a value is not."""
+    if column not in table:
+        raise ConfigError(f"{column}: no such column; there are {', '.join(map(str, table))}")
+    values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
+    bad = ~(np.isfinite(values) & (values > 0))
+    if bad.any():
+        where = table.index[bad][0]
+        raise ConfigError(f"{column}={table[column][where]}: row {where}: must be above zero")
+    return values

@@ -1,0 +1,261 @@
+"""Which law: information criterion, held-out runs, residuals, the influence of single runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.evidence import CLEAR
+from tinygpt.scaling.fitting import Fit, fit
+from tinygpt.scaling.intervals import Interval, Target, covariance, delta, of_loss
+from tinygpt.scaling.laws import Array
+from tinygpt.scaling.optimum import polish
+
+ONE_VARIABLE = ("power_constant", "power", "log_power", "broken")
+JOINT = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant", "chinchilla_zero", "kaplan")
+HELD_OUT = 0.2  # at least so large a part of the settings, those of the largest compute
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How a law fitted below a cut in compute predicts the runs above it."""
+
+    error: float  # mean |predicted - measured| / measured
+    worst: float
+    within: float  # share of the runs within their 95 % prediction interval
+    runs: int
+    cut: float  # the largest compute that was fitted
+    distance: float  # largest compute / cut
+    below: Fit  # the law fitted below the cut
+    above: NDArray[np.bool_]  # (n,) bool: which of all runs were held out
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A law that was tried."""
+
+    law: str
+    formula: str
+    fit: Fit | None
+    reason: str  # why it could not be fitted
+    aicc: float = float("inf")  # Akaike's criterion, corrected for few points; the least is best
+    held_out: HeldOut | None = None
+
+
+def select(
+    runs: pd.DataFrame, laws: Sequence[str], compute: Array, **settings: str | float | int | None
+) -> list[Candidate]:
+    """Every law fitted to the same runs, the best first: by AICc.
+
+    ``compute`` is that of each run; ``settings`` are those of ``fit``.
+    """
+    found = []
+    for law in laws:
+        try:
+            one = fit(runs, law, **settings)  # type: ignore[arg-type]
+        except ConfigError as error:
+            found.append(Candidate(law, "", None, str(error)))
+            continue
+        held = hold_out(one, compute, settings)
+        found.append(Candidate(law, one.law.formula, one, "", aicc(one), held))
+    return sorted(found, key=lambda one: (one.aicc, one.fit is None))
+
+
+def plainest(candidates: Sequence[Candidate]) -> Candidate:
+    """Of the laws that can hardly be told from the best, the one that stands first in the table.
+
+    So a law with a constant goes before one without: a text has an entropy.
+    """
+    near = [c for c in candidates if c.fit and c.aicc - candidates[0].aicc < CLEAR]
+    order = [*ONE_VARIABLE, *JOINT, "data_constrained"]
+    return min(near, key=lambda c: order.index(c.law)) if near else candidates[0]
+
+
+def aicc(fit: Fit) -> float:
+    """n log(2 objective / n) + 2 k n / (n - k - 1), where k counts the scale too.
+
+    Of least squares the likelihood is that of a normal; of others this is the quasi-likelihood.
+    """
+    n, k = len(fit.points), len(fit.optimum.law) + 1
+    if n - k - 1 <= 0:
+        return float("inf")
+    return n * float(np.log(2 * max(fit.optimum.objective, 1e-300) / n)) + 2 * k * n / (n - k - 1)
+
+
+def split_by_compute(
+    settings: NDArray[np.intp], compute: Array, least: int
+) -> NDArray[np.bool_] | None:
+    """Which runs to hold out: those of the largest compute, whole settings at a time.
+
+    At least a fifth of the settings, and never a part of a budget; None where fewer than
+    ``least`` settings would be left.
+    """
+    order = sorted({(c, s) for c, s in zip(compute, settings, strict=True)}, reverse=True)
+    held = max(1, int(np.ceil(HELD_OUT * len(order))))
+    while held < len(order) and order[held][0] > 0.87 * order[held - 1][0]:
+        held += 1
+    if len(order) - held < least:
+        return None
+    names = {s for _, s in order[:held]}
+    return np.array([s in names for s in settings])
+
+
+def hold_out(
+    fitted: Fit, compute: Array, settings: dict[str, str | float | int | None]
+) -> HeldOut | None:
+    """None where too few runs are left to fit the law to."""
+    places = np.stack(list(fitted.points.x.values()), axis=1).round(12)
+    labels = np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+    above = split_by_compute(labels, compute, len(fitted.law) + 1)
+    if above is None:
+        return None
+    fixed = {**settings, "estimator": fitted.estimator}
+    try:
+        below = fit(fitted.table[~above], fitted.law, **fixed)  # type: ignore[arg-type]
+    except ConfigError:
+        return None
+    table = fitted.table[above]
+    measured = table[fitted.loss].to_numpy(dtype=float)
+    where = {name: table[column].to_numpy(dtype=float) for name, column in fitted.columns.items()}
+    errors = np.abs(below.predict(**where) - measured) / measured
+    within = 0
+    for i, value in enumerate(measured):
+        place = {name: float(values[i]) for name, values in where.items()}
+        within += value in delta(below, of_loss(below, **place), new_run=True)
+    cut = float(compute[~above].max())
+    return HeldOut(
+        float(errors.mean()),
+        float(errors.max()),
+        within / len(measured),
+        len(measured),
+        cut,
+        float(compute.max()) / cut,
+        below,
+        above,
+    )
+
+
+# --- what the residuals say
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The scatter of runs that differ in their seed alone: a standard deviation of log L."""
+
+    scale: float
+    degrees: int
+    lack_of_fit: float | None  # p-value: the law leaves no more than this scatter
+
+
+def seed_noise(fit: Fit) -> Noise | None:
+    """From runs at the same place; None without any.
+
+    The F test of lack of fit (Draper & Smith 1998, section 2.1) sets what the law leaves beside
+    what the seeds scatter.
+    """
+    places = np.stack(list(fit.points.x.values()), axis=1).round(12)
+    labels = np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+    count = np.bincount(labels)
+    mean = np.bincount(labels, fit.points.y) / count
+    pure = float(np.sum((fit.points.y - mean[labels]) ** 2))
+    degrees = int(np.sum(count - 1))
+    if degrees == 0 or pure == 0.0:
+        return None
+    lacking = len(count) - len(fit.optimum.law)
+    p = None
+    if lacking > 0:
+        rest = max(0.0, float(np.sum(fit.residuals**2)) - pure)
+        p = float(stats.f.sf(rest / lacking / (pure / degrees), lacking, degrees))
+    return Noise(float(np.sqrt(pure / degrees)), degrees, p)
+
+
+def structure(fit: Fit) -> float | None:
+    """p-value of there being no structure in the residuals; None where too few points tell.
+
+    An F test of what second and third powers of the log variables explain of them beyond the
+    law's own derivatives (Ramsey 1969, as a score test).
+    """
+    own = fit.optimum.law.derivatives(fit.optimum.theta[None], fit.points.x).gradient[0]
+    logs = list(fit.points.x.values())
+    extra = [a * b for i, a in enumerate(logs) for b in logs[i:]]
+    if len(fit.points) >= 4 * (len(extra) + own.shape[1]):
+        extra += [a**3 for a in logs]
+    both = np.column_stack([own, *extra])
+    n, rank = len(fit.points), int(np.linalg.matrix_rank(both))
+    gained = rank - int(np.linalg.matrix_rank(own))
+    if n - rank < 3 or gained == 0:
+        return None
+    residuals = fit.residuals
+    rest = residuals - both @ np.linalg.lstsq(both, residuals, rcond=None)[0]
+    before = residuals - own @ np.linalg.lstsq(own, residuals, rcond=None)[0]
+    left = float(rest @ rest)
+    if left <= 1e-20:
+        return None
+    ratio = (float(before @ before) - left) / gained / (left / (n - rank))
+    return float(stats.f.sf(ratio, gained, n - rank))
+
+
+@dataclass(frozen=True)
+class Influence:
+    """A run without which an exponent would lie outside its interval."""
+
+    row: int  # of the table that was fitted
+    parameter: str
+    without: float  # its value without the run
+
+
+def influence(fit: Fit, intervals: dict[str, Interval]) -> list[Influence]:
+    """Leaves out each run in turn; names those that move an exponent beyond its interval."""
+    n, law = len(fit.points), fit.optimum.law
+    if n - 1 < len(law):
+        return []
+    start = np.repeat(fit.optimum.theta[None], n, axis=0)
+    found = polish(law, fit.points, start, fit.optimum.threshold, 1.0 - np.eye(n))
+    named = []
+    for name in law.exponents:
+        values = found.theta[:, law.parameters.index(name)]
+        for row, value in enumerate(values):
+            if name in intervals and value not in intervals[name]:
+                named.append(Influence(row, name, float(value)))
+    return named
+
+
+# --- what to run next
+
+
+@dataclass(frozen=True)
+class NextRun:
+    """The affordable run that would most shrink the interval of the prediction asked for."""
+
+    place: dict[str, float]
+    cost: float  # FLOPs, or whatever the compute of the runs is counted in
+    width_now: float  # of the 95 % interval of the predicted loss, relative to it
+    width_then: float
+
+
+def next_run(fit: Fit, target: Target, places: dict[str, Array], costs: Array) -> NextRun | None:
+    """Among ``places``, by how much one more run there would narrow ``target``."""
+    if fit.degrees < 1:
+        return None
+    spread = covariance(fit)
+    _, normal, _ = target.derivatives(fit.optimum.theta)
+    x = fit.points.at(places)
+    jacobian = fit.optimum.law.derivatives(fit.optimum.theta[None], x).gradient[0]
+    now = float(normal @ spread @ normal)
+    shared = jacobian @ spread @ normal
+    own = np.einsum("np,pq,nq->n", jacobian, spread, jacobian)
+    then = now - shared**2 / (fit.scale**2 + own)
+    best = int(np.argmin(then))
+    reach = 2 * float(stats.t.ppf(0.975, fit.degrees))
+    return NextRun(
+        {name: float(values[best]) for name, values in places.items()},
+        float(costs[best]),
+        reach * float(np.sqrt(max(now, 0.0))),
+        reach * float(np.sqrt(max(then[best], 0.0))),
+    )

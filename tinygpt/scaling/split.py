@@ -1,0 +1,280 @@
+"""The best split of a budget between size and data by a law of the loss.
+
+In closed form where the law is a sum of powers and C = 6·N·D, else numerically: another law, or
+FLOPs per token as the runs recorded them.  Sizes N are parameters, tokens D, budgets C FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.interpolate import PchipInterpolator
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.fitting import Fit
+from tinygpt.scaling.intervals import LEVEL, Bootstrap, Interval, bootstrap
+from tinygpt.scaling.isoflop import by_size
+from tinygpt.scaling.laws import Array, Law
+
+FlopsPerToken = Callable[[Array], Array]  # N -> FLOPs of training on one token
+
+REPLICAS = 1000
+FURTHER = 10.0  # times the largest budget that was run: so far the bands go
+REACH = np.log(1e4)  # the best size is looked for within this factor of those that were run
+COARSE, FINE, ROUNDS = 64, 9, 12  # places in log N that are tried, and how often anew
+
+
+def six_n(n: Array) -> Array:
+    """The rule of thumb: 6 FLOPs a parameter and token."""
+    return 6.0 * n
+
+
+def flops_per_token(n: Array, d: Array, flops: Array) -> FlopsPerToken:
+    """As recorded by runs of N, D and FLOPs, (n,) each; the mean of the logarithms at a size.
+
+    Between sizes a monotone cubic in logarithms (corners would draw the best size to them),
+    beyond them the slope over the last factor of 2 in N.  Runs that say 6·N give the rule of
+    thumb itself, and with it the closed forms.
+    """
+    per_token = flops / d
+    if np.allclose(per_token, 6.0 * n, rtol=1e-9, atol=0.0):
+        return six_n
+    sizes, logs = by_size(n, np.log(per_token))
+    inner = PchipInterpolator(sizes, logs) if len(sizes) > 1 else lambda x: logs[0] + 0.0 * x
+    first, last = _end_slope(sizes, logs), _end_slope(sizes[::-1], logs[::-1])
+
+    def at(size: Array) -> Array:
+        x = np.log(size)
+        found = inner(np.clip(x, sizes[0], sizes[-1]))
+        found += first * np.minimum(x - sizes[0], 0) + last * np.maximum(x - sizes[-1], 0)
+        return np.asarray(np.exp(found))
+
+    return at
+
+
+def _end_slope(x: Array, y: Array) -> float:
+    """From the first point to the next that is a factor of 2 away, or else the last."""
+    if len(x) == 1:
+        return 1.0  # as in 6·N
+    far = np.flatnonzero(np.abs(x - x[0]) >= np.log(2) * (1 - 1e-9))
+    other = far[0] if len(far) else -1
+    return float((y[other] - y[0]) / (x[other] - x[0]))
+
+
+def recorded(fit: Fit, compute: Array) -> FlopsPerToken:
+    """FLOPs per token of the runs of a fit, whose compute is ``compute``, (n,)."""
+    n, d = (fit.table[fit.columns[name]].to_numpy(dtype=float) for name in "ND")
+    return flops_per_token(n, d, compute)
+
+
+# --- the best split by a law
+
+
+def closed_form(a: Any, b: Any, alpha: Any, beta: Any, flops: Any) -> tuple[Array, Array]:
+    """N and D that make A/N^alpha + B/D^beta least with 6·N·D = ``flops``; arrays broadcast.
+
+    Hoffmann et al. 2022, eq. 4: N = G (C/6)^(beta/(alpha+beta)), D = C/(6 N),
+    G = (alpha A / (beta B))^(1/(alpha+beta)).
+    """
+    g = (np.log(alpha * a) - np.log(beta * b)) / (alpha + beta)
+    n = np.exp(g + beta / (alpha + beta) * np.log(np.asarray(flops) / 6))
+    return n, flops / 6 / n
+
+
+def best_split(
+    fit: Fit, flops: float, per_token: FlopsPerToken = six_n, unique: float = np.inf
+) -> tuple[float, float]:
+    """N and D of the least loss for ``flops``.
+
+    ``per_token`` says what a token costs at a size; ``unique`` how many tokens there are before
+    they repeat, for a law that knows of it.  Raises ConfigError where the law has no best split.
+    """
+    n, d, _ = best_splits(fit, np.array([flops]), per_token, unique)
+    return float(n[0]), float(d[0])
+
+
+def best_splits(
+    fit: Fit, flops: Array, per_token: FlopsPerToken, unique: float
+) -> tuple[Array, Array, Array]:
+    """N, D and L of the fitted law, (G,) each."""
+    law = fit.optimum.law
+    missing = {"N", "D"} - _used(law)
+    if missing:
+        gone = " and ".join(sorted(missing))
+        raise ConfigError(f"law={fit.law.name}: as fitted it has no {gone}, and so no best split")
+    n, d, loss = splits(fit, fit.optimum.theta[None], flops, per_token, unique)
+    if np.isnan(n).any():
+        raise ConfigError(
+            f"law={fit.law.name}: as fitted the loss has no minimum in N about the sizes that were "
+            "run, and so no best split"
+        )
+    return n[0], d[0], loss[0]
+
+
+def _used(law: Law) -> set[str]:
+    """The variables of the terms that are left."""
+    if law.powers is None:
+        return set(law.variables)
+    return {variable for powers in law.powers.values() for variable in powers}
+
+
+def splits(
+    fit: Fit, theta: Array, flops: Array, per_token: FlopsPerToken, unique: float
+) -> tuple[Array, Array, Array]:
+    """N, D and L for parameter vectors (B, P) at budgets (G,), each (B, G); nan: no minimum."""
+    law, centres = fit.optimum.law, fit.points.centres
+    if per_token is six_n and law.powers is not None and "U" not in law.variables:
+        affine = law.shift(centres)
+        plain = theta @ affine[:, :-1].T + affine[:, -1]
+        value = {name: plain[:, j : j + 1] for j, name in enumerate(law.parameters)}
+        alpha, beta = value[law.powers["A"]["N"]], value[law.powers["B"]["D"]]
+        with np.errstate(invalid="ignore"):  # exponents below zero: no minimum
+            n, d = closed_form(np.exp(value["A"]), np.exp(value["B"]), alpha, beta, flops)
+        n, d = (np.where((alpha > 0) & (beta > 0), v, np.nan) for v in (n, d))
+        log_n = np.log(n)
+    else:
+        size = max(1, int(1e6 / (len(flops) * COARSE)))
+        parts = np.array_split(theta, max(1, -(-len(theta) // size)))
+        found = [_numeric(fit, part, flops, per_token, unique) for part in parts]
+        log_n = np.concatenate(found)
+        n = np.exp(log_n)
+        d = flops / per_token(n)
+    with np.errstate(invalid="ignore"):
+        log_loss = law.log_loss(theta, _at(fit, log_n, np.log(d), unique))
+    return n, d, np.exp(log_loss)
+
+
+def _at(fit: Fit, log_n: Array, log_d: Array, unique: float) -> dict[str, Array]:
+    """The variables as the law wants them, (B, n) each."""
+    logs = {"N": log_n, "D": log_d, "U": np.minimum(log_d, np.log(unique))}
+    return {name: logs[name] - centre for name, centre in fit.points.centres.items()}
+
+
+def _numeric(
+    fit: Fit, theta: Array, flops: Array, per_token: FlopsPerToken, unique: float
+) -> Array:
+    """log N of the least loss, (B, G): a grid, then finer ones about its least."""
+    law = fit.optimum.law
+    log_c = np.log(flops)[:, None]
+    sizes = np.log(fit.table[fit.columns["N"]].to_numpy(dtype=float))
+    tokens = np.log(fit.table[fit.columns["D"]].to_numpy(dtype=float))
+    runs = np.log(per_token(np.exp(sizes))) + tokens
+    reach = REACH + np.maximum(log_c - runs.max(), 0) + np.maximum(runs.min() - log_c, 0)
+    low, high = sizes.min() - reach, sizes.max() + reach  # (G, 1)
+    shape = (len(theta), len(flops), 1)
+    left, right = np.broadcast_to(low, shape), np.broadcast_to(high, shape)
+    for count in (COARSE, *[FINE] * ROUNDS):
+        steps = np.linspace(0.0, 1.0, count)
+        log_n = left + steps * (right - left)  # (B, G, count)
+        log_d = log_c - np.log(per_token(np.exp(log_n)))
+        flat = (len(theta), len(flops) * count)
+        loss = law.log_loss(theta, _at(fit, log_n.reshape(flat), log_d.reshape(flat), unique))
+        best = np.argmin(loss.reshape(log_n.shape), axis=-1)[..., None]
+        left = np.take_along_axis(log_n, np.maximum(best - 1, 0), axis=-1)
+        right = np.take_along_axis(log_n, np.minimum(best + 1, count - 1), axis=-1)
+        middle = np.take_along_axis(log_n, best, axis=-1)
+    edge = (middle - low < 1e-3) | (high - middle < 1e-3)
+    found: Array = np.where(edge, np.nan, middle)[..., 0]
+    return found
+
+
+# --- bands of the law
+
+
+@dataclass(frozen=True)
+class Band:
+    """A quantity along the budgets, (G,) each; the ends are nan where nothing sets them."""
+
+    estimate: Array
+    low: Array
+    high: Array
+    level: float
+    method: str
+
+    def at(self, i: int) -> Interval:
+        ends = float(self.low[i]), float(self.high[i])
+        return Interval(float(self.estimate[i]), *ends, self.level, self.method)
+
+
+@dataclass(frozen=True)
+class LawSplit:
+    """The best split by the law, with percentiles over the replicas of a bootstrap over runs.
+
+    The exponents are slopes of log N, log D and log L against log C over the budgets that were
+    run: under C = 6·N·D those of N and D are beta/(alpha+beta) and alpha/(alpha+beta) everywhere.
+    """
+
+    flops: Array  # (G,)
+    n: Band
+    d: Band
+    loss: Band
+    tokens_per_parameter: Band
+    a: Interval  # N ~ C^a
+    b: Interval  # D ~ C^b
+    c: Interval  # L ~ C^c, with the irreducible loss in L
+    undefined: float  # share of the replicas whose law has no best split at some budget
+    largest: int  # index of the largest budget that was run
+
+
+def by_law(
+    fit: Fit,
+    compute: Array,
+    *,
+    per_token: FlopsPerToken | None = None,
+    unique: float = np.inf,
+    replicas: int | Bootstrap = REPLICAS,
+    level: float = LEVEL,
+) -> LawSplit:
+    """From the smallest budget of the runs to ten times the largest.
+
+    ``compute`` is that of each run of the fit, (n,); ``per_token`` by default as they recorded
+    it.  A fit without degrees of freedom gets no bands.  Raises ConfigError as ``best_split``.
+    """
+    per_token = per_token or recorded(fit, compute)
+    inside = np.geomspace(compute.min(), compute.max(), 33)
+    inside = inside if np.ptp(compute) > 0 else inside[:1]
+    flops = np.append(inside, compute.max() * np.geomspace(1.0, FURTHER, 12)[1:])
+    theta, kind = parameter_vectors(fit, replicas)
+    one = best_splits(fit, flops, per_token, unique)
+    many = splits(fit, theta, flops, per_token, unique)
+    span = slice(len(inside)) if len(inside) > 1 else slice(None)
+    log_c = np.log(flops[span])
+    bands, exponents = [], []
+    for best, values in zip(one, many, strict=True):
+        bands.append(band(best, values, level, kind))
+        slopes = (_slope(log_c, np.log(v[:, span]))[:, None] for v in (best[None], values))
+        exponents.append(band(next(slopes)[0], next(slopes), level, kind).at(0))
+    ratio = band(one[1] / one[0], many[1] / many[0], level, kind)
+    undefined = float(np.isnan(many[0]).any(axis=1).mean()) if len(theta) else 0.0
+    n, d, loss = bands
+    a, b, c = exponents
+    return LawSplit(flops, n, d, loss, ratio, a, b, c, undefined, len(inside) - 1)
+
+
+def parameter_vectors(fit: Fit, replicas: int | Bootstrap) -> tuple[Array, str]:
+    """Of a bootstrap over runs, (B, P), and its name; none without degrees of freedom."""
+    if isinstance(replicas, int):
+        if fit.degrees < 1 or replicas < 1:
+            return np.empty((0, len(fit.optimum.law))), "none"
+        replicas = bootstrap(fit, replicas)
+    return replicas.theta, f"bootstrap ({replicas.kind})"
+
+
+def band(estimate: Array, values: Array, level: float, method: str) -> Band:
+    """Percentiles of the rows of ``values``, (B, G), that have a number."""
+    good = values[np.isfinite(values).all(axis=1)]
+    if not len(good):
+        none = np.full(np.shape(estimate), np.nan)
+        return Band(estimate, none, none, level, "none")
+    low, high = np.quantile(good, [0.5 - level / 2, 0.5 + level / 2], axis=0)
+    return Band(estimate, low, high, level, method)
+
+
+def _slope(x: Array, y: Array) -> Array:
+    """Of the regression of each row of ``y`` on ``x``, (B,)."""
+    away = x - x.mean()
+    found: Array = y @ away / (away @ away)
+    return found

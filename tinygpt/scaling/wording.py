@@ -1,0 +1,108 @@
+"""Numbers and equations as a reader wants them: to the digits that the data support."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from tinygpt.scaling.fitting import Fit
+from tinygpt.scaling.intervals import Interval
+from tinygpt.scaling.laws import Law
+
+UNKNOWN = "–"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """To so many significant digits; large and small ones as 3.28e10."""
+    if value is None or math.isnan(value):
+        return UNKNOWN
+    if value == 0 or math.isinf(value):
+        return f"{value:g}"
+    return _to_place(value, math.floor(math.log10(abs(value))) - digits + 1)
+
+
+def whole(value: float) -> str:
+    """As it is, if it can be counted; else to four digits."""
+    return f"{value:,.0f}" if value == round(value) and value < 1e7 else number(value, 4)
+
+
+def _to_place(value: float, place: int) -> str:
+    """Rounded to 10^place."""
+    if abs(value) < 0.5 * 10.0**place:
+        return "0"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{round(value, -place):.{max(0, -place)}f}"
+    mantissa, _, exponent = (
+        f"{value:.{max(0, math.floor(math.log10(abs(value))) - place)}e}".partition("e")
+    )
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _place(interval: Interval) -> int:
+    """Where half the width of an interval has its second digit."""
+    value = interval.estimate
+    ends = [end for end in (interval.low, interval.high) if _is_set(end)]
+    half = max((abs(end - value) for end in ends), default=0.0)
+    if half == 0.0:
+        return math.floor(math.log10(abs(value) or 1.0)) - 2
+    return min(
+        math.floor(math.log10(half)) - 1,
+        math.floor(math.log10(abs(value) or half)),  # never rounded away altogether
+    )
+
+
+def _is_set(end: float) -> bool:
+    return math.isfinite(end) and end != 0.0
+
+
+def estimate(value: float, interval: Interval | None) -> str:
+    """A value to the digits its interval supports."""
+    if interval is None or math.isnan(value):
+        return number(value)
+    if not (_is_set(interval.low) or _is_set(interval.high)):
+        return number(value, 2)
+    return _to_place(value, _place(interval))
+
+
+def reach(interval: Interval | None) -> str:
+    """From where to where an interval goes."""
+    if interval is None:
+        return UNKNOWN
+    place = _place(interval)
+    low, high = interval.low, interval.high
+    if _is_set(low) and _is_set(high):
+        return f"{_to_place(low, place)} to {_to_place(high, place)}"
+    if _is_set(low):
+        return f"above {_to_place(low, place)}, no upper end"
+    if _is_set(high):
+        return f"below {_to_place(high, place)}, no lower end"
+    return "not set by the data"
+
+
+def percent(value: float) -> str:
+    return f"{number(100 * value, 2)} %"
+
+
+def formula(law: Law) -> str:
+    """The law's own, or of one that has lost a term what is left."""
+    if law.powers is None:
+        return law.formula
+    terms = []
+    for coefficient, powers in law.powers.items():
+        below = " ".join(f"{_base(x)}^{exponent}" for x, exponent in powers.items())
+        terms.append(f"{coefficient} / {below}" if below else coefficient)
+    return f"L = {' + '.join(terms)}"
+
+
+def _base(variable: str) -> str:
+    return f"(ln {variable[4:]})" if variable.startswith("log ") else variable
+
+
+def equation(fit: Fit) -> str:
+    """The formula with its numbers, to four digits: they are to be used together."""
+    text = formula(fit.optimum.law)
+    for name in fit.optimum.law.parameters:
+        value = number(fit.parameters[name], 4)
+        shown = f"({value})" if value.startswith("-") else value
+        text = re.sub(rf"(?<!\w){name}(?!\w)", shown, text)
+    return re.sub(r"([\d)]) (?=[\d(]\S*\))", r"\1·", text)
