@@ -259,6 +259,16 @@ def test_isoflop_runs_need_no_equal_tokens() -> None:
     assert verdict(runs, "equal training tokens for all sizes") is None
 
 
+def test_held_out_runs_outside_their_interval_speak_against_a_law() -> None:
+    runs = table(chinchilla, 0.003)
+    good = analysed(runs, law="chinchilla")
+    far = runs["N"] * runs["D"] > 0.15 * (runs["N"] * runs["D"]).max()
+    bad = analysed(runs.assign(loss=runs["loss"] * np.where(far, 1.1, 1.0)), law="chinchilla")
+    name = "runs of larger compute, held out, are predicted"
+    assert name not in failing(good)
+    assert name in failing(bad)
+
+
 # --- as a library
 
 

@@ -339,12 +339,12 @@ def _span(best: Fit, compute: Array) -> float:
 
 
 def _next(best: Fit, compute: Array, predictions: Sequence[Prediction]) -> NextRun | None:
-    """Among sizes and lengths around those that were run, at no more than their largest cost."""
+    """Among sizes and lengths from the smallest run on, at up to twice the cost of the largest."""
     if not predictions:
         return None
     target = of_loss(best, **predictions[0].place)
     columns = {name: best.table[column] for name, column in best.columns.items() if name != "U"}
-    axes = [np.geomspace(v.min() / 4, v.max() * 4, 33) for v in columns.values()]
+    axes = [np.geomspace(v.min(), v.max() * 4, 33) for v in columns.values()]
     mesh = [axis.reshape(-1) for axis in np.meshgrid(*axes)]
     places = dict(zip(columns, mesh, strict=True))
     if "U" in best.columns:

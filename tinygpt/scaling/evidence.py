@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from tinygpt.scaling.runs import SETTINGS
 
@@ -30,6 +31,7 @@ VARIABLES = {
 }
 SIGNIFICANT = 0.01  # a smaller p-value speaks against the law
 NEAR_FLOOR = 0.05
+LEVEL = 0.95  # of the intervals that held-out runs should lie in
 CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
 
 
@@ -71,11 +73,15 @@ def _varies(runs: pd.DataFrame, name: str) -> bool:
 def _spread(runs: pd.DataFrame, name: str) -> Check:
     values = runs[name]
     points, ratio = values.nunique(), values.max() / max(1, values.min())
-    detail = f"{points} values, ×{ratio:.3g}; a law needs 3, and ×10 to be trusted"
+    detail = f"{points} values, {_times(ratio)}; a law needs 3, and ×10 to be trusted"
     words = VARIABLES[name]
     if points < 3:
         return Check(f"{words} has at least three values", False, detail)
     return Check(f"{words} spans more than an order of magnitude", bool(ratio >= 10), detail)
+
+
+def _times(ratio: float) -> str:
+    return f"×{ratio:,.0f}" if ratio >= 100 else f"×{ratio:.3g}"
 
 
 def _equal_tokens(runs: pd.DataFrame) -> Verdict:
@@ -334,11 +340,13 @@ def _predicts(held_out: HeldOut | None) -> Iterator[Check]:
         yield Check(name, None, "too few runs to hold any out")
         return
     detail = (
-        f"{held_out.runs} runs up to ×{held_out.distance:.3g} beyond the rest: off by "
+        f"{held_out.runs} runs up to {_times(held_out.distance)} beyond the rest: off by "
         f"{held_out.error:.2%}, at most {held_out.worst:.2%}; {held_out.within:.0%} of them in "
         "their 95 % interval"
     )
-    yield Check(name, held_out.within >= 0.5, detail)
+    inside = round(held_out.within * held_out.runs)
+    p = float(stats.binom.cdf(inside, held_out.runs, LEVEL))
+    yield Check(name, p >= SIGNIFICANT, detail)
 
 
 def _meets_floor(
@@ -358,4 +366,4 @@ def _distance(distance: float | None, span: float) -> Check:
     name = "the prediction lies no further beyond the runs than they span"
     if distance is None:
         return Check(name, None, "nothing can be predicted")
-    return Check(name, distance <= span, f"×{distance:.3g} beyond; the runs span ×{span:.3g}")
+    return Check(name, distance <= span, f"{_times(distance)} beyond; the runs span {_times(span)}")
