@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling import Analysis, Columns, analyse, fit
-from tinygpt.scaling.evidence import check_design
+from tinygpt.scaling.evidence import check_design, check_finished
 from tinygpt.scaling.runs import comparable
 from tinygpt.scaling.selection import split_by_compute
 
@@ -267,6 +268,26 @@ def test_held_out_runs_outside_their_interval_speak_against_a_law() -> None:
     name = "runs of larger compute, held out, are predicted"
     assert name not in failing(good)
     assert name in failing(bad)
+
+
+def test_checkpoints_of_a_run_are_no_independent_points() -> None:
+    runs = table(chinchilla, 0.01, seeds=1)
+    runs["run"] = runs["N"].rank(method="dense").astype(str)  # all tokens of a size are one run
+    columns = dataclasses.replace(TABLE, run="run")
+    found = analyse(*comparable(runs, "loss"), columns, law="chinchilla")
+    assert {one.method for one in found.intervals.values()} == {"bootstrap (pairs)"}
+    alone = analysed(runs, law="chinchilla")
+    assert {one.method for one in alone.intervals.values()} == {"profile"}
+
+
+def test_training_sets() -> None:
+    def one(**columns: Any) -> bool | None:
+        runs = runs_of(unique_train_tokens=[1, 1, 2, 2, 3, 3], **columns)
+        return next(c.passed for c in check_finished(runs, runs) if c.name == "one training set")
+
+    assert one(data_fingerprint="a") is True
+    assert one(data_fingerprint=list("aabbcc")) is None
+    assert one(data_fingerprint=list("ababab")) is False
 
 
 # --- as a library

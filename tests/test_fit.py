@@ -140,6 +140,16 @@ def test_a_mistake_is_one_line(
     assert {path.name for path in tmp_path.iterdir()} == {"t.csv"}
 
 
+def test_tokens_from_the_compute(tinygpt: Command, tmp_path: Path) -> None:
+    runs = table().assign(flops=lambda t: 6 * t["params"] * t["tokens"]).drop(columns="tokens")
+    runs.to_csv(tmp_path / "runs.csv", index=False)
+    words = ["columns.n=params", "columns.c=flops", "columns.loss=loss", "columns.seed=seed"]
+    done = tinygpt("fit", "table=runs.csv", *words)
+    assert done.returncode == 0, done.stderr
+    found = pd.read_csv(tmp_path / "outputs/fit-runs/runs.csv")
+    assert np.allclose(found["flops / (6 params)"], 2_000_000)
+
+
 # --- at the end of a sweep
 
 

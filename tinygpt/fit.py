@@ -103,6 +103,7 @@ def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
 
     if arguments.table:
         table, source = read_table(arguments.table), Path(arguments.table)
+        table = _with_tokens(table, arguments.columns)
         folder = Path(arguments.output_dir or "outputs") / f"fit-{source.stem}"
         return table, _columns(table, arguments), folder
     for name in arguments.runs:
@@ -115,6 +116,17 @@ def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
     if arguments.output_dir:
         folder = Path(arguments.output_dir) / f"fit-{first.resolve().name}"
     return table, _columns(table, arguments), folder
+
+
+def _with_tokens(table: pd.DataFrame, columns: TableColumns) -> pd.DataFrame:
+    """Of a table that gives parameters and FLOPs alone, the tokens by C = 6·N·D."""
+    from tinygpt.scaling.fitting import COLUMNS
+
+    n, c = columns.n, columns.c
+    if columns.d is not None or COLUMNS["D"] in table or n not in table or c not in table:
+        return table
+    columns.d = f"{c} / (6 {n})"
+    return table.assign(**{columns.d: (table[c] / (6 * table[n])).round()})
 
 
 def _columns(table: pd.DataFrame, arguments: Arguments) -> Columns:

@@ -182,6 +182,17 @@ def _one_recipe(runs: pd.DataFrame) -> Verdict:
     return not kinds, varied or "the same in every run"
 
 
+def _one_training_set(runs: pd.DataFrame) -> Verdict:
+    """Sets that differ in their size alone are the beginnings of one corpus."""
+    sets = runs["data_fingerprint"].nunique()
+    if sets == 1:
+        return True, "all runs are trained on the same text"
+    sizes = runs.groupby("data_fingerprint")["unique_train_tokens"].max()
+    if sizes.nunique() == sets:
+        return None, f"{sets} sets, each of its own size"
+    return False, f"{sets} different ones"
+
+
 def _all_ended(runs: pd.DataFrame) -> Verdict:
     odd = runs["status"].value_counts().drop("finished", errors="ignore")
     return not len(odd), (
@@ -211,6 +222,7 @@ _OF_ALL: Sequence[Rule] = (
 )
 _OF_FITTED: Sequence[Rule] = (
     ("one recipe", ("optimizer",), _one_recipe),
+    ("one training set", ("data_fingerprint", "unique_train_tokens"), _one_training_set),
     ("one precision", ("precision_resolved",), _one_of("precision_resolved")),
     ("one version of the code", ("git_commit",), _one_of("git_commit")),
 )

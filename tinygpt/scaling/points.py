@@ -75,5 +75,8 @@ def positive(table: pd.DataFrame, column: str) -> Array:
     bad = ~(np.isfinite(values) & (values > 0))
     if bad.any():
         where = table.index[bad][0]
-        raise ConfigError(f"{column}={table[column][where]}: row {where}: must be above zero")
+        raise ConfigError(
+            f"{column}={table[column][where]}: row {where}: must be above zero; "
+            "where= leaves rows out"
+        )
     return values

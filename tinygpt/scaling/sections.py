@@ -51,6 +51,7 @@ ADVICE = {
     "the law explains the losses": "Spread the runs wider, or ask for another law.",
     "one version of the code": "Run the odd ones again with the same version.",
     "all runs came to their end": "Start the same command again: it finishes what is missing.",
+    "one training set": "Train all runs on one corpus, or vary its size alone.",
     "one validation set": "Score all runs on one validation set.",
     "one precision": "Set `train.precision` and run the odd ones again.",
     "D does not go with N": "Vary size and data apart: small models on much, large ones on little.",
