@@ -17,7 +17,7 @@ from scipy import optimize
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import HUBER_DENSITY, Fit, fit
 from tinygpt.scaling.laws import LAWS, Law
-from tinygpt.scaling.optimum import bounds, huber, polish
+from tinygpt.scaling.newton import bounds, huber, polish
 
 TRUTH = {
     "E": 1.8,

@@ -19,7 +19,7 @@ from scipy import optimize, stats
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.laws import Array
-from tinygpt.scaling.optimum import (
+from tinygpt.scaling.newton import (
     FADING,
     LEAST,
     LEAST_FACTOR,

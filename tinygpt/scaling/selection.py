@@ -15,7 +15,7 @@ from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.intervals import Interval, Target, covariance, delta, of_loss
 from tinygpt.scaling.laws import Array
-from tinygpt.scaling.optimum import polish
+from tinygpt.scaling.newton import polish
 
 ONE_VARIABLE = ("power_constant", "power", "log_power", "broken")
 JOINT = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant", "chinchilla_zero", "kaplan")
