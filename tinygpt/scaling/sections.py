@@ -167,7 +167,7 @@ def law(analysis: Analysis) -> Iterator[Block]:
     fit = analysis.fit
     yield Heading("The law" if analysis.is_evidence else "The law, as far as it goes")
     yield Equation(f"{wording.formula(fit.optimum.law)}\n{wording.equation(fit)}")
-    where = ", ".join(f"{name}: {word}" for name, word in analysis.words.items())
+    where = wording.variables(analysis.words)
     source = fit.law.source
     yield Paragraph(f"L: {loss_label(analysis)}; {where}. {source[0].upper()}{source[1:]}.")
     if fit.optimum.at_bound:

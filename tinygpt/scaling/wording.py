@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.intervals import Interval
@@ -106,3 +107,8 @@ def equation(fit: Fit) -> str:
         shown = f"({value})" if value.startswith("-") else value
         text = re.sub(rf"(?<!\w){name}(?!\w)", shown, text)
     return re.sub(r"([\d)]) (?=[\d(]\S*\))", r"\1·", text)
+
+
+def variables(words: Mapping[str, str]) -> str:
+    """What the letters of a law stand for."""
+    return ", ".join(f"{name}: {word}" for name, word in words.items())

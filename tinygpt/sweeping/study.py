@@ -83,8 +83,9 @@ def _fit(folder: Path, console: Console) -> None:
         return
     report.write(analysis, folder / "fit")
     failed = sum(check.passed is False for check in analysis.checks)
-    verdict = f"not evidence yet: {failed} checks fail" if failed else "every check passed"
-    law = wording.equation(analysis.fit)
+    many = "a check fails" if failed == 1 else f"{failed} checks fail"
+    verdict = f"not evidence yet: {many}" if failed else "every check that applies passed"
+    law = f"{wording.equation(analysis.fit)}, {wording.variables(analysis.words)}"
     console.print(f"law        {law}  ({verdict})", highlight=False, soft_wrap=True)
     console.print(f"report     {folder / 'fit' / 'report.html'}", highlight=False, soft_wrap=True)
 
