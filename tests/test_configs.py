@@ -509,6 +509,7 @@ IN_SWEEPS = {  # keys that only a sweep reads: the tests there
     "sweep": "test_an_experiment_at_every_scale",
     "scale": "test_an_experiment_at_every_scale",
     "plan": "test_a_plan_trains_nothing",
+    "fit": "test_a_study_without_a_law_says_why",
 }
 BY_CONTENT = {"data.path", "data.repo", "data.val_file", "data.test_file", "tokenizer.vocab_dir"}
 
@@ -533,7 +534,9 @@ def test_no_key_is_left_out() -> None:
     tested = {row[0] for row in rows()} | set(ELSEWHERE) | set(IN_SWEEPS) | {"tokenizer.vocab_dir"}
     assert tested == schema_keys()
     assert all(hasattr(test_training, test) for test in ELSEWHERE.values())
-    text = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in ("sweeping", "engines"))
+    text = "".join(
+        (ROOT / f"tests/test_{name}.py").read_text() for name in ("sweeping", "engines", "fit")
+    )
     assert all(f"def {test}(" in text for test in IN_SWEEPS.values())
 
 
