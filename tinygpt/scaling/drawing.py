@@ -14,7 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from scipy import stats
+from scipy import special
 
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.fitting import Fit
@@ -92,7 +92,7 @@ def reach(fit: Fit, places: Mapping[str, Array], new_run: bool = False) -> Array
     gradient = law.derivatives(theta, x).gradient[0]
     variance = np.einsum("np,pq,nq->n", gradient, covariance(fit), gradient)
     variance = np.maximum(variance, 0.0) + (fit.scale**2 if new_run else 0.0)
-    found: Array = stats.t.ppf(0.5 + LEVEL / 2, fit.degrees) * np.sqrt(variance)
+    found: Array = special.stdtrit(fit.degrees, 0.5 + LEVEL / 2) * np.sqrt(variance)
     return found
 
 

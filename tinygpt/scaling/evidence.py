@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from tinygpt.scaling.runs import SETTINGS
 
@@ -357,7 +357,7 @@ def _predicts(held_out: HeldOut | None) -> Iterator[Check]:
         "their 95 % interval"
     )
     inside = round(held_out.within * held_out.runs)
-    p = float(stats.binom.cdf(inside, held_out.runs, LEVEL))
+    p = float(special.bdtr(inside, held_out.runs, LEVEL))
     yield Check(name, p >= SIGNIFICANT, detail)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.laws import LAWS, Array, Law
@@ -163,6 +163,8 @@ def judge(residuals: Array) -> tuple[str, str]:
         return "least_squares", f"{n} residuals are too few to judge their distribution"
     if np.ptp(residuals) < 1e-9:
         return "least_squares", "the law goes through the points"
+    from scipy import stats  # slow to import, and rarely needed
+
     excess = float(stats.kurtosis(residuals))
     p = float(stats.kurtosistest(residuals).pvalue)
     if excess > 0 and p < 0.01:
@@ -177,7 +179,7 @@ def _robust_scale(points: Points, optimum: Optimum) -> float:
     """From the median absolute residual, corrected for the fitted parameters."""
     residuals = np.abs(_residuals(points, optimum))
     degrees = max(1, len(points) - len(optimum.law))
-    return float(np.median(residuals) / stats.norm.ppf(0.75) * np.sqrt(len(points) / degrees))
+    return float(np.median(residuals) / special.ndtri(0.75) * np.sqrt(len(points) / degrees))
 
 
 def _scale(points: Points, optimum: Optimum) -> float:

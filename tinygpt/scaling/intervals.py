@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, stats
+from scipy import optimize, special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import Fit
@@ -126,7 +126,7 @@ def _quantile(fit: Fit, level: float) -> float:
             f"{fit.law.name}: {len(fit.points)} points leave nothing to judge "
             f"{len(fit.optimum.law)} parameters by; no interval without more runs"
         )
-    return float(stats.t.ppf(0.5 + level / 2, fit.degrees))
+    return float(special.stdtrit(fit.degrees, 0.5 + level / 2))
 
 
 # --- profile likelihood

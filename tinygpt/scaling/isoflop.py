@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import interpolate, stats
+from scipy import interpolate, special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.intervals import LEVEL, Interval
@@ -77,7 +77,7 @@ class PowerLaw:
 
 
 def _t(level: float, points: int) -> float:
-    return float(stats.t.ppf(0.5 + level / 2, points - 2))
+    return float(special.stdtrit(points - 2, 0.5 + level / 2))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.evidence import CLEAR
@@ -171,7 +171,7 @@ def seed_noise(fit: Fit) -> Noise | None:
     p = None
     if lacking > 0:
         rest = max(0.0, float(np.sum(fit.residuals**2)) - pure)
-        p = float(stats.f.sf(rest / lacking / (pure / degrees), lacking, degrees))
+        p = float(special.fdtrc(lacking, degrees, rest / lacking / (pure / degrees)))
     return Noise(float(np.sqrt(pure / degrees)), degrees, p)
 
 
@@ -198,7 +198,7 @@ def structure(fit: Fit) -> float | None:
     if left <= 1e-20:
         return None
     ratio = (float(before @ before) - left) / gained / (left / (n - rank))
-    return float(stats.f.sf(ratio, gained, n - rank))
+    return float(special.fdtrc(gained, n - rank, ratio))
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def next_run(fit: Fit, target: Target, places: dict[str, Array], costs: Array) -
     own = np.einsum("np,pq,nq->n", jacobian, spread, jacobian)
     then = now - shared**2 / (fit.scale**2 + own)
     best = int(np.argmin(then))
-    reach = 2 * float(stats.t.ppf(0.975, fit.degrees))
+    reach = 2 * float(special.stdtrit(fit.degrees, 0.975))
     return NextRun(
         {name: float(values[best]) for name, values in places.items()},
         float(costs[best]),

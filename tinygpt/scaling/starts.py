@@ -6,7 +6,6 @@ import itertools
 import warnings
 
 import numpy as np
-from scipy import stats
 
 from tinygpt.scaling.laws import Array, Law
 from tinygpt.scaling.newton import NDBool, bounds
@@ -111,10 +110,12 @@ def _local_minima(surface: Array) -> NDBool:
 
 def spread_starts(law: Law, points: Points, seed: int) -> Array:
     """Starts for any law: a Sobol sequence over what its parameters may reasonably be."""
+    from scipy.stats import qmc  # slow to import
+
     names = law.parameters
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # balance needs no power of two here
-        unit = stats.qmc.Sobol(len(names), seed=seed).random(N_STARTS)
+        unit = qmc.Sobol(len(names), seed=seed).random(N_STARTS)
     ends = np.array([LIKELY[name] for name in names])
     starts = ends[:, 0] + unit * (ends[:, 1] - ends[:, 0])
     least = points.y.min()
