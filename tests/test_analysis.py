@@ -290,6 +290,24 @@ def test_training_sets() -> None:
     assert one(data_fingerprint=list("ababab")) is False
 
 
+def test_the_limit_of_one_variable_is_not_the_floor() -> None:
+    sizes = np.repeat(np.geomspace(1e4, 1e7, 6), 2)
+    noise = np.exp(0.002 * np.random.default_rng(2).normal(size=12))
+    for limit, verdict in ((1.2, None), (0.8, False)):
+        loss = (limit + 40 / sizes**0.6) * noise
+        runs = pd.DataFrame(
+            {
+                "parameters_non_embedding": sizes,
+                "train_tokens": 1e6,
+                "final_val_loss": loss,
+                "irreducible_loss_exact": 0.9676,
+            }
+        )
+        found = analyse(*comparable(runs, "final_val_loss"), Columns(u=None, t=None, c=None))
+        check = next(c for c in found.checks if c.name.startswith("E meets"))
+        assert check.passed is verdict
+
+
 # --- as a library
 
 

@@ -366,12 +366,17 @@ def _meets_floor(
 ) -> Iterator[Check]:
     if floor is None or "E" not in fit.law.coefficients:
         return
+    name = "E meets the exact floor of the corpus"
     found = fit.parameters["E"]
     off = found / floor - 1
     detail = f"E {found:.4f}, entropy of the corpus {floor:.4f} ({off:+.1%})"
+    if not {"N", "D"} <= set(fit.columns):  # the limit of one variable alone lies higher
+        above = "E" not in intervals or intervals["E"].high >= floor
+        yield Check(name, None if above else False, f"{detail}: of one variable, the rest fixed")
+        return
     if "E" in intervals and floor in intervals["E"]:
         detail += ", inside the interval"
-    yield Check("E meets the exact floor of the corpus", abs(off) <= NEAR_FLOOR, detail)
+    yield Check(name, abs(off) <= NEAR_FLOOR, detail)
 
 
 def _distance(distance: float | None, span: float) -> Check:

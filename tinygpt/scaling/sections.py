@@ -210,7 +210,9 @@ def _floor(analysis: Analysis) -> Iterator[Block]:
     constant = analysis.fit.parameters.get("E")
     if constant:
         off = constant / analysis.floor - 1
-        text += f" E is {wording.percent(abs(off))} {'above' if off > 0 else 'below'} it."
+        text += f" E is {wording.percent(abs(off))} {'above' if off > 0 else 'below'} it"
+        alone = not {"N", "D"} <= set(analysis.fit.columns)
+        text += ", as what is held fixed leaves its part." if alone and off > 0 else "."
     yield Paragraph(text)
 
 
