@@ -337,3 +337,56 @@ def test_reads_a_table(tmp_path: Path) -> None:
             (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=f"table=.*{name}: "):
             read_table(tmp_path / name)
+
+
+# --- what must not pass for evidence
+
+
+def test_one_estimator_compares_all_laws() -> None:
+    random = np.random.default_rng(17)
+    runs = table(chinchilla, 0.0)
+    runs["loss"] *= np.exp(0.003 * random.standard_t(2, size=len(runs)))
+    found = analysed(runs)
+    fits = [c.fit for c in found.candidates if c.fit]
+    assert {(one.estimator, one.optimum.threshold) for one in fits} == {
+        ("huber", fits[0].optimum.threshold)
+    }
+    assert "heavy tails" in found.fit.reason
+
+
+@pytest.mark.parametrize("estimator", ["absolute", "likelihood"])
+def test_the_scatter_does_not_vanish_where_hardly_a_residual_is_inside(estimator: str) -> None:
+    runs = table(chinchilla, 0.01, seeds=1, points=5)
+    found = analysed(runs, law="power", variable="D", estimator=estimator)
+    squares = analysed(runs, law="power", variable="D", estimator="least_squares")
+    assert found.fit.scale == pytest.approx(squares.fit.scale, rel=1.0)
+
+
+def test_a_law_through_every_run_is_no_evidence() -> None:
+    runs = table(chinchilla, 0.003, seeds=1, points=3)[:5]
+    found = analysed(runs, law="chinchilla")
+    assert "at least three runs more than parameters" in failing(found)
+    assert "the law was put to a test" in failing(found)
+    assert found.predictions == []
+
+
+def test_collinear_sizes_and_tokens_predict_nothing() -> None:
+    sizes = np.geomspace(1e6, 1e10, 8)
+    random = np.random.default_rng(0)
+    loss = chinchilla(sizes, 20 * sizes) * np.exp(0.003 * random.normal(size=8))
+    found = analysed(pd.DataFrame({"N": sizes, "D": 20 * sizes, "loss": loss}), law="chinchilla")
+    assert "D does not go with N" in failing(found)
+    assert (found.predictions, found.frontier) == ([], None)
+
+
+def test_a_chain_of_compute_is_held_out_by_a_fifth() -> None:
+    held = split_by_compute(np.arange(200), np.geomspace(1e9, 1e12, 200), 5)
+    assert held is not None
+    assert held.sum() == 40
+
+
+def test_what_else_was_varied_is_said() -> None:
+    found = analysed(table(chinchilla, 0.003), variable="N")
+    assert "nothing but its variable differs between the runs" in failing(found)
+    assert found.noise is not None
+    assert found.noise.scale == pytest.approx(0.003, rel=0.3)  # not what the tokens make of it

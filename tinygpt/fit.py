@@ -103,7 +103,7 @@ def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
 
     if arguments.table:
         table, source = read_table(arguments.table), Path(arguments.table)
-        table = _with_tokens(table, arguments.columns)
+        table = _with_tokens(_in_numbers(table, arguments), arguments.columns)
         folder = Path(arguments.output_dir or "outputs") / f"fit-{source.stem}"
         return table, _columns(table, arguments), folder
     for name in arguments.runs:
@@ -118,6 +118,24 @@ def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
     return table, _columns(table, arguments), folder
 
 
+def _in_numbers(table: pd.DataFrame, arguments: Arguments) -> pd.DataFrame:
+    """The named columns as numbers, thousands separated or not.  Raises ConfigError."""
+    import pandas as pd
+
+    named = dataclasses.asdict(arguments.columns)
+    wanted = [named[name] for name in ("n", "d", "u", "t", "c")]
+    for column in [*wanted, named["loss"] or arguments.loss]:
+        if column not in table or pd.api.types.is_numeric_dtype(table[column]):
+            continue
+        found = pd.to_numeric(table[column].astype(str).str.replace(",", ""), errors="coerce")
+        bad = found.isna() & table[column].notna()
+        if bad.any():
+            row = table.index[bad][0]
+            raise ConfigError(f"{column}={table[column][row]}: row {row}: must be a number")
+        table = table.assign(**{column: found})
+    return table
+
+
 def _with_tokens(table: pd.DataFrame, columns: TableColumns) -> pd.DataFrame:
     """Of a table that gives parameters and FLOPs alone, the tokens by C = 6·N·D."""
     from tinygpt.scaling.fitting import COLUMNS
@@ -126,6 +144,11 @@ def _with_tokens(table: pd.DataFrame, columns: TableColumns) -> pd.DataFrame:
     if columns.d is not None or COLUMNS["D"] in table or n not in table or c not in table:
         return table
     columns.d = f"{c} / (6 {n})"
+    if (table[c] / (6 * table[n] ** 2)).median() > 1e5:
+        raise ConfigError(
+            f"columns.n={n}: with C = 6 N D there would be more than 100,000 tokens to a "
+            "parameter; give parameters, not thousands or millions of them, or columns.d="
+        )
     return table.assign(**{columns.d: (table[c] / (6 * table[n])).round()})
 
 

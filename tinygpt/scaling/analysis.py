@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,9 @@ from tinygpt.scaling.evidence import Check, check_design, check_finished, check_
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
 from tinygpt.scaling.intervals import (
+    LEVEL,
+    REPLICAS,
+    Bootstrap,
     Interval,
     bootstrap,
     intervals,
@@ -20,6 +23,8 @@ from tinygpt.scaling.intervals import (
     predict_interval,
 )
 from tinygpt.scaling.laws import LAWS, Array
+from tinygpt.scaling.points import positive
+from tinygpt.scaling.runs import SETTINGS
 from tinygpt.scaling.selection import (
     JOINT,
     ONE_VARIABLE,
@@ -36,6 +41,7 @@ from tinygpt.scaling.selection import (
 )
 from tinygpt.scaling.split import best_split, recorded
 
+INSEPARABLE = 0.98  # a correlation of log N and log D from which on no law tells them apart
 FURTHER = 10.0  # the prediction asked for lies at so many times the largest compute, or x
 
 
@@ -128,9 +134,11 @@ def analyse(
     ``curves`` are those of the runs, for the frontier.  Raises ConfigError where nothing can be
     fitted.
     """
-    where = _columns_of(columns)
-    varied = _varied(runs, where) if variable == "auto" else [_known(variable, where)]
-    laws, variables, words = _choice(law, varied, where)
+    where = {name: one for name, one in _columns_of(columns).items() if one in runs}
+    varied = _varied(runs, where)
+    laws, variables, words = _choice(
+        law, varied if variable == "auto" else [_known(variable, where)], where
+    )
     if columns.n != Columns.n:  # of a table from elsewhere nobody says which count it is
         words = {name: word.replace(WORDS["N"], "parameters") for name, word in words.items()}
     compute = _compute(runs, columns)
@@ -148,15 +156,29 @@ def analyse(
     if best is None:
         raise ConfigError(chosen.reason)
     cluster = _cluster(runs, columns)
+    replicas = bootstrap(best, REPLICAS, cluster=cluster, seed=seed) if cluster else REPLICAS
     found = _intervals(best, cluster, seed)
-    noise, shape = seed_noise(best), structure(best)
+    noise = seed_noise(best, [*where.values(), *SETTINGS])
+    shape = None if cluster else structure(best)
     floor = _floor(runs, columns)
-    joint = {"N", "D"} <= set(best.columns)
+    joint = {"N", "D"} <= set(best.columns) and not _collinear(best)
     predictions = _predictions(best, compute, _budgets(best, columns, budgets))
+    if cluster:
+        predictions = [_of_replicas(one, replicas) for one in predictions]
+    ways = None
+    if joint:
+        per_token = recorded(best, compute)
+        ways = frontier(best, compute, curves=curves, per_token=per_token, replicas=replicas)
+    named = _as_results(runs, columns)
+    settings |= {"estimator": best.estimator}
+    if best.estimator == "huber":
+        settings |= {"threshold": best.optimum.threshold, "threshold_unit": "absolute"}
     total = _in_total(runs, best, columns, settings)
     checks = [
-        *check_design(runs),
-        *check_finished(runs, pd.concat([runs, left_out])),
+        *check_design(named),
+        *check_finished(named, pd.concat([named, _as_results(left_out, columns)])),
+        *_own_rows(runs, cluster),
+        *_nothing_else(best, varied, where),
         *check_fit(
             best,
             chosen.held_out,
@@ -168,6 +190,7 @@ def analyse(
             _span(best, compute),
             candidates,
         ),
+        *_ways_agree(ways),
     ]
     return Analysis(
         _question(words),
@@ -189,13 +212,70 @@ def analyse(
         influence(best, found),
         floor,
         predictions,
-        [predict(best, flops, per_token=recorded(best, compute)) for flops in budgets if joint],
-        frontier(best, compute, curves=curves, per_token=recorded(best, compute))
-        if joint
-        else None,
+        [
+            predict(best, flops, per_token=per_token, replicas=replicas)
+            for flops in budgets
+            if joint
+        ],
+        ways,
         _next(best, compute, predictions),
         seed,
     )
+
+
+def _collinear(fit: Fit) -> bool:
+    """Whether D goes so with N that no law can tell the two apart."""
+    if not {"N", "D"} <= set(fit.points.x):
+        return False
+    return abs(float(np.corrcoef(fit.points.x["N"], fit.points.x["D"])[0, 1])) > INSEPARABLE
+
+
+def _of_replicas(one: Prediction, replicas: Bootstrap | int) -> Prediction:
+    """The same prediction with the interval of replicas that drew whole runs."""
+    assert isinstance(replicas, Bootstrap)
+    losses = replicas.predict(**one.place)[:, 0]
+    low, high = np.quantile(losses, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    law = Interval(one.loss.estimate, float(low), float(high), LEVEL, "bootstrap over runs")
+    wide = replace(law, low=min(law.low, one.run.low), high=max(law.high, one.run.high))
+    return replace(one, loss=law, run=wide)
+
+
+def _as_results(runs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
+    """The table with the names of ``results.json``, which the checks of the design read."""
+    known = {
+        "parameters_non_embedding": columns.n,
+        "train_tokens": columns.d,
+        "unique_train_tokens": columns.u,
+        "max_seq_len": columns.t,
+        "seed": columns.seed,
+    }
+    names = {old: new for new, old in known.items() if old and old in runs and old != new}
+    return runs.drop(columns=[n for n in names.values() if n in runs]).rename(columns=names)
+
+
+def _own_rows(runs: pd.DataFrame, cluster: str | None) -> Iterator[Check]:
+    if cluster:
+        detail = f"{len(runs)} rows of {runs[cluster].nunique()} runs: checkpoints had not decayed"
+        yield Check("every row is a run of its own", False, detail)
+
+
+def _nothing_else(fit: Fit, varied: Sequence[str], where: dict[str, str]) -> Iterator[Check]:
+    """A law in one variable wants the other sizes held fixed."""
+    if set(fit.columns) == {"x"}:
+        others = [v for v in varied if where[v] != fit.columns["x"] and v in "ND"]
+        counts = {where[v]: fit.table[where[v]].nunique() for v in others}
+        detail = ", ".join(f"{name} takes {count} values" for name, count in counts.items())
+        yield Check(
+            "nothing but its variable differs between the runs",
+            not others,
+            detail or "one variable was varied",
+        )
+
+
+def _ways_agree(ways: Frontier | None) -> Iterator[Check]:
+    if ways is not None and len(ways.estimates) > 1:
+        detail = "; ".join(ways.disagreements) or f"{len(ways.estimates)} ways"
+        yield Check("the ways to split a budget agree", not ways.disagreements, detail)
 
 
 def _cluster(runs: pd.DataFrame, columns: Columns) -> str | None:
@@ -209,7 +289,7 @@ def _intervals(fit: Fit, cluster: str | None, seed: int) -> dict[str, Interval]:
     if fit.degrees < 1:
         return {}
     if cluster is None:
-        return intervals(fit)
+        return intervals(fit, seed=seed)
     replicas = bootstrap(fit, cluster=cluster, seed=seed)
     return {name: replicas.interval(name) for name in fit.optimum.law.parameters}
 
@@ -271,9 +351,9 @@ def _compute(runs: pd.DataFrame, columns: Columns) -> Array:
     """FLOPs of each run: as recorded, else 6·N·D."""
     found: Array = np.ones(len(runs))
     if columns.c and columns.c in runs:
-        found = runs[columns.c].to_numpy(dtype=float)
+        found = positive(runs, columns.c)
     elif columns.n in runs and columns.d in runs:
-        found = (6.0 * runs[columns.n] * runs[columns.d]).to_numpy(dtype=float)
+        found = 6.0 * positive(runs, columns.n) * positive(runs, columns.d)
     return found
 
 
@@ -311,7 +391,7 @@ def _budgets(best: Fit, columns: Columns, budgets: Sequence[float]) -> Sequence[
 
 def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Prediction]:
     """At ten times the largest compute, or the largest x; of a law of C also for each budget."""
-    if best.degrees < 1:
+    if best.degrees < 1 or _collinear(best):
         return []
     if {"N", "D"} <= set(best.columns):
         per_token = recorded(best, compute)
@@ -323,7 +403,7 @@ def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Pr
         place = {"N": n, "D": d, **({"U": d} if "U" in best.columns else {})}
         return [_predicted(best, place, flops)]
     (name,) = best.columns
-    values = [FURTHER * float(best.table[best.columns[name]].max()), *budgets]
+    values = dict.fromkeys([FURTHER * float(best.table[best.columns[name]].max()), *budgets])
     return [_predicted(best, {name: value}, None) for value in values]
 
 

@@ -32,6 +32,7 @@ VARIABLES = {
 SIGNIFICANT = 0.01  # a smaller p-value speaks against the law
 NEAR_FLOOR = 0.05
 LEVEL = 0.95  # of the intervals that held-out runs should lie in
+PLAIN = ("power_constant", "chinchilla")  # what other laws must be compared with
 CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
 
 
@@ -250,9 +251,9 @@ def check_fit(
     """
     return [
         _certified(fit),
-        Check(
-            "the law explains the losses", fit.r_squared >= 0.9, f"R² of log L {fit.r_squared:.4f}"
-        ),
+        _explains(fit),
+        _enough(fit),
+        _tested(held_out, noise),
         _unrivalled(fit, rivals),
         _shapeless(structure),
         _no_lack_of_fit(noise),
@@ -265,8 +266,28 @@ def check_fit(
     ]
 
 
+def _explains(fit: Fit) -> Check:
+    name = "the law explains the losses"
+    if fit.degrees < 1:
+        return Check(name, None, "it goes through every run")
+    return Check(name, fit.r_squared >= 0.9, f"R² of log L {fit.r_squared:.4f}")
+
+
+def _enough(fit: Fit) -> Check:
+    detail = f"{len(fit.points)} runs, {len(fit.optimum.law)} parameters"
+    return Check("at least three runs more than parameters", fit.degrees >= 3, detail)
+
+
+def _tested(held_out: HeldOut | None, noise: Noise | None) -> Check:
+    name = "the law was put to a test"
+    against = ["runs held out"] if held_out else []
+    against += ["the scatter of the seeds"] if noise and noise.lack_of_fit is not None else []
+    return Check(name, bool(against), " and ".join(against) or "neither held-out runs nor seeds")
+
+
 def _certified(fit: Fit) -> Check:
     found = fit.optimum
+    name = "a certified minimum inside its bounds"
     bound = f"; at its bound: {', '.join(found.at_bound)}" if found.at_bound else ""
     basins = "1 basin" if len(found.basins) == 1 else f"{len(found.basins)} basins"
     detail = (
@@ -274,7 +295,9 @@ def _certified(fit: Fit) -> Check:
         f"least eigenvalue {found.smallest_eigenvalue:.2g}{bound}"
     )
     passed = found.converged and found.smallest_eigenvalue > 0 and not found.at_bound
-    return Check("a certified minimum inside its bounds", passed, detail)
+    if found.at_bound and set(found.at_bound) <= {"rn", "rd"}:
+        return Check(name, None, f"{detail}: repetition of N or D is not shown by these runs")
+    return Check(name, passed, detail)
 
 
 def _unrivalled(fit: Fit, rivals: Sequence[Candidate]) -> Check:
@@ -283,10 +306,14 @@ def _unrivalled(fit: Fit, rivals: Sequence[Candidate]) -> Check:
     best = min(rivals, key=lambda c: c.aicc)
     if not math.isfinite(best.aicc):
         return Check(name, None, "too few runs to compare laws")
+    unjudged = [c.law for c in rivals if c.law in PLAIN and not math.isfinite(c.aicc)]
+    scored = sum(math.isfinite(c.aicc) for c in rivals)
+    if unjudged:
+        return Check(name, False, f"too few runs to judge {', '.join(unjudged)}")
     if best.law == fit.law.name:
         others = sorted(c.aicc for c in rivals if c.law != best.law)
-        ahead = others[0] - best.aicc if others else math.inf
-        return Check(name, True, f"{best.law} is the best of {len(rivals)}, AICc by {ahead:.1f}")
+        ahead = f", AICc by {others[0] - best.aicc:.1f}" if scored > 1 else ""
+        return Check(name, True, f"{best.law} is the best of {scored}{ahead}")
     clear = own - best.aicc > CLEAR
     detail = f"{best.law} is {'' if clear else 'hardly '}better: AICc by {own - best.aicc:.1f}"
     held = {c.law: c.held_out.error for c in rivals if c.held_out}
@@ -315,7 +342,7 @@ def _no_lack_of_fit(noise: Noise | None) -> Check:
 def _not_collinear(fit: Fit) -> Iterator[Check]:
     if {"N", "D"} <= set(fit.points.x):
         r = float(np.corrcoef(fit.points.x["N"], fit.points.x["D"])[0, 1])
-        yield Check("D does not go with N", abs(r) < 0.9, f"correlation of the logs {r:.2f}")
+        yield Check("D does not go with N", abs(r) < 0.9, f"correlation of the logs {abs(r):.2f}")
 
 
 def _falls(fit: Fit, intervals: Mapping[str, Interval]) -> Iterator[Check]:

@@ -120,7 +120,7 @@ def fit(
     if estimator == "huber":
         limit = EFFICIENT if threshold is None else threshold
         if threshold_unit == "noise":
-            limit *= max(_robust_scale(points, squares), 1e-12)
+            limit *= max(robust_scale(points, squares), 1e-12)
         optimum = find_optimum(form, points, limit, seed)
     elif estimator == "absolute":
         optimum = _absolute(form, points, squares, seed)
@@ -175,7 +175,7 @@ def judge(residuals: Array) -> tuple[str, str]:
     return "least_squares", f"the residuals have no heavy tails (excess kurtosis {excess:.1f})"
 
 
-def _robust_scale(points: Points, optimum: Optimum) -> float:
+def robust_scale(points: Points, optimum: Optimum) -> float:
     """From the median absolute residual, corrected for the fitted parameters."""
     residuals = np.abs(_residuals(points, optimum))
     degrees = max(1, len(points) - len(optimum.law))
@@ -183,8 +183,14 @@ def _robust_scale(points: Points, optimum: Optimum) -> float:
 
 
 def _scale(points: Points, optimum: Optimum) -> float:
-    """The standard deviation that an M-estimator implies; of least squares the usual one."""
+    """The standard deviation that an M-estimator implies; of least squares the usual one.
+
+    Where the threshold leaves hardly a residual inside, the estimator is the median's: its error
+    is that of a mean times √(π/2).
+    """
     residuals = _residuals(points, optimum)
+    if np.sum(np.abs(residuals) <= optimum.threshold) < 2 * len(optimum.law):
+        return robust_scale(points, optimum) * float(np.sqrt(np.pi / 2))
     slope = np.clip(residuals, -optimum.threshold, optimum.threshold)
     inside = max(np.mean(np.abs(residuals) <= optimum.threshold), 1 / len(points))
     degrees = max(1, len(points) - len(optimum.law))
@@ -192,7 +198,7 @@ def _scale(points: Points, optimum: Optimum) -> float:
 
 
 def _absolute(law: Law, points: Points, squares: Optimum, seed: int) -> Optimum:
-    noise = max(_robust_scale(points, squares), 1e-9)
+    noise = max(robust_scale(points, squares), 1e-9)
     return find_optimum(law, points, ABSOLUTE * noise, seed)
 
 

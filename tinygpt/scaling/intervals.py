@@ -357,7 +357,9 @@ def _leverages(fit: Fit) -> Array:
 # --- what is used unless a caller says otherwise
 
 
-def intervals(fit: Fit, names: Sequence[str] = (), level: float = LEVEL) -> dict[str, Interval]:
+def intervals(
+    fit: Fit, names: Sequence[str] = (), level: float = LEVEL, seed: int = 0
+) -> dict[str, Interval]:
     """The default interval of each parameter: profile likelihood for least squares and Huber.
 
     Where the threshold is so low that hardly a residual lies within it the curvature says
@@ -367,7 +369,7 @@ def intervals(fit: Fit, names: Sequence[str] = (), level: float = LEVEL) -> dict
     names = names or whole.optimum.law.parameters
     if _has_curvature(fit):
         return {name: profile(whole, of_parameter(whole, name), level) for name in names}
-    replicas = bootstrap(fit, REPLICAS)
+    replicas = bootstrap(fit, REPLICAS, seed=seed)
     return {name: replicas.interval(name, level) for name in names}
 
 

@@ -95,6 +95,8 @@ def comparable(
     if "status" in table:
         ended = table["status"].isin(["finished", "stopped_early"])
         reason[~ended & (reason == "")] = table["status"][~ended].astype(str)
+    if loss in table:
+        reason[(reason == "") & table[loss].isna()] = "no loss"
     used, left = table[reason == ""], table[reason != ""]
     if not len(used):
         raise ConfigError(f"none of these {len(table)} runs has a final loss")
@@ -117,7 +119,9 @@ def _meets(table: pd.DataFrame, where: str) -> pd.Series:
         met = table.eval(where, engine="python")
     except Exception as error:  # whatever the words of the condition lead pandas to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"where={where}: {reason}") from error
+        raise ConfigError(
+            f"where={where}: {reason}; a name with spaces stands in backticks"
+        ) from error
     if not isinstance(met, pd.Series) or met.dtype != bool:
         raise ConfigError(f"where={where}: must be a condition on the columns, as 'params > 1e6'")
     return met

@@ -45,6 +45,12 @@ ADVICE = {
     "E meets the exact floor of the corpus": (
         "Run nearer to the floor; an E far off says that the form or the range is wrong."
     ),
+    "at least three runs more than parameters": "Add runs, or ask for a law with fewer terms.",
+    "no other law describes these runs clearly better": "Take the better one, or add runs.",
+    "the law was put to a test": "Add larger runs to hold out, or a second seed of each.",
+    "every row is a run of its own": "Fit final losses alone, or read the intervals with care.",
+    "nothing but its variable differs between the runs": "Name the `variable=`, or fit both.",
+    "the ways to split a budget agree": "Read none of them alone; add sizes around the best one.",
     "a certified minimum inside its bounds": (
         "Ask for a law with fewer terms (`law=`), or spread the runs wider."
     ),
@@ -306,7 +312,7 @@ def influence(analysis: Analysis) -> Iterator[Block]:
 def predictions(analysis: Analysis) -> Iterator[Block]:
     yield Heading("Prediction")
     if not analysis.predictions:
-        yield Paragraph("None: too few runs to say how far it could be trusted.")
+        yield Paragraph("None: these runs cannot say how far it could be trusted.")
         return
     names = list(analysis.predictions[0].place)
     flops = any(one.flops is not None for one in analysis.predictions)
@@ -354,6 +360,10 @@ def budgets(analysis: Analysis) -> Iterator[Block]:
 def next_run(analysis: Analysis) -> Iterator[Block]:
     one = analysis.next_run
     if one is None or not np.isfinite(one.width_now):
+        return
+    if one.width_then > 0.97 * one.width_now:
+        yield Heading("What to run next")
+        yield Paragraph("No single run would narrow the prediction by much.")
         return
     yield Heading("What to run next")
     place = ", ".join(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from scipy import special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.evidence import CLEAR
-from tinygpt.scaling.fitting import Fit, fit
+from tinygpt.scaling.fitting import EFFICIENT, Fit, fit, judge, robust_scale
 from tinygpt.scaling.intervals import Interval, Target, covariance, delta, of_loss
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.newton import polish
@@ -55,6 +56,7 @@ def select(
 
     ``compute`` is that of each run; ``settings`` are those of ``fit``.
     """
+    settings, reason = _one_estimator(runs, laws, settings)
     found = []
     for law in laws:
         try:
@@ -62,9 +64,39 @@ def select(
         except ConfigError as error:
             found.append(Candidate(law, "", None, str(error)))
             continue
+        one = replace(one, reason=reason)
         held = hold_out(one, compute, settings)
         found.append(Candidate(law, one.law.formula, one, "", aicc(one), held))
     return sorted(found, key=lambda one: (one.aicc, one.fit is None))
+
+
+Settings = dict[str, str | float | int | None]
+
+
+def _one_estimator(
+    runs: pd.DataFrame, laws: Sequence[str], settings: Settings
+) -> tuple[Settings, str]:
+    """The settings with one estimator and one threshold, so that the laws can be compared.
+
+    Both follow from the residuals of least squares about the law that these describe best.
+    """
+    asked, unit = settings["estimator"], settings["threshold_unit"]
+    if asked not in ("auto", "huber") or (asked == "huber" and unit == "absolute"):
+        return settings, "asked for"
+    squares = []
+    plain = {**settings, "estimator": "least_squares", "threshold": None}
+    for law in laws:
+        with contextlib.suppress(ConfigError):
+            squares.append(fit(runs, law, **plain))  # type: ignore[arg-type]
+    if not squares:
+        return plain, "asked for"
+    best = min(squares, key=aicc)
+    kind, reason = ("huber", "asked for") if asked == "huber" else judge(best.residuals)
+    if kind == "least_squares":
+        return plain, reason
+    times = float(settings["threshold"] or EFFICIENT)
+    limit = times * max(robust_scale(best.points, best.optimum), 1e-12)
+    return {**settings, "estimator": kind, "threshold": limit, "threshold_unit": "absolute"}, reason
 
 
 def plainest(candidates: Sequence[Candidate]) -> Candidate:
@@ -80,12 +112,17 @@ def plainest(candidates: Sequence[Candidate]) -> Candidate:
 def aicc(fit: Fit) -> float:
     """n log(2 objective / n) + 2 k n / (n - k - 1), where k counts the scale too.
 
-    Of least squares the likelihood is that of a normal; of others this is the quasi-likelihood.
+    Of least squares the likelihood is that of a normal, of absolute deviations Laplace's; of Huber
+    this is the quasi-likelihood.
     """
     n, k = len(fit.points), len(fit.optimum.law) + 1
     if n - k - 1 <= 0:
         return float("inf")
-    return n * float(np.log(2 * max(fit.optimum.objective, 1e-300) / n)) + 2 * k * n / (n - k - 1)
+    if fit.estimator in ("absolute", "likelihood"):  # that of Laplace
+        misfit = 2 * n * float(np.log(max(float(np.abs(fit.residuals).mean()), 1e-300)))
+    else:
+        misfit = n * float(np.log(2 * max(fit.optimum.objective, 1e-300) / n))
+    return misfit + 2 * k * n / (n - k - 1)
 
 
 def split_by_compute(
@@ -97,9 +134,11 @@ def split_by_compute(
     ``least`` settings would be left.
     """
     order = sorted({(c, s) for c, s in zip(compute, settings, strict=True)}, reverse=True)
-    held = max(1, int(np.ceil(HELD_OUT * len(order))))
+    fifth = held = max(1, int(np.ceil(HELD_OUT * len(order))))
     while held < len(order) and order[held][0] > 0.87 * order[held - 1][0]:
         held += 1
+    if order[fifth - 1][0] > 1.5 * order[held - 1][0]:  # a chain of compute, and no budget
+        held = fifth
     if len(order) - held < least:
         return None
     names = {s for _, s in order[:held]}
@@ -153,14 +192,14 @@ class Noise:
     lack_of_fit: float | None  # p-value: the law leaves no more than this scatter
 
 
-def seed_noise(fit: Fit) -> Noise | None:
-    """From runs at the same place; None without any.
+def seed_noise(fit: Fit, columns: Sequence[str] = ()) -> Noise | None:
+    """From runs that agree in the law's variables and in ``columns``; None without any.
 
     The F test of lack of fit (Draper & Smith 1998, section 2.1) sets what the law leaves beside
     what the seeds scatter.
     """
-    places = np.stack(list(fit.points.x.values()), axis=1).round(12)
-    labels = np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
+    same = [*fit.columns.values(), *(name for name in columns if name in fit.table)]
+    labels = fit.table.groupby(list(dict.fromkeys(same)), dropna=False).ngroup().to_numpy()
     count = np.bincount(labels)
     mean = np.bincount(labels, fit.points.y) / count
     pure = float(np.sum((fit.points.y - mean[labels]) ** 2))
