@@ -216,6 +216,13 @@ def test_bits_per_byte_compare_across_tokenizers() -> None:
     assert len(comparable(runs, "final_val_bits_per_byte")[0]) == 6
 
 
+def test_tokens_that_differ_by_a_rounding_were_not_varied() -> None:
+    runs = table(chinchilla, 0.01, points=1)
+    runs = pd.concat([runs, runs.assign(D=1.01 * runs["D"], seed=[2, 3])], ignore_index=True)
+    with pytest.raises(ConfigError, match="there is no law to fit"):
+        analysed(runs)
+
+
 def test_nothing_varies() -> None:
     runs = table(chinchilla, 0.01, seeds=5, points=1)
     with pytest.raises(ConfigError, match="there is no law to fit"):
@@ -390,3 +397,14 @@ def test_what_else_was_varied_is_said() -> None:
     assert "nothing but its variable differs between the runs" in failing(found)
     assert found.noise is not None
     assert found.noise.scale == pytest.approx(0.003, rel=0.3)  # not what the tokens make of it
+
+
+def test_data_alone_is_one_variable() -> None:
+    tokens = np.repeat(np.geomspace(1e5, 1e7, 6), 2)
+    random = np.random.default_rng(3)
+    loss = (1.2 + 900 / tokens**0.6) * np.exp(0.002 * random.normal(size=12))
+    runs = pd.DataFrame({"N": 1e5, "D": tokens, "U": np.minimum(tokens, 2e6), "loss": loss})
+    columns = dataclasses.replace(TABLE, u="U", seed=None)
+    found = analyse(*comparable(runs, "loss"), columns)
+    assert found.variables == {"x": "D"}
+    assert "nothing but its variable differs between the runs" in failing(found)

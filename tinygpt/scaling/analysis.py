@@ -41,6 +41,7 @@ from tinygpt.scaling.selection import (
 )
 from tinygpt.scaling.split import best_split, recorded
 
+SAME = 1.1  # sizes or tokens that differ by less than this factor were not varied
 INSEPARABLE = 0.98  # a correlation of log N and log D from which on no law tells them apart
 FURTHER = 10.0  # the prediction asked for lies at so many times the largest compute, or x
 
@@ -262,7 +263,7 @@ def _own_rows(runs: pd.DataFrame, cluster: str | None) -> Iterator[Check]:
 def _nothing_else(fit: Fit, varied: Sequence[str], where: dict[str, str]) -> Iterator[Check]:
     """A law in one variable wants the other sizes held fixed."""
     if set(fit.columns) == {"x"}:
-        others = [v for v in varied if where[v] != fit.columns["x"] and v in "ND"]
+        others = [v for v in varied if where[v] != fit.columns["x"] and v in "NDU"]
         counts = {where[v]: fit.table[where[v]].nunique() for v in others}
         detail = ", ".join(f"{name} takes {count} values" for name, count in counts.items())
         yield Check(
@@ -302,7 +303,7 @@ def _columns_of(columns: Columns) -> dict[str, str]:
 
 def _varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
     """N, D and T if they take several values; U where it is not simply all of D."""
-    found = [v for v in "NDT" if where.get(v) in runs and runs[where[v]].nunique() > 1]
+    found = [v for v in "NDT" if where.get(v) in runs and _spread(runs[where[v]]) > SAME]
     if where.get("U") in runs:
         unique = runs[where["U"]]
         repeated = (runs[where["D"]] > 1.001 * unique).any()
@@ -311,6 +312,10 @@ def _varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
     if "T" in found and len(found) > 1 and "N" not in found:
         found.remove("T")
     return found
+
+
+def _spread(values: pd.Series) -> float:
+    return float(values.max() / values.min())
 
 
 def _known(variable: str, where: dict[str, str]) -> str:
@@ -330,7 +335,7 @@ def _choice(
             "these runs have one size, one number of tokens and one context: there is no law to fit"
         )
     joint = law in (*JOINT, "data_constrained") or (law == "auto" and {"N", "D"} <= set(varied))
-    if joint or (law == "auto" and {"D", "U"} <= set(varied)):
+    if joint:
         names = ["N", "D", "U"] if law == "data_constrained" or "U" in varied else ["N", "D"]
         laws: Sequence[str] = [*JOINT, *(["data_constrained"] if "U" in names else [])]
     else:
