@@ -93,7 +93,10 @@ CAPTIONS = {
         "what was measured."
     ),
     "extrapolation": "The law fitted to the smaller runs predicts the larger ones, held out.",
-    "isoflop": "Loss against size at equal compute, a cubic through each budget; stars: minima.",
+    "isoflop": (
+        "Loss against size at equal compute, a cubic through each budget; stars: minima. Without a "
+        "star there is none that stands; `fit.json` says why."
+    ),
     "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
     "curves": "The loss of every run as it trains; dashed: the least that any has by a compute.",
 }
