@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -45,6 +44,8 @@ def seconds_left(timed: Sequence[Work], todo: Sequence[Work], at_once: float = 1
     """
     if not timed or not todo:
         return None
+    import numpy as np  # here: the mistakes of a sweep are told without it
+
     flops = np.array([work.flops for work in timed])
     pace = np.array([work.seconds / work.steps for work in timed])
     one, each = 1 / pace, flops / pace  # errors relative to the time
