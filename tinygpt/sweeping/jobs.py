@@ -42,6 +42,17 @@ class Job:
         return own * float(self.row["flops_exact"])
 
 
+def flops_of(jobs: Iterable[Job]) -> str:
+    """What ``jobs`` compute, and what they save where they share trunks."""
+    jobs = list(jobs)
+    own, alone = (sum(job.flops for job in jobs), sum(job.row["flops_exact"] for job in jobs))
+    saved = ""
+    if own < alone:
+        saved = f", saved {alone - own:.2e} ({1 - own / alone:.0%}) against independent runs"
+        saved += " by sharing trunks"
+    return f"{own:.2e} FLOPs{saved}"
+
+
 def expand(
     params: Mapping[str, Any], arguments: Sequence[str], loader: ConfigLoader | None = None
 ) -> list[list[str]]:
