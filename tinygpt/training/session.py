@@ -82,7 +82,7 @@ def train(
     keep_at = branch.keep_at if branch else ()
     if device.rank > 0:  # the first process has the folder, and waits for this one to train
         resuming = run.last.exists() and not config.force
-        return _Run(config, run, data, device, hash_, console, keep_at).train(resuming)
+        return Run(config, run, data, device, hash_, console, keep_at).train(resuming)
     with run.locked(), _failures_recorded(run):
         found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
@@ -91,7 +91,7 @@ def train(
             return report_finished(run, found, console)
         with logging_to(console, run):
             resuming = _begin(config, run, prepared, device, hash_, branch)
-            results = _Run(config, run, data, device, hash_, console, keep_at).train(resuming)
+            results = Run(config, run, data, device, hash_, console, keep_at).train(resuming)
     print_summary(run, results, console)
     return results
 
@@ -216,7 +216,7 @@ def _failures_recorded(run: rundir.RunDir) -> Iterator[None]:
         raise
 
 
-class _Run:
+class Run:
     """One training run: its parts, and what it leaves."""
 
     def __init__(
@@ -252,7 +252,8 @@ class _Run:
         self.interrupts = Interrupts(run, config, self.plan)
         self.writes = device.rank == 0
 
-    def train(self, resuming: bool) -> dict[str, Any]:
+    def train(self, resuming: bool, watchers: Sequence[pl.Callback] = ()) -> dict[str, Any]:
+        """``watchers`` are called after the run's own callbacks."""
         self._introduce(resuming)
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
         if self.writes:  # a new beginning has a step 0 of its own
@@ -264,6 +265,7 @@ class _Run:
         ]
         if self.writes and self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
+        callbacks += watchers
         loggers = make_loggers(self.config, self.run, first) if self.writes else []
         self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers, last)
         if self.config.hardware.compile:
