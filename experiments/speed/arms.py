@@ -87,7 +87,7 @@ def transformers_loop(config: Config, data: TokenData, get_batch: Batches, recip
     vocab_size = data.prepared.tokenizer.vocab_size
     shape = shape_of(config, vocab_size)
     model = GPT2LMHeadModel(
-        GPT2Config(
+        GPT2Config(  # type: ignore[call-arg]
             vocab_size=shape.vocab_size,
             n_positions=shape.context,
             n_embd=shape.d_model,

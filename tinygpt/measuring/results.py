@@ -181,18 +181,19 @@ def write(
     folder: Path,
     arguments: Mapping[str, Any],
     ratios: Mapping[Row, tuple[float, float, float]],
+    name: str = "benchmark",
 ) -> None:
-    """benchmark.csv and benchmark.json, which has every round and the environment besides."""
+    """<name>.csv, and <name>.json, which has every round and the environment besides."""
     table = [row.values() | _ratio(ratios.get(row)) for row in rows]
     with (
-        rundir.replacing(folder / "benchmark.csv") as temporary,
+        rundir.replacing(folder / f"{name}.csv") as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         lines = csv.DictWriter(file, list(table[0]))
         lines.writeheader()
         lines.writerows(table)
     rundir.write_json(
-        folder / "benchmark.json",
+        folder / f"{name}.json",
         {
             "environment": rundir.environment(),
             "arguments": dict(arguments),
