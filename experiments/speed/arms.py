@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from tinygpt.measuring.tokens import open_tokens
 from tinygpt.measuring.training import clock_of, facts_of, probe_loss
 from tinygpt.measuring.turns import Lap, Player
 from tinygpt.model.gpt import GPT
+from tinygpt.training.calibration import AUTOCAST
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import make_optimizer
 from tinygpt.training.session import open_data, open_machine
@@ -62,6 +65,11 @@ def recipe_of(config: Config, total_steps: int, warmup_steps: int) -> Recipe:
     )
 
 
+def autocast(config: Config) -> AbstractContextManager[Any]:
+    dtype = AUTOCAST.get(config.train.precision)
+    return torch.autocast("cpu", dtype) if dtype else contextlib.nullcontext()
+
+
 def initial_weights(config: Config, vocab_size: int) -> dict[str, Tensor]:
     """What tinygpt begins with for this seed, by GPT-2's names."""
     torch.manual_seed(config.seed)
@@ -77,7 +85,7 @@ def plain_loop(config: Config, data: TokenData, get_batch: Batches, recipe: Reci
     vocab_size = data.prepared.tokenizer.vocab_size
     model = PlainGPT(shape_of(config, vocab_size))
     model.load_state_dict(initial_weights(config, vocab_size))
-    loop = training(model, lambda x, y: model(x, y)[1], get_batch, recipe)
+    loop = training(model, lambda x, y: model(x, y)[1], get_batch, recipe, autocast(config))
     return loop, lambda x: model(x, x)[0], model
 
 
@@ -110,7 +118,12 @@ def transformers_loop(config: Config, data: TokenData, get_batch: Batches, recip
     model.load_state_dict(
         {"lm_head.weight": head} | {f"transformer.{name}": value for name, value in weights.items()}
     )
-    loop = training(model, lambda x, y: model(input_ids=x, labels=x).loss, get_batch, recipe)
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=x, labels=x).loss
+        return loss
+
+    loop = training(model, loss_of, get_batch, recipe, autocast(config))
     return loop, lambda x: model(input_ids=x).logits, model
 
 
@@ -129,7 +142,8 @@ def raw_loop(config: Config, data: TokenData, get_batch: Batches, recipe: Recipe
         peak = config.optim.learning_rate
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: module.rate(s) / peak)
         for step in itertools.count():
-            loss = module.training_step(own[step], step)
+            with autocast(config):
+                loss = module.training_step(own[step], step)
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             module.configure_gradient_clipping(optimizer)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,8 +150,12 @@ def training(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     get_batch: Batches,
     recipe: Recipe,
+    context: AbstractContextManager[Any],
 ) -> Iterator[float]:
-    """The loop; one step each time it is asked for the next, which is the last loss it read."""
+    """The loop; one step each time it is asked for the next, which is the last loss it read.
+
+    ``context`` is that of the forward pass: autocast, or none.
+    """
     model.train()
     optimizer = make_adamw(model, recipe)
     last, step = math.nan, 0
@@ -157,7 +163,8 @@ def training(
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
         x, y = get_batch()
-        loss = loss_of(x, y)
+        with context:
+            loss = loss_of(x, y)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.grad_clip)
         optimizer.step()

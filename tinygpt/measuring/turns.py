@@ -100,7 +100,11 @@ class Arm:
             stderr=self._errors,
             text=True,
         )
-        self.last: dict[str, Any] = self._hear()
+        try:
+            self.last: dict[str, Any] = self._hear()
+        except BaseException:
+            self.close()
+            raise
         self.facts: dict[str, Any] = self.last["facts"]
         self.seconds_to_ready = time.perf_counter() - begun
 
