@@ -188,22 +188,27 @@ def measure(arguments: Arguments, console: Console) -> list[Row]:
 def show(
     rows: Sequence[Row], ratios: Mapping[Row, tuple[float, float, float]], console: Console
 ) -> None:
-    """A line a quantity and configuration: the median by wall time, half the distance of the
-    quartiles (or, beside a baseline, how many times as good), the median by CPU time."""
+    """A line a quantity and configuration: the median by wall time; half the distance of the
+    quartiles and the median by CPU time, or beside a baseline how many times as good it is."""
     cpu = {row.identity: row for row in rows if row.clock == "cpu"}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", "", "median", "× baseline" if ratios else "spread", "", "by CPU time"):
+    last = ("× baseline",) if ratios else ("spread", "by CPU time")
+    for name in ("", "", "median", "", *last):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for family in results.by_family(row for row in rows if row.clock != "cpu").values():
         label = results.labels(family)
         for row in family:
             median, low, high = quartiles(row.samples)
-            twin = cpu.get((row.what, row.unit, "cpu", *row.identity[3:]))
-            spread = f"±{(high - low) / 2 / median:.1%}" if len(row.samples) > 1 else ""
+            cells = [row.what, label(row), number(median), row.unit]
             if ratios:
-                spread = "{:.2f} ({:.2f} to {:.2f})".format(*ratios[row]) if row in ratios else ""
-            other = number(twin.median) if twin else ""
-            table.add_row(row.what, label(row), number(median), spread, row.unit, other)
+                times = ratios.get(row)
+                cells += ["{:.2f} ({:.2f} to {:.2f})".format(*times)] if times else []
+            else:
+                twin = cpu.get((row.what, row.unit, "cpu", *row.identity[3:]))
+                cells.append(f"±{(high - low) / 2 / median:.1%}" if len(row.samples) > 1 else "")
+                cells.append(number(twin.median) if twin else "")
+            table.add_row(*cells)
+    console.print(results.in_common(rows), highlight=False, soft_wrap=True)
     console.print(table)
 
 
@@ -223,12 +228,22 @@ def main() -> None:
     ratios = results.against(rows, baseline)
     results.write(rows, folder, vars(arguments), ratios)
     show(rows, ratios, console)
-    if arguments.baseline and not ratios:
-        console.print(f"note: nothing in {arguments.baseline} was measured alike")
+    if arguments.baseline:
+        _note(Path(arguments.baseline), ratios, console)
     from tinygpt.measuring.figure import draw
 
     draw(rows, folder / "benchmark.png")
     print(f"\n{folder}/benchmark.csv, benchmark.json, benchmark.png")
+
+
+def _note(
+    baseline: Path, ratios: Mapping[Row, tuple[float, float, float]], console: Console
+) -> None:
+    """Says where the comparison may not mean what it seems to."""
+    if not ratios:
+        console.print(f"note: nothing in {baseline} was measured alike", soft_wrap=True)
+    elif odd := results.conditions_that_differ(baseline):
+        console.print(f"note: the baseline has another {', '.join(odd)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,7 @@ def memory_row(arm: Arm, place: Place) -> Row:
 
 def read_baseline(path: Path) -> list[Row]:
     """The rows of an earlier benchmark.json, or of the folder with one.  Raises ConfigError."""
-    file = path / "benchmark.json" if path.is_dir() else path
-    found = rundir.read_json(file)
+    found = rundir.read_json(_file(path))
     names = [f.name for f in dataclasses.fields(Place)]
     try:
         return [
@@ -157,6 +156,10 @@ def read_baseline(path: Path) -> list[Row]:
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"baseline={path}: not a benchmark.json ({error!r})") from error
+
+
+def _file(path: Path) -> Path:
+    return path / "benchmark.json" if path.is_dir() else path
 
 
 def against(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[Row, tuple[float, float, float]]:
@@ -215,23 +218,40 @@ def by_family(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return families
 
 
+WORDS: dict[str, Callable[[Any], str]] = {  # how a configuration is named
+    "device": str,
+    "precision": lambda value: f"precision {value}",
+    "model": str,
+    "vocab_size": lambda value: f"vocabulary {value:,}",
+    "batch_size": lambda value: f"batch {value}",
+    "context": lambda value: f"context {value}",
+    "threads": lambda value: "1 thread" if value == 1 else f"{value} threads",
+    "compile": lambda value: f"compile {value}",
+}
+
+
+def in_common(rows: Sequence[Row]) -> str:
+    """What is the same for all rows that it makes a difference to."""
+    found = {name: {getattr(row.place, name) for row in rows} - {None} for name in WORDS}
+    return ", ".join(WORDS[name](*values) for name, values in found.items() if len(values) == 1)
+
+
 def labels(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """Names a row by its model and whatever else differs among ``rows``."""
-    words: dict[str, Callable[[Any], str]] = {
-        "model": str,
-        "vocab_size": lambda v: f"vocabulary {v:,}",
-        "batch_size": lambda v: f"batch {v}",
-        "context": lambda v: f"context {v}",
-        "precision": str,
-        "threads": lambda v: "1 thread" if v == 1 else f"{v} threads",
-        "compile": lambda v: f"compile {v}",
-    }
-    differing = {
-        name for name in words if len({getattr(r.place, name) for r in rows} - {None}) > 1
-    } | {"model"}
+    """Names a row by whatever differs among ``rows``; by its model where nothing does."""
+    differing = [
+        name for name in WORDS if len({getattr(row.place, name) for row in rows} - {None}) > 1
+    ]
 
     def label(row: Row) -> str:
-        parts = [(name, getattr(row.place, name)) for name in words if name in differing]
-        return ", ".join(words[name](value) for name, value in parts if value is not None)
+        values = {name: getattr(row.place, name) for name in differing or ["model"]}
+        return ", ".join(WORDS[name](v) for name, v in values.items() if v is not None)
 
     return label
+
+
+def conditions_that_differ(path: Path) -> list[str]:
+    """What of the environment of an earlier benchmark.json is not as it is here."""
+    before = rundir.read_json(_file(path)).get("environment", {})
+    now = rundir.environment()
+    names = ("platform", "processor", "cpu_count", "python", "packages")
+    return [name for name in names if before.get(name) != now[name]]
