@@ -208,7 +208,7 @@ def show(
                 cells.append(f"±{(high - low) / 2 / median:.1%}" if len(row.samples) > 1 else "")
                 cells.append(number(twin.median) if twin else "")
             table.add_row(*cells)
-    console.print(results.in_common(rows), highlight=False, soft_wrap=True)
+    console.print(results.in_common(rows), highlight=False)
     console.print(table)
 
 
