@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from tests.conftest import ROOT, Command
 from tinygpt.config import ConfigError, RunError
@@ -39,7 +38,7 @@ MINUTE = (
 )
 COLUMNS = [
     *("what", "unit", "clock", "model", "vocab_size", "batch_size", "context", "device"),
-    *("precision", "threads", "compile", "median", "low", "high", "rounds"),
+    *("precision", "threads", "compile", "matmul", "allocator", "median", "low", "high", "rounds"),
     *("times_baseline", "times_low", "times_high"),
 ]
 
@@ -108,7 +107,7 @@ def test_every_measure(tinygpt: Command, tmp_path: Path) -> None:
         (["measure=speed"], "measure=speed: must be one of all, train, parts"),
         (["rounds=0"], "rounds=0: must be at least 1"),
         (["threads=two"], "threads=two: must be an integer"),
-        (["compile=often"], "hardware.compile=often: must be "),
+        (["compile=often"], "hardware.compile=often: must be one of auto, off"),
         (["baseline=nowhere.json"], "nowhere.json: not a readable JSON file"),
         (["baseline=odd.json"], "baseline=odd.json: not a benchmark.json"),
         (["accelerator=tpu"], "hardware.accelerator=tpu: must be one of"),
@@ -220,7 +219,7 @@ def test_medians_and_their_intervals() -> None:
 
 
 def test_better_is_more_of_a_rate_and_less_of_a_time() -> None:
-    place = Place("tiny", 300, 2, 16, "cpu", "32", 1, "off")
+    place = Place("tiny", 300, 2, 16, "cpu", "32", 1, "off", "torch", "keep")
 
     def rows(factor: float) -> list[Row]:
         rate = Row("training", "tokens/s", "wall", place, [100 * factor])
@@ -236,7 +235,7 @@ def test_mfu_is_of_the_same_round() -> None:
             self.laps = [{name: lap} for lap in laps]
             self.facts = {"flops_per_token": 10.0}
 
-    place = Place("tiny", 300, 2, 16, "cpu", "32", 1, "off")
+    place = Place("tiny", 300, 2, 16, "cpu", "32", 1, "off", "torch", "keep")
     slow, fast = Lap(100, 2.0, 1.0), Lap(100, 1.0, 1.0)
     arm: Any = Played("train", slow, fast)
     peak: Any = Played("gemm", Lap(4000, 2.0, 1.0), Lap(4000, 1.0, 1.0))
@@ -324,13 +323,10 @@ def test_the_rivals_do_the_same_work(speed: ModuleType, tmp_path: Path) -> None:
     names = ("plain", "transformers", "raw")
     found = loops(speed, data, config, names)
 
-    def loss_of(logits: Any) -> float:
-        return float(F.cross_entropy(logits(inputs).flatten(0, 1), targets.flatten()))
-
     with torch.no_grad():
-        before = loss_of(ours)
-        for _, logits, model in found:
-            assert loss_of(logits) == pytest.approx(before, abs=1e-5)
+        before = float(ours(inputs, targets))
+        for _, loss_of, model in found:
+            assert float(loss_of(inputs, targets)) == pytest.approx(before, abs=1e-5)
             assert sum(p.numel() for p in model.parameters()) == sum(
                 p.numel() for p in ours.parameters()
             )
@@ -338,7 +334,7 @@ def test_the_rivals_do_the_same_work(speed: ModuleType, tmp_path: Path) -> None:
         for _ in range(5):
             next(loop)
     with torch.no_grad():
-        plain, transformers, raw = (loss_of(logits) for _, logits, _ in found)
+        plain, transformers, raw = (float(loss_of(inputs, targets)) for _, loss_of, _ in found)
     assert plain == pytest.approx(raw, abs=1e-5)
     assert transformers == pytest.approx(raw, abs=0.02)  # its labels are one target fewer
     assert abs(raw - before) > 1e-3

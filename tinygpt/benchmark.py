@@ -24,13 +24,15 @@ from tinygpt.measuring.statistics import quartiles
 from tinygpt.measuring.turns import Arm, in_turns, opened
 
 MEASURES = ("train", "parts", "memory", "attention", "generation", "tokenizer", "startup")
+VARIED = ("model", "vocab_size", "threads", "compile", "matmul", "allocator")
 STARTS = 3  # rounds of starting a process, at most: each takes seconds
 USAGE = f"""\
 python -m tinygpt.benchmark [key=value ...]
 
 measure=all             {",".join(MEASURES)}
 model=tiny,small vocab_size=4096 batch_size=8 max_seq_len=null    null: the model's own context
-threads=1 compile=off   of these four lists, every combination: model vocab_size threads compile
+threads=1 compile=off matmul=auto allocator=keep    as hardware.* of tinygpt.run
+                        of these six lists, every combination: model vocab_size and the hardware
 precision=auto accelerator=auto
 rounds=10 steps=5       a round: so many steps of each configuration, in turns
 baseline=PATH           an earlier benchmark.json, or its folder, to compare with
@@ -55,6 +57,8 @@ class Arguments:
     accelerator: str = "auto"
     threads: list[int] = key([1], least=1)  # noqa: RUF009
     compile: list[str] = key(["off"])  # noqa: RUF009
+    matmul: list[str] = key(["auto"])  # noqa: RUF009
+    allocator: list[str] = key(["keep"])  # noqa: RUF009
     rounds: int = key(10, least=1)
     steps: int = key(5, least=1)
     baseline: Optional[str] = None
@@ -64,22 +68,17 @@ class Arguments:
 
 def settings_of(arguments: Arguments) -> list[Setting]:
     """Every combination.  Raises ConfigError for what cannot be trained."""
-    combinations = itertools.product(
-        arguments.model, arguments.vocab_size, arguments.threads, arguments.compile
-    )
+    combinations = itertools.product(*(getattr(arguments, name) for name in VARIED))
     found = [
         Setting(
-            model=model,
-            vocab_size=vocab_size,
+            **dict(zip(VARIED, values, strict=True)),
             batch_size=arguments.batch_size,
             max_seq_len=arguments.max_seq_len,
             precision=arguments.precision,
             accelerator=arguments.accelerator,
-            threads=threads,
-            compile=compile_,
             seed=arguments.seed,
         )
-        for model, vocab_size, threads, compile_ in combinations
+        for values in combinations
     ]
     for setting in found:
         setting.config  # noqa: B018
@@ -219,7 +218,7 @@ def number(value: float) -> str:
 @cli.one_line_errors
 def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
-    for name in ("measure", "model", "vocab_size", "threads", "compile"):
+    for name in ("measure", *VARIED):
         if not getattr(arguments, name):
             raise ConfigError(f"{name}=: give at least one")
     baseline = results.read_baseline(Path(arguments.baseline)) if arguments.baseline else []

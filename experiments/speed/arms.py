@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from plain import Batches, PlainGPT, Recipe, Shape, batches, training
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tinygpt import cli
 from tinygpt.config import AdamOptim, Config, DecaySchedule
@@ -27,7 +28,7 @@ from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import make_optimizer
 from tinygpt.training.session import open_data, open_machine
 
-Loop = tuple[Iterator[Any], Callable[[Tensor], Tensor], nn.Module]
+Loop = tuple[Iterator[Any], Callable[[Tensor, Tensor], Tensor], nn.Module]
 
 NAMES = {  # tinygpt's modules as nanoGPT and GPT-2 name them
     "token_embedding": "wte",
@@ -85,8 +86,12 @@ def plain_loop(config: Config, data: TokenData, get_batch: Batches, recipe: Reci
     vocab_size = data.prepared.tokenizer.vocab_size
     model = PlainGPT(shape_of(config, vocab_size))
     model.load_state_dict(initial_weights(config, vocab_size))
-    loop = training(model, lambda x, y: model(x, y)[1], get_batch, recipe, autocast(config))
-    return loop, lambda x: model(x, x)[0], model
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        loss: Tensor = model(x, y)[1]
+        return loss
+
+    return training(model, loss_of, get_batch, recipe, autocast(config)), loss_of, model
 
 
 def transformers_loop(config: Config, data: TokenData, get_batch: Batches, recipe: Recipe) -> Loop:
@@ -124,7 +129,12 @@ def transformers_loop(config: Config, data: TokenData, get_batch: Batches, recip
         return loss
 
     loop = training(model, loss_of, get_batch, recipe, autocast(config))
-    return loop, lambda x: model(input_ids=x).logits, model
+
+    def loss_of_all(x: Tensor, y: Tensor) -> Tensor:
+        """Its own is without the last target of each window."""
+        return F.cross_entropy(model(input_ids=x).logits.flatten(0, 1), y.flatten())
+
+    return loop, loss_of_all, model
 
 
 def raw_loop(config: Config, data: TokenData, get_batch: Batches, recipe: Recipe) -> Loop:
@@ -168,11 +178,11 @@ def play(arm: str, overrides: list[str], folder: Path, player: Player) -> None:
         folder / "train.bin", dtype, data.plan.batch_size, context, seed=config.seed
     )
     recipe = recipe_of(config, data.plan.total_steps, data.plan.warmup_steps)
-    loop, logits, model = LOOPS[arm](config, data, get_batch, recipe)
+    loop, loss_of, model = LOOPS[arm](config, data, get_batch, recipe)
     facts = facts_of(config, data, device)
     facts |= {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "probe_loss": probe_loss(logits, data),
+        "probe_loss": probe_loss(loss_of, data),
     }
     clock = clock_of(device)
 

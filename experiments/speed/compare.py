@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -32,7 +32,9 @@ python experiments/speed/compare.py [key=value ...]
 
 model=tiny batch_size=16 max_seq_len=null vocab_size=4096    the work; null: the model's own context
 precision=32            or bf16-mixed
-threads=1 compile=off micro_batch_size=null                  hardware options of tinygpt's run
+threads=1               of all
+compile=off matmul=auto allocator=keep micro_batch_size=null    of tinygpt, as its hardware.*
+rival_allocator=system  of the others; keep: what is freed is kept there too
 steps=4 rounds=30       a round: so many steps by each, in turns
 overhead=true           instead: what Lightning adds to a step of a nearly empty model
 suite=true              instead: all cases of the README; the hardware options are for all of them
@@ -51,6 +53,9 @@ class Arguments:
     precision: str = key("32", among=("32", "bf16-mixed"))
     threads: int = key(1, least=1)
     compile: str = "off"
+    matmul: str = "auto"
+    allocator: str = "keep"
+    rival_allocator: str = key("system", among=("system", "keep"))
     micro_batch_size: Optional[int] = key(None, least=1)
     steps: int = key(4, least=1)
     rounds: int = key(30, least=1)
@@ -65,6 +70,7 @@ class Case:
     """Work, how much of it is a turn, and what was promised of it."""
 
     setting: Setting
+    rival_allocator: str
     steps: int
     target: float | None = None  # tokens per CPU second over the plain loop's
 
@@ -87,7 +93,7 @@ def suite(arguments: Arguments) -> list[Case]:
             vocab_size=vocab_size,
             max_seq_len=None,
         )
-        found.append(Case(setting, steps, target))
+        found.append(Case(setting, arguments.rival_allocator, steps, target))
     return found
 
 
@@ -112,14 +118,14 @@ def nearly_empty(arguments: Arguments) -> Setting:
 
 
 def measure(
-    setting: Setting, rivals: Sequence[str], rounds: int, steps: int, console: Console
+    setting: Setting, rivals: Mapping[str, Setting], rounds: int, steps: int, console: Console
 ) -> dict[str, Arm]:
     """All arms with their laps, after it is proved that they do the same work."""
     with token_folders() as tokens_of:
         tokens = tokens_of(setting)
         commands = {"tinygpt": Job("train", setting.overrides, tokens, probe=True).command}
-        for name in rivals:
-            job = {"arm": name, "overrides": setting.overrides, "tokens": tokens}
+        for name, theirs in rivals.items():
+            job = {"arm": name, "overrides": theirs.overrides, "tokens": tokens}
             commands[name] = [sys.executable, str(HERE / "arms.py"), json.dumps(job)]
         with console.status("starting") as status, opened(commands) as arms:
             check_same_work(arms)
@@ -159,16 +165,20 @@ def work_of(setting: Setting, steps: int) -> dict[str, Any]:
         "steps": steps,
         "precision": setting.precision,
         "threads": setting.threads,
-        "compile": setting.compile,
+        "allocator": setting.allocator,
     }
 
 
 def compare(case: Case, rounds: int, console: Console) -> list[dict[str, Any]]:
     """A row for each rival and clock, with the ratio of every round in it."""
     setting = case.setting
-    arms = measure(setting, RIVALS, rounds, case.steps, console)
+    other = dataclasses.replace(setting, allocator=case.rival_allocator)
+    arms = measure(setting, dict.fromkeys(RIVALS, other), rounds, case.steps, console)
     ours = arms["tinygpt"]
-    facts = {name: ours.facts[name] for name in ("parameters", "micro_batch_size")}
+    facts = {
+        name: ours.facts[name] for name in ("parameters", "micro_batch_size", "compile", "matmul")
+    }
+    facts["rival_allocator"] = case.rival_allocator
     rows = []
     for name in RIVALS:
         for clock in ("cpu", "wall"):
@@ -201,7 +211,7 @@ def target_of(case: Case, rival: str) -> float | None:
 def overhead(arguments: Arguments, console: Console) -> list[dict[str, Any]]:
     """Milliseconds that a step through the Trainer takes more than one of our own raw loop."""
     setting, steps = nearly_empty(arguments), 100
-    arms = measure(setting, ("raw",), arguments.rounds, steps, console)
+    arms = measure(setting, {"raw": setting}, arguments.rounds, steps, console)
     rows = []
     for clock in ("cpu", "wall"):
         pairs = zip(laps_of(arms["tinygpt"]), laps_of(arms["raw"]), strict=True)
@@ -219,7 +229,9 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         f"batch {first['batch_size']} × context {first['context']}; vocabulary "
         f"{first['vocab_size']:,}; {first['steps']} steps × {first['rounds']} rounds; precision "
         f"{first['precision']}; {first['threads']} thread(s); tinygpt: compile "
-        f"{first['compile']}, {first['micro_batch_size']} sequences a pass",
+        f"{first['compile']}, matmul {first['matmul']}, allocator {first['allocator']}, "
+        f"{first['micro_batch_size']} sequences a pass; the others: allocator "
+        f"{first['rival_allocator']}",
         highlight=False,
         soft_wrap=True,
     )
@@ -275,9 +287,11 @@ def write(rows: list[dict[str, Any]], more: list[dict[str, Any]], folder: Path) 
 def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
     console = Console()
-    cases = [Case(setting_of(arguments), arguments.steps)] if not arguments.overhead else []
+    cases: list[Case] = []
     if arguments.suite:
         cases = suite(arguments)
+    elif not arguments.overhead:
+        cases = [Case(setting_of(arguments), arguments.rival_allocator, arguments.steps)]
     for case in cases:
         case.setting.overrides  # noqa: B018  # a mistake is found before anything is timed
     folder = Path(arguments.output_dir) if arguments.output_dir else None

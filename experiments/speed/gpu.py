@@ -24,7 +24,7 @@ USAGE = """\
 python experiments/speed/gpu.py [key=value ...]
 
 model=tiny,small,medium,large vocab_size=4096,50257 batch_size=64 precision=bf16-mixed
-compile=off,on rounds=10 steps=20 seed=42
+compile=off,whole rounds=10 steps=20 seed=42
 output_dir=FOLDER       where to write gpu.csv, gpu.json and gpu.md; default: beside this file
 """
 
@@ -37,7 +37,7 @@ class Arguments(benchmark.Arguments):
     batch_size: int = key(64, least=1)
     precision: str = "bf16-mixed"
     accelerator: str = key("cuda", among=("cuda",))
-    compile: list[str] = key(["off", "on"])  # noqa: RUF009
+    compile: list[str] = key(["off", "whole"])  # noqa: RUF009
     steps: int = key(20, least=1)
     output_dir: str = str(HERE)
 

@@ -62,6 +62,8 @@ class Place:
     precision: str
     threads: int
     compile: str | None
+    matmul: str | None
+    allocator: str | None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ def place_of(arm: Arm, setting: Setting, measure: str) -> Place:
         device=facts["device"],
         precision=facts["precision"],
         threads=facts["threads"],
-        compile=setting.compile if trains else None,
+        compile=facts["compile"] if trains else None,
+        matmul=facts["matmul"] if trains else None,
+        allocator=setting.allocator if trains else None,
     )
 
 
@@ -226,7 +230,10 @@ WORDS: dict[str, Callable[[Any], str]] = {  # how a configuration is named
     "batch_size": lambda value: f"batch {value}",
     "context": lambda value: f"context {value}",
     "threads": lambda value: "1 thread" if value == 1 else f"{value} threads",
-    "compile": lambda value: f"compile {value}",
+    **{
+        name: lambda value, name=name: f"{name} {value}"  # type: ignore[misc]
+        for name in ("compile", "matmul", "allocator")
+    },
 }
 
 

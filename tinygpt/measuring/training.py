@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from tinygpt import rundir
@@ -24,6 +23,7 @@ from tinygpt.data.datamodule import Batch, StepLoader, TokenData
 from tinygpt.measuring.tokens import open_tokens
 from tinygpt.measuring.turns import Clock, Lap, Player
 from tinygpt.training.callbacks import peak_memory, step_ended
+from tinygpt.training.hardware import rounding
 from tinygpt.training.session import Run, open_data, open_machine
 from tinygpt.training.trainer import Device
 
@@ -54,8 +54,9 @@ def prepare(config: Config, tokens: Path) -> Training:
     place = rundir.RunDir(Path(tempfile.mkdtemp(dir=tokens)))  # goes with the tokens
     config.run_name, config.study = place.path.name, "benchmark"
     place.checkpoints.mkdir()
-    run = Run(config, place, data, device, "", Console(quiet=True), ())
-    return Training(run, device, clock_of(device), facts_of(config, data, device), resident)
+    facts = facts_of(config, data, device)
+    run = Run(config, place, data, device, "", Console(quiet=True), facts["compile"])
+    return Training(run, device, clock_of(device), facts, resident)
 
 
 def clock_of(device: Device) -> Clock:
@@ -66,10 +67,11 @@ def facts_of(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
     """What was decided here, for the rows of the table."""
     assert data.plan is not None
     vocab_size = data.prepared.tokenizer.vocab_size
+    rounds = rounding(config, vocab_size, data.plan, device, {})
     return {
         "device": device_name(device),
         "precision": device.precision,
-        "threads": torch.get_num_threads(),
+        **{name: rounds[name] for name in ("threads", "compile", "matmul")},
         "parameters": count_parameters(config.model, vocab_size).total,
         "flops_per_token": flops_per_token(config.model, vocab_size),
         "micro_batch_size": data.plan.micro_batch_size,
@@ -80,14 +82,13 @@ def device_name(device: Device) -> str:
     return torch.cuda.get_device_name() if device.accelerator == "cuda" else device.accelerator
 
 
-def probe_loss(model: Callable[[Tensor], Tensor], data: TokenData) -> float:
+def probe_loss(loss_of: Callable[[Tensor, Tensor], Tensor], data: TokenData) -> float:
     """Of the first batch of the file, before any step: the same wherever the same is trained."""
     assert data.plan is not None
     starts = torch.arange(data.plan.batch_size).numpy() * data.length
     tokens = torch.from_numpy(data.splits["train"].gather(starts, data.length + 1))
     with torch.no_grad():
-        logits = model(tokens[:, :-1].contiguous())
-        return float(F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+        return float(loss_of(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
 
 
 class Turns(pl.Callback):
@@ -131,6 +132,7 @@ class Turns(pl.Callback):
 class Timeline(pl.Callback):
     """Every moment of a step belongs to one part: the time since the last mark to the named one.
 
+    The gradient of the loss by the logits is made on the way forward, and counts there.
     On CUDA each mark waits for the device, so that the parts are true and their sum is larger
     than a step of its own.
     """

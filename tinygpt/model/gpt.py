@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tinygpt.config import ModelConfig, width_ratio
 from tinygpt.counting import padded_vocab, resolved_d_ff
+from tinygpt.model.linear import Linear
+from tinygpt.model.loss import mean_loss, token_scores
 
 INIT_STD = 0.02  # as GPT-2
 NORM_EPS = 1e-5
@@ -115,8 +117,8 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.divisor = score_divisor(config)
         width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.d_model, width, bias=config.bias)
-        self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.qkv = Linear(config.d_model, width, bias=config.bias)
+        self.proj = Linear(config.d_model, config.d_model, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
@@ -157,9 +159,9 @@ class MLP(nn.Module):
         d_ff = resolved_d_ff(config)
         self.activation = config.activation
         if config.activation == "swiglu":
-            self.gate = nn.Linear(config.d_model, d_ff, bias=config.bias)
-        self.up = nn.Linear(config.d_model, d_ff, bias=config.bias)
-        self.down = nn.Linear(d_ff, config.d_model, bias=config.bias)
+            self.gate = Linear(config.d_model, d_ff, bias=config.bias)
+        self.up = Linear(config.d_model, d_ff, bias=config.bias)
+        self.down = Linear(d_ff, config.d_model, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) in, logits (B, T, V) out."""
+    """Tokens (B, T) in, logits (B, T, V) out; or a loss, where it is told what comes next."""
 
     cos: Tensor
     sin: Tensor
@@ -212,7 +214,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
         self.norm_final = make_norm(config)
         if not config.tie_weights:
-            self.head = nn.Linear(config.d_model, rows, bias=False)
+            self.head = Linear(config.d_model, rows, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -262,14 +264,25 @@ class GPT(nn.Module):
         out: Tensor = self.norm_final(x)
         return out
 
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Under µP the logits are smaller by the width ratio; the hidden state is smaller yet."""
+        return hidden if self.width_ratio == 1 else hidden / self.width_ratio
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., C) -> (..., V)."""
-        if self.width_ratio != 1:
-            hidden = hidden / self.width_ratio  # smaller than the logits
-        return F.linear(hidden, self.output_weight)
+        return F.linear(self.scaled(hidden), self.output_weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.logits(self.hidden(tokens))  # (B, T, V)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The logits (B, T, V), or with ``targets`` (B, T) their mean loss, which costs less."""
+        hidden = self.hidden(tokens)
+        if targets is None:
+            return self.logits(hidden)
+        return mean_loss(self.scaled(hidden).flatten(0, 1), self.output_weight, targets.flatten())
+
+    def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every target its loss and whether the likeliest token is it: (B·T,) each."""
+        hidden = self.scaled(self.hidden(tokens)).flatten(0, 1)
+        return token_scores(hidden, self.output_weight, targets.flatten())
 
 
 def check_shape(config: ModelConfig) -> None:
