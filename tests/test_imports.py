@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "scaling": set(),
     "cli": BELOW,
     "sweeping": BELOW | {"cli"},
-    **{command: BELOW | {"cli", "sweeping"} for command in COMMANDS},
+    "measuring": BELOW | {"cli"},
+    **{command: BELOW | {"cli", "sweeping", "measuring"} for command in COMMANDS},
 }
 TORCH = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
 TORCH_FREE = {"config", "checks", "horizon", "counting", "rundir", "cli", "scaling"}

@@ -82,7 +82,7 @@ def train(
     assert data.plan is not None
     begun = rundir.read_json(run.environment) if run.last.exists() and not config.force else {}
     rounds = rounding(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
-    made = functools.partial(_Run, config, run, data, device, hash_, console, rounds["compile"])
+    made = functools.partial(Run, config, run, data, device, hash_, console, rounds["compile"])
     if device.rank > 0:  # the first process has the folder, and waits for this one to train
         return made().train(bool(begun))
     with run.locked(), _failures_recorded(run):
@@ -213,7 +213,7 @@ def _failures_recorded(run: rundir.RunDir) -> Iterator[None]:
         raise
 
 
-class _Run:
+class Run:
     """One training run: its parts, and what it leaves."""
 
     def __init__(
@@ -250,7 +250,8 @@ class _Run:
         self.interrupts = Interrupts(run, config, self.plan)
         self.writes = device.rank == 0
 
-    def train(self, resuming: bool) -> dict[str, Any]:
+    def train(self, resuming: bool, watchers: Sequence[pl.Callback] = ()) -> dict[str, Any]:
+        """``watchers`` are called after the run's own callbacks."""
         self._introduce(resuming)
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
         if self.writes:  # a new beginning has a step 0 of its own
@@ -262,6 +263,7 @@ class _Run:
         ]
         if self.writes and self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
+        callbacks += watchers
         loggers = make_loggers(self.config, self.run, first) if self.writes else []
         self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers, last)
         compile_model(self.module.model, self.compiled)
