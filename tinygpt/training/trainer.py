@@ -270,6 +270,9 @@ def make_trainer(
             num_sanity_val_steps=0,
             default_root_dir=run.path,
         )
+    # With deterministic kernels torch also fills new memory with NaN, a tenth of a small step,
+    # to show a read of what nobody wrote; what every kernel here reads has been written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Lightning would broadcast at each pass, and wait for it, whether a SIGTERM came; Interrupts
     # ask that where the processes rest anyway.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
