@@ -42,6 +42,9 @@ class Job:
         return own * float(self.row["flops_exact"])
 
 
+Group = tuple[Job, ...]  # runs that train as one, or a run alone
+
+
 def expand(
     params: Mapping[str, Any], arguments: Sequence[str], loader: ConfigLoader | None = None
 ) -> list[list[str]]:
