@@ -13,10 +13,10 @@ from tinygpt.config import LocalLauncher
 from tinygpt.sweeping.engines import processes
 from tinygpt.sweeping.jobs import Group, Job
 
-# On a CPU a pass of more tokens keeps it busy without company; on a GPU more parameters times
-# tokens would.  That of the GPU is a guess from launch times, not measured.
-CPU_PASS_TOKENS = 1024
-GPU_PASS_WORK = 2e11
+# Parameters times tokens of a pass above which a lone run keeps the device busy.  On a CPU, one
+# thread, 8 runs: x1.5 at half of this, x1.2 at this, x1.1 at twice as much.  That of a GPU is
+# reckoned from the time of its launches, not measured.
+WORK = {"cpu": 1e8, "cuda": 3e10}
 MOST = {"cpu": 8, "cuda": 16}  # runs in a stack that was not given a number
 
 
@@ -28,8 +28,8 @@ def groups(jobs: Sequence[Job], say: Callable[[str], None]) -> list[Group]:
     obstacles = {job: _obstacle(job) for job in jobs}
     families: dict[str, list[Job]] = {}
     for job in jobs:
-        own = obstacles[job] or (asked == "auto" and not _pays(job))
-        families.setdefault(job.hash if own else _family(job), []).append(job)
+        alone = obstacles[job] or (asked == "auto" and not _pays(job))
+        families.setdefault(job.hash if alone else _family(job), []).append(job)
     found = []
     for family in families.values():
         most = _most(family[0], len(jobs)) if asked == "auto" else int(asked)
@@ -87,9 +87,7 @@ def _obstacle(job: Job) -> str | None:
 def _pays(job: Job) -> bool:
     assert job.plan is not None
     tokens = job.plan.micro_batch_size * job.config.model.max_seq_len
-    if _device(job) == "cpu":
-        return tokens <= CPU_PASS_TOKENS
-    return float(tokens * job.row["model_parameters"]) <= GPU_PASS_WORK
+    return float(tokens * job.row["model_parameters"]) <= WORK[_device(job)]
 
 
 def _most(job: Job, total: int) -> int:

@@ -207,12 +207,16 @@ class _StackModule(pl.LightningModule):
         }
 
     def tell(self) -> None:
-        """Gives the runs what was measured of them since the last time."""
+        """Gives the runs what was measured of them."""
         for member in self.members:
-            member.module.train_loss_sum += self.loss_sums[member.place]
+            member.module.train_loss_sum = self.loss_sums[member.place].clone()
             if self.grad_norms is not None:
                 member.module.grad_norm = self.grad_norms[member.place]
-        self.loss_sums.zero_()
+
+    def ask(self) -> None:
+        """Goes on summing where the runs are, which may have begun a new stretch of steps."""
+        for member in self.members:
+            self.loss_sums[member.place] = member.module.train_loss_sum
 
 
 class _Members(pl.Callback):
@@ -227,6 +231,7 @@ class _Members(pl.Callback):
         for member in list(self.active):
             with self._speaking(member):
                 member.journal.on_train_start(member.run.trainer, member.module)
+        self.module.ask()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -253,6 +258,7 @@ class _Members(pl.Callback):
                     callback.on_train_batch_end(own, member.module, outputs, batch, batch_idx)
                 if own.should_stop or step >= plan.total_steps:
                     self._finish(member)
+        self.module.ask()
         trainer.should_stop = trainer.should_stop or not self.active
 
     def finish_all(self) -> None:
