@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
@@ -276,7 +276,7 @@ class _Members(pl.Callback):
             member.journal.stop_clock()
 
     @contextlib.contextmanager
-    def _speaking(self, member: _Member) -> Any:
+    def _speaking(self, member: _Member) -> Iterator[None]:
         """What is said is this run's; where it fails the others go on."""
         try:
             with logging_to(self.console, member.one.run):
