@@ -419,17 +419,18 @@ def test_a_sweep_of_stacks(tinygpt: Command, corpus: Path, tmp_path: Path) -> No
 def test_a_stack_killed_at_any_moment_loses_nothing(
     tinygpt: Command, corpus: Path, cache: Path, tmp_path: Path
 ) -> None:
-    words = tiny(corpus, "--multirun", "seed=1,2,3", "train.steps=400", "fit=false")
-    words += ["train.checkpoint_every=2560", "train.eval_every=5120", "sweep.stack=3"]
+    words = tiny(corpus, "--multirun", "seed=1,2,3", "train.steps=1500", "fit=false")
+    words += ["train.checkpoint_every=2560", "train.eval_every=25_600", "sweep.stack=3"]
     whole = tinygpt("run", *words, "study=whole")
     assert whole.returncode == 0, whole.stderr
     chance = random.Random(0)
     killed = tmp_path / "outputs/killed"
     for _ in range(5):
-        process = start([*words, "study=killed"], tmp_path, cache)
-        wait_until(lambda: any(killed.glob("*/metrics.csv")))
-        time.sleep(chance.uniform(4, 10))
+        process, begun = start([*words, "study=killed"], tmp_path, cache), time.time()
+        wait_until(lambda: any(p.stat().st_mtime > begun for p in killed.glob("*/metrics.csv")))  # noqa: B023
+        time.sleep(chance.uniform(0.0, 1.2))
         kill_group(process)
+    assert not list(killed.glob("*/results.json"))
     done = tinygpt("run", *words, "study=killed")
     assert done.returncode == 0, done.stdout + done.stderr
     found = [read_summary(tmp_path / "outputs" / name) for name in ("whole", "killed")]
