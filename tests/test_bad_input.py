@@ -815,7 +815,7 @@ def test_out_of_memory_is_one_line(
 
     words = words_for(corpus, cache, here / "outputs")
     with monkeypatch.context() as patch:
-        patch.setattr("tinygpt.training.session._Run.train", exhausted)
+        patch.setattr("tinygpt.training.session.Run.train", exhausted)
         said = fails(*words)
     assert said.code == 1
     assert said.line.startswith("out of memory: ")

@@ -86,7 +86,6 @@ def test_a_choice_is_composed_and_built(group: str, choice: str) -> None:
         parameters=total,
         flops_per_token=flops_per_token(config.model, vocab_size),
         windows=100_000,
-        vocab_size=vocab_size,
     )
     assert plan.warmup_steps < plan.total_steps
 
@@ -295,7 +294,7 @@ def window_part(config: Config, cache: Path) -> Any:
 
 
 def plan_part(config: Config, cache: Path) -> Any:
-    return derive(config, parameters=5000, flops_per_token=30_000.0, windows=1000, vocab_size=258)
+    return derive(config, parameters=5000, flops_per_token=30_000.0, windows=1000)
 
 
 def optim_part(config: Config, cache: Path) -> Any:
@@ -496,7 +495,9 @@ ELSEWHERE = {
     "train.sample_prompt": "test_samples_are_as_long_as_asked_and_begin_with_the_prompt",
     "train.sample_tokens": "test_samples_are_as_long_as_asked_and_begin_with_the_prompt",
     "hardware.threads": "test_the_threads_are_set_and_recorded",
-    "hardware.compile": "test_compile_is_asked_of_the_model",
+    "hardware.compile": "test_what_is_compiled",
+    "hardware.matmul": "test_who_multiplies_changes_no_more_than_rounding_and_is_recorded",
+    "hardware.allocator": "test_kept_memory_is_not_asked_for_again",
     "seed": "test_a_seed_gives_the_same_bits_and_another_seed_others",
     "force": "test_force_trains_anew",
 }
@@ -591,7 +592,7 @@ def test_a_key_changes_what_it_says(
 def test_what_shows_only_in_a_run_is_in_the_hash_if_it_is_science(
     key: str, files: dict[str, str]
 ) -> None:
-    values = {"train.sample_prompt": "hello", "hardware.compile": "true", "force": "true"}
+    values = {"train.sample_prompt": "hello", "hardware.compile": "whole", "force": "true"}
     before, after = composed([], files), composed([f"{key}={values.get(key, '7')}"], files)
     assert value(before, key) != value(after, key)
     hashes = {rundir.config_hash(config, {}) for config in (before, after)}

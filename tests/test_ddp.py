@@ -23,7 +23,8 @@ from tinygpt import cli
 from tinygpt.config import ConfigError, HardwareConfig
 from tinygpt.sweeping.jobs import compose_jobs, expand
 from tinygpt.training.callbacks import Interrupts
-from tinygpt.training.trainer import Device, resolve_device, set_threads
+from tinygpt.training.hardware import set_threads
+from tinygpt.training.trainer import Device, resolve_device
 
 TWO = ["hardware.devices=2", "hardware.strategy=ddp"]
 TOLERANCE = {"64": 1e-9, "32": 1e-4}

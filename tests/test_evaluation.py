@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tinygpt.data.datamodule import IGNORED
+from tinygpt.model.loss import token_scores
 from tinygpt.training.evaluation import Scores, score
 
 INFO = {"tokens": 60, "bytes": 150, "characters": 120}
@@ -29,10 +30,10 @@ class Table(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.was_training: list[bool] = []
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         self.was_training.append(self.training)
-        out: Tensor = self.dropout(self.logits(tokens))
-        return out
+        logits = self.dropout(self.logits(tokens)).flatten(0, 1)
+        return token_scores(logits, torch.eye(logits.shape[1]).to(logits), targets.flatten())
 
 
 def batch(rows: int, length: int, seed: int = 0, ignored: int = 0) -> tuple[Tensor, Tensor]:
@@ -120,10 +121,10 @@ def test_the_context_given_is_used() -> None:
             self.linear = nn.Linear(1, 7)
             self.dtypes: list[torch.dtype] = []
 
-        def forward(self, tokens: Tensor) -> Tensor:
-            out: Tensor = self.linear(tokens.float()[..., None])
+        def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            out: Tensor = self.linear(tokens.float()[..., None]).flatten(0, 1)
             self.dtypes.append(out.dtype)
-            return out
+            return token_scores(out, torch.eye(7), targets.flatten())
 
     model = Matrix()
     score(model, [batch(2, 5)], INFO, CPU, torch.autocast("cpu", torch.bfloat16))

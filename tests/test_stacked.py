@@ -24,6 +24,7 @@ from tests.test_sweeping import read_summary, start, sweep, wait_until
 from tinygpt import cli
 from tinygpt.config import AdamOptim, Config, ConfigError, ModelConfig
 from tinygpt.model.gpt import GPT
+from tinygpt.model.linear import onednn_is_there, use_onednn
 from tinygpt.run import check_single
 from tinygpt.sweeping import stacking
 from tinygpt.sweeping.engines import lost
@@ -112,6 +113,23 @@ def test_each_model_trains_as_if_it_were_alone(options: dict[str, Any], dtype: t
 def pairs(some: list[GPT], others: list[GPT]) -> Iterator[tuple[Tensor, Tensor]]:
     for one, other in zip(some, others, strict=True):
         yield from zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+
+
+def test_products_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not onednn_is_there():
+        pytest.skip("this build of torch has no oneDNN")
+    monkeypatch.setattr("tinygpt.training.stacked.LEAST_PRODUCT", 0)
+    found = []
+    try:
+        for used in (False, True):
+            use_onednn(used)
+            stacked = StackedGPT(make_models({}, torch.float32))
+            losses = stacked.losses(*batch(0))
+            losses.sum().backward()
+            found.append([losses, *(weight.grad for weight in stacked.weights.values())])
+    finally:
+        use_onednn(None)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-6)
 
 
 def test_under_autocast_as_a_lone_model() -> None:

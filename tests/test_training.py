@@ -813,7 +813,6 @@ def test_each_horizon_gives_its_steps(corpus: Path, horizon: str, steps: int) ->
         parameters=PARAMETERS,
         flops_per_token=FLOPS,
         windows=WINDOWS,
-        vocab_size=258,
     )
     assert plan.total_steps == steps
     assert plan.train_tokens == 256 * steps
@@ -936,16 +935,3 @@ def test_a_model_that_has_learned_comes_near_the_floor_and_not_below(
         (r["test_loss"], r["test_irreducible_loss_exact"]),
     ):
         assert floor < loss < floor + 0.35
-
-
-def test_compile_is_asked_of_the_model(
-    tmp_path: Path, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In place, so that no key of a checkpoint changes; compiling itself takes a minute."""
-    asked: list[type] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: asked.append(type(self)))
-    trained = run(tmp_path, cache, corpus, "train.steps=1", "hardware.compile=true")
-    assert asked == [GPT]
-    assert all(key.startswith("model.") and "_orig_mod" not in key for key in trained.weights())
-    run(tmp_path / "plain", cache, corpus, "train.steps=1")
-    assert asked == [GPT]

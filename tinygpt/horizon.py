@@ -32,7 +32,6 @@ def derive(
     parameters: int,
     flops_per_token: float,
     windows: int,
-    vocab_size: int,
     devices: int = 1,
     pass_tokens: int = 8192,
 ) -> Plan:
@@ -62,9 +61,7 @@ def derive(
     )
     micro = config.hardware.micro_batch_size
     if micro is None:
-        # float32 logits of one pass stay below 256 MiB
-        largest = min(pass_tokens // length, 2**26 // (length * vocab_size))
-        micro = _largest_divisor(batch_size // devices, max(1, largest))
+        micro = _largest_divisor(batch_size // devices, max(1, pass_tokens // length))
     require(
         batch_size % (micro * devices) == 0,
         f"hardware.micro_batch_size={micro}: must divide the batch of {batch_size} sequences "

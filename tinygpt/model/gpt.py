@@ -10,14 +10,15 @@ width serves all.  With m = d_model / mup_base_width the matrices inside the blo
 by sqrt(m), attention scores are divided by D instead of sqrt(D), logits by m; the rates are
 training/optim.py's.  The rules take it that d_ff, too, grows with d_model.
 
-Shapes in comments: B batch, T tokens, C = d_model, H heads (KV of them with keys and values),
-D = C / H, F = d_ff, V = vocabulary, padded.  Labels are not shifted here: the logits at position
-t are about token t + 1, and whoever computes a loss gives them that token.
+Shapes in comments: B batch, T tokens (S with those in a cache), C = d_model, H heads (KV of them
+with keys and values), D = C / H, F = d_ff, V = vocabulary, padded.  Labels are not shifted here:
+the logits at position t are about token t + 1, and whoever computes a loss gives them that token.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from tinygpt.config import ModelConfig, width_ratio
 from tinygpt.counting import padded_vocab, resolved_d_ff
+from tinygpt.model.linear import Linear
+from tinygpt.model.loss import mean_loss, token_scores
 
 INIT_STD = 0.02  # as GPT-2
 NORM_EPS = 1e-5
@@ -64,13 +67,42 @@ def score_divisor(config: ModelConfig) -> float:
     return math.sqrt(head_dim)
 
 
-def manual_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, divisor: float) -> Tensor:
+def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+    """(T, S): which of S keys each query sees, the queries being those of the last T tokens."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
+
+
+def manual_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float, divisor: float, causal: bool = True
+) -> Tensor:
     """softmax(q k' / divisor) v, where no position sees a later one: what SDPA computes."""
-    T = q.shape[-2]
-    scores = q @ k.transpose(-2, -1) / divisor  # (B, H, T, T): query, key
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(diagonal=1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-    return F.dropout(weights, dropout) @ v  # (B, H, T, D)
+    scores = q @ k.transpose(-2, -1) / divisor  # (B, H, T, S): query, key
+    if causal:
+        seen = causal_mask(q.shape[-2], k.shape[-2], q.device)
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v  # (B, H, T, D)
+
+
+class KVCache:
+    """One layer's keys and values of the tokens read so far, with room for ``capacity`` tokens."""
+
+    keys: Tensor  # (B, KV, capacity, D)
+    values: Tensor
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Take those of the next T tokens, give those of all S tokens: (B, KV, S, D) each."""
+        if self.length == 0:  # only now the batch, the type (also under autocast), the device
+            B, KV, _, D = k.shape
+            self.keys = k.new_empty(B, KV, self.capacity, D)
+            self.values = v.new_empty(B, KV, self.capacity, D)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.keys[:, :, start : self.length] = k
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class Attention(nn.Module):
@@ -85,29 +117,36 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.divisor = score_divisor(config)
         width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.d_model, width, bias=config.bias)
-        self.proj = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.qkv = Linear(config.d_model, width, bias=config.bias)
+        self.proj = Linear(config.d_model, config.d_model, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2·KV, T, D)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        if self.n_kv_heads < self.n_heads:  # each key and value serves a group of queries
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if T == 1:  # it sees all, so the queries of a group can stand as rows: nothing to repeat
+            q = q.reshape(B, self.n_kv_heads, -1, self.head_dim)
+        elif self.n_kv_heads < self.n_heads:  # each key and value serves a group of queries
             group = self.n_heads // self.n_kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
         dropout = self.dropout if self.training else 0.0
         if self.manual:
-            y = manual_attention(q, k, v, dropout, self.divisor)
+            y = manual_attention(q, k, v, dropout, self.divisor, causal=T > 1)
         else:
-            scale = 1 / self.divisor
+            S, scale = k.shape[2], 1 / self.divisor
+            # SDPA's own causal mask is one for S == T
+            mask = causal_mask(T, S, x.device) if 1 < T < S else None
             y = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, scale=scale
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < T == S, scale=scale
             )
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        y = y.reshape(B, self.n_heads, T, self.head_dim).transpose(1, 2)
+        y = y.reshape(B, T, C)  # the heads side by side again
         out: Tensor = self.residual_dropout(self.proj(y))
         return out
 
@@ -120,9 +159,9 @@ class MLP(nn.Module):
         d_ff = resolved_d_ff(config)
         self.activation = config.activation
         if config.activation == "swiglu":
-            self.gate = nn.Linear(config.d_model, d_ff, bias=config.bias)
-        self.up = nn.Linear(config.d_model, d_ff, bias=config.bias)
-        self.down = nn.Linear(d_ff, config.d_model, bias=config.bias)
+            self.gate = Linear(config.d_model, d_ff, bias=config.bias)
+        self.up = Linear(config.d_model, d_ff, bias=config.bias)
+        self.down = Linear(d_ff, config.d_model, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,14 +182,14 @@ class Block(nn.Module):
         self.norm_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        x = x + self.attention(self.norm_1(x), rotary)
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attention(self.norm_1(x), rotary, cache)
         out: Tensor = x + self.mlp(self.norm_2(x))
         return out
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) in, logits (B, T, V) out."""
+    """Tokens (B, T) in, logits (B, T, V) out; or a loss, where it is told what comes next."""
 
     cos: Tensor
     sin: Tensor
@@ -175,7 +214,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
         self.norm_final = make_norm(config)
         if not config.tie_weights:
-            self.head = nn.Linear(config.d_model, rows, bias=False)
+            self.head = Linear(config.d_model, rows, bias=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -201,35 +240,49 @@ class GPT(nn.Module):
         """(V, C): the head's matrix; the token embedding where the two are tied."""
         return self.token_embedding.weight if self.config.tie_weights else self.head.weight
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """What the head reads: (B, T) -> (B, T, C)."""
-        T = tokens.shape[1]
-        if self.config.max_seq_len < T:
-            raise ValueError(f"{T} tokens, but max_seq_len is {self.config.max_seq_len}")
+    def hidden(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+        """What the head reads: (B, T) -> (B, T, C).  With a cache for each block the tokens go
+        on from those that it holds, and join them."""
+        start = caches[0].length if caches else 0
+        end = start + tokens.shape[1]
+        if self.config.max_seq_len < end:
+            raise ValueError(f"{end} tokens, but max_seq_len is {self.config.max_seq_len}")
         x = self.token_embedding(tokens)  # (B, T, C)
         rotary = None
         if self.config.position == "learned":
-            x = x + self.position_embedding.weight[:T]
+            x = x + self.position_embedding.weight[start:end]
         else:
-            rotary = (self.cos[:T], self.sin[:T])
+            rotary = (self.cos[start:end], self.sin[start:end])
         x = self.embedding_dropout(x)
-        for block in self.blocks:
-            if self.config.gradient_checkpointing and self.training:
+        each = caches if caches is not None else [None] * len(self.blocks)
+        for block, cache in zip(self.blocks, each, strict=True):
+            if self.config.gradient_checkpointing and self.training and cache is None:
                 # keep only the block's input; the backward pass computes the rest anew
                 x = checkpoint(block, x, rotary, use_reentrant=False)
             else:
-                x = block(x, rotary)
+                x = block(x, rotary, cache)
         out: Tensor = self.norm_final(x)
         return out
 
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Under µP the logits are smaller by the width ratio; the hidden state is smaller yet."""
+        return hidden if self.width_ratio == 1 else hidden / self.width_ratio
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., C) -> (..., V)."""
-        if self.width_ratio != 1:
-            hidden = hidden / self.width_ratio  # smaller than the logits
-        return F.linear(hidden, self.output_weight)
+        return F.linear(self.scaled(hidden), self.output_weight)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.logits(self.hidden(tokens))  # (B, T, V)
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The logits (B, T, V), or with ``targets`` (B, T) their mean loss, which costs less."""
+        hidden = self.hidden(tokens)
+        if targets is None:
+            return self.logits(hidden)
+        return mean_loss(self.scaled(hidden).flatten(0, 1), self.output_weight, targets.flatten())
+
+    def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every target its loss and whether the likeliest token is it: (B·T,) each."""
+        hidden = self.scaled(self.hidden(tokens)).flatten(0, 1)
+        return token_scores(hidden, self.output_weight, targets.flatten())
 
 
 def check_shape(config: ModelConfig) -> None:

@@ -75,8 +75,8 @@ def _obstacle(job: Job) -> str | None:
         f"optim={config.optim.kind}, not adamw": config.optim.kind != "adamw",
         f"model.dropout={config.model.dropout}, not 0": config.model.dropout > 0,
         "model.gradient_checkpointing=true": config.model.gradient_checkpointing,
-        f"hardware.compile={config.hardware.compile}": str(config.hardware.compile)
-        not in ("False", "off"),
+        f"hardware.compile={config.hardware.compile}": config.hardware.compile
+        not in ("auto", "off"),
         f"hardware.accelerator={kind}, not cpu or cuda": kind not in MOST,
         "train.precision=16-mixed": job.row["precision_resolved"] == "16-mixed",
         "sweep.share_trunk=true": job.trunk is not None or bool(job.keep_at),

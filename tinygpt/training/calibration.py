@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.nn import functional as F
 
 from tinygpt.config import Config
 from tinygpt.horizon import Plan
@@ -27,8 +26,7 @@ def seconds_per_step(config: Config, vocab_size: int, plan: Plan, device: Device
 
     def one_pass() -> None:
         with torch.autocast(device.accelerator, dtype, enabled=dtype is not None):
-            logits = model(tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss = model(tokens[:, :-1], tokens[:, 1:])
         torch.autograd.backward(loss)
 
     one_pass()

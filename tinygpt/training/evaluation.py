@@ -6,13 +6,24 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinygpt.data.datamodule import IGNORED
+
+
+class Scored(Protocol):
+    """What is scored: a GPT, or what answers as it does."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+    def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Scores:
 
 @torch.no_grad()  # fsdp goes on training in what it gathers here: no inference_mode
 def score(
-    model: nn.Module,
+    model: Scored,
     batches: Iterable[tuple[Tensor, Tensor]],
     info: dict[str, Any],
     device: torch.device,
@@ -59,13 +70,11 @@ def score(
     with autocast or nullcontext():
         for inputs, targets in batches:
             inputs, targets = inputs.to(device), targets.to(device)
-            logits = model(inputs).flatten(0, 1)  # (B·T, V)
-            wanted = targets.flatten()
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            losses = F.cross_entropy(wide, wanted, ignore_index=IGNORED, reduction="none")
-            loss += losses.to(dtype).sum()
-            right += (logits.argmax(-1) == wanted).sum()
-            count += (wanted != IGNORED).sum()
+            scored = (targets != IGNORED).flatten()
+            losses, is_right = model.scores(inputs, targets.clamp(min=0))  # (B·T,) each
+            loss += losses.to(dtype).masked_fill(~scored, 0).sum()
+            right += (is_right & scored).sum()
+            count += scored.sum()
     model.train(was_training)
     if reduced is not None:
         loss, right, count = reduced(torch.stack((loss, right, count)))

@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -50,8 +49,7 @@ class LanguageModel(pl.LightningModule):
             # dropout too is a function of (seed, step), so a resumed run drops the same units
             key = np.random.SeedSequence([self.config.seed, batch_idx, self.global_rank])
             torch.manual_seed(int(key.generate_state(1)[0]))
-        logits = self(inputs)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss: Tensor = self.model(inputs, targets)
         self.train_loss_sum += loss.detach().to(self.train_loss_sum) / self.plan.accumulate
         return loss
 

@@ -33,6 +33,7 @@ from tinygpt.training.console import (
     short,
 )
 from tinygpt.training.evaluation import Scores, score
+from tinygpt.training.hardware import compile_model, rounding, set_up
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
 from tinygpt.training.results import make_results
@@ -49,7 +50,6 @@ from tinygpt.training.trainer import (
     make_trainer,
     quiet_lightning,
     resolve_device,
-    set_threads,
 )
 
 log = logging.getLogger("tinygpt")
@@ -79,10 +79,12 @@ def train(
             return report_finished(run, found, console)
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
     data = open_data(config, prepared, device)
-    keep_at = branch.keep_at if branch else ()
+    assert data.plan is not None
+    begun = rundir.read_json(run.environment) if run.last.exists() and not config.force else {}
+    rounds = rounding(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
+    made = functools.partial(Run, config, run, data, device, hash_, console, rounds["compile"])
     if device.rank > 0:  # the first process has the folder, and waits for this one to train
-        resuming = run.last.exists() and not config.force
-        return Run(config, run, data, device, hash_, console, keep_at).train(resuming)
+        return made().train(bool(begun))
     with run.locked(), failures_recorded(run):
         found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
@@ -90,8 +92,8 @@ def train(
         elif found is not None:
             return report_finished(run, found, console)
         with logging_to(console, run):
-            resuming = begin(config, run, prepared, device, hash_, branch)
-            results = Run(config, run, data, device, hash_, console, keep_at).train(resuming)
+            resuming = begin(config, run, prepared, device, hash_, rounds, branch)
+            results = made(branch.keep_at if branch else ()).train(resuming)
     print_summary(run, results, console)
     return results
 
@@ -99,7 +101,7 @@ def train(
 def open_machine(config: Config) -> Device:
     """What the run computes on.  Raises ConfigError where this machine lacks what is asked for."""
     device = resolve_device(config.hardware, config.train.precision)
-    set_threads(config.hardware, device)
+    set_up(config.hardware, device)
     check_loggers(config)
     check_optimizer(config.optim)
     return device
@@ -114,7 +116,6 @@ def open_data(config: Config, prepared: shards.Prepared, device: Device) -> Toke
         parameters=count_parameters(config.model, vocab_size).total,
         flops_per_token=flops_per_token(config.model, vocab_size),
         windows=len(data.windows.starts),
-        vocab_size=vocab_size,
         devices=device.world_size,
         pass_tokens=PASS_TOKENS[device.accelerator],
     )
@@ -138,6 +139,7 @@ def begin(
     prepared: shards.Prepared,
     device: Device,
     hash_: str,
+    rounds: dict[str, Any],
     branch: Branch | None,
     stacked: int = 1,
 ) -> bool:
@@ -159,18 +161,14 @@ def begin(
                 f"hardware.strategy={config.hardware.strategy}: {run.path} was begun with "
                 f"{before['strategy']}; go on with that, or use force=true"
             )
-        if before["threads"] != torch.get_num_threads():
-            log.info(
-                "note: begun with %d threads, now %d: equal within rounding, not bit for bit",
-                before["threads"],
-                torch.get_num_threads(),
-            )
-        if before["devices"] != device.world_size:
-            log.info(
-                "note: begun on %d devices, now %d: equal within rounding, not bit for bit",
-                before["devices"],
-                device.world_size,
-            )
+        for name, value in rounds.items():
+            if before.get(name, value) != value:
+                log.info(
+                    "note: begun with %s %s, now %s: equal within rounding, not bit for bit",
+                    name,
+                    before[name],
+                    value,
+                )
         return True
     name = torch.cuda.get_device_name() if device.accelerator == "cuda" else device.accelerator
     branching = branch is not None and branch.is_ready()
@@ -180,8 +178,7 @@ def begin(
         rundir.environment(
             config_hash=hash_,
             precision_resolved=device.precision,
-            threads=torch.get_num_threads(),
-            devices=device.world_size,
+            **rounds,
             strategy=device.strategy,
             device=name,
             stacked=stacked if stacked > 1 else None,
@@ -238,13 +235,14 @@ class Run:
         device: Device,
         hash_: str,
         console: Console,
+        compiled: str,
         keep_at: Sequence[int] = (),
         stacked: int = 1,
     ) -> None:
         assert data.plan is not None
         self.config, self.run, self.data, self.device = config, run, data, device
         self.hash, self.console, self.plan = hash_, console, data.plan
-        self.keep_at = frozenset(keep_at)
+        self.compiled, self.keep_at = compiled, frozenset(keep_at)
         self.tokenizer = data.prepared.tokenizer
         torch.manual_seed(config.seed)
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
@@ -277,8 +275,7 @@ class Run:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
         loggers = make_loggers(self.config, self.run, first) if self.writes else []
         self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers, last)
-        if self.config.hardware.compile:
-            self.module.model.compile()
+        compile_model(self.module.model, self.compiled)
         ckpt_path = str(self.run.last) if resuming else None
         with ending_together(self.trainer), quiet_lightning():
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
@@ -389,7 +386,8 @@ class Run:
         share = (batches[index] for index in range(rank, len(batches), processes))
         context = self.trainer.precision_plugin.forward_context()
         info = self.data.splits[split].info
-        return score(self.module.model, share, info, self.module.device, context, reduced)
+        with gathered(self.module.model):
+            return score(self.module.model, share, info, self.module.device, context, reduced)
 
     def _evaluate_val(self) -> Scores:
         return self._evaluate("val")

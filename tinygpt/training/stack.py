@@ -18,6 +18,7 @@ from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import Batch
 from tinygpt.training.callbacks import Checkpoints, Interrupts, is_rest, step_ended
 from tinygpt.training.console import logging_to, preparing
+from tinygpt.training.hardware import rounding
 from tinygpt.training.optim import rate_factor
 from tinygpt.training.session import (
     Run,
@@ -320,6 +321,10 @@ class _Stack:
         with preparing(console) as progress:
             self.prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
         self.data = open_data(config, self.prepared, self.device)
+        assert self.data.plan is not None
+        vocab_size = self.prepared.tokenizer.vocab_size
+        begun = {"compile": "off"}
+        self.rounds = rounding(config, vocab_size, self.data.plan, self.device, begun)
 
     def train(self) -> dict[str, End]:
         """The end of every run, by its hash."""
@@ -341,10 +346,13 @@ class _Stack:
         with logging_to(self.console, one.run):
             size = len(self.asked)
             resuming = begin(
-                one.config, one.run, self.prepared, self.device, one.hash, None, stacked=size
+                *(one.config, one.run, self.prepared, self.device, one.hash, self.rounds, None),
+                stacked=size,
             )
             run = Run(
-                one.config, one.run, self.data, self.device, one.hash, self.console, stacked=size
+                *(one.config, one.run, self.data, self.device, one.hash, self.console),
+                compiled="off",
+                stacked=size,
             )
             return _Member(one, run, resuming, torch.device(self.device.accelerator))
 

@@ -21,6 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from tinygpt.model.gpt import GPT, NORM_EPS, Rotary, manual_attention, rotate, score_divisor
+from tinygpt.model.linear import onednn_product, takes_onednn, weight_gradient
+from tinygpt.model.loss import mean_loss
+
+LEAST_PRODUCT = 2**20  # multiplications; below, K calls of oneDNN cost more than they gain
 
 
 def is_turned(name: str, parameter: Tensor) -> bool:
@@ -79,6 +83,9 @@ class StackedGPT:
     def _linear(self, name: str, x: Tensor) -> Tensor:
         """(K, R, in) -> (K, R, out)."""
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        if takes_onednn(x) and x[0].numel() * weight.shape[2] >= LEAST_PRODUCT:
+            out: Tensor = _ByOneDnn.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            return out
         return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
@@ -121,45 +128,38 @@ class StackedGPT:
 
 def head_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Each run's mean cross entropy: (K, R, C), (K, V, C), (K, R) -> (K,)."""
-    if hidden.is_cpu and not torch.is_autocast_enabled("cpu"):
-        losses: Tensor = _HeadLosses.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
-        return losses
+    if hidden.is_cpu:  # the logits of one run stay in the cache; those of all would not
+        each = zip(hidden.unbind(), head.unbind(), targets.unbind(), strict=True)
+        return torch.stack([mean_loss(*one) for one in each])
     logits = torch.bmm(hidden, head.transpose(1, 2)).flatten(0, 1)  # (K·R, V)
-    each = F.cross_entropy(logits, targets.flatten(), reduction="none")
-    return each.view(targets.shape).mean(1)
+    losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(1)
 
 
-class _HeadLosses(torch.autograd.Function):
-    """Head and cross entropy run by run, with the gradient taken at once.
+class _ByOneDnn(torch.autograd.Function):
+    """x w + bias run by run, by oneDNN, which torch does not ask for a batch of products.
 
-    On a CPU the logits of one run stay in its cache; those of all would not.
+    (K, R, in), (K, in, out), (K, out) -> (K, R, out).
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        K, R = targets.shape
-        to_hidden, to_head = torch.empty_like(hidden), torch.empty_like(head)
-        losses = hidden.new_empty(K)
-        p = hidden.new_empty(R, head.shape[1])  # logits, then probabilities, then their gradient
-        minus_one = hidden.new_full((1, 1), -1.0).expand(R, 1)
-        for k in range(K):
-            wanted = targets[k].unsqueeze(1)
-            torch.mm(hidden[k], head[k].t(), out=p)
-            largest, hit = p.amax(1), p.gather(1, wanted).squeeze(1)
-            torch.softmax(p, 1, out=p)
-            losses[k] = (largest - p.amax(1).log() - hit).mean()  # log of the sum, less the hit
-            p.scatter_add_(1, wanted, minus_one)
-            torch.mm(p, head[k], out=to_hidden[k])
-            torch.mm(p.t(), hidden[k], out=to_head[k])
-        ctx.save_for_backward(to_hidden, to_head)
-        return losses
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        out = x.new_empty(*x.shape[:2], weight.shape[2])
+        for k in range(len(x)):
+            out[k] = onednn_product(x[k], weight[k].t(), None if bias is None else bias[k])
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        to_hidden, to_head = ctx.saved_tensors
-        scale = (gradients[0] / to_hidden.shape[1])[:, None, None]
-        return to_hidden.mul_(scale), to_head.mul_(scale), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        (x, weight), grad = ctx.saved_tensors, gradients[0].contiguous()
+        of_x, of_weight = torch.empty_like(x), torch.empty_like(weight)
+        for k in range(len(x)):
+            of_x[k] = onednn_product(grad[k], weight[k])
+            of_weight[k] = weight_gradient(grad[k], x[k]).t()
+        return of_x, of_weight, grad.sum(1) if ctx.has_bias else None
 
 
 class StackedAdamW(torch.optim.Optimizer):

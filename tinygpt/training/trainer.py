@@ -72,8 +72,6 @@ def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
             f"hardware.accelerator={kind}: this machine or this build of torch has none; "
             f"usable here: {usable}"
         )
-    if kind == "mps" and hardware.compile:
-        raise ConfigError("hardware.compile=true: not on mps; usable there: false")
     allowed = {"cpu": ("32", "64", "bf16-mixed"), "mps": ("32",)}.get(
         kind, ("32", "64", "bf16-mixed", "16-mixed")
     )
@@ -146,18 +144,6 @@ def _strategy(device: Device) -> Strategy | str:
             save_distributed_checkpoint=False,
         )
     return device.strategy
-
-
-def set_threads(hardware: HardwareConfig, device: Device) -> None:
-    """CPU threads: what is asked for, else torch's choice, which processes side by side share."""
-    threads = hardware.threads
-    if threads is None and device.devices > 1:
-        share = max(1, (os.cpu_count() or 1) // device.devices)
-        threads = min(share, torch.get_num_threads())
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device.world_size > 1:
-        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else Lightning sets its own
 
 
 def check_loggers(config: Config) -> None:

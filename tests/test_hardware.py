@@ -1,0 +1,162 @@
+"""What ``hardware`` asks of a process: products, memory, compiling; no part of the experiment."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Command, tiny
+from tests.test_training import Trained
+from tinygpt import cli, rundir
+from tinygpt.config import ConfigError, HardwareConfig
+from tinygpt.horizon import Plan
+from tinygpt.model import linear
+from tinygpt.model.gpt import GPT, Block
+from tinygpt.training import hardware
+from tinygpt.training.trainer import Device
+
+PLAN = Plan(100, 25_600, 5, 10, 10, None, 8, 8, 1)
+
+
+@pytest.fixture(autouse=True)
+def products_as_before() -> Iterator[None]:
+    yield
+    linear.use_onednn(None)
+
+
+def run(folder: Path, cache: Path, corpus: Path, *more: str) -> Trained:
+    return Trained(folder, cache, tiny(corpus, *more)).go()
+
+
+@pytest.mark.skipif(not linear.onednn_is_there(), reason="this torch has no oneDNN")
+def test_who_multiplies_changes_no_more_than_rounding_and_is_recorded(
+    tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    losses = {}
+    for name in ("torch", "onednn"):
+        trained = run(tmp_path / name, cache, corpus, f"hardware.matmul={name}")
+        losses[name] = trained.results["final_val_loss"]
+        assert rundir.read_json(trained.path / "environment.json")["matmul"] == name
+    assert losses["onednn"] == pytest.approx(losses["torch"], rel=1e-4)
+
+
+def test_a_run_taken_up_with_other_products_says_so(
+    tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    words = ["hardware.matmul=torch", "train.checkpoint_every=256"]
+    first = Trained(tmp_path, cache, tiny(corpus, *words)).go()
+    first.path.joinpath("results.json").unlink()
+    environment = rundir.read_json(first.path / "environment.json")
+    rundir.write_json(first.path / "environment.json", {**environment, "matmul": "onednn"})
+    first.go()
+    assert "note: begun with matmul onednn, now torch" in first.said
+
+
+def test_onednn_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "onednn_is_there", lambda: False)
+    with pytest.raises(ConfigError, match=r"hardware\.matmul=onednn: .* here: auto, torch"):
+        hardware.set_up(HardwareConfig(matmul="onednn"), Device("cpu", "32"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_kept_memory_is_not_asked_for_again() -> None:
+    """Where malloc gives tensors back, pages have to be made anew at every step."""
+    faults = {choice: page_faults(choice) for choice in ("keep", "system")}
+    assert faults["keep"] < faults["system"] / 10
+
+
+def page_faults(allocator: str) -> int:
+    """Of ten steps of a small model, after ten others."""
+    program = f"""
+import resource, torch
+from tinygpt.config import HardwareConfig, ModelConfig
+from tinygpt.model.gpt import GPT
+from tinygpt.training import hardware
+from tinygpt.training.trainer import Device
+hardware.set_up(HardwareConfig(allocator={allocator!r}, threads=1), Device("cpu", "32"))
+model = GPT(ModelConfig(), 4096)
+tokens = torch.randint(4096, (1, 257))
+for step in range(20):
+    if step == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    model.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.parametrize(
+    ("how", "on", "allowed"),
+    [
+        ("graphs", "cpu", "auto, off, regional, whole"),
+        ("whole", "mps", "auto, off"),
+    ],
+)
+def test_what_a_device_cannot_compile_is_one_line(how: str, on: str, allowed: str) -> None:
+    with pytest.raises(ConfigError, match=f"hardware.compile={how}: on {on} one of {allowed}$"):
+        hardware.set_up(HardwareConfig(compile=how), Device(on, "32"))
+
+
+@pytest.mark.parametrize(
+    ("how", "asked"),
+    [
+        ("off", []),
+        ("auto", []),  # on the CPU
+        ("regional", [Block]),
+        ("whole", [GPT]),
+    ],
+)
+def test_what_is_compiled(
+    tmp_path: Path,
+    corpus: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    asked: list[type],
+) -> None:
+    """In place, so that no key of a checkpoint changes; compiling itself takes a minute."""
+    found: list[type] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *a, **k: found.append(type(self)))
+    trained = run(tmp_path, cache, corpus, "train.steps=1", f"hardware.compile={how}")
+    assert found == asked
+    assert all(key.startswith("model.") and "_orig_mod" not in key for key in trained.weights())
+
+
+@pytest.mark.parametrize(("seconds", "how"), [(2.9, "off"), (3.1, "whole")])
+def test_on_cuda_a_long_run_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, how: str
+) -> None:
+    """100 steps of so many seconds; and what a run was begun with stays."""
+    monkeypatch.setattr(hardware, "seconds_per_step", lambda *of: seconds)
+    config, cuda = cli.compose_config([]), Device("cuda", "bf16-mixed")
+    assert hardware.rounding(config, 300, PLAN, cuda, {})["compile"] == how
+    begun = {"compile": "regional"}
+    assert hardware.rounding(config, 300, PLAN, cuda, begun)["compile"] == "regional"
+    assert hardware.rounding(config, 300, PLAN, Device("cpu", "32"), {})["compile"] == "off"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler for torch to use")
+def test_a_compiled_run_is_the_same_within_rounding(
+    tinygpt: Command, tmp_path: Path, corpus: Path
+) -> None:
+    losses = {}
+    for how in ("off", "regional", "whole"):
+        words = tiny(corpus, f"hardware.compile={how}", f"run_name={how}", f"study={how}")
+        done = tinygpt("run", *words)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / "outputs" / how / how
+        losses[how] = rundir.read_json(folder / "results.json")["final_val_loss"]
+        assert rundir.read_json(folder / "environment.json")["compile"] == how
+    assert losses["regional"] == pytest.approx(losses["off"], rel=1e-4)
+    assert losses["whole"] == pytest.approx(losses["off"], rel=1e-4)

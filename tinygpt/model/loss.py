@@ -1,0 +1,127 @@
+"""The head and the cross-entropy together, a piece of the tokens at a time.
+
+The logits of a batch, tokens x vocabulary, are by far its largest tensor, and a step would read
+and write them several times.  Of a piece they stay in the processor's cache, and the gradient of
+a piece is known as soon as its logits are; so neither all logits nor all of their gradients ever
+exist (as Liger Kernel, Hsu et al. 2024, and before it Wijmans et al. 2024, "Cut your losses").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tinygpt.model.linear import onednn_product, takes_onednn, weight_gradient
+
+# Logits of one piece: on the CPU what its cache holds, elsewhere what keeps the device busy.
+PIECE = {"cpu": 2**20, "mps": 2**25, "cuda": 2**26}
+LEAST_ROWS = 64  # on a smaller piece the products become slow
+
+
+def piece_rows(vocab_size: int, device: str) -> int:
+    """How many tokens make a piece."""
+    return max(LEAST_ROWS, PIECE.get(device, 2**25) // vocab_size)
+
+
+def _pieces(
+    hidden: Tensor, weight: Tensor, targets: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Of each piece: which tokens, its logits (n, V), its softmax (n, V), its losses (n,)."""
+    rows = piece_rows(len(weight), hidden.device.type)
+    for first in range(0, len(hidden), rows):
+        piece = slice(first, first + rows)
+        logits = _product(hidden[piece], weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chances = torch.softmax(logits, dim=1)
+        wanted = logits.gather(1, targets[piece, None])
+        # the largest chance is exp(0) / sum: safe where that of the target vanishes
+        losses = logits.amax(1) - chances.amax(1).log() - wanted[:, 0]
+        yield piece, logits, chances, losses
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """(n, k) x (m, k) -> (n, m)."""
+    return onednn_product(a, b) if takes_onednn(a) else a @ b.t()
+
+
+class _InPieces(torch.autograd.Function):
+    """The mean loss; the gradients are made on the way forward, and given away on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=wide)
+        by_onednn = takes_onednn(hidden)
+        columns = weight.t().contiguous() if by_onednn else weight.t()
+        for piece, _, chances, losses in _pieces(hidden, weight, targets):
+            total += losses.sum()
+            wanted = targets[piece, None]
+            chances.scatter_(1, wanted, chances.gather(1, wanted) - 1)  # N times the gradient
+            grad = chances.to(hidden.dtype)
+            grad_hidden[piece] = _product(grad, columns)
+            if by_onednn:
+                grad_weight += weight_gradient(grad, hidden[piece])
+            elif grad.dtype == wide:
+                grad_weight.addmm_(grad.t(), hidden[piece])
+            else:
+                grad_weight += grad.t() @ hidden[piece]
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.dtype = weight.dtype
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        factor = grad / len(grad_hidden)
+        return grad_hidden.mul_(factor), grad_weight.mul_(factor).to(ctx.dtype), None
+
+
+def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The mean over all tokens of the cross-entropy of their logits, hidden x weight', in nats.
+
+    ``hidden`` (N, C), ``weight`` (V, C), ``targets`` (N,).  Differentiable once.
+    """
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not _worth_cutting(hidden, weight):
+            logits = hidden @ weight.t()
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            return F.cross_entropy(logits.to(wide), targets)
+        out: Tensor = _in_pieces(hidden, weight, targets)
+        return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _in_pieces(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    out: Tensor = _InPieces.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _worth_cutting(hidden: Tensor, weight: Tensor) -> bool:
+    """A graphics card takes a small batch in one piece faster, and in a compiled graph."""
+    kind = hidden.device.type
+    return kind == "cpu" or len(hidden) > piece_rows(len(weight), kind)
+
+
+@torch.no_grad()
+def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every token its loss (N,) and whether the likeliest one is right (N,); shapes as above."""
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    losses, right = [], []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for piece, logits, _, of_piece in _pieces(hidden, weight, targets):
+            losses.append(of_piece)
+            right.append(logits.argmax(1) == targets[piece])
+    return torch.cat(losses), torch.cat(right)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """As autocast would hand it to a matrix product."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

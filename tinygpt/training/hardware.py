@@ -1,0 +1,109 @@
+"""What ``hardware`` asks of a process beyond its device: threads, memory, products, compiling."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import torch
+
+from tinygpt.config import Config, ConfigError, HardwareConfig
+from tinygpt.horizon import Plan
+from tinygpt.model.gpt import GPT
+from tinygpt.model.linear import onednn_is_there, onednn_is_used, use_onednn
+from tinygpt.training.calibration import seconds_per_step
+from tinygpt.training.trainer import Device
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES = 2**30
+LARGEST = 2**25  # what glibc takes; a tensor beyond that is the system's as before
+COMPILING_PAYS = 300.0  # seconds of training, uncompiled; compiling takes about a tenth of it
+
+
+def set_up(hardware: HardwareConfig, device: Device) -> None:
+    """Before a model is made.  Raises ConfigError for what this machine does not have."""
+    check_compile(hardware, device)
+    set_threads(hardware, device)
+    if hardware.matmul == "onednn" and not onednn_is_there():
+        raise ConfigError("hardware.matmul=onednn: not in this build of torch; here: auto, torch")
+    use_onednn({"auto": None, "torch": False, "onednn": True}[hardware.matmul])
+    if hardware.allocator == "keep" and device.accelerator == "cpu":
+        keep_freed_memory()
+
+
+def set_threads(hardware: HardwareConfig, device: Device) -> None:
+    """CPU threads: what is asked for, else torch's choice, which processes side by side share."""
+    threads = hardware.threads
+    if threads is None and device.devices > 1:
+        share = max(1, (os.cpu_count() or 1) // device.devices)
+        threads = min(share, torch.get_num_threads())
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device.world_size > 1:
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else Lightning sets its own
+
+
+def keep_freed_memory() -> bool:
+    """Has malloc keep what is freed for the next step; whether it can (glibc).
+
+    It would give tensors back to the system, which zeroes every page of them anew when the next
+    step asks: up to a third of the time of a small step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # not glibc
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+
+
+def check_compile(hardware: HardwareConfig, device: Device) -> None:
+    """Raises ConfigError where the device cannot run what is asked for."""
+    allowed = {"cpu": ("auto", "off", "regional", "whole"), "mps": ("auto", "off")}
+    usable = allowed.get(device.accelerator, ("auto", "off", "regional", "whole", "graphs"))
+    if hardware.compile not in usable:
+        raise ConfigError(
+            f"hardware.compile={hardware.compile}: on {device.accelerator} "
+            f"one of {', '.join(usable)}"
+        )
+
+
+def rounding(
+    config: Config, vocab_size: int, plan: Plan, device: Device, begun: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the last bits of a result, as environment.json keeps it.
+
+    ``begun`` is what a run that is taken up began with: ``auto`` stays what it was then.
+    """
+    compiled = config.hardware.compile
+    if compiled == "auto":
+        compiled = begun.get("compile") or _auto_compile(config, vocab_size, plan, device)
+    return {
+        "threads": torch.get_num_threads(),
+        "devices": device.world_size,
+        "matmul": "onednn" if device.accelerator == "cpu" and onednn_is_used() else "torch",
+        "compile": compiled,
+    }
+
+
+def _auto_compile(config: Config, vocab_size: int, plan: Plan, device: Device) -> str:
+    """Whole on one CUDA device where the run is long enough to pay for it, else off."""
+    if device.accelerator != "cuda" or device.world_size > 1:
+        return "off"
+    seconds = plan.total_steps * seconds_per_step(config, vocab_size, plan, device)
+    return "whole" if seconds > COMPILING_PAYS else "off"
+
+
+def compile_model(model: GPT, how: str) -> None:
+    """In place, so that no key of a checkpoint changes.
+
+    ``regional`` compiles a block once for all of them, ``whole`` everything at once, ``graphs`` so
+    too and replays it as CUDA graphs, which small models gain most by.
+    """
+    if how == "regional":
+        for block in model.blocks:
+            block.compile()
+    elif how == "whole":
+        model.compile()
+    elif how == "graphs":
+        model.compile(mode="reduce-overhead")
