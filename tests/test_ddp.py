@@ -246,7 +246,7 @@ def test_a_run_goes_on_with_another_number_of_devices(
     run = stop(tmp_path, cache, first, signal.SIGTERM, group=False)
     done = tinygpt("run", *then, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "devices, now" in (run / "run.log").read_text()
+    assert "note: begun with devices" in (run / "run.log").read_text()
     assert_learned_the_same(alone, run, 1e-8)
 
 

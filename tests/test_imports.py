@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "scaling": set(),
     "cli": BELOW,
     "sweeping": BELOW | {"cli"},
-    **{command: BELOW | {"cli", "sweeping"} for command in COMMANDS},
+    "measuring": BELOW | {"cli"},
+    **{command: BELOW | {"cli", "sweeping", "measuring"} for command in COMMANDS},
 }
 TORCH = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
 TORCH_FREE = {"config", "checks", "horizon", "counting", "rundir", "cli", "scaling"}
@@ -114,6 +115,53 @@ def test_the_check_sees_a_breach(part: str, source: str) -> None:
 def test_no_drawer_for_odds_and_ends() -> None:
     names = {part for path in FILES for part in path.relative_to(PACKAGE).with_suffix("").parts}
     assert not names & {"utils", "util", "helpers", "common", "core", "misc"}
+
+
+# --- what a command loads before it has anything to do; in seconds of CPU: torch and Lightning 10,
+# --- the law's libraries 1, those of the data a half
+
+LAW = {"pandas", "scipy", "matplotlib", "sklearn"}
+DATA = {"numpy", "tokenizers", "tiktoken", "datasets", "pyarrow"}
+HEAVY = TORCH | LAW | DATA | {"tensorboard", "mlflow", "joblib", "optuna", "ray", "submitit"}
+RUN_AS_A_COMMAND = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(f"tinygpt.{sys.argv[0]}", run_name="__main__", alter_sys=True)
+except SystemExit as left:
+    print("exit", left.code or 0)
+print("loaded", *{name.split(".")[0] for name in sys.modules})
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        ("run --help", set()),
+        ("run --cfg job model.d_model=32", set()),
+        ("run model.d_model=abc", set()),
+        ("run data=nope", set()),
+        ("run --multirun seed=1,2 model.d_model=-1", set()),
+        ("run experiment=width model.d_modle=3", set()),
+        ("run --multirun seed=1,2 data=custom data.path=nowhere", DATA - {"datasets"}),
+        ("fit --help", set()),
+        ("fit rnus=outputs", set()),
+        ("fit runs=nowhere", set()),
+        ("fit runs=.", LAW - {"matplotlib", "sklearn"} | DATA - {"datasets"}),
+        ("tokenizer --help", DATA - {"datasets"}),
+    ],
+)
+def test_a_command_starts_without_what_it_does_not_need(
+    words: str, needed: set[str], tmp_path: Path
+) -> None:
+    program = [sys.executable, "-c", RUN_AS_A_COMMAND, *words.split()]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.rpartition("loaded ")[2].split())
+    assert "tinygpt" in loaded
+    assert loaded & (HEAVY - needed) == set()
+    fails = not ("--help" in words or "--cfg" in words)
+    assert ("exit 2" in done.stdout) == fails
+    assert done.stderr.count("\n") == fails
 
 
 def test_the_package_itself_imports_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -144,6 +145,26 @@ def test_the_report_says_the_numbers_of_fit_json(folder: Path) -> None:
     assert found["data_hash"][:12] in text
     for check in found["checks"]:
         assert f"| {check['name']} | {check['detail']} |" in text
+
+
+def test_shared_trunks_say_what_they_saved(joint: Analysis) -> None:
+    runs = joint.runs.assign(run_name=joint.runs["name"], total_steps=100, flops_exact=1e15)
+    branched = runs.assign(branched_from=None, branched_at_step=np.nan)
+    assert facts.shared_trunks(runs) is None
+    assert facts.shared_trunks(branched) is None
+    branched.loc[branched.index[1:4], "branched_from"] = branched["run_name"].iloc[0]
+    branched.loc[branched.index[1:4], "branched_at_step"] = [20, 40, 60]
+    branched.loc[branched.index[4], "branched_from"] = "a trunk that is not here"
+    branched.loc[branched.index[4], "branched_at_step"] = 50
+    found = facts.shared_trunks(branched)
+    assert found is not None
+    total = len(runs) * 1e15
+    numbers = (found.flops, found.independent_flops, found.saved)
+    assert numbers == pytest.approx((total - 1.2e15, total, 1.2e15 / total))
+    blocks = sections.runs(dataclasses.replace(joint, runs=branched))
+    text = document.markdown(list(blocks))
+    assert f"({wording.percent(found.saved)}) against independent runs." in text
+    assert "trunk" not in document.markdown(list(sections.runs(joint)))
 
 
 def test_what_fails_comes_first(alone: Analysis, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from tinygpt.config import (
     SyntheticData,
     TokenizerConfig,
 )
-from tinygpt.data import shards
+from tinygpt.data import shards, tokenizers
 from tinygpt.data.corpora import Document, SyntheticCorpus, split_of
 from tinygpt.data.shards import Prepared, Split, cache_root, load_index, prepare
 
@@ -323,6 +324,7 @@ def test_max_tokens_stops_an_endless_source_and_nests(limits: tuple[int, int]) -
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(shards, "BATCH_CHARACTERS", 50),
+        mock.patch.object(shards, "_cpus", return_value=2),
     ):
         for limit in (small, large):
             corpus = Endless()
@@ -331,8 +333,9 @@ def test_max_tokens_stops_an_endless_source_and_nests(limits: tuple[int, int]) -
             info = made[-1].index["splits"]["train"]
             last = len(documents_of(made[-1], "train")[-1]) + 1
             assert info["tokens"] >= limit > info["tokens"] - last
-            # one batch of text at the most beyond what is kept, and the two others
-            assert corpus.reads <= info["documents"] + 50 // len("document 0") + 1 + 2
+            # beyond what is kept one batch of text at the most, the two others, and what is read
+            # ahead: two documents a part here, and a part for each thread, the next and the last
+            assert corpus.reads <= info["documents"] + 50 // len("document 0") + 1 + 2 + 4 * 2
     assert raw[1][: len(raw[0])] == raw[0]
 
 
@@ -347,6 +350,48 @@ def test_the_evaluation_set_of_fewer_training_tokens_begins_that_of_more(tmp_pat
         assert most[: len(more)] == more
         assert more[: len(few)] == few
         assert more == most  # once eval_tokens are there, the set is fixed
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    cpus=st.integers(2, 20),
+    batch=st.integers(1, 3000),
+    max_tokens=st.none() | st.integers(1, 4000),
+    eval_tokens=st.integers(1, 1000),
+)
+def test_any_number_of_threads_writes_the_same_bytes(
+    cpus: int, batch: int, max_tokens: int | None, eval_tokens: int
+) -> None:
+    val = stories(20, start=1000)
+    corpus = Texts(["", *stories(150), *val[:3], ""] * 2, val=val, test=["t"])
+    data = config(max_tokens=max_tokens, eval_tokens=eval_tokens)
+    found = []
+    for count in (1, cpus):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.object(shards, "BATCH_CHARACTERS", batch),
+            mock.patch.object(shards, "_cpus", return_value=count),
+        ):
+            made = prepare(corpus, data, BpeTokenizer(vocab_size=270), Path(folder))
+            found.append(contents(made.folder))
+    assert found[0] == found[1]
+
+
+def test_encoding_leaves_no_thread_behind(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with mock.patch.object(shards, "BATCH_CHARACTERS", 50):
+        whole(tmp_path, Endless(), config(max_tokens=300))
+    assert threading.active_count() == before
+
+
+def test_what_cannot_be_encoded_is_raised(tmp_path: Path) -> None:
+    error = MemoryError("no room")
+    with (
+        mock.patch.object(tokenizers.Bytes, "encode_batch", side_effect=error),
+        pytest.raises(MemoryError, match="no room"),
+    ):
+        whole(tmp_path, Texts(stories(300)))
+    assert [p for p in (tmp_path / "data").iterdir() if p.is_dir()] == []
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer(), BpeTokenizer()])
@@ -534,6 +579,29 @@ def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
         whole(tmp_path, corpus)
     assert [p.name for p in (tmp_path / "data").iterdir() if p.is_dir()] == []
     assert len(documents_of(whole(tmp_path, corpus), "train")) > 200
+
+
+@pytest.mark.parametrize("cpus", [1, 7])
+def test_a_source_that_fails_behind_what_is_wanted_does_not_matter(
+    tmp_path: Path, cpus: int
+) -> None:
+    """As if nothing were read ahead: whether it fails must not depend on the machine."""
+
+    class Failing(Texts):
+        def documents(self, split: str) -> Iterator[Document]:
+            yield from super().documents(split)
+            if split == "train":
+                raise OSError("the disk is gone")
+
+    corpus = Failing(stories(40), val=["validation"], test=["test"])
+    enough = sum(len(text) + 1 for text in stories(38))
+    with (
+        mock.patch.object(shards, "BATCH_CHARACTERS", 10),
+        mock.patch.object(shards, "_cpus", return_value=cpus),
+    ):
+        assert documents_of(whole(tmp_path, corpus, config(max_tokens=enough)), "train")
+        with pytest.raises(OSError, match="the disk is gone"):
+            whole(tmp_path, corpus, config(max_tokens=2 * enough))
 
 
 class Dying(Texts):

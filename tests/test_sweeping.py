@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import os
@@ -18,12 +19,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from tests.conftest import ROOT, Command, tiny
 from tinygpt import cli, rundir
 from tinygpt.config import ConfigError, WsdSchedule
 from tinygpt.scaling.runs import load_runs
-from tinygpt.sweeping.jobs import Job, compose_jobs, expand
+from tinygpt.sweeping.engines import Outcome
+from tinygpt.sweeping.jobs import Job, compose_jobs, expand, flops_of
+from tinygpt.sweeping.view import View, Work, seconds_left
 
 EXPERIMENTS = sorted(
     path.stem
@@ -290,6 +294,8 @@ def test_a_branch_ends_as_if_trained_from_the_start(
     alone = tinygpt("run", *words, "study=alone")
     shared = tinygpt("run", *words, "study=shared", "sweep.share_trunk=true")
     assert alone.returncode == shared.returncode == 0, alone.stderr + shared.stderr
+    assert re.search(r"trained .* \(4\d%\) against independent runs", shared.stdout)
+    assert "independent" not in alone.stdout
     one, other = tmp_path / "outputs/alone", tmp_path / "outputs/shared"
     rows = [comparable(folder) for folder in (one, other)]
     begun = [[row.pop("branched_at_step") for row in some] for some in rows]
@@ -330,6 +336,75 @@ def test_where_the_decay_begins() -> None:
         ]
         assert all(factor == 1.0 for factor in factors[warmup:stable])
         assert all(factor < 1.0 for factor in factors[stable:])
+
+
+def sized(width: int, *, steps: int = 1000, branch_step: int = 0) -> Job:
+    """A job of a width sweep as the view and the plan see it: its step costs width² FLOPs."""
+    row = {"total_steps": steps, "flops_exact": 1e6 * width**2 * steps}
+    job = Job((), cli.compose_config([]), f"d_model={width}", {}, "", rundir.RunDir(Path("none")))
+    job.row, job.branch_step = row, branch_step
+    return job
+
+
+def test_what_trunks_save_is_said() -> None:
+    trunk, branch = sized(10), sized(10, steps=500, branch_step=400)
+    assert flops_of([trunk, branch]) == (
+        "1.10e+11 FLOPs, saved 4.00e+10 (27%) against independent runs by sharing trunks"
+    )
+    assert flops_of([trunk, sized(10, steps=500)]) == "1.50e+11 FLOPs"
+
+
+# --- how long it still takes
+
+
+def pace(width: int) -> float:
+    """Seconds a step as measured on a CPU: small models have a tenth of the speed of large ones."""
+    flops = 1e6 * width**2
+    return 0.004 + flops / 4e10 * (1 + 1e9 / (flops + 1e9))
+
+
+@pytest.mark.parametrize("widths", [(32, 64, 128, 256), (256, 128, 64, 32)])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_the_time_left_is_right_or_not_shown(widths: tuple[int, ...], at_once: int) -> None:
+    works = [Work(1000, 1e6 * width**2, 1000 * pace(width)) for width in widths]
+    shown = []
+    for done in range(1, 4):
+        todo = [work._replace(seconds=0.0) for work in works[done:]]
+        true = sum(work.seconds for work in works[done:]) / at_once
+        true = max(true, *(work.seconds for work in works[done:]))
+        left = seconds_left(works[:done], todo, at_once)
+        shown.append(left is not None)
+        if left is not None:
+            assert true / 1.5 < left < 1.5 * true
+    assert shown[2]  # when one size is to come, it is known
+    assert not (shown[0] and widths[0] == 32)  # the smallest alone says nothing
+
+
+def test_runs_of_one_size_are_timed_by_each_other() -> None:
+    done, todo = Work(100, 1e9, 50.0), Work(100, 1e9)
+    assert seconds_left([done], [todo] * 3) == pytest.approx(150)
+    assert seconds_left([done], [todo] * 4, at_once=2) == pytest.approx(100)
+    assert seconds_left([done], [todo, Work(10, 1e9)], at_once=2) == pytest.approx(50)
+    assert seconds_left([], [todo]) is None
+    assert seconds_left([done], []) is None
+
+
+def test_the_view_times_what_ended_and_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [sized(32), sized(64), sized(64), sized(64)]
+    view = View(jobs, 4, Console(file=io.StringIO()))
+    now = view._start
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert view._left() == ""
+    view.begun[jobs[0]], now = now, now + 100
+    view.ended(jobs[0], Outcome("finished", 3.0))
+    assert view._left() == ""  # of a step four times as large nothing is known
+    view.begun[jobs[1]], now = now, now + 60
+    view.progress[jobs[1]] = (0.2, "")
+    assert view._left() == "  about 14:00 left"  # 300 seconds each
+    view._done_before[jobs[1]] = 0.05  # by an earlier start of the study: 400 seconds each
+    assert view._left() == "  about 18:40 left"
+    view.ended(jobs[1], Outcome("failed", reason="x"))  # what it was at goes with it
+    assert view._left() == ""
 
 
 # --- interrupted and taken up again

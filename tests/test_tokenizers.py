@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,16 @@ def test_ids_are_identical_for_any_trained_merges(
     for text in [*texts, *corpus, "".join(corpus), "".join(reversed(corpus))]:
         assert tokenizer.encode(text) == library.encode(text).ids
     assert all(len(library.model.tokenize(t)) == 1 for t in tokenizers._tokens(tokenizer.merges))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(texts_of_all_kinds | st.sampled_from(["<|endoftext|>", "<|endoftext|", "\ud800"])))
+def test_a_batch_is_each_text_alone_on_any_thread(bpe: Bpe, texts: list[str]) -> None:
+    for tokenizer in (bpe, tokenizers.Bytes()):
+        expected = [tokenizer.encode(text) for text in texts]
+        with ThreadPoolExecutor(2) as pool:
+            for found in pool.map(tokenizer.encode_batch, [texts] * 3):
+                assert [ids.tolist() for ids in found] == expected
 
 
 @needs_stories

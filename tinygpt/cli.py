@@ -130,6 +130,12 @@ def _is_plain_value(item: Override) -> bool:
     return not (is_group or item.is_sweep_override() or name.startswith("hydra"))
 
 
+def help_text() -> str:
+    """What Hydra would print, but it lists every group first, a second's work, to leave it out."""
+    shown = OmegaConf.load(Path(CONF_DIR, "hydra", "help", "tinygpt.yaml"))
+    return str(OmegaConf.create({"hydra": {"help": shown}}).hydra.help.template)
+
+
 def sweeps(overrides: Sequence[str], multirun: bool) -> bool:
     """Whether the command line, or the experiment it names, asks for a sweep."""
     with explaining(overrides), _initialized():

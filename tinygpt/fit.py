@@ -74,11 +74,11 @@ def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
     if bool(arguments.runs) == bool(arguments.table):
         raise ConfigError("runs: give runs=FOLDER, or table=FILE")
-    from tinygpt.scaling import report
+    table, columns, folder = _read(arguments)
+    from tinygpt.scaling import report  # scipy and matplotlib: once there is something to fit
     from tinygpt.scaling.analysis import analyse
     from tinygpt.scaling.runs import comparable, load_curves
 
-    table, columns, folder = _read(arguments)
     used, left_out = comparable(table, columns.loss, arguments.where)
     analysis = analyse(
         used,
@@ -99,6 +99,9 @@ def main() -> None:
 
 def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
     """The runs, where they say what, and the folder for the report."""
+    for name in arguments.runs:
+        if not Path(name).is_dir():
+            raise ConfigError(f"runs={name}: no such folder")
     from tinygpt.scaling.runs import load_runs, read_table
 
     if arguments.table:
@@ -106,9 +109,6 @@ def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
         table = _with_tokens(_in_numbers(table, arguments), arguments.columns)
         folder = Path(arguments.output_dir or "outputs") / f"fit-{source.stem}"
         return table, _columns(table, arguments), folder
-    for name in arguments.runs:
-        if not Path(name).is_dir():
-            raise ConfigError(f"runs={name}: no such folder")
     table, first = load_runs(*arguments.runs), Path(arguments.runs[0])
     if table.empty:
         raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there")

@@ -73,7 +73,10 @@ def main() -> None:
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("--multirun", "-m"))
     arguments = parser.parse_args(sys.argv[1:])
     overrides = arguments.overrides
-    shown = (arguments.help, arguments.hydra_help, arguments.info, arguments.shell_completion)
+    if arguments.help:
+        print(cli.help_text())
+        return
+    shown = (arguments.hydra_help, arguments.info, arguments.shell_completion)
     cli.register_schemas()
     if not any(shown):
         # every mistake is found before torch is imported and before anything is written: those

@@ -7,6 +7,7 @@ and the end of text behind it are targets once, the first ``eot`` is context alo
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -14,10 +15,11 @@ import itertools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import numpy as np
@@ -27,14 +29,17 @@ from tinygpt import rundir
 from tinygpt.config import ConfigError, DataConfig, TokenizerConfig
 from tinygpt.data import corpora
 from tinygpt.data.corpora import Corpus, Document, split_documents
-from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from tinygpt.data.tokenizers import Ids, Tokenizer, load_tokenizer, train_tokenizer
 
 FORMAT = 2  # of the files here; part of the cache key
 SHARD_TOKENS = 100_000_000
-BATCH_CHARACTERS = 1 << 20  # text handed to the tokenizer at a time
+BATCH_CHARACTERS = 1 << 20  # text of a split written at a time; a quarter of it is encoded at once
+MOST_THREADS = 8  # that encode; more than these wait for the one that reads
 VERIFY_BYTES = 1 << 30  # larger files are checked by their size alone
 SPLITS = ("train", "val", "test")
 
+T = TypeVar("T")
+R = TypeVar("R")
 Progress = Callable[[str, int], None]  # what is being done, bytes of text so far
 
 
@@ -261,15 +266,16 @@ def _tokenize(
     limits = {"train": data.max_tokens, "val": data.eval_tokens, "test": data.eval_tokens}
     writers = {name: _SplitWriter(folder, name, tokenizer, limits[name]) for name in SPLITS}
     duplicates = size = 0
-    for split, document in split_documents(corpus, data):
-        if split == "duplicate":
-            duplicates += 1
-            continue
-        writers[split].add(document)
-        size += len(document.text)
-        progress("tokenizing", size)
-        if writers["train"].full:
-            break
+    with contextlib.closing(_encoded(split_documents(corpus, data), tokenizer, writers)) as read:
+        for split, document, ids in read:
+            if split == "duplicate":
+                duplicates += 1
+                continue
+            writers[split].add(document, ids)
+            size += len(document.text)
+            progress("tokenizing", size)
+            if writers["train"].full:
+                break
     infos = {name: writer.finish() for name, writer in writers.items()}
     if data.val_is_test:
         infos["test"] = infos["val"]
@@ -284,6 +290,77 @@ def _tokenize(
         "duplicates_of_validation_or_test": duplicates,
         "splits": {name: info if info["documents"] else None for name, info in infos.items()},
     }
+
+
+@dataclass
+class _Part:
+    """Documents in a row, as many as are encoded at once."""
+
+    documents: list[tuple[str, Document]] = field(default_factory=list)
+    failure: Exception | None = None  # of the source, behind these documents
+
+
+def _encoded(
+    documents: Iterable[tuple[str, Document]],
+    tokenizer: Tokenizer,
+    writers: Mapping[str, _SplitWriter],
+) -> Generator[tuple[str, Document, Ids | None], None, None]:
+    """The documents in their order with their ids, None where nobody wants them.
+
+    Threads encode, as tiktoken leaves the interpreter to the others; the source is read at most
+    two parts a thread ahead.
+    """
+
+    def encode(part: _Part) -> Iterator[Ids | None]:
+        # a split that is full now is full when these come to be written
+        wanted = [
+            bool(document.text) and split in writers and not writers[split].full
+            for split, document in part.documents
+        ]
+        texts = [document.text for _, document in itertools.compress(part.documents, wanted)]
+        found = iter(tokenizer.encode_batch(texts))
+        return (next(found) if here else None for here in wanted)
+
+    for part, ids in _in_order(encode, _parts(documents)):
+        for (split, document), one in zip(part.documents, ids, strict=True):
+            yield split, document, one
+        if part.failure:
+            raise part.failure
+
+
+def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[_Part]:
+    part, size = _Part(), 0
+    try:
+        for split, document in documents:
+            part.documents.append((split, document))
+            size += len(document.text)
+            if size >= BATCH_CHARACTERS // 4:
+                yield part
+                part, size = _Part(), 0
+    except Exception as error:  # it counts only if what was read before is not enough
+        part.failure = error
+    yield part
+
+
+def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Every item with what ``work`` makes of it on another thread, a few at a time."""
+    threads = min(MOST_THREADS, _cpus())
+    waiting: collections.deque[tuple[T, Future[R]]] = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) > threads:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        for first, result in waiting:
+            yield first, result.result()
+
+
+def _cpus() -> int:
+    """Those that this process may use, where the system says."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
@@ -301,12 +378,12 @@ def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
 
 
 class _SplitWriter:
-    """Appends one split's documents to shards, tokenizing about a megabyte at a time."""
+    """Appends one split's documents to shards, about a megabyte of text at a time."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, limit: int | None) -> None:
         self.folder, self.name, self.tokenizer, self.limit = folder, name, tokenizer, limit
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        self.pending: list[Document] = []
+        self.pending: list[tuple[Document, Ids]] = []
         self.pending_characters = 0
         self.full = False
         self.files: list[dict[str, Any]] = []
@@ -318,13 +395,14 @@ class _SplitWriter:
         )
         self.nats: float | None = 0.0
 
-    def add(self, document: Document) -> None:
+    def add(self, document: Document, ids: Ids | None) -> None:
         if not document.text:
             self.info["empty_documents"] += 1
         elif self.full:
             self.info["left_out_documents"] += 1
         else:
-            self.pending.append(document)
+            assert ids is not None
+            self.pending.append((document, ids.astype(self.dtype)))  # not a view of many others
             self.pending_characters += len(document.text)
             if self.pending_characters >= BATCH_CHARACTERS:
                 self._flush()
@@ -332,7 +410,7 @@ class _SplitWriter:
     def _flush(self) -> None:
         if not self.pending:
             return
-        encoded = self.tokenizer.encode_batch([document.text for document in self.pending])
+        documents, encoded = [list(side) for side in zip(*self.pending, strict=True)]
         lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)  # with end of text
         kept = len(encoded)
         if self.limit is not None:
@@ -341,7 +419,7 @@ class _SplitWriter:
                 kept, self.full = int(within.argmax()) + 1, True
                 self.info["left_out_documents"] += len(encoded) - kept
         self._write(encoded[:kept], lengths[:kept])
-        self._count(self.pending[:kept], encoded[:kept], lengths[:kept])
+        self._count(documents[:kept], encoded[:kept], lengths[:kept])
         self.pending, self.pending_characters = [], 0
 
     def _write(self, encoded: list[Any], lengths: NDArray[np.int64]) -> None:
@@ -359,7 +437,7 @@ class _SplitWriter:
     def _append(self, tokens: NDArray[Any]) -> None:
         path = self.folder / self.files[-1]["file"]
         with rundir.naming(path), path.open("ab") as file:
-            file.write(tokens.astype(self.dtype).tobytes())
+            file.write(tokens.tobytes())
 
     def _count(
         self, documents: list[Document], encoded: list[Any], lengths: NDArray[np.int64]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "r_squared": fit.r_squared,
         "runs": len(analysis.runs),
         "left_out": len(analysis.left_out),
+        "shared_trunks": vars(shared) if (shared := shared_trunks(analysis.runs)) else None,
         "data_hash": data_hash(analysis),
         "seed": analysis.seed,
         "method": _method(fit),
@@ -64,6 +66,29 @@ def facts(analysis: Analysis) -> dict[str, Any]:
     }
     plain: dict[str, Any] = _plain(found)
     return plain
+
+
+@dataclass(frozen=True)
+class SharedTrunks:
+    """What runs cost that took over the first steps of another, and what they would have alone."""
+
+    flops: float
+    independent_flops: float
+    saved: float  # fraction
+
+
+def shared_trunks(runs: pd.DataFrame) -> SharedTrunks | None:
+    """None where no run among these branched off another of them."""
+    names = ["run_name", "branched_from", "branched_at_step", "total_steps", "flops_exact"]
+    if not set(names) <= set(runs):
+        return None
+    branched = runs["branched_from"].isin(runs["run_name"])  # without its trunk it saves nothing
+    if not branched.any():
+        return None
+    flops, taken_over = runs["flops_exact"], runs["branched_at_step"] / runs["total_steps"]
+    alone = float(flops.sum())
+    saved = float((flops * taken_over.where(branched, 0.0)).astype(float).sum())
+    return SharedTrunks(alone - saved, alone, saved / alone)
 
 
 def data_hash(analysis: Analysis) -> str:

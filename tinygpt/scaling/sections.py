@@ -21,7 +21,7 @@ from tinygpt.scaling.document import (
 )
 from tinygpt.scaling.drawing import loss_label
 from tinygpt.scaling.evidence import CLEAR, Check
-from tinygpt.scaling.facts import data_hash, run_name
+from tinygpt.scaling.facts import data_hash, run_name, shared_trunks
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.selection import Candidate
@@ -160,6 +160,12 @@ def runs(analysis: Analysis) -> Iterator[Block]:
         rows.append(["compute (FLOPs)", "", *_span(pd.Series(analysis.compute))])
     rows.append([loss_label(analysis), f"`{fit.loss}`", *_span(fit.table[fit.loss])])
     yield Table(["", "column", "from", "to", "ratio", "values"], rows)
+    if shared := shared_trunks(analysis.runs):
+        saved = wording.number(shared.independent_flops - shared.flops)
+        yield Paragraph(
+            f"Training took {wording.number(shared.flops)} FLOPs: runs that share a trunk saved "
+            f"{saved} ({wording.percent(shared.saved)}) against independent runs."
+        )
     if len(analysis.left_out):
         kinds = analysis.left_out["reason"].value_counts().sort_index()
         each = ", ".join(f"{number} {reason}" for reason, number in kinds.items())

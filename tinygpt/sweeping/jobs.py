@@ -45,6 +45,17 @@ class Job:
 Group = tuple[Job, ...]  # runs that train as one, or a run alone
 
 
+def flops_of(jobs: Iterable[Job]) -> str:
+    """What ``jobs`` compute, and what they save where they share trunks."""
+    jobs = list(jobs)
+    own, alone = (sum(job.flops for job in jobs), sum(job.row["flops_exact"] for job in jobs))
+    saved = ""
+    if own < alone:
+        saved = f", saved {alone - own:.2e} ({1 - own / alone:.0%}) against independent runs"
+        saved += " by sharing trunks"
+    return f"{own:.2e} FLOPs{saved}"
+
+
 def expand(
     params: Mapping[str, Any], arguments: Sequence[str], loader: ConfigLoader | None = None
 ) -> list[list[str]]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tinygpt.horizon import Plan
 from tinygpt.scaling.evidence import check_design
-from tinygpt.sweeping.jobs import Job
+from tinygpt.sweeping.jobs import Job, flops_of
 from tinygpt.sweeping.stacking import could_stack
 from tinygpt.training.calibration import seconds_per_step
 from tinygpt.training.console import clock, short
@@ -45,11 +45,10 @@ def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) 
             "" if job in todo else "finished",
         )
     console.print(table, highlight=False, markup=False)
-    flops = sum(job.flops for job in todo)
     total = clock(sum(seconds[job] for job in todo))
     disk = sum(map(disk_bytes, todo)) / 1e6
-    say = f"{len(todo)} to train: {flops:.2e} FLOPs, {total} one after the other, {disk:.3g} MB"
-    console.print(f"\n{say}", highlight=False)
+    say = f"{len(todo)} to train: {total} one after the other, {disk:.3g} MB, {flops_of(todo)}"
+    console.print(f"\n{say}", highlight=False, soft_wrap=True)
     stackable = could_stack(todo) if todo and todo[0].config.sweep.stack == "off" else 0
     if stackable:
         console.print(f"{stackable} of them could train as one: sweep.stack=auto", highlight=False)

@@ -14,7 +14,7 @@ from rich.table import Table
 from tinygpt import rundir
 from tinygpt.scaling.runs import read_rows
 from tinygpt.sweeping.engines import Outcome
-from tinygpt.sweeping.jobs import Job
+from tinygpt.sweeping.jobs import Job, flops_of
 
 
 def write(folder: Path) -> None:
@@ -54,6 +54,9 @@ def print_table(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], console: C
         console.print(table, highlight=False, markup=False)
     counts = ", ".join(f"{count} {status}" for status, count in Counter(said.values()).items())
     console.print(f"{len(jobs)} runs: {counts}", highlight=False)
+    done = [job for job in jobs if job in outcomes and job.row]
+    if any(job.trunk for job in done):
+        console.print(f"trained    {flops_of(done)}", highlight=False, soft_wrap=True)
     for folder in dict.fromkeys(job.run.path.parent for job in jobs):
         console.print(f"summary    {folder / 'sweep_summary.csv'}", highlight=False, soft_wrap=True)
 

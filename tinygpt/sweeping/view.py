@@ -5,10 +5,12 @@ Whatever the engine, a run tells of itself in its folder: what is shown is read 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,6 +23,46 @@ from tinygpt.sweeping.jobs import Job
 from tinygpt.training.console import clock
 
 EVERY = 1.0  # seconds between looks at the folders
+ENOUGH = 0.05  # of a run, to time it by
+REACH = 5.0  # how many times a timed step's FLOPs another step may have to be judged by it
+TRUSTED = 1.5  # the factor by which a time left may be off and be shown
+
+
+class Work(NamedTuple):
+    """Steps of a run: done in so many seconds, or to be done."""
+
+    steps: float
+    flops: float  # a step
+    seconds: float = 0.0
+
+
+def seconds_left(timed: Sequence[Work], todo: Sequence[Work], at_once: float = 1.0) -> float | None:
+    """Seconds until ``todo`` is done, as many runs ``at_once``; None where one cannot tell.
+
+    A step takes ``a + b·FLOPs`` seconds: small models are far from the speed of large ones.  Steps
+    of one size do not tell the two apart: then the truth is between all ``a`` and all ``b``.
+    """
+    if not timed or not todo:
+        return None
+    import numpy as np  # here: the mistakes of a sweep are told without it
+
+    flops = np.array([work.flops for work in timed])
+    pace = np.array([work.seconds / work.steps for work in timed])
+    one, each = 1 / pace, flops / pace  # errors relative to the time
+    flat, steep = (one.sum() / (one @ one), 0.0), (0.0, each.sum() / (each @ each))
+    if flops.max() < 1.5 * flops.min():
+        low, high = sorted([_span(todo, flat, at_once), _span(todo, steep, at_once)])
+        return math.sqrt(low * high) if high <= TRUSTED**2 * low else None
+    if max(work.flops for work in todo) > REACH * flops.max():
+        return None
+    a, b = np.linalg.lstsq(np.stack([one, each / flops.max()], 1), np.ones(len(pace)))[0]
+    both = (float(a), float(b / flops.max()))
+    return _span(todo, both if min(both) >= 0 else steep if a < 0 else flat, at_once)
+
+
+def _span(todo: Sequence[Work], pace: tuple[float, float], at_once: float) -> float:
+    each = [work.steps * (pace[0] + pace[1] * work.flops) for work in todo]
+    return max(sum(each) / at_once, *each)
 
 
 class View:
@@ -33,7 +75,8 @@ class View:
         self.ended_jobs: dict[Job, Outcome] = {}
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._start = time.time()
-        self._done_before = 0.0  # FLOPs that runs had behind them when the study was taken up
+        self._took: dict[Job, float] = {}  # seconds, of those that ended
+        self._done_before: dict[Job, float] = {}  # fraction, when the study was taken up
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -44,7 +87,7 @@ class View:
         runs = "1 run" if len(self.pending) == 1 else f"{len(self.pending)} runs"
         self._say(f"training {runs}{before}; folder {folder}")
         anew = self.pending[0].config.force
-        self._done_before = 0.0 if anew else sum(_read(job)[0] * job.flops for job in self.pending)
+        self._done_before = {} if anew else {job: _read(job)[0] for job in self.pending}
         if self.console.is_terminal:
             self._live.start()
         self._thread.start()
@@ -59,6 +102,8 @@ class View:
         with self._lock:
             self.ended_jobs[job] = outcome
             self.progress.pop(job, None)
+            if job in self.begun:
+                self._took[job] = time.time() - self.begun[job]
         place = f"{self.total - len(self.pending) + len(self.ended_jobs)}/{self.total}"
         loss = "" if outcome.val_loss is None else f"  val {outcome.val_loss:.4f}"
         seconds = f"  {clock(time.time() - self.begun.get(job, self._start))}"
@@ -88,14 +133,22 @@ class View:
                     self.progress[job] = _read(job)
 
     def _left(self) -> str:
-        """From the FLOPs done since the start; what runs had done before does not count."""
-        todo = sum(job.flops for job in self.pending)
-        done = sum(job.flops for job in self.ended_jobs)
-        done += sum(job.flops * part for job, (part, _) in list(self.progress.items()))
-        gained = done - self._done_before
-        if gained <= 0 or done >= todo:
-            return ""
-        return f"  about {clock((time.time() - self._start) * (todo - done) / gained)} left"
+        now, timed, todo, busy = time.time(), [], [], 0.0
+        running = dict(self.progress)
+        for job in self.pending:
+            steps = job.row["total_steps"] - job.branch_step
+            part, before = running.get(job, (0.0, ""))[0], self._done_before.get(job, 0.0)
+            seconds = self._took.get(job, now - self.begun.get(job, now))
+            busy += seconds
+            if job in self.ended_jobs:
+                part = 0.0 if self.ended_jobs[job].failed else 1.0
+            else:
+                todo.append(Work(steps * (1 - max(part, before)), job.flops / steps))
+            if seconds > 0 and part - before >= ENOUGH:
+                timed.append(Work(steps * (part - before), job.flops / steps, seconds))
+        at_once = max(1.0, busy / max(now - min(self.begun.values(), default=now), EVERY))
+        left = seconds_left(timed, todo, at_once)
+        return "" if left is None else f"  about {clock(left)} left"
 
     def _drawn(self) -> Group:
         table = Table.grid(padding=(0, 2))

@@ -82,7 +82,10 @@ class LanguageModel(pl.LightningModule):
     ) -> None:
         limit = self.config.train.grad_clip_norm
         norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), float("inf") if limit is None else limit
+            self.model.parameters(),
+            float("inf") if limit is None else limit,
+            # on the CPU, too, one call for all, which torch chooses by itself on CUDA alone
+            foreach=True if self.device.type == "cpu" and self.device_mesh is None else None,
         )
         self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # fsdp
 

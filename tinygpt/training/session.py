@@ -264,7 +264,8 @@ class Run:
         self.interrupts = Interrupts(self._save_last, config, self.plan)
         self.writes = device.rank == 0
 
-    def train(self, resuming: bool) -> dict[str, Any]:
+    def train(self, resuming: bool, watchers: Sequence[pl.Callback] = ()) -> dict[str, Any]:
+        """``watchers`` are called after the run's own callbacks."""
         first, last = self.open_records(resuming)
         callbacks: list[pl.Callback] = [
             self.journal,
@@ -273,6 +274,7 @@ class Run:
         ]
         if self.writes and self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
+        callbacks += watchers
         loggers = make_loggers(self.config, self.run, first) if self.writes else []
         self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers, last)
         compile_model(self.module.model, self.compiled)
