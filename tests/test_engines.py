@@ -21,7 +21,7 @@ from tests.conftest import Command, tiny
 from tests.test_sweeping import comparable, read_summary, start, sweep, wait_until
 from tinygpt.config import LocalLauncher, RayLauncher, SlurmLauncher
 from tinygpt.sweeping import engines
-from tinygpt.sweeping.jobs import Job
+from tinygpt.sweeping.jobs import Group
 
 
 def there(module: str) -> bool:
@@ -142,27 +142,30 @@ def test_slurm_queues_a_run_again_and_it_goes_on(
 def test_a_killed_worker_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is seen which job it was; the others end well."""
     jobs = sweep("seed=1,2,3,4,5", f"output_dir={tmp_path}", "hardware.accelerator=cpu")
-    monkeypatch.setattr(engines, "train_job", dies_at_seed_3)
+    monkeypatch.setattr(engines, "train_group", dies_at_seed_3)
     launcher = LocalLauncher(n_jobs=2)
-    outcomes = dict(engines.run_local(jobs, launcher, tmp_path))
-    found = {job.config.seed: outcome for job, outcome in outcomes.items()}
+    groups = [tuple(jobs[:2]), tuple(jobs[2:4]), tuple(jobs[4:])]  # two of them stacks
+    found = {
+        job.config.seed: outcome for job, outcome in engines.run_local(groups, launcher, tmp_path)
+    }
     assert {seed: outcome.status for seed, outcome in found.items()} == {
         1: "finished",
         2: "finished",
         3: "killed",
-        4: "finished",
+        4: "killed",  # with the one that it trained with
         5: "finished",
     }
     assert "SIGKILL" in found[3].reason
 
 
-def dies_at_seed_3(job: Job) -> engines.Outcome:
-    job.run.path.mkdir(parents=True, exist_ok=True)
-    job.run.log.touch()
+def dies_at_seed_3(group: Group) -> list[engines.Outcome]:
+    for job in group:
+        job.run.path.mkdir(parents=True, exist_ok=True)
+        job.run.log.touch()
     time.sleep(0.2)
-    if job.config.seed == 3:
+    if any(job.config.seed == 3 for job in group):
         os.kill(os.getpid(), signal.SIGKILL)
-    return engines.Outcome("finished", 1.0)
+    return [engines.Outcome("finished", 1.0)] * len(group)
 
 
 def test_one_raises_one_diverges_one_is_killed(

@@ -142,6 +142,11 @@ def check(config: Config) -> None:
         "http://HOST:PORT; MLflow takes no folders any more",
     )
     _check_rate_scaling(config)
+    stack = config.sweep.stack
+    require(
+        stack in ("off", "auto") or (stack.isdecimal() and int(stack) >= 2),
+        f"sweep.stack={stack}: must be off, auto or a number of runs, at least 2",
+    )
     require(
         config.hardware.devices != 0,
         "hardware.devices=0: must be at least 1, or -1 for all there are",

@@ -346,6 +346,7 @@ class SweepConfig:
     laptop: dict[str, Any] = field(default_factory=dict)
     gpu: dict[str, Any] = field(default_factory=dict)
     share_trunk: bool = False  # runs that differ in length alone share their constant-rate part
+    stack: str = "off"  # auto, or how many runs of one shape train as one at most
 
 
 @dataclass

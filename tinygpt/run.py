@@ -48,6 +48,8 @@ def check_single(config: Config, overrides: Sequence[str]) -> None:
     keys = {item.split("=")[0] for item in overrides}
     if config.launcher.kind != "serial":
         raise ConfigError(f"launcher={config.launcher.kind}: needs --multirun, or an experiment")
+    if config.sweep.stack != "off":
+        raise ConfigError(f"sweep.stack={config.sweep.stack}: needs --multirun, or an experiment")
     if "scale" in keys:
         raise ConfigError(f"scale={config.scale}: needs an experiment that has scales")
 

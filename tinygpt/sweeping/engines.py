@@ -1,11 +1,13 @@
 """Who trains the jobs of a study: this process, joblib's workers, Slurm or Ray.
 
-Every engine takes jobs and yields each with its outcome as soon as it is known, in any order.  A
-job that fails, diverges or is killed is an outcome like any other.
+Every engine takes groups of jobs, those that train as one, and yields each job with its outcome as
+soon as it is known, in any order.  A job that fails, diverges or is killed is an outcome like any
+other; a process that is killed takes its whole group with it.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -25,7 +27,7 @@ from tinygpt.config import (
     RunError,
     SlurmLauncher,
 )
-from tinygpt.sweeping.jobs import Job
+from tinygpt.sweeping.jobs import Group, Job
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,20 @@ class Outcome:
 Results = Iterator[tuple[Job, Outcome]]
 
 
-def make_engine(launcher: LauncherConfig) -> Callable[[Sequence[Job], Path], Results]:
-    """The engine that ``launcher=`` names; it is given jobs and a folder for its own files.
+def make_engine(launcher: LauncherConfig) -> Callable[[Sequence[Group], Path], Results]:
+    """The engine that ``launcher=`` names; it is given groups and a folder for its own files.
 
     Raises ConfigError where the library of an engine is missing.
     """
     if isinstance(launcher, LocalLauncher):
-        return lambda jobs, folder: run_local(jobs, launcher, folder)
+        return lambda groups, folder: run_local(groups, launcher, folder)
     if isinstance(launcher, SlurmLauncher):
         _require("submitit", "slurm")
-        return lambda jobs, folder: run_slurm(jobs, launcher, folder)
+        return lambda groups, folder: run_slurm(groups, launcher, folder)
     if isinstance(launcher, RayLauncher):
         _require("ray", "ray")
-        return lambda jobs, folder: run_ray(jobs, launcher)
-    return lambda jobs, folder: run_serial(jobs)
+        return lambda groups, folder: run_ray(groups, launcher)
+    return lambda groups, folder: run_serial(groups)
 
 
 def _require(module: str, extra: str) -> None:
@@ -76,26 +78,48 @@ def _require(module: str, extra: str) -> None:
 _interrupted: list[bool] = []  # a worker that was told to stop begins nothing more
 
 
-def train_job(job: Job) -> Outcome:
-    """Trains one run without a word to the terminal: its folder has a log of its own."""
+def train_group(group: Group) -> list[Outcome]:
+    """Trains runs without a word to the terminal: each folder has a log of its own."""
     from rich.console import Console
 
     from tinygpt.training.branching import Branch
     from tinygpt.training.session import train
+    from tinygpt.training.stack import End, train_stack
 
     if _interrupted:
-        return Outcome("interrupted", reason="not begun")
-    branch = Branch(job.trunk, job.branch_step, tuple(job.keep_at))
+        return [Outcome("interrupted", reason="not begun")] * len(group)
+    ends: list[End]
     with open(os.devnull, "w") as nowhere:
+        console = Console(file=nowhere)
         try:
-            results = train(job.config, list(job.overrides), Console(file=nowhere), branch)
+            if len(group) > 1:
+                ends = train_stack([(job.config, list(job.overrides)) for job in group], console)
+            else:
+                (job,) = group
+                branch = Branch(job.trunk, job.branch_step, tuple(job.keep_at))
+                ends = [train(job.config, list(job.overrides), console, branch)]
         except (KeyboardInterrupt, SystemExit) as stop:
             _interrupted.append(True)
             number = stop.code if isinstance(stop, SystemExit) else 130
-            return Outcome("interrupted", reason=f"stopped with exit code {number}")
+            return lost(group, "interrupted", f"stopped with exit code {number}")
         except Exception as error:
-            return Outcome("failed", reason=_one_line(error))
-    return Outcome(results["status"], results["final_val_loss"])
+            ends = [error] * len(group)
+    return [_outcome(end) for end in ends]
+
+
+def _outcome(end: dict[str, Any] | Exception) -> Outcome:
+    if isinstance(end, Exception):
+        return Outcome("failed", reason=_one_line(end))
+    return Outcome(end["status"], end["final_val_loss"])
+
+
+def lost(group: Group, status: str, reason: str) -> list[Outcome]:
+    """How the jobs of a group ended whose process did not; some may have been finished."""
+    outcomes = []
+    for job in group:
+        found = None if job.config.force or len(group) == 1 else job.run.finished(job.hash)
+        outcomes.append(_outcome(found) if found else Outcome(status, reason=reason))
+    return outcomes
 
 
 def _one_line(error: BaseException) -> str:
@@ -103,16 +127,23 @@ def _one_line(error: BaseException) -> str:
     return " ".join((str(error) if is_ours else f"{type(error).__name__}: {error}").split())
 
 
-def run_serial(jobs: Sequence[Job]) -> Results:
+def run_serial(groups: Sequence[Group]) -> Results:
     """Here, one after the other; an interrupt ends them all."""
-    for job in jobs:
-        outcome = train_job(job)
-        yield job, outcome
-        if outcome.status == "interrupted":
+    for group in groups:
+        outcomes = train_group(group)
+        yield from zip(group, outcomes, strict=True)
+        if any(outcome.status == "interrupted" for outcome in outcomes):
             return
 
 
-def run_local(jobs: Sequence[Job], launcher: LocalLauncher, folder: Path) -> Results:
+def processes(launcher: LocalLauncher, config: Config) -> int:
+    """How many runs or stacks of them are trained at once."""
+    import joblib
+
+    return launcher.n_jobs or _gpus(config) or int(joblib.cpu_count())
+
+
+def run_local(groups: Sequence[Group], launcher: LocalLauncher, folder: Path) -> Results:
     """In processes that stay for the whole study, so that torch is imported once in each.
 
     The system may kill a process (for its memory, say).  That takes the others down; those that
@@ -120,37 +151,38 @@ def run_local(jobs: Sequence[Job], launcher: LocalLauncher, folder: Path) -> Res
     """
     import joblib
 
-    gpus = _gpus(jobs[0].config)
-    n_jobs = min(launcher.n_jobs or gpus or joblib.cpu_count(), len(jobs))
-    for job in jobs:
+    config = groups[0][0].config
+    gpus, n_jobs = _gpus(config), min(processes(launcher, config), len(groups))
+    for job in itertools.chain(*groups):
         if job.config.hardware.threads is None:
             job.config.hardware.threads = max(1, joblib.cpu_count() // n_jobs)
-    waiting, suspects, interrupted = list(jobs), list[Job](), False
+    waiting, suspects, interrupted = list(groups), list[Group](), False
     while waiting or suspects:
         batch = suspects[:1] or waiting
-        lost: list[Job] = []
+        dead: list[Group] = []
         reason = ""
-        for job, outcome in _in_pool(batch, 1 if suspects else n_jobs, gpus, folder):
-            if outcome.status == "killed":
-                lost.append(job)
-                reason = outcome.reason
+        for group, outcomes in _in_pool(batch, 1 if suspects else n_jobs, gpus, folder):
+            killed = [outcome for outcome in outcomes if outcome.status == "killed"]
+            if killed and not suspects:
+                dead.append(group)
+                reason = killed[0].reason
                 continue
-            yield job, outcome
-            interrupted = interrupted or outcome.status == "interrupted"
+            yield from zip(group, outcomes, strict=True)
+            interrupted = interrupted or any(o.status == "interrupted" for o in outcomes)
         if interrupted:
             return
         if suspects:
             suspects = suspects[1:]
-            if lost:
-                yield lost[0], Outcome("killed", reason=reason)
         else:
-            suspects = [job for job in lost if job.run.log.exists()]
-            waiting = [job for job in lost if job not in suspects]
-            if lost and not suspects:
+            suspects = [group for group in dead if any(job.run.log.exists() for job in group)]
+            waiting = [group for group in dead if group not in suspects]
+            if dead and not suspects:
                 raise RunError(f"launcher=local: its processes do not start ({reason})")
 
 
-def _in_pool(jobs: Sequence[Job], n_jobs: int, gpus: int, folder: Path) -> Results:
+def _in_pool(
+    groups: Sequence[Group], n_jobs: int, gpus: int, folder: Path
+) -> Iterator[tuple[Group, list[Outcome]]]:
     """SIGTERM and SIGINT reach the workers, which save and stop; what waits is not begun."""
     from concurrent.futures import CancelledError, as_completed
     from concurrent.futures.process import BrokenProcessPool
@@ -158,7 +190,7 @@ def _in_pool(jobs: Sequence[Job], n_jobs: int, gpus: int, folder: Path) -> Resul
     from joblib.externals.loky import ProcessPoolExecutor
 
     pool = ProcessPoolExecutor(n_jobs, initializer=_claim_gpu, initargs=(gpus, folder))
-    futures = {pool.submit(train_job, job): job for job in jobs}
+    futures = {pool.submit(train_group, group): group for group in groups}
     stopped = []
 
     def stop(number: int, frame: Any) -> None:
@@ -171,13 +203,15 @@ def _in_pool(jobs: Sequence[Job], n_jobs: int, gpus: int, folder: Path) -> Resul
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for future in as_completed(futures):
+            group = futures[future]
             try:
-                outcome = future.result()
+                outcomes = future.result()
             except (BrokenProcessPool, CancelledError) as error:
-                outcome = Outcome("killed", reason=_killed(error))
-            if stopped and outcome.failed:
-                outcome = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
-            yield futures[future], outcome
+                outcomes = lost(group, "killed", _killed(error))
+            if stopped:
+                told = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
+                outcomes = [told if outcome.failed else outcome for outcome in outcomes]
+            yield group, outcomes
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -219,16 +253,16 @@ _CLAIMED: list[Any] = []  # a lock that is collected is released
 class _SlurmJob:
     """What submitit runs on a node; out of time or preempted, it is queued again as it is."""
 
-    def __call__(self, job: Job) -> Outcome:
-        outcome = train_job(job)
-        if outcome.status == "interrupted":  # no outcome: Slurm may have queued it again
-            raise SystemExit(143)
-        return outcome
+    def __call__(self, group: Group) -> list[Outcome]:
+        outcomes = train_group(group)
+        if any(outcome.status == "interrupted" for outcome in outcomes):
+            raise SystemExit(143)  # no outcome: Slurm may have queued it again
+        return outcomes
 
-    def checkpoint(self, job: Job) -> Any:
+    def checkpoint(self, group: Group) -> Any:
         import submitit
 
-        return submitit.helpers.DelayedSubmission(self, job)
+        return submitit.helpers.DelayedSubmission(self, group)
 
 
 def slurm_parameters(launcher: SlurmLauncher, study: str) -> dict[str, Any]:
@@ -246,24 +280,24 @@ def slurm_parameters(launcher: SlurmLauncher, study: str) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def run_slurm(jobs: Sequence[Job], launcher: SlurmLauncher, folder: Path) -> Results:
+def run_slurm(groups: Sequence[Group], launcher: SlurmLauncher, folder: Path) -> Results:
     """As a Slurm array, by submitit, whose files go to ``folder``/.slurm."""
     import submitit
 
     logging.getLogger("submitit").setLevel(logging.ERROR)  # a cluster without accounting is fine
     executor = submitit.SlurmExecutor(folder / ".slurm", max_num_timeout=launcher.requeues)
     executor.update_parameters(**slurm_parameters(launcher, folder.name))
-    for job in jobs:
+    for job in itertools.chain(*groups):
         job.config.hardware.threads = job.config.hardware.threads or launcher.cpus
     with executor.batch():
-        submitted = [(executor.submit(_SlurmJob(), job), job) for job in jobs]
+        submitted = [(executor.submit(_SlurmJob(), group), group) for group in groups]
     waiting = dict(submitted)
     try:
         for done in submitit.helpers.as_completed(list(waiting), poll_frequency=2):
-            error = done.exception()
+            group, error = waiting.pop(done), done.exception()
             lines = (str(error).strip() or "lost").splitlines() if error else []
-            outcome = Outcome("killed", reason=f"slurm: {lines[0]}") if error else done.result()
-            yield waiting.pop(done), outcome
+            outcomes = lost(group, "killed", f"slurm: {lines[0]}") if error else done.result()
+            yield from zip(group, outcomes, strict=True)
     finally:
         for left in waiting:  # interrupted: what runs saves and stops
             left.cancel()
@@ -274,22 +308,23 @@ def ray_options(launcher: RayLauncher) -> dict[str, Any]:
     return {"num_cpus": launcher.cpus, "num_gpus": launcher.gpus, "max_retries": 0}
 
 
-def run_ray(jobs: Sequence[Job], launcher: RayLauncher) -> Results:
+def run_ray(groups: Sequence[Group], launcher: RayLauncher) -> Results:
     """As Ray tasks, on the cluster at ``address`` or on one of its own."""
     import ray
 
     ray.init(address=launcher.address, log_to_driver=False, configure_logging=False)
     try:
-        task = ray.remote(**ray_options(launcher))(train_job)
-        for job in jobs:
+        task = ray.remote(**ray_options(launcher))(train_group)
+        for job in itertools.chain(*groups):
             job.config.hardware.threads = job.config.hardware.threads or launcher.cpus
-        running = {task.remote(job): job for job in jobs}
+        running = {task.remote(group): group for group in groups}
         while running:
             for done in ray.wait(list(running))[0]:
+                group = running.pop(done)
                 try:
-                    outcome = ray.get(done)
+                    outcomes = ray.get(done)
                 except ray.exceptions.RayError as error:
-                    outcome = Outcome("killed", reason=_one_line(error)[:200])
-                yield running.pop(done), outcome
+                    outcomes = lost(group, "killed", _one_line(error)[:200])
+                yield from zip(group, outcomes, strict=True)
     finally:
         ray.shutdown()

@@ -42,6 +42,9 @@ class Job:
         return own * float(self.row["flops_exact"])
 
 
+Group = tuple[Job, ...]  # runs that train as one, or a run alone
+
+
 def flops_of(jobs: Iterable[Job]) -> str:
     """What ``jobs`` compute, and what they save where they share trunks."""
     jobs = list(jobs)

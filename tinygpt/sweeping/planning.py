@@ -13,6 +13,7 @@ from rich.table import Table
 from tinygpt.horizon import Plan
 from tinygpt.scaling.evidence import check_design
 from tinygpt.sweeping.jobs import Job, flops_of
+from tinygpt.sweeping.stacking import could_stack
 from tinygpt.training.calibration import seconds_per_step
 from tinygpt.training.console import clock, short
 from tinygpt.training.session import open_machine
@@ -48,6 +49,9 @@ def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) 
     disk = sum(map(disk_bytes, todo)) / 1e6
     say = f"{len(todo)} to train: {total} one after the other, {disk:.3g} MB, {flops_of(todo)}"
     console.print(f"\n{say}", highlight=False, soft_wrap=True)
+    stackable = could_stack(todo) if todo and todo[0].config.sweep.stack == "off" else 0
+    if stackable:
+        console.print(f"{stackable} of them could train as one: sweep.stack=auto", highlight=False)
     if len(jobs) > 1:
         console.print("\nwhat this design can show", highlight=False)
         for check in check_design(pd.DataFrame([job.row for job in jobs])):

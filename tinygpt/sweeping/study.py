@@ -10,6 +10,7 @@ from rich.console import Console
 
 from tinygpt import rundir
 from tinygpt.config import Config, ConfigError, WsdSchedule
+from tinygpt.sweeping import stacking
 from tinygpt.sweeping.engines import Outcome, make_engine
 from tinygpt.sweeping.jobs import Job, compose_jobs
 from tinygpt.sweeping.view import View
@@ -47,9 +48,14 @@ def run_study(job_overrides: Sequence[Sequence[str]]) -> list[Outcome]:
         folder = pending[0].run.path.parent
         _make(folder)
         stages = [job for job in pending if not job.trunk], [job for job in pending if job.trunk]
+
+        def say(line: str) -> None:
+            console.print(line, highlight=False, soft_wrap=True)
+
+        units = [stacking.groups(stage, say) for stage in stages if stage]
         with View(pending, len(jobs), console) as view:
-            for stage in filter(None, stages):
-                for job, outcome in engine(stage, folder):
+            for groups in units:
+                for job, outcome in engine(groups, folder):
                     outcomes[job] = outcome
                     if outcome.status == "killed" and job.run.environment.exists():
                         rundir.write_json(job.run.error, {"error": outcome.reason})

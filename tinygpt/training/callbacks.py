@@ -50,7 +50,8 @@ class Journal(pl.Callback):
     """Logs, evaluates and judges: what a run measures of itself.
 
     ``evaluate`` scores the validation split; ``sample`` writes text at a step; ``floor`` is the
-    loss that no model gets below, where the corpus knows it.
+    loss that no model gets below, where the corpus knows it.  Of the time that passes, each of
+    ``stacked`` runs that train as one has its share.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class Journal(pl.Callback):
         sample: Callable[[int], None],
         module: LanguageModel,
         floor: float | None,
+        stacked: int = 1,
     ) -> None:
         self.config, self.plan, self.metrics = config, plan, metrics
+        self.stacked = stacked
         self.evaluate, self.sample, self._module = evaluate, sample, module
         self.floor = floor
         self.scores: Scores | None = None  # the last ones
@@ -81,7 +84,7 @@ class Journal(pl.Callback):
             "steps": 0,  # at that line
         }
         self._mark: float | None = None  # when the stretch that is being timed began
-        self._timed_steps, self._timed_seconds = 0, 0.0  # since the last line of metrics
+        self._timed_from, self._timed_seconds = 0, 0.0  # since the last line of metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.state, "loss_sum": float(self._module.train_loss_sum)}
@@ -95,6 +98,7 @@ class Journal(pl.Callback):
         pl_module.train_loss_sum = torch.tensor(
             self.state["loss_sum"], dtype=dtype, device=pl_module.device
         )
+        self._timed_from = trainer.global_step
         if trainer.global_step == 0:
             scores = self._evaluated()
             self.state["initial_val_loss"] = scores.loss
@@ -113,7 +117,6 @@ class Journal(pl.Callback):
             return
         assert isinstance(pl_module, LanguageModel)
         step, plan = trainer.global_step, self.plan
-        self._timed_steps += 1
         if not is_rest(step, self.config, plan):
             return
         evaluating = step >= plan.total_steps or step % plan.eval_steps == 0
@@ -121,7 +124,7 @@ class Journal(pl.Callback):
         # every process goes on with the mean of all, so that a checkpoint of one tells of all
         pl_module.train_loss_sum = trainer.strategy.reduce(pl_module.train_loss_sum)
         finite = math.isfinite(float(pl_module.train_loss_sum))  # waits for the device
-        self._stop_clock()
+        self.stop_clock()
         if logging_ or not finite:  # weights that are not finite are never saved
             self._log(trainer, pl_module, step, evaluating)
         if self._is_half_way(step) and self.state["status"] != "diverged":
@@ -130,13 +133,16 @@ class Journal(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self.start_clock()
+
+    def start_clock(self) -> None:
         if self._mark is None:
             self._mark = time.perf_counter()
 
-    def _stop_clock(self) -> None:
+    def stop_clock(self) -> None:
         """Evaluation, samples and checkpoints are not training time."""
         if self._mark is not None:
-            elapsed = time.perf_counter() - self._mark
+            elapsed = (time.perf_counter() - self._mark) / self.stacked
             self.state["seconds"] += elapsed
             self._timed_seconds += elapsed
         self._mark = None
@@ -150,10 +156,10 @@ class Journal(pl.Callback):
     def _log(self, trainer: pl.Trainer, module: LanguageModel, step: int, evaluating: bool) -> None:
         state = self.state
         loss = float(module.train_loss_sum) / (step - state["steps"])
-        tokens = self._timed_steps * self.config.train.batch_tokens
+        tokens = (step - self._timed_from) * self.config.train.batch_tokens
         state["tokens_per_second"] = tokens / self._timed_seconds if self._timed_seconds else None
         state["final_train_loss"], state["steps"] = loss, step
-        self._timed_steps, self._timed_seconds = 0, 0.0
+        self._timed_from, self._timed_seconds = step, 0.0
         row: dict[str, Any] = {
             "train_loss": loss,
             "learning_rate": module.rate(step - 1),
@@ -269,14 +275,14 @@ class Checkpoints(pl.Callback):
 
 
 class Interrupts(pl.Callback):
-    """SIGINT and SIGTERM: finish the step, save, stop.  A second SIGINT stops at once.
+    """SIGINT and SIGTERM: finish the step, ``save``, stop.  A second SIGINT stops at once.
 
     Several processes finish the steps until the next rest, where they learn of each other's
     signals, and stop together.
     """
 
-    def __init__(self, run: rundir.RunDir, config: Config, plan: Plan) -> None:
-        self.run, self.config, self.plan = run, config, plan
+    def __init__(self, save: Callable[[], None], config: Config, plan: Plan) -> None:
+        self.save, self.config, self.plan = save, config, plan
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -305,7 +311,7 @@ class Interrupts(pl.Callback):
         if trainer.world_size > 1 and not is_rest(trainer.global_step, self.config, self.plan):
             return
         if self.agreed(trainer):
-            trainer.save_checkpoint(self.run.last)
+            self.save()
             trainer.should_stop = True
 
     def agreed(self, trainer: pl.Trainer) -> bool:

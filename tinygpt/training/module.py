@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from tinygpt.config import Config
 from tinygpt.horizon import Plan
@@ -100,7 +101,10 @@ class LanguageModel(pl.LightningModule):
         on_device = self.device.type in ("cpu", "cuda")
         # gradients must be unscaled before they are clipped, which fused optimizers do too late
         fused = on_device and self.trainer.precision != "16-mixed"
+        optimizer, schedule = self.make_optimizer(fused=fused)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def make_optimizer(self, *, fused: bool) -> tuple[torch.optim.Optimizer, LambdaLR]:
         optimizer = make_optimizer(self.model, self.config.optim, fused=fused)
         peak = self.config.optim.learning_rate
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: self.rate(s) / peak)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimizer, LambdaLR(optimizer, lambda s: self.rate(s) / peak)

@@ -46,6 +46,7 @@ def make_results(
         **branched,
         **_recipe(config, plan, data, device),
         **_speed(config, data, device, journal),
+        "stacked": journal.stacked if journal.stacked > 1 else None,
     }
 
 

@@ -73,7 +73,7 @@ def train(
     corpus = corpora.open_corpus(config.data)
     cache = shards.cache_root(config.cache_dir)
     with preparing(console) as progress:
-        hash_, run = _identify(config, overrides, corpus)
+        hash_, run = identify(config, overrides, corpus)
         found = run.finished(hash_)  # refuses another configuration's folder, forced or not
         if found is not None and not config.force:
             return report_finished(run, found, console)
@@ -85,14 +85,14 @@ def train(
     made = functools.partial(Run, config, run, data, device, hash_, console, rounds["compile"])
     if device.rank > 0:  # the first process has the folder, and waits for this one to train
         return made().train(bool(begun))
-    with run.locked(), _failures_recorded(run):
+    with run.locked(), failures_recorded(run):
         found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
             run.clear()
         elif found is not None:
             return report_finished(run, found, console)
         with logging_to(console, run):
-            resuming = _begin(config, run, prepared, device, hash_, rounds, branch)
+            resuming = begin(config, run, prepared, device, hash_, rounds, branch)
             results = made(branch.keep_at if branch else ()).train(resuming)
     print_summary(run, results, console)
     return results
@@ -122,7 +122,7 @@ def open_data(config: Config, prepared: shards.Prepared, device: Device) -> Toke
     return data
 
 
-def _identify(
+def identify(
     config: Config, overrides: list[str], corpus: corpora.Corpus
 ) -> tuple[str, rundir.RunDir]:
     """The configuration's hash and folder; fills in ``study`` and ``run_name``."""
@@ -133,7 +133,7 @@ def _identify(
     return hash_, rundir.RunDir(folder)
 
 
-def _begin(
+def begin(
     config: Config,
     run: rundir.RunDir,
     prepared: shards.Prepared,
@@ -141,6 +141,7 @@ def _begin(
     hash_: str,
     rounds: dict[str, Any],
     branch: Branch | None,
+    stacked: int = 1,
 ) -> bool:
     """Makes the folder, or checks that what is there can be gone on with.  True: resuming."""
     run.error.unlink(missing_ok=True)
@@ -180,6 +181,7 @@ def _begin(
             **rounds,
             strategy=device.strategy,
             device=name,
+            stacked=stacked if stacked > 1 else None,
             branched_from=branch.trunk.path.name if branch and branch.trunk and branching else None,
             branched_at_step=branch.step if branch and branching else None,
         ),
@@ -197,15 +199,12 @@ def _begin(
 
 
 @contextlib.contextmanager
-def _failures_recorded(run: rundir.RunDir) -> Iterator[None]:
+def failures_recorded(run: rundir.RunDir) -> Iterator[None]:
     """A run that fails says why in ``error.json``, in one line; it is tried again next time."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        if run.environment.exists() and not isinstance(error, ConfigError):
-            with contextlib.suppress(OSError):
-                rundir.write_json(run.error, {"error": line})
+        line = record_failure(run, error)
         if isinstance(error, torch.OutOfMemoryError):
             raise RunError(
                 f"out of memory: {line}; try a smaller hardware.micro_batch_size"
@@ -213,8 +212,20 @@ def _failures_recorded(run: rundir.RunDir) -> Iterator[None]:
         raise
 
 
+def record_failure(run: rundir.RunDir, error: BaseException) -> str:
+    """The error in one line, which stands in ``error.json`` too where the run had begun."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    if run.environment.exists() and not isinstance(error, ConfigError):
+        with contextlib.suppress(OSError):
+            rundir.write_json(run.error, {"error": line})
+    return line
+
+
 class Run:
-    """One training run: its parts, and what it leaves."""
+    """One training run: its parts, and what it leaves.
+
+    ``stacked``: with how many others, itself included, it trains as one.
+    """
 
     def __init__(
         self,
@@ -226,6 +237,7 @@ class Run:
         console: Console,
         compiled: str,
         keep_at: Sequence[int] = (),
+        stacked: int = 1,
     ) -> None:
         assert data.plan is not None
         self.config, self.run, self.data, self.device = config, run, data, device
@@ -236,6 +248,7 @@ class Run:
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
         if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
             self.module.double()
+        self.trainer: pl.Trainer
         self.samples: dict[int, str] = {}  # by step
         self.metrics = rundir.MetricsFile(run.metrics)
         self.journal = Journal(
@@ -246,16 +259,14 @@ class Run:
             self._sample,
             self.module,
             data.floor("val"),
+            stacked,
         )
-        self.interrupts = Interrupts(run, config, self.plan)
+        self.interrupts = Interrupts(self._save_last, config, self.plan)
         self.writes = device.rank == 0
 
     def train(self, resuming: bool, watchers: Sequence[pl.Callback] = ()) -> dict[str, Any]:
         """``watchers`` are called after the run's own callbacks."""
-        self._introduce(resuming)
-        first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
-        if self.writes:  # a new beginning has a step 0 of its own
-            self.metrics.keep_until(first if resuming else -1)
+        first, last = self.open_records(resuming)
         callbacks: list[pl.Callback] = [
             self.journal,
             Checkpoints(self.run, self.plan, self.journal, self.keep_at),
@@ -272,13 +283,28 @@ class Run:
             self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
             self.module.to(self.trainer.strategy.root_device)  # Lightning puts it on the CPU
             self.interrupts.agreed(self.trainer)
-            final, test = self._final_scores()
+            final, test = self.final_scores()
         if not self.writes:
             # The first process says how it ended.  At Python's own end gloo's threads, which may
             # still hold tensors, would abort the process.
             os._exit(0)
         if self.interrupts.received is not None:
-            self._leave_interrupted(self.interrupts.received)
+            self.leave_interrupted(self.interrupts.received)
+        return self.finish(final, test)
+
+    def _save_last(self) -> None:
+        self.trainer.save_checkpoint(self.run.last)
+
+    def open_records(self, resuming: bool) -> tuple[int, int]:
+        """The step that the run begins after, and the one to end at."""
+        self._introduce(resuming)
+        first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
+        if self.writes:  # a new beginning has a step 0 of its own
+            self.metrics.keep_until(first if resuming else -1)
+        return first, last
+
+    def finish(self, final: Scores | None, test: Scores | None) -> dict[str, Any]:
+        """Writes the results, and with them the run is finished."""
         if final is not None:
             with rundir.replacing(self.run.checkpoints / "final.ckpt") as temporary:
                 shutil.copyfile(self.run.last, temporary)
@@ -394,7 +420,7 @@ class Run:
         if self.writes:
             rundir.write_text(self.run.samples, "".join(self.samples.values()))
 
-    def _leave_interrupted(self, number: int) -> None:
+    def leave_interrupted(self, number: int) -> None:
         log.info(
             "stopped by %s at step %d of %d; the same command goes on from there",
             signal.Signals(number).name,
@@ -405,7 +431,7 @@ class Run:
             logger.finalize("KILLED")  # Lightning told them that all went well
         raise SystemExit(128 + number)
 
-    def _final_scores(self) -> tuple[Scores | None, Scores | None]:
+    def final_scores(self) -> tuple[Scores | None, Scores | None]:
         """Of validation and test, where the run came to its end; with a last sample."""
         if self.journal.state["status"] == "diverged" or self.interrupts.received is not None:
             return None, None
