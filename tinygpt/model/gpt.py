@@ -123,8 +123,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2·KV, T, D)
-        q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+        D, kv_width = self.head_dim, self.n_kv_heads * self.head_dim
+        # cut up while the heads stand side by side: their gradients are then joined by rows
+        parts = self.qkv(x).split([C, kv_width, kv_width], dim=-1)
+        q, k, v = (part.view(B, T, -1, D).transpose(1, 2) for part in parts)  # (B, H or KV, T, D)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:

@@ -48,39 +48,51 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return onednn_product(a, b) if takes_onednn(a) else a @ b.t()
 
 
+def add_up(
+    hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tensor, of_columns: Tensor
+) -> Tensor:
+    """The sum of the losses.  Its gradients are written into ``of_hidden`` (N, C) and added to
+    ``of_columns`` (C, V), which is of ``weight'``: in this order the product is faster."""
+    total = torch.zeros((), dtype=of_columns.dtype, device=hidden.device)
+    by_onednn = takes_onednn(hidden)
+    columns = weight.t().contiguous() if by_onednn else weight.t()
+    for piece, _, chances, losses in _pieces(hidden, weight, targets):
+        total += losses.sum()
+        wanted = targets[piece, None]
+        chances.scatter_(1, wanted, chances.gather(1, wanted) - 1)  # the gradient of the logits
+        grad = chances.to(hidden.dtype)
+        of_hidden[piece] = _product(grad, columns)
+        of_tokens = hidden[piece].t()
+        if by_onednn:
+            of_columns += onednn_product(of_tokens, grad.t())
+        elif grad.dtype == of_columns.dtype:
+            of_columns.addmm_(of_tokens, grad)
+        else:
+            of_columns += of_tokens @ grad
+    return total
+
+
+def room_for_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """For ``add_up``, or for several: (..., N, C) and zeros (..., C, V), of 32 bits at least."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    columns = weight.transpose(-1, -2)
+    return torch.empty_like(hidden), torch.zeros(columns.shape, dtype=wide, device=weight.device)
+
+
 class _InPieces(torch.autograd.Function):
     """The mean loss; the gradients are made on the way forward, and given away on the way back."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
-        grad_columns = torch.zeros(weight.shape[::-1], dtype=wide, device=weight.device)
-        by_onednn = takes_onednn(hidden)
-        columns = weight.t().contiguous() if by_onednn else weight.t()
-        for piece, _, chances, losses in _pieces(hidden, weight, targets):
-            total += losses.sum()
-            wanted = targets[piece, None]
-            chances.scatter_(1, wanted, chances.gather(1, wanted) - 1)  # N times the gradient
-            grad = chances.to(hidden.dtype)
-            grad_hidden[piece] = _product(grad, columns)
-            of_tokens = hidden[piece].t()
-            if by_onednn:
-                grad_columns += onednn_product(of_tokens, grad.t())
-            elif grad.dtype == wide:
-                grad_columns.addmm_(of_tokens, grad)
-            else:
-                grad_columns += of_tokens @ grad
-        ctx.gradients = grad_hidden, grad_columns  # (C, V): in this order the product is faster
+        ctx.gradients = room_for_gradients(hidden, weight)
         ctx.dtype = weight.dtype
-        return total / len(hidden)
+        return add_up(hidden, weight, targets, *ctx.gradients) / len(hidden)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad_hidden, grad_columns), ctx.gradients = ctx.gradients, None
-        factor = grad / len(grad_hidden)
-        return grad_hidden.mul_(factor), grad_columns.mul_(factor).to(ctx.dtype).t(), None
+        (of_hidden, of_columns), ctx.gradients = ctx.gradients, None
+        factor = grad / len(of_hidden)
+        return of_hidden.mul_(factor), of_columns.mul_(factor).to(ctx.dtype).t(), None
 
 
 def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

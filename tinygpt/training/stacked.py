@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from tinygpt.model.gpt import GPT, NORM_EPS, Rotary, manual_attention, rotate, score_divisor
 from tinygpt.model.linear import onednn_product, takes_onednn, weight_gradient
-from tinygpt.model.loss import mean_loss
+from tinygpt.model.loss import add_up, room_for_gradients
 
 LEAST_PRODUCT = 2**20  # multiplications; below, K calls of oneDNN cost more than they gain
 
@@ -103,8 +103,10 @@ class StackedGPT:
         K, R, C = x.shape
         H = config.n_heads
         KV = config.n_kv_heads or H
-        qkv = self._linear(f"{name}.qkv", x).view(K * R // T, T, H + 2 * KV, C // H)
-        q, k, v = torch.split(qkv.transpose(1, 2), [H, KV, KV], dim=1)  # (K·B, H, T, D)
+        widths = [C, KV * C // H, KV * C // H]
+        parts = torch.split(self._linear(f"{name}.qkv", x), widths, dim=-1)
+        q, k, v = (part.view(-1, T, part.shape[-1] * H // C, C // H) for part in parts)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (K·B, H or KV, T, D)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if KV < H:
@@ -128,12 +130,29 @@ class StackedGPT:
 
 def head_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Each run's mean cross entropy: (K, R, C), (K, V, C), (K, R) -> (K,)."""
-    if hidden.is_cpu:  # the logits of one run stay in the cache; those of all would not
-        each = zip(hidden.unbind(), head.unbind(), targets.unbind(), strict=True)
-        return torch.stack([mean_loss(*one) for one in each])
+    if hidden.is_cpu and not torch.is_autocast_enabled("cpu"):
+        out: Tensor = _HeadLosses.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
+        return out
     logits = torch.bmm(hidden, head.transpose(1, 2)).flatten(0, 1)  # (K·R, V)
     losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(1)
+
+
+class _HeadLosses(torch.autograd.Function):
+    """Run by run: the logits of one stay in the cache, those of all would not."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        ctx.gradients = of_hidden, of_columns = room_for_gradients(hidden, head)
+        runs = zip(hidden, head, targets, of_hidden, of_columns, strict=True)
+        return torch.stack([add_up(*run) for run in runs]) / targets.shape[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (of_hidden, of_columns), ctx.gradients = ctx.gradients, None
+        factor = (gradients[0] / of_hidden.shape[1])[:, None, None]
+        return of_hidden.mul_(factor), of_columns.mul_(factor).transpose(1, 2), None
 
 
 class _ByOneDnn(torch.autograd.Function):
