@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+QUICK := -m 'not slow' -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-slow lint typecheck check coverage format clean
@@ -21,7 +22,7 @@ run: install ## Train the default model (a minute or two on a laptop)
 	$(BIN)/python -m tinygpt.run
 
 test: install ## Run the tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(QUICK)
 
 test-slow: install ## Run the slow tests: real commands, kill tests, every configuration
 	$(BIN)/python -m pytest -m slow
@@ -36,7 +37,7 @@ check: install ## Format check, lint, types and tests: what must pass at each co
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(QUICK)
 
 coverage: install ## Which lines the tests run, the slow ones included
 	$(BIN)/coverage erase

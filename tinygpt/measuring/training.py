@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -50,7 +51,7 @@ def prepare(config: Config, tokens: Path) -> Training:
     device = open_machine(config)
     data = open_data(config, open_tokens(tokens), device)
     assert data.plan is not None
-    resident = 0 if device.accelerator == "cuda" else peak_memory("cpu") or 0
+    resident = 0 if device.accelerator == "cuda" else psutil.Process().memory_info().rss
     place = rundir.RunDir(Path(tempfile.mkdtemp(dir=tokens)))  # goes with the tokens
     config.run_name, config.study = place.path.name, "benchmark"
     place.checkpoints.mkdir()
