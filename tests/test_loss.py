@@ -49,7 +49,7 @@ def with_gradients(value: Tensor, *of: Tensor) -> list[Tensor]:
 def test_value_and_gradients_are_those_of_the_plain_loss(
     tokens: int, width: int, vocabulary: int, seed: int
 ) -> None:
-    """Whatever the number of pieces: here of 64 tokens, the last one short."""
+    """Whatever the number of pieces: here of 128 tokens, the last one short."""
     hidden, weight, targets = made(tokens, width, vocabulary, torch.float64, seed)
     before, loss.PIECE["cpu"] = loss.PIECE["cpu"], 1
     try:

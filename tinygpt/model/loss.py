@@ -19,19 +19,23 @@ from tinygpt.model.linear import onednn_product, takes_onednn
 
 # Logits of one piece: on the CPU what its cache holds, elsewhere what keeps the device busy.
 PIECE = {"cpu": 2**20, "mps": 2**25, "cuda": 2**26}
-LEAST_ROWS = 64  # on a smaller piece the products become slow
+LEAST_ROWS = 128  # on a smaller piece the products become slow
 
 
-def piece_rows(vocab_size: int, device: str) -> int:
-    """How many tokens make a piece."""
-    return max(LEAST_ROWS, PIECE.get(device, 2**25) // vocab_size)
+def piece_rows(weight: Tensor) -> int:
+    """How many tokens make a piece, for a head (V, C).
+
+    The gradient of the head is read and written once a piece: the wider it is, the fewer of them.
+    """
+    vocab_size, width = weight.shape
+    return max(LEAST_ROWS, width // 2, PIECE.get(weight.device.type, 2**25) // vocab_size)
 
 
 def _pieces(
     hidden: Tensor, weight: Tensor, targets: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Of each piece: which tokens, its logits (n, V), its softmax (n, V), its losses (n,)."""
-    rows = piece_rows(len(weight), hidden.device.type)
+    rows = piece_rows(weight)
     for first in range(0, len(hidden), rows):
         piece = slice(first, first + rows)
         logits = _product(hidden[piece], weight)
@@ -119,7 +123,7 @@ def _in_pieces(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def _worth_cutting(hidden: Tensor, weight: Tensor) -> bool:
     """A graphics card takes a small batch in one piece faster, and in a compiled graph."""
     kind = hidden.device.type
-    return kind == "cpu" or len(hidden) > piece_rows(len(weight), kind)
+    return kind == "cpu" or len(hidden) > piece_rows(weight)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from tinygpt.sweeping.engines import processes
 from tinygpt.sweeping.jobs import Group, Job
 
 # Parameters times tokens of a pass above which a lone run keeps the device busy.  Measured on a
-# CPU, one thread, 8 runs of the default model: x1.8 at 1e7, x1.5 at 2e7, x1.3 at 5e7, x1.1 at 1e8.
+# CPU, one thread, 8 runs of the default model: x2.0 at 1e7, x1.6 at 2e7, x1.5 at 5e7, x1.1 at 1e8.
 # That of a GPU is reckoned from the time of its launches, not measured.
 WORK = {"cpu": 6e7, "cuda": 3e10}
 MOST = {"cpu": 8, "cuda": 16}  # runs in a stack that was not given a number
