@@ -33,7 +33,10 @@ class Table(nn.Module):
     def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         self.was_training.append(self.training)
         logits = self.dropout(self.logits(tokens)).flatten(0, 1)
-        return token_scores(logits, torch.eye(logits.shape[1]).to(logits), targets.flatten())
+        losses, right = token_scores(
+            logits, torch.eye(logits.shape[1]).to(logits), targets.flatten()
+        )
+        return losses, right.bool()
 
 
 def batch(rows: int, length: int, seed: int = 0, ignored: int = 0) -> tuple[Tensor, Tensor]:
@@ -124,7 +127,8 @@ def test_the_context_given_is_used() -> None:
         def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             out: Tensor = self.linear(tokens.float()[..., None]).flatten(0, 1)
             self.dtypes.append(out.dtype)
-            return token_scores(out, torch.eye(7), targets.flatten())
+            losses, right = token_scores(out, torch.eye(7), targets.flatten())
+            return losses, right.bool()
 
     model = Matrix()
     score(model, [batch(2, 5)], INFO, CPU, torch.autocast("cpu", torch.bfloat16))

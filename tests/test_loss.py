@@ -112,7 +112,7 @@ def test_scores_are_the_losses_of_each_token(tokens: int, vocabulary: int, seed:
     losses, right = token_scores(hidden, weight, targets)
     logits = hidden @ weight.t()
     torch.testing.assert_close(losses, F.cross_entropy(logits, targets, reduction="none").detach())
-    assert right.tolist() == (logits.argmax(1) == targets).tolist()
+    assert right.bool().tolist() == (logits.argmax(1) == targets).tolist()
 
 
 @pytest.mark.slow

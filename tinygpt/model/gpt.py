@@ -274,17 +274,21 @@ class GPT(nn.Module):
         """The head: (..., C) -> (..., V)."""
         return F.linear(self.scaled(hidden), self.output_weight)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The logits (B, T, V), or with ``targets`` (B, T) their mean loss, which costs less."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, each: bool = False) -> Tensor:
+        """The logits (B, T, V), or with ``targets`` (B, T) their mean loss, which costs less.
+
+        ``each``: of every target its loss, and 1 where the likeliest token is it: (2, B·T).
+        """
         hidden = self.hidden(tokens)
         if targets is None:
             return self.logits(hidden)
-        return mean_loss(self.scaled(hidden).flatten(0, 1), self.output_weight, targets.flatten())
+        rows = self.scaled(hidden).flatten(0, 1), self.output_weight, targets.flatten()
+        return torch.stack(token_scores(*rows)) if each else mean_loss(*rows)
 
     def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Of every target its loss and whether the likeliest token is it: (B·T,) each."""
-        hidden = self.scaled(self.hidden(tokens)).flatten(0, 1)
-        return token_scores(hidden, self.output_weight, targets.flatten())
+        losses, right = self(tokens, targets, each=True)  # fsdp watches calls of the whole
+        return losses, right.bool()
 
 
 def check_shape(config: ModelConfig) -> None:

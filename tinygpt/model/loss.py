@@ -126,15 +126,16 @@ def _worth_cutting(hidden: Tensor, weight: Tensor) -> bool:
     return kind == "cpu" or len(hidden) > piece_rows(weight)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of every token its loss (N,) and whether the likeliest one is right (N,); shapes as above."""
+    """Of each token its loss (N,), and 1 where the likeliest is right (N,); shapes as above."""
     hidden, weight = _autocast(hidden), _autocast(weight)
     losses, right = [], []
     with torch.autocast(hidden.device.type, enabled=False):
         for piece, logits, _, of_piece in _pieces(hidden, weight, targets):
             losses.append(of_piece)
-            right.append(logits.argmax(1) == targets[piece])
+            right.append((logits.argmax(1) == targets[piece]).to(of_piece.dtype))
     return torch.cat(losses), torch.cat(right)
 
 

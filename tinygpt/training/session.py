@@ -388,8 +388,7 @@ class Run:
         share = (batches[index] for index in range(rank, len(batches), processes))
         context = self.trainer.precision_plugin.forward_context()
         info = self.data.splits[split].info
-        with gathered(self.module.model):
-            return score(self.module.model, share, info, self.module.device, context, reduced)
+        return score(self.module.model, share, info, self.module.device, context, reduced)
 
     def _evaluate_val(self) -> Scores:
         return self._evaluate("val")
