@@ -518,7 +518,7 @@ def schema_keys() -> set[str]:
     """Every leaf of every class that the schema knows."""
     found = {
         f"{group}.{item.name}"
-        for group, choices in {**cli._SCHEMAS, **cli._PLAIN}.items()
+        for group, choices in {**schema.CHOICES, **cli._PLAIN}.items()
         for cls in choices.values()
         for item in dataclasses.fields(cls)
     }

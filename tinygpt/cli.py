@@ -42,37 +42,6 @@ _HERE = Path(__file__).resolve().parent
 # Inside an installed wheel conf/ lies in the package, in a checkout beside it.
 CONF_DIR = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir()))
 
-_SCHEMAS: dict[str, dict[str, type]] = {
-    "data": {
-        "synthetic": schema.SyntheticData,
-        "hub": schema.HubData,
-        "custom": schema.CustomData,
-    },
-    "tokenizer": {
-        "bpe": schema.BpeTokenizer,
-        "char": schema.CharTokenizer,
-        "byte": schema.ByteTokenizer,
-        "gpt2": schema.Gpt2Tokenizer,
-    },
-    "optim": {
-        "adam": schema.AdamOptim,
-        "sgd": schema.SgdOptim,
-        "lion": schema.LionOptim,
-        "adafactor": schema.AdafactorOptim,
-        "muon": schema.MuonOptim,
-    },
-    "launcher": {
-        "serial": schema.SerialLauncher,
-        "local": schema.LocalLauncher,
-        "slurm": schema.SlurmLauncher,
-        "ray": schema.RayLauncher,
-    },
-    "schedule": {
-        "constant": schema.ConstantSchedule,
-        "decay": schema.DecaySchedule,
-        "wsd": schema.WsdSchedule,
-    },
-}
 _PLAIN: dict[str, dict[str, type]] = {
     "model": {"": schema.ModelConfig},
     "train": {"": schema.TrainConfig},
@@ -86,7 +55,7 @@ def register_schemas() -> None:
     """Makes the dataclasses known to Hydra, so that it checks names and types as it composes."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
-    for group, choices in _SCHEMAS.items():
+    for group, choices in schema.CHOICES.items():
         for name, node in choices.items():
             store.store(group=f"schema/{group}", name=name, node=node)
 
@@ -258,7 +227,7 @@ def _unknown_key(name: str) -> str:
     line = checks.unknown_key(name, _known_keys())
     group, _, last = name.partition(".")
     owners: list[str] = []
-    for choice in _SCHEMAS.get(group, {}).values():
+    for choice in schema.CHOICES.get(group, {}).values():
         fields = {f.name: f for f in dataclasses.fields(choice)}
         if last in fields:
             owners += fields["source" if group == "data" else "kind"].metadata["among"]
@@ -267,7 +236,7 @@ def _unknown_key(name: str) -> str:
 
 def _known_keys() -> list[str]:
     names = [f.name for f in dataclasses.fields(Config) if f.name != "sweep"]
-    for group, choices in {**_SCHEMAS, **_PLAIN}.items():
+    for group, choices in {**schema.CHOICES, **_PLAIN}.items():
         for cls in choices.values():
             names += [f"{group}.{f.name}" for f in dataclasses.fields(cls)]
     return sorted(set(names))

@@ -7,7 +7,8 @@ omegaconf at most, so that a mistyped key is reported before torch is loaded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
 from omegaconf import MISSING
@@ -372,6 +373,45 @@ class Config:
     force: bool = False
     plan: bool = False
     fit: bool = True
+
+
+# The variants of each group, by their name in conf/.
+CHOICES: dict[str, dict[str, type]] = {
+    "data": {"synthetic": SyntheticData, "hub": HubData, "custom": CustomData},
+    "tokenizer": {
+        "bpe": BpeTokenizer,
+        "char": CharTokenizer,
+        "byte": ByteTokenizer,
+        "gpt2": Gpt2Tokenizer,
+    },
+    "optim": {
+        "adam": AdamOptim,
+        "sgd": SgdOptim,
+        "lion": LionOptim,
+        "adafactor": AdafactorOptim,
+        "muon": MuonOptim,
+    },
+    "launcher": {
+        "serial": SerialLauncher,
+        "local": LocalLauncher,
+        "slurm": SlurmLauncher,
+        "ray": RayLauncher,
+    },
+    "schedule": {"constant": ConstantSchedule, "decay": DecaySchedule, "wsd": WsdSchedule},
+}
+
+
+def variant(group: str, values: Mapping[str, Any]) -> type:
+    """The dataclass whose ``kind`` (of data: ``source``) is that of ``values``.
+
+    Raises ConfigError where there is none.
+    """
+    name = "source" if group == "data" else "kind"
+    for choice in CHOICES[group].values():
+        kinds = {f.name: f.metadata.get("among", ()) for f in fields(choice)}[name]
+        if values.get(name) in kinds:
+            return choice
+    raise ConfigError(f"{group}.{name}={values.get(name)}: no such {group}")
 
 
 def width_ratio(model: ModelConfig) -> float:

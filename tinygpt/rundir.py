@@ -21,12 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from tinygpt.config import HORIZONS, Config, ConfigError, SweepConfig, rate_is_scaled
+from tinygpt.config import (
+    CHOICES,
+    HORIZONS,
+    Config,
+    ConfigError,
+    SweepConfig,
+    rate_is_scaled,
+    variant,
+)
 from tinygpt.counting import resolved_d_ff
 
 SCHEMA_VERSION = 1
+# Read by the C library, if it is there: ten times faster.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # What does not change the result of a run, and so is neither in its hash nor in its name.
 NOT_SCIENCE = {
     "hardware",
@@ -177,6 +189,40 @@ def folder_of(config: Config, named: Sequence[str], config_hash: str) -> Path:
             if read_json(path / "environment.json").get("config_hash") == config_hash:
                 return path
     return study / run_name(named, config_hash)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """The run folders in ``folder``, itself included: d_model-64 before d_model-128."""
+    return sorted((path.parent for path in folder.rglob("environment.json")), key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[str, int]]:
+    parts = re.findall(r"(\D*)(\d*)", str(path))
+    return [(text, int(number or -1)) for text, number in parts]
+
+
+def read_yaml(path: Path) -> Any:
+    """As plain values."""
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+
+
+def read_config(path: Path) -> Config:
+    """The ``config.yaml`` that a run was trained with; what it lacks has its default.
+
+    Raises ConfigError, naming the file, where it is not one.
+    """
+    try:
+        values = read_yaml(path)
+        typed = OmegaConf.structured(Config)
+        for group in CHOICES:
+            typed[group] = OmegaConf.structured(variant(group, values[group]))
+        typed = OmegaConf.merge(typed, values)
+        config = OmegaConf.to_object(typed)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, OmegaConfBaseException) as e:
+        reason = " ".join(str(e).split())
+        raise ConfigError(f"{path}: not the configuration of a run ({reason})") from e
+    assert isinstance(config, Config)
+    return config
 
 
 def _is_strange(path: Path) -> bool:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-import yaml
 
 from tinygpt import rundir
 from tinygpt.config import ConfigError
@@ -22,8 +19,6 @@ SETTINGS = (
     *("vocab_size", "tokenizer", "dataset", "data_fraction", "train_tokens", "batch_tokens"),
     *("weight_decay", "optimizer", "schedule", *RATES),
 )
-# Read by the C library, if it is there: ten times faster.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def load_runs(*folders: str | Path) -> pd.DataFrame:
@@ -157,13 +152,12 @@ def _refuse_twice(table: pd.DataFrame) -> None:
 
 def read_rows(*folders: str | Path) -> list[dict[str, Any]]:
     """The rows of ``load_runs``, in the order of the folders' names; what is missing is None."""
-    paths = [p for folder in folders for p in sorted(_run_folders(Path(folder)), key=_natural)]
+    paths = [path for folder in folders for path in rundir.find_runs(Path(folder))]
     rows, configs = [], []
     for path in paths:
         run = rundir.RunDir(path)
         rows.append(_outcome(run))
-        text = run.config.read_text(encoding="utf-8") if run.config.exists() else "{}"
-        configs.append(_flat(yaml.load(text, Loader=_Loader)))
+        configs.append(_flat(rundir.read_yaml(run.config) if run.config.exists() else {}))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     known = {name.rsplit(".", 1)[-1] for name in columns}
     differing = [
@@ -182,17 +176,6 @@ def read_rows(*folders: str | Path) -> list[dict[str, Any]]:
         }
         for row, config in zip(rows, configs, strict=True)
     ]
-
-
-def _run_folders(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("environment.json"):
-        yield path.parent
-
-
-def _natural(path: Path) -> list[tuple[str, int]]:
-    """d_model-64 before d_model-128."""
-    parts = re.findall(r"(\D*)(\d*)", str(path))
-    return [(text, int(number or -1)) for text, number in parts]
 
 
 def _outcome(run: rundir.RunDir) -> dict[str, Any]:

@@ -1,0 +1,95 @@
+"""What was trained, to be used: a run folder → model, tokenizer, config, results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tinygpt import rundir
+from tinygpt.config import Config, ConfigError
+from tinygpt.data.tokenizers import Tokenizer, load_tokenizer
+from tinygpt.model.gpt import GPT
+
+WEIGHTS = "model."  # what the names of the model's own have before them in a checkpoint
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run as it was at one of its checkpoints.
+
+    ``results`` is ``results.json``, None for a run that has not ended.  ``model`` is in
+    evaluation mode, its weights in float32 (float64 where it was trained so).
+    """
+
+    path: Path
+    checkpoint: str
+    step: int  # optimizer steps that the checkpoint has behind it
+    config: Config
+    tokenizer: Tokenizer
+    model: GPT
+    results: dict[str, Any] | None
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens up to the checkpoint."""
+        return self.step * self.config.train.batch_tokens
+
+
+def load_run(
+    path: str | Path, checkpoint: str | None = None, device: str | torch.device = "cpu"
+) -> TrainedRun:
+    """The run in the folder ``path``, ready to be used on ``device``.
+
+    ``checkpoint`` is ``final``, ``best``, ``last`` or ``step_<N>``; None: ``final``, of a run that
+    has not ended ``last``.  Raises ConfigError, one line, for what is not a run, has no such
+    checkpoint or is damaged.
+    """
+    run = rundir.RunDir(Path(path).expanduser())
+    if not run.config.exists():
+        raise ConfigError(f"run={path}: {_why_no_run(run.path)}")
+    config = rundir.read_config(run.config)
+    tokenizer = load_tokenizer(run.tokenizer)
+    results = rundir.read_json(run.results) if run.results.exists() else None
+    there = checkpoints(run)
+    name = checkpoint or ("final" if "final" in there else "last")
+    if name not in there:
+        found = f"there are {', '.join(there)}" if there else "there is none"
+        raise ConfigError(f"checkpoint={name}: not in {run.checkpoints}; {found}")
+    state, step = read_checkpoint(run.checkpoints / f"{name}.ckpt")
+    model = GPT(config.model, tokenizer.vocab_size)
+    try:
+        model.to(next(iter(state.values())).dtype).load_state_dict(state)
+    except (RuntimeError, StopIteration) as error:
+        raise ConfigError(
+            f"{run.checkpoints / name}.ckpt: does not fit {run.config} and {run.tokenizer}"
+        ) from error
+    return TrainedRun(run.path, name, step, config, tokenizer, model.to(device).eval(), results)
+
+
+def checkpoints(run: rundir.RunDir) -> list[str]:
+    """Names of those that a run has kept: steps in their order, then best, last and final."""
+    names = [path.stem for path in run.checkpoints.glob("*.ckpt") if path.name[0] != "."]
+    steps = sorted((n for n in names if n.startswith("step_")), key=lambda n: int(n[5:]))
+    return [*steps, *(name for name in ("best", "last", "final") if name in names)]
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """The model's weights and the step.  Tensors and plain data only, never code."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = {k.removeprefix(WEIGHTS): v for k, v in content["state_dict"].items()}
+        return weights, int(content["global_step"])
+    except Exception as error:  # torch raises whatever the broken bytes lead it to
+        raise ConfigError(f"{path}: this checkpoint is damaged") from error
+
+
+def _why_no_run(path: Path) -> str:
+    if not path.is_dir():
+        return "no such folder"
+    inside = rundir.find_runs(path)
+    if inside:
+        return f"a folder of {len(inside)} runs; give one of them, as {inside[0]}"
+    return "not the folder of a run"
