@@ -30,7 +30,7 @@ from tinygpt.data.corpora import HubCorpus, open_corpus
 from tinygpt.data.datamodule import TokenData
 from tinygpt.data.shards import cache_root, prepare
 from tinygpt.data.synthetic import Grammar
-from tinygpt.data.tokenizers import train_tokenizer
+from tinygpt.data.tokenizers import Bytes, train_tokenizer
 from tinygpt.horizon import derive
 from tinygpt.model import gpt
 from tinygpt.model.gpt import GPT
@@ -48,7 +48,7 @@ GROUPS = (
 PAIRS = [(g, path.stem) for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
 CHOICES = [pytest.param(*pair, id="=".join(pair)) for pair in PAIRS]
 LARGE = ("slm_tinystories", "gpt_research")  # ten seconds and more for a step, however cut
-VOCABULARY = {"gpt2": 50257, "char": 97, "byte": 258}
+VOCABULARY = {"gpt2": 50257, "char": 97, "byte": 258, "saved": 300}
 
 
 def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
@@ -60,6 +60,8 @@ def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
 def required(group: str, choice: str) -> list[str]:
     """What a choice cannot be composed without."""
     missing = {"custom": ["data.path=somewhere.txt"], "hub": ["data.repo=some/where"]}
+    if (group, choice) == ("tokenizer", "saved"):
+        return ["tokenizer.path=somewhere"]
     return missing.get(choice, []) if group == "data" else []
 
 
@@ -118,6 +120,9 @@ def one_step(group: str, choice: str, corpus: Path) -> list[str]:
         words.append("tokenizer.vocab_size=300")
     if recipe.schedule.kind == "wsd":
         words.append("schedule.min_ratio=0.1")  # the only step is the last one
+    if recipe.tokenizer.kind == "saved":
+        Bytes().save(Path("own.json"))
+        words.append("tokenizer.path=own.json")
     if recipe.tokenizer.kind == "gpt2":
         if not GPT2.is_dir():
             pytest.skip("no GPT-2 vocabulary beside the project")
@@ -511,6 +516,11 @@ IN_SWEEPS = {  # keys that only a sweep reads: the tests there
     "plan": "test_a_plan_trains_nothing",
     "fit": "test_a_study_without_a_law_says_why",
 }
+PLACES = {  # of what stands in the hash by its content
+    "init_from": "test_the_weights_stand_in_the_hash_and_the_path_does_not",
+    "tokenizer.path": "test_a_saved_tokenizer_serves_a_new_run",
+    "tokenizer.vocab_dir": "test_vocab_dir_is_where_gpt2_is_read",
+}
 BY_CONTENT = {"data.path", "data.repo", "data.val_file", "data.test_file", "tokenizer.vocab_dir"}
 
 
@@ -531,11 +541,14 @@ def schema_keys() -> set[str]:
 
 
 def test_no_key_is_left_out() -> None:
-    tested = {row[0] for row in rows()} | set(ELSEWHERE) | set(IN_SWEEPS) | {"tokenizer.vocab_dir"}
+    tested = {row[0] for row in rows()} | set(ELSEWHERE) | set(IN_SWEEPS) | set(PLACES)
     assert tested == schema_keys()
-    files = ("training", "hardware", "sweeping", "engines", "fit")
+    files = ("training", "hardware", "sweeping", "engines", "fit", "configs", "pretrained")
     text = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in files)
-    assert all(f"def {test}(" in text for test in (*ELSEWHERE.values(), *IN_SWEEPS.values()))
+    assert all(
+        f"def {test}(" in text
+        for test in (*ELSEWHERE.values(), *IN_SWEEPS.values(), *PLACES.values())
+    )
 
 
 @pytest.fixture(scope="module")

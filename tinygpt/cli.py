@@ -68,7 +68,18 @@ def compose_config(overrides: Sequence[str]) -> Config:
         groups = tuple(item.input_line or "" for item in parsed if not _is_plain_value(item))
         composed = copy.deepcopy(_composed(groups))
         ConfigLoaderImpl._apply_overrides_to_config(values, composed)
-        return checks.typed(composed, overrides)
+        return checked(composed, overrides)
+
+
+def checked(composed: DictConfig, overrides: Sequence[str]) -> Config:
+    """As dataclasses, with what ``init_from`` brings, checked.  Raises ConfigError."""
+    config = checks.typed(composed, overrides)
+    if config.init_from is not None:
+        from tinygpt import pretrained  # reads files
+
+        pretrained.adopt(config, overrides)
+    checks.check(config)
+    return config
 
 
 @functools.lru_cache(maxsize=64)

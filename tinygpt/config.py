@@ -149,6 +149,12 @@ class Gpt2Tokenizer(TokenizerConfig):
 
 
 @dataclass
+class SavedTokenizer(TokenizerConfig):
+    kind: str = key("saved", among=("saved",))
+    path: str = MISSING  # tokenizer.json, or the folder of a run or of a Hugging Face model
+
+
+@dataclass
 class OptimConfig:
     kind: str = MISSING
     learning_rate: float = key(1e-3, above=0.0)
@@ -365,6 +371,7 @@ class Config:
     launcher: LauncherConfig = MISSING
     sweep: SweepConfig = field(default_factory=SweepConfig)
     scale: str = key("laptop", among=SCALES)
+    init_from: Optional[str] = None  # a run, or a Hugging Face model, whose weights it begins with
     seed: int = key(42, least=0, most=2**32 - 1)
     study: Optional[str] = None
     run_name: Optional[str] = None
@@ -383,6 +390,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "char": CharTokenizer,
         "byte": ByteTokenizer,
         "gpt2": Gpt2Tokenizer,
+        "saved": SavedTokenizer,
     },
     "optim": {
         "adam": AdamOptim,

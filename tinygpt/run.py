@@ -14,7 +14,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from tinygpt import cli
-from tinygpt.checks import typed
 from tinygpt.config import Config, ConfigError
 
 
@@ -23,7 +22,7 @@ from tinygpt.config import Config, ConfigError
 def job(composed: DictConfig) -> float:
     """One run; returns its final validation loss."""
     overrides = list(HydraConfig.get().overrides.task)
-    config = typed(composed, overrides)
+    config = cli.checked(composed, overrides)
     from tinygpt.sweeping.jobs import study_name
     from tinygpt.sweeping.study import run_study
 

@@ -122,16 +122,27 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
 def config_hash(config: Config, content: dict[str, str]) -> str:
     """The hash of all that changes a result.
 
-    ``content`` maps sections read from outside (``data``, ``tokenizer``) to the fingerprint of
-    what was read; it stands for the paths in them.
+    ``content`` maps what is read from outside (``data``, ``tokenizer``, ``init_from``) to the
+    fingerprint of what was read; it stands for the paths.
     """
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}
     for name in ("path", "val_file", "test_file", "repo"):
         values["data"].pop(name, None)
-    values["tokenizer"].pop("vocab_dir", None)
+    for name in ("vocab_dir", "path"):
+        values["tokenizer"].pop(name, None)
+    values.pop("init_from")
     return digest({**values, "content": content})
 
 

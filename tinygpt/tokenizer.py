@@ -20,7 +20,7 @@ from tinygpt.config import (
     key,
 )
 from tinygpt.data.corpora import FileCorpus, first_bytes
-from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from tinygpt.data.tokenizers import Tokenizer, open_tokenizer, train_tokenizer
 
 USAGE = """\
 usage: python -m tinygpt.tokenizer COMMAND key=value ...
@@ -86,8 +86,7 @@ def decode(argv: Sequence[str]) -> None:
 
 
 def _open(place: str) -> Tokenizer:
-    path = Path(place).expanduser()
-    return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    return open_tokenizer("tokenizer", place)
 
 
 def _read(place: str) -> str:

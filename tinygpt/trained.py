@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from tinygpt import rundir
+from tinygpt import pretrained, rundir
 from tinygpt.config import Config, ConfigError
+from tinygpt.counting import padded_vocab
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer
 from tinygpt.model.gpt import GPT
+from tinygpt.model.huggingface import from_hugging_face, read_weights
 
 WEIGHTS = "model."  # what the names of the model's own have before them in a checkpoint
 
@@ -84,6 +86,26 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], int]:
         return weights, int(content["global_step"])
     except Exception as error:  # torch raises whatever the broken bytes lead it to
         raise ConfigError(f"{path}: this checkpoint is damaged") from error
+
+
+def initial_weights(config: Config, vocab_size: int) -> dict[str, torch.Tensor] | None:
+    """What ``config.init_from`` names, as the state of a GPT of its shape; None where it is null.
+
+    Of learned positions the first ``max_seq_len``.  Raises ConfigError for damaged files.
+    """
+    if config.init_from is None:
+        return None
+    source = pretrained.locate(config.init_from)
+    where = f"init_from={source.name}"
+    if source.checkpoint is not None:
+        weights, _ = read_checkpoint(source.checkpoint)
+    else:
+        rows = padded_vocab(vocab_size, config.model.pad_vocab_to_multiple)
+        weights = from_hugging_face(read_weights(source.folder), config.model, rows, where)
+    if config.model.position == "learned":
+        table = "position_embedding.weight"
+        weights[table] = weights[table][: config.model.max_seq_len]
+    return weights
 
 
 def _why_no_run(path: Path) -> str:

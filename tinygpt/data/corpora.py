@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from tinygpt import rundir
 from tinygpt.config import ConfigError, CustomData, DataConfig, HubData, SyntheticData
 from tinygpt.data.network import require_hub
 
@@ -214,14 +215,6 @@ def _scan(path: Path, where: str) -> _Scan:
     if size == 0:
         raise ConfigError(f"{where}: this file is empty")
     return _Scan(sha.hexdigest(), found)
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def _text_chunks(path: Path) -> Iterator[str]:
@@ -433,7 +426,7 @@ class HubCorpus:
         }
         if self.local:
             files = sorted(p for p in Path(config.repo).rglob("*") if p.is_file())
-            found["files"] = [_sha256(p) for p in files]
+            found["files"] = [rundir.sha256(p) for p in files]
         else:
             found |= {"repo": config.repo, "revision": config.revision}
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import re
 import tempfile
 import threading
 import urllib.error
@@ -44,13 +46,54 @@ def reachable(url: str, seconds: float = 1.5) -> bool:
 
 def require_hub(repo: str) -> None:
     """Raises ConfigError within two seconds where the Hugging Face hub cannot be reached."""
-    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-    if offline or not reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+    reason = _no_hub()
+    if reason:
         raise ConfigError(
-            f"data.repo={repo}: no network{' (HF_HUB_OFFLINE is set)' if offline else ''}; start "
+            f"data.repo={repo}: {reason}; start "
             "where the data lies in a folder of that name, or use data=custom data.path=... or "
             "data=synthetic"
         )
+
+
+def _no_hub() -> str:
+    """Why the hub cannot be reached, else nothing."""
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return "no network (HF_HUB_OFFLINE is set)"
+    there = reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    return "" if there else "no network"
+
+
+@functools.cache
+def model_folder(key: str, name: str) -> Path:
+    """The folder ``name``, else the files of the model on the hub that is called so.
+
+    Without a network those that were fetched before.  Raises ConfigError, naming ``key``.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        raise ConfigError(f"{key}={name}: {'not a folder' if path.exists() else 'no such folder'}")
+    reason = _no_hub()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            name,
+            allow_patterns=["*.json", "*.safetensors", "merges.txt"],
+            ignore_patterns=["*/*"],
+            local_files_only=bool(reason),
+        )
+    except LocalEntryNotFoundError as error:
+        why = reason or "the hub does not send it"
+        raise ConfigError(
+            f"{key}={name}: no such folder, and no model of that name was fetched before ({why})"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{key}={name}: no such folder, and not on the hub ({why})") from error
+    return Path(found)
 
 
 def gpt2_files() -> dict[str, bytes]:

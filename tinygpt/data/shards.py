@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -143,7 +142,7 @@ class Prepared:
 def fingerprints(corpus: Corpus, tokenizer: TokenizerConfig) -> dict[str, str]:
     """What stands for the files that a configuration names, in the hash of a run."""
     content = {"data": corpus.fingerprint()}
-    if tokenizer.kind == "gpt2":
+    if tokenizer.kind in ("gpt2", "saved"):
         content["tokenizer"] = train_tokenizer(tokenizer, ()).fingerprint()
     return content
 
@@ -218,19 +217,11 @@ def load_index(folder: Path) -> dict[str, Any] | None:
 def _is_whole(path: Path, size: int, sha256: str) -> bool:
     if path.stat().st_size != size:
         return False
-    return size > VERIFY_BYTES or _sha256(path) == sha256
+    return size > VERIFY_BYTES or rundir.sha256(path) == sha256
 
 
 def _check_values(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
+    return {"size": path.stat().st_size, "sha256": rundir.sha256(path)}
 
 
 def _tokenizer(

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from tinygpt import config as schema
 from tinygpt.config import ConfigError, TokenizerConfig
-from tinygpt.data.network import gpt2_files
+from tinygpt.data.network import gpt2_files, model_folder
 from tinygpt.rundir import digest, write_text
 
 Ids = npt.NDArray[np.uint32]
@@ -254,7 +254,21 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         return Bytes()
     if isinstance(config, schema.Gpt2Tokenizer):
         return _gpt2_by_tiktoken() if config.vocab_dir is None else _gpt2_from(config.vocab_dir)
-    raise ConfigError(f"tokenizer.kind={config.kind}: must be one of bpe, byte, char, gpt2")
+    if isinstance(config, schema.SavedTokenizer):
+        return open_tokenizer("tokenizer.path", config.path)
+    raise ConfigError(f"tokenizer.kind={config.kind}: must be one of bpe, byte, char, gpt2, saved")
+
+
+def open_tokenizer(key: str, place: str) -> Tokenizer:
+    """The tokenizer of a file, a run folder, a Hugging Face folder or a model on the hub.
+
+    Raises ConfigError, naming ``key``, where there is none.
+    """
+    path = Path(place).expanduser()
+    if path.is_file():
+        return load_tokenizer(path)
+    folder = model_folder(key, place)
+    return load_tokenizer(folder / "tokenizer.json")
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -109,16 +109,17 @@ def compose_jobs(job_overrides: Sequence[Sequence[str]]) -> list[Job]:
     for config in configs:
         if not config.plan:
             check_sweepable(config)
-    from tinygpt.data import corpora, shards  # heavier; mistakes in the keys are known by now
+    from tinygpt import pretrained
+    from tinygpt.data import corpora  # heavier; mistakes in the keys are known by now
 
     varied = _varied_keys(job_overrides)
     contents: dict[str, dict[str, str]] = {}
     jobs = []
     for config, overrides in zip(configs, job_overrides, strict=True):
-        source = f"{config.data} {config.tokenizer}"
+        source = f"{config.data} {config.tokenizer} {config.init_from}"
         if source not in contents:
             corpus = corpora.open_corpus(config.data)
-            contents[source] = shards.fingerprints(corpus, config.tokenizer)
+            contents[source] = pretrained.contents(corpus, config)
         hash_ = rundir.config_hash(config, contents[source])
         swept = [o for o in overrides if _key(o) in varied]
         config.study = config.study or study_name(config, overrides)

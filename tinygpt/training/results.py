@@ -109,7 +109,8 @@ def _sizes(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
 def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict[str, Any]:
     index = data.prepared.index
     return {
-        "tokenizer": config.tokenizer.kind,
+        "init_from": config.init_from,
+        "tokenizer": data.prepared.tokenizer.kind,
         "dataset": corpora.describe(config.data),
         "data_fraction": config.data.fraction,
         "batch_tokens": config.train.batch_tokens,

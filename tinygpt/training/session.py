@@ -15,13 +15,14 @@ import lightning.pytorch as pl
 import torch
 from rich.console import Console
 
-from tinygpt import rundir
+from tinygpt import pretrained, rundir
 from tinygpt.config import Config, ConfigError, RunError
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
 from tinygpt.horizon import derive
 from tinygpt.model.generate import generate
+from tinygpt.trained import initial_weights
 from tinygpt.training.branching import Branch
 from tinygpt.training.callbacks import Checkpoints, Interrupts, Journal, ProgressBar
 from tinygpt.training.console import (
@@ -82,7 +83,10 @@ def train(
     assert data.plan is not None
     begun = rundir.read_json(run.environment) if run.last.exists() and not config.force else {}
     rounds = rounding(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
-    made = functools.partial(Run, config, run, data, device, hash_, console, rounds["compile"])
+    initial = initial_weights(config, prepared.tokenizer.vocab_size)
+    made = functools.partial(
+        Run, config, run, data, device, hash_, console, rounds["compile"], initial
+    )
     if device.rank > 0:  # the first process has the folder, and waits for this one to train
         return made().train(bool(begun))
     with run.locked(), failures_recorded(run):
@@ -126,7 +130,7 @@ def identify(
     config: Config, overrides: list[str], corpus: corpora.Corpus
 ) -> tuple[str, rundir.RunDir]:
     """The configuration's hash and folder; fills in ``study`` and ``run_name``."""
-    hash_ = rundir.config_hash(config, shards.fingerprints(corpus, config.tokenizer))
+    hash_ = rundir.config_hash(config, pretrained.contents(corpus, config))
     config.study = config.study or "runs"
     folder = rundir.folder_of(config, overrides, hash_)
     config.run_name = folder.name
@@ -182,6 +186,7 @@ def begin(
             strategy=device.strategy,
             device=name,
             stacked=stacked if stacked > 1 else None,
+            init_from=config.init_from,
             branched_from=branch.trunk.path.name if branch and branch.trunk and branching else None,
             branched_at_step=branch.step if branch and branching else None,
         ),
@@ -224,6 +229,7 @@ def record_failure(run: rundir.RunDir, error: BaseException) -> str:
 class Run:
     """One training run: its parts, and what it leaves.
 
+    ``initial``: weights to begin with, of the model's shape; None: as its seed draws them.
     ``stacked``: with how many others, itself included, it trains as one.
     """
 
@@ -236,6 +242,7 @@ class Run:
         hash_: str,
         console: Console,
         compiled: str,
+        initial: dict[str, torch.Tensor] | None = None,
         keep_at: Sequence[int] = (),
         stacked: int = 1,
     ) -> None:
@@ -246,6 +253,8 @@ class Run:
         self.tokenizer = data.prepared.tokenizer
         torch.manual_seed(config.seed)
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
+        if initial is not None:
+            self.module.model.load_state_dict(initial)
         if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
             self.module.double()
         self.trainer: pl.Trainer
@@ -337,6 +346,8 @@ class Run:
         )
         if vocab_size < getattr(config.tokenizer, "vocab_size", 0):
             log.info("note    the text is too short to learn a larger vocabulary from")
+        if config.init_from is not None:
+            log.info("from    %s, with its shape and its tokenizer", config.init_from)
         log.info("data    %s", corpora.describe(config.data))
         for name, info in index["splits"].items():
             if info:

@@ -16,6 +16,7 @@ from tinygpt import rundir
 from tinygpt.config import Config, ConfigError, RunError
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import Batch
+from tinygpt.trained import initial_weights
 from tinygpt.training.callbacks import Checkpoints, Interrupts, is_rest, step_ended
 from tinygpt.training.console import logging_to, preparing
 from tinygpt.training.hardware import rounding
@@ -323,6 +324,7 @@ class _Stack:
         self.data = open_data(config, self.prepared, self.device)
         assert self.data.plan is not None
         vocab_size = self.prepared.tokenizer.vocab_size
+        self.initial = initial_weights(config, vocab_size)
         begun = {"compile": "off"}
         self.rounds = rounding(config, vocab_size, self.data.plan, self.device, begun)
 
@@ -352,6 +354,7 @@ class _Stack:
             run = Run(
                 *(one.config, one.run, self.data, self.device, one.hash, self.console),
                 compiled="off",
+                initial=self.initial,
                 stacked=size,
             )
             return _Member(one, run, resuming, torch.device(self.device.accelerator))

@@ -1,0 +1,166 @@
+"""What a run begins from: another run's weights, its shape and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.conftest import Command, tiny
+from tinygpt import cli, load_run, rundir
+from tinygpt.config import ConfigError
+from tinygpt.training.session import train
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.fixture(scope="module")
+def base(corpus: Path, cache: Path, outputs: Path) -> Path:
+    """A run with a vocabulary of its own, of another shape than the default model's."""
+    more = ["tokenizer=bpe", "tokenizer.vocab_size=300", "model.bias=false", "run_name=base"]
+    run(tiny(corpus, *more, "train.keep_every=1024"), outputs, cache)
+    return outputs / "runs" / "base"
+
+
+def run(words: list[str], outputs: Path, cache: Path) -> dict[str, Any]:
+    words = [*words, f"output_dir={outputs}", f"cache_dir={cache}"]
+    return train(cli.compose_config(words), words, Console(quiet=True))
+
+
+def further(corpus: Path, base: Path, *more: str) -> list[str]:
+    """The words of a run on the same text that takes what it can from ``base``."""
+    taken = ("model.", "tokenizer")
+    words = [word for word in tiny(corpus) if not word.startswith(taken)]
+    return [*words, f"init_from={base}", *more]
+
+
+def test_a_run_goes_on_from_where_another_ended(
+    corpus: Path, cache: Path, outputs: Path, base: Path
+) -> None:
+    results = run(further(corpus, base, "run_name=more"), outputs, cache)
+    before = rundir.read_json(base / "results.json")
+    assert results["initial_val_loss"] == before["final_val_loss"]
+    assert results["final_val_loss"] < before["final_val_loss"]
+    assert results["tokenizer_fingerprint"] == before["tokenizer_fingerprint"]
+    assert (results["tokenizer"], results["init_from"]) == ("bpe", str(base))
+    made = load_run(outputs / "runs" / "more")
+    assert (made.config.model.d_model, made.config.model.bias) == (16, False)
+
+
+def test_any_checkpoint_can_be_begun_from(
+    corpus: Path, cache: Path, outputs: Path, base: Path
+) -> None:
+    early = base / "checkpoints" / "step_4.ckpt"
+    results = run(further(corpus, early, "run_name=early", "train.steps=1"), outputs, cache)
+    rows = rundir.MetricsFile(base / "metrics.csv").read()
+    scored = {row["step"]: row["val_loss"] for row in rows}
+    assert results["initial_val_loss"] == pytest.approx(float(scored["4"]), abs=1e-12)
+
+
+def test_a_shorter_context_takes_the_first_positions(
+    corpus: Path, cache: Path, outputs: Path, base: Path
+) -> None:
+    words = further(corpus, base, "model.max_seq_len=16", "train.steps=1", "run_name=short")
+    words.append("optim.learning_rate=1e-30")
+    run(words, outputs, cache)
+    short, long = load_run(outputs / "runs" / "short").model, load_run(base).model
+    tokens = torch.arange(16)[None]
+    assert torch.allclose(short(tokens), long(tokens), atol=1e-6)
+
+
+def test_the_weights_stand_in_the_hash_and_the_path_does_not(
+    corpus: Path, base: Path, tmp_path: Path
+) -> None:
+    from tinygpt.data.corpora import open_corpus
+    from tinygpt.pretrained import contents
+
+    def hash_of(*more: str) -> str:
+        config = cli.compose_config([*further(corpus, base), *more])
+        return rundir.config_hash(config, contents(open_corpus(config.data), config))
+
+    copy = shutil.copytree(base, tmp_path / "copy")
+    assert hash_of(f"init_from={copy}") == hash_of()
+    assert hash_of(f"init_from={base}/checkpoints/step_4.ckpt") != hash_of()
+
+
+def test_killed_and_started_again_it_is_the_same_run(
+    corpus: Path, cache: Path, base: Path, tmp_path: Path
+) -> None:
+    words = further(corpus, base, "run_name=r", "model.dropout=0.1", "train.checkpoint_every=1024")
+    whole = run(words, tmp_path / "whole", cache)
+    run([*words, "train.keep_every=1024"], tmp_path / "cut", cache)
+    cut = rundir.RunDir(tmp_path / "cut" / "runs" / "r")
+    for name in ("results.json", "checkpoints/final.ckpt"):
+        (cut.path / name).unlink()
+    shutil.copy(cut.step(4), cut.last)
+    again = run([*words, "train.keep_every=1024"], tmp_path / "cut", cache)
+    for name in ("initial_val_loss", "final_val_loss", "test_loss"):
+        assert again[name] == whole[name]
+
+
+def test_another_shape_or_tokenizer_is_explained(corpus: Path, base: Path, tmp_path: Path) -> None:
+    def said(*more: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            cli.compose_config([*further(corpus, base), *more])
+        return str(caught.value).replace(str(base), "BASE")
+
+    shape = "and brings its own shape; leave"
+    assert said("model.d_model=32") == (
+        f"model.d_model=32: init_from=BASE has 16 {shape} model.d_model= out"
+    )
+    assert said("model=medium") == f"model.n_layers=6: init_from=BASE has 1 {shape} model= out"
+    assert said("model.max_seq_len=64") == (
+        "model.max_seq_len=64: init_from=BASE has only 32 learned positions; "
+        "leave model.max_seq_len= out"
+    )
+    assert said("tokenizer=byte") == (
+        "tokenizer=byte: init_from=BASE brings its own vocabulary, of 300 tokens (bpe); "
+        "leave tokenizer= out"
+    )
+    other = tmp_path / "tokenizer.json"
+    other.write_text(json.dumps({"kind": "byte"}))
+    assert "not the tokenizer that init_from=BASE was trained with" in said(
+        "tokenizer=saved", f"tokenizer.path={other}"
+    )
+    for name, why in {
+        "nowhere/at/all": "no such folder",
+        "no-such-model": "no model of that name was fetched before",
+        str(base.parent): "neither the folder of a run nor of a Hugging Face model",
+        str(base / "config.yaml"): "not a folder",
+    }.items():
+        assert why in said(f"init_from={name}")
+
+
+def test_what_equals_its_own_may_be_said(corpus: Path, base: Path) -> None:
+    more = ["model.d_model=16", "model.d_ff=64", "tokenizer=saved", f"tokenizer.path={base}"]
+    config = cli.compose_config([*further(corpus, base), *more])
+    assert config.model == cli.compose_config(further(corpus, base)).model
+
+
+def test_a_saved_tokenizer_serves_a_new_run(
+    corpus: Path, cache: Path, tmp_path: Path, base: Path, tinygpt: Command
+) -> None:
+    trained = tinygpt("tokenizer", "train", f"path={corpus}", "vocab_size=280", "out=own.json")
+    assert trained.returncode == 0, trained.stderr
+    words = [*tiny(corpus), "tokenizer=saved", f"tokenizer.path={tmp_path / 'own.json'}"]
+    results = run(words, tmp_path, cache)
+    assert (results["vocab_size"], results["tokenizer"]) == (280, "bpe")
+
+
+def test_a_damaged_checkpoint_is_said_before_training(
+    corpus: Path, base: Path, tmp_path: Path, tinygpt: Command
+) -> None:
+    copy = shutil.copytree(base, tmp_path / "torn")
+    (copy / "checkpoints" / "final.ckpt").write_bytes(b"PK")
+    done = tinygpt("run", *further(corpus, copy))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {copy}/checkpoints/final.ckpt: this checkpoint is damaged\n"
+    assert not list((tmp_path / "outputs").glob("**/config.yaml"))

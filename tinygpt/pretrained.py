@@ -1,0 +1,158 @@
+"""What a run can begin from: the weights of another run, or of a Hugging Face model.
+
+It brings its own shape and its own tokenizer.  Free of torch: the weights themselves are read by
+trained.py once the configuration stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tinygpt import rundir
+from tinygpt.config import Config, ConfigError, ModelConfig, SavedTokenizer
+from tinygpt.counting import resolved_d_ff
+from tinygpt.data import shards
+from tinygpt.data.corpora import Corpus
+from tinygpt.data.network import model_folder
+from tinygpt.data.tokenizers import Tokenizer, open_tokenizer
+from tinygpt.model.families import from_config, vocab_rows
+
+# What of a model is chosen anew for each training: the rest is the shape of the weights.
+OWN = ("dropout", "attention", "gradient_checkpointing")
+SHAPE = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in OWN)
+
+
+class Source(NamedTuple):
+    """Where the weights lie: in a checkpoint of a run, or in a Hugging Face folder."""
+
+    name: str  # as it was given
+    folder: Path
+    checkpoint: Path | None  # None: a Hugging Face folder
+
+
+def locate(name: str) -> Source:
+    """The run folder, checkpoint, Hugging Face folder or model on the hub of that name.
+
+    Raises ConfigError where there is none.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".ckpt" and path.is_file():
+        return Source(name, path.parent.parent, path)
+    folder = model_folder("init_from", name)
+    if (folder / "config.json").exists():
+        return Source(name, folder, None)
+    run = rundir.RunDir(folder)
+    if not run.config.exists():
+        raise ConfigError(
+            f"init_from={name}: neither the folder of a run nor of a Hugging Face model"
+        )
+    for checkpoint in (run.checkpoints / "final.ckpt", run.last):
+        if checkpoint.exists():
+            return Source(name, folder, checkpoint)
+    raise ConfigError(f"init_from={name}: this run has no checkpoint yet")
+
+
+def adopt(config: Config, overrides: Sequence[str]) -> None:
+    """Gives ``config`` the shape and the tokenizer of what ``config.init_from`` names.
+
+    Raises ConfigError where ``overrides``, the command line, ask for others.
+    """
+    assert config.init_from is not None
+    source = locate(config.init_from)
+    place = source.name if source.checkpoint is None else str(source.folder)
+    tokenizer = open_tokenizer("init_from", place)
+    keys = {item.lstrip("+").partition("=")[0] for item in overrides}
+    _adopt_shape(config.model, _shape(source, tokenizer), keys, source.name)
+    if any(key.split(".")[0] == "tokenizer" for key in keys):
+        _check_tokenizer(config, tokenizer)
+    else:
+        config.tokenizer = SavedTokenizer(path=place)
+
+
+def _shape(source: Source, tokenizer: Tokenizer) -> ModelConfig:
+    if source.checkpoint is not None:
+        return rundir.read_config(source.folder / "config.yaml").model
+    content = rundir.read_json(source.folder / "config.json")
+    rows = vocab_rows(content)
+    if rows < tokenizer.vocab_size:
+        raise ConfigError(
+            f"init_from={source.name}: its tokenizer has {tokenizer.vocab_size} tokens, but its "
+            f"model only {rows} rows for them"
+        )
+    padding = rows if rows > tokenizer.vocab_size else 1  # a multiple that gives just these rows
+    values = from_config(content, f"init_from={source.name}")
+    return ModelConfig(**values, pad_vocab_to_multiple=padding)
+
+
+def _adopt_shape(model: ModelConfig, own: ModelConfig, keys: set[str], name: str) -> None:
+    for field in SHAPE:
+        has, wanted = _resolved(own, field), _resolved(model, field)
+        if has != wanted and ("model" in keys or f"model.{field}" in keys):
+            if field == "max_seq_len" and (wanted < has or own.position == "rope"):
+                continue  # fewer positions, or RoPE, which needs no table of them
+            why = (
+                f"init_from={name} has only {has} learned positions"
+                if field == "max_seq_len"
+                else f"init_from={name} has {_written(has)} and brings its own shape"
+            )
+            given = "model" if f"model.{field}" not in keys else f"model.{field}"
+            raise ConfigError(f"model.{field}={_written(wanted)}: {why}; leave {given}= out")
+        setattr(model, field, getattr(own, field))
+
+
+def _resolved(model: ModelConfig, field: str) -> Any:
+    """A value, or what null stands for."""
+    if field == "d_ff":
+        return resolved_d_ff(model)
+    return model.n_kv_heads or model.n_heads if field == "n_kv_heads" else getattr(model, field)
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_tokenizer(config: Config, own: Tokenizer) -> None:
+    kind, name = config.tokenizer.kind, config.init_from
+    if not isinstance(config.tokenizer, SavedTokenizer):
+        raise ConfigError(
+            f"tokenizer={kind}: init_from={name} brings its own vocabulary, of {own.vocab_size} "
+            f"tokens ({own.kind}); leave tokenizer= out"
+        )
+    given = open_tokenizer("tokenizer.path", config.tokenizer.path)
+    if given.fingerprint() != own.fingerprint():
+        raise ConfigError(
+            f"tokenizer.path={config.tokenizer.path}: not the tokenizer that init_from={name} "
+            "was trained with; leave tokenizer= out"
+        )
+
+
+def contents(corpus: Corpus, config: Config) -> dict[str, str]:
+    """Fingerprints of all that a configuration names and does not hold, for its hash."""
+    found = shards.fingerprints(corpus, config.tokenizer)
+    if config.init_from is not None:
+        found["init_from"] = fingerprint(config.init_from)
+    return found
+
+
+def fingerprint(name: str) -> str:
+    """Of the weights, and of how a Hugging Face model computes with them."""
+    source = locate(name)
+    if source.checkpoint is not None:
+        return _sha256(source.checkpoint)
+    files = [source.folder / "config.json", *sorted(source.folder.glob("*.safetensors"))]
+    return rundir.digest([_sha256(path) for path in files])
+
+
+def _sha256(path: Path) -> str:
+    status = path.stat()
+    return _hashed(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _hashed(path: Path, size: int, changed: int) -> str:
+    """A sweep asks a thousand times; a file that changes is read again."""
+    return rundir.sha256(path)
