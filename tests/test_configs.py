@@ -404,7 +404,7 @@ def rows() -> Iterator[Row]:
     """(key, base, word, part): PATH stands for the corpus."""
     for word in (
         *("n_layers=2", "d_model=32", "n_heads=4", "n_kv_heads=1", "d_ff=24", "dropout=0.5"),
-        *("bias=false", "tie_weights=false", "position=rope", "norm=rmsnorm"),
+        *("bias=false", "tie_weights=false", "position=rope", "norm=rmsnorm", "norm_eps=1e-3"),
         *("activation=gelu_tanh", "activation=swiglu", "attention=manual"),
         *("gradient_checkpointing=true", "pad_vocab_to_multiple=64", "parametrization=mup"),
     ):

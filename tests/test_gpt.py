@@ -352,6 +352,8 @@ def test_keys_that_change_parameters(key: str) -> None:
         ({"position": "rope"}, {"rope_theta": 100.0}),
         ({}, {"activation": "gelu_tanh"}),
         ({"bias": False}, {"norm": "rmsnorm"}),
+        ({}, {"norm_eps": 1e-2}),
+        ({"norm": "rmsnorm"}, {"norm_eps": 1e-2}),
         ({}, {"parametrization": "mup"}),
         ({"parametrization": "mup"}, {"mup_base_width": 12}),
     ],
@@ -366,7 +368,7 @@ def test_keys_that_change_the_function(base: dict[str, Any], changes: dict[str, 
 
 def test_every_key_is_tested() -> None:
     elsewhere = {"n_heads", "rope_theta", "dropout", "attention", "gradient_checkpointing"}
-    elsewhere |= {"parametrization", "mup_base_width"}
+    elsewhere |= {"parametrization", "mup_base_width", "norm_eps"}
     assert {f.name for f in dataclasses.fields(ModelConfig)} == {*PARAMETER_KEYS, *elsewhere}
 
 

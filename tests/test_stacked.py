@@ -42,12 +42,13 @@ LLAMA = {
     "activation": "swiglu",
     "n_kv_heads": 2,
     "bias": False,
+    "norm_eps": 1e-2,
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "llama": LLAMA,
     "untied": {"tie_weights": False, "activation": "gelu_tanh", "pad_vocab_to_multiple": 8},
-    "mup": {"parametrization": "mup", "mup_base_width": 4},
+    "mup": {"parametrization": "mup", "mup_base_width": 4, "norm_eps": 1e-2},
     "manual": {"attention": "manual", "bias": False, "d_ff": 1},
 }
 VOCABULARY, RUNS = 30, 3

@@ -52,6 +52,7 @@ class ModelConfig:
     position: str = key("learned", among=("learned", "rope"))
     rope_theta: float = key(10000.0, above=0.0)
     norm: str = key("layernorm", among=("layernorm", "rmsnorm"))
+    norm_eps: float = key(1e-5, above=0.0)  # added to the variance
     activation: str = key("gelu", among=("gelu", "gelu_tanh", "swiglu"))
     attention: str = key("sdpa", among=("sdpa", "manual"))
     gradient_checkpointing: bool = False

@@ -31,7 +31,6 @@ from tinygpt.model.linear import Linear
 from tinygpt.model.loss import mean_loss, token_scores
 
 INIT_STD = 0.02  # as GPT-2
-NORM_EPS = 1e-5
 MUP_HEAD_DIM = 16  # where scores are the same under µP: the default model's
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, (T, D/2) each
@@ -40,8 +39,8 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines, (T, D/2) each
 def make_norm(config: ModelConfig) -> nn.Module:
     """LayerNorm, or RMSNorm, which never has a bias."""
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, eps=NORM_EPS)
-    return nn.LayerNorm(config.d_model, eps=NORM_EPS, bias=config.bias)
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> Rotary:

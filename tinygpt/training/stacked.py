@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tinygpt.model.gpt import GPT, NORM_EPS, Rotary, manual_attention, rotate, score_divisor
+from tinygpt.model.gpt import GPT, Rotary, manual_attention, rotate, score_divisor
 from tinygpt.model.linear import onednn_product, takes_onednn
 from tinygpt.model.loss import add_up, room_for_gradients
 
@@ -92,8 +92,8 @@ class StackedGPT:
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
         shape = (x.shape[-1],)
         if self.config.norm == "rmsnorm":
-            return F.rms_norm(x, shape, eps=NORM_EPS) * weight[:, None]
-        normed = F.layer_norm(x, shape, eps=NORM_EPS)
+            return F.rms_norm(x, shape, eps=self.config.norm_eps) * weight[:, None]
+        normed = F.layer_norm(x, shape, eps=self.config.norm_eps)
         if bias is None:
             return normed * weight[:, None]
         return torch.addcmul(bias[:, None], normed, weight[:, None])

@@ -1,0 +1,227 @@
+"""Our GPT as a model of Hugging Face's, and theirs as ours: what config.json says of the shape.
+
+GPT-2 has learned positions, LayerNorm and GELU, Llama has RoPE, RMSNorm and SwiGLU; a mixture of
+the two is none of theirs.  The weights are ``huggingface.py``'s.  Torch-free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tinygpt.config import ConfigError, ModelConfig
+from tinygpt.counting import resolved_d_ff
+
+TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
+# What a family is made of: the first key tells the two apart.
+MADE_OF = {
+    "gpt2": {"position": ["learned"], "norm": ["layernorm"], "activation": ["gelu", "gelu_tanh"]},
+    "llama": {"position": ["rope"], "norm": ["rmsnorm"], "activation": ["swiglu"]},
+}
+# What GPT-2 calls an activation; of the two names of one function the first is the usual.
+GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# What would make another function of the same weights, with the value that ours has: the default.
+FIXED: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
+    "llama": {"hidden_act": "silu"},
+}
+
+
+def family(model: ModelConfig) -> str:
+    """``gpt2`` or ``llama``.  Raises ConfigError, naming the key, for a mixture that is neither."""
+    name = "llama" if model.position == "rope" else "gpt2"
+    with_it = f"Hugging Face's {TITLES[name]}, the family with model.position={model.position}, has"
+    for key, allowed in MADE_OF[name].items():
+        if getattr(model, key) not in allowed:
+            line = f"model.{key}={getattr(model, key)}: {with_it} {' or '.join(allowed)}"
+            raise ConfigError(line)
+    if name == "gpt2" and model.n_kv_heads not in (None, model.n_heads):
+        raise ConfigError(
+            f"model.n_kv_heads={model.n_kv_heads}: {with_it} as many as model.n_heads="
+            f"{model.n_heads}; Llama, with rope, rmsnorm and swiglu, may have fewer"
+        )
+    return name
+
+
+def to_config(model: ModelConfig, vocab_size: int, eot_id: int) -> dict[str, Any]:
+    """The content of config.json.  ``eot_id`` also begins a text, as in training.
+
+    There is no pad_token_id: Llama would never train that row.  GPT-2 always has biases; that
+    ours has none, all of theirs being zero, stands under ``bias``, which transformers passes by.
+    Raises ConfigError for a mixture without a family.
+    """
+    name = family(model)
+    ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    common = {
+        "model_type": name,
+        "dtype": "float32",
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": model.tie_weights,
+        "initializer_range": 0.02,
+        **ids,
+    }
+    if name == "gpt2":
+        names = {ours: theirs for theirs, ours in reversed(GPT2_ACTIVATIONS.items())}
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            **common,
+            **FIXED[name],
+            "n_positions": model.max_seq_len,
+            "n_embd": model.d_model,
+            "n_layer": model.n_layers,
+            "n_head": model.n_heads,
+            "n_inner": resolved_d_ff(model),
+            "activation_function": names[model.activation],
+            "layer_norm_epsilon": model.norm_eps,
+            "embd_pdrop": model.dropout,
+            "attn_pdrop": model.dropout,
+            "resid_pdrop": model.dropout,
+            "bias": model.bias,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        **common,
+        **FIXED[name],
+        "max_position_embeddings": model.max_seq_len,
+        "hidden_size": model.d_model,
+        "intermediate_size": resolved_d_ff(model),
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads or model.n_heads,
+        "head_dim": model.d_model // model.n_heads,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,  # where transformers 4 looks, the next where 5 does
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "attention_bias": model.bias,
+        "mlp_bias": model.bias,
+        "attention_dropout": model.dropout,
+    }
+
+
+def vocab_rows(content: Mapping[str, Any]) -> int:
+    """The rows of the embedding, of a config.json that ``from_config`` takes."""
+    return int(content["vocab_size"])
+
+
+def from_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """From the content of a config.json, of transformers 4 or 5, to values of ModelConfig's keys.
+
+    Raises ConfigError, which ``where`` begins, for what is not a model that ours can be.
+    """
+    name = content.get("model_type")
+    if name not in FIXED:
+        raise ConfigError(f"{where}: model_type={name}: must be {' or '.join(FIXED)}")
+    read = _Reader(content, where)
+    for key, value in FIXED[name].items():
+        read.fixed(key, value)
+    read.number("vocab_size")
+    shape = _gpt2_shape(read) if name == "gpt2" else _llama_shape(read)
+    d_model, n_heads, n_kv_heads = shape["d_model"], shape["n_heads"], shape["n_kv_heads"]
+    read.require(d_model % n_heads == 0, f"{n_heads} heads do not divide a width of {d_model}")
+    read.require(
+        n_kv_heads is None or n_heads % n_kv_heads == 0,
+        f"{n_kv_heads} heads of keys and values do not divide {n_heads} heads",
+    )
+    read.fixed("head_dim", d_model // n_heads)
+    made_of = {key: allowed[0] for key, allowed in MADE_OF[name].items()}
+    return {**made_of, **shape}
+
+
+def _gpt2_shape(read: _Reader) -> dict[str, Any]:
+    d_model = read.number("n_embd")
+    activation = read.content.get("activation_function", "gelu_new")
+    read.require(
+        activation in GPT2_ACTIVATIONS,
+        f"activation_function={activation}: must be one of {', '.join(GPT2_ACTIVATIONS)}",
+    )
+    return {
+        "n_layers": read.number("n_layer"),
+        "d_model": d_model,
+        "n_heads": read.number("n_head"),
+        "n_kv_heads": None,
+        "d_ff": read.number("n_inner", 4 * d_model),
+        "max_seq_len": read.number("n_positions"),
+        "bias": read.switch("bias", True),
+        "tie_weights": read.switch("tie_word_embeddings", True),
+        "rope_theta": ModelConfig.rope_theta,
+        "norm_eps": read.positive("layer_norm_epsilon", 1e-5),
+        "activation": GPT2_ACTIVATIONS[activation],
+    }
+
+
+def _llama_shape(read: _Reader) -> dict[str, Any]:
+    n_heads = read.number("num_attention_heads")
+    n_kv_heads = read.number("num_key_value_heads", n_heads)
+    d_model = read.number("hidden_size")
+    bias = read.switch("attention_bias", False)
+    read.fixed("mlp_bias", bias, default=False, why=f" like attention_bias={bias}")
+    read.require(d_model // n_heads % 2 == 0, "an odd width of a head, where RoPE turns pairs")
+    return {
+        "n_layers": read.number("num_hidden_layers"),
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_kv_heads": None if n_kv_heads == n_heads else n_kv_heads,
+        "d_ff": read.number("intermediate_size"),
+        "max_seq_len": read.number("max_position_embeddings", 2048),
+        "bias": bias,
+        "tie_weights": read.switch("tie_word_embeddings", False),
+        "rope_theta": _rope_theta(read),
+        "norm_eps": read.positive("rms_norm_eps", 1e-6),
+    }
+
+
+def _rope_theta(read: _Reader) -> float:
+    """transformers 4 has it as a key, beside ``rope_scaling``; 5 in ``rope_parameters``."""
+    theta = read.positive("rope_theta", 10000.0)
+    for key in ("rope_scaling", "rope_parameters"):
+        table = read.content.get(key) or {}
+        read.require(isinstance(table, dict), f"{key}={table}: must be a table of RoPE's settings")
+        inside = _Reader(table, f"{read.where}: {key}")
+        inside.fixed("type", "default")
+        inside.fixed("rope_type", "default")
+        inside.fixed("partial_rotary_factor", 1.0)
+        theta = inside.positive("rope_theta", theta)
+    return theta
+
+
+class _Reader:
+    """Values of a JSON object by their key; an absent or null one has its default."""
+
+    def __init__(self, content: Mapping[str, Any], where: str) -> None:
+        self.content, self.where = content, where
+
+    def require(self, holds: bool, line: str) -> None:
+        if not holds:
+            raise ConfigError(f"{self.where}: {line}")
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.content.get(key)
+        value = default if value is None else value
+        self.require(value is not None, f"{key}: not in its config.json")
+        return value
+
+    def number(self, key: str, default: int | None = None) -> int:
+        value = self._get(key, default)
+        self.require(type(value) is int and value > 0, f"{key}={value}: must be an integer above 0")
+        return int(value)
+
+    def positive(self, key: str, default: float) -> float:
+        value = self._get(key, default)
+        self.require(
+            type(value) in (int, float) and value > 0, f"{key}={value}: must be a number above 0"
+        )
+        return float(value)
+
+    def switch(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        self.require(type(value) is bool, f"{key}={value}: must be true or false")
+        return bool(value)
+
+    def fixed(self, key: str, wanted: Any, default: Any = None, why: str = "") -> None:
+        """``default``: what an absent one means, if that is not what is wanted."""
+        value = self._get(key, wanted if default is None else default)
+        self.require(value == wanted, f"{key}={value}: must be {wanted}{why}")
