@@ -165,7 +165,7 @@ def test_help_is_the_usage(word: str, capsys: pytest.CaptureFixture[str]) -> Non
         (RunError("it broke"), 1, "error: it broke\n"),
         (OSError(28, "No space left on device", "/x/y"), 1, "error: /x/y: No space left on "),
         (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        (KeyboardInterrupt(), 130, "interrupted; a run goes on from its last checkpoint"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(

@@ -326,7 +326,7 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
         except (RunError, OSError) as error:
             _leave(error, 1)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
             raise SystemExit(130) from None
 
     return run
