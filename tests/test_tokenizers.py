@@ -105,7 +105,9 @@ def test_ids_are_identical_for_any_trained_merges(
     # joined, because merges differ most where learned pieces meet
     for text in [*texts, *corpus, "".join(corpus), "".join(reversed(corpus))]:
         assert tokenizer.encode(text) == library.encode(text).ids
-    assert all(len(library.model.tokenize(t)) == 1 for t in tokenizers._tokens(tokenizer.merges))
+    assert all(
+        len(library.model.tokenize(t)) == 1 for t in tokenizers.merged_tokens(tokenizer.merges)
+    )
 
 
 @settings(max_examples=200, deadline=None)

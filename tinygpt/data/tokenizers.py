@@ -104,8 +104,8 @@ class Char(Tokenizer):
     def __init__(self, alphabet: str) -> None:
         """``alphabet``: distinct characters, sorted."""
         self.alphabet = alphabet
-        self._symbols = [UNKNOWN, BOS, EOT, *alphabet]
-        self.vocab_size = len(self._symbols)
+        self.symbols = [UNKNOWN, BOS, EOT, *alphabet]
+        self.vocab_size = len(self.symbols)
         self._table = np.zeros(0x110000, dtype=np.uint32)
         self._table[_code_points(alphabet)] = np.arange(3, self.vocab_size, dtype=np.uint32)
 
@@ -113,7 +113,7 @@ class Char(Tokenizer):
         return self._table[_code_points(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self._symbols[i] for i in self._checked(ids))
+        return "".join(self.symbols[i] for i in self._checked(ids))
 
     def _content(self) -> dict[str, Any]:
         return {"kind": self.kind, "alphabet": self.alphabet}
@@ -149,7 +149,7 @@ class _Merging(Tokenizer):
     def __init__(self, merges: Sequence[Merge], first_id: int, special: dict[str, int]) -> None:
         """Raises ValueError for merges that do not build on one another."""
         self.merges = [(left, right) for left, right in merges]
-        tokens = [_byte_spelling(token) for token in _tokens(self.merges)]
+        tokens = [_byte_spelling(token) for token in merged_tokens(self.merges)]
         self.vocab_size = len(tokens) + len(special)
         self.bos_id, self.eot_id = special.get(BOS, special[EOT]), special[EOT]
         self._bytes = [token.encode() for token in special]
@@ -218,9 +218,9 @@ class Bpe(_Merging):
 
     def hugging_face(self) -> HuggingFaceTokenizer:
         """The same tokenizer as a `tokenizers` object."""
-        names = [BOS, EOT, *_tokens(self.merges)]
+        names = [BOS, EOT, *merged_tokens(self.merges)]
         vocab = {token: i for i, token in enumerate(names)}
-        made = _byte_level(models.BPE(vocab=vocab, merges=self.merges))
+        made = byte_level(models.BPE(vocab=vocab, merges=self.merges))
         made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (BOS, EOT)])
         return made
 
@@ -294,11 +294,11 @@ def _from_content(text: str, content: Any) -> Tokenizer:
         return _bpe_from_hugging_face(text, content)
     made: Tokenizer
     if kind == "char":
-        made = Char(_checked_alphabet(content["alphabet"]))
+        made = Char(checked_alphabet(content["alphabet"]))
     elif kind == "byte":
         made = Bytes()
     elif kind == "gpt2":
-        made = Gpt2([_merge(line) for line in content["merges"]])
+        made = Gpt2([read_merge(line) for line in content["merges"]])
     else:
         raise ValueError(f"kind {kind!r}")
     if made._content() != content:
@@ -306,7 +306,7 @@ def _from_content(text: str, content: Any) -> Tokenizer:
     return made
 
 
-def _checked_alphabet(alphabet: Any) -> str:
+def checked_alphabet(alphabet: Any) -> str:
     if not isinstance(alphabet, str) or list(alphabet) != sorted(set(alphabet)):
         raise ValueError("its alphabet is not a sorted text")
     if _SURROGATES.search(alphabet):
@@ -317,7 +317,7 @@ def _checked_alphabet(alphabet: Any) -> str:
 def _bpe_from_hugging_face(text: str, content: dict[str, Any]) -> Bpe:
     """Every setting must be as we write it, since tiktoken does the encoding."""
     merges = content["model"]["merges"]
-    made = Bpe([_merge(m) if isinstance(m, str) else (str(m[0]), str(m[1])) for m in merges])
+    made = Bpe([read_merge(m) if isinstance(m, str) else (str(m[0]), str(m[1])) for m in merges])
     expected = made.hugging_face()
     try:
         given = HuggingFaceTokenizer.from_str(text).to_str()
@@ -325,12 +325,17 @@ def _bpe_from_hugging_face(text: str, content: dict[str, Any]) -> Bpe:
         raise ValueError(str(error)) from error
     if given != expected.to_str():
         raise ValueError("a byte-level BPE with other settings than ours")
-    if any(len(expected.model.tokenize(token)) != 1 for token in _tokens(made.merges)):
+    if not made_of_themselves(expected, made.merges):
         raise ValueError("merges that contradict one another")
     return made
 
 
-def _merge(line: Any) -> Merge:
+def made_of_themselves(library: HuggingFaceTokenizer, merges: Sequence[Merge]) -> bool:
+    """Whether every token comes out of its own bytes: see _Merging."""
+    return all(len(library.model.tokenize(token)) == 1 for token in merged_tokens(merges))
+
+
+def read_merge(line: Any) -> Merge:
     if not isinstance(line, str) or line.count(" ") != 1:
         raise ValueError(f"the merge {line!r} is not two tokens")
     left, right = line.split(" ")
@@ -341,16 +346,16 @@ def _merge(line: Any) -> Merge:
 # the characters from U+0100 on.  In this order they are the first 256 tokens.
 _PRINTING = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 _OTHERS = [b for b in range(256) if b not in _PRINTING]
-_BYTE_OF = {chr(b): b for b in _PRINTING} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+BYTE_OF = {chr(b): b for b in _PRINTING} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
 
 
 def _byte_spelling(token: str) -> bytes:
-    return bytes(_BYTE_OF[character] for character in token)
+    return bytes(BYTE_OF[character] for character in token)
 
 
-def _tokens(merges: Sequence[Merge]) -> list[str]:
+def merged_tokens(merges: Sequence[Merge]) -> list[str]:
     """The 256 bytes and what ``merges`` make of them.  Raises ValueError where they do not fit."""
-    tokens = dict.fromkeys(_BYTE_OF)
+    tokens = dict.fromkeys(BYTE_OF)
     for left, right in merges:
         if left not in tokens or right not in tokens or left + right in tokens:
             raise ValueError(f"the merge '{left} {right}' does not build on those before it")
@@ -358,7 +363,7 @@ def _tokens(merges: Sequence[Merge]) -> list[str]:
     return list(tokens)
 
 
-def _byte_level(model: models.BPE) -> HuggingFaceTokenizer:
+def byte_level(model: models.BPE) -> HuggingFaceTokenizer:
     made = HuggingFaceTokenizer(model)
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -366,7 +371,7 @@ def _byte_level(model: models.BPE) -> HuggingFaceTokenizer:
 
 
 def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Bpe:
-    trained = _byte_level(models.BPE())
+    trained = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[BOS, EOT],
@@ -424,12 +429,12 @@ def _cut_at_spaces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _gpt2(encoder: bytes, vocab: bytes) -> Gpt2:
+def read_gpt2(encoder: bytes, vocab: bytes) -> Gpt2:
     """From the content of encoder.json and vocab.bpe.  Raises ValueError where they disagree."""
     lines = codecs.decode(vocab, "utf-8").split("\n")
     lines = lines[1:] if lines[0].startswith("#version") else lines
-    made = Gpt2([_merge(line.rstrip("\r")) for line in lines if line.strip()])
-    expected = {token: i for i, token in enumerate([*_tokens(made.merges), EOT])}
+    made = Gpt2([read_merge(line.rstrip("\r")) for line in lines if line.strip()])
+    expected = {token: i for i, token in enumerate([*merged_tokens(made.merges), EOT])}
     if json.loads(encoder) != expected:
         raise ValueError("encoder.json and vocab.bpe do not belong together")
     return made
@@ -439,7 +444,9 @@ def _gpt2_from(vocab_dir: str) -> Gpt2:
     folder = Path(vocab_dir).expanduser()
     wanted = f"tokenizer.vocab_dir={vocab_dir}: must be a folder with encoder.json and vocab.bpe"
     try:
-        return _gpt2((folder / "encoder.json").read_bytes(), (folder / "vocab.bpe").read_bytes())
+        return read_gpt2(
+            (folder / "encoder.json").read_bytes(), (folder / "vocab.bpe").read_bytes()
+        )
     except OSError as error:
         missing = Path(str(error.filename)).name
         raise ConfigError(f"{wanted} of GPT-2 ({missing}: {error.strerror})") from error
@@ -449,4 +456,4 @@ def _gpt2_from(vocab_dir: str) -> Gpt2:
 
 def _gpt2_by_tiktoken() -> Gpt2:
     files = gpt2_files()
-    return _gpt2(files["encoder.json"], files["vocab.bpe"])
+    return read_gpt2(files["encoder.json"], files["vocab.bpe"])
