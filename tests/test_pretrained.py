@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.nn import functional as F
 
 from tests.conftest import Command, tiny
 from tinygpt import cli, load_run, rundir
-from tinygpt.config import ConfigError
+from tinygpt.config import BpeTokenizer, ConfigError
+from tinygpt.data.corpora import open_corpus
+from tinygpt.data.datamodule import TokenData
+from tinygpt.data.huggingface import to_hugging_face
+from tinygpt.data.shards import prepare
+from tinygpt.data.tokenizers import train_tokenizer
+from tinygpt.pretrained import contents
 from tinygpt.training.session import train
 
 
@@ -79,9 +86,6 @@ def test_a_shorter_context_takes_the_first_positions(
 def test_the_weights_stand_in_the_hash_and_the_path_does_not(
     corpus: Path, base: Path, tmp_path: Path
 ) -> None:
-    from tinygpt.data.corpora import open_corpus
-    from tinygpt.pretrained import contents
-
     def hash_of(*more: str) -> str:
         config = cli.compose_config([*further(corpus, base), *more])
         return rundir.config_hash(config, contents(open_corpus(config.data), config))
@@ -104,6 +108,102 @@ def test_killed_and_started_again_it_is_the_same_run(
     again = run([*words, "train.keep_every=1024"], tmp_path / "cut", cache)
     for name in ("initial_val_loss", "final_val_loss", "test_loss"):
         assert again[name] == whole[name]
+
+
+def their_tokenizer(texts: list[str]) -> Any:
+    """One that is none of ours: Llama's kind, with a normaliser and bytes for the unknown."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    made.train_from_iterator(texts, trainer)
+    return made
+
+
+def save_theirs(folder: Path, kind: str, texts: list[str]) -> Any:
+    """A Hugging Face folder with random weights; returns the model."""
+    import transformers
+
+    torch.manual_seed(1)
+    if kind == "gpt2":
+        tokenizer = to_hugging_face(train_tokenizer(BpeTokenizer(vocab_size=300), texts))
+        config: Any = transformers.GPT2Config(
+            vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2
+        )
+        ends = "<|endoftext|>"
+    else:
+        tokenizer, ends = their_tokenizer(texts), "</s>"
+        config = transformers.LlamaConfig(
+            vocab_size=320,  # more rows than the tokenizer has tokens
+            max_position_embeddings=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-3,
+        )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=ends
+    ).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_hugging_face_model_is_gone_on_with(
+    kind: str, corpus: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Its first loss is the one that transformers computes of the same tokens."""
+    texts = corpus.read_text().split("\n<|endoftext|>\n")
+    theirs = save_theirs(tmp_path / "theirs", kind, texts)
+    words = further(corpus, tmp_path / "theirs", "run_name=r", "train.sample_tokens=3")
+    results = run(words, tmp_path, cache)
+    made = load_run(tmp_path / "runs" / "r")
+    data = TokenData(
+        prepare(open_corpus(made.config.data), made.config.data, made.config.tokenizer, cache),
+        made.config,
+    )
+    losses = []
+    for inputs, targets in data.eval_batches("val", 1):
+        with torch.no_grad():
+            logits = theirs(inputs).logits.flatten(0, 1)
+        losses.append(F.cross_entropy(logits, targets.flatten(), reduction="none"))
+    scored = torch.cat(losses)[: data.splits["val"].info["tokens"]].double().mean()
+    assert results["initial_val_loss"] == pytest.approx(float(scored), abs=1e-5)
+    assert results["final_val_loss"] < results["initial_val_loss"]
+    assert results["tokenizer"] == ("bpe" if kind == "gpt2" else "hf")
+    text = "Story 3. The cat — a naïve one 🐈 — saw </s> 9 birds."
+    assert made.tokenizer.decode(made.tokenizer.encode(text)).strip() == text
+    assert made.tokenizer.eot_id not in made.tokenizer.encode(text)
+
+
+def test_what_no_gpt_of_ours_can_be_is_refused(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    save_theirs(folder, "gpt2", ["a b c d"])
+
+    def said(**changed: Any) -> str:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ConfigError) as caught:
+            cli.compose_config(further(corpus, folder))
+        (folder / "config.json").write_text(json.dumps(config))
+        return str(caught.value).replace(str(folder), "FOLDER")
+
+    assert said(model_type="mamba") == "init_from=FOLDER: model_type=mamba: must be gpt2 or llama"
+    assert said(vocab_size=10) == (
+        "init_from=FOLDER: its tokenizer has 261 tokens, but its model only 10 rows for them"
+    )
+    (folder / "tokenizer.json").unlink()
+    assert "FOLDER/tokenizer.json: " in said()
 
 
 def test_another_shape_or_tokenizer_is_explained(corpus: Path, base: Path, tmp_path: Path) -> None:

@@ -268,7 +268,11 @@ def open_tokenizer(key: str, place: str) -> Tokenizer:
     if path.is_file():
         return load_tokenizer(path)
     folder = model_folder(key, place)
-    return load_tokenizer(folder / "tokenizer.json")
+    if not (folder / "config.json").exists():
+        return load_tokenizer(folder / "tokenizer.json")
+    from tinygpt.data.huggingface import read_tokenizer  # which builds on what is here
+
+    return read_tokenizer(folder)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -299,6 +303,10 @@ def _from_content(text: str, content: Any) -> Tokenizer:
         made = Bytes()
     elif kind == "gpt2":
         made = Gpt2([read_merge(line) for line in content["merges"]])
+    elif kind == "hf":
+        from tinygpt.data.huggingface import Foreign
+
+        made = Foreign(content["tokenizer"], content["eot"], content["bos"])
     else:
         raise ValueError(f"kind {kind!r}")
     if made._content() != content:
