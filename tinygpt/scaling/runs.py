@@ -17,7 +17,7 @@ RATES = ("learning_rate", "warmup_steps")
 SETTINGS = (
     *("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "parametrization"),
     *("vocab_size", "tokenizer", "dataset", "data_fraction", "train_tokens", "batch_tokens"),
-    *("weight_decay", "optimizer", "schedule", *RATES),
+    *("weight_decay", "optimizer", "schedule", "init_from", *RATES),
 )
 
 
