@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from omegaconf import MISSING
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -140,10 +141,8 @@ class Writer:
         if len(texts) == 1 or self.arguments.top:
             for index, text in enumerate(texts):
                 self.head(index, texts)
-                steps = self.steps([text])
-                if self.arguments.top:
-                    steps = iter([*self.with_tables(text.begun, steps)])
-                self.show(text.begun, (int(step.tokens) for step in steps))
+                new = self.tokens(text)
+                self.show(text.begun, list(new) if self.arguments.top else new)
             return
         done: dict[int, list[int]] = {}
         shown = 0
@@ -167,7 +166,7 @@ class Writer:
             title = f"{index + 1} of {len(texts)} · seed {texts[index].seed}"
             self.console.rule(Text(title, "dim"), style="dim")
         elif index:
-            self.console.out(self.tokenizer.decode([self.tokenizer.eot_id]), highlight=False)
+            self.put(self.tokenizer.decode([self.tokenizer.eot_id]) + "\n")
 
     def show(self, begun: Sequence[int], new: Iterable[int]) -> None:
         """The text, as its tokens come; bytes that are no whole character yet wait for the rest."""
@@ -184,21 +183,24 @@ class Writer:
             self.put(self.tokenizer.decode([token]), "dim")
         self.put("\n")
 
-    def put(self, text: str, style: str | None = None) -> None:
+    def put(self, text: str, style: str = "none") -> None:
+        """As it is: in a Segment Rich expands no tabs, drops and wraps nothing."""
         if self.console.is_terminal:
             text = CONTROL.sub(lambda found: rf"\x{ord(found[0]):02x}", text)
-        self.console.out(text, style=style, highlight=False, end="")
+        segment = Segment(text, self.console.get_style(style))
+        self.console.print(Segments([segment]), soft_wrap=True, end="")
 
-    def with_tables(self, begun: Sequence[int], steps: Iterable[Step]) -> Iterator[Step]:
-        """Shows what each of the steps was drawn from."""
-        ids = list(begun)
-        for number, step in enumerate(steps, start=1):
-            before = self.tokenizer.decode(ids[1:][-SHOWN:])[-SHOWN:]
-            where = f"  after {before!r}" if before else "  at the beginning"
-            self.console.print(Text.assemble((f"step {number}", "bold"), (where, "dim")))
-            self.console.print(self.table(step), Text())
+    def tokens(self, text: Wanted) -> Iterator[int]:
+        """Of one text, as they come; with ``top`` it shows what each was drawn from."""
+        ids = list(text.begun)
+        for number, step in enumerate(self.steps([text]), start=1):
+            if self.arguments.top:
+                before = self.tokenizer.decode(ids[1:][-SHOWN:])[-SHOWN:]
+                where = f"  after {before!r}" if before else "  at the beginning"
+                self.console.print(Text.assemble((f"step {number}", "bold"), (where, "dim")))
+                self.console.print(self.table(step), Text())
             ids.append(int(step.tokens))
-            yield step
+            yield ids[-1]
 
     def table(self, step: Step) -> Table:
         """The likeliest tokens, the chosen one, all others: their shares add up to 1."""

@@ -403,22 +403,19 @@ class Run:
         prompt = [tokenizer.eot_id, *tokenizer.encode(train.sample_prompt)]
         tokens = torch.tensor([prompt], device=self.module.device)
         generator = torch.Generator().manual_seed(self.config.seed)
+        with self.trainer.precision_plugin.forward_context(), gathered(self.module.model):
+            out = generate(
+                self.module.model,
+                tokens[:, -self.config.model.max_seq_len :],
+                train.sample_tokens,
+                temperature=0.8,
+                top_k=50,
+                generator=generator,
+                stop_token=tokenizer.eot_id,
+            )
+        ids = [i for i in out[0].tolist() if i != tokenizer.eot_id]
         head = f"{SAMPLE_MARK} {step:,} ({step * train.batch_tokens:,} tokens)\n"
-        try:
-            with self.trainer.precision_plugin.forward_context(), gathered(self.module.model):
-                out = generate(
-                    self.module.model,
-                    tokens[:, -self.config.model.max_seq_len :],
-                    train.sample_tokens,
-                    temperature=0.8,
-                    top_k=50,
-                    generator=generator,
-                    stop_token=tokenizer.eot_id,
-                )
-            text = tokenizer.decode(i for i in out[0].tolist() if i != tokenizer.eot_id)
-        except RunError as error:  # the run goes on: the loss will tell that it has diverged
-            text = f"({error})"
-        self.samples[step] = f"{head}{text}\n\n"
+        self.samples[step] = f"{head}{tokenizer.decode(ids)}\n\n"
         if self.writes:
             rundir.write_text(self.run.samples, "".join(self.samples.values()))
 
