@@ -22,6 +22,7 @@ from tests.conftest import Command, tiny
 from tinygpt import cli, sample
 from tinygpt.config import Sampling
 from tinygpt.data.tokenizers import Bytes
+from tinygpt.model.generate import LOOK_EVERY
 from tinygpt.sample import Arguments, Wanted, Writer, batches, take_whole
 from tinygpt.trained import TrainedRun, load_run
 from tinygpt.training.session import train
@@ -126,6 +127,20 @@ def test_a_text_ends_where_the_model_ends_it(runs: dict[str, str]) -> None:
     for terminal in (True, False):  # only there the end is shown
         shown = on_page(run, [Wanted(run.encode_prompt("The cat"), 0)], terminal, max_new_tokens=50)
         assert shown.removesuffix("\n").endswith(EOT) == terminal
+
+
+def test_on_a_gpu_too_nothing_comes_after_the_end(
+    runs: dict[str, str], said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There it is seen only at every 16th token that a text has ended."""
+    words = (f"run={runs['bpe']}", "prompt=The cat", "max_new_tokens=50")
+    both = [said(*words, more) for more in ("top=2", "n=2")]
+    assert both[0][0].count("step ") < 50
+    monkeypatch.setitem(LOOK_EVERY, "cpu", 16)
+    assert both == [said(*words, more) for more in ("top=2", "n=2")]
+    text = load_run(runs["bpe"]).generate("The cat", 50)
+    assert said(*words)[0] == text + "\n"
+    assert EOT not in text
 
 
 def test_padding_of_the_vocabulary_is_never_chosen(runs: dict[str, str]) -> None:
@@ -324,7 +339,7 @@ def test_the_table_shows_what_is_drawn_from(runs: dict[str, str], said: Said) ->
         title, head, *rows, others = section.splitlines()
         before = run.tokenizer.decode([*begun[1:], *(int(s.tokens) for s in steps[: number - 1])])
         assert title == f"step {number}  after {before!r}"
-        assert head.split() == ["rank", "token", "id", "in", "the", "model", "as", "drawn", "from"]
+        assert head.split() == ["rank", "token", "id", "model", "drawn", "from"]
         model, drawn = step.logits[0].softmax(-1), step.filtered[0].softmax(-1)
         likeliest = model.argsort(descending=True).tolist()
         chosen = int(step.tokens)

@@ -45,7 +45,8 @@ top_k=50                the likeliest 50, and what ties with the last of them; n
 top_p=1.0               0.9: the fewest likeliest that make up 90 %
 min_p=0.0               0.1: those with a tenth of the likeliest's probability, or more
 
-top=0                   5: shows at each step the 5 likeliest tokens, in the model and as drawn from
+top=0                   5: shows at each step the 5 likeliest tokens, their probability in the model
+                        and as drawn from
 cache=true              keep the keys and values of the context: faster, the same text
 device=auto             cpu, mps or cuda; auto: the fastest there is
 
@@ -201,6 +202,8 @@ class Writer:
                 self.console.print(self.table(step), Text())
             ids.append(int(step.tokens))
             yield ids[-1]
+            if ids[-1] == self.tokenizer.eot_id:
+                return
 
     def table(self, step: Step) -> Table:
         """The likeliest tokens, the chosen one, all others: their shares add up to 1."""
@@ -210,7 +213,7 @@ class Writer:
         shown += [chosen] * (chosen not in shown)
         table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
         table.add_column("")
-        for name in ("rank", "token", "id", "in the model", "as drawn from"):
+        for name in ("rank", "token", "id", "model", "drawn from"):
             table.add_column(name, justify="left" if name == "token" else "right")
         for token in shown:
             rank = 1 + int((model > model[token]).sum())

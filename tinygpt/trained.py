@@ -6,6 +6,7 @@ print(run.generate("Once upon a time", top_p=0.9))
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,8 @@ class TrainedRun:
         """
         begun = self.encode_prompt(prompt)
         steps = self.stream([begun], [seed], max_new_tokens, Sampling(**sampling))
-        ids = [int(step.tokens) for step in steps]
-        if ids and ids[-1] == self.tokenizer.eot_id:
-            del ids[-1]
-        return self.tokenizer.decode([*begun[1:], *ids])
+        new = itertools.takewhile(self.tokenizer.eot_id.__ne__, (int(s.tokens) for s in steps))
+        return self.tokenizer.decode([*begun[1:], *new])
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """As training saw the beginning of a document: behind the end of another."""

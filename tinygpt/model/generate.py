@@ -39,8 +39,8 @@ def context_start(length: int, max_seq_len: int) -> int:
 def penalised(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
     """(B, V): the tokens of the context (B, T) made less likely, if ``penalty`` is above 1.
 
-    Keskar et al. 2019 (CTRL) divide their logits; where one is negative it is multiplied, as
-    everybody does since: or else it would become likelier.
+    Keskar et al. 2019 (CTRL) divide their logits; a negative one, which that would make likelier,
+    is multiplied, as in Hugging Face's ``generate``.
     """
     B, V = logits.shape
     seen = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device)
