@@ -150,6 +150,9 @@ print("loaded", *{name.split(".")[0] for name in sys.modules})
         ("fit runs=nowhere", set()),
         ("fit runs=.", LAW - {"matplotlib", "sklearn"} | DATA - {"datasets"}),
         ("tokenizer --help", DATA - {"datasets"}),
+        ("sample --help", set()),
+        ("sample run=. top_p=2", set()),
+        ("sample run=nowhere", set()),
     ],
 )
 def test_a_command_starts_without_what_it_does_not_need(

@@ -383,6 +383,20 @@ class Config:
     fit: bool = True
 
 
+@dataclass
+class Sampling:
+    """How the next token is chosen, in this order; the names are Hugging Face's.
+
+    The defaults are those of ``samples.txt``.
+    """
+
+    repetition_penalty: float = key(1.0, above=0.0)  # of tokens in the context; 1: none
+    temperature: float = key(0.8, least=0.0)  # 0: always the likeliest
+    top_k: Optional[int] = key(50, least=1)  # of so many of the likeliest; null: of all
+    top_p: float = key(1.0, above=0.0, most=1.0)  # of the likeliest that make up this probability
+    min_p: float = key(0.0, least=0.0, most=1.0)  # of those with this share of the likeliest's
+
+
 # The variants of each group, by their name in conf/.
 CHOICES: dict[str, dict[str, type]] = {
     "data": {"synthetic": SyntheticData, "hub": HubData, "custom": CustomData},

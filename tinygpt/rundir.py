@@ -202,6 +202,21 @@ def folder_of(config: Config, named: Sequence[str], config_hash: str) -> Path:
     return study / run_name(named, config_hash)
 
 
+def open_run(path: str | Path) -> RunDir:
+    """The folder of a run that has begun.  Raises ConfigError, one line, for any other place."""
+    run = RunDir(Path(path).expanduser())
+    if run.config.exists():
+        return run
+    inside = find_runs(run.path)
+    if not run.path.is_dir():
+        why = "no such folder"
+    elif inside:
+        why = f"a folder of {len(inside)} runs; give one of them, as {inside[0]}"
+    else:
+        why = "not the folder of a run"
+    raise ConfigError(f"run={path}: {why}")
+
+
 def find_runs(folder: Path) -> list[Path]:
     """The run folders in ``folder``, itself included: d_model-64 before d_model-128."""
     return sorted((path.parent for path in folder.rglob("environment.json")), key=_natural)

@@ -1,7 +1,13 @@
-"""What was trained, to be used: a run folder → model, tokenizer, config, results."""
+"""What was trained, to be used: a run folder → model, tokenizer, config, results.
+
+run = tinygpt.load_run("outputs/runs/stories")
+print(run.generate("Once upon a time", top_p=0.9))
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +15,10 @@ from typing import Any
 import torch
 
 from tinygpt import pretrained, rundir
-from tinygpt.config import Config, ConfigError
+from tinygpt.config import Config, ConfigError, Sampling
 from tinygpt.counting import padded_vocab
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer
+from tinygpt.model.generate import Step, stream
 from tinygpt.model.gpt import GPT
 from tinygpt.model.huggingface import from_hugging_face, read_weights
 
@@ -39,19 +46,63 @@ class TrainedRun:
         """Training tokens up to the checkpoint."""
         return self.step * self.config.train.batch_tokens
 
+    def generate(
+        self, prompt: str = "", max_new_tokens: int = 200, *, seed: int = 0, **sampling: Any
+    ) -> str:
+        """The prompt, as the beginning of a document, and what follows, to its end at most.
+
+        ``sampling`` are the fields of config.Sampling: temperature, top_k, top_p, min_p,
+        repetition_penalty.  The same prompt and seed give the same text.  Raises ConfigError for
+        an option out of its bounds, RunError where the model has diverged to NaN.
+        """
+        begun = self.encode_prompt(prompt)
+        steps = self.stream([begun], [seed], max_new_tokens, Sampling(**sampling))
+        new = itertools.takewhile(self.tokenizer.eot_id.__ne__, (int(s.tokens) for s in steps))
+        return self.tokenizer.decode([*begun[1:], *new])
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """As training saw the beginning of a document: behind the end of another."""
+        return [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        use_cache: bool = True,
+    ) -> Iterator[Step]:
+        """Continues B encoded prompts of one length side by side, each with its seed.
+
+        What is drawn for a text depends on its prompt and seed alone, so that it is the same
+        whatever stands beside it.
+        """
+        generators = [
+            torch.Generator().manual_seed(int(rundir.digest([seed, *prompt])[:16], 16))
+            for seed, prompt in zip(seeds, prompts, strict=True)
+        ]
+        tokens = torch.tensor(prompts, device=next(self.model.parameters()).device)  # (B, T0)
+        return stream(
+            self.model,
+            tokens,
+            max_new_tokens,
+            sampling,
+            generators,
+            stop_token=self.tokenizer.eot_id,
+            use_cache=use_cache,
+        )
+
 
 def load_run(
     path: str | Path, checkpoint: str | None = None, device: str | torch.device = "cpu"
 ) -> TrainedRun:
-    """The run in the folder ``path``, ready to be used on ``device``.
+    """The run in the folder ``path``, ready to be used on ``device`` (``auto``: the fastest).
 
     ``checkpoint`` is ``final``, ``best``, ``last`` or ``step_<N>``; None: ``final``, of a run that
     has not ended ``last``.  Raises ConfigError, one line, for what is not a run, has no such
     checkpoint or is damaged.
     """
-    run = rundir.RunDir(Path(path).expanduser())
-    if not run.config.exists():
-        raise ConfigError(f"run={path}: {_why_no_run(run.path)}")
+    device, run = usable_device(device), rundir.open_run(path)
     config = rundir.read_config(run.config)
     tokenizer = load_tokenizer(run.tokenizer)
     results = rundir.read_json(run.results) if run.results.exists() else None
@@ -108,10 +159,14 @@ def initial_weights(config: Config, vocab_size: int) -> dict[str, torch.Tensor] 
     return weights
 
 
-def _why_no_run(path: Path) -> str:
-    if not path.is_dir():
-        return "no such folder"
-    inside = rundir.find_runs(path)
-    if inside:
-        return f"a folder of {len(inside)} runs; give one of them, as {inside[0]}"
-    return "not the folder of a run"
+def usable_device(device: str | torch.device) -> torch.device:
+    """``auto`` is the fastest there is.  Raises ConfigError where there is none of its kind."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = [*["cuda"] * cuda, *["mps"] * mps, "cpu"]
+    wanted = torch.device(there[0] if device == "auto" else device)
+    if wanted.type not in there:
+        raise ConfigError(
+            f"device={device}: this machine or this build of torch has none; "
+            f"usable here: {', '.join(['auto', *there])}"
+        )
+    return wanted

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tinygpt.checks import check_bounds
+from tinygpt.config import RunError, Sampling
 from tinygpt.model.gpt import GPT, KVCache
 
 # How many tokens pass between two looks whether all rows have ended.  To look is to wait for the
 # device: the others, by default, are looked at every 16 tokens, and what is too much is cut off.
 LOOK_EVERY = {"cpu": 1}
+LARGEST = 17.0  # number drawn from Exp(1): -log of the least that rand gives, 2^-24, is 16.6
+FILTERED = float("-inf")
+NO_CHOICE = (
+    "the model's logits are NaN or infinite: it has diverged (or the temperature is next to 0)"
+)
 
 
 def context_start(length: int, max_seq_len: int) -> int:
@@ -27,59 +36,131 @@ def context_start(length: int, max_seq_len: int) -> int:
     return stride * max(0, -(-(length - max_seq_len) // stride))
 
 
-def next_token(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
-) -> Tensor:
-    """(B, V) -> (B,): the likeliest token at temperature 0, else a sample.
+def penalised(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
+    """(B, V): the tokens of the context (B, T) made less likely, if ``penalty`` is above 1.
 
-    A sample is the token whose p / e is largest, e drawn from Exp(1) for each token apart: so it
-    is drawn with probability p.  As no number drawn depends on the logits, a last bit of theirs
-    changes the choice only where two p / e agree in all the bits before it.
+    Keskar et al. 2019 (CTRL) divide their logits; a negative one, which that would make likelier,
+    is multiplied, as in Hugging Face's ``generate``.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    uniform = torch.rand(logits.shape, generator=generator, device=generator.device)
-    exponential = -uniform.to(logits.device).log()  # inf, never 0: rand is below 1
+    B, V = logits.shape
+    seen = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device)
+    seen = seen.scatter(1, context.clamp(max=V), True)[:, :V]  # column V: what cannot be chosen
+    logits = logits.float()
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def filtered(logits: Tensor, context: Tensor, sampling: Sampling) -> Tensor:
+    """(B, V), after the context (B, T) -> (B, V): the logits to draw from, -inf: never drawn.
+
+    The same as Hugging Face's ``generate`` makes of the same options, in its order: repetition
+    penalty, temperature, top-k, top-p (Holtzman et al. 2019), min-p (Nguyen et al. 2024).
+    All that tie with the k-th stay; of those that tie at the edge of top-p, the first.
+    Temperature 0 leaves the likeliest alone, of those that tie the first.
+    """
+    if sampling.repetition_penalty != 1:
+        logits = penalised(logits, context, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        likeliest = logits.argmax(dim=-1, keepdim=True)
+        return torch.full_like(logits, FILTERED).scatter(1, likeliest, logits.gather(1, likeliest))
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k is not None:
+        least = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, FILTERED)
+    if sampling.top_p < 1:
+        descending, ids = logits.sort(dim=-1, descending=True, stable=True)
+        ascending, ids = descending.flip(-1), ids.flip(-1)
+        tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
+        tail[:, -1] = False  # the likeliest stays, whatever the sum rounds to
+        logits = logits.masked_fill(tail.scatter(1, ids, tail), FILTERED)
+    if sampling.min_p > 0:
+        p = logits.softmax(dim=-1)
+        logits = logits.masked_fill(p < sampling.min_p * p.amax(dim=-1, keepdim=True), FILTERED)
+    return logits
+
+
+def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """(B, V) -> (B,): a token of each row, drawn with its probability p.
+
+    It is the one whose p / e is largest, e drawn from Exp(1) for each token apart.  As no number
+    drawn depends on the logits, a last bit of theirs changes the choice only where two p / e agree
+    in all the bits before it.  Each generator draws for as many rows: one for all, or its own row.
+    """
+    B, V = logits.shape
+    each = B // len(generators)
+    drawn = [torch.rand(each, V, generator=g, device=g.device) for g in generators]
+    exponential = -torch.cat(drawn).to(logits.device).log()  # never 0: rand is below 1
+    exponential = exponential.clamp(max=LARGEST)  # rand can be 0, and p / inf would be
     return (logits.softmax(dim=-1) / exponential).argmax(dim=-1)
 
 
-def continue_text(
-    model: GPT,
-    text: Tensor,
-    length: int,
-    choose: Callable[[Tensor], Tensor],
-    stop_token: int | None,
-    use_cache: bool,
-) -> Iterator[Tensor]:
-    """Fill ``text`` (B, T) from ``length`` on; yield each new column of tokens (B,).
+class Step(NamedTuple):
+    """One more token of each text."""
 
-    ``choose`` gets the logits (B, V) at the last position and gives the tokens that follow.
-    It may go on for some columns after all rows have ended: see LOOK_EVERY.
+    tokens: Tensor  # (B,)
+    logits: Tensor  # (B, V): the model's own
+    filtered: Tensor  # (B, V): those that the tokens were drawn from
+
+
+@contextlib.contextmanager
+def evaluating(model: GPT) -> Iterator[None]:
+    """In evaluation mode; each module is afterwards in the mode that it was in."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+@torch.no_grad()  # fsdp goes on training in what it gathers here: no inference_mode
+def stream(
+    model: GPT,
+    prompt: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    *,
+    stop_token: int | None = None,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+) -> Iterator[Step]:
+    """``generate``, a step at a time; for ``generators`` see ``draw``.
+
+    It may go on for some steps after all rows have ended: see LOOK_EVERY.
     """
-    max_seq_len = model.config.max_seq_len
-    look_every = LOOK_EVERY.get(text.device.type, 16)
+    if prompt.ndim != 2 or prompt.shape[1] == 0:
+        raise ValueError(f"prompt must be (B, T0) with T0 >= 1, got {tuple(prompt.shape)}")
+    check_bounds(sampling)
+    length, max_seq_len = prompt.shape[1], model.config.max_seq_len
+    look_every = LOOK_EVERY.get(prompt.device.type, 16)
+    text = torch.cat((prompt, prompt.new_empty(len(prompt), max_new_tokens)), dim=1)  # (B, T)
     ended = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+    broken = torch.zeros_like(ended)
     caches = None
     begun = read = -1  # where the context begins, and how far it was read
-    for end in range(length, text.shape[1]):
-        start = context_start(end, max_seq_len)
-        if not use_cache or start != begun:  # all of the context is to be read
-            caches = [KVCache(max_seq_len) for _ in model.blocks] if use_cache else None
-            begun = read = start
-        last = model.hidden(text[:, read:end], caches)[:, -1]  # (B, C)
-        read = end
-        new = choose(model.logits(last))  # (B,)
-        if stop_token is not None:
-            new = new.masked_fill(ended, stop_token)
-            ended |= new == stop_token
-        text[:, end] = new
-        yield new
-        if stop_token is not None and (end - length + 1) % look_every == 0 and ended.all():
-            return
+    with evaluating(model):
+        for end in range(length, text.shape[1]):
+            start = context_start(end, max_seq_len)
+            if not use_cache or start != begun:  # all of the context is to be read
+                caches = [KVCache(max_seq_len) for _ in model.blocks] if use_cache else None
+                begun = read = start
+            last = model.hidden(text[:, read:end], caches)[:, -1]  # (B, C)
+            read = end
+            logits = model.logits(last)[:, : vocab_size or model.vocab_size]
+            left = filtered(logits, text[:, start:end], sampling)
+            new = left.argmax(dim=-1) if sampling.temperature == 0 else draw(left, generators)
+            broken |= ~left.amax(dim=-1).isfinite()
+            look = (end - length + 1) % look_every == 0 or end + 1 == text.shape[1]
+            if look and broken.any():
+                raise RunError(NO_CHOICE)
+            if stop_token is not None:
+                new = new.masked_fill(ended, stop_token)
+                ended |= new == stop_token
+            text[:, end] = new
+            yield Step(new, logits, left)
+            if look and stop_token is not None and ended.all():
+                return
 
 
 def generate(
@@ -89,6 +170,9 @@ def generate(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
     vocab_size: int | None = None,
@@ -102,31 +186,23 @@ def generate(
     state, so a training run is the same whether it prints samples or not.
     ``use_cache`` keeps the keys and values of the context instead of computing them again for
     each token: much faster, and the same tokens but for two that tie within rounding.
+    Raises ConfigError for an option outside its bounds (config.Sampling), RunError where a model
+    has diverged to NaN.
     """
-    if prompt.ndim != 2 or prompt.shape[1] == 0:
-        raise ValueError(f"prompt must be (B, T0) with T0 >= 1, got {tuple(prompt.shape)}")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be >= 0")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be >= 1")
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     draws = torch.Generator().manual_seed(0) if generator is None else generator
-    choices = model.vocab_size if vocab_size is None else vocab_size
-
-    def choose(logits: Tensor) -> Tensor:
-        return next_token(logits[:, :choices], temperature, top_k, draws)
-
-    end = prompt.shape[1]
-    text = torch.cat((prompt, prompt.new_empty(len(prompt), max_new_tokens)), dim=1)  # (B, T)
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():  # fsdp goes on training in what it gathers here: no inference_mode
-            for _ in continue_text(model, text, end, choose, stop_token, use_cache):
-                end += 1
-    finally:
-        for module, training in was_training.items():
-            module.training = training
-    if stop_token is not None:  # the text ends with its first column of nothing but stop tokens
-        stops = (text[:, prompt.shape[1] : end] == stop_token).all(dim=0).nonzero()[:, 0].tolist()
-        end = prompt.shape[1] + stops[0] + 1 if stops else end
-    return text[:, :end]
+    steps = stream(
+        model,
+        prompt,
+        max_new_tokens,
+        sampling,
+        [draws],
+        stop_token=stop_token,
+        vocab_size=vocab_size,
+        use_cache=use_cache,
+    )
+    columns = [step.tokens for step in steps]
+    if stop_token is not None and columns:  # it ends with the first of nothing but stop tokens
+        all_stop = (torch.stack(columns) == stop_token).all(dim=1).tolist()
+        columns = columns[: all_stop.index(True) + 1] if True in all_stop else columns
+    return torch.cat((prompt, *(column[:, None] for column in columns)), dim=1)

@@ -1,0 +1,271 @@
+"""``python -m tinygpt.sample``: text from a trained run, and what it was drawn from."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Optional
+
+from omegaconf import MISSING
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.table import Table
+from rich.text import Text
+
+from tinygpt import cli, rundir
+from tinygpt.config import ConfigError, Sampling, key
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tinygpt.data.tokenizers import Tokenizer
+    from tinygpt.model.generate import Step
+    from tinygpt.trained import TrainedRun
+
+USAGE = """\
+python -m tinygpt.sample run=FOLDER prompt="Once upon a time" [key=value ...]
+
+run=FOLDER              as outputs/runs/<name>
+checkpoint=final        best, last or step_<N>; a run that has not ended: last
+prompt=TEXT             how the text begins, verbatim; without it the model begins by itself
+prompts=FILE            instead: a prompt a line, an empty one too; texts side by side, in order
+max_new_tokens=200      at most: a text ends where the model ends it
+n=1                     texts of each prompt, with the seeds seed, seed+1, ...
+seed=0                  the same prompt, seed and options give the same text, whatever others
+                        are asked for beside it
+
+what the next token is drawn from, in this order, each as in Hugging Face's generate:
+repetition_penalty=1.0  1.2: tokens that the context has, its <|endoftext|> too, are less likely
+temperature=0.8         0: always the likeliest token
+top_k=50                the likeliest 50, and what ties with the last of them; null: all
+top_p=1.0               0.9: the fewest likeliest that make up 90 %
+min_p=0.0               0.1: those with a tenth of the likeliest's probability, or more
+
+top=0                   5: shows at each step the 5 likeliest tokens, their probability in the model
+                        and as drawn from
+cache=true              keep the keys and values of the context: faster, the same text
+device=auto             cpu, mps or cuda; auto: the fastest there is
+
+A prompt is read as training saw a document begin, after <|endoftext|>.  When the context is full,
+its last half is kept.  Into a pipe or a file go the texts alone, with lines <|endoftext|> between
+them; notes go to stderr.  On a terminal control characters of a text are shown as \\x1b.
+"""
+SIDE_BY_SIDE = 32  # texts in one pass, at most
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+SHOWN = 40  # characters of the text before a step
+
+
+@dataclass
+class Arguments(Sampling):
+    run: str = MISSING
+    checkpoint: Optional[str] = None
+    prompt: str = ""
+    prompts: Optional[str] = None
+    max_new_tokens: int = key(200, least=1)
+    n: int = key(1, least=1)
+    seed: int = key(0, least=0)
+    top: int = key(0, least=0)
+    cache: bool = True
+    device: str = key("auto", among=("auto", "cpu", "mps", "cuda"))
+
+
+class Wanted(NamedTuple):
+    """A text to be: its encoded beginning and its seed."""
+
+    begun: list[int]
+    seed: int
+
+
+def read_prompts(arguments: Arguments) -> list[str]:
+    """Raises ConfigError."""
+    if arguments.prompts is None:
+        return [arguments.prompt]
+    if arguments.prompt:
+        raise ConfigError(f"prompts={arguments.prompts}: either prompt= or prompts=")
+    try:
+        text = Path(arguments.prompts).expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror})"
+        raise ConfigError(f"prompts={arguments.prompts}: {reason}") from error
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 text (byte {error.start})"
+        raise ConfigError(f"prompts={arguments.prompts}: {reason}") from error
+    if not text:
+        raise ConfigError(f"prompts={arguments.prompts}: is empty")
+    return text.removesuffix("\n").split("\n")
+
+
+def notes(run: TrainedRun, prompts: Sequence[str], begun: Sequence[Sequence[int]]) -> Iterator[str]:
+    """What the model does not read as it was given."""
+    from tinygpt.model.generate import context_start
+
+    unknown = run.tokenizer.unknown_id
+    if unknown is not None and any(unknown in ids for ids in begun):
+        characters = sorted({c for c in "".join(prompts) if unknown in run.tokenizer.encode(c)})
+        names = ", ".join(map(repr, characters))
+        shown = run.tokenizer.decode([unknown])
+        yield f"not in the alphabet of this run: {names}; read, and shown, as {shown}"
+    context = run.model.config.max_seq_len
+    longest = max(map(len, begun))
+    if longest > context:
+        count = sum(len(ids) > context for ids in begun)
+        read = longest - context_start(longest, context)
+        yield (
+            f"longer than the context of {context} tokens: {count} of {len(begun)} prompts; only "
+            f"the end is read, of the longest ({longest} tokens) the last {read}"
+        )
+
+
+def batches(texts: Sequence[Wanted]) -> Iterator[list[int]]:
+    """Indices of texts that can be written side by side, their beginnings being as long."""
+    by_length: dict[int, list[int]] = {}
+    for index, text in enumerate(texts):
+        by_length.setdefault(len(text.begun), []).append(index)
+    for indices in by_length.values():
+        for start in range(0, len(indices), SIDE_BY_SIDE):
+            yield indices[start : start + SIDE_BY_SIDE]
+
+
+class Writer:
+    """Has the texts written, and shows them."""
+
+    def __init__(self, run: TrainedRun, arguments: Arguments, console: Console) -> None:
+        self.run, self.arguments, self.console = run, arguments, console
+        self.tokenizer = run.tokenizer
+
+    def write(self, texts: Sequence[Wanted]) -> None:
+        """One alone as it comes; several side by side, shown in their order."""
+        if len(texts) == 1 or self.arguments.top:
+            for index, text in enumerate(texts):
+                self.head(index, texts)
+                new = self.tokens(text)
+                self.show(text.begun, list(new) if self.arguments.top else new)
+            return
+        done: dict[int, list[int]] = {}
+        shown = 0
+        for indices in batches(texts):
+            steps = self.steps([texts[index] for index in indices])
+            columns = [step.tokens.tolist() for step in steps]
+            done.update(zip(indices, map(list, zip(*columns, strict=True)), strict=True))
+            while shown in done:
+                self.head(shown, texts)
+                self.show(texts[shown].begun, done.pop(shown))
+                shown += 1
+
+    def steps(self, texts: Sequence[Wanted]) -> Iterator[Step]:
+        begun, seeds = [text.begun for text in texts], [text.seed for text in texts]
+        length, cache = self.arguments.max_new_tokens, self.arguments.cache
+        return self.run.stream(begun, seeds, length, self.arguments, cache)
+
+    def head(self, index: int, texts: Sequence[Wanted]) -> None:
+        """What stands between texts."""
+        if self.console.is_terminal and len(texts) > 1:
+            title = f"{index + 1} of {len(texts)} · seed {texts[index].seed}"
+            self.console.rule(Text(title, "dim"), style="dim")
+        elif index:
+            self.put(self.tokenizer.decode([self.tokenizer.eot_id]) + "\n")
+
+    def show(self, begun: Sequence[int], new: Iterable[int]) -> None:
+        """The text, as its tokens come; bytes that are no whole character yet wait for the rest."""
+        self.put(self.tokenizer.decode(begun[1:]), "bold")
+        waiting: list[int] = []
+        token = None
+        for token in new:
+            if token == self.tokenizer.eot_id:
+                break
+            waiting.append(token)
+            self.put(take_whole(self.tokenizer, waiting))
+        self.put(self.tokenizer.decode(waiting))
+        if self.console.is_terminal and token == self.tokenizer.eot_id:
+            self.put(self.tokenizer.decode([token]), "dim")
+        self.put("\n")
+
+    def put(self, text: str, style: str = "none") -> None:
+        """As it is: in a Segment Rich expands no tabs, drops and wraps nothing."""
+        if self.console.is_terminal:
+            text = CONTROL.sub(lambda found: rf"\x{ord(found[0]):02x}", text)
+        segment = Segment(text, self.console.get_style(style))
+        self.console.print(Segments([segment]), soft_wrap=True, end="")
+
+    def tokens(self, text: Wanted) -> Iterator[int]:
+        """Of one text, as they come; with ``top`` it shows what each was drawn from."""
+        ids = list(text.begun)
+        for number, step in enumerate(self.steps([text]), start=1):
+            if self.arguments.top:
+                before = self.tokenizer.decode(ids[1:][-SHOWN:])[-SHOWN:]
+                where = f"  after {before!r}" if before else "  at the beginning"
+                self.console.print(Text.assemble((f"step {number}", "bold"), (where, "dim")))
+                self.console.print(self.table(step), Text())
+            ids.append(int(step.tokens))
+            yield ids[-1]
+            if ids[-1] == self.tokenizer.eot_id:
+                return
+
+    def table(self, step: Step) -> Table:
+        """The likeliest tokens, the chosen one, all others: their shares add up to 1."""
+        model, drawn = step.logits[0].float().softmax(-1), step.filtered[0].float().softmax(-1)
+        chosen = int(step.tokens)
+        shown = model.topk(min(self.arguments.top, len(model))).indices.tolist()
+        shown += [chosen] * (chosen not in shown)
+        table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+        table.add_column("")
+        for name in ("rank", "token", "id", "model", "drawn from"):
+            table.add_column(name, justify="left" if name == "token" else "right")
+        for token in shown:
+            rank = 1 + int((model > model[token]).sum())
+            row = ["▶" if token == chosen else "", str(rank), self.spelled(token), str(token)]
+            row += [percent(model[token]), percent(drawn[token])]
+            table.add_row(*map(Text, row), style="bold" if token == chosen else None)
+        model[shown] = drawn[shown] = 0
+        row = ["", "", f"{len(model) - len(shown):,} others", ""]
+        table.add_row(*row, percent(model.sum()), percent(drawn.sum()), style="dim")
+        return table
+
+    def spelled(self, token: int) -> str:
+        """In quotes, with spaces and control characters to be seen; special tokens without."""
+        tokenizer, text = self.tokenizer, self.tokenizer.decode([token])
+        special = (tokenizer.eot_id, tokenizer.bos_id, tokenizer.unknown_id)
+        return text if token in special else repr(text)
+
+
+def percent(probability: Tensor) -> str:
+    return f"{probability:.2%}" if probability > 0 else "–"
+
+
+def take_whole(tokenizer: Tokenizer, waiting: list[int]) -> str:
+    """The text of the tokens that wait, once it ends with a whole character; then none waits."""
+    text = tokenizer.decode(waiting)
+    if text.endswith("\ufffd"):
+        return ""
+    waiting.clear()
+    return text
+
+
+@cli.one_line_errors
+def main() -> None:
+    arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
+    prompts = read_prompts(arguments)
+    rundir.open_run(arguments.run)
+    from tinygpt.trained import load_run  # torch: once there is something to load
+
+    run = load_run(arguments.run, arguments.checkpoint, arguments.device)
+    begun = [run.encode_prompt(prompt) for prompt in prompts]
+    for note in notes(run, prompts, begun):
+        print(f"note: {note}", file=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as text is read
+    writer = Writer(run, arguments, Console(highlight=False))
+    texts = [Wanted(ids, arguments.seed + i) for ids in begun for i in range(arguments.n)]
+    try:
+        writer.write(texts)
+    except KeyboardInterrupt:
+        writer.put("\n")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
