@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from omegaconf import MISSING
 
-from tinygpt import __version__, cli, counting, rundir
+from tinygpt import cli, counting, rundir
 from tinygpt.config import Config, ConfigError, CustomData, HubData, SyntheticData
 from tinygpt.model import families
 
@@ -33,7 +34,7 @@ FILES = {
     *("config.json", "generation_config.json", WEIGHTS, "README.md"),
     *("tokenizer.json", "tokenizer_config.json"),
 }
-# As their pages on the hub say; of the other corpora that conf/data names they say nothing.
+# Of the corpora that conf/data names, where it is known.
 LICENCES = {"roneneldan/TinyStories": "CDLA-Sharing-1.0", "HuggingFaceFW/fineweb-edu": "ODC-By 1.0"}
 
 
@@ -129,11 +130,11 @@ def model_card(run: TrainedRun, weights: dict[str, Tensor], name: str) -> str:
     if isinstance(data, HubData):
         head.append(f"datasets: [{data.repo}]")
     rows = [*_model_rows(run, weights), *_training_rows(run), *_loss_rows(run)]
-    title = families.TITLES[families.family(config.model)]
+    title, version = families.TITLES[families.family(config.model)], metadata.version("tinygpt")
     return "\n".join(
         [
             *("---", *head, "---", f"# {config.run_name or run.path.name}", ""),
-            f"A small {title}, trained from scratch by tinygpt {__version__}.",
+            f"A small {title}, trained from scratch by tinygpt {version}.",
             *("", "```python", *_loading(name), "```", ""),
             "In training every text stood behind the end of another, so a prompt begins best with",
             f"`<|endoftext|>`, as above. The context is {config.model.max_seq_len:,} tokens.",
@@ -164,9 +165,12 @@ def _model_rows(run: TrainedRun, weights: dict[str, Tensor]) -> Iterator[Row]:
     theirs = sum(weight.numel() for weight in weights.values())
     if theirs != sizes.total:
         padding = counting.padded_vocab(vocab_size, model.pad_vocab_to_multiple) - vocab_size
-        why = [f"without {padding} rows that pad the vocabulary"] if padding else []
+        why = []
         if not model.bias and families.family(model) == "gpt2":
             why.append("with biases that are all zero")
+        if padding:
+            rows = f"{padding} rows that pad the vocabulary"
+            why.append(f"without {rows}, which makes its loss a little lower")
         text += f"; transformers counts {theirs:,}, {' and '.join(why)}"
     yield "parameters", text
     if model.parametrization == "mup":
