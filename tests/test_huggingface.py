@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 VOCAB, LENGTH = 50, 24
 LLAMA: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu"}
-MUP = {"parametrization": "mup", "mup_base_width": 8}
+MUP: dict[str, Any] = {"parametrization": "mup", "mup_base_width": 8}
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "gpt2-plain": {"bias": False, "d_ff": 20, "norm_eps": 1e-3},
@@ -346,6 +346,13 @@ def test_weights_that_do_not_fit(
     words = said(lambda: from_hugging_face(left, model.config, VOCAB, "there"))
     assert words.startswith("there: ")
     assert line in words
+
+
+def test_theirs_are_not_mup() -> None:
+    model = make(**MUP)
+    weights = to_hugging_face(model)
+    line = "model.parametrization=mup: must be standard, as there is"
+    assert said(lambda: from_hugging_face(weights, model.config, VOCAB, "there")) == line
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
