@@ -79,6 +79,28 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new folder beside ``folder`` that takes its place once the block is through.
+
+    One process at a time; what another left behind that died is removed.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for path in (new, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Tells of what a write failed: on a full disk the error itself does not."""
     try:

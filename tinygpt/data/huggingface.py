@@ -122,6 +122,8 @@ def tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # 5 would write another, which 4 refuses
         "model_max_length": max_seq_len,
+        # else 4 also gives token types, whose embedding its GPT-2 adds to every token's
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "bos_token": end,
         "eos_token": end,

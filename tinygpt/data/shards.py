@@ -13,7 +13,6 @@ import functools
 import itertools
 import math
 import os
-import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -167,7 +166,7 @@ def prepare(
     with _lock(folder):
         index = load_index(folder)
         if index is None:
-            with _replacing_folder(folder) as temporary:
+            with rundir.replacing_folder(folder) as temporary:
                 index = _tokenize(corpus, data, vocabulary, temporary, progress)
                 index = {"source_fingerprint": source, **index}
                 rundir.write_json(temporary / "index.json", index)
@@ -186,20 +185,6 @@ def _lock(path: Path) -> filelock.BaseFileLock:
         return filelock.FileLock(f"{path}.lock")
     except OSError as error:
         raise ConfigError(f"cache_dir={path.parent.parent}: {error.strerror}") from error
-
-
-@contextlib.contextmanager
-def _replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``folder`` once the block is through."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that died; the lock is ours
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_index(folder: Path) -> dict[str, Any] | None:

@@ -134,8 +134,11 @@ def from_hugging_face(
     ``rows``: those of their embedding.  Rows that ``config`` pads it with get the mean row, which
     is at most as likely as one of theirs on average.  Of GPT-2's positions the first
     ``max_seq_len`` are taken.  Raises ConfigError, which ``where`` begins, for a tensor that is
-    missing, has another shape or has no place in ``config``.
+    missing, has another shape or has no place in ``config``; and for µP, whose scores and logits
+    are divided by other numbers than theirs.
     """
+    if config.parametrization == "mup":
+        raise ConfigError(f"model.parametrization=mup: must be standard, as {where} is")
     kind = family(config)
     left = {_full_name(k, kind): v for k, v in weights.items() if not BUFFERS.search(f".{k}")}
     with torch.device("meta"):

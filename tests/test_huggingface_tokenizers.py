@@ -1,0 +1,178 @@
+"""Our tokenizers as Hugging Face's: the same ids and texts, and the way back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import models, pre_tokenizers, processors
+
+from tests.conftest import REAL_DATA
+from tinygpt.config import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    ConfigError,
+    Gpt2Tokenizer,
+    TokenizerConfig,
+)
+from tinygpt.data.huggingface import to_hugging_face, tokenizer_config, tokenizer_from_hugging_face
+from tinygpt.data.tokenizers import BOS, EOT, UNKNOWN, Bpe, Gpt2, Tokenizer, train_tokenizer
+
+GPT2 = REAL_DATA / "gpt2-bpe"
+KINDS: dict[str, TokenizerConfig] = {
+    "char": CharTokenizer(),
+    "byte": ByteTokenizer(),
+    "bpe": BpeTokenizer(vocab_size=400),
+    "gpt2": Gpt2Tokenizer(vocab_dir=str(GPT2)),
+}
+LEARNED = ["Once upon a time they're\r\n\t naïve — 日本 😀 <|endoftext|> it's 12345  the the"] * 9
+special = st.sampled_from(
+    [EOT, BOS, UNKNOWN, "<|endof", "\r\n", "\t", " ", "'s", "😀", "日本", "ë"]
+)
+texts = st.text(max_size=60) | st.lists(special | st.text("ab 't\n日", max_size=9)).map("".join)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def ours(request: pytest.FixtureRequest) -> Tokenizer:
+    if request.param == "gpt2" and not GPT2.is_dir():
+        pytest.skip("no GPT-2 vocabulary beside the project")
+    return train_tokenizer(KINDS[request.param], LEARNED)
+
+
+@pytest.fixture(scope="module")
+def theirs(ours: Tokenizer) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer.from_str(to_hugging_face(ours).to_str())
+
+
+@pytest.fixture
+def exported(ours: Tokenizer, tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.json").write_text(to_hugging_face(ours).to_str())
+    settings_ = json.dumps(tokenizer_config(ours, max_seq_len=64))
+    (tmp_path / "tokenizer_config.json").write_text(settings_)
+    return tmp_path
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=texts)
+def test_any_text_has_the_same_ids(
+    ours: Tokenizer, theirs: HuggingFaceTokenizer, text: str
+) -> None:
+    theirs.encode_special_tokens = True
+    ids = ours.encode(text)
+    assert theirs.encode(text).ids == ids
+    assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_any_ids_have_the_same_text(
+    ours: Tokenizer, theirs: HuggingFaceTokenizer, data: st.DataObject
+) -> None:
+    """Also ids that no text has: bytes that are not UTF-8, special ids among them."""
+    ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=30))
+    assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
+
+
+def test_a_literal_special_token(ours: Tokenizer, exported: Path) -> None:
+    """The one difference, as the model card says it; the rest of transformers' tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    (exported / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    text = f"Once{EOT} upon"
+    assert ours.eot_id not in ours.encode(text)
+    assert tokenizer(text, split_special_tokens=True)["input_ids"] == ours.encode(text)
+    read = tokenizer(text)
+    expected = [*ours.encode("Once"), ours.eot_id, *ours.encode(" upon")]
+    assert dict(read) == {"input_ids": expected, "attention_mask": [1] * len(expected)}
+    assert tokenizer.decode(expected) == text
+    assert tokenizer.decode(expected, skip_special_tokens=True) == "Once upon"
+    assert tokenizer.decode(ours.encode("a , b .")) == ours.decode(ours.encode("a , b ."))
+    assert len(tokenizer) == ours.vocab_size
+    assert tokenizer.model_max_length == 64
+    ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert ids == (ours.eot_id,) * 3
+    assert tokenizer.unk_token_id == ours.unknown_id
+    tokenizer.save_pretrained(exported / "again")
+    again = tokenizer_from_hugging_face(exported / "again")
+    assert again is not None
+    assert again.fingerprint() == ours.fingerprint()
+
+
+def test_there_and_back(ours: Tokenizer, exported: Path) -> None:
+    back = tokenizer_from_hugging_face(exported)
+    assert type(back) is type(ours)
+    assert back is not None
+    assert back.fingerprint() == ours.fingerprint()
+
+
+@pytest.mark.skipif(not GPT2.is_dir(), reason="GPT-2's vocabulary is not here")
+def test_the_hubs_gpt2_is_ours(tmp_path: Path) -> None:
+    """Its tokenizer.json, made by transformers, and the two files that came before it."""
+    transformers = pytest.importorskip("transformers")
+    expected = train_tokenizer(KINDS["gpt2"], ()).fingerprint()
+    vocab = json.loads((GPT2 / "encoder.json").read_text(encoding="utf-8"))
+    lines = (GPT2 / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:]
+    merges = [tuple(line.split()) for line in lines if line]
+    transformers.GPT2TokenizerFast(vocab=vocab, merges=merges).save_pretrained(tmp_path)
+    found = tokenizer_from_hugging_face(tmp_path)
+    assert isinstance(found, Gpt2)
+    assert found.fingerprint() == expected
+    (tmp_path / "tokenizer.json").unlink()
+    shutil.copy(GPT2 / "encoder.json", tmp_path / "vocab.json")
+    shutil.copy(GPT2 / "vocab.bpe", tmp_path / "merges.txt")
+    found = tokenizer_from_hugging_face(tmp_path)
+    assert found is not None
+    assert found.fingerprint() == expected
+
+
+def changed(name: str) -> HuggingFaceTokenizer:
+    """One of ours but for something that decides ids."""
+    bpe = train_tokenizer(KINDS["bpe"], LEARNED)
+    assert isinstance(bpe, Bpe)
+    made = bpe.hugging_face()
+    if name == "pieces":
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    elif name == "space":
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    elif name == "template":
+        made.post_processor = processors.TemplateProcessing(f"{BOS} $A", None, [(BOS, 0)])
+    elif name == "vocabulary":
+        content = json.loads(made.to_str())
+        vocab = content["model"]["vocab"]
+        vocab["!"], vocab["#"] = vocab["#"], vocab["!"]
+        made = HuggingFaceTokenizer.from_str(json.dumps(content))
+    elif name == "contradiction":  # 'abc' can never be reached: 'ab' comes first
+        made = Bpe([("a", "b"), ("b", "c"), ("a", "bc")]).hugging_face()
+    else:
+        made = HuggingFaceTokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    return made
+
+
+@pytest.mark.parametrize(
+    "name", ["pieces", "space", "template", "vocabulary", "contradiction", "words"]
+)
+def test_one_that_is_none_of_ours(name: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(changed(name).to_str())
+    assert tokenizer_from_hugging_face(tmp_path) is None
+
+
+def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
+    def said() -> str:
+        with pytest.raises(ConfigError) as caught:
+            tokenizer_from_hugging_face(tmp_path)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert said().endswith("tokenizer.json: not a tokenizer of Hugging Face's (there is none)")
+    (tmp_path / "vocab.json").write_text('{"a": 0}')
+    assert "merges.txt" in said()
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert "its vocab.json and merges.txt are not GPT-2's" in said()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json: not a tokenizer of Hugging Face's" in said()
