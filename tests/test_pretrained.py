@@ -20,6 +20,7 @@ from tinygpt.data.datamodule import TokenData
 from tinygpt.data.huggingface import to_hugging_face
 from tinygpt.data.shards import prepare
 from tinygpt.data.tokenizers import train_tokenizer
+from tinygpt.export import export
 from tinygpt.pretrained import contents
 from tinygpt.training.session import train
 
@@ -162,7 +163,9 @@ def save_theirs(folder: Path, kind: str, texts: list[str]) -> Any:
 def test_a_hugging_face_model_is_gone_on_with(
     kind: str, corpus: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Its first loss is the one that transformers computes of the same tokens."""
+    """Its first loss is the one that transformers computes of the same tokens; and back again."""
+    import transformers
+
     texts = corpus.read_text().split("\n<|endoftext|>\n")
     theirs = save_theirs(tmp_path / "theirs", kind, texts)
     words = further(corpus, tmp_path / "theirs", "run_name=r", "train.sample_tokens=3")
@@ -184,6 +187,17 @@ def test_a_hugging_face_model_is_gone_on_with(
     text = "Story 3. The cat — a naïve one 🐈 — saw </s> 9 birds."
     assert made.tokenizer.decode(made.tokenizer.encode(text)).strip() == text
     assert made.tokenizer.eot_id not in made.tokenizer.encode(text)
+    export(made, tmp_path / "back")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    ids = made.tokenizer.encode(text)
+    with torch.no_grad():
+        logits = made.model(torch.tensor([ids[:32]]))[..., : made.tokenizer.vocab_size]
+        assert torch.allclose(again(torch.tensor([ids[:32]])).logits, logits, atol=1e-5)
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    assert reader(text, split_special_tokens=True)["input_ids"] == ids
+    assert reader.eos_token_id == made.tokenizer.eot_id
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "trained further from theirs, by tinygpt" in card
 
 
 def test_what_no_gpt_of_ours_can_be_is_refused(corpus: Path, tmp_path: Path) -> None:

@@ -49,8 +49,7 @@ class Arguments:
 @cli.one_line_errors
 def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
-    if not Path(arguments.run).expanduser().is_dir():
-        raise ConfigError(f"run={arguments.run}: no such folder")
+    families.family(rundir.read_config(rundir.open_run(arguments.run).config).model)
     check_target(arguments.to, arguments.force)
     from tinygpt.trained import load_run  # torch: once the words are right
 
@@ -107,17 +106,22 @@ def _show(run: TrainedRun, to: str) -> None:
     print(f"{run.path}, {run.checkpoint} (step {run.step:,}): {title}, {sizes.total:,} parameters")
     print(f"{to}: {', '.join(sorted(FILES))} ({size / 1e6:.1f} MB of weights)")
     print("to load it, in Python:")
-    print("\n".join(f"  {line}" for line in _loading(to)))
+    print("\n".join(f"  {line}" for line in _loading(run, to)))
 
 
-def _loading(name: str) -> list[str]:
+def _loading(run: TrainedRun, name: str) -> list[str]:
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        'tokens = tokenizer("<|endoftext|>Once upon a time", return_tensors="pt")',
+        f'tokens = tokenizer("{_end(run)}Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))",
     ]
+
+
+def _end(run: TrainedRun) -> str:
+    """The special token between texts."""
+    return run.tokenizer.decode([run.tokenizer.eot_id])
 
 
 # --- the model card
@@ -131,20 +135,28 @@ def model_card(run: TrainedRun, weights: dict[str, Tensor], name: str) -> str:
         head.append(f"datasets: [{data.repo}]")
     rows = [*_model_rows(run, weights), *_training_rows(run), *_loss_rows(run)]
     title, version = families.TITLES[families.family(config.model)], metadata.version("tinygpt")
+    begun = (
+        "from scratch" if config.init_from is None else f"further from {_name(config.init_from)},"
+    )
     return "\n".join(
         [
             *("---", *head, "---", f"# {config.run_name or run.path.name}", ""),
-            f"A small {title}, trained from scratch by tinygpt {version}.",
-            *("", "```python", *_loading(name), "```", ""),
+            f"A small {title}, trained {begun} by tinygpt {version}.",
+            *("", "```python", *_loading(run, name), "```", ""),
             "In training every text stood behind the end of another, so a prompt begins best with",
-            f"`<|endoftext|>`, as above. The context is {config.model.max_seq_len:,} tokens.",
+            f"`{_end(run)}`, as above. The context is {config.model.max_seq_len:,} tokens.",
             "",
-            "In a text for transformers' tokenizer `<|endoftext|>` and other special tokens become",
+            f"In a text for transformers' tokenizer `{_end(run)}` and other special tokens become",
             "their special ids. tinygpt's reads them as ordinary characters, as does",
             "`tokenizer(text, split_special_tokens=True)`.",
             *("", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows), ""),
         ]
     )
+
+
+def _name(init_from: str) -> str:
+    """As it is on the hub; of a path on somebody's machine, its end."""
+    return Path(init_from).name if Path(init_from).expanduser().exists() else init_from
 
 
 Row = tuple[str, str]
@@ -218,7 +230,7 @@ def _data(config: Config) -> str:
     if isinstance(data, HubData):
         return f"[{data.repo}](https://huggingface.co/datasets/{data.repo}){part}"
     if isinstance(data, CustomData):  # of a path on somebody's machine, its end
-        return f"{data.name}: {Path(data.path).name}{part}"
+        return f"{data.name}: {_name(data.path)}{part}"
     return f"tinygpt's embedded corpus{part}"
 
 
