@@ -55,6 +55,8 @@ class Loggers:
     def __init__(self) -> None:
         self.open: list[RunLogger] = []
         self._at = At(0, 0.0, 0.0)
+        self._flops = 0.0  # for a token
+        self._floor: float | None = None
         self._sampled: int | None = None  # tokens at the last text
 
     def begin(
@@ -67,11 +69,11 @@ class Loggers:
     ) -> None:
         """Opens what ``logger`` asks for and tells it what the run has behind it.
 
-        ``sizes`` is what its results will say of its size, and ``flops_per_token``; ``floor`` the
-        loss that no model gets below; ``texts`` the samples there are, by tokens.  Raises
-        ConfigError where a logger cannot be had.
+        ``sizes`` is what its results will say of its size; ``floor`` the loss that no model gets
+        below; ``texts`` the samples there are, by tokens.  Raises ConfigError where a logger
+        cannot be had.
         """
-        self._flops, self._floor = float(sizes["flops_per_token"]), floor
+        self._flops, self._floor = sizes["flops_exact"] / sizes["train_tokens"], floor
         rows = [
             {name: float(value) for name, value in row.items() if value}
             for row in rundir.MetricsFile(run.metrics).read()

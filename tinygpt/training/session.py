@@ -37,7 +37,7 @@ from tinygpt.training.hardware import compile_model, rounding, set_up
 from tinygpt.training.loggers import Loggers, check_loggers
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
-from tinygpt.training.results import make_results, planned
+from tinygpt.training.results import make_results, sizes_of
 from tinygpt.training.trainer import (
     PARENT,
     PASS_TOKENS,
@@ -304,7 +304,7 @@ class Run:
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
         if self.writes:  # a new beginning has a step 0 of its own
             self.metrics.keep_until(first if resuming else -1)
-            sizes = planned(self.config, self.data, self.device)
+            sizes = sizes_of(self.config, self.data, self.plan.total_steps)
             size = self.config.train.batch_tokens
             texts = {step * size: text for step, text in self.samples.items()}
             self.loggers.begin(self.config, self.run, sizes, self.data.floor("val"), texts)
