@@ -34,7 +34,7 @@ from tinygpt.data.tokenizers import Bytes, train_tokenizer
 from tinygpt.horizon import derive
 from tinygpt.model import gpt
 from tinygpt.model.gpt import GPT
-from tinygpt.training import tracking
+from tinygpt.training import loggers, tracking
 from tinygpt.training import trainer as trainers
 from tinygpt.training.optim import make_optimizer, rate_factor
 from tinygpt.training.session import train
@@ -375,14 +375,18 @@ def hub_part(config: Config, cache: Path) -> Any:
 
 def logger_part(config: Config, cache: Path) -> Any:
     """What the libraries are given."""
-    board, wandb = mock.MagicMock(), mock.MagicMock()
+    board, init = mock.MagicMock(), mock.MagicMock()
+    sizes = dict.fromkeys(loggers.SIZES, 1)
+    run = rundir.RunDir(cache)
+    rundir.MetricsFile(run.metrics).keep_until(-1)
     with (
-        mock.patch.object(trainers, "open_mlflow"),
-        mock.patch.object(trainers, "TensorBoardLogger", board),
-        mock.patch("lightning.pytorch.loggers.WandbLogger", wandb),
+        mock.patch.object(loggers, "open_mlflow"),
+        mock.patch.object(loggers, "Board", board),
+        mock.patch.dict(sys.modules, wandb=mock.MagicMock(init=init, Settings=dict)),
     ):
-        trainers.make_loggers(config, rundir.RunDir(cache), 0)
-    return board.call_args, wandb.call_args, config.logger.mlflow and tracking.place(config)
+        loggers.Loggers().begin(config, run, sizes, None, {})
+    flush_seconds = board.call_args and board.call_args.args[1]
+    return flush_seconds, init.call_args, config.logger.mlflow and tracking.place(config)
 
 
 def place_part(config: Config, cache: Path) -> Any:
@@ -532,8 +536,8 @@ def schema_keys() -> set[str]:
         for cls in choices.values()
         for item in dataclasses.fields(cls)
     }
-    loggers = {"tensorboard": schema.TensorBoardLog, "wandb": schema.WandbLog}
-    for name, cls in {**loggers, "mlflow": schema.MlflowLog}.items():
+    boards = {"tensorboard": schema.TensorBoardLog, "wandb": schema.WandbLog}
+    for name, cls in {**boards, "mlflow": schema.MlflowLog}.items():
         found.remove(f"logger.{name}")
         found |= {f"logger.{name}.{item.name}" for item in dataclasses.fields(cls)}
     groups = {key.split(".")[0] for key in found}

@@ -70,7 +70,7 @@ def printed(found: Analysis, width: int = 100) -> str:
 def test_every_file_is_there_and_nothing_else(folder: Path) -> None:
     figures = ("scaling", "residuals", "contours", "extrapolation", "isoflop", "frontier")
     names = {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
-    wanted = names | {"fit.json", "report.md", "report.html", "runs.csv"}
+    wanted = names | {"fit.json", "report.md", "report.html", "runs.csv", "tensorboard"}
     assert {path.name for path in folder.iterdir()} == wanted
 
 
@@ -86,7 +86,7 @@ def test_what_an_earlier_analysis_left_goes(
         (tmp_path / name).touch()
     (tmp_path / "mine.txt").touch()
     written = {path.name for path in report.write(alone, tmp_path)}
-    assert {path.name for path in tmp_path.iterdir()} == written | {"mine.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == written | {"mine.txt", "tensorboard"}
     assert "left_out.csv" in written
 
 

@@ -19,10 +19,9 @@ from tests.test_training import Trained
 from tinygpt import cli
 from tinygpt.checks import key_names
 from tinygpt.config import Config, ConfigError
-from tinygpt.training import tracking
 from tinygpt.training.callbacks import Checkpoints
+from tinygpt.training.loggers import OUTCOME, SIZES, _flat, check_loggers
 from tinygpt.training.tracking import check_server, place
-from tinygpt.training.trainer import check_loggers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
 WORDS = (
@@ -61,6 +60,16 @@ class Store:
     def history(self, run: Any, key: str) -> list[tuple[int, float]]:
         """(tokens, value) in the order in which they were logged."""
         return [(m.step, m.value) for m in self.client.get_metric_history(run.info.run_id, key)]
+
+
+def samples(run: Path) -> dict[int, str]:
+    """samples.txt: tokens → text, in the order in which they stand there."""
+    parts = (run / "samples.txt").read_text(encoding="utf-8").split("--- step")[1:]
+    heads = [part.partition("\n") for part in parts]
+    return {
+        int(head.split("(")[1].split()[0].replace(",", "")): text.removesuffix("\n\n")
+        for head, _, text in heads
+    }
 
 
 def logged(trained: Trained, column: str) -> list[tuple[int, float]]:
@@ -141,7 +150,7 @@ def test_an_interrupted_run_is_one_run_there_and_every_step_is_once(
         stop_at(step, trained)
         (found,) = store.runs("s")
         assert found.info.status == "FAILED"
-        assert max(tokens for tokens, _ in store.history(found, "train/seconds")) <= step * 256
+        assert max(tokens for tokens, _ in store.history(found, "tokens")) <= step * 256
     interrupt_at(14, trained)
     assert [run.info.status for run in store.runs("s")] == ["KILLED"]
     trained.go()
@@ -150,13 +159,24 @@ def test_an_interrupted_run_is_one_run_there_and_every_step_is_once(
     for column in ("train_loss", "val_loss", "learning_rate", "seconds"):
         split, _, rest = column.partition("_")
         key = f"{split}/{rest}" if split in ("train", "val") else f"train/{column}"
+        key = "seconds" if column == "seconds" else key
         mine, theirs = logged(trained, column), store.history(found, key)
         assert [tokens for tokens, _ in theirs] == [tokens for tokens, _ in mine]
         if column != "seconds":
             assert theirs == mine
     config = cli.compose_config(trained.words)
-    assert set(found.data.params) == set(key_names(config))
+    assert set(found.data.params) == {*key_names(config), *SIZES}
     assert found.data.params["model.d_model"] == "16"
+    assert found.data.params["model_parameters"] == str(trained.results["model_parameters"])
+    for name in OUTCOME:
+        assert found.data.metrics[name] == trained.results[name]
+    assert found.data.tags["status"] == "finished"
+    per_token = trained.results["flops_exact"] / trained.results["train_tokens"]
+    for tokens, flops in store.history(found, "flops"):
+        assert flops == pytest.approx(tokens * per_token)
+    for at, text in samples(trained.path).items():
+        (artifact,) = Path(tmp_path).glob(f"outputs/mlflow-artifacts/*/artifacts/samples/{at}.txt")
+        assert artifact.read_text(encoding="utf-8") == text
     assert found.data.params["train.steps"] == "20"
     assert not (tmp_path / "mlruns").exists()
     assert any((trained.path / "tensorboard").iterdir())
@@ -190,7 +210,7 @@ def test_a_store_that_lost_the_run_gets_a_new_one(
     (second,) = store.runs("e")
     assert second.info.run_id != first.info.run_id
     steps = [tokens // 256 for tokens, _ in store.history(second, "train/loss")]
-    assert steps == [9, 10, 12, 15]
+    assert steps == [3, 5, 6, 9, 10, 12, 15]  # all that it has behind it, too
 
 
 def test_a_store_that_cannot_be_had_is_one_line(
@@ -236,11 +256,11 @@ def test_the_command_says_nothing_of_mlflow_and_asks_nobody(
     assert "mlflow" not in done.stdout.lower()
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     names = {path.name for path in (tmp_path / "outputs").iterdir()}
-    assert names == {"s", "mlflow.db", ".mlflow.lock"}
+    assert names == {"s", "mlflow.db", ".mlflow.lock", "mlflow-artifacts"}
 
 
 def test_the_flat_configuration_has_every_key() -> None:
-    flat = tracking._flat(config_of("optim.learning_rate=0.5"))
+    flat = _flat(config_of("optim.learning_rate=0.5"))
     assert flat["optim.learning_rate"] == 0.5
     assert flat["logger.mlflow.experiment"] is None
     assert all(not isinstance(value, dict) for value in flat.values())

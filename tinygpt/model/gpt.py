@@ -120,14 +120,20 @@ class Attention(nn.Module):
         self.proj = Linear(config.d_model, config.d_model, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+    def heads(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, T, D), keys and values (B, KV, T, D), turned where there is RoPE."""
         B, T, C = x.shape
         D, kv_width = self.head_dim, self.n_kv_heads * self.head_dim
         # cut up while the heads stand side by side: their gradients are then joined by rows
         parts = self.qkv(x).split([C, kv_width, kv_width], dim=-1)
-        q, k, v = (part.view(B, T, -1, D).transpose(1, 2) for part in parts)  # (B, H or KV, T, D)
+        q, k, v = (part.view(B, T, -1, D).transpose(1, 2) for part in parts)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
+        return q, k, v
+
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.heads(x, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         if T == 1:  # it sees all, so the queries of a group can stand as rows: nothing to repeat

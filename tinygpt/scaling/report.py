@@ -9,7 +9,7 @@ import pandas as pd
 from rich.console import Console
 
 from tinygpt import rundir
-from tinygpt.scaling import document, plots, sections
+from tinygpt.scaling import document, images, plots, sections
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.document import Block
 from tinygpt.scaling.facts import facts
@@ -20,6 +20,7 @@ WIDTH = 100  # of what is printed, at most
 def write(analysis: Analysis, folder: Path) -> list[Path]:
     """Writes report, figures, numbers and tables; what an earlier analysis left is replaced."""
     figures = plots.draw(analysis, folder)
+    images.write(folder, figures)
     _write_table(analysis.runs, folder / "runs.csv")
     left_out = folder / "left_out.csv"
     if len(analysis.left_out):

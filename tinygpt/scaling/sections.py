@@ -414,6 +414,7 @@ def files(analysis: Analysis, figures: Sequence[str]) -> Iterator[Block]:
     if len(analysis.left_out):
         lines.append("`left_out.csv`: the runs that were not, and why")
     lines.append("figures, as `.png` and `.svg`: " + ", ".join(f"`{name}`" for name in figures))
+    lines.append("`tensorboard/`: the figures for its page of images")
     yield Items(lines)
 
 

@@ -26,6 +26,7 @@ from tinygpt.config import Config
 from tinygpt.horizon import Plan
 from tinygpt.training.console import clock, short
 from tinygpt.training.evaluation import Scores
+from tinygpt.training.loggers import Loggers
 from tinygpt.training.module import LanguageModel
 
 log = logging.getLogger("tinygpt")
@@ -49,9 +50,8 @@ def is_rest(step: int, config: Config, plan: Plan) -> bool:
 class Journal(pl.Callback):
     """Logs, evaluates and judges: what a run measures of itself.
 
-    ``evaluate`` scores the validation split; ``sample`` writes text at a step; ``floor`` is the
-    loss that no model gets below, where the corpus knows it.  Of the time that passes, each of
-    ``stacked`` runs that train as one has its share.
+    ``evaluate`` scores the validation split; ``sample`` writes text at a step.  Of the time that
+    passes, each of ``stacked`` runs that train as one has its share.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class Journal(pl.Callback):
         evaluate: Callable[[], Scores],
         sample: Callable[[int], None],
         module: LanguageModel,
-        floor: float | None,
+        loggers: Loggers,
         stacked: int = 1,
     ) -> None:
         self.config, self.plan, self.metrics = config, plan, metrics
         self.stacked = stacked
         self.evaluate, self.sample, self._module = evaluate, sample, module
-        self.floor = floor
+        self.loggers = loggers
         self.scores: Scores | None = None  # the last ones
         self.state: dict[str, Any] = {
             "status": "finished",
@@ -211,12 +211,9 @@ class Journal(pl.Callback):
         row |= scores.named("val") if scores else {}
         if not trainer.is_global_zero:
             return
-        self.metrics.append({"step": step, "tokens": tokens, **row})
-        known = {_tag(name): value for name, value in row.items() if value is not None}
-        if scores and self.floor is not None:
-            known["val/irreducible_loss_exact"] = self.floor
-        for logger in trainer.loggers:
-            logger.log_metrics(known, step=tokens)
+        row = {"step": step, "tokens": tokens, **row}
+        self.metrics.append(row)
+        self.loggers.log_line(row)
         if scores:
             left = self._time_left(step)
             train = f"train {row['train_loss']:.4f}  " if row.get("train_loss") is not None else ""
@@ -238,12 +235,6 @@ class Journal(pl.Callback):
         seconds = (self.plan.total_steps - step) * self.config.train.batch_tokens / rate
         left = f"  {clock(seconds)} left" if step < self.plan.total_steps else ""
         return f"  {short(rate)} tokens/s{left}"
-
-
-def _tag(name: str) -> str:
-    """A column of metrics.csv as TensorBoard groups it: ``val_loss`` → ``val/loss``."""
-    split, _, rest = name.partition("_")
-    return f"{split}/{rest}" if split in ("train", "val") else f"train/{name}"
 
 
 class Checkpoints(pl.Callback):

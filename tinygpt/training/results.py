@@ -41,7 +41,7 @@ def make_results(
         "seed": config.seed,
         "status": journal.state["status"],
         **_losses(journal, data, final, test),
-        **_sizes(config, data, steps),
+        **sizes_of(config, data, steps),
         "schedule_finished": steps >= plan.total_steps,
         **branched,
         **_recipe(config, plan, data, device),
@@ -56,7 +56,7 @@ def planned(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
     vocab_size = data.prepared.tokenizer.vocab_size
     return {
         "seed": config.seed,
-        **_sizes(config, data, data.plan.total_steps),
+        **sizes_of(config, data, data.plan.total_steps),
         **_recipe(config, data.plan, data, device),
         "flops_per_token": flops_per_token(config.model, vocab_size),
     }
@@ -82,7 +82,8 @@ def _losses(
     return {k: v if v is None or math.isfinite(v) else None for k, v in losses.items()}
 
 
-def _sizes(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
+def sizes_of(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
+    """What the results say of the sizes of a run that ends after so many steps."""
     model, vocab_size = config.model, data.prepared.tokenizer.vocab_size
     sizes = count_parameters(model, vocab_size)
     tokens = steps * config.train.batch_tokens

@@ -35,19 +35,18 @@ from tinygpt.training.console import (
 )
 from tinygpt.training.evaluation import Scores, score
 from tinygpt.training.hardware import compile_model, rounding, set_up
+from tinygpt.training.loggers import Loggers, check_loggers
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
-from tinygpt.training.results import make_results
+from tinygpt.training.results import make_results, sizes_of
 from tinygpt.training.trainer import (
     PARENT,
     PASS_TOKENS,
     AtomicCheckpoints,
     Device,
-    check_loggers,
     ending_together,
     gathered,
     leave_with_parent,
-    make_loggers,
     make_trainer,
     quiet_lightning,
     resolve_device,
@@ -259,6 +258,7 @@ class Run:
             self.module.double()
         self.trainer: pl.Trainer
         self.samples: dict[int, str] = {}  # by step
+        self.loggers = Loggers()
         self.metrics = rundir.MetricsFile(run.metrics)
         self.journal = Journal(
             config,
@@ -267,7 +267,7 @@ class Run:
             self._evaluate_val,
             self._sample,
             self.module,
-            data.floor("val"),
+            self.loggers,
             stacked,
         )
         self.interrupts = Interrupts(self._save_last, config, self.plan)
@@ -275,7 +275,11 @@ class Run:
 
     def train(self, resuming: bool, watchers: Sequence[pl.Callback] = ()) -> dict[str, Any]:
         """``watchers`` are called after the run's own callbacks."""
-        first, last = self.open_records(resuming)
+        _, last = self.open_records(resuming)
+        with self.loggers:
+            return self._train(resuming, last, watchers)
+
+    def _train(self, resuming: bool, last: int, watchers: Sequence[pl.Callback]) -> dict[str, Any]:
         callbacks: list[pl.Callback] = [
             self.journal,
             Checkpoints(self.run, self.plan, self.journal, self.keep_at),
@@ -284,8 +288,7 @@ class Run:
         if self.writes and self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
         callbacks += watchers
-        loggers = make_loggers(self.config, self.run, first) if self.writes else []
-        self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, loggers, last)
+        self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, last)
         compile_model(self.module.model, self.compiled)
         ckpt_path = str(self.run.last) if resuming else None
         with ending_together(self.trainer), quiet_lightning():
@@ -310,6 +313,10 @@ class Run:
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
         if self.writes:  # a new beginning has a step 0 of its own
             self.metrics.keep_until(first if resuming else -1)
+            sizes = sizes_of(self.config, self.data, self.plan.total_steps)
+            size = self.config.train.batch_tokens
+            texts = {step * size: text for step, text in self.samples.items()}
+            self.loggers.begin(self.config, self.run, sizes, self.data.floor("val"), texts)
         return first, last
 
     def finish(self, final: Scores | None, test: Scores | None) -> dict[str, Any]:
@@ -330,6 +337,7 @@ class Run:
             test,
             branched,
         )
+        self.loggers.log_results(results)
         rundir.write_json(self.run.results, results)
         return results
 
@@ -385,7 +393,7 @@ class Run:
             for part in text.split(SAMPLE_MARK)[1:]:
                 at = int(part.split()[0].replace(",", ""))
                 if at <= step:
-                    self.samples[at] = SAMPLE_MARK + part
+                    self.samples[at] = part.partition("\n")[2].removesuffix("\n\n")
         stopped = checkpoint["callbacks"]["Journal"]["status"] == "stopped_early"
         return step, step if stopped else self.plan.total_steps
 
@@ -425,10 +433,14 @@ class Run:
                 stop_token=tokenizer.eot_id,
             )
         ids = [i for i in out[0].tolist() if i != tokenizer.eot_id]
-        head = f"{SAMPLE_MARK} {step:,} ({step * train.batch_tokens:,} tokens)\n"
-        self.samples[step] = f"{head}{tokenizer.decode(ids)}\n\n"
+        self.samples[step] = tokenizer.decode(ids)
         if self.writes:
-            rundir.write_text(self.run.samples, "".join(self.samples.values()))
+            texts = (
+                f"{SAMPLE_MARK} {at:,} ({at * train.batch_tokens:,} tokens)\n{text}\n\n"
+                for at, text in self.samples.items()
+            )
+            rundir.write_text(self.run.samples, "".join(texts))
+            self.loggers.log_text(self.samples[step])
 
     def leave_interrupted(self, number: int) -> None:
         log.info(
@@ -437,8 +449,6 @@ class Run:
             self.trainer.global_step,
             self.plan.total_steps,
         )
-        for logger in self.trainer.loggers:
-            logger.finalize("KILLED")  # Lightning told them that all went well
         raise SystemExit(128 + number)
 
     def final_scores(self) -> tuple[Scores | None, Scores | None]:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from torch import Tensor
 
@@ -33,7 +32,6 @@ from tinygpt.training.session import (
 from tinygpt.training.stacked import StackedAdamW, StackedGPT
 from tinygpt.training.trainer import (
     AtomicCheckpoints,
-    make_loggers,
     make_trainer,
     quiet_lightning,
 )
@@ -94,11 +92,10 @@ def _alone(one: Asked, console: Console) -> End:
 
 
 class _Trainer:
-    """What one run of a stack knows of the trainer: loggers, checkpoints and an end of its own."""
+    """What one run of a stack knows of the trainer: checkpoints and an end of its own."""
 
     def __init__(self, trainer: pl.Trainer, member: _Member) -> None:
         self._trainer, self._member = trainer, member
-        self.loggers = member.loggers
         self.should_stop = False
 
     def __getattr__(self, name: str) -> Any:
@@ -121,7 +118,6 @@ class _Member:
         self.optimizer, self.schedule = self.module.make_optimizer(fused=True)
         if resuming:
             self._restore()
-        self.loggers: list[Logger] = make_loggers(one.config, one.run, self.first)
         self.checkpoints = Checkpoints(one.run, run.plan, self.journal, frozenset())
         self.place = 0
         self.stepper: StackedAdamW
@@ -150,10 +146,6 @@ class _Member:
             }
         )
         return own
-
-    def close(self, status: str) -> None:
-        for logger in self.loggers:
-            logger.finalize(status)
 
 
 def _own(values: Any) -> Any:
@@ -291,7 +283,7 @@ class _Members(pl.Callback):
         self.ends[member.one.hash] = end
         self.active.remove(member)
         self.module.stepper.freeze(member.place)
-        member.close("failed" if isinstance(end, Exception) else "success")
+        member.run.loggers.close("failed" if isinstance(end, Exception) else "success")
 
     def save(self) -> None:
         """Every run's last checkpoint, on an interrupt."""
@@ -307,7 +299,8 @@ class _Members(pl.Callback):
 
     def leave(self, number: int) -> None:
         for member in self.active:
-            with logging_to(self.console, member.one.run), contextlib.suppress(SystemExit):
+            quietly = contextlib.suppress(SystemExit)
+            with logging_to(self.console, member.one.run), quietly, member.run.loggers:
                 member.run.leave_interrupted(number)
         raise SystemExit(128 + number)
 
@@ -370,7 +363,6 @@ class _Stack:
             module.plan,
             self.device,
             [callback, interrupts],
-            [],
             module.plan.total_steps,
         )
         for place, member in enumerate(members):

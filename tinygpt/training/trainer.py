@@ -1,10 +1,9 @@
-"""From ``hardware`` and ``logger`` to a Lightning Trainer."""
+"""From ``hardware`` to a Lightning Trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import logging
 import os
 import subprocess
@@ -20,7 +19,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import (
     DDPStrategy,
     ModelParallelStrategy,
@@ -29,14 +27,11 @@ from lightning.pytorch.strategies import (
 )
 
 from tinygpt import rundir
-from tinygpt.config import Config, ConfigError, HardwareConfig, RunError
+from tinygpt.config import ConfigError, HardwareConfig, RunError
 from tinygpt.horizon import Plan
-from tinygpt.training.tracking import check_server, open_mlflow
 
 # Tokens that a device takes well in one pass: beyond that a larger pass is not faster.
 PASS_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}
-# mlflow is last: imported without the others it could not be told of them any more
-LIBRARIES = {"wandb": ["wandb"], "mlflow": ["alembic", "sqlalchemy", "mlflow"]}
 LIGHTNING_PRECISION = {"32": "32-true", "64": "64-true"}
 
 
@@ -146,61 +141,6 @@ def _strategy(device: Device) -> Strategy | str:
     return device.strategy
 
 
-def check_loggers(config: Config) -> None:
-    """Raises ConfigError where a logger's library is missing, or its server."""
-    if config.logger.mlflow is not None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at its first import
-    for name, libraries in LIBRARIES.items():
-        if getattr(config.logger, name) is not None:
-            try:
-                for library in libraries:
-                    importlib.import_module(library)
-            except ImportError as error:
-                raise ConfigError(
-                    f"logger={name}: needs `pip install 'tinygpt[{name}]'`"
-                ) from error
-    if config.logger.mlflow is not None:
-        check_server(config)
-
-
-def make_loggers(config: Config, run: rundir.RunDir, step: int) -> list[Logger]:
-    """The loggers that come on top of metrics.csv; their x axis is training tokens."""
-    loggers: list[Logger] = []
-    if config.logger.tensorboard is not None:
-        # what a resumed run logs again takes the place of what was logged before
-        purge = step * config.train.batch_tokens + 1 if step else None
-        board = TensorBoardLogger(
-            run.path / "tensorboard",
-            name="",
-            version="",
-            flush_secs=config.logger.tensorboard.flush_seconds,
-            purge_step=purge,
-        )
-        losses = ["train/loss", "val/loss", "val/irreducible_loss_exact"]
-        board.experiment.add_custom_scalars({"loss": {"all losses": ["Multiline", losses]}})
-        loggers.append(board)
-    if config.logger.wandb is not None:
-        from lightning.pytorch.loggers import WandbLogger
-
-        wandb = config.logger.wandb
-        loggers.append(
-            WandbLogger(
-                name=config.run_name,
-                id=config.run_name,
-                group=config.study,
-                save_dir=run.path,
-                project=wandb.project,
-                entity=wandb.entity,
-                offline=wandb.offline,
-                resume="allow",
-            )
-        )
-    if config.logger.mlflow is not None:
-        with quiet_lightning():
-            loggers.append(open_mlflow(config, run))
-    return loggers
-
-
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Lightning's hints do not concern a user of this program."""
@@ -239,7 +179,6 @@ def make_trainer(
     plan: Plan,
     device: Device,
     callbacks: list[pl.Callback],
-    loggers: list[Logger],
     max_steps: int,
 ) -> pl.Trainer:
     """A Trainer that steps and does nothing else: what is logged and saved is the callbacks' own.
@@ -259,7 +198,7 @@ def make_trainer(
             max_epochs=-1,
             min_epochs=0,
             accumulate_grad_batches=plan.accumulate,
-            logger=loggers or False,
+            logger=False,
             callbacks=callbacks,
             plugins=plugins,
             deterministic="warn",
