@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli": BELOW,
     "sweeping": BELOW | {"cli"},
     "measuring": BELOW | {"cli"},
-    **{command: BELOW | {"cli", "sweeping", "measuring"} for command in COMMANDS},
+    "evaluating": {"data", "model", "trained", "training", "scaling"},
+    **{command: BELOW | {"cli", "sweeping", "measuring", "evaluating"} for command in COMMANDS},
 }
 TORCH = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
 TORCH_FREE = {"config", "checks", "horizon", "counting", "rundir", "cli", "scaling"}
@@ -148,6 +149,12 @@ print("loaded", *{name.split(".")[0] for name in sys.modules})
         ("fit rnus=outputs", set()),
         ("fit runs=nowhere", set()),
         ("fit runs=.", LAW - {"matplotlib", "sklearn"} | DATA - {"datasets"}),
+        ("evaluate --help", set()),
+        ("evaluate rnus=outputs", set()),
+        ("evaluate runs=nowhere", set()),
+        ("evaluate runs=. prune=2", set()),
+        ("evaluate runs=. data=custom", set()),
+        ("evaluate runs=. task=nowhere", set()),
         ("tokenizer --help", DATA - {"datasets"}),
     ],
 )
