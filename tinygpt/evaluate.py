@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Optional
 
 from rich.console import Console
 
 from tinygpt import cli
 from tinygpt.config import ConfigError
+from tinygpt.evaluating.folders import find
 from tinygpt.evaluating.items import read_tasks
 from tinygpt.evaluating.options import Options
 
@@ -52,20 +51,23 @@ class Arguments(Options):
 
 @cli.one_line_errors
 def main() -> None:
-    words = [re.sub("^data=", "data.source=", word) for word in sys.argv[1:]]
-    arguments = cli.read_arguments(Arguments, words, USAGE)
+    chosen = [word for word in sys.argv[1:] if word.startswith("data=")]
+    others = [word for word in sys.argv[1:] if word not in chosen]
+    arguments = cli.read_arguments(Arguments, others, USAGE)
+    for word in chosen:
+        if word != "data=custom":
+            raise ConfigError(f"{word}: must be custom; without it the run's own corpus is scored")
+        if arguments.data.path is None:
+            raise ConfigError("data.path: must be given, as data.path=FILE, a folder or a glob")
     if not arguments.runs:
         raise ConfigError("runs: must be given, as runs=outputs/runs/x")
-    for name in arguments.runs:
-        if not Path(name).expanduser().is_dir():
-            raise ConfigError(f"runs={name}: no such folder")
     arguments.check()
     read_tasks(arguments.task)
+    paths, without = find(arguments.runs)
     console = Console()
     with console.status("starting") as status:
         from tinygpt.evaluating import figures, results, runs, table  # torch
 
-        paths, without = runs.find(arguments.runs)
         made = runs.evaluate(paths, arguments, status.update)
         folder = results.folder_for(paths, arguments.output_dir)
         written = results.write(made, folder, dataclasses.asdict(arguments))

@@ -56,7 +56,9 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
     begun = rundir.read_json(run.environment)
     of_cpu = begun.get("device") == "cpu"
     threads = min(begun["threads"], os.cpu_count() or 1) if of_cpu else None
-    matmul = "onednn" if linear.onednn_is_there() else "torch"
+    matmul = begun.get("matmul", "auto") if of_cpu else "auto"
+    if matmul == "onednn" and not linear.onednn_is_there():
+        matmul = "torch"
     hardware = dataclasses.replace(
         config.hardware,
         accelerator=options.device,
@@ -65,7 +67,7 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
         strategy="auto",
         threads=options.threads or threads,
         compile="off",
-        matmul=matmul if begun.get("matmul") == "onednn" else "torch",
+        matmul=matmul,
     )
     precision = options.precision
     if precision == "auto":
@@ -75,9 +77,8 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
     except ConfigError as error:
         line = str(error).replace("hardware.accelerator=", "device=")
         line = line.replace("train.precision=", "precision=")
-        raise ConfigError(
-            f"{line} ({run.path} was trained in {begun['precision_resolved']})"
-        ) from (error)
+        as_trained = options.precision == "auto" and "precision=" in line
+        raise ConfigError(f"{line}, as {run.path} was trained" if as_trained else line) from error
     before, by_onednn = torch.get_num_threads(), linear.onednn_is_used()
     try:
         set_up(hardware, resolved)

@@ -12,7 +12,6 @@ from tinygpt.config import PRECISIONS, ConfigError, key
 class OtherText:
     """A text to score instead of the run's own; its keys are those of ``data=custom``."""
 
-    source: Optional[str] = key(None, among=("custom",))
     path: Optional[str] = None
     separator: str = "auto"
     text_column: str = "auto"
@@ -37,7 +36,5 @@ class Options:
 
     def check(self) -> None:
         """What must fit together.  Raises ConfigError."""
-        if self.data.source and not self.data.path:
-            raise ConfigError("data.path: must be given, as data.path=FILE, a folder or a glob")
         if "all" in self.checkpoints and len(self.checkpoints) > 1:
             raise ConfigError(f"checkpoints={','.join(self.checkpoints)}: all is all of them")

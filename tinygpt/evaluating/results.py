@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tinygpt import rundir
-from tinygpt.evaluating.runs import Evaluation, find, names_of
+from tinygpt.evaluating.folders import find, names_of
 from tinygpt.scaling.runs import SETTINGS, load_runs
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tinygpt.evaluating.runs import Evaluation
 
 SIZES = ("model_parameters", "parameters_non_embedding", "train_tokens", "flops_exact")
 OUTCOMES = (
@@ -59,9 +61,7 @@ def compare(*runs: str | Path) -> pd.DataFrame:
     known = [name for name in (*SIZES, *OUTCOMES) if name in table]
     settings = ["seed", *(name for name in SETTINGS if name not in SIZES)]
     settings += [str(name) for name in table if str(name).startswith("config.")]
-    differing = [
-        name for name in settings if name in table and table[name].astype(str).nunique() > 1
-    ]
+    differing = [name for name in settings if name in table and table[name].map(repr).nunique() > 1]
     shown = table[[*known, *differing]].set_axis(pd.Index(names, name="run"))
     return shown.rename(columns=lambda name: str(name).removeprefix("config."))
 

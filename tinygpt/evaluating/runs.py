@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from tinygpt.config import Config, ConfigError, SyntheticData
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data.synthetic import Grammar
 from tinygpt.evaluating import facts, samples, shrinking
+from tinygpt.evaluating.folders import find, names_of
 from tinygpt.evaluating.items import Task, read_tasks
 from tinygpt.evaluating.machine import Machine, as_in_training
 from tinygpt.evaluating.options import Options, OtherText
@@ -90,7 +90,7 @@ def _options(data: str | Path | None, options: dict[str, Any]) -> Options:
     for name in options:
         if name not in names:
             raise ConfigError(checks.unknown_key(name, names))
-    found = Options(**options, data=OtherText("custom", str(data)) if data else OtherText())
+    found = Options(**options, data=OtherText(str(data)) if data else OtherText())
     checks.check_bounds(found)
     return found
 
@@ -103,42 +103,15 @@ def evaluate(
     tasks = read_tasks(options.task)
     paths, _ = find(runs)
     labels = names_of(paths)
+    for path in paths:
+        there = checkpoints(rundir.RunDir(path))
+        for name in options.checkpoints:
+            if name not in (*there, "all"):
+                raise ConfigError(f"checkpoints={name}: {path} has {', '.join(there) or 'none'}")
     made = []
     for path, label in zip(paths, labels, strict=True):
         made += list(_evaluate_run(path, label, options, tasks, say))
     return made
-
-
-def find(runs: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """The runs that are named, or lie in folders that are; and of those in folders the runs that
-    have no checkpoint.  Raises ConfigError."""
-    found: list[Path] = []
-    without: list[Path] = []
-    for name in runs:
-        path = Path(name).expanduser()
-        inside = rundir.find_runs(path)
-        if not path.is_dir():
-            raise ConfigError(f"runs={name}: no such folder")
-        if not inside:
-            raise ConfigError(f"runs={name}: no runs in there")
-        if inside == [path]:
-            found.append(path)
-            continue
-        for one in inside:
-            (found if checkpoints(rundir.RunDir(one)) else without).append(one)
-    if not found:
-        raise ConfigError(f"runs={','.join(map(str, runs))}: none of them has a checkpoint")
-    return list(dict.fromkeys(found)), without
-
-
-def names_of(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
-    parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = [os.path.join(*some[-length:]) for some in parts]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def _evaluate_run(

@@ -38,13 +38,19 @@ def score_samples(
 ) -> dict[str, float | int | None]:
     """Of the model's text, and ``_real`` of as much real text.  Raises ConfigError where there is
     too little of that."""
+    documents = text.documents()
+    if count >= len(documents):
+        raise ConfigError(
+            f"samples={count}: {text.name} has {len(documents)} documents to compare with; take "
+            "fewer"
+        )
     written = write(model, tokenizer.eot_id, count, seed, machine)
     size = sum(map(len, written))
-    real, rest = held_out(text.documents(), size, text.length)
+    real, rest = held_out(documents, size, text.length)
     if sum(map(len, real)) < size or not rest:
         raise ConfigError(
-            f"samples={count}: {size} tokens, for which {text.name} of {text.info['tokens']} is "
-            "too short a text to compare with; take fewer"
+            f"samples={count}: {size} tokens, and {text.name} has {text.info['tokens']} to compare "
+            "with; take fewer"
         )
     reference = Reference(rest, tokenizer.vocab_size)
     return {
