@@ -102,8 +102,10 @@ def test_the_loss_is_that_of_training_to_the_last_digit(
 
 def test_every_checkpoint_is_scored(run: Path) -> None:
     table = tinygpt.evaluate_runs(run, checkpoints=["all"])
-    assert list(table["checkpoint"]) == ["step_4", "step_8", "step_12", "best", "last", "final"]
-    assert list(table["step"])[:3] == [4, 8, 12]
+    assert list(table["checkpoint"]) == ["step_4", "step_8", "final"]  # best and last are final
+    assert list(table["step"]) == [4, 8, 12]
+    named = tinygpt.evaluate_runs(run, checkpoints="best,step_4")
+    assert list(named["loss"]) == [table["loss"].iloc[2], table["loss"].iloc[0]]
     assert table["loss"].is_monotonic_decreasing
     results = rundir.read_json(run / "results.json")
     assert table["flops_exact"].iloc[-1] == results["flops_exact"]
@@ -662,18 +664,24 @@ def test_one_run_with_all_that_can_be_asked(
 def test_runs_side_by_side(
     run: Path, wide: Path, synthetic: Path, outputs: Path, tinygpt: Command, corpus: Path
 ) -> None:
-    done = tinygpt("evaluate", f"runs={run},{wide}", f"data.path={corpus}", "data=custom")
+    another = ["data=custom", f"data.path={corpus}"]
+    done = tinygpt("evaluate", f"runs={run},{wide},{synthetic}", *another)
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
     shown = " ".join(done.stdout.split())
-    assert "d_model 16 32" in shown
-    assert "seed 42 7" in shown
+    assert "seed 42 7 42" in shown
+    assert "data.n_facts – – 8" in shown
+    assert "facts of the corpus stories" in shown
+    assert "chance 0.1 %" in shown  # the facts, of the one run that they can be asked of
+    assert "note: losses compare on the same tokens" in shown
     folder = outputs / "runs" / "evaluation"
     assert (folder / "comparison.png").exists()
     table = pd.read_csv(folder / "evaluation_results.csv")
-    assert list(table["run"]) == ["one", "x.wide"]
+    assert list(table["run"]) == ["one", "x.wide", "stories"]
+    assert list(table["text_fingerprint"].duplicated()) == [False, True, False]
     assert list(table["model_parameters"]) == [
-        rundir.read_json(path / "results.json")["model_parameters"] for path in (run, wide)
+        rundir.read_json(path / "results.json")["model_parameters"]
+        for path in (run, wide, synthetic)
     ]
 
 

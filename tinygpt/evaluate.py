@@ -19,7 +19,7 @@ USAGE = """\
 python -m tinygpt.evaluate runs=outputs/runs/x [key=value ...]
 
 runs=FOLDER[,FOLDER]    runs, or folders of runs
-checkpoints=final       of each: final best last all step_N, several by commas
+checkpoints=final       of each: final best last step_N, several by commas; all: every step kept
 split=val               or test: of the run's own corpus
 data=custom data.path=FILE    instead: a file, a folder or a glob, all of it, by the run's own
                         tokenizer; data.separator= data.text_column= as in training

@@ -134,7 +134,7 @@ def _next_costs(
             inputs[row, : len(text)] = torch.tensor(text)
         with machine.autocast():
             hidden = model.hidden(inputs.to(machine.device))
-            logits = model.logits(hidden[torch.arange(len(some)), last.to(machine.device)])
+            logits = model.logits(hidden[torch.arange(len(some)), last])
         costs = -torch.log_softmax(logits.cpu().double(), dim=-1)
         found += [row[tokens].numpy() for row, tokens in zip(costs, wanted[first:], strict=False)]
     return found

@@ -35,6 +35,7 @@ from tinygpt.scaling.drawing import (
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 RING: Any = {"markersize": 8, "fillstyle": "none"}
+MANY = 16  # runs: more are not told apart by name
 MARKS = 40  # points of a line by position: beyond that neighbours are averaged
 
 
@@ -79,6 +80,8 @@ def _colours(count: int) -> list[str]:
 
 
 def _by_position(axes: Axes, made: Sequence[Evaluation]) -> None:
+    if len({one.scores["run"] for one in made}) > 1:  # of each run its last checkpoint
+        made = list({one.scores["run"]: one for one in made}.values())
     made = [one for one in made if one.positions]
     for one, colour in zip(made, _colours(len(made)), strict=True):
         assert one.positions is not None
@@ -91,10 +94,21 @@ def _by_position(axes: Axes, made: Sequence[Evaluation]) -> None:
         axes.plot(x, y, "-o", color=colour, markersize=2, label=_label(one, made))
         axes.fill_between(x, y - half, y + half, color=colour, alpha=0.25, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="position in the context (tokens seen)", ylabel="loss (nats per token)")
+    axes.set(
+        xlabel="position in the context (tokens seen)",
+        ylabel="loss (nats per token) ± standard error",
+    )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if len(made) > 1:
+        _legend(axes, len(made))
+
+
+def _legend(axes: Axes, lines: int) -> None:
+    """In the emptiest corner; of many lines beside the axes, of very many none."""
+    if lines <= len(COLOURS):
         legend(axes)
+    elif lines <= MANY:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0.2)
 
 
 def _against(column: str, word: str) -> Panel:
@@ -106,8 +120,8 @@ def _against(column: str, word: str) -> Panel:
             points = sorted((one.scores[column], one.scores["loss"]) for one in some)
             axes.plot(*zip(*points, strict=True), "-o", color=colour, markersize=4, label=run)
         log_axes(axes, word, "loss (nats per token)")
-        if column == "flops_exact" and len(by_run) <= len(COLOURS):
-            legend(axes)
+        if column == "flops_exact":
+            _legend(axes, len(by_run))
 
     return panel
 
@@ -140,5 +154,4 @@ def _convergence(axes: Axes, made: Sequence[Evaluation]) -> None:
     axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)", yscale="log")
     log_ticks(axes.yaxis)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
-    if len(runs) <= len(COLOURS):
-        legend(axes)
+    _legend(axes, len(runs))

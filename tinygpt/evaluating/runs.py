@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NEAR = 0.01  # of the final loss: where a run counts as converged
+LISTS = ("checkpoints", "task")  # a text stands for a list, as on the command line
 Say = Callable[[str], None]
 
 
@@ -59,7 +60,7 @@ def evaluate_runs(
     """Scores runs, as ``python -m tinygpt.evaluate`` does, without writing a file: a row a model.
 
     ``data`` is a file, a folder or a glob to score instead of each run's own validation split; the
-    other ``options`` are those of the command, as ``split="test"``, ``checkpoints=["all"]``,
+    other ``options`` are those of the command, as ``split="test"``, ``checkpoints="all"``,
     ``baseline=True``, ``stride=64``.  Raises ConfigError.
     """
     import pandas as pd
@@ -90,6 +91,9 @@ def _options(data: str | Path | None, options: dict[str, Any]) -> Options:
     for name in options:
         if name not in names:
             raise ConfigError(checks.unknown_key(name, names))
+    options = {
+        k: v.split(",") if k in LISTS and isinstance(v, str) else v for k, v in options.items()
+    }
     found = Options(**options, data=OtherText(str(data)) if data else OtherText())
     checks.check_bounds(found)
     return found
@@ -120,7 +124,8 @@ def _evaluate_run(
     run = rundir.RunDir(path)
     chosen: list[str | None] = list(options.checkpoints) or [None]
     if chosen == ["all"]:
-        chosen = list(checkpoints(run))
+        by_step = {load_run(path, name).step: name for name in checkpoints(run)}
+        chosen = [by_step[step] for step in sorted(by_step)]  # last and final are often the same
     first = load_run(path, chosen[0])
     with as_in_training(run, first.config, options) as machine:
         text = _text(run, first, options, machine, lambda what, size: say(f"{label}: {what}"))
@@ -218,6 +223,7 @@ class _Scorer:
             "step": trained.step,
             "train_tokens": trained.tokens,
             "text": self.text.name,
+            "text_fingerprint": self.text.info["fingerprint"],
             "stride": self.options.stride,
             **found.values(),
             "unknown_tokens": self.text.info["unknown_tokens"],

@@ -65,8 +65,12 @@ WHERE_ANY = {"left_out", "prompts_cut", "unknown_tokens"}  # shown where they ar
 def show(made: Sequence[Evaluation], paths: Sequence[Path], console: Console) -> None:
     first = made[0].scores
     stride = f"stride {first['stride']}" if first["stride"] else "windows as in training"
-    about = f"{first['text']}: {first['scored_tokens']:,} tokens, {stride}"
+    is_one = len({one.scores["text_fingerprint"] for one in made}) == 1
+    words = f"{first['scored_tokens']:,} tokens" if is_one else "each run by its own tokens"
+    about = f"{first['text']}: {words}, {stride}"
     console.print(Text(f"{about}; {first['device']}, precision {first['precision']}"))
+    if not is_one:
+        console.print("note: losses compare on the same tokens, bits per byte on the same text")
     if first["unknown_tokens"]:
         console.print(Text(f"{first['unknown_tokens']:,} characters are unknown to the tokenizer"))
     console.print()
@@ -76,7 +80,7 @@ def show(made: Sequence[Evaluation], paths: Sequence[Path], console: Console) ->
     else:
         _rows(made, console)
     if len(whole) <= ACROSS:
-        for name in whole[0].asked:
+        for name in dict.fromkeys(name for one in whole for name in one.asked):
             _asked(name, whole, console)
         _by_position(whole, console)
     if len(paths) > 1:
@@ -118,8 +122,9 @@ def _line(table: Table, word: str, values: Sequence[Any], shown: Format) -> None
 def _asked(name: str, made: Sequence[Evaluation], console: Console) -> None:
     """The facts, a task, or the samples with the same of real text in brackets."""
     title = {"samples": "samples (real text)", "facts": "facts of the corpus"}.get(name, name)
-    table = _table(title, *_heads(made))
-    found = [one.asked[name] for one in made]
+    pairs = list(zip(_heads(made), made, strict=True))
+    table = _table(title, *(head for head, one in pairs if name in one.asked))
+    found = [one.asked[name] for one in made if name in one.asked]
     for key in found[0]:
         is_other = key.endswith(("_stderr", "_real", "_asked"))
         if is_other or (key in WHERE_ANY and not any(values[key] for values in found)):
@@ -170,8 +175,9 @@ def _rows(made: Sequence[Evaluation], console: Console) -> None:
         "bits_per_byte": ("bits/byte", FOUR),
     }
     table = _table("run", *marks, *(word for word, _ in numbers.values()))
-    for column in table.columns[1 + len(marks) :]:
-        column.no_wrap = True
+    for n, column in enumerate(table.columns[1:]):
+        column.justify = "left" if n < len(marks) else "right"
+        column.no_wrap = n >= len(marks)
     for row in rows:
         cells = [str(row[name]) for name in ("run", *marks)]
         cells += [shown(row[name]) for name, (_, shown) in numbers.items()]
@@ -189,5 +195,12 @@ def _differences(paths: Sequence[Path], console: Console) -> None:
         return
     shown = _table("differs", *map(str, table.index))
     for name in differing:
-        shown.add_row(Text(str(name)), *(Text(str(value)) for value in table[name]))
+        shown.add_row(Text(str(name)), *(Text(_setting(value)) for value in table[name]))
     console.print(shown if differing else Text("their configurations do not differ"))
+
+
+def _setting(value: Any) -> str:
+    """A column that not all runs have is one of floats."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
