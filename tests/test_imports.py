@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli": BELOW,
     "sweeping": BELOW | {"cli"},
     "measuring": BELOW | {"cli"},
-    **{command: BELOW | {"cli", "sweeping", "measuring"} for command in COMMANDS},
+    "evaluating": {"data", "model", "trained", "training", "scaling"},
+    **{command: BELOW | {"cli", "sweeping", "measuring", "evaluating"} for command in COMMANDS},
 }
 TORCH = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
 TORCH_FREE = {"pretrained", "config", "checks", "horizon", "counting", "rundir", "cli", "scaling"}
@@ -153,6 +154,12 @@ print("loaded", *{name.split(".")[0] for name in sys.modules})
         ("export run=nowhere to=x", set()),
         ("export run=. to=.", set()),
         ("fit runs=.", LAW - {"matplotlib", "sklearn"} | DATA - {"datasets"}),
+        ("evaluate --help", set()),
+        ("evaluate rnus=outputs", set()),
+        ("evaluate runs=nowhere", set()),
+        ("evaluate runs=. prune=2", set()),
+        ("evaluate runs=. data=custom", set()),
+        ("evaluate runs=. task=nowhere", set()),
         ("tokenizer --help", DATA - {"datasets"}),
         ("sample --help", set()),
         ("sample run=. top_p=2", set()),

@@ -115,6 +115,17 @@ def test_scores_are_the_losses_of_each_token(tokens: int, vocabulary: int, seed:
     assert right.bool().tolist() == (logits.argmax(1) == targets).tolist()
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 200), st.integers(5, 40), st.integers(1, 5), st.integers(0, 99))
+def test_hits_among_the_likeliest(tokens: int, vocabulary: int, top: int, seed: int) -> None:
+    hidden, weight, targets = made(tokens, 5, vocabulary, torch.float64, seed)
+    near = token_scores(hidden, weight, targets, top=top)[2]
+    likeliest = (hidden @ weight.t()).topk(top).indices
+    assert near.bool().tolist() == (likeliest == targets[:, None]).any(1).tolist()
+    broken = hidden.detach().clone().fill_(float("nan"))
+    assert not token_scores(broken, weight, targets, top=top)[2].any()
+
+
 @pytest.mark.slow
 def test_the_loss_of_a_large_vocabulary_takes_a_fraction_of_the_memory() -> None:
     """`small` at vocabulary 50257, batch 32, context 256: at most 40 % of the plain loss's."""

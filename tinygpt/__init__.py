@@ -5,13 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinygpt.evaluating.results import compare as compare
+    from tinygpt.evaluating.runs import evaluate_runs as evaluate_runs
+    from tinygpt.evaluating.runs import loss_by_position as loss_by_position
     from tinygpt.trained import TrainedRun as TrainedRun
     from tinygpt.trained import load_run as load_run
 
 __version__ = "0.1.0"
-__all__ = ["TrainedRun", "load_run"]
+__all__ = ["TrainedRun", "compare", "evaluate_runs", "load_run", "loss_by_position"]
 
-_HOME = {"TrainedRun": "tinygpt.trained", "load_run": "tinygpt.trained"}
+_HOME = {
+    "TrainedRun": "tinygpt.trained",
+    "compare": "tinygpt.evaluating.results",
+    "evaluate_runs": "tinygpt.evaluating.runs",
+    "load_run": "tinygpt.trained",
+    "loss_by_position": "tinygpt.evaluating.runs",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -105,6 +105,7 @@ class EvalBatches:
             same = lengths == count
             tokens = self.split.gather(starts[same], int(count) + 1)
             inputs[same, :count], targets[same, :count] = tokens[:, :-1], tokens[:, 1:]
+        targets[np.arange(self.length) < self.windows.before[rows, None]] = IGNORED
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -85,24 +85,33 @@ class Split:
             documents, base = documents - taken, base + len(shard)
         return TrainWindows(np.concatenate(starts), used, dropped)
 
-    def eval_windows(self, length: int, whole_documents: bool) -> EvalWindows:
-        """Windows that hold every target once; the last of a shard may be short.
+    def eval_windows(
+        self, length: int, whole_documents: bool, stride: int | None = None
+    ) -> EvalWindows:
+        """Windows in which every target counts once; the last of a shard may be short.
 
         ``whole_documents``: a window begins where a document does and holds whole documents, as
-        many as fit; the longest must fit.
+        many as fit; the longest must fit.  Else windows begin ``stride`` apart (null: ``length``),
+        and a target counts where it stands behind the most context: in a shard's first window all
+        do, in each later one those that no window before it holds.
         """
-        starts: list[int] = []
-        lengths: list[int] = []
+        starts, ends, counted = [], [], []
         base = 0
         for shard, offsets in zip(self.shards, self.offsets, strict=True):
-            total = int(offsets[-1])
-            cuts = (
-                _packed(offsets, length) if whole_documents else [*range(0, total, length), total]
-            )
-            starts += [base + start for start in cuts[:-1]]
-            lengths += [end - start for start, end in itertools.pairwise(cuts)]
+            if whole_documents:
+                cuts = np.array(_packed(offsets, length), dtype=np.int64)
+                first, last = cuts[:-1], cuts[1:]
+            else:
+                step, total = stride or length, int(offsets[-1])
+                windows = 1 + max(0, -(-(total - length) // step))
+                first = np.arange(windows, dtype=np.int64) * step
+                last = np.minimum(first + length, total)
+            starts.append(base + first)
+            ends.append(base + last)
+            counted.append(base + np.concatenate((first[:1], last[:-1])))
             base += len(shard)
-        return EvalWindows(np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64))
+        begin = np.concatenate(starts)
+        return EvalWindows(begin, np.concatenate(ends) - begin, np.concatenate(counted) - begin)
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,7 @@ class TrainWindows:
 class EvalWindows:
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]  # targets in each
+    before: NDArray[np.int64]  # the first of them, which count in the window before
 
 
 def _packed(offsets: NDArray[np.int64], length: int) -> list[int]:
@@ -163,14 +173,43 @@ def prepare(
     sizes = [data.max_tokens, data.eval_tokens]
     key = rundir.digest([FORMAT, source, vocabulary.fingerprint(), _cutting(data), sizes])
     folder = cache / "data" / f"{data.name}-{key[:16]}"
+
+    def tokenized(temporary: Path) -> dict[str, Any]:
+        return _tokenize(corpus, data, vocabulary, temporary, progress)
+
+    return Prepared(folder, _cached(folder, source, tokenized), vocabulary)
+
+
+def prepare_whole(
+    corpus: Corpus, data: DataConfig, tokenizer: Tokenizer, cache: Path, progress: Progress
+) -> Prepared:
+    """All of a corpus as one split, ``all``, by a tokenizer that is there; from the cache or made
+    now.  Raises ConfigError where there is no text in it."""
+    source = corpus.fingerprint()
+    key = rundir.digest([FORMAT, source, tokenizer.fingerprint(), _cutting(data), "all"])
+    folder = cache / "data" / f"{data.name}-{key[:16]}"
+
+    def tokenized(temporary: Path) -> dict[str, Any]:
+        writers = {"all": _SplitWriter(temporary, "all", tokenizer, None)}
+        documents = (("all", document) for document in corpus.documents("train"))
+        _write(documents, tokenizer, writers, progress)
+        info = writers["all"].finish()
+        if not info["documents"]:
+            raise ConfigError(f"data.path={getattr(data, 'path', data.name)}: no text in it")
+        return {"dtype": writers["all"].dtype.name, "splits": {"all": info}}
+
+    return Prepared(folder, _cached(folder, source, tokenized), tokenizer)
+
+
+def _cached(folder: Path, source: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """The index of the shards in ``folder``, which ``make`` writes where they are not there."""
     with _lock(folder):
         index = load_index(folder)
         if index is None:
             with rundir.replacing_folder(folder) as temporary:
-                index = _tokenize(corpus, data, vocabulary, temporary, progress)
-                index = {"source_fingerprint": source, **index}
+                index = {"source_fingerprint": source, **make(temporary)}
                 rundir.write_json(temporary / "index.json", index)
-    return Prepared(folder, index, vocabulary)
+    return index
 
 
 def _cutting(data: DataConfig) -> list[Any]:
@@ -241,17 +280,7 @@ def _tokenize(
     """Writes the shards of all splits into ``folder`` and returns the index."""
     limits = {"train": data.max_tokens, "val": data.eval_tokens, "test": data.eval_tokens}
     writers = {name: _SplitWriter(folder, name, tokenizer, limits[name]) for name in SPLITS}
-    duplicates = size = 0
-    with contextlib.closing(_encoded(split_documents(corpus, data), tokenizer, writers)) as read:
-        for split, document, ids in read:
-            if split == "duplicate":
-                duplicates += 1
-                continue
-            writers[split].add(document, ids)
-            size += len(document.text)
-            progress("tokenizing", size)
-            if writers["train"].full:
-                break
+    duplicates = _write(split_documents(corpus, data), tokenizer, writers, progress)
     infos = {name: writer.finish() for name, writer in writers.items()}
     if data.val_is_test:
         infos["test"] = infos["val"]
@@ -266,6 +295,28 @@ def _tokenize(
         "duplicates_of_validation_or_test": duplicates,
         "splits": {name: info if info["documents"] else None for name, info in infos.items()},
     }
+
+
+def _write(
+    documents: Iterable[tuple[str, Document]],
+    tokenizer: Tokenizer,
+    writers: Mapping[str, _SplitWriter],
+    progress: Progress,
+) -> int:
+    """Every document to the writer of its split, until that for training has enough; returns how
+    many were duplicates, which go to none."""
+    duplicates = size = 0
+    with contextlib.closing(_encoded(documents, tokenizer, writers)) as read:
+        for split, document, ids in read:
+            if split == "duplicate":
+                duplicates += 1
+                continue
+            writers[split].add(document, ids)
+            size += len(document.text)
+            progress("tokenizing", size)
+            if split == "train" and writers[split].full:
+                break
+    return duplicates
 
 
 @dataclass

@@ -128,15 +128,24 @@ def _worth_cutting(hidden: Tensor, weight: Tensor) -> bool:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
-def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each token its loss (N,), and 1 where the likeliest is right (N,); shapes as above."""
+def token_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, top: int | None = None
+) -> tuple[Tensor, ...]:
+    """Of each token its loss (N,), and 1 where the likeliest is right (N,); shapes as above.
+
+    With ``top`` also 1 where fewer than so many tokens are likelier than the right one (N,).
+    """
     hidden, weight = _autocast(hidden), _autocast(weight)
-    losses, right = [], []
+    found: list[tuple[Tensor, ...]] = []
     with torch.autocast(hidden.device.type, enabled=False):
-        for piece, logits, _, of_piece in _pieces(hidden, weight, targets):
-            losses.append(of_piece)
-            right.append((logits.argmax(1) == targets[piece]).to(of_piece.dtype))
-    return torch.cat(losses), torch.cat(right)
+        for piece, logits, _, losses in _pieces(hidden, weight, targets):
+            wanted = targets[piece]
+            scores = [losses, (logits.argmax(1) == wanted).to(losses.dtype)]
+            if top is not None:
+                likelier = ~(logits <= logits.gather(1, wanted[:, None]))  # what is NaN, too
+                scores.append((likelier.sum(1) < top).to(losses.dtype))
+            found.append(tuple(scores))
+    return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Scored(Protocol):
 
     def eval(self) -> Any: ...
 
-    def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]: ...
+    def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,14 @@ def score(
     device: torch.device,
     autocast: AbstractContextManager[Any] | None = None,
     reduced: Callable[[Tensor], Tensor] | None = None,
+    watch: Callable[[tuple[Tensor, ...], Tensor], None] | None = None,
 ) -> Scores:
     """Scores ``model`` on ``batches`` of inputs and targets, both ``(B, T)``.
 
     ``info`` is the split's entry of the index: the nats of all its tokens, ends of text included,
     are set against the bytes and characters of its documents.  ``reduced`` adds up the sums of
-    several processes, each of which scores some of the batches.
+    several processes, each of which scores some of the batches.  ``watch`` is shown, batch by
+    batch, what the model said of its targets and which of them count, ``(B, T)``.
     """
     was_training = model.training
     model.eval()
@@ -71,10 +73,13 @@ def score(
         for inputs, targets in batches:
             inputs, targets = inputs.to(device), targets.to(device)
             scored = (targets != IGNORED).flatten()
-            losses, is_right = model.scores(inputs, targets.clamp(min=0))  # (B·T,) each
+            found = model.scores(inputs, targets.clamp(min=0))  # (B·T,) each
+            losses, is_right = found[:2]
             loss += losses.to(dtype).masked_fill(~scored, 0).sum()
             right += (is_right & scored).sum()
             count += scored.sum()
+            if watch is not None:
+                watch(found, scored.view_as(targets))
     model.train(was_training)
     if reduced is not None:
         loss, right, count = reduced(torch.stack((loss, right, count)))

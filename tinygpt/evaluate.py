@@ -1,0 +1,82 @@
+"""``python -m tinygpt.evaluate``: trained runs scored, and set side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from typing import Optional
+
+from rich.console import Console
+
+from tinygpt import cli
+from tinygpt.config import ConfigError
+from tinygpt.evaluating.folders import find
+from tinygpt.evaluating.items import read_tasks
+from tinygpt.evaluating.options import Options
+
+USAGE = """\
+python -m tinygpt.evaluate runs=outputs/runs/x [key=value ...]
+
+runs=FOLDER[,FOLDER]    runs, or folders of runs
+checkpoints=final       of each: final best last step_N, several by commas; all: every step kept
+split=val               or test: of the run's own corpus
+data=custom data.path=FILE    instead: a file, a folder or a glob, all of it, by the run's own
+                        tokenizer; data.separator= data.text_column= as in training
+stride=TOKENS           a window begins so many tokens behind the one before it, and its last
+                        stride targets count: each target once, where it has the most context.
+                        Default: the windows of training, and so exactly the loss it recorded
+baseline=true           the same model untrained, by the run's own seed, beside it
+task=FILE[,FILE]        questions, JSON lines: {"prompt": ..., "answer": ...}, or
+                        {"prompt": ..., "choices": [...], "label": 0}, by likelihood as
+                        lm-evaluation-harness: accuracy by the sum, accuracy_norm by the sum a byte.
+                        A space is put in between; what is too long loses the prompt's beginning
+quantize=int8           the loss with the weights of linear layers in int8, a scale a row
+prune=0.5               the loss without the smallest half of those weights
+samples=20 seed=0       text of the model: distinct-n, repetition and KL divergence from the text
+                        scored, beside as much real text
+device=auto             cpu mps cuda; precision=auto threads=null: as in training
+output_dir=FOLDER       default: evaluation/ in the run, or in the folder where several lie
+
+Efficiency is the gain, ln(vocabulary) - loss, by training FLOPs, parameters and hours.  Runs on the
+embedded corpus are asked its facts.  Writes evaluation_results.csv and .json, and figures.
+"""
+
+
+@dataclass
+class Arguments(Options):
+    runs: list[str] = field(default_factory=list)
+    output_dir: Optional[str] = None
+
+
+@cli.one_line_errors
+def main() -> None:
+    chosen = [word for word in sys.argv[1:] if word.startswith("data=")]
+    others = [word for word in sys.argv[1:] if word not in chosen]
+    arguments = cli.read_arguments(Arguments, others, USAGE)
+    for word in chosen:
+        if word != "data=custom":
+            raise ConfigError(f"{word}: must be custom; without it the run's own corpus is scored")
+        if arguments.data.path is None:
+            raise ConfigError("data.path: must be given, as data.path=FILE, a folder or a glob")
+    if not arguments.runs:
+        raise ConfigError("runs: must be given, as runs=outputs/runs/x")
+    arguments.check()
+    read_tasks(arguments.task)
+    paths, without = find(arguments.runs)
+    console = Console()
+    with console.status("starting") as status:
+        from tinygpt.evaluating import figures, results, runs, table  # torch
+
+        made = runs.evaluate(paths, arguments, status.update)
+        folder = results.folder_for(paths, arguments.output_dir)
+        written = results.write(made, folder, dataclasses.asdict(arguments))
+        written += figures.draw(made, folder)
+    table.show(made, paths, console)
+    for path in without:
+        print(f"note: {path} has no checkpoint")
+    print(f"\n{', '.join([str(written[0]), *(path.name for path in written[1:])])}")
+
+
+if __name__ == "__main__":
+    main()
