@@ -521,6 +521,7 @@ IN_SWEEPS = {  # keys that only a sweep reads: the tests there
     "fit": "test_a_study_without_a_law_says_why",
 }
 PLACES = {  # of what stands in the hash by its content
+    "optim.lora": "test_a_run_trains_its_adapters_alone",
     "init_from": "test_the_weights_stand_in_the_hash_and_the_path_does_not",
     "tokenizer.path": "test_a_saved_tokenizer_serves_a_new_run",
     "tokenizer.vocab_dir": "test_vocab_dir_is_where_gpt2_is_read",
@@ -547,7 +548,7 @@ def schema_keys() -> set[str]:
 def test_no_key_is_left_out() -> None:
     tested = {row[0] for row in rows()} | set(ELSEWHERE) | set(IN_SWEEPS) | set(PLACES)
     assert tested == schema_keys()
-    files = ("training", "hardware", "sweeping", "engines", "fit", "configs", "pretrained")
+    files = ("training", "hardware", "sweeping", "engines", "fit", "configs", "pretrained", "lora")
     text = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in files)
     assert all(
         f"def {test}(" in text

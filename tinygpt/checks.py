@@ -141,6 +141,7 @@ def check(config: Config) -> None:
         "http://HOST:PORT; MLflow takes no folders any more",
     )
     _check_rate_scaling(config)
+    _check_lora(config)
     stack = config.sweep.stack
     require(
         stack in ("off", "auto") or (stack.isdecimal() and int(stack) >= 2),
@@ -165,6 +166,20 @@ def _check_rate_scaling(config: Config) -> None:
         require(holds, f"optim.scale_rate_with_width=true: not with optim={kind}; {allowed}")
     line = f"model.parametrization=mup: has no rule for the rates of optim={kind}; {allowed}, muon"
     require(holds, line)
+
+
+def _check_lora(config: Config) -> None:
+    rank, d_model = config.optim.lora.rank, config.model.d_model
+    if rank is None:
+        alpha = config.optim.lora.alpha
+        require(alpha is None, f"optim.lora.alpha={alpha}: needs optim.lora.rank")
+        return
+    given = f"optim.lora.rank={rank}"
+    require(config.init_from is not None, f"{given}: needs init_from, whose weights it keeps")
+    require(rank <= d_model, f"{given}: must be at most model.d_model={d_model}")
+    standard = config.model.parametrization == "standard"
+    require(standard, f"{given}: has no rule for its rates under model.parametrization=mup")
+    require(config.optim.kind != "muon", f"{given}: not with optim=muon, as its factors are thin")
 
 
 def check_sweepable(config: Config) -> None:

@@ -156,8 +156,17 @@ class SavedTokenizer(TokenizerConfig):
 
 
 @dataclass
+class LoraConfig:
+    """Adapters of low rank are trained, and the weights of ``init_from`` kept (Hu et al. 2021)."""
+
+    rank: Optional[int] = key(None, least=1)  # null: none, all weights are trained
+    alpha: Optional[int] = key(None, least=1)  # W + alpha/rank·B·A; null: 2·rank
+
+
+@dataclass
 class OptimConfig:
     kind: str = MISSING
+    lora: LoraConfig = field(default_factory=LoraConfig)
     learning_rate: float = key(1e-3, above=0.0)
     weight_decay: float = key(0.1, least=0.0)
     decay_embeddings: bool = True

@@ -65,17 +65,30 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
     return Parameters(non_embedding + embedding, non_embedding, embedding)
 
 
-def flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int | None = None) -> float:
+def lora_parameters(model: ModelConfig, rank: int) -> int:
+    """Of adapters of that rank beside every matrix of the blocks: all that LoRA trains."""
+    return model.n_layers * sum(rank * (m + n) for m, n in _linear_layers(model))
+
+
+def flops_per_token(
+    model: ModelConfig, vocab_size: int, seq_len: int | None = None, lora_rank: int | None = None
+) -> float:
     """FLOPs of training on one token of a sequence of ``seq_len`` (null: max_seq_len).
 
     Every matrix product of the forward pass, the head included, times 3, as the backward pass
-    has two for each of them.  Attention counts the whole T x T square, though half of it is
+    has two for each of them; under LoRA the weights have no gradient, so they have one, and the
+    adapters two.  Attention counts the whole T x T square, though half of it is
     masked; what gradient checkpointing computes twice counts once.
     """
     length = model.max_seq_len if seq_len is None else seq_len
     linear = sum(2 * m * n for m, n in _linear_layers(model))
     attention = 2 * 2 * length * model.d_model  # scores and values, all heads together
     head = 2 * model.d_model * padded_vocab(vocab_size, model.pad_vocab_to_multiple)
+    if lora_rank is not None:
+        adapters = 2 * lora_parameters(model, lora_rank)
+        return 2.0 * (model.n_layers * linear + head) + 3.0 * (
+            model.n_layers * attention + adapters
+        )
     return 3.0 * (model.n_layers * (linear + attention) + head)
 
 

@@ -194,7 +194,12 @@ def _training_rows(run: TrainedRun) -> Iterator[Row]:
     config = run.config
     status = run.results["status"] if run.results else "not ended"
     yield "checkpoint", f"{run.checkpoint}, after {run.step:,} steps; the run: {status}"
-    flops = counting.flops_per_token(config.model, run.tokenizer.vocab_size) * run.tokens
+    flops = (
+        counting.flops_per_token(
+            config.model, run.tokenizer.vocab_size, lora_rank=config.optim.lora.rank
+        )
+        * run.tokens
+    )
     yield "budget", f"{run.tokens:,} training tokens, {flops:.3g} FLOPs"
     if run.results and run.results["total_steps"] == run.step:
         yield "distinct tokens", f"{run.results['unique_train_tokens']:,}"

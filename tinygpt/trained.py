@@ -21,6 +21,7 @@ from tinygpt.data.tokenizers import Tokenizer, load_tokenizer
 from tinygpt.model.generate import Step, stream
 from tinygpt.model.gpt import GPT
 from tinygpt.model.huggingface import from_hugging_face, read_weights
+from tinygpt.model.lora import merged
 
 WEIGHTS = "model."  # what the names of the model's own have before them in a checkpoint
 
@@ -111,7 +112,7 @@ def load_run(
     if name not in there:
         found = f"there are {', '.join(there)}" if there else "there is none"
         raise ConfigError(f"checkpoint={name}: not in {run.checkpoints}; {found}")
-    state, step = read_checkpoint(run.checkpoints / f"{name}.ckpt")
+    state, step = read_checkpoint(run.checkpoints / f"{name}.ckpt", config)
     model = GPT(config.model, tokenizer.vocab_size)
     try:
         model.to(next(iter(state.values())).dtype).load_state_dict(state)
@@ -129,11 +130,16 @@ def checkpoints(run: rundir.RunDir) -> list[str]:
     return [*steps, *(name for name in ("best", "last", "final") if name in names)]
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], int]:
-    """The model's weights and the step.  Tensors and plain data only, never code."""
+def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor], int]:
+    """The model's weights, with LoRA's adapters in them, and the step; ``config`` is the run's.
+
+    Tensors and plain data only, never code.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights = {k.removeprefix(WEIGHTS): v for k, v in content["state_dict"].items()}
+        if config.optim.lora.rank is not None:
+            weights = merged(weights, config.optim.lora)
         return weights, int(content["global_step"])
     except Exception as error:  # torch raises whatever the broken bytes lead it to
         raise ConfigError(f"{path}: this checkpoint is damaged") from error
@@ -149,7 +155,8 @@ def initial_weights(config: Config, vocab_size: int) -> dict[str, torch.Tensor] 
     source = pretrained.locate(config.init_from)
     where = f"init_from={source.name}"
     if source.checkpoint is not None:
-        weights, _ = read_checkpoint(source.checkpoint)
+        before = rundir.read_config(source.folder / "config.yaml")
+        weights, _ = read_checkpoint(source.checkpoint, before)
     else:
         rows = padded_vocab(vocab_size, config.model.pad_vocab_to_multiple)
         weights = from_hugging_face(read_weights(source.folder), config.model, rows, where)

@@ -255,7 +255,8 @@ def budget(trained: TrainedRun, loss: float, curve: Curve) -> dict[str, float | 
     config: Config = trained.config
     vocab_size = trained.tokenizer.vocab_size
     sizes = count_parameters(config.model, vocab_size)
-    flops = flops_per_token(config.model, vocab_size) * trained.tokens
+    flops = flops_per_token(config.model, vocab_size, lora_rank=config.optim.lora.rank)
+    flops *= trained.tokens
     timed = [(row["step"], row["seconds"]) for row in curve if "seconds" in row]
     hours = None
     if timed:

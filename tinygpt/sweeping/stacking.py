@@ -74,6 +74,7 @@ def _obstacle(job: Job) -> str | None:
     obstacles = {
         f"optim={config.optim.kind}, not adamw": config.optim.kind != "adamw",
         f"model.dropout={config.model.dropout}, not 0": config.model.dropout > 0,
+        f"optim.lora.rank={config.optim.lora.rank}": config.optim.lora.rank is not None,
         "model.gradient_checkpointing=true": config.model.gradient_checkpointing,
         f"hardware.compile={config.hardware.compile}": config.hardware.compile
         not in ("auto", "off"),

@@ -81,6 +81,8 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
+        if not parameter.requires_grad:  # under LoRA
+            continue
         is_matrix = parameter.ndim >= 2
         wanted = is_matrix and (config.decay_embeddings or id(parameter) not in embeddings)
         if id(parameter) in hidden and (ratio != 1 or isinstance(config, MuonOptim)):

@@ -10,7 +10,13 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 from tinygpt import rundir
 from tinygpt.config import Config
-from tinygpt.counting import count_parameters, flops_6nd, flops_per_token, resolved_d_ff
+from tinygpt.counting import (
+    count_parameters,
+    flops_6nd,
+    flops_per_token,
+    lora_parameters,
+    resolved_d_ff,
+)
 from tinygpt.data import corpora
 from tinygpt.data.datamodule import TokenData
 from tinygpt.horizon import Plan
@@ -58,7 +64,9 @@ def planned(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
         "seed": config.seed,
         **sizes_of(config, data, data.plan.total_steps),
         **_recipe(config, data.plan, data, device),
-        "flops_per_token": flops_per_token(config.model, vocab_size),
+        "flops_per_token": flops_per_token(
+            config.model, vocab_size, lora_rank=config.optim.lora.rank
+        ),
     }
 
 
@@ -85,18 +93,20 @@ def _losses(
 def sizes_of(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
     """What the results say of the sizes of a run that ends after so many steps."""
     model, vocab_size = config.model, data.prepared.tokenizer.vocab_size
+    rank = config.optim.lora.rank
     sizes = count_parameters(model, vocab_size)
     tokens = steps * config.train.batch_tokens
     return {
         "model_parameters": sizes.total,
         "parameters_non_embedding": sizes.non_embedding,
         "parameters_embedding": sizes.embedding,
+        "trainable_parameters": sizes.total if rank is None else lora_parameters(model, rank),
         "total_steps": steps,
         "train_tokens": tokens,
         "unique_train_tokens": min(tokens, data.windows.used_tokens),
         "dropped_tokens": data.windows.dropped_tokens,
         "flops_6nd": flops_6nd(sizes.total, tokens),
-        "flops_exact": flops_per_token(model, vocab_size) * tokens,
+        "flops_exact": flops_per_token(model, vocab_size, lora_rank=rank) * tokens,
         "d_model": model.d_model,
         "d_ff": resolved_d_ff(model),
         "n_layers": model.n_layers,
@@ -133,7 +143,8 @@ def _speed(config: Config, data: TokenData, device: Device, journal: Journal) ->
     seconds = journal.state["seconds"]
     tokens = journal.state["steps"] * config.train.batch_tokens
     rate = tokens / seconds if seconds > 0 else None
-    flops = flops_per_token(config.model, data.prepared.tokenizer.vocab_size)
+    vocab_size, rank = data.prepared.tokenizer.vocab_size, config.optim.lora.rank
+    flops = flops_per_token(config.model, vocab_size, lora_rank=rank)
     peak = _peak_flops(device)
     return {
         "tokens_per_second": rate,

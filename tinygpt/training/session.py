@@ -22,6 +22,7 @@ from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
 from tinygpt.horizon import derive
 from tinygpt.model.generate import generate
+from tinygpt.model.lora import add_lora, check_peft
 from tinygpt.trained import initial_weights
 from tinygpt.training.branching import Branch
 from tinygpt.training.callbacks import Checkpoints, Interrupts, Journal, ProgressBar
@@ -107,6 +108,8 @@ def open_machine(config: Config) -> Device:
     set_up(config.hardware, device)
     check_loggers(config)
     check_optimizer(config.optim)
+    if config.optim.lora.rank is not None:
+        check_peft()
     return device
 
 
@@ -117,7 +120,7 @@ def open_data(config: Config, prepared: shards.Prepared, device: Device) -> Toke
     data.plan = derive(
         config,
         parameters=count_parameters(config.model, vocab_size).total,
-        flops_per_token=flops_per_token(config.model, vocab_size),
+        flops_per_token=flops_per_token(config.model, vocab_size, lora_rank=config.optim.lora.rank),
         windows=len(data.windows.starts),
         devices=device.world_size,
         pass_tokens=PASS_TOKENS[device.accelerator],
@@ -254,6 +257,8 @@ class Run:
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
         if initial is not None:
             self.module.model.load_state_dict(initial)
+        if config.optim.lora.rank is not None:
+            add_lora(self.module.model, config.optim.lora)
         if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
             self.module.double()
         self.trainer: pl.Trainer
