@@ -252,10 +252,10 @@ class Run:
         self.tokenizer = data.prepared.tokenizer
         torch.manual_seed(config.seed)
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
-        if initial is not None:
-            self.module.model.load_state_dict(initial)
         if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
             self.module.double()
+        if initial is not None:
+            self.module.model.load_state_dict(initial)
         self.trainer: pl.Trainer
         self.samples: dict[int, str] = {}  # by step
         self.loggers = Loggers()
