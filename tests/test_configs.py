@@ -376,7 +376,7 @@ def hub_part(config: Config, cache: Path) -> Any:
 def logger_part(config: Config, cache: Path) -> Any:
     """What the libraries are given."""
     board, init = mock.MagicMock(), mock.MagicMock()
-    sizes = dict.fromkeys(loggers.SIZES, 1)
+    sizes = dict.fromkeys(rundir.SIZES, 1)
     run = rundir.RunDir(cache)
     rundir.MetricsFile(run.metrics).keep_until(-1)
     with (

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import io
 import itertools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,8 @@ from tinygpt.config import ConfigError, SyntheticData
 from tinygpt.data.shards import Split
 from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import Bytes, Char
-from tinygpt.evaluating import facts, runs, samples, shrinking, tasks
-from tinygpt.evaluating.folders import names_of
+from tinygpt.evaluating import facts, runs, samples, shrinking, table, tasks
+from tinygpt.evaluating.folders import folder_for, names_of
 from tinygpt.evaluating.items import Item, Task, read_task, read_tasks
 from tinygpt.evaluating.machine import Machine, as_in_training
 from tinygpt.evaluating.options import Options
@@ -231,6 +234,29 @@ def test_a_corpus_that_has_changed_is_said(
     with pytest.raises(ConfigError, match=r"mine\.txt: no such file"):
         tinygpt.evaluate_runs(folder)
     assert len(tinygpt.evaluate_runs(folder, data=corpus)) == 1
+
+
+def test_a_run_is_scored_when_what_it_began_from_is_gone(
+    corpus: Path, cache: Path, run: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(run, tmp_path / "source")
+    words = [f"data.path={corpus}", "data.val_fraction=0.1", "data.test_fraction=0.1"]
+    words += ["data=custom", f"init_from={source}", "train.steps=1", "hardware.threads=1"]
+    folder = trained_in(tmp_path, cache, [*words, *PLAIN])
+    shutil.rmtree(source)
+    before = rundir.read_json(folder / "results.json")["final_val_loss"]
+    assert scored(folder, cache_dir=str(cache))[0]["loss"] == before
+
+
+def test_where_it_is_written_is_known_before_anything_is_scored(tmp_path: Path) -> None:
+    one, two = tmp_path / "a" / "one", Path("two")
+    assert folder_for([one], None) == one / "evaluation"
+    assert folder_for([one, tmp_path / "b" / "two"], None) == tmp_path / "evaluation"
+    common = Path(os.path.commonpath([one.parent, Path.cwd()]))
+    assert folder_for([one, two], None) == common / "evaluation"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"output_dir=.*file/x: .*file is a file; give"):
+        folder_for([one], str(tmp_path / "file" / "x"))
 
 
 # --- smaller models
@@ -610,7 +636,7 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is(run: Path, tmp_path
 
     assert said(run, checkpoints=["step_5"]).startswith("checkpoints=step_5: ")
     assert said(run, checkpoints=["all", "best"]).startswith("checkpoints=all,best: ")
-    assert said(run, stride=33) == "stride=33: must be at most the context, 32"
+    assert said(run, stride=33) == f"stride=33: must be at most the context, 32 of {run}"
     assert said(run, splt="test").startswith("splt: no such key; did you mean split")
     assert said(run, prune=1.0).startswith("prune=1.0: must be")
     assert said(tmp_path / "none").endswith("none: no such folder")
@@ -618,6 +644,7 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is(run: Path, tmp_path
     begun = tmp_path / "begun"
     rundir.write_json(begun / "environment.json", {})
     assert said(tmp_path).endswith("none of them has a checkpoint")
+    assert said(run, begun) == f"runs={begun}: has no checkpoint"
 
 
 # --- the command
@@ -685,6 +712,20 @@ def test_runs_side_by_side(
     ]
 
 
+def test_what_is_not_the_same_of_all_is_said_of_each(run: Path, wide: Path) -> None:
+    one, other = runs.evaluate([run, wide], Options())
+    odd = {**other.scores, "precision": "64", "unknown_tokens": 4}
+    one = dataclasses.replace(one, asked={"facts": {"head": 0.5}})
+    other = dataclasses.replace(other, scores=odd, asked={"facts": {"head": 0.5, "tail": 0.25}})
+    console = Console(file=io.StringIO(), width=80)
+    table.show([one, other], [run, wide], console)
+    assert isinstance(console.file, io.StringIO)
+    shown = " ".join(console.file.getvalue().split())
+    assert "cpu, precision 32, 64" in shown
+    assert "4 characters are unknown to the tokenizer of x.wide" in shown
+    assert "tail: beyond 25.0 %" in shown
+
+
 def test_compare_says_in_what_runs_differ(run: Path, wide: Path) -> None:
     table = tinygpt.compare(run, wide)
     assert list(table.index) == ["one", "x.wide"]
@@ -704,6 +745,8 @@ def test_compare_says_in_what_runs_differ(run: Path, wide: Path) -> None:
         (["runs=.", "data=custom"], "data.path: must be given"),
         (["runs=.", "task=absent.jsonl"], "task=absent.jsonl: cannot be read"),
         (["runs=.", "quantize=int4"], "quantize=int4: must be one of int8"),
+        (["runs=.", "data.separator=none"], "data.separator=none: needs data.path="),
+        (["runs=.", "data.path=x", "data.separator="], "data.separator='': must be auto, none or"),
     ],
 )
 def test_a_mistake_is_one_line(

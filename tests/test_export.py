@@ -100,8 +100,8 @@ def validation_ids(run: TrainedRun, cache: Path) -> list[int]:
     assert run.results is not None
     for path in (cache / "data").glob("*/index.json"):
         index = json.loads(path.read_text())
-        split = index["splits"]["val"]
-        if split["fingerprint"] == run.results["validation_fingerprint"]:
+        split = index["splits"].get("val")  # a text that was scored whole has none
+        if split and split["fingerprint"] == run.results["validation_fingerprint"]:
             file = path.parent / split["files"][0]["file"]
             return [int(i) for i in np.fromfile(file, dtype=index["dtype"])]
     raise AssertionError("not in the cache")
@@ -252,6 +252,7 @@ def test_what_is_no_export_is_never_replaced(
     line = "to=mine: has thesis.txt, which no export writes; give another folder"
     assert said(check_target, "mine", force) == line
     assert said(check_target, "file", force) == "to=file: a file; give a folder"
+    assert said(check_target, "file/x", force) == "to=file: file is a file; give a folder"
     monkeypatch.chdir(tmp_path / "mine")
     for here in (".", "../mine"):
         assert said(check_target, here, force).endswith(

@@ -63,6 +63,13 @@ def test_a_run_goes_on_from_where_another_ended(
     assert (made.config.model.d_model, made.config.model.bias) == (16, False)
 
 
+def test_weights_in_64_bits_are_taken_whole(corpus: Path, cache: Path, tmp_path: Path) -> None:
+    first = run(tiny(corpus, "train.precision=64", "run_name=first"), tmp_path, cache)
+    words = further(corpus, tmp_path / "runs" / "first", "train.precision=64", "run_name=second")
+    second = run([*words, "train.steps=1"], tmp_path, cache)
+    assert second["initial_val_loss"] == first["final_val_loss"]
+
+
 def test_any_checkpoint_can_be_begun_from(
     corpus: Path, cache: Path, outputs: Path, base: Path
 ) -> None:
@@ -244,11 +251,13 @@ def test_another_shape_or_tokenizer_is_explained(corpus: Path, base: Path, tmp_p
     assert "not the tokenizer that init_from=BASE was trained with" in said(
         "tokenizer=saved", f"tokenizer.path={other}"
     )
+    lone = shutil.copy(base / "checkpoints" / "last.ckpt", tmp_path)
     for name, why in {
         "nowhere/at/all": "no such folder",
         "no-such-model": "no model of that name was fetched before",
         str(base.parent): "neither the folder of a run nor of a Hugging Face model",
         str(base / "config.yaml"): "not a folder",
+        str(lone): "lies in no run",
     }.items():
         assert why in said(f"init_from={name}")
 

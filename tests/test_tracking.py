@@ -16,11 +16,11 @@ import torch
 
 from tests.conftest import tiny
 from tests.test_training import Trained
-from tinygpt import cli
+from tinygpt import cli, rundir
 from tinygpt.checks import key_names
 from tinygpt.config import Config, ConfigError
 from tinygpt.training.callbacks import Checkpoints
-from tinygpt.training.loggers import OUTCOME, SIZES, _flat, check_loggers
+from tinygpt.training.loggers import OUTCOME, _flat, check_loggers
 from tinygpt.training.tracking import check_server, place
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
@@ -165,7 +165,7 @@ def test_an_interrupted_run_is_one_run_there_and_every_step_is_once(
         if column != "seconds":
             assert theirs == mine
     config = cli.compose_config(trained.words)
-    assert set(found.data.params) == {*key_names(config), *SIZES}
+    assert set(found.data.params) == {*key_names(config), *rundir.SIZES}
     assert found.data.params["model.d_model"] == "16"
     assert found.data.params["model_parameters"] == str(trained.results["model_parameters"])
     for name in OUTCOME:

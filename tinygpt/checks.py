@@ -23,7 +23,6 @@ from tinygpt.config import (
     Config,
     ConfigError,
     SgdOptim,
-    TextData,
     rate_is_scaled,
 )
 
@@ -119,10 +118,7 @@ def check(config: Config) -> None:
         f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction}: "
         "their sum must be below 1",
     )
-    require(
-        not (isinstance(data, TextData) and data.separator == ""),
-        "data.separator='': must be auto, none or a text that separates documents",
-    )
+    check_separator(getattr(data, "separator", "auto"))
     require(
         len(getattr(config.optim, "betas", (0.0, 0.0))) == 2,
         f"optim.betas={getattr(config.optim, 'betas', None)}: must be two numbers",
@@ -207,6 +203,11 @@ def check_bounds(section: Any, prefix: str = "") -> None:
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
                 _check_value(name, one, **bounds)
+
+
+def check_separator(separator: str) -> None:
+    line = "data.separator='': must be auto, none or a text that separates documents"
+    require(separator != "", line)
 
 
 def check_scale(scale: str) -> None:

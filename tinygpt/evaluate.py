@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tinygpt import cli
 from tinygpt.config import ConfigError
-from tinygpt.evaluating.folders import find
+from tinygpt.evaluating.folders import find, folder_for
 from tinygpt.evaluating.items import read_tasks
 from tinygpt.evaluating.options import Options
 
@@ -64,12 +64,12 @@ def main() -> None:
     arguments.check()
     read_tasks(arguments.task)
     paths, without = find(arguments.runs)
+    folder = folder_for(paths, arguments.output_dir)
     console = Console()
     with console.status("starting") as status:
         from tinygpt.evaluating import figures, results, runs, table  # torch
 
         made = runs.evaluate(paths, arguments, status.update)
-        folder = results.folder_for(paths, arguments.output_dir)
         written = results.write(made, folder, dataclasses.asdict(arguments))
         written += figures.draw(made, folder)
     table.show(made, paths, console)

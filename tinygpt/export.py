@@ -65,6 +65,7 @@ def check_target(to: str, force: bool) -> None:
         raise ConfigError(f"to={to}: the working directory; give a folder in it")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"to={to}: a file; give a folder")
+    rundir.check_writable("to", folder.parent)  # a new folder takes the old one's place
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     strange = sorted(names - FILES)
     if strange:

@@ -41,6 +41,10 @@ def locate(name: str) -> Source:
     """
     path = Path(name).expanduser()
     if path.suffix == ".ckpt" and path.is_file():
+        if not rundir.RunDir(path.parent.parent).config.exists():
+            raise ConfigError(
+                f"init_from={name}: lies in no run, whose config.yaml tells its shape"
+            )
         return Source(name, path.parent.parent, path)
     folder = model_folder("init_from", name)
     if (folder / "config.json").exists():

@@ -100,6 +100,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def check_writable(key: str, folder: Path) -> None:
+    """Raises ConfigError, naming ``key``, where ``folder`` can be neither made nor written to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{key}={folder}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder}: {there} cannot be written; give another folder")
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Tells of what a write failed: on a full disk the error itself does not."""
@@ -365,6 +374,8 @@ class RunDir:
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(alone)))
 
 
+# What is known of a run's size beside its configuration, as results.json calls it.
+SIZES = ("model_parameters", "parameters_non_embedding", "train_tokens", "flops_exact")
 METRICS = (
     "step",
     "tokens",

@@ -108,9 +108,11 @@ def load_run(
     tokenizer = load_tokenizer(run.tokenizer)
     results = rundir.read_json(run.results) if run.results.exists() else None
     there = checkpoints(run)
+    if not there:
+        raise ConfigError(f"run={path}: has no checkpoint")
     name = checkpoint or ("final" if "final" in there else "last")
     if name not in there:
-        found = f"there are {', '.join(there)}" if there else "there is none"
+        found = f"there are {', '.join(there)}"
         raise ConfigError(f"checkpoint={name}: not in {run.checkpoints}; {found}")
     state, step = read_checkpoint(run.checkpoints / f"{name}.ckpt", config)
     model = GPT(config.model, tokenizer.vocab_size)
@@ -153,27 +155,27 @@ def initial_weights(config: Config, vocab_size: int) -> dict[str, torch.Tensor] 
     if config.init_from is None:
         return None
     source = pretrained.locate(config.init_from)
-    where = f"init_from={source.name}"
     if source.checkpoint is not None:
         before = rundir.read_config(source.folder / "config.yaml")
         weights, _ = read_checkpoint(source.checkpoint, before)
-    else:
-        rows = padded_vocab(vocab_size, config.model.pad_vocab_to_multiple)
-        weights = from_hugging_face(read_weights(source.folder), config.model, rows, where)
-    if config.model.position == "learned":
-        table = "position_embedding.weight"
-        weights[table] = weights[table][: config.model.max_seq_len]
-    return weights
+        if config.model.position == "learned":
+            table = "position_embedding.weight"
+            weights[table] = weights[table][: config.model.max_seq_len]
+        return weights
+    rows = padded_vocab(vocab_size, config.model.pad_vocab_to_multiple)
+    where = f"init_from={source.name}"
+    return from_hugging_face(read_weights(source.folder), config.model, rows, where)
 
 
-def usable_device(device: str | torch.device) -> torch.device:
-    """``auto`` is the fastest there is.  Raises ConfigError where there is none of its kind."""
+def usable_device(device: str | torch.device, key: str = "device") -> torch.device:
+    """``auto`` is the fastest there is.  Raises ConfigError, naming ``key``, where there is none
+    of its kind."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     there = [*["cuda"] * cuda, *["mps"] * mps, "cpu"]
     wanted = torch.device(there[0] if device == "auto" else device)
     if wanted.type not in there:
         raise ConfigError(
-            f"device={device}: this machine or this build of torch has none; "
+            f"{key}={device}: this machine or this build of torch has none; "
             f"usable here: {', '.join(['auto', *there])}"
         )
     return wanted

@@ -35,6 +35,7 @@ BATCH_CHARACTERS = 1 << 20  # text of a split written at a time; a quarter of it
 MOST_THREADS = 8  # that encode; more than these wait for the one that reads
 VERIFY_BYTES = 1 << 30  # larger files are checked by their size alone
 SPLITS = ("train", "val", "test")
+READ = ("gpt2", "saved")  # tokenizers that are read, from files of somebody's
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -151,7 +152,7 @@ class Prepared:
 def fingerprints(corpus: Corpus, tokenizer: TokenizerConfig) -> dict[str, str]:
     """What stands for the files that a configuration names, in the hash of a run."""
     content = {"data": corpus.fingerprint()}
-    if tokenizer.kind in ("gpt2", "saved"):
+    if tokenizer.kind in READ:
         content["tokenizer"] = train_tokenizer(tokenizer, ()).fingerprint()
     return content
 

@@ -1,4 +1,4 @@
-"""Which runs are meant, and what they are called.  Torch-free."""
+"""Which runs are meant, what they are called and where they are told of.  Torch-free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def find(runs: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
         if not inside:
             raise ConfigError(f"runs={name}: no runs in there")
         for one in inside:
-            kept = one == path or any(rundir.RunDir(one).checkpoints.glob("[!.]*.ckpt"))
+            kept = any(rundir.RunDir(one).checkpoints.glob("[!.]*.ckpt"))
+            if one == path and not kept:
+                raise ConfigError(f"runs={name}: has no checkpoint")
             (found if kept else without).append(one)
     if not found:
         raise ConfigError(f"runs={','.join(map(str, runs))}: none of them has a checkpoint")
@@ -38,3 +40,16 @@ def names_of(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
+
+
+def folder_for(paths: Sequence[Path], output_dir: str | None) -> Path:
+    """``evaluation/`` in the one run, or where the several lie.  Raises ConfigError where it
+    cannot be written."""
+    if output_dir is None:
+        if len({path.is_absolute() for path in paths}) > 1:
+            paths = [path.absolute() for path in paths]
+        parents = [path.parent for path in paths] if len(paths) > 1 else paths
+        output_dir = os.path.join(os.path.commonpath(parents), "evaluation")
+    folder = Path(output_dir).expanduser()
+    rundir.check_writable("output_dir", folder)
+    return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Optional
 
+from tinygpt import checks
 from tinygpt.config import PRECISIONS, ConfigError, key
 
 
@@ -36,5 +37,10 @@ class Options:
 
     def check(self) -> None:
         """What must fit together.  Raises ConfigError."""
+        checks.check_separator(self.data.separator)
+        for name, default in vars(OtherText()).items():
+            value = getattr(self.data, name)
+            if self.data.path is None and value != default:
+                raise ConfigError(f"data.{name}={value}: needs data.path=")
         if "all" in self.checkpoints and len(self.checkpoints) > 1:
             raise ConfigError(f"checkpoints={','.join(self.checkpoints)}: all is all of them")

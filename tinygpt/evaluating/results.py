@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
     from tinygpt.evaluating.runs import Evaluation
 
-SIZES = ("model_parameters", "parameters_non_embedding", "train_tokens", "flops_exact")
 OUTCOMES = (
     "status",
     "final_val_loss",
@@ -58,20 +56,12 @@ def compare(*runs: str | Path) -> pd.DataFrame:
     if table.empty:
         find(runs)  # says why
     names = names_of([Path(folder) for folder in table["folder"]])
-    known = [name for name in (*SIZES, *OUTCOMES) if name in table]
-    settings = ["seed", *(name for name in SETTINGS if name not in SIZES)]
+    known = [name for name in (*rundir.SIZES, *OUTCOMES) if name in table]
+    settings = ["seed", *(name for name in SETTINGS if name not in rundir.SIZES)]
     settings += [str(name) for name in table if str(name).startswith("config.")]
     differing = [name for name in settings if name in table and table[name].map(repr).nunique() > 1]
     shown = table[[*known, *differing]].set_axis(pd.Index(names, name="run"))
     return shown.rename(columns=lambda name: str(name).removeprefix("config."))
-
-
-def folder_for(paths: Sequence[Path], output_dir: str | None) -> Path:
-    """``evaluation/`` in the one run, or where the several lie."""
-    if output_dir is not None:
-        return Path(output_dir)
-    parent = paths[0] if len(paths) == 1 else Path(os.path.commonpath([p.parent for p in paths]))
-    return parent / "evaluation"
 
 
 def write(made: Sequence[Evaluation], folder: Path, arguments: dict[str, Any]) -> list[Path]:

@@ -108,10 +108,15 @@ def evaluate(
     paths, _ = find(runs)
     labels = names_of(paths)
     for path in paths:
-        there = checkpoints(rundir.RunDir(path))
+        run = rundir.RunDir(path)
+        there, length = checkpoints(run), rundir.read_config(run.config).model.max_seq_len
         for name in options.checkpoints:
             if name not in (*there, "all"):
                 raise ConfigError(f"checkpoints={name}: {path} has {', '.join(there) or 'none'}")
+        if options.stride is not None and options.stride > length:
+            raise ConfigError(
+                f"stride={options.stride}: must be at most the context, {length} of {path}"
+            )
     made = []
     for path, label in zip(paths, labels, strict=True):
         made += list(_evaluate_run(path, label, options, tasks, say))
@@ -164,7 +169,7 @@ class _Scorer:
         self.curve = curve_of(run)
 
     def untrained(self, trained: TrainedRun) -> Evaluation:
-        """As the run began, with the weights that its seed gives."""
+        """With the weights that its seed gives; with those the run began but for ``init_from``."""
         config = trained.config
         torch.manual_seed(config.seed)
         model = GPT(config.model, trained.tokenizer.vocab_size)

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinygpt.evaluating.results import OUTCOMES, SIZES, compare
+from tinygpt import rundir
+from tinygpt.evaluating.results import OUTCOMES, compare
 from tinygpt.evaluating.runs import Evaluation
 from tinygpt.training.console import short
 
@@ -68,11 +69,14 @@ def show(made: Sequence[Evaluation], paths: Sequence[Path], console: Console) ->
     is_one = len({one.scores["text_fingerprint"] for one in made}) == 1
     words = f"{first['scored_tokens']:,} tokens" if is_one else "each run by its own tokens"
     about = f"{first['text']}: {words}, {stride}"
-    console.print(Text(f"{about}; {first['device']}, precision {first['precision']}"))
+    precision = ", ".join(dict.fromkeys(one.scores["precision"] for one in made))
+    console.print(Text(f"{about}; {first['device']}, precision {precision}"))
     if not is_one:
         console.print("note: losses compare on the same tokens, bits per byte on the same text")
-    if first["unknown_tokens"]:
-        console.print(Text(f"{first['unknown_tokens']:,} characters are unknown to the tokenizer"))
+    unknown = {one.scores["run"]: one.scores["unknown_tokens"] for one in made}
+    for count in dict.fromkeys(filter(None, unknown.values())):
+        whose = ", ".join(run for run, found in unknown.items() if found == count)
+        console.print(Text(f"{count:,} characters are unknown to the tokenizer of {whose}"))
     console.print()
     whole = [one for one in made if one.is_whole]
     if len(paths) == 1 and len(made) <= ACROSS:
@@ -125,9 +129,9 @@ def _asked(name: str, made: Sequence[Evaluation], console: Console) -> None:
     pairs = list(zip(_heads(made), made, strict=True))
     table = _table(title, *(head for head, one in pairs if name in one.asked))
     found = [one.asked[name] for one in made if name in one.asked]
-    for key in found[0]:
+    for key in dict.fromkeys(key for values in found for key in values):
         is_other = key.endswith(("_stderr", "_real", "_asked"))
-        if is_other or (key in WHERE_ANY and not any(values[key] for values in found)):
+        if is_other or (key in WHERE_ANY and not any(values.get(key) for values in found)):
             continue
         cells = [_cell(values, key) for values in found]
         table.add_row(Text(f"  {WORDS.get(key, key.replace('_', ' '))}"), *map(Text, cells))
@@ -188,7 +192,7 @@ def _rows(made: Sequence[Evaluation], console: Console) -> None:
 def _differences(paths: Sequence[Path], console: Console) -> None:
     """The keys in which the runs differ, a line a key where they are few."""
     table = compare(*paths)
-    differing = [str(name) for name in table if name not in (*SIZES, *OUTCOMES)]
+    differing = [str(name) for name in table if name not in (*rundir.SIZES, *OUTCOMES)]
     console.print()
     if len(paths) > ACROSS:
         console.print(Text(f"they differ in {', '.join(differing) or 'nothing'}"))

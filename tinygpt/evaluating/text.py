@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt import rundir
-from tinygpt.config import Config, ConfigError, CustomData
+from tinygpt.config import Config, ConfigError, CustomData, SavedTokenizer
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import EvalBatches
 from tinygpt.data.shards import EvalWindows, Progress, Split
@@ -40,8 +40,6 @@ class Text:
 
     def batches(self, stride: int | None) -> EvalBatches:
         """Every target once; without a ``stride`` in training's own windows."""
-        if stride is not None and stride > self.length:
-            raise ConfigError(f"stride={stride}: must be at most the context, {self.length}")
         packed = self.packed and stride is None
         return self._batches(self.split.eval_windows(self.length, packed, stride))
 
@@ -79,7 +77,10 @@ def own_split(
     config = machine.config
     cache = shards.cache_root(cache_dir or config.cache_dir)
     corpus = corpora.open_corpus(config.data)
-    prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
+    wanted = config.tokenizer
+    if wanted.kind in shards.READ:  # from files that may be gone: the run has a copy
+        wanted = SavedTokenizer(path=str(run.tokenizer))
+    prepared = shards.prepare(corpus, config.data, wanted, cache, progress)
     _refuse_changed(run, config, tokenizer, prepared.index)
     data = open_data(config, prepared, machine.resolved)
     if split not in data.splits:

@@ -25,8 +25,6 @@ from tinygpt.training.trainer import quiet_lightning
 
 # mlflow is last: imported without the others it could not be told of them any more
 LIBRARIES = {"wandb": ["wandb"], "mlflow": ["alembic", "sqlalchemy", "mlflow"]}
-# What is known of a run's size beside its configuration, as results.json calls it.
-SIZES = ("model_parameters", "parameters_non_embedding", "train_tokens", "flops_exact")
 # Of the results, what runs are compared by.
 OUTCOME = (
     *("final_val_loss", "best_val_loss", "final_val_bits_per_byte", "final_val_accuracy"),
@@ -87,7 +85,7 @@ class Loggers:
         if config.logger.mlflow is not None:
             with quiet_lightning():
                 self.open.append(open_mlflow(config, run))
-        params = {**_flat(config), **{name: sizes[name] for name in SIZES}}
+        params = {**_flat(config), **{name: sizes[name] for name in rundir.SIZES}}
         for logger in self.open:
             logger.begin(params)
         for row in rows:

@@ -255,12 +255,12 @@ class Run:
         self.tokenizer = data.prepared.tokenizer
         torch.manual_seed(config.seed)
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
+        if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
+            self.module.double()
         if initial is not None:
             self.module.model.load_state_dict(initial)
         if config.optim.lora.rank is not None:
             add_lora(self.module.model, config.optim.lora)
-        if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
-            self.module.double()
         self.trainer: pl.Trainer
         self.samples: dict[int, str] = {}  # by step
         self.loggers = Loggers()

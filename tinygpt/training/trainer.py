@@ -29,6 +29,7 @@ from lightning.pytorch.strategies import (
 from tinygpt import rundir
 from tinygpt.config import ConfigError, HardwareConfig, RunError
 from tinygpt.horizon import Plan
+from tinygpt.trained import usable_device
 
 # Tokens that a device takes well in one pass: beyond that a larger pass is not faster.
 PASS_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}
@@ -53,20 +54,7 @@ class Device:
 
 def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
     """Raises ConfigError where the machine lacks what is asked for."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    kind = hardware.accelerator
-    if kind == "auto":
-        kind = next(name for name in there if there[name])
-    if not there[kind]:
-        usable = ", ".join(["auto", *(name for name in there if there[name])])
-        raise ConfigError(
-            f"hardware.accelerator={kind}: this machine or this build of torch has none; "
-            f"usable here: {usable}"
-        )
+    kind = usable_device(hardware.accelerator, "hardware.accelerator").type
     allowed = {"cpu": ("32", "64", "bf16-mixed"), "mps": ("32",)}.get(
         kind, ("32", "64", "bf16-mixed", "16-mixed")
     )
