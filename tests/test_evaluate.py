@@ -715,8 +715,11 @@ def test_runs_side_by_side(
 def test_what_is_not_the_same_of_all_is_said_of_each(run: Path, wide: Path) -> None:
     one, other = runs.evaluate([run, wide], Options())
     odd = {**other.scores, "precision": "64", "unknown_tokens": 4}
+    shorter = Positions(np.arange(24.0), np.zeros(24), windows=1)
     one = dataclasses.replace(one, asked={"facts": {"head": 0.5}})
-    other = dataclasses.replace(other, scores=odd, asked={"facts": {"head": 0.5, "tail": 0.25}})
+    other = dataclasses.replace(
+        other, scores=odd, positions=shorter, asked={"facts": {"head": 0.5, "tail": 0.25}}
+    )
     console = Console(file=io.StringIO(), width=80)
     table.show([one, other], [run, wide], console)
     assert isinstance(console.file, io.StringIO)
@@ -724,6 +727,7 @@ def test_what_is_not_the_same_of_all_is_said_of_each(run: Path, wide: Path) -> N
     assert "cpu, precision 32, 64" in shown
     assert "4 characters are unknown to the tokenizer of x.wide" in shown
     assert "tail: beyond 25.0 %" in shown
+    assert "17 to 24 19.5000 17 to 32" in shown
 
 
 def test_compare_says_in_what_runs_differ(run: Path, wide: Path) -> None:

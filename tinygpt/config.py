@@ -14,6 +14,7 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 DEFAULT_TOKENS = 2_000_000
+HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # how a model on the hub can be called
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
 SCALES = ("smoke", "laptop", "gpu")

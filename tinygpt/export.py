@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from omegaconf import MISSING
 
 from tinygpt import cli, counting, rundir
-from tinygpt.config import Config, ConfigError, CustomData, HubData, SyntheticData
+from tinygpt.config import HUB_NAME, Config, ConfigError, CustomData, HubData, SyntheticData
 from tinygpt.model import families
 
 if TYPE_CHECKING:
@@ -156,8 +157,9 @@ def model_card(run: TrainedRun, weights: dict[str, Tensor], name: str) -> str:
 
 
 def _name(init_from: str) -> str:
-    """As it is on the hub; of a path on somebody's machine, its end."""
-    return Path(init_from).name if Path(init_from).expanduser().exists() else init_from
+    """As it is on the hub; of a path on somebody's machine, which may be gone, its end."""
+    is_path = Path(init_from).expanduser().exists() or not re.fullmatch(HUB_NAME, init_from)
+    return Path(init_from).name if is_path else init_from
 
 
 Row = tuple[str, str]
@@ -236,7 +238,7 @@ def _data(config: Config) -> str:
     if isinstance(data, HubData):
         return f"[{data.repo}](https://huggingface.co/datasets/{data.repo}){part}"
     if isinstance(data, CustomData):  # of a path on somebody's machine, its end
-        return f"{data.name}: {_name(data.path)}{part}"
+        return f"{data.name}: {Path(data.path).name}{part}"
     return f"tinygpt's embedded corpus{part}"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tiktoken.load import read_file_cached
 
-from tinygpt.config import ConfigError
+from tinygpt.config import HUB_NAME, ConfigError
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
@@ -72,7 +72,7 @@ def model_folder(key: str, name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+    if path.exists() or not re.fullmatch(HUB_NAME, name):
         raise ConfigError(f"{key}={name}: {'not a folder' if path.exists() else 'no such folder'}")
     reason = _no_hub()
     from huggingface_hub import snapshot_download

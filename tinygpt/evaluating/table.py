@@ -153,13 +153,14 @@ def _cell(values: dict[str, Any], key: str) -> str:
 
 
 def _by_position(made: Sequence[Evaluation], console: Console) -> None:
-    found = [one.positions.bands() if one.positions else [] for one in made]
-    longest = max(found, key=len)
+    bands = [one.positions.bands() if one.positions else [] for one in made]
+    found = [{(start, end): loss for start, end, loss in some} for some in bands]
+    rows = sorted(set().union(*found))  # of another context the last band may end elsewhere
     table = _table("loss by position", *_heads(made))
-    for n, (start, end, _) in enumerate(longest):
+    for start, end in rows:
         word = f"  {start}" + (f" to {end}" if end > start else "")
-        _line(table, word, [bands[n][2] if n < len(bands) else None for bands in found], FOUR)
-    if longest:
+        _line(table, word, [losses.get((start, end)) for losses in found], FOUR)
+    if rows:
         console.print()
         console.print(table)
 
