@@ -242,10 +242,16 @@ def test_a_run_is_scored_when_what_it_began_from_is_gone(
     source = shutil.copytree(run, tmp_path / "source")
     words = [f"data.path={corpus}", "data.val_fraction=0.1", "data.test_fraction=0.1"]
     words += ["data=custom", f"init_from={source}", "train.steps=1", "hardware.threads=1"]
+    words.append("run_name=fine")
     folder = trained_in(tmp_path, cache, [*words, *PLAIN])
     shutil.rmtree(source)
     before = rundir.read_json(folder / "results.json")["final_val_loss"]
-    assert scored(folder, cache_dir=str(cache))[0]["loss"] == before
+    made = runs.evaluate([folder, run], Options(cache_dir=str(cache)))
+    assert made[0].scores["loss"] == before
+    said = io.StringIO()
+    table.show(made, [folder, run], Console(file=said, width=80))
+    words = said.getvalue().split()
+    assert "hours and gain of fine are without what init_from cost" in " ".join(words)
 
 
 def test_where_it_is_written_is_known_before_anything_is_scored(tmp_path: Path) -> None:

@@ -217,17 +217,22 @@ def test_the_card_says_whose_the_data_are(
     assert head.get("datasets") == (hub and [hub])
 
 
+def export_card(run: TrainedRun, to: Path) -> str:
+    export(run, to)
+    return (to / "README.md").read_text()
+
+
 def test_the_card_tells_no_place_on_somebodys_machine(corpus: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", corpus)
     run.config.data = cli.compose_config(["data=custom", "data.path=/home/me/gone.txt"]).data
     run.config.init_from = "/home/me/gone"
-    export(run, tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = export_card(run, tmp_path / "out")
     assert "/home/me" not in card
     assert "further from gone," in card
+    run.config.init_from = "/home/me/outputs/runs/tales/checkpoints/step_9.ckpt"
+    assert "further from tales (step_9)," in export_card(run, tmp_path / "step")
     run.config.init_from = "openai-community/gpt2"
-    export(run, tmp_path / "hub")
-    assert "further from openai-community/gpt2," in (tmp_path / "hub" / "README.md").read_text()
+    assert "further from openai-community/gpt2," in export_card(run, tmp_path / "hub")
 
 
 # --- what is there already, and what is refused

@@ -158,6 +158,9 @@ def model_card(run: TrainedRun, weights: dict[str, Tensor], name: str) -> str:
 
 def _name(init_from: str) -> str:
     """As it is on the hub; of a path on somebody's machine, which may be gone, its end."""
+    if init_from.endswith(".ckpt"):
+        run = Path(init_from).absolute().parent.parent
+        return f"{run.name} ({Path(init_from).stem})"
     is_path = Path(init_from).expanduser().exists() or not re.fullmatch(HUB_NAME, init_from)
     return Path(init_from).name if is_path else init_from
 

@@ -225,6 +225,7 @@ class _Scorer:
             "folder": str(self.run.path),
             "checkpoint": trained.checkpoint,
             "variant": variant,
+            "init_from": trained.config.init_from,
             "step": trained.step,
             "train_tokens": trained.tokens,
             "text": self.text.name,

@@ -73,6 +73,10 @@ def show(made: Sequence[Evaluation], paths: Sequence[Path], console: Console) ->
     console.print(Text(f"{about}; {first['device']}, precision {precision}"))
     if not is_one:
         console.print("note: losses compare on the same tokens, bits per byte on the same text")
+    begun = dict.fromkeys(one.scores["run"] for one in made if one.scores["init_from"])
+    if begun:
+        line = f"note: FLOPs, hours and gain of {', '.join(begun)} are without what init_from cost"
+        console.print(Text(line))
     unknown = {one.scores["run"]: one.scores["unknown_tokens"] for one in made}
     for count in dict.fromkeys(filter(None, unknown.values())):
         whose = ", ".join(run for run, found in unknown.items() if found == count)
