@@ -26,7 +26,7 @@ class Board:
     """A run in TensorBoard.  A new file purges what is in earlier ones, as all is told again.
 
     Step is training tokens.  The time of a point is when it would have been had the run only
-    trained, without a break: so Relative is seconds of training.  Against FLOPs, which must be
+    trained, without a break: so Relative is training time.  Against FLOPs, which must be
     whole numbers below 2^63, the losses stand in a group of their own.
     """
 
