@@ -249,7 +249,7 @@ def _known_keys() -> list[str]:
     names = [f.name for f in dataclasses.fields(Config) if f.name != "sweep"]
     for group, choices in {**schema.CHOICES, **_PLAIN}.items():
         for cls in choices.values():
-            names += [f"{group}.{f.name}" for f in dataclasses.fields(cls)]
+            names += _kinds(cls, f"{group}.")
     return sorted(set(names))
 
 
@@ -309,6 +309,16 @@ def _read(text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is list:
         return text.split(",") if text else []
     return None if text == "null" and type(None) in kinds else text
+
+
+def read_text(key: str, place: str) -> str:
+    """The text of the file that ``key`` names, without a byte order mark.  Raises ConfigError."""
+    try:
+        return Path(place).expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{key}={place}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key}={place}: not UTF-8 text (byte {error.start})") from error
 
 
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from omegaconf import MISSING
@@ -86,14 +85,7 @@ def read_prompts(arguments: Arguments) -> list[str]:
         return [arguments.prompt]
     if arguments.prompt:
         raise ConfigError(f"prompts={arguments.prompts}: either prompt= or prompts=")
-    try:
-        text = Path(arguments.prompts).expanduser().read_text(encoding="utf-8-sig")
-    except OSError as error:
-        reason = f"cannot be read ({error.strerror})"
-        raise ConfigError(f"prompts={arguments.prompts}: {reason}") from error
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8 text (byte {error.start})"
-        raise ConfigError(f"prompts={arguments.prompts}: {reason}") from error
+    text = cli.read_text("prompts", arguments.prompts)
     if not text:
         raise ConfigError(f"prompts={arguments.prompts}: is empty")
     return text.removesuffix("\n").split("\n")

@@ -10,7 +10,7 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from tinygpt.cli import one_line_errors, read_arguments
+from tinygpt.cli import one_line_errors, read_arguments, read_text
 from tinygpt.config import (
     BpeTokenizer,
     CharTokenizer,
@@ -73,7 +73,7 @@ def encode(argv: Sequence[str]) -> None:
     if (arguments.text is None) == (arguments.path is None):
         raise ConfigError("text, path: exactly one of the two must be given")
     tokenizer = _open(arguments.tokenizer)
-    text = arguments.text if arguments.path is None else _read(arguments.path)
+    text = arguments.text if arguments.path is None else read_text("path", arguments.path)
     ids = tokenizer.encode(text or "")
     print(",".join(map(str, ids)))
     if tokenizer.unknown_id is not None and (unknown := ids.count(tokenizer.unknown_id)):
@@ -87,15 +87,6 @@ def decode(argv: Sequence[str]) -> None:
 
 def _open(place: str) -> Tokenizer:
     return open_tokenizer("tokenizer", place)
-
-
-def _read(place: str) -> str:
-    try:
-        return Path(place).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"path={place}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"path={place}: not UTF-8 text (byte {error.start})") from error
 
 
 @one_line_errors

@@ -83,7 +83,7 @@ def train(
     assert data.plan is not None
     begun = rundir.read_json(run.environment) if run.last.exists() and not config.force else {}
     rounds = rounding(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
-    initial = initial_weights(config, prepared.tokenizer.vocab_size)
+    initial = None if begun else initial_weights(config, prepared.tokenizer.vocab_size)
     made = functools.partial(
         Run, config, run, data, device, hash_, console, rounds["compile"], initial
     )
