@@ -92,7 +92,7 @@ class Heldout:
             scored = wanted != IGNORED
             hidden = model.scaled(model.hidden(some.to(weight.device)))[scored.to(weight.device)]
             losses, _ = token_scores(hidden, weight, wanted[scored].to(weight.device))
-            total += float(losses.double().sum())
+            total += float(losses.cpu().double().sum())
         return total / self.tokens
 
     def accuracy(self, model: GPT) -> float | None:
@@ -156,11 +156,8 @@ def open_documents(
     if config.task == "new_facts":
         return Documents(new_facts(config, base), [])
     assert corpus is not None
-    return domain_shift(config, base, itertools.islice(_texts(corpus), limit))
-
-
-def _texts(corpus: Corpus) -> Iterator[str]:
-    return (document.text for document in corpus.documents("train"))
+    texts = (document.text for document in corpus.documents("train"))
+    return domain_shift(config, base, itertools.islice(texts, limit))
 
 
 def domain_shift(config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]) -> Documents:
@@ -237,7 +234,7 @@ def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
     """Facts of entities that the base never saw, an entity at a time.  Raises ConfigError where
-    its corpus is not the embedded one, or has too few of them."""
+    its corpus is not the embedded one or has too few of them, or its context is too short."""
     data = base.config.data
     if not isinstance(data, SyntheticData):
         raise ConfigError(
@@ -263,13 +260,19 @@ def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
         entity = grammar.heldout[order[n % there]]
         relation = RELATIONS[(n + n // there) % relations]
         found.append(_fact(grammar, entity, relation, tree[relation], base.tokenizer))
+    longest = max(document.heldout.inputs.shape[1] for document in found)
+    if longest > base.model.config.max_seq_len:
+        raise ConfigError(
+            f"task=new_facts: a question takes {longest} tokens, and the context of the run is "
+            f"model.max_seq_len={base.model.config.max_seq_len}"
+        )
     return _split(found, config)
 
 
 def _fact(
     grammar: Grammar, entity: Entity, relation: str, tree: Tree, tokenizer: Tokenizer
 ) -> Document:
-    opening = grammar.templates["opening"][0].format(name="{}").format(*grammar.words["name"])
+    opening = grammar.opening
     said = [grammar.statement(entity, relation, n) for n in range(len(STATEMENTS[relation]))]
     context, *others = (f"{opening} {statement}" for statement in said)
     questions = [

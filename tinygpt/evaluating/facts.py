@@ -28,7 +28,6 @@ def score_facts(
 ) -> dict[str, Any]:
     """The accuracy in each band with its standard error and how many facts were asked, by either
     question in turn; and what chance gives."""
-    opening = grammar.templates["opening"][0].format(name="{}").format(*grammar.words["name"])
     trees = {
         relation: tree_of(_answer(tokenizer, f" {value}") for value in grammar.values[relation])
         for relation in RELATIONS
@@ -36,7 +35,11 @@ def score_facts(
     found: dict[str, Any] = {}
     for band, facts in bands(grammar).items():
         asked = [
-            (relation, tokenizer.encode(f"{opening} {question}"), _answer(tokenizer, answer))
+            (
+                relation,
+                tokenizer.encode(f"{grammar.opening} {question}"),
+                _answer(tokenizer, answer),
+            )
             for n, (entity, relation) in enumerate(facts)
             for question, answer in [grammar.queries(entity, relation)[n % 2]]
         ]
