@@ -38,6 +38,7 @@ from tinygpt.evaluating.machine import Machine, as_in_training
 from tinygpt.evaluating.options import Options
 from tinygpt.evaluating.scoring import Positions
 from tinygpt.model.gpt import GPT
+from tinygpt.model.search import likeliest, tree_of
 from tinygpt.trained import TrainedRun, load_run
 from tinygpt.training.session import train
 from tinygpt.training.trainer import Device
@@ -458,18 +459,20 @@ GRAMMAR = Grammar(SyntheticData(name="s", n_facts=300, heldout_entities=5, max_t
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 1000), st.floats(0.1, 3))
-def test_the_likeliest_answer_is_that_of_all_scored_one_by_one(seed: int, scale: float) -> None:
+@given(st.integers(0, 1000), st.floats(0.1, 3), st.integers(1, 4))
+def test_the_likeliest_answer_is_that_of_all_scored_one_by_one(
+    seed: int, scale: float, at_once: int
+) -> None:
     torch.manual_seed(seed)
     config = cli.compose_config(tiny(Path("x"))).model
     model = GPT(config, 258).eval()
     with torch.no_grad():
         model.token_embedding.weight *= 50 * scale  # chances that differ
-    tokenizer, values = Bytes(), ["red lamp", "red lamps", "blue cup", "pea", "pear", "red cup"]
+    values = ["red lamp", "red lamps", "blue cup", "pea", "pear", "red cup"]
     prompts = [[257, *text.encode()] for text in ("A", "What? A", "Dan has a")]
-    tree = facts._tree(tokenizer, values)
-    found = facts.likeliest(model, prompts, [tree] * len(prompts), CPU)
     answers = [list(f" {value}.".encode()) for value in values]
+    tree = tree_of(map(tuple, answers))
+    found = likeliest(model, prompts, [tree] * len(prompts), CPU, at_once)
     for prompt, path in zip(prompts, found, strict=True):
         sums, _ = tasks.likelihoods(model, [(prompt, answer) for answer in answers], CPU)
         assert list(path) == answers[int(sums.argmax())]

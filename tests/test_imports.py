@@ -106,6 +106,8 @@ def test_every_file_keeps_the_rules(path: Path) -> None:
         ("cli", "import torch"),
         ("sweeping", "import tinygpt.run"),
         ("run", "import tinygpt.fit"),
+        ("adaptation", "from tinygpt.evaluating import facts"),
+        ("evaluating", "from tinygpt.adaptation import inner"),
         ("data", "from . import shards"),
         ("data", "from ..model import gpt"),
     ],

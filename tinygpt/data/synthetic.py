@@ -500,6 +500,11 @@ class Grammar:
             {r: self.values[r][v] for r, v in zip(RELATIONS, row, strict=True)},
         )
 
+    @property
+    def opening(self) -> str:
+        """That of a story, for a fact or a question to stand behind as in training."""
+        return _render(self.templates["opening"][0], self.words["name"])
+
     def statement(self, entity: Entity, attribute: str, template: int = 0) -> str:
         """The true sentence by that template of ``STATEMENTS[attribute]``."""
         text = STATEMENTS[attribute][template]

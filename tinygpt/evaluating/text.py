@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt import rundir
-from tinygpt.config import Config, ConfigError, CustomData, SavedTokenizer
+from tinygpt.config import ConfigError, CustomData
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import EvalBatches
 from tinygpt.data.shards import EvalWindows, Progress, Split
 from tinygpt.data.tokenizers import Tokenizer
 from tinygpt.evaluating.machine import Machine
 from tinygpt.evaluating.options import OtherText
+from tinygpt.training.corpus import own_corpus
 from tinygpt.training.session import open_data
 
 
@@ -75,13 +76,8 @@ def own_split(
 ) -> Text:
     """A split as the run's training had it.  Raises ConfigError where its corpus is another now."""
     config = machine.config
-    cache = shards.cache_root(cache_dir or config.cache_dir)
-    corpus = corpora.open_corpus(config.data)
-    wanted = config.tokenizer
-    if wanted.kind in shards.READ:  # from files that may be gone: the run has a copy
-        wanted = SavedTokenizer(path=str(run.tokenizer))
-    prepared = shards.prepare(corpus, config.data, wanted, cache, progress)
-    _refuse_changed(run, config, tokenizer, prepared.index)
+    instead = "; data=custom data.path=... scores any text"
+    prepared = own_corpus(run, config, tokenizer, cache_dir, progress, instead)
     data = open_data(config, prepared, machine.resolved)
     if split not in data.splits:
         raise ConfigError(f"split={split}: {run.path} has none, as data.test_fraction=0")
@@ -96,25 +92,6 @@ def own_split(
         packed=floor is not None,
         floor=floor,
     )
-
-
-def _refuse_changed(
-    run: rundir.RunDir, config: Config, tokenizer: Tokenizer, index: dict[str, Any]
-) -> None:
-    now = {"tokenizer_fingerprint": index["tokenizer_fingerprint"]}
-    then = {"tokenizer_fingerprint": tokenizer.fingerprint()}
-    if run.results.exists():
-        results = rundir.read_json(run.results)
-        for name, split in (("data_fingerprint", "train"), ("validation_fingerprint", "val")):
-            now[name] = index["splits"][split]["fingerprint"]
-            then[name] = results[name]
-    if now != then:
-        differing = [name.removesuffix("_fingerprint") for name in then if now[name] != then[name]]
-        raise ConfigError(
-            f"data.path={getattr(config.data, 'path', config.data.name)}: not what {run.path} was "
-            f"trained on, another {', '.join(differing)} by its fingerprint; data=custom "
-            "data.path=... scores any text"
-        )
 
 
 def other_text(

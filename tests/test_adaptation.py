@@ -1,0 +1,718 @@
+"""Adaptation: documents, edits, the inner loop and the records of what came out."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy import stats
+from torch.nn import functional as F
+
+from tests.conftest import tiny
+from tinygpt import cli
+from tinygpt.adaptation import documents, edits, inner, trials
+from tinygpt.adaptation.documents import Document, Documents, Heldout
+from tinygpt.adaptation.edits import Row, SelfEdit
+from tinygpt.adaptation.records import FIELDS, TIMES, Record, RecordsFile, blank
+from tinygpt.adaptation.trials import Base, Trial
+from tinygpt.checks import check_inner
+from tinygpt.config import (
+    Config,
+    ConfigError,
+    CustomData,
+    DocumentsConfig,
+    InnerConfig,
+    LoraConfig,
+    ModelConfig,
+    RunError,
+)
+from tinygpt.data.datamodule import IGNORED
+from tinygpt.data.synthetic import Grammar
+from tinygpt.data.tokenizers import Bytes, Char, Tokenizer
+from tinygpt.model.gpt import GPT
+from tinygpt.trained import TrainedRun, load_run
+from tinygpt.training.session import train
+
+FACTS = (
+    "data=synthetic",
+    "data.n_facts=200",
+    "data.heldout_entities=6",
+    "data.max_tokens=40000",
+    "data.eval_tokens=4000",
+    "tokenizer=bpe",
+    "tokenizer.vocab_size=600",
+    "tokenizer.train_bytes=200000",
+    "model.max_seq_len=64",
+    "train.steps=60",
+    "optim.learning_rate=1e-2",
+)
+INNER = InnerConfig(inner_steps=[0, 1, 3], tokens_per_step=40, lora=LoraConfig(rank=4))
+ALL_WEIGHTS = dataclasses.replace(INNER, lora=LoraConfig())
+PLAIN = SelfEdit()
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A model that has begun to learn the embedded corpus."""
+    folder = tmp_path_factory.mktemp("outputs")
+    words = [word for word in tiny(Path()) if not word.startswith(("data", "tokenizer"))]
+    words += [*FACTS, f"output_dir={folder}", f"cache_dir={cache}", "run_name=base"]
+    train(cli.compose_config(words), words, Console(quiet=True))
+    return load_run(folder / "runs" / "base")
+
+
+@pytest.fixture(scope="module")
+def base(run: TrainedRun, cache: Path) -> Base:
+    return Base(run, documents.own_validation(run, 600, str(cache)))
+
+
+@pytest.fixture(scope="module")
+def facts(run: TrainedRun) -> list[Document]:
+    return documents.new_facts(DocumentsConfig("new_facts", train=1, tune=1, test=2), run)
+
+
+def changed(record: Record, *but: str) -> Record:
+    """Without what differs from one time to the next."""
+    return {name: value for name, value in record.items() if name not in (*TIMES, *but)}
+
+
+def of_text(run: TrainedRun, text: str) -> Document:
+    """A document whose context is all of ``text``; what is held out is the same."""
+    ids = [run.tokenizer.eot_id, *run.tokenizer.encode(text)]
+    heldout = Heldout(*documents.windows([ids[:60]]))
+    return Document("text", "0" * 64, text, ids, "test", heldout)
+
+
+# --- documents
+
+
+def glyphs(count: int) -> str:
+    """A text in which no character comes twice."""
+    return "".join(map(chr, range(0x4E00, 0x4E00 + count)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(2, 32), st.integers(0, 9))
+def test_no_window_of_the_heldout_part_overlaps_the_context(
+    context: int, heldout: int, length: int, more: int
+) -> None:
+    text = glyphs(context + length + heldout + more)
+    tokenizer = Char("".join(sorted(text)))
+    run = untrained(tokenizer, length)
+    config = DocumentsConfig(
+        train=0, tune=0, test=1, context_tokens=context, heldout_tokens=heldout
+    )
+    (document,) = documents.domain_shift(config, run, iter([text])).used
+    place = {token: n for n, token in enumerate(tokenizer.encode(text))}
+    seen = [place[token] for token in document.context_ids[1:]]
+    part = document.heldout
+    scored = [place[int(token)] for token in part.targets[part.targets != IGNORED]]
+    read = {place[int(t)] for t in part.inputs[part.targets != IGNORED]}
+    assert seen == list(range(context))
+    assert document.context == text[:context]
+    assert scored == list(range(context + length, context + length + heldout))
+    assert min(read) >= context + length - 1 > max(seen)
+    assert part.inputs.shape[1] <= length
+    assert part.tokens == heldout
+
+
+def untrained(tokenizer: Tokenizer, length: int = 32) -> TrainedRun:
+    """On text of the user's own, without a folder."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(d_model=16, max_seq_len=length), tokenizer.vocab_size).eval()
+    config = Config(model=model.config, data=CustomData(name="letters"))
+    return TrainedRun(Path("nowhere"), "final", 0, config, tokenizer, model, None)
+
+
+TEXTS = [f"Text {n}. " + "It goes on. " * (5 + n % 4 * 10) for n in range(24)]
+
+
+def cut(texts: list[str], **values: int) -> Documents:
+    sizes = {"train": 3, "tune": 2, "test": 4, "context_tokens": 50, "heldout_tokens": 60}
+    config = DocumentsConfig(**{**sizes, **values})  # type: ignore[arg-type]
+    return documents.domain_shift(config, untrained(Bytes()), iter(texts))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.permutations(TEXTS))
+def test_the_split_is_by_the_text_and_the_short_are_named(texts: list[str]) -> None:
+    found, again = cut(TEXTS), cut([*texts, *texts[:3]])
+    assert [d.sha256 for d in found.used] == [d.sha256 for d in again.used]
+    assert found.left_out == again.left_out
+    assert [d.split for d in found.used] == ["train"] * 3 + ["tune"] * 2 + ["test"] * 4
+    assert 0 < len(found.left_out) < 12
+    lengths = {f"too short: {len(text)} of 142 tokens" for text in TEXTS if len(text) < 142}
+    assert {one.error for one in found.left_out} <= lengths
+    kept = {d.sha256 for d in found.used}
+    assert not kept & {one.sha256 for one in found.left_out}
+    other = cut(TEXTS, seed=1)
+    assert [d.sha256 for d in other.used] != [d.sha256 for d in found.used]
+
+
+def test_too_few_documents_is_a_line_that_names_the_keys() -> None:
+    with pytest.raises(ConfigError) as caught:
+        cut(TEXTS, heldout_tokens=5000)
+    assert str(caught.value) == (
+        "train=3, tune=2, test=4: only 0 documents of 24 are long enough; lower these, "
+        "context_tokens=50 or heldout_tokens=5000"
+    )
+
+
+def test_unknown_characters_are_counted() -> None:
+    text = "ab!" * 100
+    config = DocumentsConfig(train=0, tune=0, test=1, context_tokens=10, heldout_tokens=20)
+    (document,) = documents.domain_shift(config, untrained(Char("ab")), iter([text])).used
+    assert document.unknown == text[:10].count("!") + text[42:62].count("!")
+    assert document.context == text[:10]
+
+
+def test_a_fact_is_stated_once_and_asked_in_other_words(
+    run: TrainedRun, facts: list[Document]
+) -> None:
+    data: Any = run.config.data
+    names = {entity.name for entity in Grammar(data).heldout}
+    for document in facts:
+        entity, relation = document.doc_id.split("-")
+        value = next(e for e in Grammar(data).heldout if e.name == entity).attributes[relation]
+        assert entity in names
+        assert document.context.count(value) == 1
+        assert len(document.oracle) == 2
+        assert all(entity in text and value in text for text in document.oracle)
+        for row, wanted in zip(document.heldout.inputs, document.heldout.targets, strict=True):
+            text = run.tokenizer.decode(row[row > 0].tolist())
+            answer = run.tokenizer.decode(wanted[wanted != IGNORED].tolist())
+            assert answer == f" {value}."
+            assert "?" in text
+            assert entity in text
+            assert document.context.split(". ")[1] not in text
+    assert len({document.doc_id for document in facts}) == 4
+    wanted = DocumentsConfig("new_facts", train=0, tune=0, test=24)
+    assert len({d.doc_id for d in documents.new_facts(wanted, run)}) == 24
+
+
+def test_facts_that_cannot_be_asked_are_refused(run: TrainedRun) -> None:
+    def said(run: TrainedRun, test: int = 1) -> str:
+        with pytest.raises(ConfigError) as caught:
+            documents.new_facts(DocumentsConfig("new_facts", 0, 0, test), run)
+        return str(caught.value)
+
+    assert "trained on data=synthetic; nowhere was trained on" in said(untrained(Bytes()))
+    assert "test=25: 25 facts, but the run kept 6 entities" in said(run, 25)
+    short = dataclasses.replace(run, model=untrained(run.tokenizer, 8).model)
+    assert said(short).endswith("the context of the run is model.max_seq_len=8")
+
+
+def test_accuracy_is_by_the_likeliest_of_all_answers(
+    run: TrainedRun, facts: list[Document]
+) -> None:
+    question = facts[0].heldout.questions[0]
+    paths = sorted(question.answers.whole)
+    assert len(paths) == 1024
+    rows = [[*question.prompt, *path] for path in paths]
+    inputs, targets = documents.windows(rows)
+    targets[:, : len(question.prompt) - 1] = IGNORED
+    with torch.no_grad():
+        logits = run.model(inputs)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    best = paths[int(losses.view_as(targets).sum(1).argmin())]
+    for answer, share in ((best, 1.0), (paths[0] if best != paths[0] else paths[1], 0.0)):
+        asked = dataclasses.replace(question, answer=answer)
+        assert Heldout(inputs, targets, [asked]).accuracy(run.model) == share
+    assert facts[0].heldout.accuracy(run.model) in (0.0, 0.5, 1.0)
+
+
+def test_what_may_be_forgotten_is_the_validation_text_of_training(
+    run: TrainedRun, base: Base, cache: Path
+) -> None:
+    assert run.results is not None
+    everything = documents.own_validation(run, 10**9, str(cache))
+    assert everything.loss(run.model) == pytest.approx(run.results["final_val_loss"], abs=1e-5)
+    assert 300 < base.validation.tokens < 640
+    rows = {tuple(row) for row in everything.inputs.tolist()}
+    assert {tuple(row) for row in base.validation.inputs.tolist()} < rows
+
+
+# --- edits
+
+RATES = [1e-3, 3e-3, 1e-2]
+SLOTS = edits.slots(RATES, edits.TEXT_OPS)
+finite = st.floats(-1e30, 1e30)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.floats(0, 1), st.integers(0, 2**32), st.lists(st.text(), max_size=3))
+def test_whatever_the_logits_an_edit_comes_out_and_can_be_read(
+    data: st.DataObject, epsilon: float, seed: int, text: list[str]
+) -> None:
+    tokens = edits.option_tokens(Bytes(), 7)
+    asked: list[tuple[list[int], int]] = []
+
+    def logits(prefix: Any, allowed: Any) -> list[float]:
+        asked.append((list(prefix), len(allowed)))
+        return data.draw(st.lists(finite, min_size=len(allowed), max_size=len(allowed)))
+
+    rng = np.random.default_rng(seed)
+    edit, drawn = edits.decode(logits, [1, 2], SLOTS, tokens, epsilon, rng)
+    edit = dataclasses.replace(edit, text=text)
+    assert edits.parse(edit.to_json()) == edit
+    assert edits.directive_tokens(edit, SLOTS, tokens) == drawn
+    assert [count for _, count in asked] == [3, 7, 3, 3, 3, 2]
+    assert [prefix for prefix, _ in asked] == [[1, 2, *drawn[:n]] for n in range(6)]
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
+def test_options_have_their_probabilities(epsilon: float) -> None:
+    p = np.array([0.7, 0.2, 0.1])
+    tokens = edits.option_tokens(Bytes(), 3)
+    rng = np.random.default_rng(0)
+    only = [slot for slot in edits.slots(RATES) if slot.name == "source"]
+    drawn = [
+        edits.decode(lambda *_: np.log(p).tolist(), [], only, tokens, epsilon, rng)[0].source
+        for _ in range(3000)
+    ]
+    counts = [Counter(drawn)[source] for source in edits.SOURCES]
+    expected = 3000 * ((1 - epsilon) * p + epsilon / 3)
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_a_policy_that_has_diverged_draws_nothing() -> None:
+    with pytest.raises(RunError, match="it has diverged"):
+        edits.decode(
+            lambda *_: [float("nan")] * 3,
+            [],
+            SLOTS,
+            edits.option_tokens(Bytes(), 7),
+            0.5,
+            np.random.default_rng(0),
+        )
+
+
+def test_options_are_told_apart_by_any_tokenizer() -> None:
+    assert len(set(edits.option_tokens(Bytes(), 7))) == 7
+    assert edits.option_tokens(Char("!abc"), 3) == [4, 5, 6]
+    with pytest.raises(ConfigError, match=r"tokenizer\.kind=char: has 3 letters; a policy needs 7"):
+        edits.option_tokens(Char("!abc"), 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("{", "not JSON"),
+        ("[]", "must be an object of source, text_ops"),
+        ('{"source": "doc"}', "must be an object of"),
+        ({"source": "book"}, "edit.source=book: must be one of doc, edit, both"),
+        ({"text_ops": ["sing"]}, "edit.text_ops=sing: must be one of"),
+        ({"n": 0}, "edit.n=0: must be at least 1"),
+        ({"n": True}, "edit.n=True: must be a int"),
+        ({"lr": -1}, "edit.lr=-1.0: must be above 0"),
+        ({"lr": "x"}, "edit.lr='x': must be a float"),
+        ({"text": "a line"}, "edit.text='a line': must be a list[str]"),
+    ],
+)
+def test_what_is_no_edit_is_said_in_a_line(text: Any, line: str) -> None:
+    if isinstance(text, dict):
+        text = json.dumps({**dataclasses.asdict(PLAIN), **text})
+    with pytest.raises(ConfigError) as caught:
+        edits.parse(text)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+a_directive = st.builds(
+    SelfEdit,
+    source=st.sampled_from(edits.SOURCES),
+    n=st.sampled_from(edits.COUNTS),
+    aug=st.sampled_from(edits.AUGMENTATIONS),
+    mask=st.sampled_from(edits.MASKS),
+    text=st.lists(st.text(st.sampled_from("ab. \n")), max_size=3),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(a_directive, st.integers(1, 20))
+def test_rows_hold_every_piece_whole_and_the_context_last(edit: SelfEdit, length: int) -> None:
+    document = of_text(untrained(Bytes()), "One is here. Two is there! Is it three?")
+    rows = edits.materialise(edit, document, Bytes(), length)
+    assert rows == edits.materialise(edit, document, Bytes(), length)
+    pieces: list[list[int]] = []
+    for row in rows:
+        assert 1 <= len(row.mask) <= length
+        assert len(row.ids) == len(row.mask) + 1
+        half = len(row.mask) // 2 if edit.mask == "continuation_only" else 0
+        assert row.mask == [0] * half + [1] * (len(row.mask) - half)
+        if row.ids[0] == Bytes.eot_id:
+            pieces.append([])
+        else:
+            assert row.ids[0] == pieces[-1][-1]  # goes on where the one before it ends
+        pieces[-1] += row.ids[1:]
+    lines = [line.strip() for text in edit.text for line in text.splitlines() if line.strip()]
+    plain = [line.encode() for line in lines if edit.source != "doc"]
+    plain += [document.context.encode()] if edit.source != "edit" else []
+    given = [bytes(piece) for piece in pieces]
+    assert given[len(given) - len(plain) :] == plain
+    altered = given[: len(given) - len(plain)]
+    assert len(altered) <= (edit.n * len(plain) if edit.aug != "none" else 0)
+    if edit.aug == "shuffle_sentences":
+        whole = Counter(tuple(sorted(text.split())) for text in plain for _ in range(edit.n))
+        assert Counter(tuple(sorted(text.split())) for text in altered) == whole
+    if edit.aug == "token_drop":
+        assert all(any(is_within(text, other) for other in plain) for text in altered)
+
+
+def is_within(some: bytes, whole: bytes) -> bool:
+    """Its bytes in their order, others between them."""
+    rest = iter(whole)
+    return all(byte in rest for byte in some)
+
+
+# --- the inner loop
+
+
+def test_an_adapter_begins_as_the_base_and_the_base_stays(
+    base: Base, facts: list[Document]
+) -> None:
+    before = copy.deepcopy(base.run.model.state_dict())
+    needed = [p.requires_grad for p in base.run.model.parameters()]
+    tokens = torch.randint(500, (2, 30))
+    for config in (INNER, ALL_WEIGHTS):
+        rows = edits.materialise(PLAIN, facts[0], base.run.tokenizer, 40)
+        start = dataclasses.replace(config, inner_steps=[0])
+        found = inner.adapt(
+            base.run.model,
+            rows,
+            1e-2,
+            start,
+            0,
+            lambda m: inner.score(m, facts[0], base.validation),
+        )
+        assert torch.equal(found.model(tokens), base.run.model(tokens))
+        assert found.snapshots[0].score == base.before(facts[0])
+        trials.run_trial(base, Trial("x", facts[0], SelfEdit(lr=0.1), 0, config))
+    after = base.run.model.state_dict()
+    assert all(before[name].numpy().tobytes() == after[name].numpy().tobytes() for name in before)
+    assert [p.requires_grad for p in base.run.model.parameters()] == needed
+    assert all(p.grad is None for p in base.run.model.parameters())
+
+
+def test_a_run_again_and_in_any_order_gives_the_same_records(
+    base: Base, facts: list[Document]
+) -> None:
+    todo = [
+        Trial("lora_doc", document, PLAIN, seed, INNER) for document in facts for seed in (0, 1)
+    ]
+    found = {trial.run_id(base, 3): trials.run_trial(base, trial) for trial in todo}
+    assert len(found) == len(todo)
+    torch.manual_seed(99)
+    fresh = Base(base.run, base.validation)
+    for trial in reversed(todo):
+        torch.rand(3)
+        again = trials.run_trial(fresh, trial)
+        assert list(map(changed, again)) == list(map(changed, found[trial.run_id(base, 3)]))
+    rewards = {records[-1]["reward"] for records in found.values()}
+    assert len(rewards) == len(todo)  # the seed and the document do matter
+
+
+def test_fewer_steps_are_the_beginning_of_more(base: Base, facts: list[Document]) -> None:
+    def scores(steps: list[int], config: InnerConfig) -> list[inner.Snapshot]:
+        config = dataclasses.replace(config, inner_steps=steps)
+        rows = edits.materialise(PLAIN, facts[0], base.run.tokenizer, 40)
+        made = inner.adapt(
+            base.run.model,
+            rows,
+            1e-2,
+            config,
+            5,
+            lambda m: inner.score(m, facts[0], base.validation),
+        )
+        return made.snapshots
+
+    for config in (INNER, ALL_WEIGHTS):
+        several = scores([1, 2, 4], config)
+        for one in several:
+            (alone,) = scores([one.steps], config)
+            assert (alone.score, alone.train_loss) == (one.score, one.train_loss)
+
+
+def test_no_steps_give_no_reward(base: Base, facts: list[Document]) -> None:
+    none = trials.run_trial(base, Trial("none", facts[0], None, 0, INNER))
+    assert [record["inner_steps"] for record in none] == [0]
+    for config in (INNER, ALL_WEIGHTS):
+        first = trials.run_trial(base, Trial("lora_doc", facts[0], PLAIN, 0, config))[0]
+        for record in (*none, first):
+            assert record["reward"] == record["forgetting"] == record["delta_val_loss"] == 0
+            assert record["accuracy_after"] == record["accuracy_before"]
+            assert record["tokens_processed"] == record["flops_est"] == 0
+            assert record["heldout_after"] == record["heldout_before"] > 0
+
+
+def test_forgetting_has_its_sign(base: Base) -> None:
+    """On the base's own text it is below 0: the base has not learned all there is.  On noise it
+    is above."""
+    stories = base.validation.inputs[base.validation.targets != IGNORED].tolist()
+    own = base.run.tokenizer.decode(stories).replace("<|endoftext|>", " ")
+    noise = "".join(np.random.default_rng(0).choice(list("qxzjvQXZJ#%&"), 600))
+    config = dataclasses.replace(ALL_WEIGHTS, inner_steps=[10], tokens_per_step=256)
+    forgotten = {}
+    for name, text in (("own", own), ("noise", noise)):
+        document = of_text(base.run, text)
+        (record,) = trials.run_trial(base, Trial(name, document, SelfEdit(lr=3e-2), 0, config))
+        assert record["forgetting"] == record["base_after"] - record["base_before"]
+        forgotten[name] = record["forgetting"]
+    assert forgotten["own"] < -0.01
+    assert forgotten["noise"] > 0.01
+
+
+def test_a_reward_by_hand(base: Base, facts: list[Document]) -> None:
+    """One step of Adam on all weights, a third of the rate in the first of the warmup's steps."""
+    document = facts[0]
+    config = InnerConfig([1], len(document.context_ids) - 1, LoraConfig())
+    (record,) = trials.run_trial(base, Trial("full_ft_doc", document, SelfEdit(lr=0.3), 0, config))
+    model = copy.deepcopy(base.run.model)
+    ids = torch.tensor(document.context_ids)
+    F.cross_entropy(model(ids[None, :-1])[0], ids[1:]).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.grad is not None:
+                g = p.grad * min(1.0, 1 / float(norm))
+                p.sub_(0.03 / 3 * g / (g.abs() + 1e-8))
+
+    def nats(model: GPT, part: Heldout) -> float:
+        total, count = 0.0, 0
+        for inputs, targets in zip(part.inputs, part.targets, strict=True):
+            logits = model(inputs[None])[0].double()
+            total += float(F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum"))
+            count += int((targets != IGNORED).sum())
+        return total / count
+
+    with torch.no_grad():
+        by_hand = nats(base.run.model, document.heldout) - nats(model, document.heldout)
+        forgotten = nats(model, base.validation) - nats(base.run.model, base.validation)
+    assert record["lr"] == pytest.approx(0.03)
+    assert abs(by_hand) > 0.01
+    assert record["reward"] == pytest.approx(by_hand, abs=2e-5)
+    assert record["forgetting"] == pytest.approx(forgotten, abs=2e-5)
+
+
+def test_adapters_merged_are_the_same_model(base: Base, facts: list[Document]) -> None:
+    rows = edits.materialise(PLAIN, facts[0], base.run.tokenizer, 40)
+    found = inner.adapt(
+        base.run.model, rows, 1e-2, INNER, 0, lambda m: inner.score(m, facts[0], base.validation)
+    )
+    plain = inner.merge(found.model, INNER.lora)
+    tokens = torch.randint(500, (2, 30))
+    assert torch.allclose(plain(tokens), found.model(tokens), atol=1e-5)
+    assert not torch.allclose(plain(tokens), base.run.model(tokens), atol=1e-2)
+    assert set(plain.state_dict()) == set(base.run.model.state_dict())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(12, 40))
+def test_a_step_has_exactly_its_tokens_and_each_row_comes_whole(
+    lengths: list[int], tokens: int
+) -> None:
+    numbers = itertools.count(1)
+    rows = [Row([next(numbers) for _ in range(n + 1)], [1] * n) for n in lengths]
+    stream = inner.batches(rows, tokens, np.random.default_rng(0))
+    whole: Counter[int] = Counter()
+    for step in range(1, 8):
+        inputs, targets = next(stream)
+        assert int((targets != IGNORED).sum()) == tokens
+        for read, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
+            row = next(row for row in rows if row.ids[0] == read[0])
+            said = [token for token in wanted if token != IGNORED]
+            assert said == row.ids[1 : len(said) + 1]
+            assert read[: len(said)] == row.ids[: len(said)]
+            whole[row.ids[0]] += len(said) == len(row.mask)
+        assert sum(whole.values()) >= step
+    counts = [whole[row.ids[0]] for row in rows]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_what_is_not_to_count_does_not(base: Base, facts: list[Document]) -> None:
+    """The first half of a row decides nothing but what it is read behind."""
+    ids = facts[0].context_ids
+    masked = Row(ids, [0] * (len(ids) - 2) + [1])
+    config = InnerConfig([1], len(masked.mask), LoraConfig(rank=2))
+    found = inner.adapt(
+        base.run.model, [masked], 1e-3, config, 0, lambda m: inner.Score(0.0, None, 0.0)
+    )
+    with torch.no_grad():
+        logits = base.run.model(torch.tensor([ids[:-1]]))[0, -1]
+    expected = float(F.cross_entropy(logits, torch.tensor(ids[-1])))
+    assert found.train_loss_first == pytest.approx(expected, abs=1e-5)
+
+
+# --- outcomes
+
+
+def test_a_record_says_what_was_done(base: Base, facts: list[Document]) -> None:
+    origin = trials.Origin("table", "bandit", 1, prompt_tokens=7, tokens=5, sft_tokens=9)
+    edit = SelfEdit(source="both", text=list(facts[0].oracle))
+    records = trials.run_trial(base, Trial("oracle", facts[0], edit, 3, INNER, origin))
+    assert [record["inner_steps"] for record in records] == [0, 1, 3]
+    last = records[-1]
+    assert tuple(last) == FIELDS
+    adapters = 4 * ((16 + 48) + (16 + 16) + (16 + 64) + (64 + 16))
+    expected = {
+        "seed": 3,
+        "task": "new_facts",
+        "method": "oracle",
+        "iteration": 1,
+        "split": "train",
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "lora_params": adapters,
+        "lr": 3e-3,
+        "tokens_processed": 120,
+        "policy_tokens": 5,
+        "sft_tokens": 9,
+        "base_parameters": base.parameters,
+        "flops_est": 2 * base.parameters * 12 + (4 * base.parameters + 6 * adapters) * 120,
+        "edit_unknown_tokens": 0,
+        "accepted": None,
+        "error": None,
+    }
+    assert {name: last[name] for name in expected} == expected
+    texts = [facts[0].context, *facts[0].oracle]
+    unique = sum(len(base.run.tokenizer.encode(text)) for text in texts)
+    assert last["edit_train_tokens"] == unique
+    assert edits.read(last["edit"]) == edit
+    assert last["reward"] == -last["delta_val_loss"] > 0
+    assert last["train_loss_last"] < last["train_loss_first"]
+    assert base.parameters == sum(p.numel() for p in base.run.model.parameters())
+
+
+def test_an_edit_that_comes_out_empty_is_an_outcome(base: Base, facts: list[Document]) -> None:
+    edit = SelfEdit(source="edit", text=[" \n ", ""])
+    records = trials.run_trial(base, Trial("lora_edit", facts[0], edit, 0, INNER))
+    assert [record["error"] for record in records] == ["empty edit"] * 3
+    assert {record["reward"] for record in records} == {None}
+    assert records[0]["heldout_before"] > 0
+
+
+def test_an_inner_loop_that_diverges_is_an_outcome(
+    base: Base, facts: list[Document], tmp_path: Path
+) -> None:
+    config = dataclasses.replace(INNER, inner_steps=[0, 1, 30])
+    records = trials.run_trial(base, Trial("x", facts[0], SelfEdit(lr=1e30), 0, config))
+    assert records[0]["reward"] == 0
+    assert records[0]["error"] is None
+    assert records[-1]["error"].startswith("diverged at step ")
+    assert records[-1]["reward"] is None
+    RecordsFile(tmp_path / "adapt.jsonl").append(records)  # no NaN in them
+
+
+def test_a_document_that_is_too_short_is_an_outcome(base: Base) -> None:
+    left_out = cut(TEXTS).left_out[0]
+    record = trials.record_left_out(base, left_out, "domain_shift")
+    assert tuple(record) == FIELDS
+    assert record["error"].startswith("left out: too short: ")
+    assert record["doc_id"] == left_out.doc_id
+
+
+def test_a_base_that_has_diverged_is_refused(base: Base, facts: list[Document]) -> None:
+    model = copy.deepcopy(base.run.model)
+    with torch.no_grad():
+        model.token_embedding.weight.fill_(float("nan"))
+    broken = Base(dataclasses.replace(base.run, model=model), base.validation)
+    with pytest.raises(RunError, match="is not finite"):
+        trials.run_trial(broken, Trial("none", facts[0], None, 0, INNER))
+
+
+def test_run_ids_tell_apart_what_differs(base: Base, facts: list[Document]) -> None:
+    trial = Trial("a", facts[0], PLAIN, 0, INNER)
+    others = [
+        dataclasses.replace(trial, method="b"),
+        dataclasses.replace(trial, seed=1),
+        dataclasses.replace(trial, document=facts[1]),
+        dataclasses.replace(trial, edit=SelfEdit(lr=1e-2)),
+        dataclasses.replace(trial, edit=None),
+        dataclasses.replace(trial, inner=ALL_WEIGHTS),
+        dataclasses.replace(trial, origin=trials.Origin(iteration=1)),
+        dataclasses.replace(trial, document=dataclasses.replace(facts[0], context_ids=[1, 2])),
+    ]
+    ids = [one.run_id(base, 0) for one in (trial, *others)]
+    ids += trial.run_ids(base)[1:]
+    assert len(set(ids)) == len(ids)
+    assert trial.run_ids(Base(base.run, base.validation)) == trial.run_ids(base)
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        (InnerConfig([]), "inner_steps=: must be numbers that rise"),
+        (InnerConfig([3, 1]), "inner_steps=3,1: must be numbers that rise"),
+        (InnerConfig([-1]), "inner_steps=-1: must be at least 0"),
+        (InnerConfig(lora=LoraConfig(rank=17)), "lora.rank=17: must be at most 16, the width"),
+        (InnerConfig(tokens_per_step=0), "tokens_per_step=0: must be at least 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(config: InnerConfig, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        check_inner(config, ModelConfig(d_model=16))
+
+
+def test_a_base_under_mup_is_refused() -> None:
+    with pytest.raises(ConfigError, match="parametrization=mup"):
+        check_inner(InnerConfig(), ModelConfig(parametrization="mup"))
+
+
+# --- the file
+
+
+def some_records(count: int) -> Iterator[Record]:
+    return (blank() | {"run_id": f"id{n}", "doc_id": "é\u2028\n"} for n in range(count))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_file_torn_anywhere_goes_on_with_whole_lines(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    file = RecordsFile(tmp_path_factory.mktemp("records") / "adapt.jsonl")
+    assert (file.read(), file.done()) == ([], set())
+    records = list(some_records(4))
+    file.append(records[:1])
+    file.append(records[1:3], sync=True)
+    content = file.path.read_bytes()
+    kept = data.draw(st.integers(0, len(content)))
+    file.path.write_bytes(content[:kept])
+    whole = content[:kept].count(b"\n")
+    assert file.read() == records[:whole]
+    file.mend()
+    assert file.done() == {f"id{n}" for n in range(whole)}
+    file.append(records[3:])
+    assert file.read() == [*records[:whole], records[3]]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"run_id": "x"}'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
+    file = RecordsFile(tmp_path / "adapt.jsonl")
+    file.append(list(some_records(1)))
+    with file.path.open("a") as opened:
+        opened.write(f"{line}\n")
+    with pytest.raises(ConfigError, match="line 2 is not"):
+        file.read()
+
+
+def test_a_number_that_json_lacks_is_not_written(tmp_path: Path) -> None:
+    file = RecordsFile(tmp_path / "adapt.jsonl")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        file.append([blank() | {"reward": float("nan")}])
+    assert file.read() == []

@@ -1,0 +1,6 @@
+"""How a trained model adapts to a new text through edits of it (SEAL, Zweiger et al. 2025).
+
+documents: what is new, cut in what an edit may see and what is scored · edits: directives, from a
+policy's logits to training sequences · inner: a copy of the base trained on them · trials: an edit
+of a document → records · records: the file they are kept in.
+"""

@@ -1,0 +1,320 @@
+"""New text for a model: each document has a context, which edits may see, and a held-out part.
+
+``domain_shift``: documents of any corpus.  Behind the context is a gap of one context length of
+the model, then come the held-out tokens, in windows of that length.  ``new_facts``: a document
+states a fact of an entity that the embedded corpus never mentions; held out are the questions for
+it, of which the tokens of the answers are scored, full stop included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import heapq
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinygpt import rundir
+from tinygpt.config import ConfigError, DocumentsConfig, SyntheticData
+from tinygpt.data.corpora import Corpus
+from tinygpt.data.datamodule import IGNORED, TokenData
+from tinygpt.data.shards import Progress
+from tinygpt.data.synthetic import RELATIONS, STATEMENTS, Entity, Grammar
+from tinygpt.data.tokenizers import Tokenizer
+from tinygpt.model.gpt import GPT
+from tinygpt.model.loss import token_scores
+from tinygpt.model.search import Path, Tree, likeliest, tree_of
+from tinygpt.trained import TrainedRun
+from tinygpt.training.corpus import own_corpus
+from tinygpt.training.trainer import PASS_TOKENS
+
+SPLITS = ("train", "tune", "test")
+AT_ONCE = 64  # beginnings of answers that go through a model together
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens of a prompt, of its answer, and of all answers there are."""
+
+    prompt: list[int]
+    answer: Path
+    answers: Tree
+
+
+@dataclass(frozen=True)
+class InFull:
+    """Passes in the precision of the weights."""
+
+    device: torch.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def rows(self, length: int) -> int:
+        return max(1, PASS_TOKENS[self.device.type] // length)
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Windows: ``inputs`` and ``targets`` (W, T) int64, IGNORED where nothing is scored."""
+
+    inputs: Tensor
+    targets: Tensor
+    questions: Sequence[Question] = ()
+
+    @property
+    def tokens(self) -> int:
+        """That are scored."""
+        return int((self.targets != IGNORED).sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        both = self.inputs.numpy().tobytes() + self.targets.numpy().tobytes()
+        return hashlib.sha256(both).hexdigest()
+
+    @torch.no_grad()
+    def loss(self, model: GPT) -> float:
+        """The mean over all scored tokens, in nats."""
+        weight = model.output_weight
+        rows = InFull(weight.device).rows(self.inputs.shape[1])
+        total = 0.0
+        for first in range(0, len(self.inputs), rows):
+            some, wanted = (x[first : first + rows] for x in (self.inputs, self.targets))
+            scored = wanted != IGNORED
+            hidden = model.scaled(model.hidden(some.to(weight.device)))[scored.to(weight.device)]
+            losses, _ = token_scores(hidden, weight, wanted[scored].to(weight.device))
+            total += float(losses.cpu().double().sum())
+        return total / self.tokens
+
+    def accuracy(self, model: GPT) -> float | None:
+        """The share of the questions whose likeliest answer of all is the right one."""
+        if not self.questions:
+            return None
+        found = likeliest(
+            model,
+            [question.prompt for question in self.questions],
+            [question.answers for question in self.questions],
+            InFull(model.output_weight.device),
+            at_once=AT_ONCE // len(self.questions),
+        )
+        right = [path == q.answer for path, q in zip(found, self.questions, strict=True)]
+        return float(np.mean(right))
+
+
+@dataclass(frozen=True)
+class Document:
+    """``context_ids`` begin with the end of the text before, as documents do in training.
+
+    ``oracle``: other ways to say what the context says, where the corpus knows them.
+    """
+
+    doc_id: str
+    sha256: str  # of its text
+    context: str
+    context_ids: list[int]
+    split: str
+    heldout: Heldout
+    unknown: int = 0  # characters of context and held-out part that the tokenizer lacks
+    oracle: Sequence[str] = ()
+
+    @property
+    def task(self) -> str:
+        return "new_facts" if self.heldout.questions else "domain_shift"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A document that cannot be used, and why."""
+
+    doc_id: str
+    sha256: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Documents:
+    """In the order train, tune, test; and those that were passed over."""
+
+    used: list[Document]
+    left_out: list[LeftOut]
+
+
+def open_documents(
+    config: DocumentsConfig, base: TrainedRun, corpus: Corpus | None, limit: int | None = None
+) -> Documents:
+    """Those of ``config.task``: of ``corpus``, of which ``limit`` documents are read, or the facts
+    of the base's own grammar.  Raises ConfigError where there are too few."""
+    if config.task == "new_facts":
+        return Documents(new_facts(config, base), [])
+    assert corpus is not None
+    texts = (document.text for document in corpus.documents("train"))
+    return domain_shift(config, base, itertools.islice(texts, limit))
+
+
+def domain_shift(config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]) -> Documents:
+    """Distinct texts, taken in the order of a seeded hash; the too short among them are passed
+    over.  Raises ConfigError where fewer are left than are asked for."""
+    asked = config.train + config.tune + config.test
+    kept: list[tuple[str, Document]] = []
+    short: dict[str, LeftOut] = {}
+    seen: set[str] = set()
+    for text in texts:
+        sha = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        place = rundir.digest([config.seed, sha])
+        if sha in seen or (len(kept) == asked and place > kept[-1][0]):
+            continue
+        seen.add(sha)
+        found = _cut(text, sha, config, base)
+        if isinstance(found, LeftOut):
+            short[place] = found
+        else:
+            kept = heapq.nsmallest(asked, [*kept, (place, found)], key=lambda pair: pair[0])
+    if len(kept) < asked:
+        keys = ", ".join(f"{name}={getattr(config, name)}" for name in SPLITS)
+        raise ConfigError(
+            f"{keys}: only {len(kept)} documents of {len(seen)} are long enough; lower these, "
+            f"context_tokens={config.context_tokens} or heldout_tokens={config.heldout_tokens}"
+        )
+    passed = [found for place, found in sorted(short.items()) if place < kept[-1][0]]
+    return Documents(_split([document for _, document in kept], config), passed)
+
+
+def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Document | LeftOut:
+    words = re.sub(r"\W+", "-", " ".join(text[:200].split()[:4])).strip("-").lower()
+    doc_id = f"{words[:40]}-{sha[:6]}"
+    tokenizer, length = base.tokenizer, base.model.config.max_seq_len
+    ids = tokenizer.encode(text)
+    begin = config.context_tokens + length
+    needed = begin + config.heldout_tokens
+    if len(ids) < needed:
+        return LeftOut(doc_id, sha, f"too short: {len(ids)} of {needed} tokens")
+    context, rest = ids[: config.context_tokens], ids[begin - 1 : needed]
+    unknown = tokenizer.unknown_id
+    # a tokenizer with an unknown token has one for each character
+    shown = text[: len(context)] if unknown is not None else tokenizer.decode(context)
+    return Document(
+        doc_id=doc_id,
+        sha256=sha,
+        context=shown,
+        context_ids=[tokenizer.eot_id, *context],
+        split="",
+        heldout=Heldout(
+            *windows([rest[i : i + length + 1] for i in range(0, len(rest) - 1, length)])
+        ),
+        unknown=(context + rest[1:]).count(unknown) if unknown is not None else 0,
+    )
+
+
+def _split(documents: Sequence[Document], config: DocumentsConfig) -> list[Document]:
+    names = [name for name in SPLITS for _ in range(getattr(config, name))]
+    return [
+        dataclasses.replace(document, split=name)
+        for document, name in zip(documents, names, strict=True)
+    ]
+
+
+def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (W, T) of ``rows`` of tokens, each shifted by one; short ones padded."""
+    inputs = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)
+    targets = torch.full_like(inputs, IGNORED)
+    for n, row in enumerate(rows):
+        inputs[n, : len(row) - 1] = torch.tensor(row[:-1])
+        targets[n, : len(row) - 1] = torch.tensor(row[1:])
+    return inputs, targets
+
+
+def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
+    """Facts of entities that the base never saw, an entity at a time.  Raises ConfigError where
+    its corpus is not the embedded one or has too few of them, or its context is too short."""
+    data = base.config.data
+    if not isinstance(data, SyntheticData):
+        raise ConfigError(
+            f"task=new_facts: needs a run that was trained on data=synthetic; {base.path} was "
+            f"trained on {data.name}"
+        )
+    grammar = Grammar(data)
+    there, relations = len(grammar.heldout), len(RELATIONS)
+    asked = config.train + config.tune + config.test
+    if asked > there * relations:
+        keys = ", ".join(f"{name}={getattr(config, name)}" for name in SPLITS)
+        raise ConfigError(
+            f"{keys}: {asked} facts, but the run kept {there} entities out of its corpus "
+            f"(data.heldout_entities), with {relations} facts each"
+        )
+    order = np.random.default_rng(config.seed).permutation(there)
+    tree = {
+        relation: tree_of(_answer(base.tokenizer, f" {v}") for v in grammar.values[relation])
+        for relation in RELATIONS
+    }
+    found = []
+    for n in range(asked):
+        entity = grammar.heldout[order[n % there]]
+        relation = RELATIONS[(n + n // there) % relations]
+        found.append(_fact(grammar, entity, relation, tree[relation], base.tokenizer))
+    longest = max(document.heldout.inputs.shape[1] for document in found)
+    if longest > base.model.config.max_seq_len:
+        raise ConfigError(
+            f"task=new_facts: a question takes {longest} tokens, and the context of the run is "
+            f"model.max_seq_len={base.model.config.max_seq_len}"
+        )
+    return _split(found, config)
+
+
+def _fact(
+    grammar: Grammar, entity: Entity, relation: str, tree: Tree, tokenizer: Tokenizer
+) -> Document:
+    opening = grammar.opening
+    said = [grammar.statement(entity, relation, n) for n in range(len(STATEMENTS[relation]))]
+    context, *others = (f"{opening} {statement}" for statement in said)
+    questions = [
+        Question(
+            [tokenizer.eot_id, *tokenizer.encode(f"{opening} {prompt}")],
+            _answer(tokenizer, answer),
+            tree,
+        )
+        for prompt, answer in grammar.queries(entity, relation)
+    ]
+    inputs, targets = windows([[*q.prompt, *q.answer] for q in questions])
+    for row, question in zip(targets, questions, strict=True):
+        row[: len(question.prompt) - 1] = IGNORED
+    return Document(
+        doc_id=f"{entity.name}-{relation}",
+        sha256=hashlib.sha256(context.encode()).hexdigest(),
+        context=context,
+        context_ids=[tokenizer.eot_id, *tokenizer.encode(context)],
+        split="",
+        heldout=Heldout(inputs, targets, questions),
+        oracle=others,
+    )
+
+
+def _answer(tokenizer: Tokenizer, answer: str) -> Path:
+    """With its full stop, so that none is the beginning of another."""
+    return tuple(tokenizer.encode(f"{answer}."))
+
+
+def own_validation(
+    base: TrainedRun,
+    tokens: int,
+    cache_dir: str | None = None,
+    progress: Progress = lambda what, size: None,
+) -> Heldout:
+    """About ``tokens`` of the base's own validation split, in windows evenly spread over it: what
+    it may forget.  Raises ConfigError where its corpus is another now."""
+    run = rundir.RunDir(base.path)
+    prepared = own_corpus(run, base.config, base.tokenizer, cache_dir, progress)
+    data = TokenData(prepared, base.config)
+    every = data.eval_batches("val", batch_size=1)
+    count = min(len(every), -(-tokens // data.length))
+    chosen = [every[int(n)] for n in np.linspace(0, len(every) - 1, count).round()]
+    inputs, targets = zip(*chosen, strict=True)
+    return Heldout(torch.cat(inputs), torch.cat(targets))

@@ -1,0 +1,115 @@
+"""The file of records: JSON, a line each; lines are whole or not there.  Torch-free."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tinygpt.config import ConfigError
+from tinygpt.rundir import naming
+
+Record = dict[str, Any]
+FIELDS = (
+    "run_id",
+    "git_commit",
+    "seed",
+    "task",
+    "method",
+    "iteration",
+    "doc_id",
+    "doc_sha256",
+    "split",
+    "edit_id",
+    "edit",
+    "edit_text_sha256",
+    "inner_steps",
+    "lora_rank",
+    "lora_alpha",
+    "lora_params",
+    "lr",
+    "batch_tokens",
+    "policy_backend",
+    "policy_model",
+    "policy_prompt_tokens",
+    "policy_tokens",
+    "edit_train_tokens",
+    "tokens_processed",
+    "eval_tokens",
+    "sft_tokens",
+    "flops_est",
+    "base_parameters",
+    "heldout_before",
+    "heldout_after",
+    "delta_val_loss",
+    "reward",
+    "base_before",
+    "base_after",
+    "forgetting",
+    "accuracy_before",
+    "accuracy_after",
+    "train_loss_first",
+    "train_loss_last",
+    "doc_unknown_tokens",
+    "edit_unknown_tokens",
+    "accepted",
+    "wall_s",
+    "cpu_s",
+    "device",
+    "error",
+)
+TIMES = ("wall_s", "cpu_s")  # that differ from one time to the next
+
+
+def blank() -> Record:
+    """Every field, none of them known."""
+    return dict.fromkeys(FIELDS)
+
+
+class RecordsFile:
+    """``adapt.jsonl``.  One process writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def mend(self) -> None:
+        """Cuts off a last line that was torn, which will be written anew; before any ``append``."""
+        if self.path.exists():
+            with naming(self.path), self.path.open("rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+    def read(self) -> list[Record]:
+        """Whole lines only; a torn last one is left out.  Raises ConfigError, naming the line, for
+        what is no record."""
+        if not self.path.exists():
+            return []
+        found = []
+        *lines, _ = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ConfigError(f"{self.path}: line {number} is not JSON ({error})") from error
+            if not isinstance(record, dict) or record.keys() != set(FIELDS):
+                raise ConfigError(f"{self.path}: line {number} is not a record of an adaptation")
+            found.append(record)
+        return found
+
+    def done(self) -> set[str]:
+        """The run ids that are there."""
+        return {record["run_id"] for record in self.read()}
+
+    def append(self, records: Sequence[Record], sync: bool = False) -> None:
+        """All of them in one write, or none.  ``sync``: on the disk when it returns."""
+        lines = [json.dumps(record, allow_nan=False) for record in records]
+        content = "".join(f"{line}\n" for line in lines).encode()
+        with naming(self.path), self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(content) != len(content):  # a full disk takes the beginning
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if sync:
+                os.fsync(file.fileno())
