@@ -112,7 +112,7 @@ def mean_interval(values: Array, seed: int = 0) -> Interval:
     """Of a mean over documents, (n,): percentiles of the bootstrap, at levels moved outwards.
 
     Plain percentiles are too narrow for few documents; by Hesterberg's expanded percentiles
-    (2015, arXiv:1411.5279, section 3.3) they are as wide as Student's t of normal data.  Of fewer
+    (2015, arXiv:1411.5279) they are as wide as Student's t of normal data.  Of fewer
     than ``FEW`` documents there are too few resamples, and it is Student's t itself.  No ends
     (nan) where nothing scatters.
     """
@@ -169,8 +169,9 @@ def _document_means(table: pd.DataFrame, keys: Sequence[str], names: list[str]) 
 
 
 def tested(table: pd.DataFrame) -> pd.DataFrame:
-    """The records of test documents that have a result."""
-    return table[(table["split"] == "test") & table["error"].isna()]
+    """The records of test documents that have a result after some step."""
+    good = (table["split"] == "test") & table["error"].isna()
+    return table[good & (table["inner_steps"] > 0)]
 
 
 # --- against the raw document

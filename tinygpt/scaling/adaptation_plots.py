@@ -91,7 +91,7 @@ def _tested(adaptation: Adaptation) -> pd.DataFrame:
 def steps(adaptation: Adaptation) -> Figure | None:
     """A panel a method, a line a rank, with the law where there is one; then against tokens."""
     table = _tested(adaptation)
-    table = table[table["method"] != "none"]
+    table = table[(table["method"] != "none") & (table["inner_steps"] > 0)]
     if table.empty:
         return None
     parts = list(bases(table))
@@ -113,7 +113,7 @@ def _block(
     methods = by_order(part["method"])
     grid = top.subplots(down, ACROSS, sharex=True, sharey=True, squeeze=False)
     ranks = sorted(part["lora_rank"].dropna().unique())
-    shades = dict(zip(ranks, (SKY, RED, GREEN, PURPLE, ORANGE), strict=False))
+    shades = dict(zip(ranks, (SKY, RED, GREEN, PURPLE, ORANGE) * len(ranks), strict=False))
     for axes in grid.ravel()[len(methods) :]:
         axes.remove()
     raw = part[part["method"] == RAW]
@@ -126,9 +126,7 @@ def _block(
         for rank, line in part[part["method"] == method].groupby("lora_rank", dropna=False):
             colour = GREY if pd.isna(rank) else shades[rank]
             _line(adaptation, axes, line, colour)
-    ends = part["reward"].min(), part["reward"].max()
-    room = 0.12 * max(ends[1] - ends[0], 1e-3)
-    grid[0, 0].set_ylim(min(ends[0], 0) - room, max(ends[1], 0) + room)  # wide bands run off
+    grid[0, 0].set_ylim(_shown(part))
     grid[0, 0].set_xscale("log")
     _plain_steps(grid[0, 0], part)
     for axes in grid[:, 0]:
@@ -143,6 +141,14 @@ def _block(
     marks += [Line2D([], [], color=BLACK, linestyle=(0, (4, 2)), linewidth=0.8, label="c·k^a")]
     top.legend(handles=marks, loc="outside upper center", ncols=len(marks))
     _against_tokens(bottom, part, methods)
+
+
+def _shown(part: pd.DataFrame) -> tuple[float, float]:
+    """The means, but of what is below zero no more than there is above: the rest runs off."""
+    low, high = float(part["reward"].min()), max(float(part["reward"].max()), 0.0)
+    low = max(min(low, 0.0), -high) if high else low
+    room = 0.12 * (high - low or 1.0)
+    return low - room, high + room
 
 
 def _line(adaptation: Adaptation, axes: Axes, line: pd.DataFrame, colour: Any) -> None:
@@ -178,7 +184,7 @@ def _against_tokens(block: SubFigure, part: pd.DataFrame, methods: list[str]) ->
         axes.plot(line["tokens_total"], line["reward"], style, **shown)
     axes.axhline(0, color=GREY, linewidth=0.5)
     rank = part["lora_rank"].max()
-    axes.set(xscale="log", ylabel="reward (nats)")
+    axes.set(xscale="log", ylabel="reward (nats)", ylim=_shown(part))
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -22,7 +22,8 @@ from tinygpt.scaling.report import WIDTH
 CAPTIONS = {
     "adaptation_laws": (
         "Mean reward on test documents after k inner steps, with its 95 % band; below, against "
-        "all tokens that a document took, those of the policy's fine-tuning not counted."
+        "all tokens that a document took, those of the policy's fine-tuning not counted. Losses "
+        "larger than the gains run off below."
     ),
     "pareto_forgetting": (
         "Reward against forgetting on test documents. No setting gains more than the front at no "
@@ -172,25 +173,25 @@ def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
         f"loss on the base's own text rises (nats per token), with {100 * LEVEL:.0f} % intervals."
     )
     for name, part in bases(table):
-        yield Heading(name, 3)
         last = part["inner_steps"].max()
-        ends = (
-            [last] if brief else sorted({part[part["inner_steps"] > 0]["inner_steps"].min(), last})
-        )
+        ends = [part[part["inner_steps"] > 0]["inner_steps"].min(), last]
         if brief:
-            part = part[part["lora_rank"].isna() | (part["lora_rank"] == part["lora_rank"].max())]
-        shown = part[part["inner_steps"].isin(ends) | (part["method"] == "none")]
+            ends, rank = [last], part["lora_rank"].max()
+            part = part[part["lora_rank"].isna() | (part["lora_rank"] == rank)]
+            name += f" (rank {_text(rank)}, k = {last})"
+        part = part[part["inner_steps"].isin(ends) | (part["method"] == "none")]
         rows = [
             _outcome(row)
-            for one in by_order(shown["method"])
-            for row in shown[shown["method"] == one].to_dict("records")
+            for one in by_order(part["method"])
+            for row in part[part["method"] == one].to_dict("records")
         ]
         kept = [column for column in rows[0] if any(row[column] for row in rows)]
         kept = [column for column in kept if not brief or column in BRIEF]
+        yield Heading(name, 3)
         yield Table(kept, [[row[column] for column in kept] for row in rows])
 
 
-BRIEF = ("method", "rank", "k", "reward", "forgetting", "accuracy", "failed")
+BRIEF = ("method", "reward", "forgetting", "accuracy", "failed")
 
 
 def _outcome(row: dict[Any, Any]) -> dict[str, str]:
@@ -217,7 +218,11 @@ def _share(row: dict[Any, Any]) -> str:
 
 
 def _rank(row: Any) -> str:
-    return wording.UNKNOWN if pd.isna(row["lora_rank"]) else str(row["lora_rank"])
+    return _text(row["lora_rank"])
+
+
+def _text(value: Any) -> str:
+    return wording.UNKNOWN if pd.isna(value) else str(value)
 
 
 def _plus(value: float) -> str:
@@ -331,7 +336,7 @@ def rounds(adaptation: Adaptation) -> Iterator[Block]:
             _rank(row),
             f"{row['documents']} {row['split']}",
             str(row["iteration"]),
-            wording.number(row["edits"], 2),
+            f"{row['edits']:.3g}",
             _signed(row, "mean", "mean_"),
             _signed(row, "best", "best_"),
             wording.UNKNOWN if pd.isna(row["accepted"]) else wording.percent(row["accepted"]),
@@ -357,7 +362,7 @@ def splits(adaptation: Adaptation) -> Iterator[Block]:
                 row["split"],
                 f"`{row['method']}`",
                 _rank(row),
-                wording.number(row["tuned_lr"]),
+                wording.UNKNOWN if pd.isna(row["tuned_lr"]) else f"{row['tuned_lr']:g}",
                 _signed(row, "reward", "reward_"),
                 _signed(row, "forgetting", "forgetting_"),
                 str(row["documents"]),
