@@ -298,6 +298,21 @@ def test_the_summary_of_a_table_computed_by_hand(tmp_path: Path) -> None:
     assert "1 record of 9 without a result: diverged (`lora_doc`)" in found.notes
 
 
+def test_a_document_that_was_passed_over_is_told(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(("method", "split", "seed", "inner_steps", "tokens_processed"))
+    nothing |= dict.fromkeys(("reward", "forgetting", "accuracy_after", "lora_rank", "edit_id"))
+    rows = [record(method="restem_it0", iteration=0)]
+    passed = {
+        **record(doc_sha256="short"),
+        **nothing,
+        "error": "left out: too short",
+        "run_id": "p",
+    }
+    found = analyse_adaptation(load(written([*rows, passed], tmp_path)))
+    assert found.notes == ("1 record of 2 without a result: left out: too short",)
+    assert len(found.summary) == len(found.restem) == 1
+
+
 def test_the_best_edit_of_a_document_is_by_its_mean_over_seeds(tmp_path: Path) -> None:
     rewards = {("a", "x"): (0.0, 8.0), ("a", "y"): (5.0, 5.0), ("b", "z"): (1.0, 1.0)}
     rows = [

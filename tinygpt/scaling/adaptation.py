@@ -60,14 +60,15 @@ def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
         tuned_lr=records["lr"].where(records["split"] == "tune"),
     )
     table["tokens_total"] = table["tokens_processed"] + table["policy_tokens"]
-    summary = summarise(table, seed)
+    notes = tuple(_notes(table, records.attrs))
+    table = table[table["method"].notna()]  # a document that was passed over has none
     return Adaptation(
         records,
-        summary,
+        summarise(table, seed),
         paired(table),
         laws(table, seed),
         restem(table, seed),
-        tuple(_notes(table, records.attrs)),
+        notes,
         seed,
     )
 
@@ -75,9 +76,10 @@ def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
 def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
     reasons = table["error"].value_counts()
     for reason, number in reasons.head(REASONS).items():
-        methods = table[table["error"] == reason]["method"].unique()
+        methods = table[table["error"] == reason]["method"].dropna()
         where = ", ".join(f"`{name}`" for name in by_order(methods))
-        yield f"{count(number, 'record')} of {len(table):,} without a result: {reason} ({where})"
+        line = f"{count(number, 'record')} of {len(table):,} without a result: {reason}"
+        yield f"{line} ({where})" if where else line
     if len(reasons) > REASONS:
         yield f"{len(reasons) - REASONS} other reasons, each of fewer records"
     if counts.get("torn"):
