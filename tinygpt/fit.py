@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from tinygpt import cli
+from tinygpt import cli, rundir
 from tinygpt.config import ConfigError, key
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 USAGE = """\
 python -m tinygpt.fit runs=outputs/width [key=value ...]
 
-runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole
+runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole; of adaptation (adapt.jsonl) with
+                        seed= and output_dir= alone
 table=FILE              instead: a .csv or .parquet with a row a run; its columns are named by
                         columns.n= d= u= t= c= loss= seed= run=
                         (parameters, tokens, unique tokens, context, FLOPs, loss, seed, name)
@@ -74,6 +75,9 @@ def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
     if bool(arguments.runs) == bool(arguments.table):
         raise ConfigError("runs: give runs=FOLDER, or table=FILE")
+    if _are_adaptations(arguments):
+        _fit_adaptations(arguments)
+        return
     table, columns, folder = _read(arguments)
     from tinygpt.scaling import report  # scipy and matplotlib: once there is something to fit
     from tinygpt.scaling.analysis import analyse
@@ -97,11 +101,47 @@ def main() -> None:
     report.show(analysis, folder)
 
 
-def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
-    """The runs, where they say what, and the folder for the report."""
+def _are_adaptations(arguments: Arguments) -> bool:
+    """Whether the runs adapted a base.  Raises ConfigError if they are not all of one kind."""
     for name in arguments.runs:
         if not Path(name).is_dir():
             raise ConfigError(f"runs={name}: no such folder")
+    folders = [Path(name) for name in arguments.runs]
+    adapted = sorted(path.parent for folder in folders for path in folder.rglob("adapt.jsonl"))
+    if not adapted:
+        return False
+    begun = (rundir.RunDir(path) for folder in folders for path in rundir.find_runs(folder))
+    trained = [run.path for run in begun if run.metrics.exists() and run.path not in adapted]
+    if trained:
+        raise ConfigError(
+            f"runs: {trained[0]} trained a model and {adapted[0]} adapted one; give them apart"
+        )
+    given, default = dataclasses.asdict(arguments), dataclasses.asdict(Arguments())
+    for name, value in given.items():
+        if value != default[name] and name not in ("runs", "seed", "output_dir"):
+            raise ConfigError(f"{name}: not for runs that adapted a model; seed, output_dir are")
+    return True
+
+
+def _fit_adaptations(arguments: Arguments) -> None:
+    from tinygpt.scaling import adaptation_report, analyse_adaptation, load_records
+
+    adaptation = analyse_adaptation(load_records(*arguments.runs), arguments.seed)
+    folder = _folder(arguments)
+    adaptation_report.write(adaptation, folder)
+    adaptation_report.show(adaptation, folder)
+
+
+def _folder(arguments: Arguments) -> Path:
+    """For the report on folders of runs."""
+    first = Path(arguments.runs[0])
+    if arguments.output_dir:
+        return Path(arguments.output_dir) / f"fit-{first.resolve().name}"
+    return first / "fit"
+
+
+def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
+    """The runs, where they say what, and the folder for the report."""
     from tinygpt.scaling.runs import load_runs, read_table
 
     if arguments.table:
@@ -109,13 +149,10 @@ def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
         table = _with_tokens(_in_numbers(table, arguments), arguments.columns)
         folder = Path(arguments.output_dir or "outputs") / f"fit-{source.stem}"
         return table, _columns(table, arguments), folder
-    table, first = load_runs(*arguments.runs), Path(arguments.runs[0])
+    table = load_runs(*arguments.runs)
     if table.empty:
         raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there")
-    folder = first / "fit"
-    if arguments.output_dir:
-        folder = Path(arguments.output_dir) / f"fit-{first.resolve().name}"
-    return table, _columns(table, arguments), folder
+    return table, _columns(table, arguments), _folder(arguments)
 
 
 def _in_numbers(table: pd.DataFrame, arguments: Arguments) -> pd.DataFrame:

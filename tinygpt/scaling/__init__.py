@@ -2,9 +2,11 @@
 
 ``load_runs`` makes a table, ``fit`` puts a law through it, ``intervals`` and ``bootstrap`` say how
 far its numbers may be trusted, ``frontier`` and ``predict`` split a budget, ``analyse`` does all
-of it.
+of it.  ``load_records`` and ``analyse_adaptation`` do so for a study of adaptation.
 """
 
+from tinygpt.scaling.adaptation import Adaptation, analyse_adaptation
+from tinygpt.scaling.adaptation_records import load_records
 from tinygpt.scaling.analysis import Analysis, Columns, analyse
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
@@ -16,6 +18,7 @@ from tinygpt.scaling.split import best_split, by_law, flops_per_token, recorded
 
 __all__ = [
     "LAWS",
+    "Adaptation",
     "Analysis",
     "Budget",
     "Columns",
@@ -26,6 +29,7 @@ __all__ = [
     "IsoFlop",
     "Law",
     "analyse",
+    "analyse_adaptation",
     "best_split",
     "bootstrap",
     "by_law",
@@ -37,6 +41,7 @@ __all__ = [
     "intervals",
     "isoflop",
     "load_curves",
+    "load_records",
     "load_runs",
     "of_loss",
     "predict",

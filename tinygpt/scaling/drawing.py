@@ -6,6 +6,7 @@ Colours tell categories by Okabe and Ito's palette, ordered values by viridis.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from scipy import special
 
+from tinygpt import rundir
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.intervals import LEVEL, covariance
@@ -51,6 +53,28 @@ LABELS = {
     "C": "training compute (FLOPs)",
 }
 MANY = 60  # more points than this are drawn smaller
+
+
+def save(figures: Mapping[str, Figure | None], folder: Path) -> list[str]:
+    """As PNG and SVG, within ``STYLE``; the names of those there are.  Earlier others go."""
+    for name, figure in figures.items():
+        if figure is not None:
+            _save(figure, folder / name)
+            continue
+        for ending in (".png", ".svg"):
+            (folder / name).with_suffix(ending).unlink(missing_ok=True)
+    return [name for name, figure in figures.items() if figure is not None]
+
+
+def _save(figure: Figure, stem: Path) -> None:
+    nothing: Mapping[str, Any] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")  # laid out once; each format would do it again
+    for kind, metadata in nothing.items():
+        with rundir.replacing(stem.with_suffix(f".{kind}")) as path:
+            figure.savefig(path, format=kind, metadata=metadata)
 
 
 def label(analysis: Analysis, name: str) -> str:

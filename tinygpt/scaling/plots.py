@@ -5,7 +5,6 @@ Colours tell categories by Okabe and Ito's palette, ordered values by viridis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from tinygpt import rundir
 from tinygpt.scaling import curves
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.drawing import (
@@ -40,6 +38,7 @@ from tinygpt.scaling.drawing import (
     loss_label,
     losses,
     reach,
+    save,
     side_by_side,
     size_of,
     values,
@@ -64,24 +63,7 @@ def draw(analysis: Analysis, folder: Path) -> list[str]:
             "frontier": frontier(analysis),
             "curves": curves.draw(analysis),
         }
-        drawn = {name: figure for name, figure in figures.items() if figure is not None}
-        for name, figure in drawn.items():
-            _save(figure, folder / name)
-    for name in set(figures) - set(drawn):  # of an earlier analysis
-        for ending in (".png", ".svg"):
-            (folder / name).with_suffix(ending).unlink(missing_ok=True)
-    return list(drawn)
-
-
-def _save(figure: Figure, stem: Path) -> None:
-    nothing: Mapping[str, Any] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.execute(figure)
-    figure.set_layout_engine("none")  # laid out once; each format would do it again
-    for kind, metadata in nothing.items():
-        with rundir.replacing(stem.with_suffix(f".{kind}")) as path:
-            figure.savefig(path, format=kind, metadata=metadata)
+        return save(figures, folder)
 
 
 # --- the law and the runs

@@ -1,0 +1,396 @@
+"""The report of a study of adaptation: does self-editing beat the raw document, at what cost?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from tinygpt import rundir
+from tinygpt.scaling import adaptation_plots, document, images, wording
+from tinygpt.scaling.adaptation import FEW, Adaptation, count
+from tinygpt.scaling.adaptation_plots import bases, title
+from tinygpt.scaling.adaptation_records import BASE, RAW, by_order
+from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
+from tinygpt.scaling.intervals import LEVEL, Interval
+from tinygpt.scaling.report import WIDTH
+
+CAPTIONS = {
+    "adaptation_laws": (
+        "Mean reward on test documents after k inner steps, with its 95 % band; below, against "
+        "all tokens that a document took, those of the policy's fine-tuning not counted. Losses "
+        "larger than the gains run off below."
+    ),
+    "pareto_forgetting": (
+        "Reward against forgetting on test documents. No setting gains more than the front at no "
+        "more forgetting, but for `oracle`, which is told what to write."
+    ),
+    "restem": (
+        "Reward by iteration, with 95 % intervals. The best of several edits is chosen by the "
+        "reward it is shown with: it is an upper end, not what the policy gives."
+    ),
+}
+TABLES = ("summary", "paired", "laws")
+
+
+def write(adaptation: Adaptation, folder: Path) -> list[Path]:
+    """Writes report, figures and tables; what an earlier analysis left is replaced."""
+    figures = adaptation_plots.draw(adaptation, folder)
+    images.write(folder, figures)
+    for name in TABLES:
+        text = getattr(adaptation, name).to_csv(index=False, lineterminator="\n")
+        rundir.write_text(folder / f"adaptation_{name}.csv", text)
+    blocks = list(compose(adaptation, figures))
+    rundir.write_text(folder / "report.md", document.markdown(blocks))
+    rundir.write_text(folder / "report.html", document.page(blocks, folder))
+    files = ["report.md", "report.html", *(f"adaptation_{name}.csv" for name in TABLES)]
+    files += [f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
+    return [folder / name for name in files]
+
+
+def show(adaptation: Adaptation, folder: Path, console: Console | None = None) -> None:
+    """Prints the answer, what each method brings, and where the report lies."""
+    console = console or Console(highlight=False)
+    console.width = min(console.width, WIDTH)
+    brief = outcomes(adaptation, brief=True)
+    document.show([*answer(adaptation), *brief, *notes(adaptation)], console)
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, markup=False)
+
+
+def compose(adaptation: Adaptation, figures: Sequence[str]) -> Iterator[Block]:
+    """The whole report, in the order it is read."""
+    yield from answer(adaptation)
+    yield from outcomes(adaptation)
+    yield from differences(adaptation)
+    yield from _pictures(figures, "pareto_forgetting", "adaptation_laws")
+    yield from powers(adaptation)
+    yield from rounds(adaptation)
+    yield from _pictures(figures, "restem")
+    yield from splits(adaptation)
+    yield from notes(adaptation)
+    yield from method(adaptation)
+    yield Heading("Files")
+    lines = ["`adaptation_summary.csv`: every setting, of every split"]
+    lines.append("`adaptation_paired.csv`: every comparison with `lora_doc`")
+    lines.append("`adaptation_laws.csv`: reward = c·k^a by method, or why there is none")
+    lines.append("figures, as `.png` and `.svg`: " + ", ".join(f"`{name}`" for name in figures))
+    yield Items(lines)
+
+
+def _pictures(figures: Sequence[str], *names: str) -> Iterator[Block]:
+    yield from (Picture(name, CAPTIONS[name]) for name in names if name in figures)
+
+
+# --- the answer
+
+
+def answer(adaptation: Adaptation) -> Iterator[Block]:
+    """In plain words, by base; then from what size on."""
+    yield Heading("Does self-editing beat the raw document?", 1)
+    table = adaptation.paired
+    edits = table[table["self_edit"]] if len(table) else table
+    if edits.empty:
+        yield Paragraph(
+            f"Not known: no test document has both `{RAW}` and a self-edit at equal rank, steps, "
+            "tokens and seed."
+        )
+        return
+    yield Items([f"{name}: {_verdict(part)}" for name, part in bases(edits)])
+    for task, part in edits.groupby("task"):
+        if part["base_parameters"].nunique() > 1:
+            yield Paragraph(f"{str(task).replace('_', ' ')}: {_from_what_size(part)}")
+
+
+def _verdict(part: pd.DataFrame) -> str:
+    """Of the self-edits of one base."""
+    better, worse = (part[part["verdict"] == one] for one in ("better", "worse"))
+    total = f"{count(len(part), 'comparison')} at equal tokens"
+    if len(better):
+        wins = better["method"].value_counts()
+        which = ", ".join(f"`{name}` {wins[name]}" for name in by_order(wins.index))
+        text = f"yes, in {len(better)} of {total} ({which}); most by "
+        text += f"{_one(better.nlargest(1, 'difference'))}."
+    else:
+        text = f"no evidence that it does, in any of {total}; the largest difference is that of "
+        text += f"{_one(part.nlargest(1, 'difference'))}."
+    if len(worse):
+        text += f" It is worse in {len(worse)}; most by {_one(worse.nsmallest(1, 'difference'))}."
+    return text
+
+
+def _one(rows: pd.DataFrame) -> str:
+    row = rows.iloc[0]
+    more = _signed(row, "forgetting_difference", "forgetting_")
+    return (
+        f"`{row['method']}` (rank {_rank(row)}, k = {row['inner_steps']}): "
+        f"{_signed(row, 'difference')} nats over {count(row['documents'], 'document')}, Holm's p "
+        f"{_p(row['holm_p'], '= ')}; forgetting {_plus(row['forgetting'])} nats, {more} against "
+        f"`{RAW}`"
+    )
+
+
+def _p(value: float, equal: str = "") -> str:
+    return "< 0.001" if value < 1e-3 else f"{equal}{wording.number(value, 2)}"
+
+
+def _from_what_size(part: pd.DataFrame) -> str:
+    sizes = sorted(part["base_parameters"].unique())
+    wins = [
+        size
+        for size in sizes
+        if (part[part["base_parameters"] == size]["verdict"] == "better").any()
+    ]
+    if not wins:
+        return f"no evidence at any of the {len(sizes)} sizes of the base."
+    if wins == sizes:
+        return f"it wins somewhere at every size, from {sizes[0]:,} parameters on."
+    if wins == sizes[-len(wins) :]:
+        return f"it wins from {wins[0]:,} parameters on, not below."
+    listed = ", ".join(f"{size:,}" for size in wins)
+    return f"it wins at {listed} parameters, but not at every larger size: no size to name."
+
+
+# --- tables
+
+
+def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
+    """What each method brings on test documents, after the fewest and the most steps.
+
+    ``brief``: after the most alone, at the largest rank.
+    """
+    table = adaptation.summary
+    table = table[(table["split"] == "test") & (table["documents"] > 0)]
+    if table.empty:
+        yield Paragraph("No test document has a result yet.")
+        return
+    yield Heading("What each method brings")
+    yield Paragraph(
+        "Test documents; reward: by how much the held-out loss falls; forgetting: by how much the "
+        f"loss on the base's own text rises (nats per token), with {100 * LEVEL:.0f} % intervals."
+    )
+    for name, part in bases(table):
+        last = part["inner_steps"].max()
+        ends = [part[part["inner_steps"] > 0]["inner_steps"].min(), last]
+        if brief:
+            ends, rank = [last], part["lora_rank"].max()
+            part = part[part["lora_rank"].isna() | (part["lora_rank"] == rank)]
+            name += f" (rank {_text(rank)}, k = {last})"
+        part = part[part["inner_steps"].isin(ends) | (part["method"] == "none")]
+        rows = [
+            _outcome(row)
+            for one in by_order(part["method"])
+            for row in part[part["method"] == one].to_dict("records")
+        ]
+        kept = [column for column in rows[0] if any(row[column] for row in rows)]
+        kept = [column for column in kept if not brief or column in BRIEF]
+        yield Heading(name, 3)
+        yield Table(kept, [[row[column] for column in kept] for row in rows])
+
+
+BRIEF = ("method", "reward", "forgetting", "accuracy", "failed")
+
+
+def _outcome(row: dict[Any, Any]) -> dict[str, str]:
+    """By column; empty where there is nothing to say."""
+    facts = np.isfinite(row["accuracy_after"])
+    return {
+        "method": f"`{row['method']}`",
+        "rank": _rank(row),
+        "k": str(row["inner_steps"]),
+        "reward": _signed(row, "reward", "reward_"),
+        "forgetting": _signed(row, "forgetting", "forgetting_"),
+        "before": wording.percent(row["accuracy_before"]) if facts else "",
+        "accuracy": _share(row) if facts else "",
+        "tokens": wording.whole(row["tokens_processed"]),
+        "policy's": f"{row['policy_tokens']:,.0f}",
+        "documents": f"{row['documents']} × {count(row['seeds'], 'seed')}",
+        "failed": f"{row['errors']} of {row['records']}" if row["errors"] else "",
+    }
+
+
+def _share(row: dict[Any, Any]) -> str:
+    low, high = (f"{100 * row[f'accuracy_after_{end}']:.0f}" for end in ("low", "high"))
+    return f"{wording.percent(row['accuracy_after'])} ({low} to {high})"
+
+
+def _rank(row: Any) -> str:
+    return _text(row["lora_rank"])
+
+
+def _text(value: Any) -> str:
+    return wording.UNKNOWN if pd.isna(value) else str(value)
+
+
+def _plus(value: float) -> str:
+    return f"{'+' if value > 0 else ''}{wording.number(value, 2)}"
+
+
+def _signed(row: Any, name: str, prefix: str = "") -> str:
+    """``+0.12 (0.05 to 0.19)``: to the digits that the interval supports."""
+    value, low, high = (float(row[end]) for end in (name, f"{prefix}low", f"{prefix}high"))
+    if not low < high:
+        return _plus(value)
+    found = Interval(value, low, high, LEVEL, "")
+    return f"{'+' if value > 0 else ''}{wording.estimate(value, found)} ({wording.reach(found)})"
+
+
+def differences(adaptation: Adaptation) -> Iterator[Block]:
+    """Every method less ``lora_doc``, by steps."""
+    table = adaptation.paired
+    if table.empty:
+        return
+    yield Heading(f"Against `{RAW}`")
+    yield Paragraph(
+        f"Reward less that of `{RAW}` on the same test documents and seeds, at equal rank, steps "
+        "and tokens; ▲ better, ▼ worse (p < 0.05 by Holm), unmarked: no evidence. Beside it, at "
+        "the most steps, the difference in forgetting and p by t, Wilcoxon and Holm."
+    )
+    for name, part in bases(table):
+        steps = sorted(part["inner_steps"].unique())
+        yield Heading(name, 3)
+        header = [
+            "method",
+            "rank",
+            *(f"k = {k}" for k in steps),
+            "forgetting",
+            "t",
+            "Wilcoxon",
+            "Holm",
+        ]
+        rows = [
+            _difference(group.set_index("inner_steps"), steps)
+            for one in by_order(part["method"])
+            for _, group in part[part["method"] == one].groupby(
+                ["iteration", "lora_rank"], dropna=False
+            )
+        ]
+        yield Table(header, rows)
+    yield from _unpaired(adaptation)
+
+
+def _difference(group: pd.DataFrame, steps: Sequence[int]) -> list[str]:
+    marks = {"better": " ▲", "worse": " ▼", "no evidence": ""}
+    cells = [
+        f"{_signed(group.loc[k], 'difference')}{marks[str(group.loc[k, 'verdict'])]}"
+        if k in group.index
+        else wording.UNKNOWN
+        for k in steps
+    ]
+    last = group.loc[group.index.max()]
+    forgetting = _signed(last, "forgetting_difference", "forgetting_")
+    p = [_p(last[name]) for name in ("p", "wilcoxon_p", "holm_p")]
+    return [f"`{last['method']}`", _rank(last), *cells, str(last["documents"]), forgetting, *p]
+
+
+def _unpaired(adaptation: Adaptation) -> Iterator[Block]:
+    """Methods that no test document has beside ``lora_doc``."""
+    methods = set(adaptation.summary["method"]) - {"none", RAW} - set(adaptation.paired["method"])
+    if methods:
+        names = ", ".join(f"`{name}`" for name in by_order(methods))
+        yield Paragraph(f"Without a document, seed and setting that `{RAW}` has too: {names}.")
+
+
+def powers(adaptation: Adaptation) -> Iterator[Block]:
+    """reward = c·k^a, where it may be said."""
+    table = adaptation.laws
+    if table.empty:
+        return
+    yield Heading("Reward by inner steps")
+    yield Paragraph(
+        "reward = c·k^a through the means over test documents, where these are positive and rise "
+        f"with k; intervals ({100 * LEVEL:.0f} %) by the bootstrap over documents. Off: how far "
+        "the law is from a mean at most."
+    )
+    for name, part in bases(table):
+        yield Heading(name, 3)
+        rows = [
+            _power(row)
+            for one in by_order(part["method"])
+            for row in part[part["method"] == one].to_dict("records")
+        ]
+        yield Table(["method", "rank", "c", "a", "off", ""], rows)
+
+
+def _power(row: dict[Any, Any]) -> list[str]:
+    rank = _rank(row)
+    if np.isnan(row["c"]):
+        return [f"`{row['method']}`", rank, "", "", "", f"none: {row['reason']}"]
+    shown = [_signed(row, name, f"{name}_").removeprefix("+") for name in ("c", "a")]
+    return [f"`{row['method']}`", rank, *shown, wording.percent(row["left"]), row["reason"]]
+
+
+def rounds(adaptation: Adaptation) -> Iterator[Block]:
+    """What the outer loop learned."""
+    table = adaptation.restem
+    if table.empty:
+        return
+    yield Heading("By iteration")
+    header = ["base", "rank", "documents", "iteration", "edits", "mean", "best", "accepted"]
+    rows = [
+        [
+            title(row["task"], row["base_parameters"]),
+            _rank(row),
+            f"{row['documents']} {row['split']}",
+            str(row["iteration"]),
+            f"{row['edits']:.3g}",
+            _signed(row, "mean", "mean_"),
+            _signed(row, "best", "best_"),
+            wording.UNKNOWN if pd.isna(row["accepted"]) else wording.percent(row["accepted"]),
+        ]
+        for row in table.to_dict("records")
+    ]
+    yield Table(header, rows)
+
+
+def splits(adaptation: Adaptation) -> Iterator[Block]:
+    """Tune and train documents, beside the test documents that alone count above."""
+    table = adaptation.summary
+    others = table[(table["split"] != "test") & (table["documents"] > 0)]
+    others = others[others["inner_steps"] == others.groupby(BASE)["inner_steps"].transform("max")]
+    if others.empty:
+        return
+    yield Heading("Tune and train documents")
+    yield Paragraph("At the most steps; rates were chosen on tune documents, the policy on train.")
+    for name, part in bases(others):
+        yield Heading(name, 3)
+        rows = [
+            [
+                row["split"],
+                f"`{row['method']}`",
+                _rank(row),
+                wording.UNKNOWN if pd.isna(row["tuned_lr"]) else f"{row['tuned_lr']:g}",
+                _signed(row, "reward", "reward_"),
+                _signed(row, "forgetting", "forgetting_"),
+                str(row["documents"]),
+            ]
+            for split in ("tune", "train")
+            for one in by_order(part["method"])
+            for row in part[(part["method"] == one) & (part["split"] == split)].to_dict("records")
+        ]
+        header = ["split", "method", "rank", "rate", "reward", "forgetting", "documents"]
+        yield Table(header, rows)
+
+
+def notes(adaptation: Adaptation) -> Iterator[Block]:
+    if adaptation.notes:
+        yield Heading("Left out")
+        yield Items([f"{line}." for line in adaptation.notes])
+
+
+def method(adaptation: Adaptation) -> Iterator[Block]:
+    yield Heading("How it was computed")
+    yield Paragraph(
+        "Records of a document are averaged first; every interval is over documents. Means: "
+        "percentiles of the bootstrap, widened for few documents (Hesterberg 2015), and "
+        f"of fewer than {FEW} Student's t; "
+        "accuracies: Clopper and Pearson's. Differences: "
+        "Student's t, with Wilcoxon's signed ranks beside it; Holm's correction is over all "
+        "self-edits, ranks and steps of a base, and apart from them over the references "
+        "(`oracle`, `full_ft_doc`). Equal tokens are those trained on; what the policy reads and "
+        "writes comes on top and is listed. Records without a result are in no mean: a method "
+        f"that fails often looks better than it is. Seed {adaptation.seed}."
+    )
