@@ -23,17 +23,15 @@ from torch.nn import functional as F
 from tests.conftest import tiny
 from tinygpt import cli
 from tinygpt.adaptation import documents, edits, inner, trials
+from tinygpt.adaptation.config import DocumentsConfig, InnerConfig, check_inner
 from tinygpt.adaptation.documents import Document, Documents, Heldout
 from tinygpt.adaptation.edits import Row, SelfEdit
 from tinygpt.adaptation.records import FIELDS, TIMES, Record, RecordsFile, blank
 from tinygpt.adaptation.trials import Base, Trial
-from tinygpt.checks import check_inner
 from tinygpt.config import (
     Config,
     ConfigError,
     CustomData,
-    DocumentsConfig,
-    InnerConfig,
     LoraConfig,
     ModelConfig,
     RunError,

@@ -22,8 +22,6 @@ from tinygpt.config import (
     SCALES,
     Config,
     ConfigError,
-    InnerConfig,
-    ModelConfig,
     SgdOptim,
     rate_is_scaled,
 )
@@ -178,22 +176,6 @@ def _check_lora(config: Config) -> None:
     standard = config.model.parametrization == "standard"
     require(standard, f"{given}: has no rule for its rates under model.parametrization=mup")
     require(config.optim.kind != "muon", f"{given}: not with optim=muon, as its factors are thin")
-
-
-def check_inner(inner: InnerConfig, base: ModelConfig) -> None:
-    """Raises ConfigError for what a model of the shape ``base`` cannot be trained by."""
-    check_bounds(inner)
-    steps = inner.inner_steps
-    line = f"inner_steps={','.join(map(str, steps))}: must be numbers that rise"
-    require(bool(steps) and steps == sorted(set(steps)), line)
-    rank = inner.lora.rank
-    if rank is not None:
-        line = f"lora.rank={rank}: must be at most {base.d_model}, the width of the run's model"
-        require(rank <= base.d_model, line)
-    line = (
-        "run: trained with model.parametrization=mup, under which adapters have no rule for rates"
-    )
-    require(base.parametrization == "standard", line)
 
 
 def check_sweepable(config: Config) -> None:

@@ -394,29 +394,6 @@ class Config:
 
 
 @dataclass
-class DocumentsConfig:
-    """What a model adapts to: how many documents, and how each is cut."""
-
-    task: str = key("domain_shift", among=("domain_shift", "new_facts"))
-    train: int = key(8, least=0)  # documents that a policy learns from
-    tune: int = key(4, least=0)  # that rates and directives are chosen on
-    test: int = key(8, least=1)  # that are reported
-    context_tokens: int = key(512, least=1)  # of domain_shift: what an edit may see
-    heldout_tokens: int = key(2048, least=1)  # of domain_shift: what is scored alone
-    forgetting_tokens: int = key(8192, least=1)  # of the base's own validation text
-    seed: int = key(0, least=0, most=2**32 - 1)  # of the split
-
-
-@dataclass
-class InnerConfig:
-    """How a model is trained on one edit.  The steps are snapshots of one run."""
-
-    inner_steps: list[int] = key([1, 3, 10, 30], least=0)  # noqa: RUF009
-    tokens_per_step: int = key(128, least=1)
-    lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=8))  # rank null: all weights
-
-
-@dataclass
 class Sampling:
     """How the next token is chosen, in this order; the names are Hugging Face's.
 

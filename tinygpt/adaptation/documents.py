@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from tinygpt import rundir
-from tinygpt.config import ConfigError, DocumentsConfig, SyntheticData
+from tinygpt.adaptation.config import DocumentsConfig
+from tinygpt.config import ConfigError, SyntheticData
 from tinygpt.data.corpora import Corpus
 from tinygpt.data.datamodule import IGNORED, TokenData
 from tinygpt.data.shards import Progress

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tinygpt.adaptation.config import InnerConfig
 from tinygpt.adaptation.documents import Document, Heldout
 from tinygpt.adaptation.edits import Row
-from tinygpt.config import InnerConfig, LoraConfig
+from tinygpt.config import LoraConfig
 from tinygpt.data.datamodule import IGNORED
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, merged

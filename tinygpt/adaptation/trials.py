@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from tinygpt import rundir
+from tinygpt.adaptation.config import InnerConfig
 from tinygpt.adaptation.documents import Document, Heldout, LeftOut
 from tinygpt.adaptation.edits import SelfEdit, materialise
 from tinygpt.adaptation.inner import Inner, Score, Snapshot, adapt, row_length, score
 from tinygpt.adaptation.records import Record, blank
-from tinygpt.config import InnerConfig, RunError
+from tinygpt.config import RunError
 from tinygpt.counting import count_parameters, lora_parameters
 from tinygpt.trained import TrainedRun
 
