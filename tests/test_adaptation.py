@@ -251,12 +251,17 @@ SLOTS = edits.slots(RATES, edits.TEXT_OPS)
 finite = st.floats(-1e30, 1e30)
 
 
+def letters(tokenizer: Tokenizer, count: int) -> list[int]:
+    where = f"tokenizer.kind={tokenizer.kind}"
+    return edits.option_tokens(tokenizer.encode, tokenizer.unknown_id, count, where)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data(), st.floats(0, 1), st.integers(0, 2**32), st.lists(st.text(), max_size=3))
 def test_whatever_the_logits_an_edit_comes_out_and_can_be_read(
     data: st.DataObject, epsilon: float, seed: int, text: list[str]
 ) -> None:
-    tokens = edits.option_tokens(Bytes(), 7)
+    tokens = letters(Bytes(), 7)
     asked: list[tuple[list[int], int]] = []
 
     def logits(prefix: Any, allowed: Any) -> list[float]:
@@ -275,7 +280,7 @@ def test_whatever_the_logits_an_edit_comes_out_and_can_be_read(
 @pytest.mark.parametrize("epsilon", [0.0, 0.5, 1.0])
 def test_options_have_their_probabilities(epsilon: float) -> None:
     p = np.array([0.7, 0.2, 0.1])
-    tokens = edits.option_tokens(Bytes(), 3)
+    tokens = letters(Bytes(), 3)
     rng = np.random.default_rng(0)
     only = [slot for slot in edits.slots(RATES) if slot.name == "source"]
     drawn = [
@@ -293,17 +298,19 @@ def test_a_policy_that_has_diverged_draws_nothing() -> None:
             lambda *_: [float("nan")] * 3,
             [],
             SLOTS,
-            edits.option_tokens(Bytes(), 7),
+            letters(Bytes(), 7),
             0.5,
             np.random.default_rng(0),
         )
 
 
 def test_options_are_told_apart_by_any_tokenizer() -> None:
-    assert len(set(edits.option_tokens(Bytes(), 7))) == 7
-    assert edits.option_tokens(Char("!abc"), 3) == [4, 5, 6]
-    with pytest.raises(ConfigError, match=r"tokenizer\.kind=char: has 3 letters; a policy needs 7"):
-        edits.option_tokens(Char("!abc"), 7)
+    assert len(set(letters(Bytes(), 7))) == 7
+    assert letters(Char("!abc"), 3) == [4, 5, 6]
+    with pytest.raises(
+        ConfigError, match=r"kind=char: the tokenizer has 3 letters; a policy needs 7"
+    ):
+        letters(Char("!abc"), 7)
 
 
 @pytest.mark.parametrize(

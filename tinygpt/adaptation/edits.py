@@ -110,16 +110,18 @@ def slots(rates: Sequence[float], text_ops: Sequence[str] = ("continue",)) -> li
     ]
 
 
-def option_tokens(tokenizer: Tokenizer, count: int) -> list[int]:
+def option_tokens(
+    encode: Callable[[str], list[int]], unknown_id: int | None, count: int, where: str
+) -> list[int]:
     """The tokens that stand for the first, the second ... option of any slot: those of letters.
 
-    Raises ConfigError for a tokenizer that has not so many.
+    Raises ConfigError, which ``where`` begins, for a tokenizer that has not so many.
     """
-    found = [ids[-1] for letter in string.ascii_letters if (ids := tokenizer.encode(letter))]
-    tokens = list(dict.fromkeys(token for token in found if token != tokenizer.unknown_id))
+    found = [ids[-1] for letter in string.ascii_letters if (ids := encode(letter))]
+    tokens = list(dict.fromkeys(token for token in found if token != unknown_id))
     if len(tokens) < count:
         raise ConfigError(
-            f"tokenizer.kind={tokenizer.kind}: has {len(tokens)} letters; a policy needs {count}"
+            f"{where}: the tokenizer has {len(tokens)} letters; a policy needs {count}"
         )
     return tokens[:count]
 

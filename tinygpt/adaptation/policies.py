@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from tinygpt.adaptation.config import OuterConfig
+from tinygpt.adaptation.config import (
+    AdaptConfig,
+    FilePolicy,
+    ModelPolicy,
+    OuterConfig,
+    SelfPolicy,
+)
 from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import SelfEdit
+from tinygpt.config import ConfigError
+from tinygpt.trained import TrainedRun
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Policy(Protocol):
     """``sft_tokens``: that it was trained on since it was new, in all."""
 
     backend: str  # the kind in the configuration
-    model: str | None  # where its weights are from
+    model: str  # where its weights are from
     learns: bool  # whether ``sft`` can be asked for
     sft_tokens: int
 
@@ -36,15 +44,45 @@ class Policy(Protocol):
         seed gives the same edits.  Raises RunError where the policy has diverged."""
 
     def with_text(self, edit: SelfEdit, document: Document, *, seed: int) -> Proposal:
-        """The directive ``edit`` with text for this document, where its source needs any."""
+        """The directive ``edit`` with text for this document, where its source needs any.  Raises
+        RunError for text that the policy cannot write."""
 
     def sft(
         self, examples: Sequence[tuple[Document, SelfEdit]], config: OuterConfig, *, seed: int
     ) -> Policy:
-        """A new policy, trained on edits that paid; only their tokens are targets."""
+        """A new policy, trained on edits that paid; only their tokens are targets.  Without any,
+        itself.  Raises RunError where its training diverges."""
 
     def save(self, folder: Path) -> None:
         """What ``load`` needs, into a folder that is there."""
 
     def load(self, folder: Path) -> Policy:
-        """The policy that a later state of this one saved."""
+        """The policy that a later state of this one saved.  Raises ConfigError for what is none."""
+
+
+def make_policy(config: AdaptConfig, run: TrainedRun, documents: Sequence[Document] = ()) -> Policy:
+    """The policy of ``config``, where ``run`` is what adapts.
+
+    ``documents`` are those that it will be asked about: a file must have edits of each.  Raises
+    ConfigError, one line.
+    """
+    # imported here: each needs what stands above, and libraries that the others do without
+    policy, rates = config.policy, config.tuning.learning_rates
+    if isinstance(policy, SelfPolicy):
+        from tinygpt.adaptation.self_policy import OwnPolicy, TablePolicy
+
+        own = OwnPolicy(run, policy, rates)
+        return own if policy.kind == "self" else TablePolicy(own)
+    if isinstance(policy, ModelPolicy):
+        if policy.kind == "mlx":
+            from tinygpt.adaptation.mlx_policy import MlxPolicy
+
+            return MlxPolicy(policy, rates)
+        from tinygpt.adaptation.hf_policy import HuggingFacePolicy
+
+        return HuggingFacePolicy(policy, rates, run.model.output_weight.device)
+    if isinstance(policy, FilePolicy):
+        from tinygpt.adaptation.file_policy import ReplayPolicy
+
+        return ReplayPolicy(policy.path, documents)
+    raise ConfigError(f"policy.kind={policy.kind}: must be one of self, table, hf, mlx, file")

@@ -1,0 +1,758 @@
+"""Who proposes edits: each kind of policy, its training, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy import stats
+
+from tests.conftest import tiny
+from tinygpt import cli
+from tinygpt.adaptation import documents, edits, hf_policy, inner, trials
+from tinygpt.adaptation.config import (
+    AdaptConfig,
+    DocumentsConfig,
+    FilePolicy,
+    InnerConfig,
+    ModelPolicy,
+    OuterConfig,
+    PolicyConfig,
+    SelfPolicy,
+    TuningConfig,
+)
+from tinygpt.adaptation.documents import Document
+from tinygpt.adaptation.edits import SelfEdit
+from tinygpt.adaptation.file_policy import ReplayPolicy
+from tinygpt.adaptation.hf_policy import HuggingFacePolicy
+from tinygpt.adaptation.policies import Policy, Proposal, make_policy
+from tinygpt.adaptation.self_policy import OwnPolicy, TablePolicy
+from tinygpt.adaptation.trials import Base, Trial
+from tinygpt.adaptation.writers import Writer, learned_rows, seed_of
+from tinygpt.config import Config, ConfigError, CustomData, LoraConfig, ModelConfig, RunError
+from tinygpt.data.tokenizers import Char
+from tinygpt.model.gpt import GPT
+from tinygpt.trained import TrainedRun, load_run
+from tinygpt.training.session import train
+
+transformers = pytest.importorskip("transformers")
+
+RATES = [1e-3, 3e-3, 1e-2]
+OUTER = OuterConfig(steps=40, tokens_per_step=128, learning_rate=1e-2, lora=LoraConfig(rank=4))
+TEXTS = [
+    f"Chapter {n}. " + " ".join(f"On day {k} the crew of ship {n} saw land." for k in range(n, 40))
+    for n in range(6)
+]
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """A model of 64 bytes of context that has begun to learn the small corpus."""
+    folder = tmp_path_factory.mktemp("outputs")
+    more = ("model.max_seq_len=64", "train.steps=40", "optim.learning_rate=1e-2")
+    words = tiny(corpus, *more, f"output_dir={folder}", f"cache_dir={cache}", "run_name=base")
+    train(cli.compose_config(words), words, Console(quiet=True))
+    return load_run(folder / "runs" / "base")
+
+
+@pytest.fixture(scope="module")
+def books(run: TrainedRun) -> list[Document]:
+    config = DocumentsConfig(train=2, tune=1, test=1, context_tokens=150, heldout_tokens=200)
+    return documents.domain_shift(config, run, iter(TEXTS)).used
+
+
+def made(run: TrainedRun, policy: PolicyConfig, *documents: Document) -> Any:
+    config = AdaptConfig(policy=policy, tuning=TuningConfig(learning_rates=RATES))
+    return make_policy(config, run, documents)
+
+
+@pytest.fixture(scope="module")
+def own(run: TrainedRun) -> OwnPolicy:
+    found: OwnPolicy = made(run, SelfPolicy(max_edit_tokens=12))
+    return found
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with random weights and a small tokenizer, as transformers saves them."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    end = "<|endoftext|>"
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=[end], initial_alphabet=letters, show_progress=False
+    )
+    trained.train_from_iterator(TEXTS, trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained, eos_token=end, bos_token=end
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=trained.get_vocab_size(),
+        n_positions=1024,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hf(run: TrainedRun, gpt2: Path) -> HuggingFacePolicy:
+    found: HuggingFacePolicy = made(run, ModelPolicy(path=str(gpt2), max_edit_tokens=12))
+    return found
+
+
+@pytest.fixture(params=["self", "table", "hf", "file"])
+def policy(
+    request: pytest.FixtureRequest, run: TrainedRun, books: list[Document], tmp_path: Path
+) -> Policy:
+    own = request.getfixturevalue("own")
+    if request.param == "file":
+        path = tmp_path / "edits.jsonl"
+        proposals = own.propose(books[0], 5, seed=0, explore=1.0)
+        path.write_text("".join(line(books[0], proposal) for proposal in proposals))
+        return ReplayPolicy(str(path))
+    if request.param == "hf":
+        found: Policy = request.getfixturevalue("hf")
+        return found
+    return TablePolicy(own) if request.param == "table" else own
+
+
+def line(document: Document, proposal: Proposal, **more: Any) -> str:
+    values = {
+        "doc_id": document.doc_id,
+        "doc_sha256": document.sha256,
+        "edit": dataclasses.asdict(proposal.edit),
+        "prompt_tokens": proposal.prompt_tokens,
+        "tokens": proposal.tokens,
+        "method": "restem",
+    }
+    return json.dumps(values | more) + "\n"
+
+
+def weights(model: Any) -> dict[str, bytes]:
+    return {name: w.numpy().tobytes() for name, w in model.state_dict().items()}
+
+
+def log_probability(policy: Writer, document: Document, edit: SelfEdit) -> float:
+    """Of a directive, among the options of its slots, in nats."""
+    total, ids = 0.0, policy.prefix(document)
+    for slot, token in zip(
+        policy.slots, edits.directive_tokens(edit, policy.slots, policy.tokens), strict=True
+    ):
+        allowed = policy.tokens[: len(slot.options)]
+        logits = torch.tensor(policy.logits(ids, allowed)).double()
+        total += float(logits.log_softmax(0)[allowed.index(token)])
+        ids = [*ids, token]
+    return total
+
+
+# --- what all of them hold to
+
+
+def test_every_proposal_can_be_read_and_trained_on_and_comes_again(
+    policy: Policy, run: TrainedRun, books: list[Document]
+) -> None:
+    found = policy.propose(books[0], 5, seed=3, explore=0.5)
+    torch.manual_seed(9)
+    assert policy.propose(books[0], 5, seed=3, explore=0.5) == found
+    assert policy.propose(books[0], 5, seed=4, explore=0.5) != found
+    assert len(found) == 5
+    for proposal in found:
+        edit = proposal.edit
+        assert edits.parse(edit.to_json()) == edit
+        assert edit.lr in RATES
+        wanted = 0 if edit.source == "doc" else edit.n * len(edit.text_ops)
+        assert len(edit.text) == wanted
+        assert (proposal.tokens > 0) or (wanted == 0)
+        rows = edits.materialise(edit, books[0], run.tokenizer, 64)
+        for row in rows:
+            assert len(row.ids) == len(row.mask) + 1 <= 65
+            assert max(row.ids) < run.tokenizer.vocab_size
+        assert rows or not "".join(edit.text).strip()
+
+
+def test_text_for_a_directive_is_written_where_its_source_needs_any(
+    policy: Policy, books: list[Document]
+) -> None:
+    plain = policy.with_text(SelfEdit(text=["old"]), books[0], seed=1)
+    assert plain == Proposal(SelfEdit())
+    edit = SelfEdit(source="both", n=2, lr=1e-2)
+    found = policy.with_text(edit, books[0], seed=1)
+    assert dataclasses.replace(found.edit, text=[]) == edit
+    assert found.edit.text
+    assert found == policy.with_text(edit, books[0], seed=1)
+    assert found.prompt_tokens > 0
+    assert found.tokens > 0
+
+
+def test_what_was_saved_proposes_the_same(
+    policy: Policy, books: list[Document], tmp_path: Path
+) -> None:
+    later = policy
+    if policy.learns:
+        accepted = [(books[0], p.edit) for p in policy.propose(books[0], 3, seed=1, explore=1.0)]
+        later = policy.sft(accepted, OUTER, seed=0)
+    later.save(tmp_path)
+    again = policy.load(tmp_path)
+    expected = later.propose(books[0], 4, seed=0, explore=0.0)
+    assert again.propose(books[0], 4, seed=0, explore=0.0) == expected
+    assert again.sft_tokens == later.sft_tokens
+    assert (again.backend, again.model, again.learns) == (later.backend, later.model, later.learns)
+    if policy.learns:
+        assert policy.propose(books[0], 4, seed=0, explore=0.0) != expected
+
+
+@pytest.mark.parametrize("kind", ["own", "hf"])
+def test_training_makes_what_paid_likelier_and_leaves_the_policy_as_it_was(
+    kind: str, request: pytest.FixtureRequest, books: list[Document]
+) -> None:
+    policy: Any = request.getfixturevalue(kind)
+    model = policy.run.model if kind == "own" else policy.lm
+    before = weights(model)
+    edit = policy.with_text(SelfEdit(source="both", lr=1e-2, n=2), books[0], seed=0).edit
+    later = policy.sft([(books[0], edit)], OUTER, seed=0)
+    for document in books[:2]:
+        rise = log_probability(later, document, edit) - log_probability(policy, document, edit)
+        assert rise > 0.5
+    assert weights(model) == before
+    assert (policy.sft_tokens, later.sft_tokens) == (0, 40 * 128)
+    assert later.sft([(books[0], edit)], OUTER, seed=0).sft_tokens == 2 * 40 * 128
+    changed = weights(later.run.model if kind == "own" else later.lm)
+    assert changed.keys() == before.keys()
+    names = {name for name in changed if changed[name] != before[name]}
+    assert names
+    assert not [name for name in names if "embedding" in name or "wte" in name or "head" in name]
+    again = policy.sft([(books[0], edit)], OUTER, seed=0)
+    assert weights(again.run.model if kind == "own" else again.lm) == changed
+
+
+@pytest.mark.parametrize("kind", ["own", "hf"])
+def test_all_weights_can_be_trained_too(
+    kind: str, request: pytest.FixtureRequest, books: list[Document]
+) -> None:
+    policy: Any = request.getfixturevalue(kind)
+    config = dataclasses.replace(OUTER, lora=LoraConfig(), learning_rate=1e-3)
+    later = policy.sft([(books[0], SelfEdit())], config, seed=0)
+    assert log_probability(later, books[0], SelfEdit()) > log_probability(
+        policy, books[0], SelfEdit()
+    )
+
+
+def test_nothing_that_paid_changes_nothing(policy: Policy) -> None:
+    if policy.learns:
+        assert policy.sft([], OUTER, seed=0) is policy
+    else:
+        with pytest.raises(RunError, match="cannot be trained"):
+            policy.sft([], OUTER, seed=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 99), min_size=1, max_size=20),
+    st.lists(st.integers(100, 199), max_size=30),
+    st.integers(1, 20),
+)
+def test_each_token_that_was_written_counts_once_and_no_other(
+    given_: list[int], written: list[int], length: int
+) -> None:
+    rows = list(learned_rows(given_, written, length))
+    whole = [*given_, *written]
+    learned = []
+    for row in rows:
+        assert 1 <= len(row.mask) <= length
+        counted = [token for token, m in zip(row.ids[1:], row.mask, strict=True) if m]
+        learned += counted
+        end = len(given_) + len(learned)
+        assert row.ids == whole[end - len(row.ids) : end]  # behind what it was written behind
+        assert len(row.mask) == min(length, end - 1)
+    assert learned == written
+
+
+# --- the base itself
+
+
+def test_all_explored_is_uniform_and_none_follows_the_model(
+    own: OwnPolicy, books: list[Document]
+) -> None:
+    own = copy.copy(own)
+    own.max_edit_tokens = 1
+    document, model = books[0], own.run.model
+    ids = torch.tensor([document.context_ids[-59:]])
+    with torch.no_grad():
+        p = model(ids)[0, -1, own.tokens[:3]].double().softmax(0).numpy()
+    for explore, expected in ((1.0, np.full(3, 1 / 3)), (0.0, p)):
+        drawn = own.propose(document, 300, seed=0, explore=explore)
+        counts = Counter(proposal.edit.source for proposal in drawn)
+        observed = [counts[source] for source in edits.SOURCES]
+        assert stats.chisquare(observed, 300 * expected).pvalue > 1e-3
+        if explore == 1:
+            assert stats.chisquare(observed, 300 * p).pvalue < 1e-3
+            rates = Counter(proposal.edit.lr for proposal in drawn)
+            assert stats.chisquare(list(rates.values())).pvalue > 1e-3
+
+
+def test_texts_are_continuations_of_chunks_and_are_counted(
+    own: OwnPolicy, run: TrainedRun, books: list[Document]
+) -> None:
+    document, edit = books[0], SelfEdit(source="edit", n=4)
+    prompts = own.prompts(edit, document)
+    ids = document.context_ids
+    assert [len(prompt) for prompt in prompts] == [32] * 4
+    assert prompts[0] == ids[-32:]
+    assert prompts[-1] == ids[:32]
+    assert len({tuple(prompt) for prompt in prompts}) == 4
+    found = own.with_text(edit, document, seed=5)
+    assert found.prompt_tokens == 128
+    assert found.tokens <= 4 * 12
+    assert found.tokens == sum(len(run.tokenizer.encode(text)) for text in found.edit.text)
+    # as the model itself continues one of them
+    steps = run.stream([prompts[2]], [seed_of(5, 2)], 12, own.sampling)
+    alone = run.tokenizer.decode([int(step.tokens) for step in steps])
+    assert alone.startswith(found.edit.text[2])
+    proposals = own.propose(document, 6, seed=0, explore=1.0)
+    for proposal in proposals:
+        chunks = own.prompts(proposal.edit, document)
+        assert proposal.prompt_tokens == 59 + 32 * len(chunks)
+
+
+def test_a_short_context_is_continued_whole(own: OwnPolicy, run: TrainedRun) -> None:
+    ids = [run.tokenizer.eot_id, *run.tokenizer.encode("A short text")]
+    heldout = documents.Heldout(*documents.windows([ids]))
+    document = Document("short", "0" * 64, "A short text", ids, "test", heldout)
+    edit = SelfEdit(source="edit", n=4)
+    assert own.prompts(edit, document) == [ids] * 4
+    assert len(set(own.with_text(edit, document, seed=0).edit.text)) > 1
+    assert own.prefix(document) == ids
+
+
+def test_a_directive_is_drawn_in_any_context(run: TrainedRun, books: list[Document]) -> None:
+    """Shorter than a directive, even: then its first choices are out of sight."""
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(d_model=16, max_seq_len=3), run.tokenizer.vocab_size).eval()
+    policy = made(dataclasses.replace(run, model=model), SelfPolicy(max_edit_tokens=4))
+    config = dataclasses.replace(OUTER, tokens_per_step=2, steps=1)
+    found = policy.propose(books[0], 3, seed=0, explore=0.0)
+    later = policy.sft([(books[0], found[0].edit)], config, seed=0)
+    assert len(later.propose(books[0], 3, seed=0, explore=0.0)) == 3
+
+
+def test_merged_is_what_was_trained(own: OwnPolicy, books: list[Document]) -> None:
+    examples = [(books[0], own.with_text(SelfEdit(source="edit"), books[0], seed=0).edit)]
+    later = own.sft(examples, OUTER, seed=7)
+    assert isinstance(later, OwnPolicy)
+    found = inner.adapt(
+        own.run.model,
+        own.rows(examples, OUTER.tokens_per_step),
+        OUTER.learning_rate,
+        InnerConfig([OUTER.steps], OUTER.tokens_per_step, OUTER.lora),
+        seed_of(7, "sft"),
+        lambda _: inner.Score(0.0, None, 0.0),
+    )
+    tokens = torch.randint(250, (2, 40))
+    assert torch.allclose(later.run.model(tokens), found.model(tokens), atol=1e-5)
+    assert not torch.allclose(later.run.model(tokens), own.run.model(tokens), atol=1e-2)
+    assert {type(module).__module__ for module in later.run.model.modules()} == {
+        type(module).__module__ for module in own.run.model.modules()
+    }
+
+
+def test_a_policy_that_has_diverged_proposes_nothing(
+    own: OwnPolicy, hf: HuggingFacePolicy, books: list[Document]
+) -> None:
+    for policy in (own, hf):
+        model = copy.deepcopy(own.run.model if policy is own else hf.lm)
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+        broken = policy._with(model)
+        for draw in (
+            lambda broken=broken: broken.propose(books[0], 1, seed=0, explore=1.0),
+            lambda broken=broken: broken.with_text(SelfEdit(source="edit"), books[0], seed=0),
+        ):
+            with pytest.raises(RunError, match="it has diverged"):
+                draw()
+        with pytest.raises(RunError, match=r"outer.learning_rate=0.01: the policy's training div"):
+            broken.sft([(books[0], SelfEdit())], OUTER, seed=0)
+
+
+def test_what_the_base_cannot_write_is_said(own: OwnPolicy, books: list[Document]) -> None:
+    with pytest.raises(RunError) as caught:
+        own.with_text(SelfEdit(source="edit", text_ops=["qa"]), books[0], seed=0)
+    assert str(caught.value) == "policy.kind=self: cannot qa a text; it can continue"
+    assert own.with_text(SelfEdit(text_ops=["qa"]), books[0], seed=0).edit.text == []
+
+
+# --- a table
+
+
+def test_a_table_is_the_frequencies_of_what_paid(own: OwnPolicy, books: list[Document]) -> None:
+    table = TablePolicy(own)
+    drawn = table.propose(books[0], 300, seed=0, explore=0.0)
+    counts = Counter(proposal.edit.mask for proposal in drawn)
+    assert stats.chisquare([counts[mask] for mask in edits.MASKS]).pvalue > 1e-3
+    accepted = [SelfEdit(lr=1e-2)] * 3 + [SelfEdit(source="both", lr=1e-3)]
+    later: Any = table.sft([(books[0], edit) for edit in accepted], OUTER, seed=0)
+    by_name = dict(zip([slot.name for slot in own.slots], later.table, strict=True))
+    assert by_name["source"].tolist() == pytest.approx([3.5 / 5.5, 0.5 / 5.5, 1.5 / 5.5])
+    assert by_name["lr"].tolist() == pytest.approx([1.5 / 5.5, 0.5 / 5.5, 3.5 / 5.5])
+    assert by_name["mask"].tolist() == pytest.approx([0.9, 0.1])
+    assert later.sft_tokens == 0
+    assert all(len(set(p.tolist())) == 1 for p in table.table)
+
+
+def test_a_table_comes_to_propose_what_is_accepted(own: OwnPolicy, books: list[Document]) -> None:
+    policy: Any = TablePolicy(own)
+    for iteration in range(3):
+        drawn = policy.propose(books[0], 60, seed=iteration, explore=0.1)
+        paid = [p.edit for p in drawn if p.edit.lr == 1e-2 and p.edit.source == "doc"]
+        policy = policy.sft([(books[0], edit) for edit in paid], OUTER, seed=0)
+    assert policy.table[0][0] > 0.9
+    assert policy.table[4][2] > 0.9
+    plain = [p for p in policy.propose(books[1], 20, seed=9, explore=0.0) if not p.edit.text]
+    assert len(plain) > 10
+    assert {(p.prompt_tokens, p.tokens) for p in plain} == {(0, 0)}
+
+
+# --- a model of transformers
+
+
+def test_a_directive_is_asked_for_behind_the_text_and_its_questions(
+    hf: HuggingFacePolicy, books: list[Document]
+) -> None:
+    read = hf.tokenizer.decode(hf.prefix(books[0]))
+    assert read.startswith("<|endoftext|>Text:\n" + books[0].context)
+    assert "Learning rate: a = 0.001, b = 0.003, c = 0.01\n" in read
+    assert "g = continue+restate+qa\n" in read
+    assert read.endswith("in this order: ")
+    for op in edits.TEXT_OPS:
+        (prompt,) = hf.prompts(SelfEdit(source="edit", text_ops=[op]), books[0])
+        assert books[0].context in hf.tokenizer.decode(prompt)
+    long = dataclasses.replace(books[0], context="Sail on. " * 500)
+    assert len(hf.prefix(long)) == 1024 - 6
+    assert hf.tokenizer.decode(hf.prefix(long)).startswith("<|endoftext|>Text:\n")
+    assert len(hf.propose(long, 2, seed=0, explore=0.0)) == 2
+
+
+def test_its_letters_follow_its_own_logits(
+    hf: HuggingFacePolicy, gpt2: Path, books: list[Document]
+) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
+    ids = hf.prefix(books[0])
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0, -1, hf.tokens]
+    assert hf.logits(ids, hf.tokens) == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [hf.tokenizer.decode([token]) for token in hf.tokens] == list("abcdefg")
+
+
+def test_each_text_is_its_own_and_counted(hf: HuggingFacePolicy, books: list[Document]) -> None:
+    edit = SelfEdit(source="edit", text_ops=["restate", "qa"], n=2)
+    found = hf.with_text(edit, books[0], seed=0)
+    assert len(set(found.edit.text)) == 4
+    assert found.prompt_tokens == sum(map(len, hf.prompts(edit, books[0])))
+    assert 4 < found.tokens <= 4 * 12
+
+
+def test_adapters_of_transformers_merge_into_the_same_model(
+    hf: HuggingFacePolicy, books: list[Document]
+) -> None:
+    before = weights(hf.lm)
+    rows = hf.rows([(books[0], SelfEdit())], OUTER.tokens_per_step)
+    trained = hf_policy.fine_tuned(hf.lm, rows, OUTER, 3)
+    adapted = {n.rpartition(".lora_A")[0].rpartition(".")[2] for n, _ in trained.named_parameters()}
+    assert adapted == {"", "c_attn", "c_proj", "c_fc"}
+    tokens = torch.randint(300, (2, 30))
+    with torch.no_grad():
+        unmerged = trained(tokens).logits
+        plain = hf_policy.merged(trained)
+        assert torch.allclose(plain(tokens).logits, unmerged, atol=1e-5)
+        assert not torch.allclose(hf.lm(tokens).logits, unmerged, atol=1e-3)
+    assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    assert type(plain) is type(hf.lm)
+    assert weights(hf.lm) == before
+
+
+def test_a_saved_policy_is_a_folder_of_transformers(
+    hf: HuggingFacePolicy, run: TrainedRun, books: list[Document], tmp_path: Path
+) -> None:
+    later = hf.sft([(books[0], SelfEdit())], OUTER, seed=0)
+    later.save(tmp_path)
+    later.save(tmp_path)
+    assert not list(tmp_path.rglob("*.bin"))
+    fresh = made(run, ModelPolicy(path=str(tmp_path / "policy"), max_edit_tokens=12))
+    expected = later.propose(books[0], 3, seed=0, explore=0.0)
+    assert fresh.propose(books[0], 3, seed=0, explore=0.0) == expected
+
+
+def test_what_the_base_cannot_read_of_its_text_is_counted(
+    hf: HuggingFacePolicy, books: list[Document]
+) -> None:
+    tokenizer = Char("abcdefghijklmnopqrstuvwxyz ")
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(d_model=16, max_seq_len=32), tokenizer.vocab_size).eval()
+    config = Config(model=model.config, data=CustomData(name="letters"))
+    run = TrainedRun(Path("nowhere"), "final", 0, config, tokenizer, model, None)
+    ids = [tokenizer.eot_id, *tokenizer.encode("a text of letters")]
+    heldout = documents.Heldout(*documents.windows([ids]))
+    document = Document("letters", "0" * 64, "a text of letters", ids, "test", heldout)
+    edit = hf.with_text(SelfEdit(source="edit", n=2), document, seed=0).edit
+    inner_loop = InnerConfig([1], 32, LoraConfig(rank=2))
+    record = trials.run_trial(Base(run, heldout), Trial("x", document, edit, 0, inner_loop))[-1]
+    lines = [line.strip() for text in edit.text for line in text.splitlines()]
+    lacking = sum(letter not in tokenizer.alphabet for line in lines for letter in line)
+    assert lacking > 0
+    assert record["edit_unknown_tokens"] == lacking
+    assert record["error"] is None
+
+
+# --- a model of mlx_lm
+
+
+@pytest.fixture
+def mlx(monkeypatch: pytest.MonkeyPatch, hf: HuggingFacePolicy) -> SimpleNamespace:
+    """As much of mlx and mlx_lm as a policy calls, over numpy: it shows that it is called as its
+    documentation says, not that it answers so."""
+    rng = {"now": np.random.default_rng()}
+    state = SimpleNamespace(prompts=[], broken=False)
+
+    def model(ids: Any) -> Any:  # (B, T) -> (B, T, V)
+        return np.sin(np.arange(300) * (1 + ids[:, :, None] % 7)) * 3
+
+    def stream_generate(
+        model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, sampler: Any
+    ) -> Iterator[SimpleNamespace]:
+        state.prompts.append(prompt)
+        for n in range(max_tokens):
+            token = 0 if n == 6 else int(rng["now"].integers(1, 300))
+            logprobs = np.full(300, float("nan") if state.broken else -6.0)
+            stop = token == 0
+            text = "" if stop else tokenizer.decode([token])
+            reason = "stop" if stop else None
+            yield SimpleNamespace(text=text, token=token, logprobs=logprobs, finish_reason=reason)
+            if stop:
+                return
+
+    core, lm, sampling = (ModuleType(n) for n in ("mlx.core", "mlx_lm", "mlx_lm.sample_utils"))
+    vars(core).update(
+        array=np.array,
+        random=SimpleNamespace(seed=lambda s: rng.update(now=np.random.default_rng(s))),
+    )
+    vars(lm).update(load=lambda path: (model, hf.tokenizer), stream_generate=stream_generate)
+    vars(sampling).update(make_sampler=lambda temp, top_k: (temp, top_k))
+    for module in (core, lm, sampling):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "mlx", ModuleType("mlx"))
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    return state
+
+
+def test_mlx_is_asked_as_transformers_is(
+    mlx: SimpleNamespace, run: TrainedRun, gpt2: Path, hf: HuggingFacePolicy, books: list[Document]
+) -> None:
+    policy = made(run, ModelPolicy(kind="mlx", path=str(gpt2), max_edit_tokens=12))
+    edit = SelfEdit(source="edit", text_ops=["continue", "qa"], n=2)
+    found = policy.with_text(edit, books[0], seed=0)
+    assert mlx.prompts == hf.prompts(edit, books[0])
+    assert len(set(found.edit.text)) == 4
+    assert found.tokens == 4 * 6
+    assert found == policy.with_text(edit, books[0], seed=0)
+    drawn = policy.propose(books[0], 4, seed=0, explore=0.2)
+    assert drawn == policy.propose(books[0], 4, seed=0, explore=0.2)
+    assert all(edits.parse(p.edit.to_json()) == p.edit for p in drawn)
+    ids = [5, 6]
+    expected = np.sin(np.array(policy.tokens) * 7) * 3
+    assert policy.logits(ids, policy.tokens) == pytest.approx(expected.tolist())
+    assert not policy.learns
+    with pytest.raises(RunError, match=r"policy\.kind=mlx: cannot be trained"):
+        policy.sft([(books[0], found.edit)], OUTER, seed=0)
+    mlx.broken = True
+    with pytest.raises(RunError, match="it has diverged"):
+        policy.with_text(edit, books[0], seed=0)
+
+
+def test_mlx_runs_no_code_of_a_folder(
+    mlx: SimpleNamespace, run: TrainedRun, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_file": "model.py"}')
+    with pytest.raises(ConfigError, match="brings code of its own"):
+        made(run, ModelPolicy(kind="mlx", path=str(tmp_path)))
+
+
+# --- a file
+
+
+def test_a_file_gives_back_what_was_written(
+    own: OwnPolicy, books: list[Document], tmp_path: Path
+) -> None:
+    written = own.propose(books[0], 4, seed=0, explore=1.0)
+    others = own.propose(books[1], 2, seed=0, explore=1.0)
+    path = tmp_path / "edits.jsonl"
+    lines = [line(books[0], one) for one in written]
+    lines += [line(books[1], one, doc_sha256=None) for one in others]
+    path.write_text("\n".join(lines))
+    policy = ReplayPolicy(str(path), books[:2])
+    assert policy.propose(books[0], 4, seed=0, explore=0.5) == written
+    assert policy.propose(books[0], 6, seed=3, explore=0.0) == [written[3], *written, written[0]]
+    assert policy.propose(books[1], 1, seed=1, explore=0.0) == [others[1]]
+    path.write_text(line(books[0], Proposal(SelfEdit())))
+    with pytest.raises(RunError, match=f"has no text for the document {books[0].doc_id}"):
+        ReplayPolicy(str(path)).with_text(SelfEdit(source="edit"), books[0], seed=0)
+
+
+def test_a_document_without_edits_is_named(run: TrainedRun, books: list[Document], tmp_path: Path):
+    path = tmp_path / "edits.jsonl"
+    path.write_text(line(books[0], Proposal(SelfEdit())))
+    said = f"policy.path={path}: has no edit of the document {books[1].doc_id}"
+    with pytest.raises(ConfigError) as caught:
+        made(run, FilePolicy(path=str(path)), *books[:2])
+    assert str(caught.value) == said
+    with pytest.raises(RunError) as later:
+        made(run, FilePolicy(path=str(path)), books[0]).propose(books[1], 1, seed=0, explore=0.0)
+    assert str(later.value) == said
+
+
+GOOD = json.dumps({"doc_id": "x", "edit": dataclasses.asdict(SelfEdit())})
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("{", "not JSON ("),
+        ("\udcff", "not JSON ("),
+        ("[1]", "must be an object with an edit"),
+        ('{"doc_id": "x"}', "must be an object with an edit"),
+        (GOOD.replace('"x"', "3"), "must say whose edit it is, by doc_sha256 or doc_id"),
+        (GOOD.replace('"n": 1', '"n": 0'), "edit.n=0: must be at least 1"),
+        (GOOD.replace('"lr": 0.003', '"lr": 1e999'), "edit.lr=inf: must be a finite number"),
+        (GOOD[:-1] + ', "tokens": -1}', "tokens=-1: must be a number of tokens, at least 0"),
+    ],
+)
+def test_a_line_that_is_no_edit_is_said_with_its_number(
+    bad: str, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text(f"{GOOD}\n\n{bad}\n", errors="surrogateescape")
+    with pytest.raises(ConfigError) as caught:
+        ReplayPolicy(str(path))
+    assert str(caught.value).startswith(f"policy.path={path}: line 3: {said}")
+    assert "\n" not in str(caught.value)
+
+
+# --- what cannot be had
+
+
+def said(run: TrainedRun, policy: PolicyConfig) -> str:
+    with pytest.raises(ConfigError) as caught:
+        made(run, policy)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_no_model_is_said_in_a_line(run: TrainedRun, gpt2: Path, tmp_path: Path) -> None:
+    for kind in ("hf", "file"):
+        kinds: dict[str, PolicyConfig] = {
+            "hf": ModelPolicy(path="nowhere"),
+            "file": FilePolicy(path="nowhere"),
+        }
+        assert said(run, kinds[kind]).startswith("policy.path=nowhere: ")
+    where = f"policy.path={tmp_path}: "
+    assert said(run, ModelPolicy(path=str(tmp_path))) == (
+        f"{where}not the folder of a model, as it has no config.json"
+    )
+    (tmp_path / "config.json").write_text("[]")
+    assert said(run, ModelPolicy(path=str(tmp_path))).startswith(where)
+    (tmp_path / "config.json").write_bytes((gpt2 / "config.json").read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    assert said(run, ModelPolicy(path=str(tmp_path))).startswith(
+        f"{where}AutoModelForCausalLM of transformers cannot read it ("
+    )
+    (tmp_path / "model.safetensors").write_bytes((gpt2 / "model.safetensors").read_bytes())
+    assert said(run, ModelPolicy(path=str(tmp_path))).startswith(f"{where}the tokenizer has 0 le")
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert "AutoTokenizer" in said(run, ModelPolicy(path=str(tmp_path)))
+    long = said(run, ModelPolicy(path=str(gpt2), max_edit_tokens=1000))
+    assert long.endswith("too short for the prompts and policy.max_edit_tokens=1000")
+
+
+def test_code_in_a_folder_is_not_run(run: TrainedRun, gpt2: Path, tmp_path: Path) -> None:
+    for file in gpt2.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    values = json.loads((gpt2 / "config.json").read_text())
+    auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    values |= {"model_type": "evil", "auto_map": auto}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert "cannot read it" in said(run, ModelPolicy(path=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "line"),
+    [
+        ("hf", "transformers", "policy.kind=hf: needs `pip install 'tinygpt[hf]'`"),
+        ("hf", "peft", "policy.kind=hf: needs `pip install 'tinygpt[hf]'`"),
+        ("mlx", "mlx_lm", "policy.kind=mlx: needs `pip install 'tinygpt[mlx]'`"),
+    ],
+)
+def test_a_library_that_is_missing_is_named(
+    kind: str,
+    module: str,
+    line: str,
+    run: TrainedRun,
+    gpt2: Path,
+    mlx: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert said(run, ModelPolicy(kind=kind, path=str(gpt2))) == line
+
+
+def test_mlx_elsewhere_is_refused(
+    run: TrainedRun, gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert said(run, ModelPolicy(kind="mlx", path=str(gpt2))) == (
+        "policy.kind=mlx: needs Apple silicon, and this is Linux x86_64; use hf"
+    )
+
+
+def test_a_state_that_is_another_policys_is_refused(
+    own: OwnPolicy, run: TrainedRun, tmp_path: Path
+) -> None:
+    table = TablePolicy(own)
+    for policy in (own, table):
+        with pytest.raises(ConfigError, match=str(tmp_path)):
+            policy.load(tmp_path)
+    torch.manual_seed(0)
+    other = GPT(ModelConfig(d_model=32, n_heads=2), run.tokenizer.vocab_size)
+    own._with(other).save(tmp_path)
+    with pytest.raises(ConfigError, match="not a policy that the model of"):
+        own.load(tmp_path)
+    table.save(tmp_path)
+    rates: Sequence[float] = [1e-3, 1e-2]
+    with pytest.raises(ConfigError, match="not a table of these slots and options"):
+        TablePolicy(OwnPolicy(run, SelfPolicy(), rates)).load(tmp_path)
+    assert math.isclose(sum(table.load(tmp_path).table[0]), 1)
