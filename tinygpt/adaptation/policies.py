@@ -16,7 +16,6 @@ from tinygpt.adaptation.config import (
 )
 from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import SelfEdit
-from tinygpt.config import ConfigError
 from tinygpt.trained import TrainedRun
 
 
@@ -81,8 +80,7 @@ def make_policy(config: AdaptConfig, run: TrainedRun, documents: Sequence[Docume
         from tinygpt.adaptation.hf_policy import HuggingFacePolicy
 
         return HuggingFacePolicy(policy, rates, run.model.output_weight.device)
-    if isinstance(policy, FilePolicy):
-        from tinygpt.adaptation.file_policy import ReplayPolicy
+    assert isinstance(policy, FilePolicy)
+    from tinygpt.adaptation.file_policy import ReplayPolicy
 
-        return ReplayPolicy(policy.path, documents)
-    raise ConfigError(f"policy.kind={policy.kind}: must be one of self, table, hf, mlx, file")
+    return ReplayPolicy(policy.path, documents)

@@ -59,10 +59,11 @@ class PromptedPolicy(Writer):
         most = max(len(slot.options) for slot in self.slots)
         self.tokens = edits.option_tokens(self.encode, tokenizer.unk_token_id, most, where)
         self.frames = FRAMES | {"directive": self._questions()}
-        if min(map(self._room, self.frames)) < 1:
+        room = min(map(self._room, self.frames))
+        if room < 1:
             raise ConfigError(
-                f"{where}: its context of {self.length} tokens is too short for the prompts and "
-                f"policy.max_edit_tokens={config.max_edit_tokens}"
+                f"{where}: its context of {self.length} tokens is too short; prompts and "
+                f"policy.max_edit_tokens={config.max_edit_tokens} take {self.length - room}"
             )
 
     def _questions(self) -> Frame:
