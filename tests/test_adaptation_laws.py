@@ -48,7 +48,7 @@ def record(**values: Any) -> dict[str, Any]:
         "heldout_before": 5.0, "heldout_after": 4.5, "delta_val_loss": -0.5, "reward": 0.5,
         "accuracy_before": 0.0, "accuracy_after": 0.5,
         "base_before": 2.0, "base_after": 2.25, "forgetting": 0.25,
-        "train_loss_first": 5.0, "train_loss_last": 3.0, "accepted": null,
+        "train_loss_first": 5.0, "train_loss_last": 3.0, "accepted": null, "times_proposed": null,
         "wall_s": 0.1, "cpu_s": 0.1, "device": "cpu", "error": null}"""
     )
     found |= values
@@ -320,6 +320,10 @@ def test_the_best_edit_of_a_document_is_by_its_mean_over_seeds(tmp_path: Path) -
         for (doc, edit), values in rewards.items()
         for seed, r in enumerate(values)
     ]
+    often = [row | {"times_proposed": 3 if row["edit_id"] == "x" else 1} for row in rows]
+    (found,) = analyse_adaptation(load(written(often, tmp_path / "o"))).restem.to_dict("records")
+    assert found["mean"] == pytest.approx(((3 * 4 + 5) / 4 + 1) / 2)
+    assert found["edits"] == pytest.approx((4 + 1) / 2)
     (found,) = analyse_adaptation(load(written(rows, tmp_path))).restem.to_dict("records")
     assert found["mean"] == pytest.approx((4.5 + 1) / 2)
     assert found["best"] == pytest.approx((5 + 1) / 2)

@@ -51,7 +51,7 @@ class InnerConfig:
 class TuningConfig:
     """What is tried on the tune documents, by the reward after the most steps."""
 
-    learning_rates: list[float] = key([1e-3, 3e-3, 1e-2], above=0.0)  # noqa: RUF009
+    learning_rates: list[float] = key([3e-4, 1e-3, 3e-3, 1e-2], above=0.0)  # noqa: RUF009
     directives: int = key(24, least=1)  # drawn at random for fixed_best_directive, beside the rates
     forgetting_weight: float = key(0.0, least=0.0)  # score = reward - weight·max(0, forgetting)
 
@@ -164,17 +164,16 @@ def methods_of(config: AdaptConfig) -> list[str]:
     return [m for m in known if config.methods is None or m in config.methods]
 
 
-def count_trials(config: AdaptConfig) -> int:
-    """How many edits of a document a study trains on, ``none`` included."""
+def count_records(config: AdaptConfig) -> int:
+    """How many records a study makes where every document is long enough: one for each number of
+    inner steps of a trial; of ``none``, one."""
     documents, outer, tuning = config.documents, config.outer, config.tuning
-    trials = 0
-    for method in methods_of(config):
-        rounds = outer.iterations + 1 if method == "restem" else 1
-        trials += documents.test * rounds
-        if method == "fixed_best_directive":
-            trials += documents.tune * tuning.directives
-        elif method in ("lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc"):
-            trials += documents.tune * len(tuning.learning_rates)
-        elif method == "restem":
-            trials += documents.train * outer.iterations * outer.samples * outer.inner_seeds
-    return trials
+    trials = {"none": 0, "uniform_directive": documents.test}
+    trials["fixed_best_directive"] = documents.test + documents.tune * tuning.directives
+    rounds = outer.iterations * outer.samples * outer.inner_seeds
+    trials["restem"] = documents.test * (outer.iterations + 1) + documents.train * rounds
+    tuned = documents.test + documents.tune * len(tuning.learning_rates)
+    methods = methods_of(config)
+    each = len(config.inner.inner_steps)
+    nothing = documents.test if "none" in methods else 0
+    return nothing + each * sum(trials.get(method, tuned) for method in methods)

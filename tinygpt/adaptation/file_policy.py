@@ -24,6 +24,7 @@ class ReplayPolicy:
 
     backend = "file"
     learns = False
+    ops: Sequence[str] = ("continue",)  # whatever its texts are
     sft_tokens = 0
 
     def __init__(self, path: str, documents: Sequence[Document] = ()) -> None:

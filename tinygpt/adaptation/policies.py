@@ -35,6 +35,7 @@ class Policy(Protocol):
     model: str  # where its weights are from
     learns: bool  # whether ``sft`` can be asked for
     sft_tokens: int
+    ops: Sequence[str]  # the texts that it can write
 
     def propose(
         self, document: Document, count: int, *, seed: int, explore: float

@@ -47,7 +47,7 @@ ANSWER = re.compile(r"\s*\n\s*(?=(?:Answer|A):)")  # on a line of its own it wou
 class PromptedPolicy(Writer):
     """Its tokenizer is one of transformers; so are those of mlx_lm."""
 
-    ops = TEXT_OPS
+    ops: Sequence[str] = TEXT_OPS
 
     def __init__(self, config: ModelPolicy, rates: Sequence[float], tokenizer: Any) -> None:
         """Raises ConfigError where the prompts and the text do not fit into the context, and for

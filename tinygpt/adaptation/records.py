@@ -55,6 +55,7 @@ FIELDS = (
     "train_loss_last",
     "doc_unknown_tokens",
     "edit_unknown_tokens",
+    "times_proposed",
     "accepted",
     "wall_s",
     "cpu_s",
@@ -69,8 +70,8 @@ def blank() -> Record:
     return dict.fromkeys(FIELDS)
 
 
-class RecordsFile:
-    """``adapt.jsonl``.  One process writes it."""
+class LinesFile:
+    """JSON objects, a line each.  One process writes it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -83,28 +84,24 @@ class RecordsFile:
 
     def read(self) -> list[Record]:
         """Whole lines only; a torn last one is left out.  Raises ConfigError, naming the line, for
-        what is no record."""
+        what is no object."""
         if not self.path.exists():
             return []
         found = []
         *lines, _ = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
+                value = json.loads(line)
             except ValueError as error:
                 raise ConfigError(f"{self.path}: line {number} is not JSON ({error})") from error
-            if not isinstance(record, dict) or record.keys() != set(FIELDS):
-                raise ConfigError(f"{self.path}: line {number} is not a record of an adaptation")
-            found.append(record)
+            if not isinstance(value, dict):
+                raise ConfigError(f"{self.path}: line {number} is not an object")
+            found.append(value)
         return found
 
-    def done(self) -> set[str]:
-        """The run ids that are there."""
-        return {record["run_id"] for record in self.read()}
-
-    def append(self, records: Sequence[Record], sync: bool = False) -> None:
+    def append(self, values: Sequence[Record], sync: bool = False) -> None:
         """All of them in one write, or none.  ``sync``: on the disk when it returns."""
-        lines = [json.dumps(record, allow_nan=False) for record in records]
+        lines = [json.dumps(value, allow_nan=False) for value in values]
         content = "".join(f"{line}\n" for line in lines).encode()
         with naming(self.path), self.path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
@@ -113,3 +110,15 @@ class RecordsFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if sync:
                 os.fsync(file.fileno())
+
+
+class RecordsFile(LinesFile):
+    """``adapt.jsonl``."""
+
+    def read(self) -> list[Record]:
+        """As of any such file.  Raises ConfigError, naming the line, for what is no record."""
+        found = super().read()
+        for number, record in enumerate(found, start=1):
+            if record.keys() != set(FIELDS):
+                raise ConfigError(f"{self.path}: line {number} is not a record of an adaptation")
+        return found

@@ -34,7 +34,7 @@ class OwnPolicy(Writer):
     draws a directive, and texts are what it continues parts of that context with."""
 
     backend = "self"
-    ops = ("continue",)
+    ops: Sequence[str] = ("continue",)
 
     def __init__(self, run: TrainedRun, config: WritingPolicy, rates: Sequence[float]) -> None:
         """Raises ConfigError for a tokenizer without enough letters."""
@@ -139,6 +139,7 @@ class TablePolicy:
 
     def __init__(self, writer: OwnPolicy) -> None:
         self.writer, self.model = writer, writer.model
+        self.ops = writer.ops
         self.table: list[npt.NDArray[np.float64]] = [
             np.full(len(slot.options), 1 / len(slot.options)) for slot in writer.slots
         ]

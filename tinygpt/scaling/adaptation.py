@@ -346,8 +346,7 @@ def restem(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         good = group[group["error"].isna()]
         if good.empty:
             continue
-        edits = good.groupby(["doc_sha256", "edit_id"], dropna=False)["reward"].mean()
-        documents = edits.groupby("doc_sha256").agg(["mean", "max", "size"])
+        documents = pd.DataFrame([_proposed(part) for _, part in good.groupby("doc_sha256")])
         row = dict(zip(keys, key, strict=True))
         row |= {"inner_steps": group["inner_steps"].iloc[0], "documents": len(documents)}
         row["edits"] = documents["size"].mean()
@@ -356,6 +355,14 @@ def restem(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             row |= {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
         rows.append({**row, "accepted": group["accepted"].astype(float).mean()})
     return pd.DataFrame(rows)
+
+
+def _proposed(records: pd.DataFrame) -> dict[str, float]:
+    """Of the edits of a document, each as often as it was proposed."""
+    edits = records.groupby("edit_id").agg({"reward": "mean", "times_proposed": "max"})
+    times = edits["times_proposed"].fillna(1)
+    mean = float(np.average(edits["reward"], weights=times))
+    return {"mean": mean, "max": edits["reward"].max(), "size": times.sum()}
 
 
 def pareto_front(forgetting: Array, reward: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -19,7 +19,7 @@ BASE = ["task", "base_parameters"]
 WHOLE = ("base_parameters", "iteration", "lora_rank", "inner_steps", "seed")
 NUMBERS = (
     *("reward", "forgetting", "accuracy_before", "accuracy_after", "lr", "flops_est"),
-    *("tokens_processed", "policy_prompt_tokens", "policy_tokens", "sft_tokens"),
+    *("tokens_processed", "policy_prompt_tokens", "policy_tokens", "sft_tokens", "times_proposed"),
 )
 TEXTS = ("run_id", "task", "split", "method", "doc_sha256", "edit_id", "error")
 NEEDED = (*TEXTS, *WHOLE, *NUMBERS, "accepted")

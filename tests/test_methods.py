@@ -1,0 +1,294 @@
+"""What each method of an adaptation trains on, what is learned from, and that nothing is done
+twice: with a policy whose edits are given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.test_adaptation import base, run  # noqa: F401  fixtures
+from tinygpt.adaptation import methods
+from tinygpt.adaptation.config import (
+    AdaptConfig,
+    DocumentsConfig,
+    InnerConfig,
+    OuterConfig,
+    TuningConfig,
+    count_records,
+)
+from tinygpt.adaptation.documents import Document, new_facts
+from tinygpt.adaptation.edits import SelfEdit
+from tinygpt.adaptation.methods import Study, canonical, run_methods
+from tinygpt.adaptation.policies import Policy, Proposal
+from tinygpt.adaptation.records import TIMES, LinesFile, Record, RecordsFile
+from tinygpt.adaptation.study import make_results
+from tinygpt.adaptation.trials import Base
+from tinygpt.config import LoraConfig
+
+NOTHING = 1e-30  # a rate by which no weight moves
+GOOD, BETTER = 3e-3, 1e-2
+
+
+class Scripted:
+    """Proposes directives of given rates, the same for every document; learns by taking the next
+    list of them."""
+
+    backend = "scripted"
+    model = "none"
+    learns = True
+    sft_tokens = 0
+    ops: Sequence[str] = ("continue",)
+
+    def __init__(self, rates: Sequence[Sequence[float]], taught: list[Any] | None = None) -> None:
+        self.rates = list(rates)
+        self.taught: list[Any] = [] if taught is None else taught
+        self.calls = 0
+
+    def propose(
+        self, document: Document, count: int, *, seed: int, explore: float
+    ) -> list[Proposal]:
+        self.calls += 1
+        rates = self.rates[0] if document.split == "train" else self.rates[0][:1]
+        return [Proposal(SelfEdit(lr=rate), 7, 5) for rate in rates[:count]]
+
+    def with_text(self, edit: SelfEdit, document: Document, *, seed: int) -> Proposal:
+        self.calls += 1
+        return Proposal(dataclasses.replace(edit, text=[document.context[::-1]] * edit.n), 3, 2)
+
+    def sft(
+        self, examples: Sequence[tuple[Document, SelfEdit]], config: OuterConfig, *, seed: int
+    ) -> Policy:
+        self.taught.append([(document.doc_id, edit.lr) for document, edit in examples])
+        new = Scripted(self.rates[1:], self.taught)
+        new.sft_tokens = self.sft_tokens + 100
+        return new
+
+    def save(self, folder: Path) -> None:
+        (folder / "rates.json").write_text(json.dumps([self.rates, self.sft_tokens]))
+
+    def load(self, folder: Path) -> Policy:
+        rates, tokens = json.loads((folder / "rates.json").read_text())
+        new = Scripted(rates, self.taught)
+        new.sft_tokens = tokens
+        return new
+
+
+def config_of(*names: str, **outer: Any) -> AdaptConfig:
+    return AdaptConfig(
+        run="base",
+        methods=list(names),
+        documents=DocumentsConfig("new_facts", train=2, tune=2, test=2),
+        inner=InnerConfig(inner_steps=[1, 4], tokens_per_step=40, lora=LoraConfig(rank=4)),
+        tuning=TuningConfig(learning_rates=[NOTHING, GOOD], directives=3),
+        outer=OuterConfig(**outer),
+        policy=None,  # type: ignore[arg-type]
+        hardware=None,  # type: ignore[arg-type]
+        launcher=None,  # type: ignore[arg-type]
+        seed=3,
+    )
+
+
+@pytest.fixture
+def study(base: Base, tmp_path: Path) -> Callable[..., Study]:  # noqa: F811
+    def make(
+        config: AdaptConfig, policy: Scripted | None = None, folder: Path = tmp_path, **more: Any
+    ) -> Study:
+        policy = policy or Scripted([[GOOD]])
+        documents = new_facts(config.documents, base.run)
+        files = RecordsFile(folder / "adapt.jsonl"), LinesFile(folder / "edits.jsonl")
+        return Study(config, base, documents, policy, *files, folder / "policies", **more)
+
+    return make
+
+
+def of(study: Study, method: str, split: str) -> list[Record]:
+    every = study.records.read()
+    return [r for r in every if (r["method"], r["split"]) == (method, split)]
+
+
+def test_the_rate_is_the_best_on_the_tune_documents(study: Callable[..., Study]) -> None:
+    one = study(config_of("none", "lora_doc", "oracle", "full_ft_doc"))
+    run_methods(one)
+    for method in ("lora_doc", "oracle", "full_ft_doc"):
+        means = {
+            rate: np.mean(
+                [
+                    r["reward"]
+                    for r in of(one, method, "tune")
+                    if r["edit"]["lr"] == rate and r["inner_steps"] == 4
+                ]
+            )
+            for rate in (NOTHING, GOOD)
+        }
+        best = max(means, key=lambda rate: means[rate])
+        assert {r["edit"]["lr"] for r in of(one, method, "test")} == {best}
+        assert abs(means[NOTHING]) < 1e-6
+    assert {r["lr"] for r in of(one, "full_ft_doc", "test")} == {0.1 * GOOD}
+    assert {r["lora_rank"] for r in of(one, "full_ft_doc", "test")} == {None}
+    assert [r["inner_steps"] for r in of(one, "none", "test")] == [0, 0]
+    assert {r["edit"]["source"] for r in of(one, "oracle", "test")} == {"both"}
+    assert all(len(r["edit"]["text"]) >= 2 for r in of(one, "oracle", "test"))
+    assert len(one.records.read()) == count_records(one.config)
+
+
+def test_what_is_forgotten_can_count(study: Callable[..., Study]) -> None:
+    config = config_of("lora_doc")
+    config.tuning = TuningConfig([NOTHING, 3e-2], forgetting_weight=1e6)
+    one = study(config)
+    run_methods(one)
+    forgot = [r["forgetting"] for r in of(one, "lora_doc", "tune") if r["edit"]["lr"] == 3e-2]
+    assert forgot[-1] > 0.01
+    assert {r["edit"]["lr"] for r in of(one, "lora_doc", "test")} == {NOTHING}
+
+
+def test_the_best_directive_is_the_best_of_all_that_were_tried(study: Callable[..., Study]) -> None:
+    names = ("lora_doc", "lora_edit", "lora_doc+edit", "fixed_best_directive")
+    one = study(config_of(*names))
+    run_methods(one)
+    scores: dict[str, list[float]] = {}
+    for method in names:
+        for r in of(one, method, "tune"):
+            if r["inner_steps"] == 4:
+                plain = json.dumps({**r["edit"], "text": []})
+                scores.setdefault(plain, []).append(r["reward"])
+    assert len(scores) == 3 * 2 + 3  # none is tried twice
+    best = max(scores, key=lambda edit: np.mean(scores[edit]))
+    (chosen,) = {
+        json.dumps({**r["edit"], "text": []}) for r in of(one, "fixed_best_directive", "test")
+    }
+    assert chosen == best
+    assert len(one.records.read()) == count_records(one.config)
+
+
+def test_a_uniform_directive_is_another_for_each_document_and_seed(
+    study: Callable[..., Study],
+) -> None:
+    one = study(config_of("uniform_directive"))
+    document = one.documents[0]
+    drawn = set()
+    for seed in range(60):
+        one.config.seed = seed
+        drawn.add(methods.uniform(one, document).edit_id)
+    distinct = {canonical(edit).edit_id for edit in methods.grid(one)}
+    assert len(distinct) > 40
+    assert drawn < distinct
+    assert len(drawn) > 20
+    one.config.seed = 3
+    run_methods(one)
+    each = [methods.uniform(one, d) for d in one.split("test")]
+    found = of(one, "uniform_directive", "test")[:: len(one.config.inner.inner_steps)]
+    assert [r["edit"]["lr"] for r in found] == [edit.lr for edit in each]
+
+
+def test_of_each_document_the_best_edit_is_learned_from_if_it_gains(
+    study: Callable[..., Study],
+) -> None:
+    policy = Scripted([[NOTHING, GOOD, BETTER, 10.0], [GOOD, NOTHING], [BETTER]])
+    one = study(config_of("restem", iterations=2, samples=4), policy)
+    run_methods(one)
+    train = of(one, "restem_it0", "train")
+    assert len(train) == 2 * 4 * 2
+    for document in one.split("train"):
+        last = [r for r in train if r["doc_id"] == document.doc_id and r["inner_steps"] == 4]
+        scores = [-np.inf if r["error"] else r["reward"] for r in last]
+        assert [r["accepted"] for r in last] == [n == np.argmax(scores) for n in range(4)]
+        best = last[int(np.argmax(scores))]["edit"]["lr"]
+        assert (document.doc_id, best) in policy.taught[0]
+    assert [len(taught) for taught in policy.taught] == [2, 2]
+    tested = [of(one, f"restem_it{n}", "test") for n in range(3)]
+    assert [{r["edit"]["lr"] for r in some} for some in tested] == [{NOTHING}, {GOOD}, {BETTER}]
+    assert [{r["sft_tokens"] for r in some} for some in tested] == [{0}, {100}, {200}]
+    assert {(r["policy_prompt_tokens"], r["policy_tokens"]) for r in tested[0]} == {(7, 5)}
+    assert {r["accepted"] for some in tested for r in some} == {None}
+    assert len(one.records.read()) == count_records(one.config) - 2 * 2 * 2  # two, not four
+
+
+def test_nothing_is_learned_from_edits_that_gain_nothing(study: Callable[..., Study]) -> None:
+    policy = Scripted([[10.0], [GOOD]])  # a rate that breaks the model
+    one = study(config_of("restem", iterations=1, samples=1), policy)
+    run_methods(one)
+    assert policy.taught == []
+    assert {r["accepted"] for r in of(one, "restem_it0", "train")} == {False}
+    assert {r["edit"]["lr"] for r in of(one, "restem_it1", "test")} == {10.0}
+
+
+def test_several_trainings_of_an_edit_count_by_their_mean(study: Callable[..., Study]) -> None:
+    one = study(
+        config_of("restem", iterations=1, samples=2, inner_seeds=2),
+        Scripted([[GOOD, BETTER], [GOOD]]),
+    )
+    run_methods(one)
+    last = [r for r in of(one, "restem_it0", "train") if r["inner_steps"] == 4]
+    assert [r["seed"] for r in last] == [3, 4] * 4
+    for document in one.split("train"):
+        mine = [r for r in last if r["doc_id"] == document.doc_id]
+        means = {
+            rate: np.mean([r["reward"] for r in mine if r["lr"] == rate]) for rate in (GOOD, BETTER)
+        }
+        best = max(means, key=lambda rate: means[rate])
+        assert {r["lr"] for r in mine if r["accepted"]} == {best}
+
+
+class Killed(BaseException):
+    pass
+
+
+def plain(records: Sequence[Record]) -> list[Record]:
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def test_a_study_killed_anywhere_goes_on_as_if_nothing_had_been(
+    study: Callable[..., Study], tmp_path: Path
+) -> None:
+    config = config_of("none", "lora_edit", "fixed_best_directive", "restem", iterations=1)
+    rates = [[NOTHING, GOOD], [GOOD]]
+    whole = study(config, Scripted(rates), tmp_path / "whole")
+    for name in ("whole", "torn"):
+        (tmp_path / name).mkdir()
+    run_methods(whole)
+    rng, folder, taught = np.random.default_rng(0), tmp_path / "torn", list[Any]()
+    for _ in range(100):
+        left = int(rng.integers(1, 12))
+
+        def advance(count: int) -> None:
+            nonlocal left
+            left -= count
+            if left <= 0:
+                raise Killed
+
+        again = study(config, Scripted(rates, taught), folder, advance=advance)
+        with (folder / "adapt.jsonl").open("ab") as file:
+            file.write(b'{"run_id": "torn')
+        with (folder / "edits.jsonl").open("ab") as file:
+            file.write(b'{"key')
+        again = study(config, Scripted(rates, taught), folder, advance=advance)
+        try:
+            run_methods(again)
+            break
+        except Killed:
+            continue
+    assert plain(again.records.read()) == plain(whole.records.read())
+    assert again.edits.read() == whole.edits.read()
+    assert len(taught) == 1  # a policy that was saved is not trained again
+    assert make_results(again, "") == make_results(whole, "")
+    before = again.records.path.read_bytes()
+    last = study(config, Scripted(rates), folder)
+    run_methods(last)
+    assert last.policy.calls == 0  # type: ignore[attr-defined]
+    assert last.records.path.read_bytes() == before
+
+
+def test_the_results_are_the_means_of_the_records(study: Callable[..., Study]) -> None:
+    one = study(config_of("none", "lora_doc"))
+    run_methods(one)
+    results = make_results(one, "abc")
+    last = [r["reward"] for r in of(one, "lora_doc", "test") if r["inner_steps"] == 4]
+    assert results["reward_lora_doc"] == np.mean(last)
+    assert results["reward_none"] == 0
+    assert (results["records"], results["errors"]) == (len(one.records.read()), 0)
