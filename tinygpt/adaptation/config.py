@@ -178,3 +178,10 @@ def count_trials(config: AdaptConfig) -> int:
         elif method == "restem":
             trials += documents.train * outer.iterations * outer.samples * outer.inner_seeds
     return trials
+
+
+def count_records(config: AdaptConfig) -> int:
+    """How many lines ``adapt.jsonl`` will have, beside those of documents that are passed over: of
+    a trial one for each number of steps, of ``none`` one."""
+    alone = config.documents.test if "none" in methods_of(config) else 0
+    return alone + (count_trials(config) - alone) * len(config.inner.inner_steps)
