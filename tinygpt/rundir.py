@@ -238,7 +238,7 @@ def folder_of(config: Settings, named: Sequence[str], config_hash: str) -> Path:
 def open_run(path: str | Path) -> RunDir:
     """The folder of a run that has begun.  Raises ConfigError, one line, for any other place."""
     run = RunDir(Path(path).expanduser())
-    if run.config.exists():
+    if run.config.exists() and not is_adaptation(run.path):
         return run
     inside = find_runs(run.path)
     if not run.path.is_dir():
@@ -246,12 +246,41 @@ def open_run(path: str | Path) -> RunDir:
     elif inside:
         why = f"a folder of {len(inside)} runs; give one of them, as {inside[0]}"
     else:
-        why = "not the folder of a run"
+        why = f"not the folder of a run{_but(find_adaptations(run.path), run.path)}"
     raise ConfigError(f"run={path}: {why}")
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders in ``folder``, itself included: d_model-64 before d_model-128."""
+    """The folders of trainings in ``folder``, itself included: d_model-64 before d_model-128."""
+    return [path for path in _begun(folder) if not is_adaptation(path)]
+
+
+def find_adaptations(folder: Path) -> list[Path]:
+    """As ``find_runs``, of adaptations."""
+    return [path for path in _begun(folder) if is_adaptation(path)]
+
+
+def is_adaptation(folder: Path) -> bool:
+    """By its records, or its configuration where there are none yet."""
+    config, records = folder / "config.yaml", folder / "adapt.jsonl"
+    text = "" if records.exists() or not config.exists() else config.read_text(encoding="utf-8")
+    return records.exists() or text.startswith("documents:") or "\ndocuments:" in text
+
+
+def no_runs(key: str, folder: Path) -> ConfigError:
+    """The line for a folder without trainings."""
+    return ConfigError(f"{key}={folder}: no runs in there{_but(find_adaptations(folder), folder)}")
+
+
+def _but(adaptations: Sequence[Path], folder: Path) -> str:
+    """What is there in the place of trainings."""
+    if folder in adaptations:
+        return ", but of an adaptation"
+    count = len(adaptations)
+    return f", but {count} adaptation{'s' * (count > 1)}" if adaptations else ""
+
+
+def _begun(folder: Path) -> list[Path]:
     return sorted((path.parent for path in folder.rglob("environment.json")), key=_natural)
 
 
