@@ -48,21 +48,21 @@ class StudySweeper(Sweeper):
 
 
 class StudyLauncher(Launcher):
-    """Trains the jobs that a sweeper asks for, by the engine that ``launcher=`` names.
+    """Does the jobs that a sweeper asks for, by the engine that ``launcher=`` names.
 
-    A job returns its final validation loss, which a sweeper that optimises makes small.
+    A training returns its final validation loss, which a sweeper that optimises makes small.
     """
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        pass
+        self.file = str(config.hydra.job.config_name)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from tinygpt.cli import one_line_errors
-        from tinygpt.sweeping.study import run_study
+        from tinygpt.sweeping.study import KINDS, run_study
 
         return [
             JobReturn(
@@ -71,7 +71,9 @@ class StudyLauncher(Launcher):
                 _return_value=RuntimeError(outcome.reason) if outcome.failed else outcome.value,
             )
             for overrides, outcome in zip(
-                job_overrides, one_line_errors(run_study)(job_overrides), strict=True
+                job_overrides,
+                one_line_errors(run_study)(job_overrides, KINDS[self.file]),
+                strict=True,
             )
         ]
 

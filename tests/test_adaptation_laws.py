@@ -462,7 +462,7 @@ def test_figures_of_iterations_that_are_gone_go_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["runs=all"], "runs: all/base trained a model and all/adapted adapted one; give them"),
+        (["runs=all/base,all/adapted"], "runs: all/base has trained models and all/adapted adapt"),
         (["runs=all/adapted", "law=power"], "law: not for runs that adapted a model; seed, out"),
     ],
 )

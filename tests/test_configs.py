@@ -46,13 +46,18 @@ GROUPS = (
     *("launcher", "experiment"),
 )
 PAIRS = [(g, path.stem) for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
+PAIRS.remove(("experiment", "adaptation"))  # of tinygpt.adapt, as what follows
+OF_ADAPT = {"adapt.yaml", "hydra/help/adapt.yaml", "experiment/adaptation.yaml"} | {
+    f"policy/{name}.yaml" for name in ("self", "table", "hf", "mlx", "file")
+}
 CHOICES = [pytest.param(*pair, id="=".join(pair)) for pair in PAIRS]
 LARGE = ("slm_tinystories", "gpt_research")  # ten seconds and more for a step, however cut
 VOCABULARY = {"gpt2": 50257, "char": 97, "byte": 258, "saved": 300}
 
 
 def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
-    known = {CONF / "config.yaml", CONF / "hydra" / "help" / "tinygpt.yaml"}
+    known = {CONF / "config.yaml", CONF / "hydra" / "help" / "run.yaml"}
+    known |= {CONF / name for name in OF_ADAPT}
     known |= {CONF / group / f"{choice}.yaml" for group, choice in PAIRS}
     assert set(CONF.rglob("*.yaml")) == known
 
@@ -533,7 +538,7 @@ def schema_keys() -> set[str]:
     """Every leaf of every class that the schema knows."""
     found = {
         f"{group}.{item.name}"
-        for group, choices in {**schema.CHOICES, **cli._PLAIN}.items()
+        for group, choices in cli.RUN.sections.items()
         for cls in choices.values()
         for item in dataclasses.fields(cls)
     }

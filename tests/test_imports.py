@@ -30,15 +30,16 @@ ALLOWED: dict[str, set[str]] = {
     "trained": {"data", "model", "pretrained"},
     "adaptation": {"training", "model", "data", "trained"},
     "scaling": set(),
-    "cli": BELOW,
-    "sweeping": BELOW | {"cli"},
+    "explaining": set(),
+    "cli": BELOW | {"explaining"},
+    "sweeping": BELOW | {"cli", "explaining"},
     "measuring": BELOW | {"cli"},
     "evaluating": {"data", "model", "trained", "training", "scaling"},
     **{command: BELOW | {"cli", "sweeping", "measuring", "evaluating"} for command in COMMANDS},
 }
 TORCH = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
-TORCH_FREE = {"pretrained", "config", "checks", "horizon", "counting", "rundir", "cli", "scaling"}
-USES_HYDRA = COMMANDS | {"cli", "sweeping"}
+TORCH_FREE = {"pretrained", "cli", "explaining", "scaling", *SHARED}
+USES_HYDRA = COMMANDS | {"cli", "explaining", "sweeping"}
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})  # that has its own test
 
 
@@ -148,6 +149,10 @@ print("loaded", *{name.split(".")[0] for name in sys.modules})
         ("run --multirun seed=1,2 model.d_model=-1", set()),
         ("run experiment=width model.d_modle=3", set()),
         ("run --multirun seed=1,2 data=custom data.path=nowhere", DATA - {"datasets"}),
+        ("adapt --help", set()),
+        ("adapt rnu=outputs", set()),
+        ("adapt run=nowhere data=synthetic", set()),
+        ("adapt --multirun experiment=adaptation run=nowhere inner.lora.rnak=4,8", set()),
         ("fit --help", set()),
         ("fit rnus=outputs", set()),
         ("fit runs=nowhere", set()),

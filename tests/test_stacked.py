@@ -25,10 +25,9 @@ from tinygpt import cli
 from tinygpt.config import AdamOptim, Config, ConfigError, ModelConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.linear import onednn_is_there, use_onednn
-from tinygpt.run import check_single
 from tinygpt.sweeping import stacking
 from tinygpt.sweeping.engines import lost
-from tinygpt.sweeping.study import _prepare
+from tinygpt.sweeping.trainings import prepare
 from tinygpt.training.optim import make_optimizer
 from tinygpt.training.session import train
 from tinygpt.training.stack import End, train_stack
@@ -387,7 +386,7 @@ def test_which_runs_train_as_one(corpus: Path, cache: Path, tmp_path: Path) -> N
     words = tiny(corpus, f"cache_dir={cache}", f"output_dir={tmp_path}", "seed=1,2,3,4,5")
     words += ["optim.learning_rate=1e-3,2e-3", "model.d_model=8,16", "model.dropout=0,0.1"]
     jobs = sweep(*words)
-    _prepare(jobs, QUIET)
+    prepare(jobs, QUIET)
     for asked, sizes in (("off", [1] * 40), ("4", [1] * 20 + [3, 3, 4] * 2), ("auto", [])):
         jobs[0].config.sweep.stack = asked
         said: list[str] = []
@@ -415,7 +414,7 @@ def test_what_a_stack_may_be(value: str) -> None:
     assert "must be off, auto or a number of runs, at least 2" in str(error.value)
     assert str(error.value).lower().startswith(f"sweep.stack={value}")
     with pytest.raises(ConfigError, match=r"sweep\.stack=auto: needs --multirun"):
-        check_single(cli.compose_config(["sweep.stack=auto"]), ["sweep.stack=auto"])
+        cli.check_single(cli.compose_config(["sweep.stack=auto"]), ["sweep.stack=auto"])
 
 
 def test_a_sweep_of_stacks(tinygpt: Command, corpus: Path, tmp_path: Path) -> None:

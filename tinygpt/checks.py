@@ -10,8 +10,8 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,6 +26,8 @@ from tinygpt.config import (
     rate_is_scaled,
 )
 
+T = TypeVar("T")
+
 
 def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     """The composed configuration as dataclasses; ``check`` says whether it can be had.
@@ -38,12 +40,18 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     if given:
         for name in HORIZONS:
             composed.train[name] = composed.train[name] if name == given else None
-    config = OmegaConf.to_object(composed)
-    assert isinstance(config, Config)
-    for name in _extra_keys(composed, config):
-        raise ConfigError(unknown_key(name, list(key_names(config))))
+    config = as_dataclasses(composed, Config)
     if not any(getattr(config.train, name) is not None for name in HORIZONS):
         config.train.tokens = DEFAULT_TOKENS
+    return config
+
+
+def as_dataclasses(composed: DictConfig, cls: type[T]) -> T:
+    """The composed configuration, of the schema ``cls``.  Raises ConfigError for other keys."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, cls)
+    for name in _extra_keys(composed, config):
+        raise ConfigError(unknown_key(name, list(key_names(config))))
     return config
 
 
@@ -147,7 +155,11 @@ def check(config: Config) -> None:
         config.hardware.devices != 0,
         "hardware.devices=0: must be at least 1, or -1 for all there are",
     )
-    named = {"study": config.study, "run_name": config.run_name, "data.name": data.name}
+    check_names({"study": config.study, "run_name": config.run_name, "data.name": data.name})
+
+
+def check_names(named: Mapping[str, str | None]) -> None:
+    """Raises ConfigError for a value that cannot name a folder."""
     for name, value in named.items():
         require(
             value is None or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", value) is not None,

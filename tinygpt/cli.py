@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import operator
 import os
@@ -17,58 +16,66 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from tinygpt import checks
+from tinygpt import checks, explaining, rundir
 from tinygpt import config as schema
-from tinygpt.config import Config, ConfigError, RunError
+from tinygpt.adaptation import config as adapting
+from tinygpt.adaptation.config import AdaptConfig
+from tinygpt.config import Config, ConfigError, RunError, Settings
+from tinygpt.explaining import Command, full_key, plain
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Settings)
 P = ParamSpec("P")
 
-_HERE = Path(__file__).resolve().parent
-# Inside an installed wheel conf/ lies in the package, in a checkout beside it.
-CONF_DIR = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir()))
-
-_PLAIN: dict[str, dict[str, type]] = {
-    "model": {"": schema.ModelConfig},
-    "train": {"": schema.TrainConfig},
-    "hardware": {"": schema.HardwareConfig},
-    "logger": {"": schema.LoggerConfig},
-}
+CONF_DIR = explaining.CONF_DIR
 
 
 @functools.cache
 def register_schemas() -> None:
     """Makes the dataclasses known to Hydra, so that it checks names and types as it composes."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for group, choices in schema.CHOICES.items():
+    for command in COMMANDS:
+        store.store(name=f"schema_{command.name}", node=command.schema)
+    for group, choices in {**schema.CHOICES, "policy": adapting.POLICIES}.items():
         for name, node in choices.items():
             store.store(group=f"schema/{group}", name=name, node=node)
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
+    """The checked configuration of ``tinygpt.run`` that ``overrides`` ask for.
+
+    Raises ConfigError, one line.
+    """
+    return compose_for(RUN, overrides)
+
+
+def compose_for(command: Command[S], overrides: Sequence[str]) -> S:
     """The checked configuration that ``overrides`` ask for.  Raises ConfigError, one line."""
-    with explaining(overrides):
+    with in_one_line(overrides, command):
+        _check_experiment(overrides, command)
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         values = [item for item in parsed if _is_plain_value(item)]
         groups = tuple(item.input_line or "" for item in parsed if not _is_plain_value(item))
-        composed = copy.deepcopy(_composed(groups))
+        composed = copy.deepcopy(_composed(command.file, groups))
         ConfigLoaderImpl._apply_overrides_to_config(values, composed)
-        return checked(composed, overrides)
+        return command.read(composed, overrides)
+
+
+def checked_adaptation(composed: DictConfig, overrides: Sequence[str]) -> AdaptConfig:
+    """As dataclasses, checked.  Raises ConfigError."""
+    config = checks.as_dataclasses(composed, AdaptConfig)
+    adapting.check_adapt(config)
+    return config
 
 
 def checked(composed: DictConfig, overrides: Sequence[str]) -> Config:
@@ -83,14 +90,14 @@ def checked(composed: DictConfig, overrides: Sequence[str]) -> Config:
 
 
 @functools.lru_cache(maxsize=64)
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
+def _composed(file: str, overrides: tuple[str, ...]) -> DictConfig:
     """What the chosen groups come to.
 
     Hydra reads a dozen files for that, 60 ms; setting the values of a sweep's thousand jobs on
     copies of it takes one.
     """
     with _initialized():
-        return compose("config", overrides=list(overrides))
+        return compose(file, overrides=list(overrides))
 
 
 @contextlib.contextmanager
@@ -110,26 +117,88 @@ def _is_plain_value(item: Override) -> bool:
     return not (is_group or item.is_sweep_override() or name.startswith("hydra"))
 
 
-def help_text() -> str:
+def start(command: Command[S], job: Callable[[], object]) -> None:
+    """What a command does with ``sys.argv``: prints its help, or has Hydra call ``job``.
+
+    Every mistake is found before torch is imported and before anything is written: those of a
+    single run here, those of a sweep's jobs by sweeping.
+    """
+    parser = get_args_parser()
+    parser.error = _unknown_option  # type: ignore[method-assign]
+    # it may stand anywhere; argparse wants options before or behind the overrides
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("--multirun", "-m"))
+    arguments = parser.parse_args(sys.argv[1:])
+    overrides = arguments.overrides
+    if arguments.help:
+        print(help_text(command))
+        return
+    register_schemas()
+    if not any((arguments.hydra_help, arguments.info, arguments.shell_completion)):
+        if not sweeps(command, overrides, arguments.multirun):
+            check_single(compose_for(command, overrides), overrides)
+        elif not {item.split("=")[0] for item in overrides} & {"study", "experiment"}:
+            sys.argv.append(f"study={_sweep_name(command, overrides)}")
+    job()
+
+
+def _unknown_option(message: str) -> NoReturn:
+    raise ConfigError(f"{message.rpartition(': ')[2]}: no such option; --help shows what there is")
+
+
+def check_single(config: Settings, overrides: Sequence[str]) -> None:
+    """Refuses what only a sweep can use.  Raises ConfigError."""
+    if config.launcher.kind != "serial":
+        raise ConfigError(f"launcher={config.launcher.kind}: needs --multirun, or an experiment")
+    if config.sweep.stack != "off":
+        raise ConfigError(f"sweep.stack={config.sweep.stack}: needs --multirun, or an experiment")
+    if "scale" in {item.split("=")[0] for item in overrides}:
+        raise ConfigError(f"scale={config.scale}: needs an experiment that has scales")
+
+
+def _sweep_name(command: Command[S], overrides: Sequence[str]) -> str:
+    """The study of a bare sweep, named after the keys that it sweeps."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    swept = [o.get_key_element().rsplit(".", 1)[-1] for o in parsed if o.is_sweep_override()]
+    return "-".join([command.sweep, *sorted(swept)])
+
+
+def _check_experiment(overrides: Sequence[str], command: Command[S]) -> None:
+    """Raises ConfigError for an experiment of another command, by the keys that it sets."""
+    names = [item.partition("=")[2] for item in overrides if item.startswith("experiment=")]
+    path = Path(CONF_DIR, "experiment", f"{names[-1] if names else ''}.yaml")
+    if not path.is_file():
+        return
+    found = rundir.read_yaml(path)
+    tables = [table for table in found.get("sweep", {}).values() if isinstance(table, dict)]
+    tables += [found, *(row for table in tables for row in table.get("together", []))]
+    keys = {key.split(".")[0] for table in tables for key in table}
+    for other in COMMANDS:
+        theirs, ours = (set(explaining.fields_of(one.schema)) for one in (other, command))
+        if keys & (theirs - ours):
+            raise ConfigError(f"experiment={names[-1]}: is one of python -m tinygpt.{other.name}")
+
+
+def help_text(command: Command[S]) -> str:
     """What Hydra would print, but it lists every group first, a second's work, to leave it out."""
-    shown = OmegaConf.load(Path(CONF_DIR, "hydra", "help", "tinygpt.yaml"))
+    shown = OmegaConf.load(Path(CONF_DIR, "hydra", "help", f"{command.name}.yaml"))
     return str(OmegaConf.create({"hydra": {"help": shown}}).hydra.help.template)
 
 
-def sweeps(overrides: Sequence[str], multirun: bool) -> bool:
+def sweeps(command: Command[S], overrides: Sequence[str], multirun: bool) -> bool:
     """Whether the command line, or the experiment it names, asks for a sweep."""
-    with explaining(overrides), _initialized():
+    with in_one_line(overrides, command), _initialized():
+        _check_experiment(overrides, command)
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
         composed = hydra.compose_config(
-            "config", list(overrides), RunMode.MULTIRUN, from_shell=False
+            command.file, list(overrides), RunMode.MULTIRUN, from_shell=False
         )
         checks.check_scale(composed.scale)
     return multirun or composed.hydra.mode == RunMode.MULTIRUN
 
 
 @contextlib.contextmanager
-def explaining(overrides: Sequence[str]) -> Iterator[None]:
+def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]:
     """Turns what Hydra and OmegaConf raise into a ConfigError."""
     register_schemas()
     _check_words(overrides)
@@ -138,7 +207,7 @@ def explaining(overrides: Sequence[str]) -> Iterator[None]:
     except ConfigError:
         raise
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
-        raise ConfigError(_explain(error, overrides)) from error
+        raise ConfigError(explaining.explain(error, overrides, command)) from error
 
 
 def _check_words(overrides: Sequence[str]) -> None:
@@ -147,110 +216,6 @@ def _check_words(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{item}: a key cannot be removed, only set")
         if not re.match(r"\+{0,2}[A-Za-z_][\w./@:-]*=", item):
             raise ConfigError(f"'{item}': must be key=value")
-
-
-def _explain(error: BaseException, overrides: Sequence[str]) -> str:
-    """Hydra's and OmegaConf's messages, as one line with the key, the value and what is allowed."""
-    cause: BaseException = error
-    # under a debugger OmegaConf chains further causes that no longer name the key
-    while cause.__cause__ is not None and not _full_key(cause):
-        cause = cause.__cause__
-    text = str(cause)
-    name = _full_key(cause)
-    if isinstance(error, MissingConfigException):
-        return _unknown_choice(text)
-    if isinstance(error, OverrideParseException):
-        name, _, value = error.override.partition("=")
-        value = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f"{error.override}: cannot be read; in quotes it can: '{name}=\"{value}\"'"
-    if "Ambiguous value" in text or "requires --multirun" in text:
-        item = text.splitlines()[0].split("'", 1)[1].rsplit("'", 1)[0]
-        return f"{item}: several values need --multirun, a list [a,b], a text 'key=\"a,b\"'"
-    if "group override must be" in text:
-        return _not_a_choice(overrides)
-    if isinstance(cause, AssertionError):  # Hydra's, at a key of a section that is null
-        unset = [item for item in overrides if re.match(r"\+*logger\.\w+\.", item)]
-        chosen = unset[0].split(".")[1] if unset else ""
-        return f"{unset[0]}: needs logger={chosen}" if unset else text.splitlines()[0]
-    missing = re.search(r"[Mm]issing mandatory value: (\S+)", text)
-    if missing:
-        name = missing.group(1) if "." in missing.group(1) else name
-        return f"{name}: must be given, as {name}=..."
-    if isinstance(cause, OmegaConfBaseException) and "not in '" in text:
-        return _unknown_key(name)
-    if isinstance(error, ConfigCompositionException) and "Could not override" in text:
-        return _unknown_key(text.split("'")[1])
-    if name:
-        name = re.sub(r"\[\d+\]$", "", name)
-        return f"{name}={_given(name, overrides)}: {_plain(text)}"
-    return text.splitlines()[0]
-
-
-def _full_key(error: BaseException) -> str:
-    found = re.search(r"full_key: (\S+)", str(error))
-    return found.group(1) if found else ""
-
-
-def _given(name: str, overrides: Sequence[str]) -> str:
-    values = [
-        item.split("=", 1)[1] for item in overrides if item.lstrip("+").startswith(f"{name}=")
-    ]
-    return values[-1] if values else "?"
-
-
-def _plain(text: str) -> str:
-    line = text.splitlines()[0]
-    if "not Optional" in line:
-        return "must not be null"
-    if "not a valid bool" in line:
-        return "must be true or false"
-    if "is not a ListConfig" in line:
-        return "must be a list, as [a,b]"
-    if "Invalid type assigned" in line:
-        return "must be set key by key"
-    kinds = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
-    found = re.search(r"could not be converted to (\w+)", line)
-    return f"must be {kinds.get(found.group(1), found.group(1))}" if found else line
-
-
-def _unknown_choice(text: str) -> str:
-    """From Hydra's "Could not find 'group/choice'" or "Could not load 'group/choice'."."""
-    group, _, choice = re.findall(r"'([^']*)'", text)[1].rpartition("/")
-    return f"{group}={choice}: no such choice{_choices(group)}"
-
-
-def _not_a_choice(overrides: Sequence[str]) -> str:
-    """A group that was given a number or null: Hydra does not say which."""
-    for item in OverridesParser.create().parse_overrides(list(overrides)):
-        group = item.key_or_group
-        if Path(CONF_DIR, group).is_dir() and not isinstance(item.value(), str | list):
-            return f"{item.input_line}: no such choice{_choices(group)}"
-    return f"{' '.join(overrides)}: a group takes the name of a choice"
-
-
-def _choices(group: str) -> str:
-    names = sorted(p.stem for p in Path(CONF_DIR, group).glob("*.yaml"))
-    return f"; there are {', '.join(names)}" if names else ""
-
-
-def _unknown_key(name: str) -> str:
-    """With the choices of its group that have this key, where the chosen one has not."""
-    line = checks.unknown_key(name, _known_keys())
-    group, _, last = name.partition(".")
-    owners: list[str] = []
-    for choice in schema.CHOICES.get(group, {}).values():
-        fields = {f.name: f for f in dataclasses.fields(choice)}
-        if last in fields:
-            owners += fields["source" if group == "data" else "kind"].metadata["among"]
-    return f"{line}; it is one of {group}={' or '.join(owners)}" if owners else line
-
-
-def _known_keys() -> list[str]:
-    names = [f.name for f in dataclasses.fields(Config) if f.name != "sweep"]
-    for group, choices in {**schema.CHOICES, **_PLAIN}.items():
-        for cls in choices.values():
-            names += _kinds(cls, f"{group}.")
-    return sorted(set(names))
 
 
 def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
@@ -263,7 +228,7 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
     if any(item in ("-h", "--help") for item in argv):
         print(usage)
         raise SystemExit(0)
-    values, kinds = OmegaConf.structured(cls), _kinds(cls)
+    values, kinds = OmegaConf.structured(cls), explaining.kinds(cls)
     verbatim: dict[str, Any] = {}  # OmegaConf would see ${...} and ??? in a text
     names = list(kinds)
     for item in argv:
@@ -279,28 +244,17 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
         try:
             (OmegaConf.select(values, section) if section else values)[last] = read
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{name}={value}: {_plain(str(error))}") from error
+            raise ConfigError(f"{name}={value}: {plain(str(error))}") from error
     try:
         arguments = OmegaConf.to_object(values)
     except MissingMandatoryValue as error:
-        name = _full_key(error)
+        name = full_key(error)
         raise ConfigError(f"{name}: must be given, as {name}=...") from error
     for name, read in verbatim.items():
         section, _, last = name.rpartition(".")
         setattr(operator.attrgetter(section)(arguments) if section else arguments, last, read)
     checks.check_bounds(arguments)
     return arguments  # type: ignore[return-value]
-
-
-def _kinds(cls: type, prefix: str = "") -> dict[str, Any]:
-    """The type of every key of a dataclass; those of a dataclass in it are ``field.key``."""
-    kinds: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            kinds |= _kinds(kind, f"{prefix}{name}.")
-        else:
-            kinds[prefix + name] = kind
-    return kinds
 
 
 def _read(text: str, kind: Any) -> Any:
@@ -350,3 +304,37 @@ def _leave(error: Exception, code: int) -> NoReturn:
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     print("error: " + " ".join(line.split()), file=sys.stderr)
     raise SystemExit(code)
+
+
+_HARDWARE = {"": schema.HardwareConfig}
+RUN = Command(
+    "run",
+    "config",
+    "sweep",
+    {
+        **schema.CHOICES,
+        "model": {"": schema.ModelConfig},
+        "train": {"": schema.TrainConfig},
+        "hardware": _HARDWARE,
+        "logger": {"": schema.LoggerConfig},
+    },
+    Config,
+    checked,
+)
+ADAPT = Command(
+    "adapt",
+    "adapt",
+    "adaptation",
+    {
+        **{group: schema.CHOICES[group] for group in ("data", "launcher")},
+        "policy": adapting.POLICIES,
+        "documents": {"": adapting.DocumentsConfig},
+        "inner": {"": adapting.InnerConfig},
+        "tuning": {"": adapting.TuningConfig},
+        "outer": {"": adapting.OuterConfig},
+        "hardware": _HARDWARE,
+    },
+    AdaptConfig,
+    checked_adaptation,
+)
+COMMANDS: tuple[Command[Any], ...] = (RUN, ADAPT)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 from omegaconf import MISSING
 
@@ -391,6 +391,24 @@ class Config:
     force: bool = False
     plan: bool = False
     fit: bool = True
+
+
+class Settings(Protocol):
+    """What every command that can be swept has in its configuration: where it runs, how it is
+    called and kept."""
+
+    hardware: HardwareConfig
+    launcher: LauncherConfig
+    sweep: SweepConfig
+    scale: str
+    seed: int
+    study: Optional[str]
+    run_name: Optional[str]
+    output_dir: str
+    cache_dir: Optional[str]
+    force: bool
+    plan: bool
+    fit: bool
 
 
 @dataclass

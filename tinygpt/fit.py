@@ -76,7 +76,9 @@ def main() -> None:
     if bool(arguments.runs) == bool(arguments.table):
         raise ConfigError("runs: give runs=FOLDER, or table=FILE")
     if _are_adaptations(arguments):
-        _fit_adaptations(arguments)
+        from tinygpt.scaling import adaptation_report
+
+        adaptation_report.make(arguments.runs, _folder(arguments), arguments.seed)
         return
     table, columns, folder = _read(arguments)
     from tinygpt.scaling import report  # scipy and matplotlib: once there is something to fit
@@ -102,34 +104,32 @@ def main() -> None:
 
 
 def _are_adaptations(arguments: Arguments) -> bool:
-    """Whether the runs adapted a base.  Raises ConfigError if they are not all of one kind."""
+    """Whether the runs adapted a base.  Of a folder that holds both, the trainings are meant.
+
+    Raises ConfigError where folders of the two kinds are named.
+    """
     for name in arguments.runs:
         if not Path(name).is_dir():
             raise ConfigError(f"runs={name}: no such folder")
     folders = [Path(name) for name in arguments.runs]
-    adapted = sorted(path.parent for folder in folders for path in folder.rglob("adapt.jsonl"))
-    if not adapted:
-        return False
-    begun = (rundir.RunDir(path) for folder in folders for path in rundir.find_runs(folder))
-    trained = [run.path for run in begun if run.metrics.exists() and run.path not in adapted]
-    if trained:
+    adapted = {folder: sorted(folder.rglob("adapt.jsonl")) for folder in folders}
+    trained = [folder for folder in folders if rundir.find_runs(folder)]
+    alone = [folder for folder in folders if adapted[folder] and folder not in trained]
+    if trained and alone:
         raise ConfigError(
-            f"runs: {trained[0]} trained a model and {adapted[0]} adapted one; give them apart"
+            f"runs: {trained[0]} has trained models and {alone[0]} adapted ones; give them apart"
         )
+    for folder in trained:
+        if adapted[folder]:
+            example = adapted[folder][0].parent.parent
+            print(f"note: runs={folder} has adaptations too, left out here; runs={example} is one")
+    if not alone:
+        return False
     given, default = dataclasses.asdict(arguments), dataclasses.asdict(Arguments())
     for name, value in given.items():
         if value != default[name] and name not in ("runs", "seed", "output_dir"):
             raise ConfigError(f"{name}: not for runs that adapted a model; seed, output_dir are")
     return True
-
-
-def _fit_adaptations(arguments: Arguments) -> None:
-    from tinygpt.scaling import adaptation_report, analyse_adaptation, load_records
-
-    adaptation = analyse_adaptation(load_records(*arguments.runs), arguments.seed)
-    folder = _folder(arguments)
-    adaptation_report.write(adaptation, folder)
-    adaptation_report.show(adaptation, folder)
 
 
 def _folder(arguments: Arguments) -> Path:

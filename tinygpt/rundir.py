@@ -30,6 +30,7 @@ from tinygpt.config import (
     HORIZONS,
     Config,
     ConfigError,
+    Settings,
     SweepConfig,
     rate_is_scaled,
     variant,
@@ -55,6 +56,7 @@ NOT_SCIENCE = {
     "run_name",
     "force",
 }
+DATA_PLACES = ("path", "val_file", "test_file", "repo")  # keys for which what lies there stands
 
 
 @contextlib.contextmanager
@@ -169,7 +171,7 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     fingerprint of what was read; it stands for the paths.
     """
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}
-    for name in ("path", "val_file", "test_file", "repo"):
+    for name in DATA_PLACES:
         values["data"].pop(name, None)
     for name in ("vocab_dir", "path"):
         values["tokenizer"].pop(name, None)
@@ -218,7 +220,7 @@ def run_name(overrides: Sequence[str], config_hash: str) -> str:
     return f"{text or 'default'}-{config_hash[:6]}"
 
 
-def folder_of(config: Config, named: Sequence[str], config_hash: str) -> Path:
+def folder_of(config: Settings, named: Sequence[str], config_hash: str) -> Path:
     """Where a run goes: to the folder that its study has for it, else to one with a telling name.
 
     A run that is spelt in another way, or swept beside others, so finds itself again.
@@ -236,7 +238,7 @@ def folder_of(config: Config, named: Sequence[str], config_hash: str) -> Path:
 def open_run(path: str | Path) -> RunDir:
     """The folder of a run that has begun.  Raises ConfigError, one line, for any other place."""
     run = RunDir(Path(path).expanduser())
-    if run.config.exists():
+    if run.config.exists() and not is_adaptation(run.path):
         return run
     inside = find_runs(run.path)
     if not run.path.is_dir():
@@ -244,12 +246,41 @@ def open_run(path: str | Path) -> RunDir:
     elif inside:
         why = f"a folder of {len(inside)} runs; give one of them, as {inside[0]}"
     else:
-        why = "not the folder of a run"
+        why = f"not the folder of a run{_but(find_adaptations(run.path), run.path)}"
     raise ConfigError(f"run={path}: {why}")
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders in ``folder``, itself included: d_model-64 before d_model-128."""
+    """The folders of trainings in ``folder``, itself included: d_model-64 before d_model-128."""
+    return [path for path in _begun(folder) if not is_adaptation(path)]
+
+
+def find_adaptations(folder: Path) -> list[Path]:
+    """As ``find_runs``, of adaptations."""
+    return [path for path in _begun(folder) if is_adaptation(path)]
+
+
+def is_adaptation(folder: Path) -> bool:
+    """By its records, or its configuration where there are none yet."""
+    config, records = folder / "config.yaml", folder / "adapt.jsonl"
+    text = "" if records.exists() or not config.exists() else config.read_text(encoding="utf-8")
+    return records.exists() or text.startswith("documents:") or "\ndocuments:" in text
+
+
+def no_runs(key: str, folder: Path) -> ConfigError:
+    """The line for a folder without trainings."""
+    return ConfigError(f"{key}={folder}: no runs in there{_but(find_adaptations(folder), folder)}")
+
+
+def _but(adaptations: Sequence[Path], folder: Path) -> str:
+    """What is there in the place of trainings."""
+    if folder in adaptations:
+        return ", but of an adaptation"
+    count = len(adaptations)
+    return f", but {count} adaptation{'s' * (count > 1)}" if adaptations else ""
+
+
+def _begun(folder: Path) -> list[Path]:
     return sorted((path.parent for path in folder.rglob("environment.json")), key=_natural)
 
 
@@ -302,6 +333,7 @@ class RunDir:
         self.log = path / "run.log"
         self.mlflow = path / "mlflow.json"  # which run there is this one
         self.checkpoints = path / "checkpoints"
+        self.records = path / "adapt.jsonl"  # of an adaptation, which has no metrics
 
     @property
     def last(self) -> Path:
@@ -309,6 +341,26 @@ class RunDir:
 
     def step(self, number: int) -> Path:
         return self.checkpoints / f"step_{number}.ckpt"
+
+    def kept(self) -> list[str]:
+        """Names of the checkpoints: steps in their order, then best, last and final."""
+        names = [path.stem for path in self.checkpoints.glob("*.ckpt") if path.name[0] != "."]
+        steps = sorted((n for n in names if n.startswith("step_")), key=lambda n: int(n[5:]))
+        return [*steps, *(name for name in ("best", "last", "final") if name in names)]
+
+    def chosen(self, checkpoint: str | None) -> Path:
+        """The checkpoint of that name; None: ``final``, of a run that has not ended ``last``.
+
+        Raises ConfigError where there is none.
+        """
+        there = self.kept()
+        if not there:
+            raise ConfigError(f"run={self.path}: has no checkpoint")
+        name = checkpoint or ("final" if "final" in there else "last")
+        if name not in there:
+            found = f"there are {', '.join(there)}"
+            raise ConfigError(f"checkpoint={name}: not in {self.checkpoints}; {found}")
+        return self.checkpoints / f"{name}.ckpt"
 
     def finished(self, config_hash: str) -> dict[str, Any] | None:
         """The results of a finished run of this very configuration, else None.
@@ -363,14 +415,15 @@ class RunDir:
     def clear(self) -> None:
         """Forgets an earlier run of the same configuration; the results go first."""
         files = (self.results, self.error, self.metrics, self.samples, self.log, self.mlflow)
-        for path in files:
+        for path in (*files, self.records):
             path.unlink(missing_ok=True)
         for path in [*self.checkpoints.glob("*"), *self.path.glob("tensorboard/*")]:
             path.unlink()
 
-    def write_config(self, config: Config) -> None:
+    def write_config(self, config: Settings) -> None:
         """As it is, without the tables of the sweep it may belong to."""
-        alone = dataclasses.replace(config, sweep=SweepConfig())
+        alone = copy.copy(config)
+        alone.sweep = SweepConfig()
         write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(alone)))
 
 

@@ -107,29 +107,16 @@ def load_run(
     config = rundir.read_config(run.config)
     tokenizer = load_tokenizer(run.tokenizer)
     results = rundir.read_json(run.results) if run.results.exists() else None
-    there = checkpoints(run)
-    if not there:
-        raise ConfigError(f"run={path}: has no checkpoint")
-    name = checkpoint or ("final" if "final" in there else "last")
-    if name not in there:
-        found = f"there are {', '.join(there)}"
-        raise ConfigError(f"checkpoint={name}: not in {run.checkpoints}; {found}")
-    state, step = read_checkpoint(run.checkpoints / f"{name}.ckpt", config)
+    chosen = run.chosen(checkpoint)
+    state, step = read_checkpoint(chosen, config)
     model = GPT(config.model, tokenizer.vocab_size)
     try:
         model.to(next(iter(state.values())).dtype).load_state_dict(state)
     except (RuntimeError, StopIteration) as error:
-        raise ConfigError(
-            f"{run.checkpoints / name}.ckpt: does not fit {run.config} and {run.tokenizer}"
-        ) from error
-    return TrainedRun(run.path, name, step, config, tokenizer, model.to(device).eval(), results)
-
-
-def checkpoints(run: rundir.RunDir) -> list[str]:
-    """Names of those that a run has kept: steps in their order, then best, last and final."""
-    names = [path.stem for path in run.checkpoints.glob("*.ckpt") if path.name[0] != "."]
-    steps = sorted((n for n in names if n.startswith("step_")), key=lambda n: int(n[5:]))
-    return [*steps, *(name for name in ("best", "last", "final") if name in names)]
+        raise ConfigError(f"{chosen}: does not fit {run.config} and {run.tokenizer}") from error
+    return TrainedRun(
+        run.path, chosen.stem, step, config, tokenizer, model.to(device).eval(), results
+    )
 
 
 def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor], int]:

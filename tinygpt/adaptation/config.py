@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Optional
 
 from omegaconf import MISSING
 
-from tinygpt.checks import check_bounds, require
+from tinygpt import rundir
+from tinygpt.checks import check_bounds, check_names, check_separator, require
 from tinygpt.config import (
+    SCALES,
+    Config,
+    ConfigError,
     DataConfig,
     HardwareConfig,
     LauncherConfig,
     LoraConfig,
     ModelConfig,
     SweepConfig,
+    SyntheticData,
     key,
 )
 
@@ -22,6 +28,15 @@ METHODS = (
     *("none", "lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc"),
     *("uniform_directive", "fixed_best_directive", "restem"),
 )
+OF_ADAPTERS = tuple(m for m in METHODS if m not in ("none", "full_ft_doc"))
+RATED = (
+    "lora_doc",
+    "lora_edit",
+    "lora_doc+edit",
+    "oracle",
+    "full_ft_doc",
+)  # rate by tune documents
+LEARN = ("self", "table", "hf")  # policies that restem can train
 
 
 @dataclass
@@ -131,7 +146,7 @@ class AdaptConfig:
     hardware: HardwareConfig = MISSING
     launcher: LauncherConfig = MISSING
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    scale: str = key("laptop", among=("smoke", "laptop", "gpu"))
+    scale: str = key("laptop", among=SCALES)
     seed: int = key(42, least=0, most=2**32 - 1)
     study: Optional[str] = None
     run_name: Optional[str] = None
@@ -142,15 +157,87 @@ class AdaptConfig:
     fit: bool = True
 
 
+def check_adapt(config: AdaptConfig) -> None:
+    """Bounds of every key, then what must fit together.  Raises ConfigError, one line."""
+    check_bounds(config)
+    data, hardware, sweep = config.data, config.hardware, config.sweep
+    named = {"study": config.study, "run_name": config.run_name}
+    check_names({**named, "data.name": data.name if data else None})
+    check_separator(getattr(data, "separator", "auto"))
+    for name, value in {"devices": hardware.devices, "num_nodes": hardware.num_nodes}.items():
+        require(value == 1, f"hardware.{name}={value}: an adaptation takes one device")
+    require(sweep.stack == "off", f"sweep.stack={sweep.stack}: not for adaptations")
+    require(not sweep.share_trunk, "sweep.share_trunk=true: not for adaptations")
+    _check_methods(config)
+    _check_policy(config)
+    place = rundir.open_run(config.run)
+    place.chosen(config.checkpoint)
+    base = rundir.read_config(place.config)
+    _check_task(config, base)
+    check_inner(config.inner, base.model)
+    rank = config.outer.lora.rank or 0
+    line = f"outer.lora.rank={rank}: must be at most {base.model.d_model}, the width of the policy"
+    require(rank <= base.model.d_model or config.policy.kind == "hf", line)
+
+
+def _check_task(config: AdaptConfig, base: Config) -> None:
+    task, data = config.documents.task, config.data
+    given = f"documents.task={task}"
+    if task == "domain_shift":
+        require(data is not None, f"{given}: needs data=, where its documents come from")
+        return
+    line = f"data={data.name if data else ''}: not with {given}, which makes its own documents"
+    require(data is None, line)
+    line = f"{given}: needs a run that was trained on data=synthetic; {config.run} was trained on "
+    require(isinstance(base.data, SyntheticData), line + base.data.name)
+
+
+def _check_methods(config: AdaptConfig) -> None:
+    """``restem`` and those whose rate or directive is chosen need documents for it."""
+    given, documents, lora = config.methods, config.documents, config.inner.lora
+    require(given != [], f"methods=[]: must name some of {', '.join(METHODS)}")
+    line = "methods=oracle: needs documents.task=new_facts, where other ways to say it are known"
+    require("oracle" not in (given or ()) or documents.task == "new_facts", line)
+    methods = methods_of(config)
+    line = "documents.train=0: methods=restem learns from train documents"
+    require(documents.train > 0 or "restem" not in methods, line)
+    several = RATED if len(config.tuning.learning_rates) > 1 else ()
+    tuned = [method for method in methods if method in (*several, "fixed_best_directive")]
+    line = f"documents.tune=0: methods={tuned[0] if tuned else ''} is tuned on tune documents"
+    require(documents.tune > 0 or not tuned, line)
+    require(bool(config.tuning.learning_rates), "tuning.learning_rates=[]: must have a rate")
+    adapters = [method for method in methods if method in OF_ADAPTERS]
+    line = f"inner.lora.rank=null: methods={adapters[0] if adapters else ''} trains adapters"
+    require(lora.rank is not None or not adapters, line)
+    for name, section in {"inner": lora, "outer": config.outer.lora}.items():
+        line = f"{name}.lora.alpha={section.alpha}: needs {name}.lora.rank"
+        require(section.rank is not None or section.alpha is None, line)
+
+
+def _check_policy(config: AdaptConfig) -> None:
+    kind, path = config.policy.kind, getattr(config.policy, "path", None)
+    line = f"policy={kind}: does not learn, as restem needs; name the other methods, methods=[...]"
+    require(kind in LEARN or "restem" not in methods_of(config), line)
+    line = f"outer.shared=true: needs policy=self, which is the base; not policy={kind}"
+    require(not config.outer.shared or kind == "self", line)
+    there = Path(path or "").expanduser()
+    if kind == "hf" and not there.is_dir():
+        raise ConfigError(f"policy.path={path}: no such folder")
+    if kind == "file" and not there.is_file():
+        raise ConfigError(f"policy.path={path}: no such file")
+
+
 def check_inner(inner: InnerConfig, base: ModelConfig) -> None:
     """Raises ConfigError for what a model of the shape ``base`` cannot be trained by."""
-    check_bounds(inner)
+    check_bounds(inner, "inner.")
     steps = inner.inner_steps
-    line = f"inner_steps={','.join(map(str, steps))}: must be numbers that rise"
+    line = f"inner.inner_steps={','.join(map(str, steps))}: must be numbers that rise"
     require(bool(steps) and steps == sorted(set(steps)), line)
     rank = inner.lora.rank
     if rank is not None:
-        line = f"lora.rank={rank}: must be at most {base.d_model}, the width of the run's model"
+        line = (
+            f"inner.lora.rank={rank}: must be at most {base.d_model}, the width of the run's model"
+        )
         require(rank <= base.d_model, line)
     line = (
         "run: trained with model.parametrization=mup, under which adapters have no rule for rates"
@@ -164,16 +251,24 @@ def methods_of(config: AdaptConfig) -> list[str]:
     return [m for m in known if config.methods is None or m in config.methods]
 
 
-def count_records(config: AdaptConfig) -> int:
-    """How many records a study makes where every document is long enough: one for each number of
-    inner steps of a trial; of ``none``, one."""
+def count_trials(config: AdaptConfig) -> int:
+    """How many edits of a document a study trains on, ``none`` included."""
     documents, outer, tuning = config.documents, config.outer, config.tuning
-    trials = {"none": 0, "uniform_directive": documents.test}
-    trials["fixed_best_directive"] = documents.test + documents.tune * tuning.directives
-    rounds = outer.iterations * outer.samples * outer.inner_seeds
-    trials["restem"] = documents.test * (outer.iterations + 1) + documents.train * rounds
-    tuned = documents.test + documents.tune * len(tuning.learning_rates)
-    methods = methods_of(config)
-    each = len(config.inner.inner_steps)
-    nothing = documents.test if "none" in methods else 0
-    return nothing + each * sum(trials.get(method, tuned) for method in methods)
+    trials = 0
+    for method in methods_of(config):
+        rounds = outer.iterations + 1 if method == "restem" else 1
+        trials += documents.test * rounds
+        if method == "fixed_best_directive":
+            trials += documents.tune * tuning.directives
+        elif method in RATED:
+            trials += documents.tune * len(tuning.learning_rates)
+        elif method == "restem":
+            trials += documents.train * outer.iterations * outer.samples * outer.inner_seeds
+    return trials
+
+
+def count_records(config: AdaptConfig) -> int:
+    """How many lines ``adapt.jsonl`` will have, beside those of documents that are passed over: of
+    a trial one for each number of steps, of ``none`` one."""
+    alone = config.documents.test if "none" in methods_of(config) else 0
+    return alone + (count_trials(config) - alone) * len(config.inner.inner_steps)

@@ -230,7 +230,10 @@ def tune(method: str, study: Study) -> SelfEdit | None:
     if method in ("none", "uniform_directive"):
         return None
     tried = study.tried if method == "fixed_best_directive" else {}
-    for edit in _candidates(method, study, tried):
+    candidates = _candidates(method, study, tried)
+    if not study.split("tune"):  # allowed where there is one rate
+        return candidates[0]
+    for edit in candidates:
         scores = []
         for document in study.split("tune"):
             records = study.outcome(study.trial(method, edit, document))

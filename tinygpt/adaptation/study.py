@@ -32,7 +32,7 @@ from tinygpt.training.trainer import resolve_device
 
 log = logging.getLogger("tinygpt")
 
-RECORDS, EDITS = "adapt.jsonl", "edits.jsonl"
+EDITS = "edits.jsonl"  # the form that policy=file reads
 
 
 def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
     check_inner(config.inner, base_run.config.model)
     with preparing(console) as progress:
         documents, base = open_study(config, base_run, progress)
-    policy = make_policy(config, base_run)
+    policy = make_policy(config, base_run, documents.used)
     with run.locked(), failures_recorded(run):
         if (found := _finished(config, run, hash_, console)) is not None:
             return found
@@ -63,7 +63,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
                 base,
                 documents.used,
                 policy,
-                RecordsFile(run.path / RECORDS),
+                RecordsFile(run.records),
                 LinesFile(run.path / EDITS),
                 run.path / "policies",
                 advance,
@@ -113,7 +113,7 @@ def begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> N
 
 def _clear(run: rundir.RunDir) -> None:
     """Forgets an earlier adaptation of the same configuration; the results go first."""
-    for path in (run.results, run.path / RECORDS, run.path / "edits.jsonl", run.log):
+    for path in (run.results, run.records, run.path / "edits.jsonl", run.log):
         path.unlink(missing_ok=True)
     shutil.rmtree(run.path / "policies", ignore_errors=True)
 

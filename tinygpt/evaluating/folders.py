@@ -21,7 +21,7 @@ def find(runs: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
             raise ConfigError(f"runs={name}: no such folder")
         inside = rundir.find_runs(path)
         if not inside:
-            raise ConfigError(f"runs={name}: no runs in there")
+            raise rundir.no_runs("runs", path)
         for one in inside:
             kept = any(rundir.RunDir(one).checkpoints.glob("[!.]*.ckpt"))
             if one == path and not kept:

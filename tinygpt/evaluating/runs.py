@@ -24,7 +24,7 @@ from tinygpt.evaluating.scoring import Positions, score_text
 from tinygpt.evaluating.tasks import score_task
 from tinygpt.evaluating.text import Text, other_text, own_split
 from tinygpt.model.gpt import GPT
-from tinygpt.trained import TrainedRun, checkpoints, load_run
+from tinygpt.trained import TrainedRun, load_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +109,7 @@ def evaluate(
     labels = names_of(paths)
     for path in paths:
         run = rundir.RunDir(path)
-        there, length = checkpoints(run), rundir.read_config(run.config).model.max_seq_len
+        there, length = run.kept(), rundir.read_config(run.config).model.max_seq_len
         for name in options.checkpoints:
             if name not in (*there, "all"):
                 raise ConfigError(f"checkpoints={name}: {path} has {', '.join(there) or 'none'}")
@@ -129,7 +129,7 @@ def _evaluate_run(
     run = rundir.RunDir(path)
     chosen: list[str | None] = list(options.checkpoints) or [None]
     if chosen == ["all"]:
-        by_step = {load_run(path, name).step: name for name in checkpoints(run)}
+        by_step = {load_run(path, name).step: name for name in run.kept()}
         chosen = [by_step[step] for step in sorted(by_step)]  # last and final are often the same
     first = load_run(path, chosen[0])
     with as_in_training(run, first.config, options) as machine:

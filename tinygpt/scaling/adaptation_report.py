@@ -12,9 +12,9 @@ from rich.console import Console
 
 from tinygpt import rundir
 from tinygpt.scaling import adaptation_plots, document, images, wording
-from tinygpt.scaling.adaptation import FEW, Adaptation, count
+from tinygpt.scaling.adaptation import FEW, Adaptation, analyse_adaptation, count
 from tinygpt.scaling.adaptation_plots import bases, title
-from tinygpt.scaling.adaptation_records import BASE, RAW, by_order
+from tinygpt.scaling.adaptation_records import BASE, RAW, by_order, load_records
 from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.report import WIDTH
@@ -35,6 +35,16 @@ CAPTIONS = {
     ),
 }
 TABLES = ("summary", "paired", "laws")
+
+
+def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
+    """Writes the whole report on the records under ``runs``, and prints the answer.
+
+    Raises ConfigError where there are none or they contradict each other.
+    """
+    adaptation = analyse_adaptation(load_records(*runs), seed)
+    write(adaptation, folder)
+    show(adaptation, folder)
 
 
 def write(adaptation: Adaptation, folder: Path) -> list[Path]:

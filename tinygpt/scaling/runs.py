@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,14 @@ def _refuse_twice(table: pd.DataFrame) -> None:
             raise ConfigError(f"table: rows {' and '.join(rows)} are the same; give it once")
 
 
-def read_rows(*folders: str | Path) -> list[dict[str, Any]]:
-    """The rows of ``load_runs``, in the order of the folders' names; what is missing is None."""
-    paths = [path for folder in folders for path in rundir.find_runs(Path(folder))]
+def read_rows(
+    *folders: str | Path, find: Callable[[Path], list[Path]] = rundir.find_runs
+) -> list[dict[str, Any]]:
+    """The rows of ``load_runs``, in the order of the folders' names; what is missing is None.
+
+    ``find`` says which runs of a folder are meant.
+    """
+    paths = [path for folder in folders for path in find(Path(folder))]
     rows, configs = [], []
     for path in paths:
         run = rundir.RunDir(path)

@@ -1,4 +1,4 @@
-"""Who trains the jobs of a study: this process, joblib's workers, Slurm or Ray.
+"""Who does the jobs of a study: this process, joblib's workers, Slurm or Ray.
 
 Every engine takes groups of jobs, those that train as one, and yields each job with its outcome as
 soon as it is known, in any order.  A job that fails, diverges or is killed is an outcome like any
@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.config import (
-    Config,
     ConfigError,
     LauncherConfig,
     LocalLauncher,
     RayLauncher,
     RunError,
+    Settings,
     SlurmLauncher,
 )
-from tinygpt.sweeping.jobs import Group, Job
+from tinygpt.sweeping.jobs import End, Group, StudyJob
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Outcome:
     """How a job ended."""
 
     status: str  # as in results.json, or failed, killed, interrupted
-    val_loss: float | None = None
+    number: float | None = None  # the final validation loss; of an adaptation a reward
+    method: str = ""  # whose reward it is
     reason: str = ""  # one line, for what did not end well
     is_new: bool = True  # False: an earlier command finished it
 
@@ -46,10 +47,16 @@ class Outcome:
     @property
     def value(self) -> float:
         """What a sweeper makes small; a diverged run is as bad as can be."""
-        return math.inf if self.val_loss is None else self.val_loss
+        return math.inf if self.number is None else self.number
+
+    @property
+    def shown(self) -> str:
+        if self.number is None:
+            return ""
+        return f"{self.method} {self.number:+.2f}" if self.method else f"{self.number:.4f}"
 
 
-Results = Iterator[tuple[Job, Outcome]]
+Results = Iterator[tuple[StudyJob, Outcome]]
 
 
 def make_engine(launcher: LauncherConfig) -> Callable[[Sequence[Group], Path], Results]:
@@ -79,38 +86,28 @@ _interrupted: list[bool] = []  # a worker that was told to stop begins nothing m
 
 
 def train_group(group: Group) -> list[Outcome]:
-    """Trains runs without a word to the terminal: each folder has a log of its own."""
+    """Does the jobs without a word to the terminal: each folder has a log of its own."""
     from rich.console import Console
-
-    from tinygpt.training.branching import Branch
-    from tinygpt.training.session import train
-    from tinygpt.training.stack import End, train_stack
 
     if _interrupted:
         return [Outcome("interrupted", reason="not begun")] * len(group)
     ends: list[End]
     with open(os.devnull, "w") as nowhere:
-        console = Console(file=nowhere)
         try:
-            if len(group) > 1:
-                ends = train_stack([(job.config, list(job.overrides)) for job in group], console)
-            else:
-                (job,) = group
-                branch = Branch(job.trunk, job.branch_step, tuple(job.keep_at))
-                ends = [train(job.config, list(job.overrides), console, branch)]
+            ends = group[0].do(group, Console(file=nowhere))
         except (KeyboardInterrupt, SystemExit) as stop:
             _interrupted.append(True)
             number = stop.code if isinstance(stop, SystemExit) else 130
             return lost(group, "interrupted", f"stopped with exit code {number}")
         except Exception as error:
             ends = [error] * len(group)
-    return [_outcome(end) for end in ends]
+    return [outcome_of(job, end) for job, end in zip(group, ends, strict=True)]
 
 
-def _outcome(end: dict[str, Any] | Exception) -> Outcome:
+def outcome_of(job: StudyJob, end: End, is_new: bool = True) -> Outcome:
     if isinstance(end, Exception):
         return Outcome("failed", reason=_one_line(end))
-    return Outcome(end["status"], end["final_val_loss"])
+    return Outcome(end["status"], *job.came_to(end), is_new=is_new)
 
 
 def lost(group: Group, status: str, reason: str) -> list[Outcome]:
@@ -118,7 +115,7 @@ def lost(group: Group, status: str, reason: str) -> list[Outcome]:
     outcomes = []
     for job in group:
         found = None if job.config.force or len(group) == 1 else job.run.finished(job.hash)
-        outcomes.append(_outcome(found) if found else Outcome(status, reason=reason))
+        outcomes.append(outcome_of(job, found) if found else Outcome(status, reason=reason))
     return outcomes
 
 
@@ -136,7 +133,7 @@ def run_serial(groups: Sequence[Group]) -> Results:
             return
 
 
-def processes(launcher: LocalLauncher, config: Config) -> int:
+def processes(launcher: LocalLauncher, config: Settings) -> int:
     """How many runs or stacks of them are trained at once."""
     import joblib
 
@@ -223,7 +220,7 @@ def _killed(error: BaseException) -> str:
     return f"its process was ended by {names[0]}" if names else "its process ended abruptly"
 
 
-def _gpus(config: Config) -> int:
+def _gpus(config: Settings) -> int:
     """How many CUDA devices the jobs may share out; 0 where they compute elsewhere."""
     if config.hardware.accelerator not in ("auto", "cuda"):
         return 0

@@ -3,49 +3,206 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tinygpt import cli, rundir
 from tinygpt.checks import check_sweepable
-from tinygpt.config import HORIZONS, Config, ConfigError
+from tinygpt.config import HORIZONS, Config, ConfigError, Settings
+from tinygpt.explaining import Command
 from tinygpt.horizon import Plan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+J = TypeVar("J", bound="StudyJob")
 
 
 @dataclass(eq=False)
-class Job:
-    """One run of a study."""
+class StudyJob(ABC):
+    """One run of a study, of whatever kind: what the sweep needs to know of it."""
 
     overrides: tuple[str, ...]
-    config: Config
+    config: Settings
     label: str  # what tells it from the others: d_model=64 seed=1
     content: dict[str, str]  # fingerprints of what is read from outside
     hash: str
     run: rundir.RunDir
-    row: dict[str, Any] = field(default_factory=dict)  # what results.json will say of its size
+    # what results.json will say of its size; total_steps and flops_exact at least
+    row: dict[str, Any] = field(default_factory=dict)
+
+    command: ClassVar[Command[Any]]
+    outside: ClassVar[tuple[str, ...]]  # keys of what is read from outside
+    study: ClassVar[str]  # where a run goes that names none
+    verb: ClassVar[str]
+    same: ClassVar[str]  # what two jobs may not both do
+    measure: ClassVar[tuple[str, str]]  # what a run comes to, in a line and above a column
+
+    @property
+    def steps(self) -> float:
+        """That this job itself has to do."""
+        return float(self.row["total_steps"])
+
+    @property
+    def flops(self) -> float:
+        """Of these steps."""
+        return float(self.row["flops_exact"])
+
+    @staticmethod
+    @abstractmethod
+    def contents(config: Any) -> dict[str, str]:
+        """Fingerprints of what the keys ``outside`` name.  Raises ConfigError."""
+
+    @staticmethod
+    @abstractmethod
+    def config_hash(config: Any, content: dict[str, str]) -> str: ...
+
+    @abstractmethod
+    def effective_hash(self) -> str:
+        """The same for two jobs that do the same, however they are spelt."""
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, jobs: Sequence[Any], console: Console) -> None:
+        """Checks machine and data of every job, and fills in its ``row``.  Raises ConfigError."""
+
+    @classmethod
+    @abstractmethod
+    def print_plan(cls, jobs: Sequence[Any], done: Container[Any], console: Console) -> None:
+        """What would be done, at what cost; of prepared jobs, of which some are ``done``."""
+
+    @classmethod
+    @abstractmethod
+    def stages(cls, jobs: Sequence[Any], say: Callable[[str], None]) -> Sequence[Sequence[Group]]:
+        """The jobs as groups, those of a stage in any order; ``say`` tells a line."""
+
+    @classmethod
+    @abstractmethod
+    def do(cls, group: Sequence[Any], console: Console) -> list[End]:
+        """The results of each job of a group, or why it has none."""
+
+    @abstractmethod
+    def came_to(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
+        """The one number that is shown of a run's results, and of what it is, if that varies."""
+
+    @abstractmethod
+    def progress(self) -> tuple[float, str]:
+        """The part done, and what there is to say of it, from the files in its folder."""
+
+    @staticmethod
+    @abstractmethod
+    def rows(folder: Path) -> list[dict[str, Any]]:
+        """A row for every run of this kind in a study's folder."""
+
+    @staticmethod
+    @abstractmethod
+    def fit(folder: Path, console: Console) -> None:
+        """What the runs of a study say together, or one line why nothing."""
+
+
+Group = tuple[StudyJob, ...]  # runs that train as one, or a run alone
+End = dict[str, Any] | Exception  # of a run: its results, or why it has none
+
+
+@dataclass(eq=False)
+class Job(StudyJob):
+    """A training."""
+
+    config: Config
     plan: Plan | None = None  # once its data is prepared
     val_tokens: int = 0
     keep_at: list[int] = field(default_factory=list)  # steps at which others branch off
     trunk: rundir.RunDir | None = None  # the run whose first steps are this one's too
     branch_step: int = 0
 
+    command = cli.RUN
+    outside = ("data", "tokenizer", "init_from")
+    study = "runs"
+    verb = "training"
+    same = "train the same model"
+    measure = ("val", "val loss")
+
+    @property
+    def steps(self) -> float:
+        """Not those that it takes over from a trunk."""
+        return float(self.row["total_steps"] - self.branch_step)
+
     @property
     def flops(self) -> float:
-        """What this job itself has to compute: not the steps that it takes over from a trunk."""
         own: float = 1 - self.branch_step / self.row["total_steps"]
         return own * float(self.row["flops_exact"])
 
+    @staticmethod
+    def contents(config: Config) -> dict[str, str]:
+        from tinygpt import pretrained
+        from tinygpt.data import corpora  # heavier; mistakes in the keys are known by now
 
-Group = tuple[Job, ...]  # runs that train as one, or a run alone
+        return pretrained.contents(corpora.open_corpus(config.data), config)
+
+    @staticmethod
+    def config_hash(config: Config, content: dict[str, str]) -> str:
+        return rundir.config_hash(config, content)
+
+    def effective_hash(self) -> str:
+        return rundir.effective_hash(self.config, self.content)
+
+    @classmethod
+    def prepare(cls, jobs: Sequence[Job], console: Console) -> None:
+        from tinygpt.sweeping import trainings
+
+        trainings.prepare(jobs, console)
+        if jobs[0].config.sweep.share_trunk:
+            trainings.share_trunks(jobs)
+
+    @classmethod
+    def print_plan(cls, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
+        from tinygpt.sweeping.planning import print_plan
+
+        print_plan(jobs, done, console)
+
+    @classmethod
+    def stages(cls, jobs: Sequence[Job], say: Callable[[str], None]) -> Sequence[Sequence[Group]]:
+        """Trunks first, then their branches."""
+        from tinygpt.sweeping import stacking
+
+        stages = [job for job in jobs if not job.trunk], [job for job in jobs if job.trunk]
+        return [stacking.groups(stage, say) for stage in stages if stage]
+
+    @classmethod
+    def do(cls, group: Sequence[Job], console: Console) -> list[End]:
+        from tinygpt.sweeping import trainings
+
+        return trainings.train(group, console)
+
+    def came_to(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
+        return results["final_val_loss"], ""
+
+    def progress(self) -> tuple[float, str]:
+        from tinygpt.sweeping import trainings
+
+        return trainings.progress(self)
+
+    @staticmethod
+    def rows(folder: Path) -> list[dict[str, Any]]:
+        from tinygpt.scaling.runs import read_rows
+
+        return read_rows(folder)
+
+    @staticmethod
+    def fit(folder: Path, console: Console) -> None:
+        from tinygpt.sweeping import trainings
+
+        trainings.fit(folder, console)
 
 
-def flops_of(jobs: Iterable[Job]) -> str:
+def flops_of(jobs: Iterable[StudyJob]) -> str:
     """What ``jobs`` compute, and what they save where they share trunks."""
     jobs = list(jobs)
     own, alone = (sum(job.flops for job in jobs), sum(job.row["flops_exact"] for job in jobs))
@@ -80,7 +237,7 @@ def expand(
 
 def _values_given(arguments: Sequence[str], loader: ConfigLoader | None) -> dict[str, list[str]]:
     given = {}
-    with cli.explaining(arguments):
+    with cli.in_one_line(arguments, cli.RUN):  # of any command, as far as it is read here
         items = OverridesParser.create(loader).parse_overrides(list(arguments))
     for item in items:
         if not item.is_sweep_override():
@@ -103,26 +260,32 @@ def _written(value: Any) -> str:
     return f"[{','.join(map(_written, value))}]" if isinstance(value, list) else str(value)
 
 
-def compose_jobs(job_overrides: Sequence[Sequence[str]]) -> list[Job]:
+@overload
+def compose_jobs(job_overrides: Sequence[Sequence[str]]) -> list[Job]: ...
+
+
+@overload
+def compose_jobs(job_overrides: Sequence[Sequence[str]], kind: type[J]) -> list[J]: ...
+
+
+def compose_jobs(
+    job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
+) -> Sequence[StudyJob]:
     """Every job with its configuration, hash and folder.  Raises ConfigError."""
-    configs = [cli.compose_config(overrides) for overrides in job_overrides]
+    configs = [cli.compose_for(kind.command, overrides) for overrides in job_overrides]
     for config in configs:
         if not config.plan:
             check_sweepable(config)
-    from tinygpt import pretrained
-    from tinygpt.data import corpora  # heavier; mistakes in the keys are known by now
-
     varied = _varied_keys(job_overrides)
     contents: dict[str, dict[str, str]] = {}
     jobs = []
     for config, overrides in zip(configs, job_overrides, strict=True):
-        source = f"{config.data} {config.tokenizer} {config.init_from}"
+        source = " ".join(str(getattr(config, key)) for key in kind.outside)
         if source not in contents:
-            corpus = corpora.open_corpus(config.data)
-            contents[source] = pretrained.contents(corpus, config)
-        hash_ = rundir.config_hash(config, contents[source])
+            contents[source] = kind.contents(config)
+        hash_ = kind.config_hash(config, contents[source])
         swept = [o for o in overrides if _key(o) in varied]
-        config.study = config.study or study_name(config, overrides)
+        config.study = config.study or study_name(config, overrides, kind.study)
         folder = rundir.folder_of(config, swept or overrides, hash_)
         config.run_name = folder.name
         words = [o.lstrip("+") for o in swept]
@@ -131,17 +294,17 @@ def compose_jobs(job_overrides: Sequence[Sequence[str]]) -> list[Job]:
         )
         run = rundir.RunDir(folder)
         jobs.append(
-            Job(tuple(overrides), config, label or folder.name, contents[source], hash_, run)
+            kind(tuple(overrides), config, label or folder.name, contents[source], hash_, run)
         )
     refuse_clashes(jobs)
     return jobs
 
 
-def study_name(config: Config, overrides: Sequence[str]) -> str:
-    """An experiment's name, with its scale where it has scales; else ``runs``."""
+def study_name(config: Settings, overrides: Sequence[str], otherwise: str = "runs") -> str:
+    """An experiment's name, with its scale where it has scales."""
     experiments = [o.split("=", 1)[1] for o in overrides if _key(o) == "experiment"]
     if not experiments or experiments[-1] == "null":
-        return "runs"
+        return otherwise
     return f"{experiments[-1]}-{config.scale}" if _preset_keys(config) else experiments[-1]
 
 
@@ -155,27 +318,27 @@ def _varied_keys(job_overrides: Sequence[Sequence[str]]) -> set[str]:
     return {_key(override) for override, count in counts.items() if count < len(job_overrides)}
 
 
-def _preset_keys(config: Config) -> set[str]:
+def _preset_keys(config: Settings) -> set[str]:
     """What the experiment sets at this scale."""
     preset: dict[str, Any] = getattr(config.sweep, config.scale)
     tables: Iterable[dict[str, Any]] = [preset, *preset.get("together", [])]
     return {key for table in tables for key in table}
 
 
-def refuse_clashes(jobs: Sequence[Job]) -> None:
-    """No two jobs may train the same model or share a folder.  Raises ConfigError."""
-    folders: dict[Path, Job] = {}
-    models: dict[str, Job] = {}
+def refuse_clashes(jobs: Sequence[StudyJob]) -> None:
+    """No two jobs may do the same or share a folder.  Raises ConfigError."""
+    folders: dict[Path, StudyJob] = {}
+    known: dict[str, StudyJob] = {}
     for job in jobs:
-        same = models.setdefault(rundir.effective_hash(job.config, job.content), job)
+        same = known.setdefault(job.effective_hash(), job)
         if same is not job:
-            raise ConfigError(f"{_difference(same, job)}: both train the same model")
+            raise ConfigError(f"{_difference(same, job)}: both {job.same}")
         sharing = folders.setdefault(job.run.path, job)
         if sharing is not job:
             raise ConfigError(f"{_difference(sharing, job)}: both would write {job.run.path}")
 
 
-def _difference(one: Job, other: Job) -> str:
+def _difference(one: StudyJob, other: StudyJob) -> str:
     ours = [o for o in one.overrides if o not in other.overrides]
     theirs = [o for o in other.overrides if o not in one.overrides]
     return f"{' '.join(ours) or 'a job'} and {' '.join(theirs) or 'another'}"

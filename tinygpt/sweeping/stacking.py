@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from tinygpt import rundir
 from tinygpt.config import LocalLauncher
 from tinygpt.sweeping.engines import processes
-from tinygpt.sweeping.jobs import Group, Job
+from tinygpt.sweeping.jobs import Job
+
+Stack = tuple[Job, ...]
 
 # Parameters times tokens of a pass above which a lone run keeps the device busy.  Measured on a
 # CPU, one thread, 8 runs of the default model: x2.0 at 1e7, x1.6 at 2e7, x1.5 at 5e7, x1.1 at 1e8.
@@ -20,7 +22,7 @@ WORK = {"cpu": 6e7, "cuda": 3e10}
 MOST = {"cpu": 8, "cuda": 16}  # runs in a stack that was not given a number
 
 
-def groups(jobs: Sequence[Job], say: Callable[[str], None]) -> list[Group]:
+def groups(jobs: Sequence[Job], say: Callable[[str], None]) -> list[Stack]:
     """The jobs in the groups to train them in; says in a line why some were not stacked."""
     asked = jobs[0].config.sweep.stack
     if asked == "off":
@@ -52,7 +54,7 @@ def could_stack(jobs: Sequence[Job]) -> int:
     return sum(count for count in families.values() if count > 1)
 
 
-def _cut(family: Sequence[Job], most: int) -> list[Group]:
+def _cut(family: Sequence[Job], most: int) -> list[Stack]:
     """Into as few groups as can be, of about the same size."""
     count = math.ceil(len(family) / most)
     ends = [round(n * len(family) / count) for n in range(count + 1)]

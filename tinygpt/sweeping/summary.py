@@ -12,14 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tinygpt import rundir
-from tinygpt.scaling.runs import read_rows
 from tinygpt.sweeping.engines import Outcome
-from tinygpt.sweeping.jobs import Job, flops_of
+from tinygpt.sweeping.jobs import StudyJob, flops_of
 
 
-def write(folder: Path) -> None:
-    """Writes both files anew from the run folders in ``folder``: a row a run."""
-    rows = read_rows(folder)
+def write(folder: Path, kind: type[StudyJob]) -> None:
+    """Writes both files anew from the folders of that kind in ``folder``: a row a run."""
+    rows = kind.rows(folder)
     for row in rows:
         row["folder"] = Path(row["folder"]).name  # the study may be moved
     text = io.StringIO()
@@ -33,8 +32,10 @@ def write(folder: Path) -> None:
 SHOWN = 40  # rows; of a longer study the table shows what did not end well
 
 
-def print_table(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], console: Console) -> None:
-    """Every run with its loss or its reason, then the counts and where the files are.
+def print_table(
+    jobs: Sequence[StudyJob], outcomes: Mapping[StudyJob, Outcome], console: Console
+) -> None:
+    """Every run with what it came to or its reason, then the counts and where the files are.
 
     Of a single run, as a sweeper that optimises asks for them, all has been said.
     """
@@ -43,19 +44,19 @@ def print_table(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], console: C
     said = {job: _status(outcomes.get(job)) for job in jobs}
     shown = [job for job in jobs if len(jobs) <= SHOWN or not said[job].startswith("finished")]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("run", "status", "val loss", ""):
-        table.add_column(name, justify="right" if name == "val loss" else "left", overflow="fold")
+    measure = jobs[0].measure[1]
+    for name in ("run", "status", measure, ""):
+        table.add_column(name, justify="right" if name == measure else "left", overflow="fold")
     for job in shown:
         outcome = outcomes.get(job, Outcome("not begun"))
-        loss = "" if outcome.val_loss is None else f"{outcome.val_loss:.4f}"
-        table.add_row(job.label, said[job], loss, outcome.reason)
+        table.add_row(job.label, said[job], outcome.shown, outcome.reason)
     console.print()
     if shown:
         console.print(table, highlight=False, markup=False)
     counts = ", ".join(f"{count} {status}" for status, count in Counter(said.values()).items())
     console.print(f"{len(jobs)} runs: {counts}", highlight=False)
     done = [job for job in jobs if job in outcomes and job.row]
-    if any(job.trunk for job in done):
+    if any(job.steps < job.row["total_steps"] for job in done):
         console.print(f"trained    {flops_of(done)}", highlight=False, soft_wrap=True)
     for folder in dict.fromkeys(job.run.path.parent for job in jobs):
         console.print(f"summary    {folder / 'sweep_summary.csv'}", highlight=False, soft_wrap=True)

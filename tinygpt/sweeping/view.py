@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinygpt.sweeping.engines import Outcome
-from tinygpt.sweeping.jobs import Job
+from tinygpt.sweeping.jobs import StudyJob
 from tinygpt.training.console import clock
 
 EVERY = 1.0  # seconds between looks at the folders
@@ -68,15 +68,15 @@ def _span(todo: Sequence[Work], pace: tuple[float, float], at_once: float) -> fl
 class View:
     """Follows ``pending``, of ``total`` jobs, from its own thread while the engine works."""
 
-    def __init__(self, pending: Sequence[Job], total: int, console: Console) -> None:
+    def __init__(self, pending: Sequence[StudyJob], total: int, console: Console) -> None:
         self.pending, self.total, self.console = list(pending), total, console
-        self.begun: dict[Job, float] = {}  # when it was first seen to run
-        self.progress: dict[Job, tuple[float, str]] = {}  # fraction done, what to say
-        self.ended_jobs: dict[Job, Outcome] = {}
+        self.begun: dict[StudyJob, float] = {}  # when it was first seen to run
+        self.progress: dict[StudyJob, tuple[float, str]] = {}  # fraction done, what to say
+        self.ended_jobs: dict[StudyJob, Outcome] = {}
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._start = time.time()
-        self._took: dict[Job, float] = {}  # seconds, of those that ended
-        self._done_before: dict[Job, float] = {}  # fraction, when the study was taken up
+        self._took: dict[StudyJob, float] = {}  # seconds, of those that ended
+        self._done_before: dict[StudyJob, float] = {}  # fraction, when the study was taken up
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
@@ -85,9 +85,9 @@ class View:
         before = f", {skipped} finished before" if skipped else ""
         folder = self.pending[0].run.path.parent
         runs = "1 run" if len(self.pending) == 1 else f"{len(self.pending)} runs"
-        self._say(f"training {runs}{before}; folder {folder}")
+        self._say(f"{self.pending[0].verb} {runs}{before}; folder {folder}")
         anew = self.pending[0].config.force
-        self._done_before = {} if anew else {job: _read(job)[0] for job in self.pending}
+        self._done_before = {} if anew else {job: job.progress()[0] for job in self.pending}
         if self.console.is_terminal:
             self._live.start()
         self._thread.start()
@@ -98,14 +98,14 @@ class View:
         self._thread.join()
         self._live.stop()
 
-    def ended(self, job: Job, outcome: Outcome) -> None:
+    def ended(self, job: StudyJob, outcome: Outcome) -> None:
         with self._lock:
             self.ended_jobs[job] = outcome
             self.progress.pop(job, None)
             if job in self.begun:
                 self._took[job] = time.time() - self.begun[job]
         place = f"{self.total - len(self.pending) + len(self.ended_jobs)}/{self.total}"
-        loss = "" if outcome.val_loss is None else f"  val {outcome.val_loss:.4f}"
+        loss = f"  {job.measure[0]} {outcome.shown}" if outcome.shown else ""
         seconds = f"  {clock(time.time() - self.begun.get(job, self._start))}"
         reason = f"  {outcome.reason}" if outcome.reason else ""
         status = outcome.status.replace("_", " ")
@@ -130,13 +130,13 @@ class View:
                     self._say(f"begun  {job.label}")
             with self._lock:
                 if job not in self.ended_jobs:
-                    self.progress[job] = _read(job)
+                    self.progress[job] = job.progress()
 
     def _left(self) -> str:
         now, timed, todo, busy = time.time(), [], [], 0.0
         running = dict(self.progress)
         for job in self.pending:
-            steps = job.row["total_steps"] - job.branch_step
+            steps = job.steps
             part, before = running.get(job, (0.0, ""))[0], self._done_before.get(job, 0.0)
             seconds = self._took.get(job, now - self.begun.get(job, now))
             busy += seconds
@@ -167,24 +167,3 @@ def _is_alive(log: Path, since: float) -> bool:
         return log.stat().st_mtime >= since
     except OSError:
         return False
-
-
-def _read(job: Job) -> tuple[float, str]:
-    """The part done and the latest losses, from the last lines of metrics.csv."""
-    try:
-        with job.run.metrics.open("rb") as file:
-            header = file.readline().decode().strip().split(",")
-            file.seek(max(len(header), file.seek(0, 2) - 4096))
-            lines = file.read().decode().split("\n")[1:-1]
-    except OSError:
-        return 0.0, "starting"
-    rows = [dict(zip(header, line.split(","), strict=False)) for line in lines]
-    rows = [row for row in rows if len(row) == len(header) and row["step"].isdigit()]
-    if not rows:
-        return 0.0, "starting"
-    step, total = int(rows[-1]["step"]), job.row["total_steps"]
-    names = ("train", "val")
-    losses = {n: row[f"{n}_loss"] for row in rows for n in names if row[f"{n}_loss"]}
-    words = "  ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
-    begun = job.branch_step
-    return max(0.0, (step - begun) / max(1, total - begun)), words

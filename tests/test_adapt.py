@@ -1,0 +1,449 @@
+"""The command that adapts: what is asked for, what is refused, where it goes, how it is swept."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.adapting import SITE, records_of, results_of
+from tests.conftest import ROOT, Command
+from tinygpt import cli, rundir
+from tinygpt.adaptation import identity
+from tinygpt.adaptation.config import (
+    METHODS,
+    POLICIES,
+    AdaptConfig,
+    count_records,
+    methods_of,
+)
+from tinygpt.adaptation.records import RecordsFile
+from tinygpt.config import ConfigError
+from tinygpt.data.tokenizers import Bytes
+from tinygpt.evaluating import folders
+from tinygpt.scaling.runs import load_runs
+from tinygpt.sweeping.adaptations import AdaptationJob
+from tinygpt.sweeping.jobs import compose_jobs, expand
+
+
+def make_base(path: Path, *words: str, weights: str = "weights") -> Path:
+    """All of a run that is read before its weights are."""
+    run = rundir.RunDir(path)
+    run.checkpoints.mkdir(parents=True)
+    run.write_config(cli.compose_config(["model.d_model=16", "model.n_heads=2", *words]))
+    rundir.write_json(run.environment, {"config_hash": f"hash of {words}"})
+    Bytes().save(run.tokenizer)
+    for name in ("last", "final"):
+        (run.checkpoints / f"{name}.ckpt").write_text(f"{weights} {name}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base on the embedded corpus, one on other text, one under µP, books, edits."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "books").mkdir()
+    (folder / "books" / "a.txt").write_text("A book.")
+    (folder / "edits.jsonl").write_text("{}\n")
+    make_base(folder / "base")
+    make_base(folder / "text", "data=custom", f"data.path={folder}/books")
+    make_base(folder / "mup", "model.parametrization=mup")
+    (make_base(folder / "begun") / "checkpoints" / "final.ckpt").unlink()
+    adapted = rundir.RunDir(folder / "adapted")
+    rundir.write_json(adapted.environment, {"config_hash": "x"})
+    adapted.path.joinpath("config.yaml").write_text("run: base\ndocuments:\n  task: new_facts\n")
+    return folder
+
+
+def asked(*words: str) -> AdaptConfig:
+    return cli.compose_for(cli.ADAPT, words)
+
+
+def facts(base: Path, *words: str) -> list[str]:
+    return [f"run={base}", "documents.task=new_facts", *words]
+
+
+# --- what is composed
+
+
+def test_the_values_of_conf_are_those_of_the_schema() -> None:
+    values: Any = OmegaConf.to_container(OmegaConf.load(Path(cli.CONF_DIR) / "adapt.yaml"))
+    schema: Any = OmegaConf.to_container(OmegaConf.structured(AdaptConfig))
+    groups = {"data", "policy", "hardware", "launcher"}
+    assert set(values) - {"defaults", "hydra"} == set(schema) - groups
+    assert {k: v for k, v in values.items() if k in schema and k != "sweep"} == {
+        k: v for k, v in schema.items() if k not in groups and k != "sweep"
+    }
+
+
+@pytest.mark.parametrize("path", sorted(Path(cli.CONF_DIR, "policy").glob("*.yaml")), ids=str)
+def test_every_policy_is_composed(place: Path, path: Path) -> None:
+    words = facts(place / "base", f"policy={path.stem}", "methods=[none,lora_edit]")
+    if path.stem in ("hf", "mlx", "file"):
+        words.append(f"policy.path={place / ('edits.jsonl' if path.stem == 'file' else 'books')}")
+    policy = asked(*words).policy
+    assert policy.kind == path.stem
+    assert type(policy) in POLICIES.values()
+
+
+def test_the_help_names_what_there_is() -> None:
+    text = cli.help_text(cli.ADAPT)
+    for group in ("policy", "data", "launcher"):
+        names = {path.stem for path in Path(cli.CONF_DIR, group).glob("*.yaml")}
+        assert {name for name in names if name not in text} == set()
+    assert [method for method in METHODS if method not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("", "run: must be given, as run=..."),
+        ("run=nowhere data=synthetic", "run=nowhere: no such folder"),
+        ("run=PLACE data=synthetic", "run=PLACE: a folder of 4 runs; give one of them, as PLACE/b"),
+        ("run=PLACE/books data=synthetic", "run=PLACE/books: not the folder of a run"),
+        ("run=PLACE/adapted data=synthetic", "run=PLACE/adapted: not the folder of a run, but of"),
+        ("run=BASE", "documents.task=domain_shift: needs data="),
+        ("run=BASE data.path=x", "data.path=x: needs data=, where the text is from"),
+        ("run=BASE data=custom", "data.path: must be given"),
+        (
+            "run=BASE data=synthetic documents.task=new_facts",
+            "data=synthetic: not with documents.t",
+        ),
+        (
+            "run=PLACE/text documents.task=new_facts",
+            "documents.task=new_facts: needs a run that was",
+        ),
+        ("run=PLACE/mup documents.task=new_facts", "run: trained with model.parametrization=mup"),
+        (
+            "run=PLACE/begun FACTS checkpoint=final",
+            "checkpoint=final: not in PLACE/begun/checkpoin",
+        ),
+        ("BASE", "'BASE': must be key=value"),
+        ("run=BASE FACTS inner.lora.rank=17", "inner.lora.rank=17: must be at most 16, the width"),
+        ("run=BASE FACTS outer.lora.rank=17", "outer.lora.rank=17: must be at most 16, the width"),
+        ("run=BASE FACTS inner.lora.rank=null", "inner.lora.rank=null: methods=lora_doc trains ad"),
+        ("run=BASE FACTS inner.lora.rnak=4", "inner.lora.rnak: no such key; did you mean inner.lo"),
+        (
+            "run=BASE FACTS rank=4",
+            "rank: no such key; did you mean inner.lora.rank or outer.lora.r",
+        ),
+        ("run=BASE FACTS model=small", "model: no such key"),
+        ("run=BASE FACTS train.steps=3", "train: no such key"),
+        ("run=BASE FACTS inner.inner_steps=[3,1]", "inner.inner_steps=3,1: must be numbers that"),
+        ("run=BASE FACTS inner.inner_steps=[-1]", "inner.inner_steps=-1: must be at least 0"),
+        ("run=BASE FACTS inner.inner_steps=3", "inner.inner_steps=3: must be a list, as [a,b]"),
+        ("run=BASE FACTS methods=[oracel]", "methods=oracel: must be one of none, lora_doc, lora"),
+        ("run=BASE FACTS methods=[]", "methods=[]: must name some of none, lora_doc"),
+        ("run=BASE data=synthetic methods=[oracle]", "methods=oracle: needs documents.task=new_fa"),
+        ("run=BASE FACTS documents.test=0", "documents.test=0: must be at least 1"),
+        ("run=BASE FACTS documents.train=0", "documents.train=0: methods=restem learns from"),
+        ("run=BASE FACTS documents.tune=0", "documents.tune=0: methods=lora_doc is tuned on"),
+        ("run=BASE FACTS tuning.learning_rates=[]", "tuning.learning_rates=[]: must have a rate"),
+        ("run=BASE FACTS tuning.learning_rates=[0.0]", "tuning.learning_rates=0.0: must be above"),
+        ("run=BASE FACTS outer.explore=2", "outer.explore=2.0: must be at most 1"),
+        ("run=BASE FACTS outer.shared=true policy=table", "outer.shared=true: needs policy=self"),
+        ("run=BASE FACTS inner.lora.rank=null inner.lora.alpha=8 methods=[none]", "inner.lora.alp"),
+        (
+            "run=BASE FACTS policy=nope",
+            "policy=nope: no such choice; there are file, hf, mlx, self",
+        ),
+        ("run=BASE FACTS policy=hf", "policy.path: must be given"),
+        ("run=BASE FACTS policy=hf policy.path=nowhere", "policy.path=nowhere: no such folder"),
+        ("run=BASE FACTS policy=file policy.path=PLACE/edits.jsonl", "policy=file: does not learn"),
+        (
+            "run=BASE FACTS policy=file policy.path=no methods=[none]",
+            "policy.path=no: no such file",
+        ),
+        ("run=BASE FACTS policy.path=x", "policy.path: not a key of the chosen policy; it is one"),
+        ("run=BASE FACTS hardware.devices=2", "hardware.devices=2: an adaptation takes one device"),
+        ("run=BASE FACTS sweep.stack=auto", "sweep.stack=auto: not for adaptations"),
+        ("run=BASE FACTS study=a/b", "study=a/b: must be letters"),
+        ("run=BASE FACTS scale=huge", "scale=huge: must be one of smoke, laptop, gpu"),
+        ("run=BASE FACTS seed=1,2", "seed=1,2: several values need --multirun"),
+    ],
+)
+def test_a_mistake_is_one_line(place: Path, words: str, line: str) -> None:
+    words = words.replace("FACTS", "documents.task=new_facts").replace("=BASE", "=PLACE/base")
+    with pytest.raises(ConfigError) as error:
+        asked(*words.replace("PLACE", str(place)).split())
+    assert str(error.value).replace(str(place), "PLACE").startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_what_needs_no_documents_may_have_none(place: Path) -> None:
+    words = facts(place / "base", "documents.train=0", "documents.tune=0")
+    assert asked(*words, "methods=[none,uniform_directive]").documents.tune == 0
+    assert asked(*words, "methods=[lora_doc]", "tuning.learning_rates=[1e-3]").documents.tune == 0
+
+
+@pytest.mark.parametrize("path", sorted(Path(cli.CONF_DIR, "experiment").glob("*.yaml")), ids=str)
+def test_an_experiment_belongs_to_one_command(place: Path, path: Path) -> None:
+    words = [f"experiment={path.stem}"]
+    of_adapt = path.stem == "adaptation"
+    theirs, ours = cli.COMMANDS if of_adapt else cli.COMMANDS[::-1]
+    with pytest.raises(ConfigError) as error:
+        cli.sweeps(theirs, words, False)
+    assert str(error.value) == f"{words[0]}: is one of python -m tinygpt.{ours.name}"
+    assert cli.sweeps(ours, words, True)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu"])
+def test_the_experiment_at_every_scale(place: Path, scale: str) -> None:
+    words = facts(place / "base", "experiment=adaptation", f"scale={scale}")
+    params = getattr(asked(*words).sweep, scale)
+    jobs = compose_jobs(expand(params, words), AdaptationJob)
+    found = [(job.config.inner.lora.rank, job.config.seed) for job in jobs]
+    assert found == [(4, 1), (4, 2), (8, 1), (8, 2)]
+    assert {job.config.study for job in jobs} == {f"adaptation-{scale}"}
+    assert {methods_of(job.config) == list(METHODS) for job in jobs} == {True}
+
+
+def test_the_records_of_a_study_are_counted(place: Path) -> None:
+    """Two steps: none 3 · 1; lora_doc (3 test + 1 tune · 2 rates) · 2; restem (3 test in each of 3
+    rounds + 2 train · 2 iterations · 4 samples · 2 seeds) · 2."""
+    words = facts(place / "base", "methods=[none,lora_doc,restem]", "inner.inner_steps=[1,3]")
+    words += ["documents.train=2", "documents.tune=1", "documents.test=3"]
+    words += ["tuning.learning_rates=[1e-3,1e-2]", "outer.samples=4", "outer.inner_seeds=2"]
+    assert count_records(asked(*words)) == 3 + 10 + 82
+
+
+# --- which adaptation it is
+
+
+def hash_of(config: AdaptConfig) -> str:
+    return identity.identify(copy.deepcopy(config), [])[0]
+
+
+def shift(folder: Path, *words: str) -> list[str]:
+    return [f"run={folder}/base", "data=custom", f"data.path={folder}/books", *words]
+
+
+def test_it_is_the_same_wherever_it_lies(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = shutil.copytree(place, tmp_path / "moved")
+    more = ("policy=file", "policy.path=PLACE/edits.jsonl", "methods=[lora_edit,none]")
+    one = asked(*(word.replace("PLACE", str(place)) for word in shift(place, *more)))
+    other = asked(*(word.replace("PLACE", str(moved)) for word in shift(moved, *more)))
+    monkeypatch.chdir(moved)
+    elsewhere = ["run=base", "data=custom", "data.path=books", "policy=file", "study=s"]
+    spelt = ["policy.path=edits.jsonl", "methods=[none,lora_edit]", "checkpoint=final"]
+    third = asked(*elsewhere, *spelt, "hardware.threads=3")
+    assert hash_of(one) == hash_of(other) == hash_of(third)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("seed=1", "inner.lora.rank=4", "documents.seed=1", "checkpoint=last", "methods=[none]"),
+        *("tuning.directives=2", "outer.samples=2", "policy=table", "data.separator=none"),
+    ],
+)
+def test_what_changes_a_result_makes_another(place: Path, word: str) -> None:
+    assert hash_of(asked(*shift(place))) != hash_of(asked(*shift(place, word)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base/checkpoints/final.ckpt", "base/tokenizer.json", "base/environment.json", "books/a.txt"],
+)
+def test_what_lies_there_makes_another(place: Path, tmp_path: Path, name: str) -> None:
+    moved = shutil.copytree(place, tmp_path / "moved")
+    before = hash_of(asked(*shift(moved)))
+    path = moved / name
+    path.write_text(path.read_text().replace("hash of", "of") + " ")
+    assert hash_of(asked(*shift(moved))) != before
+
+
+def test_a_study_finds_its_own_folder(place: Path, tmp_path: Path) -> None:
+    words = facts(place / "base", f"output_dir={tmp_path}")
+    config = asked(*words)
+    hash_, run = identity.identify(config, words)
+    assert run.path == tmp_path / "adaptation" / f"run-base_task-new_facts-{hash_[:6]}"
+    rundir.write_json(run.environment, {"config_hash": hash_})
+    run.write_config(config)
+    assert rundir.find_adaptations(tmp_path) == [run.path]
+    assert rundir.find_runs(tmp_path) == []
+    again = [*words[::-1], "methods=null"]
+    assert identity.identify(asked(*again), again)[1].path == run.path
+
+
+# --- swept
+
+
+@pytest.fixture
+def adapt(tinygpt: Command, tmp_path: Path) -> Command:
+    """The command in a fresh folder, with the stand-in where each document would be learned."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    paths = f"{tmp_path / 'site'}:{ROOT}"
+    return lambda *words, **env: tinygpt("adapt", *words, PYTHONPATH=paths, **env)
+
+
+SWEEP = ("--multirun", "experiment=adaptation", "scale=smoke", "documents.task=new_facts")
+
+
+def test_a_sweep_and_the_same_again(adapt: Command, place: Path, tmp_path: Path) -> None:
+    words = [*SWEEP, f"run={place}/base,{place}/begun", "methods=[none,lora_doc,oracle]"]
+    done = adapt(*words, TINYGPT_TEST_STOP="seed=2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "8 runs: 4 failed, 4 finished" in done.stdout or "4 finished, 4 failed" in done.stdout
+    study = tmp_path / "outputs" / "adaptation-smoke"
+    before = {path.parent: path.stat().st_mtime_ns for path in study.glob("*/results.json")}
+    halves = [len(path.read_text().splitlines()) for path in study.glob("*seed-2*/adapt.jsonl")]
+    assert len(before) == len(halves) == 4
+
+    done = adapt(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "adapting 4 runs, 4 finished before; folder outputs/adaptation-smoke" in done.stdout
+    assert "8 runs: 4 finished before, 4 finished" in done.stdout
+    assert "reward oracle +0." in done.stdout
+    assert all((path / "results.json").stat().st_mtime_ns == t for path, t in before.items())
+    for folder in study.glob("*seed*"):
+        records = RecordsFile(folder / "adapt.jsonl").read()
+        assert len({record["run_id"] for record in records}) == len(records) > max(halves)
+    with (study / "sweep_summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    for row in rows:
+        results = json.loads((study / row["folder"] / "results.json").read_text())
+        assert float(row["reward_lora_doc"]) == results["reward_lora_doc"]
+        assert (row["status"], row["lora_rank"]) == ("finished", str(results["lora_rank"]))
+    assert (study / "fit" / "adaptation_summary.csv").exists()
+    assert "Does self-editing beat the raw document?" in done.stdout
+
+    third = adapt(*words, PYTHONPROFILEIMPORTTIME="1")
+    assert "8 runs: 8 finished before" in third.stdout
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in third.stderr.splitlines()}
+    assert "tinygpt.sweeping.adaptations" in loaded
+    assert "torch" not in loaded  # what is finished is skipped without it
+
+
+def test_workers_do_as_one_process_does(adapt: Command, place: Path, tmp_path: Path) -> None:
+    words = ["--multirun", *facts(place / "base", "seed=1,2", "fit=false")]
+    studies = {}
+    for launcher in ("serial", "local"):
+        done = adapt(*words, f"launcher={launcher}", f"output_dir={launcher}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = sorted((tmp_path / launcher / "adaptation-seed").glob("seed-*/results.json"))
+        studies[launcher] = [path.read_text() for path in found]
+    assert studies["serial"] == studies["local"]
+    assert len(studies["serial"]) == 2
+
+
+def test_a_plan_does_nothing(adapt: Command, place: Path, tmp_path: Path) -> None:
+    done = adapt(*SWEEP, f"run={place}/base", "plan=true", COLUMNS="120")
+    assert done.returncode == 0, done.stderr
+    assert "lora.rank=4 seed=1" in done.stdout or "rank=4 seed=1" in done.stdout
+    assert "4 to do: " in done.stdout
+    alone = adapt(*facts(place / "base", "plan=true"))
+    assert "1 to do: " in alone.stdout, alone.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["hydra/sweeper=optuna", "--multirun"], "hydra/sweeper=optuna: makes one number small"),
+        (["launcher=local"], "launcher=local: needs --multirun, or an experiment"),
+        (["scale=smoke"], "scale=smoke: needs an experiment that has scales"),
+        (["--multirun", "seed=1,2", "inner.lora.rank=4,99"], "inner.lora.rank=99: must be at most"),
+        (["--multirun", "hardware.threads=1,2"], "hardware.threads=1 and hardware.threads=2: both"),
+    ],
+)
+def test_what_is_refused_before_anything_is_done(
+    adapt: Command, place: Path, tmp_path: Path, words: list[str], line: str
+) -> None:
+    done = adapt(*facts(place / "base", *words))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {line}")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
+
+
+def make_job(base: Path, folder: Path, *words: str) -> AdaptationJob:
+    (job,) = compose_jobs([facts(base, f"output_dir={folder}", *words)], AdaptationJob)
+    return job
+
+
+def test_a_job_can_be_sent_away(place: Path, tmp_path: Path) -> None:
+    job = make_job(place / "base", tmp_path)
+    again = pickle.loads(pickle.dumps(job))
+    assert (again.config, again.hash, again.run.path) == (job.config, job.hash, job.run.path)
+
+
+def test_how_far_it_is_and_what_it_came_to(place: Path, tmp_path: Path) -> None:
+    job = make_job(place / "base", tmp_path, "methods=[none,lora_doc]", "documents.tune=1")
+    job.row = {"total_steps": count_records(job.config)}
+    assert job.progress() == (0.0, "starting")
+    records = records_of(job.config)
+    job.run.path.mkdir(parents=True)
+    RecordsFile(job.run.records).append(records[:10])
+    with job.run.records.open("a") as file:
+        file.write('{"torn')
+    part, words = job.progress()
+    assert part == 10 / job.row["total_steps"]
+    assert words == f"10/{job.row['total_steps']} records  lora_doc {records[9]['reward']:+.2f}"
+    results = results_of(job.config, job.hash, records)
+    assert job.came_to(results) == (results["reward_lora_doc"], "lora_doc")
+    assert job.came_to({**results, "reward_lora_doc": -0.1}) == (0.0, "none")
+    assert job.came_to({**results, "reward_none": None, "reward_lora_doc": None}) == (None, "")
+
+
+# --- beside trainings
+
+
+@pytest.fixture
+def mixed(place: Path, tmp_path: Path) -> Path:
+    """A training, and a study of two adaptations, one of which has just begun."""
+    make_base(tmp_path / "all" / "runs" / "base")
+    for seed in (1, 2):
+        words = facts(place / "base", f"output_dir={tmp_path}/all", f"seed={seed}")
+        words.append("methods=[none,lora_doc]")
+        config = asked(*words)
+        hash_, run = identity.identify(config, words)
+        rundir.write_json(run.environment, {"config_hash": hash_})
+        run.write_config(config)
+        if seed == 1:
+            RecordsFile(run.records).append(records_of(config))
+    return tmp_path / "all"
+
+
+def test_each_command_takes_its_own(mixed: Path, tinygpt: Command) -> None:
+    base, study = mixed / "runs" / "base", mixed / "adaptation"
+    assert rundir.find_runs(mixed) == [base]
+    assert len(rundir.find_adaptations(mixed)) == 2
+    assert list(load_runs(mixed)["folder"]) == [str(base)]
+    assert folders.find([mixed]) == ([base], [])
+    for command, key in (("evaluate", "runs"), ("sample", "run")):
+        done = tinygpt(command, f"{key}={study}")
+        assert done.returncode == 2
+        assert "but 2 adaptations" in done.stderr
+        assert done.stderr.count("\n") == 1
+    both = tinygpt("fit", f"runs={mixed}")
+    assert both.stdout.startswith(f"note: runs={mixed} has adaptations too, left out here; runs=")
+    assert both.stderr.startswith("error: loss=final_val_loss: no such column")  # of the training
+    alone = tinygpt("fit", f"runs={study}")
+    assert alone.returncode == 0, alone.stderr
+    assert (study / "fit" / "report.html").exists()
+
+
+def test_an_adaptation_is_told_by_its_configuration(tmp_path: Path) -> None:
+    found: dict[str, Any] = {
+        "run: x\ndocuments:\n": True,
+        "documents:\n": True,
+        "data: {}\n": False,
+    }
+    for number, (text, is_one) in enumerate(found.items()):
+        folder = tmp_path / str(number)
+        rundir.write_json(folder / "environment.json", {})
+        assert not rundir.is_adaptation(folder)
+        (folder / "config.yaml").write_text(text)
+        assert rundir.is_adaptation(folder) == is_one

@@ -1,0 +1,56 @@
+"""``python -m tinygpt.adapt``: how a trained run adapts to new text, or a sweep of such studies
+with ``--multirun``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from tinygpt import cli
+from tinygpt.config import ConfigError
+
+
+@hydra.main(config_path=cli.CONF_DIR, config_name=cli.ADAPT.file, version_base="1.3")
+@cli.one_line_errors
+def job(composed: DictConfig) -> None:
+    """One adaptation."""
+    overrides = list(HydraConfig.get().overrides.task)
+    config = cli.checked_adaptation(composed, overrides)
+    from tinygpt.sweeping.adaptations import AdaptationJob
+    from tinygpt.sweeping.jobs import study_name
+    from tinygpt.sweeping.study import run_study
+
+    if config.plan:
+        run_study([overrides], AdaptationJob)
+        return
+    config.study = config.study or study_name(config, overrides, AdaptationJob.study)
+
+    from rich.console import Console
+
+    from tinygpt.adaptation.study import adapt
+
+    console = Console()
+    adapt(config, overrides, console)
+    assert config.run_name is not None
+    folder = Path(config.output_dir, config.study, config.run_name)
+    if config.fit and (config.force or not (folder / "fit" / "report.html").exists()):
+        AdaptationJob.fit(folder, console)
+
+
+@cli.one_line_errors
+def main() -> None:
+    for word in sys.argv[1:]:
+        if word.startswith("hydra/sweeper=") and word != "hydra/sweeper=tinygpt":
+            raise ConfigError(
+                f"{word}: makes one number small, and an adaptation has several; "
+                "--multirun tries every combination"
+            )
+    cli.start(cli.ADAPT, job)
+
+
+if __name__ == "__main__":
+    main()

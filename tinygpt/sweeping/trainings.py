@@ -1,0 +1,133 @@
+"""Trainings as jobs of a study: prepared, done, followed, and their law at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tinygpt import rundir
+from tinygpt.config import Config, ConfigError, WsdSchedule
+from tinygpt.sweeping.jobs import End, Job
+
+
+def prepare(jobs: Sequence[Job], console: Console) -> None:
+    """Checks machine and data of every job, prepares each corpus once and plans every run."""
+    from tinygpt.data import corpora, shards
+    from tinygpt.training.console import preparing
+    from tinygpt.training.results import planned
+    from tinygpt.training.session import open_data, open_machine
+
+    prepared: dict[str, shards.Prepared] = {}
+    with preparing(console) as progress:
+        for job in jobs:
+            config = job.config
+            device = open_machine(config)
+            source = f"{config.data} {config.tokenizer}"
+            if source not in prepared:
+                corpus, cache = (
+                    corpora.open_corpus(config.data),
+                    shards.cache_root(config.cache_dir),
+                )
+                prepared[source] = shards.prepare(
+                    corpus, config.data, config.tokenizer, cache, progress
+                )
+            data = open_data(config, prepared[source], device)
+            assert data.plan is not None
+            job.plan = data.plan
+            job.row = planned(config, data, device)
+            job.val_tokens = data.splits["val"].info["tokens"]
+
+
+def share_trunks(jobs: Sequence[Job]) -> None:
+    """Ties runs that differ in their length alone to the longest of them.
+
+    Raises ConfigError where the schedule does not allow it.
+    """
+    from tinygpt.training.optim import stable_steps
+
+    families: dict[str, list[Job]] = {}
+    for job in jobs:
+        families.setdefault(_without_length(job), []).append(job)
+    for family in families.values():
+        trunk = max(family, key=lambda job: job.row["total_steps"])
+        for job in family:
+            schedule, plan = job.config.schedule, job.plan
+            if not isinstance(schedule, WsdSchedule) or schedule.warmup_steps is None:
+                raise ConfigError(
+                    "sweep.share_trunk=true: needs schedule=wsd, schedule.warmup_steps"
+                )
+            assert plan is not None
+            if job is not trunk:
+                job.trunk, job.branch_step = (
+                    trunk.run,
+                    stable_steps(
+                        schedule, total_steps=plan.total_steps, warmup_steps=plan.warmup_steps
+                    ),
+                )
+                trunk.keep_at.append(job.branch_step)
+
+
+def _without_length(job: Job) -> str:
+    train = dataclasses.replace(
+        job.config.train, tokens=1, steps=None, epochs=None, tokens_per_param=None, flops=None
+    )
+    config: Config = dataclasses.replace(job.config, train=train)
+    return rundir.effective_hash(config, job.content)
+
+
+def train(group: Sequence[Job], console: Console) -> list[End]:
+    """Trains a run, or several as one."""
+    from tinygpt.training.branching import Branch
+    from tinygpt.training.session import train
+    from tinygpt.training.stack import train_stack
+
+    if len(group) > 1:
+        return train_stack([(job.config, list(job.overrides)) for job in group], console)
+    (job,) = group
+    branch = Branch(job.trunk, job.branch_step, tuple(job.keep_at))
+    return [train(job.config, list(job.overrides), console, branch)]
+
+
+def progress(job: Job) -> tuple[float, str]:
+    """The part done and the latest losses, from the last lines of metrics.csv."""
+    try:
+        with job.run.metrics.open("rb") as file:
+            header = file.readline().decode().strip().split(",")
+            file.seek(max(len(header), file.seek(0, 2) - 4096))
+            lines = file.read().decode().split("\n")[1:-1]
+    except OSError:
+        return 0.0, "starting"
+    rows = [dict(zip(header, line.split(","), strict=False)) for line in lines]
+    rows = [row for row in rows if len(row) == len(header) and row["step"].isdigit()]
+    if not rows:
+        return 0.0, "starting"
+    step, total = int(rows[-1]["step"]), job.row["total_steps"]
+    names = ("train", "val")
+    losses = {n: row[f"{n}_loss"] for row in rows for n in names if row[f"{n}_loss"]}
+    words = "  ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
+    begun = job.branch_step
+    return max(0.0, (step - begun) / max(1, total - begun)), words
+
+
+def fit(folder: Path, console: Console) -> None:
+    """The law of a study with its report, or one line that says why there is none."""
+    from tinygpt.scaling import Columns, analyse, load_curves, load_runs, report, wording
+    from tinygpt.scaling.runs import comparable
+
+    columns = Columns()
+    try:
+        used, left_out = comparable(load_runs(folder), columns.loss)
+        analysis = analyse(used, left_out, columns, curves=load_curves(folder))
+    except ConfigError as error:
+        console.print(f"law        none: {error}", highlight=False, soft_wrap=True)
+        return
+    report.write(analysis, folder / "fit")
+    failed = sum(check.passed is False for check in analysis.checks)
+    many = "a check fails" if failed == 1 else f"{failed} checks fail"
+    verdict = f"not evidence yet: {many}" if failed else "every check that applies passed"
+    law = f"{wording.equation(analysis.fit)}, {wording.variables(analysis.words)}"
+    console.print(f"law        {law}  ({verdict})", highlight=False, soft_wrap=True)
+    console.print(f"report     {folder / 'fit' / 'report.html'}", highlight=False, soft_wrap=True)
