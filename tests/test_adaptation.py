@@ -163,8 +163,9 @@ def test_too_few_documents_is_a_line_that_names_the_keys() -> None:
     with pytest.raises(ConfigError) as caught:
         cut(TEXTS, heldout_tokens=5000)
     assert str(caught.value) == (
-        "train=3, tune=2, test=4: only 0 documents of 24 are long enough; lower these, "
-        "context_tokens=50 or heldout_tokens=5000"
+        "documents.train=3, documents.tune=2, documents.test=4: only 0 documents of 24 are long "
+        "enough; lower these, "
+        "documents.context_tokens=50 or documents.heldout_tokens=5000"
     )
 
 

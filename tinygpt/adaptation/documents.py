@@ -180,10 +180,11 @@ def domain_shift(config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]
         else:
             kept = heapq.nsmallest(asked, [*kept, (place, found)], key=lambda pair: pair[0])
     if len(kept) < asked:
-        keys = ", ".join(f"{name}={getattr(config, name)}" for name in SPLITS)
+        keys = ", ".join(f"documents.{name}={getattr(config, name)}" for name in SPLITS)
         raise ConfigError(
             f"{keys}: only {len(kept)} documents of {len(seen)} are long enough; lower these, "
-            f"context_tokens={config.context_tokens} or heldout_tokens={config.heldout_tokens}"
+            f"documents.context_tokens={config.context_tokens} or "
+            f"documents.heldout_tokens={config.heldout_tokens}"
         )
     passed = [found for place, found in sorted(short.items()) if place < kept[-1][0]]
     return Documents(_split([document for _, document in kept], config), passed)
@@ -239,14 +240,14 @@ def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
     data = base.config.data
     if not isinstance(data, SyntheticData):
         raise ConfigError(
-            f"task=new_facts: needs a run that was trained on data=synthetic; {base.path} was "
-            f"trained on {data.name}"
+            "documents.task=new_facts: needs a run that was trained on data=synthetic; "
+            f"{base.path} was trained on {data.name}"
         )
     grammar = Grammar(data)
     there, relations = len(grammar.heldout), len(RELATIONS)
     asked = config.train + config.tune + config.test
     if asked > there * relations:
-        keys = ", ".join(f"{name}={getattr(config, name)}" for name in SPLITS)
+        keys = ", ".join(f"documents.{name}={getattr(config, name)}" for name in SPLITS)
         raise ConfigError(
             f"{keys}: {asked} facts, but the run kept {there} entities out of its corpus "
             f"(data.heldout_entities), with {relations} facts each"
@@ -264,8 +265,8 @@ def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
     longest = max(document.heldout.inputs.shape[1] for document in found)
     if longest > base.model.config.max_seq_len:
         raise ConfigError(
-            f"task=new_facts: a question takes {longest} tokens, and the context of the run is "
-            f"model.max_seq_len={base.model.config.max_seq_len}"
+            f"documents.task=new_facts: a question takes {longest} tokens, and the context of the "
+            f"run is model.max_seq_len={base.model.config.max_seq_len}"
         )
     return _split(found, config)
 
