@@ -122,7 +122,8 @@ class AdaptationJob(StudyJob):
     def rows(folder: Path) -> list[dict[str, Any]]:
         from tinygpt.scaling.runs import read_rows
 
-        return read_rows(folder, find=rundir.find_adaptations)
+        rows = read_rows(folder, find=rundir.find_adaptations)
+        return [{**row, "methods": " ".join(row.get("methods") or ())} for row in rows]
 
     @staticmethod
     def fit(folder: Path, console: Console) -> None:
