@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from tests.adapting import SITE, records_of, results_of
 from tests.conftest import ROOT, Command
@@ -177,6 +178,13 @@ def test_a_mistake_is_one_line(place: Path, words: str, line: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_missing_library_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinygpt.adaptation.config.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs `pip install 'tinygpt\[lora\]'`"):
+        asked(*facts(place / "base"))
+    assert asked(*facts(place / "base", "methods=[none,full_ft_doc]")).methods
+
+
 def test_what_needs_no_documents_may_have_none(place: Path) -> None:
     words = facts(place / "base", "documents.train=0", "documents.tune=0")
     assert asked(*words, "methods=[none,uniform_directive]").documents.tune == 0
@@ -191,7 +199,8 @@ def test_an_experiment_belongs_to_one_command(place: Path, path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         cli.sweeps(theirs, words, False)
     assert str(error.value) == f"{words[0]}: is one of python -m tinygpt.{ours.name}"
-    assert cli.sweeps(ours, words, True)
+    if path.stem in ("adaptation", "width"):
+        assert cli.sweeps(ours, words, False)
 
 
 @pytest.mark.parametrize("scale", ["smoke", "laptop", "gpu"])
@@ -292,7 +301,7 @@ SWEEP = ("--multirun", "experiment=adaptation", "scale=smoke", "documents.task=n
 
 def test_a_sweep_and_the_same_again(adapt: Command, place: Path, tmp_path: Path) -> None:
     words = [*SWEEP, f"run={place}/base,{place}/begun", "methods=[none,lora_doc,oracle]"]
-    done = adapt(*words, TINYGPT_TEST_STOP="seed=2")
+    done = adapt(*words, "fit=false", TINYGPT_TEST_STOP="seed=2")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "8 runs: 4 failed, 4 finished" in done.stdout or "4 finished, 4 failed" in done.stdout
     study = tmp_path / "outputs" / "adaptation-smoke"
@@ -319,23 +328,20 @@ def test_a_sweep_and_the_same_again(adapt: Command, place: Path, tmp_path: Path)
     assert (study / "fit" / "adaptation_summary.csv").exists()
     assert "Does self-editing beat the raw document?" in done.stdout
 
-    third = adapt(*words, PYTHONPROFILEIMPORTTIME="1")
+    third = adapt(*words)
     assert "8 runs: 8 finished before" in third.stdout
-    loaded = {line.rsplit("|", 1)[-1].strip() for line in third.stderr.splitlines()}
-    assert "tinygpt.sweeping.adaptations" in loaded
-    assert "torch" not in loaded  # what is finished is skipped without it
 
 
 def test_workers_do_as_one_process_does(adapt: Command, place: Path, tmp_path: Path) -> None:
-    words = ["--multirun", *facts(place / "base", "seed=1,2", "fit=false")]
-    studies = {}
-    for launcher in ("serial", "local"):
-        done = adapt(*words, f"launcher={launcher}", f"output_dir={launcher}")
-        assert done.returncode == 0, done.stdout + done.stderr
-        found = sorted((tmp_path / launcher / "adaptation-seed").glob("seed-*/results.json"))
-        studies[launcher] = [path.read_text() for path in found]
-    assert studies["serial"] == studies["local"]
-    assert len(studies["serial"]) == 2
+    words = facts(place / "base", "methods=[none,lora_doc]", "hardware=cpu")
+    done = adapt("--multirun", *words, "seed=1,2", "fit=false", "launcher=local")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for seed in (1, 2):
+        (path,) = (tmp_path / "outputs" / "adaptation-seed").glob(f"seed-{seed}-*/results.json")
+        expected = asked(*words, f"seed={seed}")
+        expected.study, expected.run_name = "adaptation-seed", path.parent.name
+        wanted = results_of(expected, hash_of(expected), records_of(expected))
+        assert json.loads(path.read_text()) == wanted
 
 
 def test_a_plan_does_nothing(adapt: Command, place: Path, tmp_path: Path) -> None:
@@ -366,6 +372,15 @@ def test_what_is_refused_before_anything_is_done(
     assert done.stderr.startswith(f"error: {line}")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_device_that_is_not_there(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    job = make_job(place / "base", tmp_path, "hardware=cuda")
+    with pytest.raises(ConfigError, match=r"hardware\.accelerator=cuda: this machine"):
+        AdaptationJob.prepare([job], Console())
 
 
 def make_job(base: Path, folder: Path, *words: str) -> AdaptationJob:
@@ -422,13 +437,18 @@ def test_each_command_takes_its_own(mixed: Path, tinygpt: Command) -> None:
     assert len(rundir.find_adaptations(mixed)) == 2
     assert list(load_runs(mixed)["folder"]) == [str(base)]
     assert folders.find([mixed]) == ([base], [])
-    for command, key in (("evaluate", "runs"), ("sample", "run")):
-        done = tinygpt(command, f"{key}={study}")
-        assert done.returncode == 2
-        assert "but 2 adaptations" in done.stderr
-        assert done.stderr.count("\n") == 1
+    for find, line in (
+        (lambda: folders.find([study]), f"runs={study}: no runs in there, but 2 adaptations"),
+        (
+            lambda: rundir.open_run(study),
+            f"run={study}: not the folder of a run, but 2 adaptations",
+        ),
+    ):
+        with pytest.raises(ConfigError) as error:
+            find()
+        assert str(error.value) == line
     both = tinygpt("fit", f"runs={mixed}")
-    assert both.stdout.startswith(f"note: runs={mixed} has adaptations too, left out here; runs=")
+    assert both.stdout.startswith(f"note: adaptations in {mixed} are left out (1); give")
     assert both.stderr.startswith("error: loss=final_val_loss: no such column")  # of the training
     alone = tinygpt("fit", f"runs={study}")
     assert alone.returncode == 0, alone.stderr

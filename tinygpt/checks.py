@@ -22,6 +22,7 @@ from tinygpt.config import (
     SCALES,
     Config,
     ConfigError,
+    Settings,
     SgdOptim,
     rate_is_scaled,
 )
@@ -190,7 +191,7 @@ def _check_lora(config: Config) -> None:
     require(config.optim.kind != "muon", f"{given}: not with optim=muon, as its factors are thin")
 
 
-def check_sweepable(config: Config) -> None:
+def check_sweepable(config: Settings) -> None:
     """Raises ConfigError for a job that a sweep cannot run.
 
     Each further process of a run repeats its command: in a sweep it would repeat the sweep.

@@ -120,9 +120,8 @@ def _are_adaptations(arguments: Arguments) -> bool:
             f"runs: {trained[0]} has trained models and {alone[0]} adapted ones; give them apart"
         )
     for folder in trained:
-        if adapted[folder]:
-            example = adapted[folder][0].parent.parent
-            print(f"note: runs={folder} has adaptations too, left out here; runs={example} is one")
+        if count := len(adapted[folder]):
+            print(f"note: adaptations in {folder} are left out ({count}); give their folders alone")
     if not alone:
         return False
     given, default = dataclasses.asdict(arguments), dataclasses.asdict(Arguments())

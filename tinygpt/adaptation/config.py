@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
@@ -209,6 +210,8 @@ def _check_methods(config: AdaptConfig) -> None:
     adapters = [method for method in methods if method in OF_ADAPTERS]
     line = f"inner.lora.rank=null: methods={adapters[0] if adapters else ''} trains adapters"
     require(lora.rank is not None or not adapters, line)
+    line = "inner.lora.rank: needs `pip install 'tinygpt[lora]'`"
+    require(not adapters or find_spec("peft") is not None, line)
     for name, section in {"inner": lora, "outer": config.outer.lora}.items():
         line = f"{name}.lora.alpha={section.alpha}: needs {name}.lora.rank"
         require(section.rank is not None or section.alpha is None, line)

@@ -50,12 +50,11 @@ class AdaptationJob(StudyJob):
 
     @classmethod
     def prepare(cls, jobs: Sequence[AdaptationJob], console: Console) -> None:
-        from tinygpt.model.lora import check_peft
-        from tinygpt.trained import usable_device
+        for accelerator in {job.config.hardware.accelerator for job in jobs} - {"auto", "cpu"}:
+            from tinygpt.trained import usable_device  # torch, for what may not be there
 
-        check_peft()
+            usable_device(accelerator, "hardware.accelerator")
         for job in jobs:
-            usable_device(job.config.hardware.accelerator, "hardware.accelerator")
             job.row = planned(job.config)
 
     @classmethod
@@ -123,7 +122,8 @@ class AdaptationJob(StudyJob):
     def rows(folder: Path) -> list[dict[str, Any]]:
         from tinygpt.scaling.runs import read_rows
 
-        return read_rows(folder, find=rundir.find_adaptations)
+        rows = read_rows(folder, find=rundir.find_adaptations)
+        return [{**row, "methods": " ".join(row.get("methods") or ())} for row in rows]
 
     @staticmethod
     def fit(folder: Path, console: Console) -> None:
