@@ -42,7 +42,6 @@ SOURCES = {
 }
 IN_GRID = ("lora_doc", "lora_edit", "lora_doc+edit")  # a policy could choose them too
 OUTCOMES = ("reward", "forgetting")
-MANY = 6  # others of which no list is shown
 
 
 class Tried(NamedTuple):
@@ -264,11 +263,12 @@ def _told(chosen: Tried, tried: Sequence[Tried]) -> str:
     edit = chosen.edit
     rates = sorted({one.edit.lr for one in tried})
     ends = {rates[0]: ", the lowest tried", rates[-1]: ", the highest tried"}
-    words = [edit.source, f"rate {edit.lr:g}{ends.get(edit.lr, '')}"]
+    end = ends.get(edit.lr, "") if len(rates) > 1 else ""
+    words = [edit.source, f"rate {edit.lr:g}{end}"]
     words += [f"{edit.n} × {edit.aug}"] if edit.aug != "none" else []
     words += ["second halves alone"] if edit.mask != "all" else []
     rest = [f"{one.edit.lr:g} {one.score:+.3f}" for one in tried if one is not chosen]
-    others = ", ".join(rest) if len(rest) < MANY else f"the best of {len(tried)}"
+    others = ", ".join(rest) if len(rates) == len(tried) else f"the best of {len(tried)}"
     return f"{', '.join(words)}: {chosen.score:+.3f}" + (f" ({others})" if others else "")
 
 

@@ -1,0 +1,141 @@
+"""``python -m tinygpt.adapt`` with a real model: killed, taken up, swept, reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tests.conftest import Command
+from tests.test_adaptation import run  # noqa: F401  a fixture
+from tinygpt import cli
+from tinygpt.adaptation.records import FIELDS, TIMES, RecordsFile
+from tinygpt.adaptation.study import adapt
+from tinygpt.rundir import sha256
+from tinygpt.trained import TrainedRun
+
+SMALL = (
+    "documents.task=new_facts",
+    "documents.train=1",
+    "documents.tune=1",
+    "documents.test=2",
+    "documents.forgetting_tokens=300",
+    "inner.inner_steps=[1,3]",
+    "inner.tokens_per_step=40",
+    "inner.lora.rank=4",
+    "tuning.learning_rates=[3e-3]",
+    "tuning.directives=2",
+    "outer.iterations=1",
+    "outer.samples=2",
+    "outer.steps=3",
+    "outer.tokens_per_step=64",
+    "policy.max_edit_tokens=10",
+    "hardware.threads=1",
+    "fit=false",
+)
+
+
+def words_of(run: TrainedRun, cache: Path, folder: Path, *more: str) -> list[str]:  # noqa: F811
+    return [f"run={run.path}", *SMALL, f"cache_dir={cache}", f"output_dir={folder}", *more]
+
+
+def adapted(words: list[str]) -> dict[str, Any]:
+    return adapt(cli.compose_for(cli.ADAPT, words), words, Console(quiet=True))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    (path,) = folder.rglob("adapt.jsonl")
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in RecordsFile(path).read()]
+
+
+def test_all_methods_leave_their_records_and_the_base_as_it_was(
+    run: TrainedRun,  # noqa: F811
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    files = sorted(path for path in run.path.rglob("*") if path.is_file())
+    before = [sha256(path) for path in files]
+    results = adapted(words_of(run, cache, tmp_path))
+    assert [sha256(path) for path in files] == before
+    found = records(tmp_path)
+    assert results["records"] == len(found)
+    assert all(record.keys() == set(FIELDS) - set(TIMES) for record in found)
+    assert {r["method"] for r in found} == {
+        *("none", "lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc"),
+        *("uniform_directive", "fixed_best_directive", "restem_it0", "restem_it1"),
+    }
+    assert {r["split"] for r in found} == {"train", "tune", "test"}
+    written = [json.loads(x) for x in next(tmp_path.rglob("edits.jsonl")).read_text().splitlines()]
+    replayed = tmp_path / "replayed"
+    path = next(tmp_path.rglob("edits.jsonl"))
+    words = ["policy=file", f"policy.path={path}", "methods=[lora_edit]", "documents.train=0"]
+    words += [w for w in words_of(run, cache, replayed) if not w.startswith("policy.")]
+    adapted(words)
+    texts = [line["edit"]["text"] for line in written]
+    assert all(record["edit"]["text"] in texts for record in records(replayed))
+
+
+def test_the_policy_as_its_own_base(run: TrainedRun, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = words_of(run, cache, tmp_path, "methods=[restem]", "outer.shared=true")
+    words.append("outer.learning_rate=1e-2")
+    adapted(words)
+    before = {r["iteration"]: r["base_before"] for r in records(tmp_path) if r["split"] == "test"}
+    learned = any(r["accepted"] for r in records(tmp_path))
+    assert (before[0] != before[1]) == learned
+
+
+@pytest.mark.slow
+def test_a_killed_adaptation_goes_on_to_the_same_records(
+    run: TrainedRun,  # noqa: F811
+    cache: Path,
+    tmp_path: Path,
+    tinygpt: Command,
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    adapted(words_of(run, cache, whole))
+    words = words_of(run, cache, killed)
+    command = [sys.executable, "-m", "tinygpt.adapt", *words]
+    for wanted in (5, 20, 40):
+        process = subprocess.Popen(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+        )
+        while process.poll() is None:
+            lines = sum(len(p.read_bytes().splitlines()) for p in killed.rglob("adapt.jsonl"))
+            if lines >= wanted:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+        process.wait()
+    done = tinygpt("adapt", *words)
+    assert done.returncode == 0, done.stderr
+    assert records(killed) == records(whole)
+    again = tinygpt("adapt", *words)
+    assert "already finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_its_report(
+    run: TrainedRun,  # noqa: F811
+    cache: Path,
+    tmp_path: Path,
+    tinygpt: Command,
+) -> None:
+    words = [w for w in words_of(run, cache, tmp_path) if not w.startswith(("fit", "inner.lora"))]
+    words += ["experiment=adaptation", "scale=smoke", "launcher=local", "launcher.n_jobs=2"]
+    words += ["documents.test=3", "methods=[none,lora_doc,lora_edit,restem]"]
+    done = tinygpt("adapt", "--multirun", *words)
+    assert done.returncode == 0, done.stderr
+    study = tmp_path / "adaptation-smoke"
+    assert len(list(study.rglob("adapt.jsonl"))) == 4
+    files = {path.name for path in (study / "fit").iterdir()}
+    figures = {f"{n}.png" for n in ("adaptation_laws", "pareto_forgetting", "restem")}
+    assert files >= {"report.html", "report.md", "adaptation_summary.csv", *figures}
+    assert "self-editing" in done.stdout.lower()
+    assert (study / "sweep_summary.csv").read_text().count("\n") == 5
