@@ -58,6 +58,32 @@ def test_using_what_was_trained(
     exec(program, {})
 
 
+ADAPT = (
+    *("documents.train=1", "documents.tune=1", "documents.test=2", "documents.context_tokens=40"),
+    *("documents.heldout_tokens=300", "documents.forgetting_tokens=300", "inner.inner_steps=[1,3]"),
+    *("tuning.learning_rates=[3e-3]", "tuning.directives=1", "outer.iterations=1"),
+    *("outer.samples=1", "outer.steps=2", "policy.max_edit_tokens=8", "hardware.threads=1"),
+)
+
+
+@pytest.mark.slow
+def test_adapting_to_new_text(tinygpt: Command, folder: Path, corpus: Path) -> None:
+    stories = "run model=small data=custom data.path=stories.txt tokenizer.vocab_size=600"
+    type_in(tinygpt, [*stories.split(), "run_name=stories"], *SMOKE)
+    for number in range(5):
+        text = corpus.read_text().replace("<|endoftext|>", "").replace("birds", f"birds{number}")
+        (folder / "books" / f"{number}.txt").write_text(text)
+    typed = commands("Adapting to new text")
+    assert len(typed) == 6
+    for words in typed:
+        words = [word.replace("-laptop", "-smoke") for word in words]
+        more = {"tinygpt.run": SMOKE, "tinygpt.adapt": ADAPT}.get(words[0], ())
+        more = ("scale=smoke", *ADAPT) if "experiment=adaptation" in words else more
+        said = type_in(tinygpt, words, *more)
+    assert "self-editing" in said.lower()
+    assert (folder / "outputs/adaptation-smoke/fit/adaptation_laws.png").exists()
+
+
 @pytest.mark.slow
 def test_sweeps_and_their_laws(tinygpt: Command, folder: Path) -> None:
     typed = commands("Sweeps") + commands("From runs to a law")
