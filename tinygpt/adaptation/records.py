@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.config import ConfigError
-from tinygpt.rundir import naming
+from tinygpt.rundir import naming, parse_object
 
 Record = dict[str, Any]
 FIELDS = (
@@ -90,10 +90,10 @@ class RecordsFile:
         *lines, _ = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line)
+                record = parse_object(line.decode())
             except ValueError as error:
                 raise ConfigError(f"{self.path}: line {number} is not JSON ({error})") from error
-            if not isinstance(record, dict) or record.keys() != set(FIELDS):
+            if record.keys() != set(FIELDS) or not isinstance(record["run_id"], str):
                 raise ConfigError(f"{self.path}: line {number} is not a record of an adaptation")
             found.append(record)
         return found
