@@ -28,7 +28,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from tinygpt import checks
@@ -125,7 +125,42 @@ def sweeps(overrides: Sequence[str], multirun: bool) -> bool:
             "config", list(overrides), RunMode.MULTIRUN, from_shell=False
         )
         checks.check_scale(composed.scale)
+        _check_targets(composed)
     return multirun or composed.hydra.mode == RunMode.MULTIRUN
+
+
+# What Hydra may make an object of, by the names in a configuration.
+TARGETS = ("hydra_plugins.", "hydra._internal.core_plugins.", "optuna.samplers.")
+LOGGING = (
+    *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler"),
+    "colorlog.ColoredFormatter",
+)
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+
+
+def _check_targets(value: Any, name: str = "") -> None:
+    """Raises ConfigError for a class or function that a configuration must not name.
+
+    Hydra calls what stands under ``_target_`` and Python's logging what stands under ``()`` and
+    ``class`` or behind ``ext://``, whatever it is, as soon as a configuration is composed.
+    """
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value, resolve=False)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_targets(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_targets(inner, name)
+    elif isinstance(value, str):
+        last = name.rpartition(".")[2]
+        calls = (
+            (last == "_target_" and not value.startswith(TARGETS))
+            or (last in ("()", "class") and value not in LOGGING)
+            or ("://" in value and value.startswith(("ext", "cfg")) and value not in STREAMS)
+        )
+        if calls:
+            raise ConfigError(f"{name}={value}: names code that no configuration may call")
 
 
 @contextlib.contextmanager

@@ -75,6 +75,9 @@ def main() -> None:
     if arguments.help:
         print(cli.help_text())
         return
+    for name in ("config_path", "config_name", "config_dir", "experimental_rerun"):
+        if getattr(arguments, name) is not None:  # others' configurations; a pickle
+            _unknown_option(f"--{name.replace('_', '-')}")
     shown = (arguments.hydra_help, arguments.info, arguments.shell_completion)
     cli.register_schemas()
     if not any(shown):

@@ -7,6 +7,7 @@ print(run.generate("Once upon a time", top_p=0.9))
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def load_run(
 def checkpoints(run: rundir.RunDir) -> list[str]:
     """Names of those that a run has kept: steps in their order, then best, last and final."""
     names = [path.stem for path in run.checkpoints.glob("*.ckpt") if path.name[0] != "."]
-    steps = sorted((n for n in names if n.startswith("step_")), key=lambda n: int(n[5:]))
+    steps = sorted((n for n in names if re.fullmatch("step_[0-9]+", n)), key=lambda n: int(n[5:]))
     return [*steps, *(name for name in ("best", "last", "final") if name in names)]
 
 

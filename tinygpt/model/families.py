@@ -208,7 +208,7 @@ class _Reader:
         value = self._get(key, default)
         self.require(
             type(value) is int and 0 < value < 2**31,
-            f"{key}={value!r:.40}: must be an integer above 0",
+            f"{key}={value!s:.40}: must be an integer above 0",
         )
         return int(value)
 

@@ -232,6 +232,7 @@ def _parts(index: Path) -> list[Path]:
     """The files that the index names."""
     content = read_json(index)
     try:
+        # with_name raises ValueError for a name that leads out of the folder
         return [index.with_name(name) for name in sorted(set(content["weight_map"].values()))]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{index}: not an index of weights") from error

@@ -65,7 +65,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
         except ValueError as error:
             if number == len(lines):  # no line end: it was being written
                 return rows, bool(line.strip())
-            raise ConfigError(f"{path}: line {number} is not JSON") from error
+            raise ConfigError(f"{path}: line {number} is not JSON ({error})") from error
         missing = [name for name in NEEDED if name not in row]
         if missing:
             raise ConfigError(f"{path}: line {number} has no {missing[0]}")

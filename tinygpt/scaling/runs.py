@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,16 @@ def comparable(
     return used, left.assign(reason=reason[reason != ""])
 
 
+# In a condition nothing is called but what looks at a column; strings and names are set aside.
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
+_LOOKS = re.compile(r"\.(str\.[a-z]+|isin|isna|notna|between)\(")
+_CALLS = re.compile(r"@|__|\\|\.\s*\w+\s*\(")
+
+
 def _meets(table: pd.DataFrame, where: str) -> pd.Series:
+    calls = _CALLS.search(_LOOKS.sub("(", _QUOTED.sub("", where)))
+    if calls or "\\" in where:
+        raise ConfigError(f"where={where}: {calls[0] if calls else chr(92)} has no place in it")
     try:
         met = table.eval(where, engine="python")
     except Exception as error:  # whatever the words of the condition lead pandas to
