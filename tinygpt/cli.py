@@ -172,10 +172,10 @@ def explaining(overrides: Sequence[str]) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except OSError as error:  # a choice is sought as a file
-        raise ConfigError(f"{max(overrides, key=len):.60}: {error.strerror}") from error
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
         raise ConfigError(_explain(error, overrides)) from error
+    except OSError as error:  # a choice is sought as a file
+        raise ConfigError(f"{max(overrides, key=len):.60}: {error.strerror}") from error
 
 
 def _check_words(overrides: Sequence[str]) -> None:
