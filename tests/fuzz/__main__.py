@@ -44,7 +44,6 @@ class Round:
         self.places: set[str] = set()
         self.began = time.monotonic()
         self.folder = Path("outputs", "fuzz", harness.name)
-        self.last = Path(f"/dev/shm/fuzz-last-{os.getpid()}")
 
     def __call__(self, data: bytes) -> None:
         from tests.fuzz.harness import Finding

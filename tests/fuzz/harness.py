@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import shutil
@@ -57,6 +58,7 @@ def scratch() -> Path:
     """A folder for this process, in memory where the system has such."""
     memory = "/dev/shm"
     folder = tempfile.mkdtemp(prefix="fuzz-", dir=memory if os.path.isdir(memory) else None)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
