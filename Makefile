@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 QUICK := -m 'not slow' -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow lint typecheck check coverage format clean
+.PHONY: help install run test test-slow fuzz lock lint typecheck check coverage format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,17 @@ test: install ## Run the tests
 
 test-slow: install ## Run the slow tests: real commands, kill tests, every configuration
 	$(BIN)/python -m pytest -m slow
+
+HARNESS ?= all
+SECONDS ?= 60
+fuzz: install ## Damaged files and words for every reader: HARNESS=all SECONDS=60 for each
+	$(BIN)/python -m tests.fuzz $(HARNESS) $(SECONDS)
+
+LOCK := --generate-hashes --strip-extras --allow-unsafe --no-annotate --no-header --no-emit-index-url
+LOCK += --no-emit-trusted-host --no-emit-find-links
+lock: install ## The versions of constraints.txt with their hashes, for a release: requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[release]'
+	$(BIN)/pip-compile --quiet $(LOCK) -c constraints.txt -o requirements.lock pyproject.toml
 
 lint: install ## Look for mistakes
 	$(BIN)/ruff check .

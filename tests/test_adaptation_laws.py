@@ -349,7 +349,7 @@ def test_a_torn_line_and_records_found_twice_are_counted(tmp_path: Path) -> None
     [
         ("", "no record of an adaptation yet"),
         ('{"a": 1\n{"a": 1}\n', "line 1 is not JSON"),
-        ("3\n", "line 1 is not a record"),
+        ("3\n", "line 1 is not JSON .not an object"),
         ('{"run_id": 1}\n', "line 1 has no task"),
         (
             "".join(json.dumps(record(run_id="x", reward=r)) + "\n" for r in (1, 2)),

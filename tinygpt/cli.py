@@ -23,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from tinygpt import checks, explaining, rundir
@@ -132,12 +132,15 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
     if arguments.help:
         print(help_text(command))
         return
+    for name in ("config_path", "config_name", "config_dir", "experimental_rerun"):
+        if getattr(arguments, name) is not None:  # others' configurations; a pickle
+            _unknown_option(f"--{name.replace('_', '-')}")
     register_schemas()
     if not any((arguments.hydra_help, arguments.info, arguments.shell_completion)):
         if not sweeps(command, overrides, arguments.multirun):
             check_single(compose_for(command, overrides), overrides)
         elif not {item.split("=")[0] for item in overrides} & {"study", "experiment"}:
-            sys.argv.append(f"study={_sweep_name(command, overrides)}")
+            sys.argv.append(f"study={sweep_name(command, overrides)}")
     job()
 
 
@@ -155,7 +158,7 @@ def check_single(config: Settings, overrides: Sequence[str]) -> None:
         raise ConfigError(f"scale={config.scale}: needs an experiment that has scales")
 
 
-def _sweep_name(command: Command[S], overrides: Sequence[str]) -> str:
+def sweep_name(command: Command[S], overrides: Sequence[str]) -> str:
     """The study of a bare sweep, named after the keys that it sweeps."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     swept = [o.get_key_element().rsplit(".", 1)[-1] for o in parsed if o.is_sweep_override()]
@@ -194,7 +197,42 @@ def sweeps(command: Command[S], overrides: Sequence[str], multirun: bool) -> boo
             command.file, list(overrides), RunMode.MULTIRUN, from_shell=False
         )
         checks.check_scale(composed.scale)
+        _check_targets(composed)
     return multirun or composed.hydra.mode == RunMode.MULTIRUN
+
+
+# What Hydra may make an object of, by the names in a configuration.
+TARGETS = ("hydra_plugins.", "hydra._internal.core_plugins.", "optuna.samplers.")
+LOGGING = (
+    *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler"),
+    "colorlog.ColoredFormatter",
+)
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+
+
+def _check_targets(value: Any, name: str = "") -> None:
+    """Raises ConfigError for a class or function that a configuration must not name.
+
+    Hydra calls what stands under ``_target_`` and Python's logging what stands under ``()`` and
+    ``class`` or behind ``ext://``, whatever it is, as soon as a configuration is composed.
+    """
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value, resolve=False)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_targets(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_targets(inner, name)
+    elif isinstance(value, str):
+        last = name.rpartition(".")[2]
+        calls = (
+            (last == "_target_" and not value.startswith(TARGETS))
+            or (last in ("()", "class") and value not in LOGGING)
+            or ("://" in value and value.startswith(("ext", "cfg")) and value not in STREAMS)
+        )
+        if calls:
+            raise ConfigError(f"{name}={value}: names code that no configuration may call")
 
 
 @contextlib.contextmanager
@@ -208,6 +246,8 @@ def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]
         raise
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
         raise ConfigError(explaining.explain(error, overrides, command)) from error
+    except OSError as error:  # a choice is sought as a file
+        raise ConfigError(f"{max(overrides, key=len):.60}: {error.strerror}") from error
 
 
 def _check_words(overrides: Sequence[str]) -> None:

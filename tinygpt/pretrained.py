@@ -81,6 +81,7 @@ def _shape(source: Source, tokenizer: Tokenizer) -> ModelConfig:
     if source.checkpoint is not None:
         return rundir.read_config(source.folder / "config.yaml").model
     content = rundir.read_json(source.folder / "config.json")
+    values = from_config(content, f"init_from={source.name}")
     rows = vocab_rows(content)
     if rows < tokenizer.vocab_size:
         raise ConfigError(
@@ -88,7 +89,6 @@ def _shape(source: Source, tokenizer: Tokenizer) -> ModelConfig:
             f"model only {rows} rows for them"
         )
     padding = rows if rows > tokenizer.vocab_size else 1  # a multiple that gives just these rows
-    values = from_config(content, f"init_from={source.name}")
     return ModelConfig(**values, pad_vocab_to_multiple=padding)
 
 

@@ -141,12 +141,31 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises ConfigError, naming the file, where it cannot be read as JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file.  Raises ConfigError, naming the file, where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Raises ValueError for what is no JSON object, or has half of a surrogate pair, which is no
+    character."""
+    values = parse_json(text)
+    if not isinstance(values, dict):
+        raise ValueError("not an object")
+    if "\\u" in text:
+        json.dumps(values, ensure_ascii=False).encode()
+    return values
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError for what is none, or is nested deeper than Python calls go."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def digest(value: Any) -> str:
@@ -289,9 +308,23 @@ def _natural(path: Path) -> list[tuple[str, int]]:
     return [(text, int(number or -1)) for text, number in parts]
 
 
-def read_yaml(path: Path) -> Any:
-    """As plain values."""
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The table in a file, as plain values.  Raises ConfigError, naming the file, for anything
+    else, and for aliases, by which a small file can stand for an endless one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if "&" in text and any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, _Loader)):
+            raise yaml.YAMLError("it has aliases")
+        values = yaml.load(text, Loader=_Loader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file ({_one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a table of YAML")
+    return values
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def read_config(path: Path) -> Config:
@@ -299,16 +332,16 @@ def read_config(path: Path) -> Config:
 
     Raises ConfigError, naming the file, where it is not one.
     """
+    values = read_yaml(path)
     try:
-        values = read_yaml(path)
         typed = OmegaConf.structured(Config)
         for group in CHOICES:
             typed[group] = OmegaConf.structured(variant(group, values[group]))
         typed = OmegaConf.merge(typed, values)
         config = OmegaConf.to_object(typed)
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, OmegaConfBaseException) as e:
-        reason = " ".join(str(e).split())
-        raise ConfigError(f"{path}: not the configuration of a run ({reason})") from e
+    except (ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
+        reason = _one_line(error)
+        raise ConfigError(f"{path}: not the configuration of a run ({reason})") from error
     assert isinstance(config, Config)
     return config
 
@@ -345,7 +378,8 @@ class RunDir:
     def kept(self) -> list[str]:
         """Names of the checkpoints: steps in their order, then best, last and final."""
         names = [path.stem for path in self.checkpoints.glob("*.ckpt") if path.name[0] != "."]
-        steps = sorted((n for n in names if n.startswith("step_")), key=lambda n: int(n[5:]))
+        steps = [name for name in names if re.fullmatch("step_[0-9]+", name)]
+        steps.sort(key=lambda name: int(name[5:]))
         return [*steps, *(name for name in ("best", "last", "final") if name in names)]
 
     def chosen(self, checkpoint: str | None) -> Path:
@@ -378,8 +412,6 @@ class RunDir:
 
     def _owned(self, path: Path, config_hash: str) -> Any:
         values = read_json(path)
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: not a file of a run")
         if values.get("config_hash") != config_hash:
             raise ConfigError(
                 f"run_name={self.path.name}: {self.path} holds a run of another configuration; "
@@ -446,6 +478,10 @@ METRICS = (
 )
 
 
+# As repr writes it.
+_NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,30})?(e[-+]?[0-9]{1,3})?|nan|-?inf")
+
+
 class MetricsFile:
     """``metrics.csv``: a line is appended whole or not at all; an empty field is not measured."""
 
@@ -455,16 +491,27 @@ class MetricsFile:
     def keep_until(self, step: int) -> None:
         """Makes the file, or drops the lines after ``step``, which will be written anew."""
         rows = self.read() if self.path.exists() else []
-        kept = [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
+        kept = [row for row in rows if row["step"].isdecimal() and int(row["step"]) <= step]
         lines = [",".join(METRICS), *(",".join(row[name] for name in METRICS) for row in kept)]
         write_text(self.path, "\n".join(lines) + "\n")
 
     def read(self) -> list[dict[str, str]]:
-        """Whole lines only; one torn by a crash is left out."""
-        with self.path.open(newline="") as file:
-            lines = [line for line in file if line.endswith("\n")]
-        rows = list(csv.DictReader(lines))
-        return [row for row in rows if len(row) == len(METRICS) and None not in row.values()]
+        """Whole lines only; one torn by a crash is left out.  Raises ConfigError, naming the file,
+        for what are no metrics."""
+        try:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]
+            header, *rows = csv.reader(lines) if lines else [list(METRICS)]
+        except (ValueError, csv.Error) as error:
+            raise ConfigError(f"{self.path}: not the metrics of a run ({error})") from error
+        if header != list(METRICS):
+            raise ConfigError(f"{self.path}: not the metrics of a run (other columns)")
+        for number, row in enumerate(rows, start=2):
+            strange = [value for value in row if value and not _NUMBER.fullmatch(value)]
+            if strange:
+                line = f"line {number}: {strange[0]!r:.40} is no number"
+                raise ConfigError(f"{self.path}: {line}")
+        return [dict(zip(METRICS, row, strict=True)) for row in rows if len(row) == len(METRICS)]
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         values = ["" if row.get(name) is None else repr(row[name]) for name in METRICS]

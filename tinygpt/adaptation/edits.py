@@ -23,7 +23,7 @@ from tinygpt.checks import check_bounds
 from tinygpt.config import ConfigError, RunError, key
 from tinygpt.data.tokenizers import Tokenizer
 from tinygpt.model.generate import NO_CHOICE
-from tinygpt.rundir import digest
+from tinygpt.rundir import digest, parse_json
 
 SOURCES = ("doc", "edit", "both")
 TEXT_OPS = ("continue", "restate", "qa")
@@ -65,7 +65,7 @@ class SelfEdit:
 def parse(text: str) -> SelfEdit:
     """The edit that ``to_json`` wrote.  Raises ConfigError, one line, for what is none."""
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"edit={text!r:.60}: not JSON ({error})") from error
     return read(values)

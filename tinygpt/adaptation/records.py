@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.config import ConfigError
-from tinygpt.rundir import naming
+from tinygpt.rundir import naming, parse_object
 
 Record = dict[str, Any]
 FIELDS = (
@@ -91,12 +91,9 @@ class LinesFile:
         *lines, _ = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
-                value = json.loads(line)
+                found.append(parse_object(line.decode()))
             except ValueError as error:
                 raise ConfigError(f"{self.path}: line {number} is not JSON ({error})") from error
-            if not isinstance(value, dict):
-                raise ConfigError(f"{self.path}: line {number} is not an object")
-            found.append(value)
         return found
 
     def append(self, values: Sequence[Record], sync: bool = False) -> None:
@@ -119,6 +116,6 @@ class RecordsFile(LinesFile):
         """As of any such file.  Raises ConfigError, naming the line, for what is no record."""
         found = super().read()
         for number, record in enumerate(found, start=1):
-            if record.keys() != set(FIELDS):
+            if record.keys() != set(FIELDS) or not isinstance(record["run_id"], str):
                 raise ConfigError(f"{self.path}: line {number} is not a record of an adaptation")
         return found

@@ -326,7 +326,7 @@ def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = rundir.parse_json(line)
         except ValueError as error:
             raise ConfigError(f"data.path={path}: line {number} is not JSON ({error})") from error
         if not isinstance(row, dict):

@@ -30,10 +30,14 @@ from tinygpt.data.tokenizers import (
     Tokenizer,
     byte_level,
     checked_alphabet,
+    library_errors,
+    library_tokenizer,
     made_of_themselves,
     merged_tokens,
     read_gpt2,
 )
+
+UNHEARD_OF = "\U0010fffd"  # a character for private use, which hardly any vocabulary has
 
 
 class Foreign(Tokenizer):
@@ -47,10 +51,7 @@ class Foreign(Tokenizer):
     def __init__(self, content: dict[str, Any], eot: str, bos: str) -> None:
         """``content`` is that of tokenizer.json.  Raises ValueError where it cannot be used."""
         self.content, self.eot, self.bos = content, eot, bos
-        try:
-            self._inner = HuggingFaceTokenizer.from_str(json.dumps(content))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(str(error)) from error
+        self._inner = library_tokenizer(json.dumps(content))
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True  # in a text they are ordinary characters
@@ -63,17 +64,21 @@ class Foreign(Tokenizer):
         unknown = content["model"].get("unk_token")
         falls_back = content["model"].get("byte_fallback")
         self.unknown_id = vocab.get(unknown) if unknown and not falls_back else None
+        self.encode(UNHEARD_OF)
 
     def _encode(self, text: str) -> Ids:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         clean = [text.encode("utf-8", "replace").decode() for text in texts]
-        found = self._inner.encode_batch(clean, add_special_tokens=False)
+        with library_errors():
+            found = self._inner.encode_batch(clean, add_special_tokens=False)
         return [np.array(one.ids, dtype=np.uint32) for one in found]
 
     def decode(self, ids: Iterable[int]) -> str:
-        text: str = self._inner.decode(list(self._checked(ids)), skip_special_tokens=False)
+        checked = list(self._checked(ids))
+        with library_errors():
+            text: str = self._inner.decode(checked, skip_special_tokens=False)
         return text
 
     def _content(self) -> dict[str, Any]:
@@ -165,8 +170,8 @@ def tokenizer_from_hugging_face(folder: Path) -> Tokenizer | None:
     if not path.exists() and (folder / "vocab.json").exists():
         return _from_two_files(folder)  # as GPT-2's were, before there was a tokenizer.json
     try:
-        given = HuggingFaceTokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+        given = library_tokenizer(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split()) if path.exists() else "there is none"
         raise ConfigError(f"{path}: not a tokenizer of Hugging Face's ({reason})") from error
     content = json.loads(given.to_str())

@@ -209,6 +209,7 @@ def _cached(folder: Path, source: str, make: Callable[[Path], dict[str, Any]]) -
         if index is None:
             with rundir.replacing_folder(folder) as temporary:
                 index = {"source_fingerprint": source, **make(temporary)}
+                index["checksum"] = rundir.digest(index)
                 rundir.write_json(temporary / "index.json", index)
     return index
 
@@ -230,11 +231,14 @@ def _lock(path: Path) -> filelock.BaseFileLock:
 def load_index(folder: Path) -> dict[str, Any] | None:
     """The index of a whole, undamaged folder of shards; None where it has to be made again."""
     try:
-        index: dict[str, Any] = rundir.read_json(folder / "index.json")
+        index = rundir.read_json(folder / "index.json")
+        rest = {name: value for name, value in index.items() if name != "checksum"}
+        if index.get("checksum") != rundir.digest(rest):
+            return None
         splits = [info for info in index["splits"].values() if info]
         entries = [entry for info in splits for entry in (*info["files"], info["offsets"])]
         whole = all(_is_whole(folder / e["file"], e["size"], e["sha256"]) for e in entries)
-    except (ConfigError, OSError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
     return index if whole else None
 

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tinygpt import config as schema
 from tinygpt.config import ConfigError, TokenizerConfig
 from tinygpt.data.network import gpt2_files, model_folder
-from tinygpt.rundir import digest, write_text
+from tinygpt.rundir import digest, parse_json, write_text
 
 Ids = npt.NDArray[np.uint32]
 Merge = tuple[str, str]
@@ -284,8 +284,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a tokenizer file (not UTF-8)") from error
     try:
-        return _from_content(text, json.loads(text))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return _from_content(text, parse_json(text))
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not a tokenizer file of tinygpt ({reason})") from error
 
@@ -327,15 +327,35 @@ def _bpe_from_hugging_face(text: str, content: dict[str, Any]) -> Bpe:
     merges = content["model"]["merges"]
     made = Bpe([read_merge(m) if isinstance(m, str) else (str(m[0]), str(m[1])) for m in merges])
     expected = made.hugging_face()
-    try:
-        given = HuggingFaceTokenizer.from_str(text).to_str()
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(str(error)) from error
-    if given != expected.to_str():
+    if library_tokenizer(text).to_str() != expected.to_str():
         raise ValueError("a byte-level BPE with other settings than ours")
     if not made_of_themselves(expected, made.merges):
         raise ValueError("merges that contradict one another")
     return made
+
+
+def library_tokenizer(text: str) -> HuggingFaceTokenizer:
+    """The content of a tokenizer.json as a `tokenizers` object.  Raises ValueError."""
+    model = parse_json(text)["model"]
+    vocab = model.get("vocab", ())
+    largest = max(vocab.values(), default=0) if isinstance(vocab, dict) else 0
+    if largest > 2 * len(vocab) + 1000:  # the library counts up to it
+        raise ValueError(f"ids up to {largest} for {len(vocab)} tokens")
+    if model.get("dropout"):
+        raise ValueError(f"dropout={model['dropout']}: the same text must have the same ids")
+    with library_errors():
+        return HuggingFaceTokenizer.from_str(text)
+
+
+@contextlib.contextmanager
+def library_errors() -> Iterator[None]:
+    """Makes whatever `tokenizers` raises a ConfigError; a panic of its Rust is no Exception."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ConfigError(f"this tokenizer fails: {' '.join(str(error).split())}") from error
 
 
 def made_of_themselves(library: HuggingFaceTokenizer, merges: Sequence[Merge]) -> bool:
@@ -443,7 +463,7 @@ def read_gpt2(encoder: bytes, vocab: bytes) -> Gpt2:
     lines = lines[1:] if lines[0].startswith("#version") else lines
     made = Gpt2([read_merge(line.rstrip("\r")) for line in lines if line.strip()])
     expected = {token: i for i, token in enumerate([*merged_tokens(made.merges), EOT])}
-    if json.loads(encoder) != expected:
+    if parse_json(encoder.decode()) != expected:
         raise ValueError("encoder.json and vocab.bpe do not belong together")
     return made
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tinygpt.config import ConfigError
+from tinygpt.rundir import parse_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def read_task(path: Path) -> Task:
         if not line.strip():
             continue
         try:
-            item, is_cloze = _item(json.loads(line))
+            item, is_cloze = _item(parse_json(line))
         except ValueError as error:
             raise ConfigError(f"task={path}: line {number}: {error}") from error
         items.append(item)

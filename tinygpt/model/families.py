@@ -113,7 +113,7 @@ def from_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises ConfigError, which ``where`` begins, for what is not a model that ours can be.
     """
     name = content.get("model_type")
-    if name not in FIXED:
+    if not isinstance(name, str) or name not in FIXED:
         raise ConfigError(f"{where}: model_type={name}: must be {' or '.join(FIXED)}")
     read = _Reader(content, where)
     for key, value in FIXED[name].items():
@@ -135,7 +135,7 @@ def _gpt2_shape(read: _Reader) -> dict[str, Any]:
     d_model = read.number("n_embd")
     activation = read.content.get("activation_function", "gelu_new")
     read.require(
-        activation in GPT2_ACTIVATIONS,
+        isinstance(activation, str) and activation in GPT2_ACTIVATIONS,
         f"activation_function={activation}: must be one of {', '.join(GPT2_ACTIVATIONS)}",
     )
     return {
@@ -206,7 +206,10 @@ class _Reader:
 
     def number(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
-        self.require(type(value) is int and value > 0, f"{key}={value}: must be an integer above 0")
+        self.require(
+            type(value) is int and 0 < value < 2**31,
+            f"{key}={value!s:.40}: must be an integer above 0",
+        )
         return int(value)
 
     def positive(self, key: str, default: float) -> float:

@@ -141,6 +141,7 @@ def from_hugging_face(
         raise ConfigError(f"model.parametrization=mup: must be standard, as {where} is")
     kind = family(config)
     left = {_full_name(k, kind): v for k, v in weights.items() if not BUFFERS.search(f".{k}")}
+    _check_sizes(left, config, rows, where)
     with torch.device("meta"):
         expected = GPT(replace(config, pad_vocab_to_multiple=1), rows).state_dict()
     found: dict[str, Tensor] = {}
@@ -158,6 +159,14 @@ def from_hugging_face(
             mean = found[name].mean(0, keepdim=True)
             found[name] = torch.cat([found[name], mean.expand(more, -1)])
     return found
+
+
+def _check_sizes(left: Mapping[str, Tensor], config: ModelConfig, rows: int, where: str) -> None:
+    """Before a model is built as large as a config.json may say."""
+    width, kind = config.d_model, family(config)
+    last = f"blocks.{config.n_layers - 1}.norm_1.weight"
+    for name, shape in {"token_embedding.weight": (rows, width), last: (width,)}.items():
+        _take(dict(left), _their_names(name, kind)[0], torch.Size(shape), where)
 
 
 def _full_name(name: str, kind: str) -> str:
@@ -223,6 +232,7 @@ def _parts(index: Path) -> list[Path]:
     """The files that the index names."""
     content = read_json(index)
     try:
+        # with_name raises ValueError for a name that leads out of the folder
         return [index.with_name(name) for name in sorted(set(content["weight_map"].values()))]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{index}: not an index of weights") from error

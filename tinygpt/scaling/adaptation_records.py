@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
+from tinygpt.rundir import parse_object
+from tinygpt.scaling.runs import is_number
 
 LOG = "adapt.jsonl"
 RAW = "lora_doc"  # what every method is compared with: the same inner loop on the raw document
@@ -60,18 +61,30 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bool]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_object(line.decode())
         except ValueError as error:
             if number == len(lines):  # no line end: it was being written
                 return rows, bool(line.strip())
-            raise ConfigError(f"{path}: line {number} is not JSON") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"{path}: line {number} is not a record")
+            raise ConfigError(f"{path}: line {number} is not JSON ({error})") from error
         missing = [name for name in NEEDED if name not in row]
         if missing:
             raise ConfigError(f"{path}: line {number} has no {missing[0]}")
+        strange = [name for name in NEEDED if not _is_of_its_kind(name, row[name])]
+        if strange:
+            name = strange[0]
+            raise ConfigError(f"{path}: line {number}: {name}={row[name]!r:.40} is of another kind")
         rows.append(row)
     return rows, False
+
+
+def _is_of_its_kind(name: str, value: Any) -> bool:
+    if value is None:
+        return True
+    if name in TEXTS:
+        return isinstance(value, str)
+    if name in WHOLE:
+        return type(value) is int and abs(value) < 2**63
+    return type(value) is bool if name == "accepted" else is_number(value)
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tinygpt import rundir
+from tinygpt.config import ConfigError
 from tinygpt.scaling import drawing
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.laws import Array
@@ -50,7 +50,7 @@ def read(analysis: Analysis) -> tuple[list[Curve], str]:
 def _read(path: Path) -> list[dict[str, str]]:
     try:
         return rundir.MetricsFile(path).read()
-    except (OSError, UnicodeDecodeError, csv.Error):  # a curve less
+    except (OSError, ConfigError):  # a curve less
         return []
 
 

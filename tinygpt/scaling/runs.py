@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 
 from tinygpt import rundir
 from tinygpt.config import ConfigError
@@ -19,6 +20,14 @@ SETTINGS = (
     *("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "parametrization"),
     *("vocab_size", "tokenizer", "dataset", "data_fraction", "train_tokens", "batch_tokens"),
     *("weight_decay", "optimizer", "schedule", "init_from", *RATES),
+)
+# What results.json has for every run, and a law or a plot computes with or goes by.
+TEXTS = ("status", "config_hash", "tokenizer", "tokenizer_fingerprint", "dataset")
+NUMBERS = (
+    *(*rundir.SIZES, "flops_6nd", "unique_train_tokens", "seed", "learning_rate", "warmup_steps"),
+    *("d_model", "n_layers", "n_heads", "max_seq_len", "vocab_size", "data_fraction"),
+    *("batch_tokens", "weight_decay", "total_steps", "seconds_training", "tokens_per_second"),
+    *("final_val_loss", "final_val_bits_per_byte", "best_val_loss", "test_loss"),
 )
 
 
@@ -44,11 +53,16 @@ def load_curves(*folders: str | Path) -> pd.DataFrame:
         return pd.DataFrame()
     runs = runs[runs["flops_exact"].notna()].set_index("folder")
     files = {folder: rundir.RunDir(Path(folder)).metrics for folder in runs.index}
-    tables = {folder: pd.read_csv(path) for folder, path in files.items() if path.exists()}
-    if not tables:
+    rows = [
+        {"folder": folder, **row}
+        for folder, path in files.items()
+        if path.exists()
+        for row in rundir.MetricsFile(path).read()
+    ]
+    if not rows:
         return pd.DataFrame()
-    stacked = pd.concat(tables, names=["folder", None])
-    curves: pd.DataFrame = stacked.reset_index("folder").reset_index(drop=True)
+    curves = pd.DataFrame(rows)
+    curves = curves.assign(**{name: pd.to_numeric(curves[name]) for name in rundir.METRICS})
     sizes = ["parameters_non_embedding", "model_parameters"]
     known = [name for name in ("run_name", "study", "seed", "status", *sizes) if name in runs]
     curves = curves.join(runs[known], on="folder")
@@ -66,9 +80,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise ConfigError(f"table={path}: must be a .csv or a .parquet file")
     try:
         found = pd.read_parquet(path) if kind == ".parquet" else pd.read_csv(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    except Exception as error:  # whatever broken bytes lead the libraries to
+        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__)
+        reason = reason.splitlines()[0]
         raise ConfigError(f"table={path}: cannot be read ({reason})") from error
+    if kind == ".csv" and not isinstance(found.index, pd.RangeIndex):  # pandas shifts the columns
+        raise ConfigError(f"table={path}: has more values in a row than columns in its first line")
     if found.empty:
         raise ConfigError(f"table={path}: has no rows")
     return found
@@ -110,7 +127,16 @@ def comparable(
     return used, left.assign(reason=reason[reason != ""])
 
 
+# In a condition nothing is called but what looks at a column; strings and names are set aside.
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
+_LOOKS = re.compile(r"\.(str\.[a-z]+|isin|isna|notna|between)\(")
+_CALLS = re.compile(r"@|__|\\|\.\s*\w+\s*\(")
+
+
 def _meets(table: pd.DataFrame, where: str) -> pd.Series:
+    calls = _CALLS.search(_LOOKS.sub("(", _QUOTED.sub("", where)))
+    if calls or "\\" in where:
+        raise ConfigError(f"where={where}: {calls[0] if calls else chr(92)} has no place in it")
     try:
         met = table.eval(where, engine="python")
     except Exception as error:  # whatever the words of the condition lead pandas to
@@ -171,7 +197,7 @@ def read_rows(
         for name in dict.fromkeys(name for config in configs for name in config)
         if name.split(".")[0] not in rundir.NOT_SCIENCE
         and name.rsplit(".", 1)[-1] not in known
-        and len({json.dumps(config.get(name)) for config in configs}) > 1
+        and len({json.dumps(config.get(name), default=str) for config in configs}) > 1
     ]
     last = ("error", "folder")
     return [
@@ -187,11 +213,42 @@ def read_rows(
 def _outcome(run: rundir.RunDir) -> dict[str, Any]:
     common = {"study": run.path.parent.name, "run_name": run.path.name, "folder": str(run.path)}
     if run.results.exists():
-        return {**rundir.read_json(run.results), **common, "error": None}
+        return {**_results(run.results), **common, "error": None}
     begun = rundir.read_json(run.environment)
-    error = rundir.read_json(run.error)["error"] if run.error.exists() else None
+    error = rundir.read_json(run.error).get("error") if run.error.exists() else None
+    for path, name, value in (
+        (run.environment, "config_hash", begun.get("config_hash")),
+        (run.error, "error", error or ""),
+    ):
+        if not isinstance(value, str):
+            raise ConfigError(f"{path}: {name}={value!r:.40}: must be a text")
     status = "failed" if error else "unfinished"
     return {**common, "config_hash": begun["config_hash"], "status": status, "error": error}
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """``results.json``.  Raises ConfigError for a value that cannot stand in a table of numbers
+    and texts."""
+    found = rundir.read_json(path)
+    missing = [name for name in (*TEXTS, *NUMBERS) if name not in found]
+    if missing:
+        raise ConfigError(f"{path}: has no {missing[0]}")
+    for name, value in found.items():
+        if name in NUMBERS:
+            holds = value is None or is_number(value)
+        elif name in TEXTS:
+            holds = isinstance(value, str)
+        else:
+            holds = isinstance(value, str | bool | None) or is_number(value)
+        if not holds:
+            wanted = "text" if name in TEXTS else "number" if name in NUMBERS else "number or text"
+            raise ConfigError(f"{path}: {name}={value!r:.40}: must be a {wanted}")
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Finite, and a whole one fits into 64 bits."""
+    return type(value) in (int, float) and abs(value) < (2**63 if type(value) is int else math.inf)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -200,5 +257,5 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat

@@ -1,0 +1,1 @@
+"""The readers of files and words from outside, under bad input: ``python -m tests.fuzz``."""
