@@ -297,7 +297,7 @@ class Run:
         compile_model(self.module.model, self.compiled)
         ckpt_path = str(self.run.last) if resuming else None
         with ending_together(self.trainer), quiet_lightning():
-            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
+            self._fit(ckpt_path)
             self.module.to(self.trainer.strategy.root_device)  # Lightning puts it on the CPU
             self.interrupts.agreed(self.trainer)
             final, test = self.final_scores()
@@ -308,6 +308,14 @@ class Run:
         if self.interrupts.received is not None:
             self.leave_interrupted(self.interrupts.received)
         return self.finish(final, test)
+
+    def _fit(self, ckpt_path: str | None) -> None:
+        try:
+            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
+        except SystemExit as stop:  # how Lightning hands on an interrupt: exit code 1, no word
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise stop.__context__ from None
+            raise
 
     def _save_last(self) -> None:
         self.trainer.save_checkpoint(self.run.last)
