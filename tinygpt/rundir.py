@@ -85,6 +85,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     One process at a time; what another left behind that died is removed.
     """
     new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
+    if old.exists() and not folder.exists():  # killed between the two renames
+        old.rename(folder)
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
     try:
@@ -98,6 +100,35 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             old.rename(folder)
         for path in (new, old):
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
+    """Keeps a second process out of ``folder``, of a run or a study, which is made.
+
+    Raises ConfigError if one is there.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ConfigError(f"{folder}: another process is training this {what}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output_dir}: cannot be written ({error.strerror})"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_torn(*folders: Path) -> None:
+    """Removes what a killed process was writing there; call it where no other one writes."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def check_writable(key: str, folder: Path) -> None:
@@ -335,30 +366,9 @@ class RunDir:
             )
         return values
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keeps a second process out of this folder.  Raises ConfigError if one is there."""
-        lock = filelock.FileLock(self.path / ".lock")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise ConfigError(f"{self.path}: another process is training this run") from error
-        except OSError as error:
-            folder = self.path.parent.parent
-            raise ConfigError(
-                f"output_dir={folder}: cannot be written ({error.strerror})"
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def remove_torn(self) -> None:
-        """Removes what a killed process was writing; call it under the lock."""
-        for folder in (self.path, self.checkpoints):
-            for path in folder.glob(".*.tmp"):
-                path.unlink()
+        return locked(self.path, self.path.parent.parent, "run")
 
     def clear(self) -> None:
         """Forgets an earlier run of the same configuration; the results go first."""

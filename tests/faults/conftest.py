@@ -38,7 +38,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 count.update(name for key, name in report.user_properties if key == "fault")
     survived, lost = counts["passed"].total(), counts["failed"].total()
     if survived + lost:
-        kinds = ", ".join(f"{n} {name}" for name, n in sorted(sum(counts.values(), Counter()).items()))
+        kinds = ", ".join(
+            f"{n} {name}" for name, n in sorted(sum(counts.values(), Counter()).items())
+        )
         terminalreporter.write_line(
             f"{survived + lost} faults injected, {survived} survived, {lost} lost: {kinds}"
         )

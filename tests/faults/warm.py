@@ -78,9 +78,9 @@ class Command:
         if self._process.exitcode is None:
             self._process.kill()
             raise AssertionError(f"still there after {seconds} s: {self._read('err')}")
-        changes, seconds = (self._read("took") or "0 0").split()  # none where it was killed
-        said = self._read("out"), self._read("err")
-        return Ended(self._process.exitcode, *said, int(changes), float(seconds))
+        code, said = self._process.exitcode, (self._read("out"), self._read("err"))
+        changes, took = (self._read("took") or "0 0").split()  # none where it was killed
+        return Ended(code, *said, int(changes), float(took))
 
     def wait_until(self, holds: Callable[[], Any], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
@@ -159,11 +159,9 @@ def _audited(strike: Strike) -> list[int]:
     count, folder = [0], str(strike.folder)
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
-        if event == "open":
-            changes = bool(values[2] & (os.O_WRONLY | os.O_RDWR))
-        else:
-            changes = event in CHANGES
-        if changes and str(values[0]).startswith(folder) and strike.path in str(values[0]):
+        writes = event == "open" and values[2] & (os.O_WRONLY | os.O_RDWR)
+        path = os.path.abspath(str(values[0])) if writes or event in CHANGES else ""
+        if path.startswith(folder) and strike.path in path:
             count[0] += 1
             if count[0] == strike.at:
                 os.kill(os.getpid(), strike.number)

@@ -39,6 +39,7 @@ TABLES = ("summary", "paired", "laws")
 
 def write(adaptation: Adaptation, folder: Path) -> list[Path]:
     """Writes report, figures and tables; what an earlier analysis left is replaced."""
+    rundir.remove_torn(folder, folder / "tensorboard")
     figures = adaptation_plots.draw(adaptation, folder)
     images.write(folder, figures)
     for name in TABLES:

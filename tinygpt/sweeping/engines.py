@@ -50,9 +50,10 @@ class Outcome:
 
 
 Results = Iterator[tuple[Job, Outcome]]
+Engine = Callable[[Sequence[Group], Path], Results]
 
 
-def make_engine(launcher: LauncherConfig) -> Callable[[Sequence[Group], Path], Results]:
+def make_engine(launcher: LauncherConfig) -> Engine:
     """The engine that ``launcher=`` names; it is given groups and a folder for its own files.
 
     Raises ConfigError where the library of an engine is missing.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 from tinygpt import rundir
 from tinygpt.config import Config, ConfigError, WsdSchedule
 from tinygpt.sweeping import stacking
-from tinygpt.sweeping.engines import Outcome, make_engine
+from tinygpt.sweeping.engines import Engine, Outcome, make_engine
 from tinygpt.sweeping.jobs import Job, compose_jobs
 from tinygpt.sweeping.view import View
 
@@ -45,34 +46,63 @@ def run_study(job_overrides: Sequence[Sequence[str]]) -> list[Outcome]:
             share_trunks(pending)
         if settings.launcher.kind != "serial":  # longest first: none is left alone at the end
             pending.sort(key=lambda job: -job.row["flops_exact"])
-        folder = pending[0].run.path.parent
-        _make(folder)
-        stages = [job for job in pending if not job.trunk], [job for job in pending if job.trunk]
-
-        def say(line: str) -> None:
-            console.print(line, highlight=False, soft_wrap=True)
-
-        units = [stacking.groups(stage, say) for stage in stages if stage]
-        with View(pending, len(jobs), console) as view:
-            for groups in units:
-                for job, outcome in engine(groups, folder):
-                    outcomes[job] = outcome
-                    if outcome.status == "killed" and job.run.environment.exists():
-                        rundir.write_json(job.run.error, {"error": outcome.reason})
-                    view.ended(job, outcome)
-                if any(outcome.status == "interrupted" for outcome in outcomes.values()):
-                    break
     folders = list(dict.fromkeys(job.run.path.parent for job in jobs))
-    for folder in folders:
-        summary.write(folder)
-    summary.print_table(jobs, outcomes, console)
-    if len(outcomes) < len(jobs) or any(o.status == "interrupted" for o in outcomes.values()):
-        console.print("interrupted; the same command goes on from there", highlight=False)
-        raise SystemExit(130)
-    if settings.fit and pending and len(jobs) > 1:
+    with contextlib.ExitStack() as alone:
         for folder in folders:
-            _fit(folder, console)
+            alone.enter_context(rundir.locked(folder, folder.parent, "study"))
+        if pending:
+            _train(jobs, pending, outcomes, engine, console)
+        for folder in folders:
+            summary.write(folder)
+        summary.print_table(jobs, outcomes, console)
+        if len(outcomes) < len(jobs) or _is_interrupted(outcomes):
+            console.print("interrupted; the same command goes on from there", highlight=False)
+            raise SystemExit(130)
+        if settings.fit and len(jobs) > 1:
+            for folder in folders:
+                if pending or not _is_fitted(folder):
+                    _fit(folder, console)
     return [outcomes[job] for job in jobs]
+
+
+def _train(
+    jobs: Sequence[Job],
+    pending: Sequence[Job],
+    outcomes: dict[Job, Outcome],
+    engine: Engine,
+    console: Console,
+) -> None:
+    """Trains ``pending``, of ``jobs``, and puts down how each ended in ``outcomes``."""
+    folder = pending[0].run.path.parent
+    stages = [job for job in pending if not job.trunk], [job for job in pending if job.trunk]
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    units = [stacking.groups(stage, say) for stage in stages if stage]
+    with View(pending, len(jobs), console) as view:
+        for groups in units:
+            for job, outcome in engine(groups, folder):
+                outcomes[job] = outcome
+                if outcome.status == "killed" and job.run.environment.exists():
+                    rundir.write_json(job.run.error, {"error": outcome.reason})
+                view.ended(job, outcome)
+            if _is_interrupted(outcomes):
+                break
+
+
+def _is_interrupted(outcomes: Mapping[Job, Outcome]) -> bool:
+    return any(outcome.status == "interrupted" for outcome in outcomes.values())
+
+
+def _is_fitted(folder: Path) -> bool:
+    """Whether fit.json, the last file of a report, was written once all runs had ended.
+
+    Else a command was killed on its way there.
+    """
+    report, results = folder / "fit" / "fit.json", folder.glob("*/results.json")
+    ended = max((path.stat().st_mtime for path in results), default=0.0)
+    return report.exists() and report.stat().st_mtime >= ended
 
 
 def _fit(folder: Path, console: Console) -> None:
@@ -101,15 +131,6 @@ def _finished(job: Job) -> Outcome | None:
     if found is None or job.config.force:
         return None
     return Outcome(found["status"], found["final_val_loss"], is_new=False)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir={folder.parent}: cannot be written ({error.strerror})"
-        ) from error
 
 
 def _prepare(jobs: Sequence[Job], console: Console) -> None:

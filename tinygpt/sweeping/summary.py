@@ -19,6 +19,7 @@ from tinygpt.sweeping.jobs import Job, flops_of
 
 def write(folder: Path) -> None:
     """Writes both files anew from the run folders in ``folder``: a row a run."""
+    rundir.remove_torn(folder)
     rows = read_rows(folder)
     for row in rows:
         row["folder"] = Path(row["folder"]).name  # the study may be moved

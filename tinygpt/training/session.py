@@ -46,6 +46,7 @@ from tinygpt.training.trainer import (
     AtomicCheckpoints,
     Device,
     ending_together,
+    fit,
     gathered,
     leave_with_parent,
     make_trainer,
@@ -151,8 +152,9 @@ def begin(
 ) -> bool:
     """Makes the folder, or checks that what is there can be gone on with.  True: resuming."""
     run.error.unlink(missing_ok=True)
-    run.remove_torn()
+    rundir.remove_torn(run.path, run.checkpoints)
     if run.last.exists():
+        mend(run)
         before = {"devices": 1, "strategy": "auto", **rundir.read_json(run.environment)}
         if before["precision_resolved"] != device.precision:
             raise ConfigError(
@@ -203,6 +205,27 @@ def begin(
             "note    %s has no step %d: trained from the start", branch.trunk.path, branch.step
         )
     return branching
+
+
+def mend(run: rundir.RunDir) -> None:
+    """Puts the newest whole checkpoint in the place of a damaged last one, and says so.
+
+    Raises ConfigError where there is none.
+    """
+    io = AtomicCheckpoints()
+    try:
+        io.load_checkpoint(run.last)
+    except ConfigError:
+        steps = {}
+        for path in set(run.checkpoints.glob("[!.]*.ckpt")) - {run.last}:
+            with contextlib.suppress(ConfigError):
+                steps[path] = int(io.load_checkpoint(path)["global_step"])
+        if not steps:
+            raise
+        newest = max(steps, key=lambda path: (steps[path], path.name))
+        log.info("note    %s is damaged: from %s, step %d", run.last, newest.name, steps[newest])
+        with rundir.replacing(run.last) as temporary:
+            shutil.copyfile(newest, temporary)
 
 
 @contextlib.contextmanager
@@ -297,7 +320,7 @@ class Run:
         compile_model(self.module.model, self.compiled)
         ckpt_path = str(self.run.last) if resuming else None
         with ending_together(self.trainer), quiet_lightning():
-            self._fit(ckpt_path)
+            fit(self.trainer, self.module, self.data, ckpt_path)
             self.module.to(self.trainer.strategy.root_device)  # Lightning puts it on the CPU
             self.interrupts.agreed(self.trainer)
             final, test = self.final_scores()
@@ -308,14 +331,6 @@ class Run:
         if self.interrupts.received is not None:
             self.leave_interrupted(self.interrupts.received)
         return self.finish(final, test)
-
-    def _fit(self, ckpt_path: str | None) -> None:
-        try:
-            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
-        except SystemExit as stop:  # how Lightning hands on an interrupt: exit code 1, no word
-            if isinstance(stop.__context__, KeyboardInterrupt):
-                raise stop.__context__ from None
-            raise
 
     def _save_last(self) -> None:
         self.trainer.save_checkpoint(self.run.last)
