@@ -38,10 +38,11 @@ class Work:
     result: Callable[[Path], Any]
     cache: Path | None = None
     struck: str = ""  # the files that are, by a part of their name; the others are there before
+    watched: Path | None = None  # where else it changes files
     undisturbed: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        strike = Strike(self.folder, path=self.struck)
+        strike = Strike(self.watched or self.folder, path=self.struck)
         ended = succeeded(self.warm(*self.words, strike=strike, cache=self.cache))
         self.changes, self.seconds = ended.changes, ended.seconds
         self.undisturbed = self.result(self.folder)
@@ -57,7 +58,8 @@ class Work:
         """Before a change to a file or at some other moment; whether it was soon enough."""
         strike = None
         if chance.random() < 0.5:
-            strike = Strike(self.folder, chance.randint(1, self.changes), number, self.struck)
+            at = chance.randint(1, self.changes)
+            strike = Strike(self.watched or self.folder, at, number, self.struck)
         command = self.warm.start(*self.words, strike=strike, cache=self.cache)
         if strike is None:
             time.sleep(chance.uniform(0.0, self.seconds))
@@ -139,7 +141,8 @@ def test_the_summary_and_the_law_alone(
     Work(warm, ("fit", "runs=outputs/s"), folder / "fit", law).survives(15, injected)
     run = next(folder.glob("*/results.json")).parent
     export = ("export", f"run={run}", "to=exported")
-    Work(warm, export, warm.folder / "exported", files).survives(12, injected)
+    exported = Work(warm, export, warm.folder / "exported", files, watched=warm.folder)
+    exported.survives(12, injected)
 
 
 def test_an_export_in_the_place_of_another(

@@ -37,12 +37,14 @@ Within = Callable[[], None]  # done in the forked process before the command beg
 
 @dataclass(frozen=True)
 class Strike:
-    """A signal to the process itself just before its ``at``-th change to a file in ``folder``."""
+    """A signal to the process itself, or what ``does`` does to the folder, just before the
+    ``at``-th change to a file in ``folder``."""
 
     folder: Path
     at: int = 0  # 0: never, but counted
     number: int = signal.SIGKILL
     path: str = ""  # only changes to a file that has this in its path
+    does: Callable[[Path], None] | None = None
 
 
 @dataclass
@@ -163,8 +165,10 @@ def _audited(strike: Strike) -> list[int]:
         path = os.path.abspath(str(values[0])) if writes or event in CHANGES else ""
         if path.startswith(folder) and strike.path in path:
             count[0] += 1
-            if count[0] == strike.at:
+            if count[0] == strike.at and strike.does is None:
                 os.kill(os.getpid(), strike.number)
+            elif count[0] == strike.at and strike.does is not None:
+                strike.does(strike.folder)
 
     sys.addaudithook(hook)
     return count
