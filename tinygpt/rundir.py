@@ -61,10 +61,11 @@ NOT_SCIENCE = {
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` and, if the block succeeds, renames it to ``path``.
 
-    The content is on disk before the rename, so a reader sees the old file or the new one.
+    The content is on disk before the rename, so a reader sees the old file or the new one.  The
+    folder must be there: one that vanishes on the way is not made again with less in it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    with naming(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -75,7 +76,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner alone
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stopped the write may stop this too
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -142,13 +144,15 @@ def check_writable(key: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Tells of what a write failed: on a full disk the error itself does not."""
+    """Tells of what a write failed: on a full disk the error itself does not, or it names a file
+    on its way to ``path``."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if not error.filename or f".{path.name}." in str(error.filename):
+            error.filename = str(path)
         raise
-    except RuntimeError as error:  # torch's writer does not say why
+    except Exception as error:  # the writers of torch and safetensors do not say why
         if shutil.disk_usage(path.parent).free >= 1 << 16:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -161,13 +165,20 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Atomically, into a folder that is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: Any) -> None:
+    """As ``write_text``."""
+    write_text(path, to_json(values))
+
+
+def to_json(values: Any) -> str:
     """Keys keep their order; a NaN is refused, as JSON has none."""
-    write_text(path, json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -366,7 +366,8 @@ class Run:
             branched,
         )
         self.loggers.log_results(results)
-        rundir.write_json(self.run.results, results)
+        with rundir.replacing(self.run.results) as temporary:
+            temporary.write_text(rundir.to_json(results), encoding="utf-8")
         return results
 
     def _introduce(self, resuming: bool) -> None:
@@ -467,7 +468,8 @@ class Run:
                 f"{SAMPLE_MARK} {at:,} ({at * train.batch_tokens:,} tokens)\n{text}\n\n"
                 for at, text in self.samples.items()
             )
-            rundir.write_text(self.run.samples, "".join(texts))
+            with rundir.replacing(self.run.samples) as temporary:
+                temporary.write_text("".join(texts), encoding="utf-8")
             self.loggers.log_text(self.samples[step])
 
     def leave_interrupted(self, number: int) -> None:
