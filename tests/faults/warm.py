@@ -75,7 +75,7 @@ class Command:
         if self.running():
             os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 120) -> Ended:
+    def wait(self, seconds: float = 600) -> Ended:
         self._process.join(seconds)
         if self._process.exitcode is None:
             self._process.kill()
@@ -84,7 +84,7 @@ class Command:
         changes, took = (self._read("took") or "0 0").split()  # none where it was killed
         return Ended(code, *said, int(changes), float(took))
 
-    def wait_until(self, holds: Callable[[], Any], seconds: float = 60) -> None:
+    def wait_until(self, holds: Callable[[], Any], seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while not holds():
             assert self.running(), self._read("err") or "it has ended before"

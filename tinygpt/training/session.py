@@ -71,7 +71,7 @@ def train(
     if device.rank > 0:
         console = Console(quiet=True)
         if PARENT in os.environ:
-            leave_with_parent()
+            leave_with_parent(int(os.environ[PARENT]))
     corpus = corpora.open_corpus(config.data)
     cache = shards.cache_root(config.cache_dir)
     with preparing(console) as progress:

@@ -241,9 +241,8 @@ def gathered(model: Any) -> Iterator[None]:
 PARENT = "TINYGPT_PARENT"  # environment variable: the process that launched this one
 
 
-def leave_with_parent() -> None:
+def leave_with_parent(parent: int) -> None:
     """Ends this process soon after the one that launched it, which may have been killed."""
-    parent = int(os.environ[PARENT])
 
     def watch() -> None:
         while os.getppid() == parent:
