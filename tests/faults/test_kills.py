@@ -24,7 +24,7 @@ from tests.test_sweeping import comparable
 from tinygpt.data import shards
 from tinygpt.rundir import MetricsFile, read_config
 
-SHORT = ("train.steps=4", "train.sample_tokens=0", "logger=csv", "study=s")
+SHORT = ("train.steps=4", "train.sample_tokens=2", "logger=csv", "study=s")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
