@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 QUICK := -m 'not slow' -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow fuzz lock lint typecheck check coverage format clean
+.PHONY: help install run test test-slow test-faults fuzz lock lint typecheck check coverage format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,7 +25,10 @@ test: install ## Run the tests
 	$(BIN)/python -m pytest $(QUICK)
 
 test-slow: install ## Run the slow tests: real commands, kill tests, every configuration
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not faults'
+
+test-faults: install ## Kill, fill the disk, damage files: what the program promises, put to the test
+	$(BIN)/python -m pytest tests/faults -m faults
 
 HARNESS ?= all
 SECONDS ?= 60
@@ -52,7 +55,7 @@ check: install ## Format check, lint, types and tests: what must pass at each co
 
 coverage: install ## Which lines the tests run, the slow ones included
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -m 'not faults'
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -393,7 +393,7 @@ def test_the_view_times_what_ended_and_what_runs(monkeypatch: pytest.MonkeyPatch
     jobs = [sized(32), sized(64), sized(64), sized(64)]
     view = View(jobs, 4, Console(file=io.StringIO()))
     now = view._start
-    monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     assert view._left() == ""
     view.begun[jobs[0]], now = now, now + 100
     view.ended(jobs[0], Outcome("finished", 3.0))

@@ -63,10 +63,11 @@ DATA_PLACES = ("path", "val_file", "test_file", "repo")  # keys for which what l
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` and, if the block succeeds, renames it to ``path``.
 
-    The content is on disk before the rename, so a reader sees the old file or the new one.
+    The content is on disk before the rename, so a reader sees the old file or the new one.  The
+    folder must be there: one that vanishes on the way is not made again with less in it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    with naming(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -77,7 +78,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner alone
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what stopped the write may stop this too
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -87,6 +89,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     One process at a time; what another left behind that died is removed.
     """
     new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
+    if old.exists() and not folder.exists():  # killed between the two renames
+        old.rename(folder)
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
     try:
@@ -102,6 +106,35 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
+    """Keeps a second process out of ``folder``, of a run or a study, which is made.
+
+    Raises ConfigError if one is there.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ConfigError(f"{folder}: another process is training this {what}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output_dir}: cannot be written ({error.strerror})"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def remove_torn(*folders: Path) -> None:
+    """Removes what a killed process was writing there; call it where no other one writes."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 def check_writable(key: str, folder: Path) -> None:
     """Raises ConfigError, naming ``key``, where ``folder`` can be neither made nor written to."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -113,13 +146,15 @@ def check_writable(key: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Tells of what a write failed: on a full disk the error itself does not."""
+    """Tells of what a write failed: on a full disk the error itself does not, or it names a file
+    on its way to ``path``."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if not error.filename or f".{path.name}." in str(error.filename):
+            error.filename = str(path)
         raise
-    except RuntimeError as error:  # torch's writer does not say why
+    except Exception as error:  # the writers of torch and safetensors do not say why
         if shutil.disk_usage(path.parent).free >= 1 << 16:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
@@ -132,13 +167,20 @@ def _umask() -> int:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Atomically, into a folder that is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: Any) -> None:
+    """As ``write_text``."""
+    write_text(path, to_json(values))
+
+
+def to_json(values: Any) -> str:
     """Keys keep their order; a NaN is refused, as JSON has none."""
-    write_text(path, json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -419,30 +461,9 @@ class RunDir:
             )
         return values
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keeps a second process out of this folder.  Raises ConfigError if one is there."""
-        lock = filelock.FileLock(self.path / ".lock")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise ConfigError(f"{self.path}: another process is training this run") from error
-        except OSError as error:
-            folder = self.path.parent.parent
-            raise ConfigError(
-                f"output_dir={folder}: cannot be written ({error.strerror})"
-            ) from error
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def remove_torn(self) -> None:
-        """Removes what a killed process was writing; call it under the lock."""
-        for folder in (self.path, self.checkpoints):
-            for path in folder.glob(".*.tmp"):
-                path.unlink()
+        return locked(self.path, self.path.parent.parent, "run")
 
     def clear(self) -> None:
         """Forgets an earlier run of the same configuration; the results go first."""

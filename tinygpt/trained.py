@@ -7,6 +7,7 @@ print(run.generate("Once upon a time", top_p=0.9))
 from __future__ import annotations
 
 import itertools
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ def load_run(
     config = rundir.read_config(run.config)
     tokenizer = load_tokenizer(run.tokenizer)
     results = rundir.read_json(run.results) if run.results.exists() else None
+    if results and results["tokenizer_fingerprint"] != tokenizer.fingerprint():
+        raise ConfigError(f"{run.tokenizer}: not the tokenizer that the run was trained with")
     chosen = run.chosen(checkpoint)
     state, step = read_checkpoint(chosen, config)
     model = GPT(config.model, tokenizer.vocab_size)
@@ -125,6 +128,7 @@ def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor]
     Tensors and plain data only, never code.
     """
     try:
+        check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights = {k.removeprefix(WEIGHTS): v for k, v in content["state_dict"].items()}
         if config.optim.lora.rank is not None:
@@ -132,6 +136,16 @@ def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor]
         return weights, int(content["global_step"])
     except Exception as error:  # torch raises whatever the broken bytes lead it to
         raise ConfigError(f"{path}: this checkpoint is damaged") from error
+
+
+def check_sums(path: Path) -> None:
+    """Raises ValueError or BadZipFile where a checkpoint is not as it was written.
+
+    It is a zip file with a checksum of every tensor, which torch writes and does not read.
+    """
+    with zipfile.ZipFile(path) as file:
+        if file.testzip() is not None:
+            raise ValueError(f"{path}: a checksum does not fit")
 
 
 def initial_weights(config: Config, vocab_size: int) -> dict[str, torch.Tensor] | None:

@@ -106,7 +106,7 @@ def open_study(
 def begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> None:
     """The folder and whose it is, or what a killed process left to go on with."""
     run.error.unlink(missing_ok=True)
-    run.remove_torn()
+    rundir.remove_torn(run.path)
     if not run.environment.exists():
         about = {"threads": torch.get_num_threads(), "device": device, "base": config.run}
         rundir.write_json(run.environment, rundir.environment(config_hash=hash_, **about))

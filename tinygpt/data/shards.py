@@ -238,7 +238,7 @@ def load_index(folder: Path) -> dict[str, Any] | None:
         splits = [info for info in index["splits"].values() if info]
         entries = [entry for info in splits for entry in (*info["files"], info["offsets"])]
         whole = all(_is_whole(folder / e["file"], e["size"], e["sha256"]) for e in entries)
-    except (OSError, ValueError):
+    except (ConfigError, OSError, AttributeError, KeyError, TypeError, ValueError):
         return None
     return index if whole else None
 
@@ -266,17 +266,23 @@ def _tokenizer(
     if train_bytes is None:
         return train_tokenizer(config, ())
     key = rundir.digest([FORMAT, source, _cutting(data), vars(config)])
-    path = cache / "tokenizers" / f"{config.kind}-{key[:16]}.json"
-    with _lock(path):
-        if path.exists():
-            with contextlib.suppress(ConfigError):  # damaged: it is made again
-                return load_tokenizer(path)
+    stem = cache / "tokenizers" / f"{config.kind}-{key[:16]}"
+    with _lock(stem):
+        for path in stem.parent.glob(f"{stem.name}-*.json"):
+            with contextlib.suppress(ConfigError):
+                found = load_tokenizer(path)
+                if path.stem.endswith(_short(found)):  # else damaged, and made again
+                    return found
         documents = split_documents(corpus, data)
         texts = (document.text for split, document in documents if split == "train")
         say = functools.partial(progress, "reading text for the tokenizer")
         tokenizer = train_tokenizer(config, corpora.first_bytes(texts, train_bytes, say))
-        tokenizer.save(path)
+        tokenizer.save(stem.with_name(f"{stem.name}-{_short(tokenizer)}.json"))
     return tokenizer
+
+
+def _short(tokenizer: Tokenizer) -> str:
+    return tokenizer.fingerprint()[:16]
 
 
 def _tokenize(

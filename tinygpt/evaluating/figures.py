@@ -61,6 +61,7 @@ def _figure(path: Path, made: Sequence[Evaluation], *panels: Panel) -> Path:
     figure, grid = plt.subplots(1, len(panels), figsize=(width, 0.9 * COLUMN), squeeze=False)
     for axes, panel in zip(grid[0], panels, strict=True):
         panel(axes, made)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with rundir.replacing(path) as temporary:
         figure.savefig(temporary, format="png")
     plt.close(figure)

@@ -50,6 +50,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.spines["left"].set_visible(False)
             axes.set_title(title, loc="left", fontsize=8, fontweight="bold")
         figure.align_ylabels()
+        path.parent.mkdir(parents=True, exist_ok=True)
         with rundir.replacing(path) as temporary:
             figure.savefig(temporary, format="png")
         plt.close(figure)

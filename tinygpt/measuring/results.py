@@ -191,6 +191,7 @@ def write(
     name: str = "benchmark",
 ) -> None:
     """<name>.csv, and <name>.json, which has every round and the environment besides."""
+    folder.mkdir(parents=True, exist_ok=True)
     table = [row.values() | _ratio(ratios.get(row)) for row in rows]
     with (
         rundir.replacing(folder / f"{name}.csv") as temporary,

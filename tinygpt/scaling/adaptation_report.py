@@ -49,6 +49,7 @@ def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
 
 def write(adaptation: Adaptation, folder: Path) -> list[Path]:
     """Writes report, figures and tables; what an earlier analysis left is replaced."""
+    rundir.remove_torn(folder, folder / "tensorboard")
     figures = adaptation_plots.draw(adaptation, folder)
     images.write(folder, figures)
     for name in TABLES:

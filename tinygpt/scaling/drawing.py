@@ -57,6 +57,7 @@ MANY = 60  # more points than this are drawn smaller
 
 def save(figures: Mapping[str, Figure | None], folder: Path) -> list[str]:
     """As PNG and SVG, within ``STYLE``; the names of those there are.  Earlier others go."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         if figure is not None:
             _save(figure, folder / name)

@@ -16,6 +16,7 @@ from tinygpt import rundir
 def write(folder: Path, figures: Sequence[str]) -> None:
     """Puts each ``<figure>.png`` of ``folder`` into its ``tensorboard/``; earlier ones go."""
     place, now = folder / "tensorboard", time.time_ns()
+    place.mkdir(parents=True, exist_ok=True)
     before = list(place.glob("*"))
     events = [
         Event(file_version="brain.Event:2"),

@@ -19,6 +19,7 @@ WIDTH = 100  # of what is printed, at most
 
 def write(analysis: Analysis, folder: Path) -> list[Path]:
     """Writes report, figures, numbers and tables; what an earlier analysis left is replaced."""
+    rundir.remove_torn(folder, folder / "tensorboard")
     figures = plots.draw(analysis, folder)
     images.write(folder, figures)
     _write_table(analysis.runs, folder / "runs.csv")

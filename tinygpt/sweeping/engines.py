@@ -57,9 +57,10 @@ class Outcome:
 
 
 Results = Iterator[tuple[StudyJob, Outcome]]
+Engine = Callable[[Sequence[Group], Path], Results]
 
 
-def make_engine(launcher: LauncherConfig) -> Callable[[Sequence[Group], Path], Results]:
+def make_engine(launcher: LauncherConfig) -> Engine:
     """The engine that ``launcher=`` names; it is given groups and a folder for its own files.
 
     Raises ConfigError where the library of an engine is missing.
@@ -186,7 +187,9 @@ def _in_pool(
 
     from joblib.externals.loky import ProcessPoolExecutor
 
-    pool = ProcessPoolExecutor(n_jobs, initializer=_claim_gpu, initargs=(gpus, folder))
+    pool = ProcessPoolExecutor(
+        n_jobs, initializer=_begin_worker, initargs=(os.getpid(), gpus, folder)
+    )
     futures = {pool.submit(train_group, group): group for group in groups}
     stopped = []
 
@@ -227,6 +230,14 @@ def _gpus(config: Settings) -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _begin_worker(parent: int, gpus: int, folder: Path) -> None:
+    _claim_gpu(gpus, folder)  # before torch is imported
+
+    from tinygpt.training.trainer import leave_with_parent
+
+    leave_with_parent(parent)  # its runs would be locked for whoever takes the study up
 
 
 def _claim_gpu(gpus: int, folder: Path) -> None:

@@ -44,6 +44,7 @@ class StudyJob(ABC):
     verb: ClassVar[str]
     same: ClassVar[str]  # what two jobs may not both do
     measure: ClassVar[tuple[str, str]]  # what a run comes to, in a line and above a column
+    report: ClassVar[str]  # the last file in the folder of its fit
 
     @property
     def steps(self) -> float:
@@ -128,6 +129,7 @@ class Job(StudyJob):
     verb = "training"
     same = "train the same model"
     measure = ("val", "val loss")
+    report = "fit.json"
 
     @property
     def steps(self) -> float:

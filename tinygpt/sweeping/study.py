@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from tinygpt import rundir
-from tinygpt.config import ConfigError
 from tinygpt.sweeping import summary
 from tinygpt.sweeping.adaptations import AdaptationJob
-from tinygpt.sweeping.engines import Outcome, make_engine, outcome_of
+from tinygpt.sweeping.engines import Engine, Outcome, make_engine, outcome_of
 from tinygpt.sweeping.jobs import Job, StudyJob, compose_jobs
 from tinygpt.sweeping.view import View
 
@@ -38,33 +38,62 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
         kind.prepare(pending, console)
         if settings.launcher.kind != "serial":  # longest first: none is left alone at the end
             pending.sort(key=lambda job: -job.row["flops_exact"])
-        folder = pending[0].run.path.parent
-        _make(folder)
-
-        def say(line: str) -> None:
-            console.print(line, highlight=False, soft_wrap=True)
-
-        stages = kind.stages(pending, say)
-        with View(pending, len(jobs), console) as view:
-            for groups in stages:
-                for job, outcome in engine(groups, folder):
-                    outcomes[job] = outcome
-                    if outcome.status == "killed" and job.run.environment.exists():
-                        rundir.write_json(job.run.error, {"error": outcome.reason})
-                    view.ended(job, outcome)
-                if any(outcome.status == "interrupted" for outcome in outcomes.values()):
-                    break
     folders = list(dict.fromkeys(job.run.path.parent for job in jobs))
-    for folder in folders:
-        summary.write(folder, kind)
-    summary.print_table(jobs, outcomes, console)
-    if len(outcomes) < len(jobs) or any(o.status == "interrupted" for o in outcomes.values()):
-        console.print("interrupted; the same command goes on from there", highlight=False)
-        raise SystemExit(130)
-    if settings.fit and pending and len(jobs) > 1:
+    with contextlib.ExitStack() as alone:
         for folder in folders:
-            kind.fit(folder, console)
+            alone.enter_context(rundir.locked(folder, folder.parent, "study"))
+        if pending:
+            _do(jobs, pending, outcomes, engine, console)
+        for folder in folders:
+            summary.write(folder, kind)
+        summary.print_table(jobs, outcomes, console)
+        if len(outcomes) < len(jobs) or _is_interrupted(outcomes):
+            console.print("interrupted; the same command goes on from there", highlight=False)
+            raise SystemExit(130)
+        if settings.fit and len(jobs) > 1:
+            for folder in folders:
+                if pending or not _is_fitted(folder / "fit" / kind.report, folder):
+                    kind.fit(folder, console)
     return [outcomes[job] for job in jobs]
+
+
+def _do(
+    jobs: Sequence[StudyJob],
+    pending: Sequence[StudyJob],
+    outcomes: dict[StudyJob, Outcome],
+    engine: Engine,
+    console: Console,
+) -> None:
+    """Does ``pending``, of ``jobs``, and puts down how each ended in ``outcomes``."""
+    folder = pending[0].run.path.parent
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    stages = type(pending[0]).stages(pending, say)
+    with View(pending, len(jobs), console) as view:
+        for groups in stages:
+            for job, outcome in engine(groups, folder):
+                outcomes[job] = outcome
+                if outcome.status == "killed" and job.run.environment.exists():
+                    rundir.write_json(job.run.error, {"error": outcome.reason})
+                view.ended(job, outcome)
+            if _is_interrupted(outcomes):
+                break
+
+
+def _is_interrupted(outcomes: Mapping[StudyJob, Outcome]) -> bool:
+    return any(outcome.status == "interrupted" for outcome in outcomes.values())
+
+
+def _is_fitted(report: Path, folder: Path) -> bool:
+    """Whether ``report``, the last file that is written, was once all runs had ended.
+
+    Else a command was killed on its way there.
+    """
+    results = folder.glob("*/results.json")
+    ended = max((path.stat().st_mtime for path in results), default=0.0)
+    return report.exists() and report.stat().st_mtime >= ended
 
 
 def _finished(job: StudyJob) -> Outcome | None:
@@ -72,12 +101,3 @@ def _finished(job: StudyJob) -> Outcome | None:
     if found is None or job.config.force:
         return None
     return outcome_of(job, found, is_new=False)
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir={folder.parent}: cannot be written ({error.strerror})"
-        ) from error

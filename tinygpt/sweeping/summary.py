@@ -18,6 +18,7 @@ from tinygpt.sweeping.jobs import StudyJob, flops_of
 
 def write(folder: Path, kind: type[StudyJob]) -> None:
     """Writes both files anew from the folders of that kind in ``folder``: a row a run."""
+    rundir.remove_torn(folder)
     rows = kind.rows(folder)
     for row in rows:
         row["folder"] = Path(row["folder"]).name  # the study may be moved

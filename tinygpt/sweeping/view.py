@@ -74,7 +74,7 @@ class View:
         self.progress: dict[StudyJob, tuple[float, str]] = {}  # fraction done, what to say
         self.ended_jobs: dict[StudyJob, Outcome] = {}
         self._stop, self._lock = threading.Event(), threading.Lock()
-        self._start = time.time()
+        self._start, self._since = time.monotonic(), time.time()  # the latter as files have it
         self._took: dict[StudyJob, float] = {}  # seconds, of those that ended
         self._done_before: dict[StudyJob, float] = {}  # fraction, when the study was taken up
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -103,10 +103,10 @@ class View:
             self.ended_jobs[job] = outcome
             self.progress.pop(job, None)
             if job in self.begun:
-                self._took[job] = time.time() - self.begun[job]
+                self._took[job] = time.monotonic() - self.begun[job]
         place = f"{self.total - len(self.pending) + len(self.ended_jobs)}/{self.total}"
         loss = f"  {job.measure[0]} {outcome.shown}" if outcome.shown else ""
-        seconds = f"  {clock(time.time() - self.begun.get(job, self._start))}"
+        seconds = f"  {clock(time.monotonic() - self.begun.get(job, self._start))}"
         reason = f"  {outcome.reason}" if outcome.reason else ""
         status = outcome.status.replace("_", " ")
         self._say(f"{place}  {job.label}  {status}{loss}{seconds}{reason}{self._left()}")
@@ -122,10 +122,10 @@ class View:
 
     def _look(self) -> None:
         for job in self.pending:
-            if job in self.ended_jobs or not _is_alive(job.run.log, self._start):
+            if job in self.ended_jobs or not _is_alive(job.run.log, self._since):
                 continue
             if job not in self.begun:
-                self.begun[job] = time.time()
+                self.begun[job] = time.monotonic()
                 if not self.console.is_terminal:
                     self._say(f"begun  {job.label}")
             with self._lock:
@@ -133,7 +133,7 @@ class View:
                     self.progress[job] = job.progress()
 
     def _left(self) -> str:
-        now, timed, todo, busy = time.time(), [], [], 0.0
+        now, timed, todo, busy = time.monotonic(), [], [], 0.0
         running = dict(self.progress)
         for job in self.pending:
             steps = job.steps

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -54,10 +55,17 @@ class _ConsoleHandler(logging.Handler):
         self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A line that cannot be written is an error as any other; logging would show its stack."""
+        with rundir.naming(Path(self.baseFilename)):
+            raise
+
+
 @contextlib.contextmanager
 def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
     """What is said goes to the console and, with the time, to run.log."""
-    file = logging.FileHandler(run.log, encoding="utf-8")
+    file = _LogFile(run.log, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), file]
     log.setLevel(logging.INFO)
@@ -73,7 +81,8 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
     finally:
         for handler in handlers:
             log.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # which has been said
+                handler.close()
 
 
 @contextlib.contextmanager

@@ -46,6 +46,7 @@ from tinygpt.training.trainer import (
     AtomicCheckpoints,
     Device,
     ending_together,
+    fit,
     gathered,
     leave_with_parent,
     make_trainer,
@@ -70,7 +71,7 @@ def train(
     if device.rank > 0:
         console = Console(quiet=True)
         if PARENT in os.environ:
-            leave_with_parent()
+            leave_with_parent(int(os.environ[PARENT]))
     corpus = corpora.open_corpus(config.data)
     cache = shards.cache_root(config.cache_dir)
     with preparing(console) as progress:
@@ -151,8 +152,9 @@ def begin(
 ) -> bool:
     """Makes the folder, or checks that what is there can be gone on with.  True: resuming."""
     run.error.unlink(missing_ok=True)
-    run.remove_torn()
+    rundir.remove_torn(run.path, run.checkpoints)
     if run.last.exists():
+        mend(run)
         before = {"devices": 1, "strategy": "auto", **rundir.read_json(run.environment)}
         if before["precision_resolved"] != device.precision:
             raise ConfigError(
@@ -203,6 +205,27 @@ def begin(
             "note    %s has no step %d: trained from the start", branch.trunk.path, branch.step
         )
     return branching
+
+
+def mend(run: rundir.RunDir) -> None:
+    """Puts the newest whole checkpoint in the place of a damaged last one, and says so.
+
+    Raises ConfigError where there is none.
+    """
+    io = AtomicCheckpoints()
+    try:
+        io.load_checkpoint(run.last)
+    except ConfigError:
+        steps = {}
+        for path in set(run.checkpoints.glob("[!.]*.ckpt")) - {run.last}:
+            with contextlib.suppress(ConfigError):
+                steps[path] = int(io.load_checkpoint(path)["global_step"])
+        if not steps:
+            raise
+        newest = max(steps, key=lambda path: (steps[path], path.name))
+        log.info("note    %s is damaged: from %s, step %d", run.last, newest.name, steps[newest])
+        with rundir.replacing(run.last) as temporary:
+            shutil.copyfile(newest, temporary)
 
 
 @contextlib.contextmanager
@@ -297,7 +320,7 @@ class Run:
         compile_model(self.module.model, self.compiled)
         ckpt_path = str(self.run.last) if resuming else None
         with ending_together(self.trainer), quiet_lightning():
-            self.trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
+            fit(self.trainer, self.module, self.data, ckpt_path)
             self.module.to(self.trainer.strategy.root_device)  # Lightning puts it on the CPU
             self.interrupts.agreed(self.trainer)
             final, test = self.final_scores()
@@ -343,7 +366,8 @@ class Run:
             branched,
         )
         self.loggers.log_results(results)
-        rundir.write_json(self.run.results, results)
+        with rundir.replacing(self.run.results) as temporary:
+            temporary.write_text(rundir.to_json(results), encoding="utf-8")
         return results
 
     def _introduce(self, resuming: bool) -> None:
@@ -444,7 +468,8 @@ class Run:
                 f"{SAMPLE_MARK} {at:,} ({at * train.batch_tokens:,} tokens)\n{text}\n\n"
                 for at, text in self.samples.items()
             )
-            rundir.write_text(self.run.samples, "".join(texts))
+            with rundir.replacing(self.run.samples) as temporary:
+                temporary.write_text("".join(texts), encoding="utf-8")
             self.loggers.log_text(self.samples[step])
 
     def leave_interrupted(self, number: int) -> None:

@@ -32,6 +32,7 @@ from tinygpt.training.session import (
 from tinygpt.training.stacked import StackedAdamW, StackedGPT
 from tinygpt.training.trainer import (
     AtomicCheckpoints,
+    fit,
     make_trainer,
     quiet_lightning,
 )
@@ -372,7 +373,7 @@ class _Stack:
             trainer.fit_loop.load_state_dict(lead.loops)
         try:
             with quiet_lightning():
-                trainer.fit(module, datamodule=self.data)
+                fit(trainer, module, self.data)
         except Exception as error:
             callback.fail(_explained(error))
         if interrupts.received is not None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -29,7 +30,7 @@ from lightning.pytorch.strategies import (
 from tinygpt import rundir
 from tinygpt.config import ConfigError, HardwareConfig, RunError
 from tinygpt.horizon import Plan
-from tinygpt.trained import usable_device
+from tinygpt.trained import check_sums, usable_device
 
 # Tokens that a device takes well in one pass: beyond that a larger pass is not faster.
 PASS_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}
@@ -153,6 +154,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
         try:
+            check_sums(Path(path))
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             checkpoint["global_step"], checkpoint["callbacks"]["Journal"]["status"]
         except Exception as error:  # torch raises whatever the broken bytes lead it to
@@ -206,6 +208,26 @@ def make_trainer(
     return trainer
 
 
+def fit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: pl.LightningDataModule,
+    ckpt_path: str | None = None,
+) -> None:
+    """Raises KeyboardInterrupt where the user interrupts.
+
+    Lightning makes that an exit with code 1 and no word, and ignores any further interrupt.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, before)
+        raise stop.__context__ from None
+
+
 @contextlib.contextmanager
 def gathered(model: Any) -> Iterator[None]:
     """Under fsdp: the weights outside the blocks stand whole, for who does not call ``forward``."""
@@ -219,9 +241,8 @@ def gathered(model: Any) -> Iterator[None]:
 PARENT = "TINYGPT_PARENT"  # environment variable: the process that launched this one
 
 
-def leave_with_parent() -> None:
+def leave_with_parent(parent: int) -> None:
     """Ends this process soon after the one that launched it, which may have been killed."""
-    parent = int(os.environ[PARENT])
 
     def watch() -> None:
         while os.getppid() == parent:
