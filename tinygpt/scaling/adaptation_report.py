@@ -266,6 +266,7 @@ def differences(adaptation: Adaptation) -> Iterator[Block]:
             "method",
             "rank",
             *(f"k = {k}" for k in steps),
+            "documents",
             "forgetting",
             "t",
             "Wilcoxon",
