@@ -32,6 +32,7 @@ class AdaptationJob(StudyJob):
     verb = "adapting"
     same = "do the same"
     measure = ("reward", "best reward")
+    report = "report.html"
 
     @staticmethod
     def contents(config: AdaptConfig) -> dict[str, str]:
