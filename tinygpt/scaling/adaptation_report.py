@@ -451,8 +451,9 @@ def method(adaptation: Adaptation) -> Iterator[Block]:
         f"of fewer than {FEW} Student's t; "
         "accuracies: Clopper and Pearson's. Differences: "
         "Student's t, with Wilcoxon's signed ranks beside it; Holm's correction is over all "
-        "self-edits, ranks and steps of a base, and apart from them over the references "
-        "(`oracle`, `full_ft_doc`). Equal tokens are those trained on; what the policy reads and "
-        "writes comes on top and is listed. Records without a result are in no mean: a method "
+        "self-edits, ranks and steps of a base, and apart from them over the references (those "
+        "whose directive is not the model's own choice). Equal tokens are those trained on; what "
+        "the policy reads and writes comes on top and is listed. Records without a result are in "
+        "no mean: a method "
         f"that fails often looks better than it is. Seed {adaptation.seed}."
     )
