@@ -660,6 +660,9 @@ def test_run_ids_tell_apart_what_differs(base: Base, facts: list[Document]) -> N
     ids += trial.run_ids(base)[1:]
     assert len(set(ids)) == len(ids)
     assert trial.run_ids(Base(base.run, base.validation)) == trial.run_ids(base)
+    nothing = dataclasses.replace(trial, edit=None)  # is the same whatever would train it
+    other = dataclasses.replace(nothing, inner=ALL_WEIGHTS)
+    assert nothing.run_ids(base) == other.run_ids(base)
 
 
 @pytest.mark.parametrize(

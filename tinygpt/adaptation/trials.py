@@ -115,7 +115,7 @@ class Trial:
                 "split": document.split,
                 "method": [self.method, self.origin.iteration],
                 "edit": edit.edit_id if edit else None,
-                "inner": dataclasses.asdict(self.inner),
+                "inner": dataclasses.asdict(self.inner) if edit else None,  # nothing is done
                 "steps": steps,
                 "seed": self.seed,
             }
