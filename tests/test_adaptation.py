@@ -149,9 +149,11 @@ def test_the_split_is_by_the_text_and_the_short_are_named(texts: list[str]) -> N
     found, again = cut(TEXTS), cut([*texts, *texts[:3]])
     assert [d.sha256 for d in found.used] == [d.sha256 for d in again.used]
     assert found.left_out == again.left_out
-    assert [d.split for d in found.used] == ["train"] * 3 + ["tune"] * 2 + ["test"] * 4
+    assert [d.split for d in found.used] == ["test"] * 4 + ["tune"] * 2 + ["train"] * 3
+    fewer = cut(TEXTS, train=1)  # the same test documents, however many there are to learn from
+    assert [d.sha256 for d in fewer.used[:6]] == [d.sha256 for d in found.used[:6]]
     assert 0 < len(found.left_out) < 12
-    lengths = {f"too short: {len(text)} of 142 tokens" for text in TEXTS if len(text) < 142}
+    lengths = {f"too short: at most {len(text)} of 142 tokens" for text in TEXTS if len(text) < 142}
     assert {one.error for one in found.left_out} <= lengths
     kept = {d.sha256 for d in found.used}
     assert not kept & {one.sha256 for one in found.left_out}
@@ -165,7 +167,8 @@ def test_too_few_documents_is_a_line_that_names_the_keys() -> None:
     assert str(caught.value) == (
         "documents.train=3, documents.tune=2, documents.test=4: only 0 documents of 24 are long "
         "enough; lower these, "
-        "documents.context_tokens=50 or documents.heldout_tokens=5000"
+        "documents.context_tokens=50 or documents.heldout_tokens=5000; or give longer documents "
+        "(data.separator=none: a file is one)"
     )
 
 
@@ -568,7 +571,7 @@ def test_what_is_not_to_count_does_not(base: Base, facts: list[Document]) -> Non
 
 
 def test_a_record_says_what_was_done(base: Base, facts: list[Document]) -> None:
-    origin = trials.Origin("table", "bandit", 1, prompt_tokens=7, tokens=5, sft_tokens=9)
+    origin = trials.Origin("table", "bandit", 100, 1, prompt_tokens=7, tokens=5, sft_tokens=9)
     edit = SelfEdit(source="both", text=list(facts[0].oracle))
     records = trials.run_trial(base, Trial("oracle", facts[0], edit, 3, INNER, origin))
     assert [record["inner_steps"] for record in records] == [0, 1, 3]
@@ -580,7 +583,7 @@ def test_a_record_says_what_was_done(base: Base, facts: list[Document]) -> None:
         "task": "new_facts",
         "method": "oracle",
         "iteration": 1,
-        "split": "train",
+        "split": "test",
         "lora_rank": 4,
         "lora_alpha": 8,
         "lora_params": adapters,
@@ -589,7 +592,7 @@ def test_a_record_says_what_was_done(base: Base, facts: list[Document]) -> None:
         "policy_tokens": 5,
         "sft_tokens": 9,
         "base_parameters": base.parameters,
-        "flops_est": 2 * base.parameters * 12 + (4 * base.parameters + 6 * adapters) * 120,
+        "flops_est": 2 * 100 * 12 + (4 * base.parameters + 6 * adapters) * 120,
         "edit_unknown_tokens": 0,
         "accepted": None,
         "error": None,
@@ -657,6 +660,9 @@ def test_run_ids_tell_apart_what_differs(base: Base, facts: list[Document]) -> N
     ids += trial.run_ids(base)[1:]
     assert len(set(ids)) == len(ids)
     assert trial.run_ids(Base(base.run, base.validation)) == trial.run_ids(base)
+    nothing = dataclasses.replace(trial, edit=None)  # is the same whatever would train it
+    other = dataclasses.replace(nothing, inner=ALL_WEIGHTS)
+    assert nothing.run_ids(base) == other.run_ids(base)
 
 
 @pytest.mark.parametrize(

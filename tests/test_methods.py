@@ -41,6 +41,7 @@ class Scripted:
 
     backend = "scripted"
     model = "none"
+    parameters: int | None = 10
     learns = True
     sft_tokens = 0
     ops: Sequence[str] = ("continue",)

@@ -87,9 +87,15 @@ def test_the_policy_as_its_own_base(run: TrainedRun, cache: Path, tmp_path: Path
     words = words_of(run, cache, tmp_path, "methods=[restem]", "outer.shared=true")
     words.append("outer.learning_rate=1e-2")
     adapted(words)
-    before = {r["iteration"]: r["base_before"] for r in records(tmp_path) if r["split"] == "test"}
-    learned = any(r["accepted"] for r in records(tmp_path))
-    assert (before[0] != before[1]) == learned
+    found = records(tmp_path)
+    assert any(r["accepted"] for r in found)
+    assert len({r["base_before"] for r in found}) == 1  # all counts against the base itself
+    losses = {r["iteration"]: r["train_loss_first"] for r in found if r["split"] == "test"}
+    adapted(words_of(run, cache, tmp_path / "apart", "methods=[restem]", words[-1]))
+    apart = [r for r in records(tmp_path / "apart") if r["split"] == "test"]
+    of_base = {r["iteration"]: r["train_loss_first"] for r in apart}
+    assert losses[0] == of_base[0]
+    assert losses[1] != of_base[1]  # what is trained is the policy, no longer the base
 
 
 @pytest.mark.slow

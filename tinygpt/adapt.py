@@ -37,7 +37,8 @@ def job(composed: DictConfig) -> None:
     adapt(config, overrides, console)
     assert config.run_name is not None
     folder = Path(config.output_dir, config.study, config.run_name)
-    if config.fit and (config.force or not (folder / "fit" / "report.html").exists()):
+    report, results = folder / "fit" / AdaptationJob.report, folder / "results.json"
+    if config.fit and not (report.exists() and report.stat().st_mtime >= results.stat().st_mtime):
         AdaptationJob.fit(folder, console)
 
 

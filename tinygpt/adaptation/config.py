@@ -15,6 +15,7 @@ from tinygpt.config import (
     SCALES,
     Config,
     ConfigError,
+    CustomData,
     DataConfig,
     HardwareConfig,
     LauncherConfig,
@@ -76,7 +77,7 @@ class TuningConfig:
 class OuterConfig:
     """ReST-EM (Singh et al. 2023): a policy is trained on those of its own edits that paid."""
 
-    iterations: int = key(2, least=1)
+    iterations: int = key(2, least=0)  # 0: the policy is tested as it is
     samples: int = key(4, least=1)  # edits of a train document; the best is learned from
     inner_seeds: int = key(1, least=1)  # trainings on each edit, whose mean score counts
     explore: float = key(0.5, least=0.0, most=1.0)  # share of uniform choice in iteration 0
@@ -186,11 +187,22 @@ def _check_task(config: AdaptConfig, base: Config) -> None:
     given = f"documents.task={task}"
     if task == "domain_shift":
         require(data is not None, f"{given}: needs data=, where its documents come from")
+        line = (
+            f"data={data.name if data else ''}: what {config.run} was trained on is not new to it"
+        )
+        require(data is None or _place(data) != _place(base.data), line)
         return
     line = f"data={data.name if data else ''}: not with {given}, which makes its own documents"
     require(data is None, line)
     line = f"{given}: needs a run that was trained on data=synthetic; {config.run} was trained on "
     require(isinstance(base.data, SyntheticData), line + base.data.name)
+
+
+def _place(data: DataConfig) -> tuple[str, str]:
+    """Where a corpus is, absolute."""
+    if isinstance(data, CustomData):
+        return data.source, str(Path(data.path).expanduser().resolve())
+    return data.source, getattr(data, "repo", "")
 
 
 def _check_methods(config: AdaptConfig) -> None:
@@ -200,8 +212,9 @@ def _check_methods(config: AdaptConfig) -> None:
     line = "methods=oracle: needs documents.task=new_facts, where other ways to say it are known"
     require("oracle" not in (given or ()) or documents.task == "new_facts", line)
     methods = methods_of(config)
+    learns = "restem" in methods and config.outer.iterations > 0
     line = "documents.train=0: methods=restem learns from train documents"
-    require(documents.train > 0 or "restem" not in methods, line)
+    require(documents.train > 0 or not learns, line)
     several = RATED if len(config.tuning.learning_rates) > 1 else ()
     tuned = [method for method in methods if method in (*several, "fixed_best_directive")]
     line = f"documents.tune=0: methods={tuned[0] if tuned else ''} is tuned on tune documents"
@@ -219,8 +232,9 @@ def _check_methods(config: AdaptConfig) -> None:
 
 def _check_policy(config: AdaptConfig) -> None:
     kind, path = config.policy.kind, getattr(config.policy, "path", None)
-    line = f"policy={kind}: does not learn, as restem needs; name the other methods, methods=[...]"
-    require(kind in LEARN or "restem" not in methods_of(config), line)
+    line = f"policy={kind}: does not learn, as restem asks; outer.iterations=0 tests it as it is"
+    learns = "restem" in methods_of(config) and config.outer.iterations > 0
+    require(kind in LEARN or not learns, line)
     line = f"outer.shared=true: needs policy=self, which is the base; not policy={kind}"
     require(not config.outer.shared or kind == "self", line)
     there = Path(path or "").expanduser()
@@ -234,8 +248,8 @@ def check_inner(inner: InnerConfig, base: ModelConfig) -> None:
     """Raises ConfigError for what a model of the shape ``base`` cannot be trained by."""
     check_bounds(inner, "inner.")
     steps = inner.inner_steps
-    line = f"inner.inner_steps={','.join(map(str, steps))}: must be numbers that rise"
-    require(bool(steps) and steps == sorted(set(steps)), line)
+    line = f"inner.inner_steps={','.join(map(str, steps))}: must be numbers that rise above 0"
+    require(bool(steps) and steps == sorted(set(steps)) and steps[-1] > 0, line)
     rank = inner.lora.rank
     if rank is not None:
         line = (

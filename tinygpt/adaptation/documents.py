@@ -143,7 +143,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Documents:
-    """In the order train, tune, test; and those that were passed over."""
+    """In the order test, tune, train; and those that were passed over."""
 
     used: list[Document]
     left_out: list[LeftOut]
@@ -184,7 +184,8 @@ def domain_shift(config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]
         raise ConfigError(
             f"{keys}: only {len(kept)} documents of {len(seen)} are long enough; lower these, "
             f"documents.context_tokens={config.context_tokens} or "
-            f"documents.heldout_tokens={config.heldout_tokens}"
+            f"documents.heldout_tokens={config.heldout_tokens}; or give longer documents "
+            "(data.separator=none: a file is one)"
         )
     passed = [found for place, found in sorted(short.items()) if place < kept[-1][0]]
     return Documents(_split([document for _, document in kept], config), passed)
@@ -194,11 +195,13 @@ def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Docu
     words = re.sub(r"\W+", "-", " ".join(text[:200].split()[:4])).strip("-").lower()
     doc_id = f"{words[:40]}-{sha[:6]}"
     tokenizer, length = base.tokenizer, base.model.config.max_seq_len
-    ids = tokenizer.encode(text)
     begin = config.context_tokens + length
     needed = begin + config.heldout_tokens
+    most = len(text.encode("utf-8", "surrogatepass"))  # no token is less than a byte
+    ids = tokenizer.encode(text) if most >= needed else []
     if len(ids) < needed:
-        return LeftOut(doc_id, sha, f"too short: {len(ids)} of {needed} tokens")
+        found = len(ids) if ids else f"at most {most}"
+        return LeftOut(doc_id, sha, f"too short: {found} of {needed} tokens")
     context, rest = ids[: config.context_tokens], ids[begin - 1 : needed]
     unknown = tokenizer.unknown_id
     # a tokenizer with an unknown token has one for each character
@@ -217,7 +220,8 @@ def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Docu
 
 
 def _split(documents: Sequence[Document], config: DocumentsConfig) -> list[Document]:
-    names = [name for name in SPLITS for _ in range(getattr(config, name))]
+    """Test documents first, so that they are the same however many there are to learn from."""
+    names = [name for name in reversed(SPLITS) for _ in range(getattr(config, name))]
     return [
         dataclasses.replace(document, split=name)
         for document, name in zip(documents, names, strict=True)

@@ -23,6 +23,7 @@ class ReplayPolicy:
     other keys are passed over."""
 
     backend = "file"
+    parameters: int | None = None
     learns = False
     ops: Sequence[str] = ("continue",)  # whatever its texts are
     sft_tokens = 0
@@ -63,14 +64,13 @@ class ReplayPolicy:
         return [found[(seed + n) % len(found)] for n in range(count)]
 
     def with_text(self, edit: SelfEdit, document: Document, *, seed: int) -> Proposal:
-        """With the text of one of the edits that have any."""
+        """With the text of the first edit that has any."""
         if edit.source == "doc":
             return Proposal(dataclasses.replace(edit, text=[]))
-        found = [proposal for proposal in self._of(document) if proposal.edit.text]
-        if not found:
+        chosen = next((one for one in self._of(document) if one.edit.text), None)
+        if chosen is None:
             where = f"policy.path={self.model}"
             raise RunError(f"{where}: has no text for the document {document.doc_id}")
-        chosen = found[seed % len(found)]
         return dataclasses.replace(chosen, edit=dataclasses.replace(edit, text=chosen.edit.text))
 
     def sft(

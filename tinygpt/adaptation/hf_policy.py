@@ -44,6 +44,7 @@ class HuggingFacePolicy(PromptedPolicy):
         folder, where = Path(config.path).expanduser(), f"policy.path={config.path}"
         self.device = device
         self.lm = _language_model(folder, where, device)
+        self.parameters = sum(weight.numel() for weight in self.lm.parameters())
         super().__init__(config, rates, _from_folder("AutoTokenizer", folder, where))
 
     @torch.no_grad()

@@ -100,7 +100,7 @@ class Study:
             return self.base
         assert isinstance(policy, OwnPolicy)
         run = dataclasses.replace(self.base.run, model=policy.run.model)
-        return Base(run, self.base.validation)
+        return Base(run, self.base.validation, self.base)
 
     def outcome(self, trial: Trial, base: Base | None = None) -> list[Record]:
         """From the file, else anew; not kept yet."""
@@ -189,8 +189,8 @@ class Study:
         return Trial(method, document, found.edit, seed, self.config.inner, origin)
 
     def origin(self, policy: Policy, found: Proposal, iteration: int | None) -> Origin:
-        cost = (found.prompt_tokens, found.tokens, policy.sft_tokens)
-        return Origin(policy.backend, policy.model, iteration, *cost)
+        who = (policy.backend, policy.model, policy.parameters, iteration)
+        return Origin(*who, found.prompt_tokens, found.tokens, policy.sft_tokens)
 
 
 def run_methods(study: Study) -> None:
@@ -302,13 +302,15 @@ def learn(study: Study) -> None:
 
 
 def _improved(study: Study, policy: Policy, iteration: int, base: Base) -> Policy:
-    outer, chosen = study.config.outer, []
+    outer = study.config.outer
+    chosen: list[tuple[Document, SelfEdit]] = []
     scores: list[float] = []
     for document in study.split("train"):
         each: dict[str, list[float]] = {}
         records: list[Record] = []
         proposals = study.sampled(policy, iteration, document, outer.samples)
-        for found in proposals:
+        distinct = {one.edit.edit_id: one for one in proposals}
+        for found in distinct.values():
             for number in range(outer.inner_seeds):
                 trial = study.trial_of(policy, iteration, document, found, number)
                 outcome = study.outcome(trial, base)
@@ -317,9 +319,8 @@ def _improved(study: Study, policy: Policy, iteration: int, base: Base) -> Polic
         means = {edit_id: float(np.mean(some)) for edit_id, some in each.items()}
         best = max(means, key=lambda edit_id: means[edit_id])
         accepted = best if means[best] > 0 else None
-        chosen += [(document, found.edit) for found in proposals if found.edit.edit_id == accepted][
-            :1
-        ]
+        if accepted is not None:
+            chosen.append((document, distinct[accepted].edit))
         scores += [score for some in each.values() for score in some]
         times = Counter(found.edit.edit_id for found in proposals)
         study.keep(
@@ -327,14 +328,15 @@ def _improved(study: Study, policy: Policy, iteration: int, base: Base) -> Polic
             for record in records
             for one in [record["edit_id"]]
         )
+    mean = f"{np.mean(scores):+.3f}" if np.isfinite(scores).all() else "none: some failed"
     log.info(
-        "learned restem iteration %d: %d edits of %d documents gained something, best of each; "
-        "mean score of all %d edits %s",
-        iteration,
+        "learned restem_it%d: from the best edit of %d of %d train documents, those that gained by "
+        "one; mean score of all %d edits %s",
+        iteration + 1,
         len(chosen),
         len(study.split("train")),
         len(scores),
-        f"{np.mean(scores):+.3f}" if np.isfinite(scores).all() else "none, as some diverged",
+        mean,
     )
     if not chosen:
         return policy

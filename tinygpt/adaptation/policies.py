@@ -33,6 +33,7 @@ class Policy(Protocol):
 
     backend: str  # the kind in the configuration
     model: str  # where its weights are from
+    parameters: int | None  # of the model that reads and writes; None: not known
     learns: bool  # whether ``sft`` can be asked for
     sft_tokens: int
     ops: Sequence[str]  # the texts that it can write

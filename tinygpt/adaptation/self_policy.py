@@ -40,6 +40,7 @@ class OwnPolicy(Writer):
         """Raises ConfigError for a tokenizer without enough letters."""
         self.run = run
         self.model = str(run.path)
+        self.parameters = sum(weight.numel() for weight in run.model.parameters())
         self.length = run.model.config.max_seq_len
         self.sampling = Sampling(temperature=config.temperature, top_k=config.top_k)
         self.max_edit_tokens = config.max_edit_tokens
@@ -139,7 +140,7 @@ class TablePolicy:
 
     def __init__(self, writer: OwnPolicy) -> None:
         self.writer, self.model = writer, writer.model
-        self.ops = writer.ops
+        self.ops, self.parameters = writer.ops, writer.parameters
         self.table: list[npt.NDArray[np.float64]] = [
             np.full(len(slot.options), 1 / len(slot.options)) for slot in writer.slots
         ]

@@ -115,9 +115,10 @@ def begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> N
 
 def _clear(run: rundir.RunDir) -> None:
     """Forgets an earlier adaptation of the same configuration; the results go first."""
-    for path in (run.results, run.records, run.path / "edits.jsonl", run.log):
+    for path in (run.results, run.records, run.path / EDITS, run.environment, run.log):
         path.unlink(missing_ok=True)
-    shutil.rmtree(run.path / "policies", ignore_errors=True)
+    for name in ("policies", "fit"):
+        shutil.rmtree(run.path / name, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -158,6 +159,8 @@ def introduce(study: Study, run: rundir.RunDir, documents: Documents) -> None:
     log.info("task    %s: %s documents%s", config.documents.task, counts, short_ones)
     log.info("methods %s; policy %s", ", ".join(methods_of(config)), study.policy.backend)
     log.info("folder  %s%s", run.path, ", going on where it stopped" if study.known else "")
+    facts = ", share of right answers" if config.documents.task == "new_facts" else ""
+    log.info("told    after k steps: reward (forgetting)%s; means over documents", facts)
     task = config.documents.task
     study.keep(record_left_out(base, one, task) for one in documents.left_out)
 
@@ -189,6 +192,6 @@ def make_results(study: Study, hash_: str) -> dict[str, Any]:
         "tune_documents": len(study.split("tune")),
         "test_documents": len(study.split("test")),
         "records": len(records),
-        "errors": sum(record["error"] is not None for record in records),
+        "errors": sum(r["error"] is not None for r in records if r["method"] is not None),
         **rewards,
     }

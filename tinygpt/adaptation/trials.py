@@ -23,10 +23,15 @@ OF_FULL = 0.1  # the rate where all weights are trained, over that of adapters
 
 @dataclass(frozen=True)
 class Base:
-    """The model that adapts, never itself changed, and what it may forget."""
+    """The model that adapts, never itself changed, and what it may forget.
+
+    ``original``: the base that it was trained from, against which gains and losses count; None:
+    itself.
+    """
 
     run: TrainedRun
     validation: Heldout
+    original: Base | None = None
     _before: dict[str, Score] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -47,6 +52,8 @@ class Base:
 
     def before(self, document: Document) -> Score:
         """Of the base itself; computed once.  Raises RunError where it has diverged."""
+        if self.original is not None:
+            return self.original.before(document)
         known = document.heldout.fingerprint
         if known not in self._before:
             found = score(self.run.model, document, self.validation)
@@ -62,6 +69,7 @@ class Origin:
 
     backend: str | None = None
     model: str | None = None
+    parameters: int | None = None  # of the model that read and wrote them; None: not known
     iteration: int | None = None
     prompt_tokens: int = 0
     tokens: int = 0
@@ -107,7 +115,7 @@ class Trial:
                 "split": document.split,
                 "method": [self.method, self.origin.iteration],
                 "edit": edit.edit_id if edit else None,
-                "inner": dataclasses.asdict(self.inner),
+                "inner": dataclasses.asdict(self.inner) if edit else None,  # nothing is done
                 "steps": steps,
                 "seed": self.seed,
             }
@@ -192,7 +200,7 @@ def _record(base: Base, trial: Trial, steps: int, after: Snapshot | None = None)
         "tokens_processed": tokens,
         "eval_tokens": document.heldout.tokens,
         "sft_tokens": origin.sft_tokens,
-        "flops_est": 2 * n * (origin.prompt_tokens + origin.tokens) + of_training,
+        "flops_est": _flops_of(origin, of_training),
         "base_parameters": n,
         "heldout_before": before.heldout,
         "base_before": before.base,
@@ -201,6 +209,14 @@ def _record(base: Base, trial: Trial, steps: int, after: Snapshot | None = None)
         "device": str(base.run.model.output_weight.device),
     }
     return record | _outcome(before, after) if after else record
+
+
+def _flops_of(origin: Origin, of_training: float) -> float | None:
+    """Of an edit and the steps on it; not known where a model of unknown size wrote it."""
+    tokens = origin.prompt_tokens + origin.tokens
+    if not tokens:
+        return of_training
+    return 2 * origin.parameters * tokens + of_training if origin.parameters else None
 
 
 def _outcome(before: Score, after: Snapshot) -> Record:

@@ -46,6 +46,7 @@ class Writer(ABC):
     slots: list[Slot]
     tokens: list[int]  # that stand for the options of a slot
     length: int  # the most tokens that the model reads at once
+    parameters: int | None = None
     learns = True
     sft_tokens = 0
 

@@ -74,6 +74,8 @@ def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
 
 
 def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
+    lengths = r": (at most )?\d+ of \d+ tokens$"
+    table = table.assign(error=table["error"].str.replace(lengths, "", regex=True))
     reasons = table["error"].value_counts()
     for reason, number in reasons.head(REASONS).items():
         methods = table[table["error"] == reason]["method"].dropna()
@@ -87,6 +89,12 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
     if counts.get("repeated"):
         yield f"{count(counts['repeated'], 'record')} found in several runs and counted once"
     keys = [*BASE, "split", *METHOD, "inner_steps"]
+    places = table.groupby([*keys, "seed", "doc_sha256"], dropna=False)["folder"].nunique()
+    if (places > 1).any():
+        yield (
+            "several adaptations of one base size, document and seed stand in one row: averaged "
+            "over; fit folders apart that differ in a setting"
+        )
     for name in AGREE:
         if name not in table:
             continue
@@ -162,8 +170,18 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         share = share_interval(documents["accuracy_after"].dropna().to_numpy())
         row |= {name: documents[name].mean() for name in (*ACCURACY, *SPENT)}
         row |= {"accuracy_after_low": share.low, "accuracy_after_high": share.high}
+        row |= _gain(documents, share)
         rows.append({**row, "accepted": group["accepted"].astype(float).mean()})
     return pd.DataFrame(rows).astype(dict.fromkeys(WHOLE[:-1], "Int64"))
+
+
+def _gain(documents: pd.DataFrame, share: Interval) -> dict[str, float]:
+    """The interval of the accuracy gained, exact where all documents begin with the same share."""
+    before = documents["accuracy_before"].dropna().unique()
+    if len(before) != 1:
+        return {}
+    low, high = share.low - float(before[0]), share.high - float(before[0])
+    return {"accuracy_gain_low": low, "accuracy_gain_high": high}
 
 
 def _document_means(table: pd.DataFrame, keys: Sequence[str], names: list[str]) -> pd.DataFrame:
@@ -306,6 +324,12 @@ def power_law(rewards: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
     )
     row |= {"c": found.parameters["A"], "a": -found.parameters["alpha"]}
     row["left"] = float(np.expm1(np.abs(found.residuals).max()))
+    for k, at in zip(steps, means * np.exp(-found.residuals), strict=True):
+        band = mean_interval(rewards[k].to_numpy(), seed)
+        if at < band.low or at > band.high:  # nothing is said where there is no band
+            off = f"{row['left']:.0%} at most"
+            reason = f"the law leaves the interval of the mean at k = {k:g}; off by {off}"
+            return {**row, **none, "reason": reason}
     if len(rewards) < FEW:
         return {**row, "reason": f"{count(len(rewards), 'document')}: too few for an interval"}
     replicas = _draws(len(rewards), seed) @ rewards.to_numpy()
@@ -353,7 +377,8 @@ def restem(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         for name, column in (("mean", "mean"), ("best", "max")):
             found = mean_interval(documents[column].to_numpy(), seed)
             row |= {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
-        rows.append({**row, "accepted": group["accepted"].astype(float).mean()})
+        learned = group.groupby("doc_sha256")["accepted"].max().astype(float)
+        rows.append({**row, "accepted": learned.mean()})  # of the documents
     return pd.DataFrame(rows)
 
 

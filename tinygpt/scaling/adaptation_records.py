@@ -15,7 +15,8 @@ from tinygpt.scaling.runs import is_number
 
 LOG = "adapt.jsonl"
 RAW = "lora_doc"  # what every method is compared with: the same inner loop on the raw document
-REFERENCES = ("none", RAW, "oracle", "full_ft_doc")  # no edits of the model's own
+# No edits of the model's own choice.
+REFERENCES = ("none", RAW, "oracle", "full_ft_doc", "uniform_directive", "fixed_best_directive")
 BASE = ["task", "base_parameters"]
 WHOLE = ("base_parameters", "iteration", "lora_rank", "inner_steps", "seed")
 NUMBERS = (

@@ -77,6 +77,7 @@ def compose(adaptation: Adaptation, figures: Sequence[str]) -> Iterator[Block]:
     yield from answer(adaptation)
     yield from outcomes(adaptation)
     yield from differences(adaptation)
+    yield from choices(adaptation)
     yield from _pictures(figures, "pareto_forgetting", "adaptation_laws")
     yield from powers(adaptation)
     yield from rounds(adaptation)
@@ -216,6 +217,7 @@ def _outcome(row: dict[Any, Any]) -> dict[str, str]:
         "forgetting": _signed(row, "forgetting", "forgetting_"),
         "before": wording.percent(row["accuracy_before"]) if facts else "",
         "accuracy": _share(row) if facts else "",
+        "gained": _points(row) if facts else "",
         "tokens": wording.whole(row["tokens_processed"]),
         "policy's": f"{row['policy_tokens']:,.0f}",
         "documents": f"{row['documents']} × {count(row['seeds'], 'seed')}",
@@ -226,6 +228,12 @@ def _outcome(row: dict[Any, Any]) -> dict[str, str]:
 def _share(row: dict[Any, Any]) -> str:
     low, high = (f"{100 * row[f'accuracy_after_{end}']:.0f}" for end in ("low", "high"))
     return f"{wording.percent(row['accuracy_after'])} ({low} to {high})"
+
+
+def _points(row: dict[str, Any]) -> str:
+    """The accuracy gained and its interval, in points."""
+    mean, low, high = (100 * row[f"accuracy_gain{end}"] for end in ("", "_low", "_high"))
+    return f"{mean:+.0f}" + (f" ({low:.0f} to {high:.0f})" if np.isfinite(low) else "")
 
 
 def _rank(row: Any) -> str:
@@ -267,6 +275,7 @@ def differences(adaptation: Adaptation) -> Iterator[Block]:
             "method",
             "rank",
             *(f"k = {k}" for k in steps),
+            "documents",
             "forgetting",
             "t",
             "Wilcoxon",
@@ -312,9 +321,10 @@ def powers(adaptation: Adaptation) -> Iterator[Block]:
         return
     yield Heading("Reward by inner steps")
     yield Paragraph(
-        "reward = c·k^a through the means over test documents, where these are positive and rise "
-        f"with k; intervals ({100 * LEVEL:.0f} %) by the bootstrap over documents. Off: how far "
-        "the law is from a mean at most."
+        "reward = c·k^a through the means over test documents, where these are positive, rise "
+        "with k and have the law within their intervals; its own "
+        f"({100 * LEVEL:.0f} %) by the bootstrap over documents. Off: how far the law is from a "
+        "mean at most."
     )
     for name, part in bases(table):
         yield Heading(name, 3)
@@ -340,6 +350,11 @@ def rounds(adaptation: Adaptation) -> Iterator[Block]:
     if table.empty:
         return
     yield Heading("By iteration")
+    yield Paragraph(
+        "Edits of a document, each as often as it was proposed. Accepted: the share of documents "
+        "of which an edit was learned from. On train documents the policy explores more at first: "
+        "a part of what is gained there is not learning. On test documents it does not explore."
+    )
     header = ["base", "rank", "documents", "iteration", "edits", "mean", "best", "accepted"]
     rows = [
         [
@@ -355,6 +370,43 @@ def rounds(adaptation: Adaptation) -> Iterator[Block]:
         for row in table.to_dict("records")
     ]
     yield Table(header, rows)
+
+
+TUNED = ("lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc", "fixed_best_directive")
+
+
+def choices(adaptation: Adaptation) -> Iterator[Block]:
+    """Rates and directives, as the tune documents had them chosen."""
+    table = adaptation.records
+    tuned = table["method"].isin(TUNED) & (table["split"] == "test") & table["edit_id"].notna()
+    if "edit" not in table or not tuned.any():
+        return
+    yield Heading("What was chosen")
+    yield Paragraph(
+        "On tune documents, by the score after the most steps; a seed chooses by itself."
+    )
+    rows = []
+    for (task, size, method, rank), group in table[tuned].groupby(
+        [*BASE, "method", "lora_rank"], dropna=False
+    ):
+        tried = table[(table["method"] == method) & (table["split"] == "tune")]["edit"].dropna()
+        rates = {edit.get("lr") for edit in tried}
+        edits = group.drop_duplicates("seed")["edit"]
+        said = pd.Series([_directive(edit, rates) for edit in edits]).value_counts()
+        words = "; ".join(f"{one} ({count(times, 'seed')})" for one, times in said.items())
+        base = title(str(task), int(str(size)))
+        rows.append([base, f"`{method}`", _rank({"lora_rank": rank}), words])
+    yield Table(["base", "method", "rank", "chosen"], rows)
+
+
+def _directive(edit: dict[str, Any], rates: set[Any]) -> str:
+    """In words, and whether a rate beyond those tried might be better."""
+    ends = {min(rates): "the lowest tried", max(rates): "the highest tried"} if rates else {}
+    words = [str(edit.get("source")), f"rate {edit.get('lr', float('nan')):g}"]
+    words += [ends[edit.get("lr")]] if len(rates) > 1 and edit.get("lr") in ends else []
+    words += [f"{edit.get('n')} × {edit['aug']}"] if edit.get("aug", "none") != "none" else []
+    words += ["second halves alone"] if edit.get("mask", "all") != "all" else []
+    return ", ".join(words)
 
 
 def splits(adaptation: Adaptation) -> Iterator[Block]:
@@ -388,7 +440,7 @@ def splits(adaptation: Adaptation) -> Iterator[Block]:
 
 def notes(adaptation: Adaptation) -> Iterator[Block]:
     if adaptation.notes:
-        yield Heading("Left out")
+        yield Heading("Notes")
         yield Items([f"{line}." for line in adaptation.notes])
 
 
@@ -400,8 +452,9 @@ def method(adaptation: Adaptation) -> Iterator[Block]:
         f"of fewer than {FEW} Student's t; "
         "accuracies: Clopper and Pearson's. Differences: "
         "Student's t, with Wilcoxon's signed ranks beside it; Holm's correction is over all "
-        "self-edits, ranks and steps of a base, and apart from them over the references "
-        "(`oracle`, `full_ft_doc`). Equal tokens are those trained on; what the policy reads and "
-        "writes comes on top and is listed. Records without a result are in no mean: a method "
+        "self-edits, ranks and steps of a base, and apart from them over the references (those "
+        "whose directive is not the model's own choice). Equal tokens are those trained on; what "
+        "the policy reads and writes comes on top and is listed. Records without a result are in "
+        "no mean: a method "
         f"that fails often looks better than it is. Seed {adaptation.seed}."
     )

@@ -43,6 +43,10 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.header) for row in self.rows):
+            raise ValueError(f"a row has another number of cells than {self.header}")
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -169,7 +173,8 @@ def _bare(text: str) -> str:
 def _rich(block: Table) -> RichTable:
     table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in block.header:
-        table.add_column(Text(name), header_style="dim")
+        first = name == block.header[0]  # the names of the rows
+        table.add_column(Text(name), header_style="dim", overflow="fold", no_wrap=first)
     for row in block.rows:
         table.add_row(*(Text(_bare(cell), style="red" if cell == FAIL else "") for cell in row))
     return table
