@@ -109,7 +109,6 @@ def results_of(config: AdaptConfig, hash_: str, records: list[Record]) -> dict[s
         "base_parameters": 1000,
         "lora_rank": config.inner.lora.rank,
         "policy": config.policy.kind,
-        "methods": methods_of(config),
         "records": len(records),
         "errors": 0,
         **rewards,

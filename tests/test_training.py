@@ -710,7 +710,8 @@ def test_another_precision_does_not_go_on_with_a_run(
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, corpus: Path, cache: Path) -> None:
     trained = run(tmp_path, cache, corpus)
     (trained.path / "results.json").unlink()
-    (trained.path / "checkpoints" / "last.ckpt").write_bytes(b"half a checkpoint")
+    for path in (trained.path / "checkpoints").iterdir():  # none is left to fall back to
+        path.write_bytes(b"half a checkpoint")
     with pytest.raises(ConfigError, match=r"last\.ckpt: this checkpoint is damaged"):
         trained.go()
     assert trained.go("force=true").results["status"] == "finished"

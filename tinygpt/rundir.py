@@ -324,8 +324,8 @@ def find_adaptations(folder: Path) -> list[Path]:
 def is_adaptation(folder: Path) -> bool:
     """By its records, or its configuration where there are none yet."""
     config, records = folder / "config.yaml", folder / "adapt.jsonl"
-    text = "" if records.exists() or not config.exists() else config.read_text(encoding="utf-8")
-    return records.exists() or text.startswith("documents:") or "\ndocuments:" in text
+    text = b"" if records.exists() or not config.exists() else config.read_bytes()
+    return records.exists() or text.startswith(b"documents:") or b"\ndocuments:" in text
 
 
 def no_runs(key: str, folder: Path) -> ConfigError:
@@ -517,22 +517,23 @@ class MetricsFile:
         write_text(self.path, "\n".join(lines) + "\n")
 
     def read(self) -> list[dict[str, str]]:
-        """Whole lines only; one torn by a crash is left out.  Raises ConfigError, naming the file,
-        for what are no metrics."""
+        """Whole lines only; one torn by a crash is left out, a column that is not there is empty.
+        Raises ConfigError, naming the file, for what are no metrics."""
         try:
             with self.path.open(newline="", encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]
             header, *rows = csv.reader(lines) if lines else [list(METRICS)]
         except (ValueError, csv.Error) as error:
             raise ConfigError(f"{self.path}: not the metrics of a run ({error})") from error
-        if header != list(METRICS):
+        if "step" not in header or len(set(header)) < len(header):
             raise ConfigError(f"{self.path}: not the metrics of a run (other columns)")
         for number, row in enumerate(rows, start=2):
             strange = [value for value in row if value and not _NUMBER.fullmatch(value)]
             if strange:
                 line = f"line {number}: {strange[0]!r:.40} is no number"
                 raise ConfigError(f"{self.path}: {line}")
-        return [dict(zip(METRICS, row, strict=True)) for row in rows if len(row) == len(METRICS)]
+        whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
+        return [{name: row.get(name, "") for name in METRICS} for row in whole]
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         values = ["" if row.get(name) is None else repr(row[name]) for name in METRICS]

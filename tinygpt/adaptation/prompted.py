@@ -119,9 +119,10 @@ def read_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: no such folder")
     if not (folder / "config.json").exists():
         raise ConfigError(f"{where}: not the folder of a model, as it has no config.json")
-    values = read_json(folder / "config.json")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: its config.json is not that of a model")
+    try:
+        values: dict[str, Any] = read_json(folder / "config.json")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: not the folder of a model ({error})") from error
     return values
 
 

@@ -62,7 +62,7 @@ def load_curves(*folders: str | Path) -> pd.DataFrame:
     if not rows:
         return pd.DataFrame()
     curves = pd.DataFrame(rows)
-    curves = curves.assign(**{name: pd.to_numeric(curves[name]) for name in rundir.METRICS})
+    curves = curves.assign(**{name: _numbers(curves[name]) for name in rundir.METRICS})
     sizes = ["parameters_non_embedding", "model_parameters"]
     known = [name for name in ("run_name", "study", "seed", "status", *sizes) if name in runs]
     curves = curves.join(runs[known], on="folder")
@@ -70,6 +70,11 @@ def load_curves(*folders: str | Path) -> pd.DataFrame:
         per_token = (runs[name] / runs["train_tokens"]).rename(name)
         curves[name] = curves["folder"].map(per_token) * curves["tokens"]
     return curves
+
+
+def _numbers(column: pd.Series[str]) -> pd.Series[float]:
+    """As Python wrote them, nan and inf too; empty: not measured."""
+    return pd.to_numeric(pd.Series([float(text) if text else math.nan for text in column]))
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
@@ -227,12 +232,9 @@ def _outcome(run: rundir.RunDir) -> dict[str, Any]:
 
 
 def _results(path: Path) -> dict[str, Any]:
-    """``results.json``.  Raises ConfigError for a value that cannot stand in a table of numbers
-    and texts."""
+    """``results.json``; what that of a training lacks is null.  Raises ConfigError for a value
+    that cannot stand in a table of numbers and texts."""
     found = rundir.read_json(path)
-    missing = [name for name in (*TEXTS, *NUMBERS) if name not in found]
-    if missing:
-        raise ConfigError(f"{path}: has no {missing[0]}")
     for name, value in found.items():
         if name in NUMBERS:
             holds = value is None or is_number(value)
@@ -243,7 +245,9 @@ def _results(path: Path) -> dict[str, Any]:
         if not holds:
             wanted = "text" if name in TEXTS else "number" if name in NUMBERS else "number or text"
             raise ConfigError(f"{path}: {name}={value!r:.40}: must be a {wanted}")
-    return found
+    if rundir.is_adaptation(path.parent):
+        return found
+    return {**found, **{name: None for name in (*TEXTS, *NUMBERS) if name not in found}}
 
 
 def is_number(value: Any) -> bool:
