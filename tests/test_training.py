@@ -253,7 +253,8 @@ def split_tokens(trained: Trained, cache: Path, split: str) -> list[int]:
     wanted = [trained.results[f"{name}_fingerprint"] for name in ("data", "validation")]
     for path in (cache / "data").glob("*/index.json"):
         index = json.loads(path.read_text())
-        if [index["splits"][name]["fingerprint"] for name in ("train", "val")] == wanted:
+        splits = [index["splits"].get(name) or {} for name in ("train", "val")]
+        if [info.get("fingerprint") for info in splits] == wanted:
             file = path.parent / index["splits"][split]["files"][0]["file"]
             return [int(token) for token in np.fromfile(file, dtype=index["dtype"])]
     raise AssertionError("not in the cache")
