@@ -145,3 +145,20 @@ def test_a_sweep_ends_with_its_report(
     assert files >= {"report.html", "report.md", "adaptation_summary.csv", *figures}
     assert "self-editing" in done.stdout.lower()
     assert (study / "sweep_summary.csv").read_text().count("\n") == 5
+
+
+def test_forced_it_is_made_anew(run: TrainedRun, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = words_of(run, cache, tmp_path, "methods=[none,lora_doc]", "run_name=x")
+    adapted(words)
+    folder = tmp_path / "adaptation" / "x"
+    found, old = records(tmp_path), folder / "fit" / "report.html"
+    old.parent.mkdir()
+    old.write_text("of before")
+    (folder / "environment.json").write_text(
+        json.dumps({**json.loads((folder / "environment.json").read_text()), "python": "2"})
+    )
+    adapted([*words, "force=true"])
+    assert records(tmp_path) == found
+    assert json.loads((folder / "environment.json").read_text())["python"] != "2"
+    assert not old.exists()
+    assert (folder / "config.yaml").exists()

@@ -72,9 +72,10 @@ class Study:
     edits: LinesFile
     policies: Path  # the folder of those that were trained
     advance: Callable[[int], None] = lambda count: None
-    tried: dict[str, Tried] = field(default_factory=dict)  # on tune documents, of the grid
-    known: dict[str, Record] = field(default_factory=dict)  # by run id
-    _proposed: dict[str, list[Proposal]] = field(default_factory=dict)
+    # Of the grid, on tune documents; records by run id; edits by what they were asked for.
+    tried: dict[str, Tried] = field(default_factory=dict, init=False)
+    known: dict[str, Record] = field(default_factory=dict, init=False)
+    _proposed: dict[str, list[Proposal]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for file in (self.records, self.edits):

@@ -110,12 +110,14 @@ def begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> N
     if not run.environment.exists():
         about = {"threads": torch.get_num_threads(), "device": device, "base": config.run}
         rundir.write_json(run.environment, rundir.environment(config_hash=hash_, **about))
+    if not run.config.exists():
         run.write_config(config)
 
 
 def _clear(run: rundir.RunDir) -> None:
     """Forgets an earlier adaptation of the same configuration; the results go first."""
-    for path in (run.results, run.records, run.path / EDITS, run.environment, run.log):
+    run.clear()
+    for path in (run.path / EDITS, run.environment, run.config):
         path.unlink(missing_ok=True)
     for name in ("policies", "fit"):
         shutil.rmtree(run.path / name, ignore_errors=True)
@@ -168,7 +170,7 @@ def introduce(study: Study, run: rundir.RunDir, documents: Documents) -> None:
 def make_results(study: Study, hash_: str) -> dict[str, Any]:
     """``results.json``: counts, and the mean reward of each method on the test documents after
     the most steps, null where none has a result."""
-    config, records = study.config, study.records.read()
+    config, records = study.config, list(study.known.values())
     rewards: dict[str, float | None] = {}
     for method in dict.fromkeys(r["method"] for r in records if r["split"] == "test"):
         last = study.tested(method)[max(study.tested(method))]
