@@ -254,6 +254,7 @@ class TrainConfig:
     batch_tokens: int = key(2048, least=1)
     precision: str = key("auto", among=PRECISIONS)
     grad_clip_norm: Optional[float] = key(1.0, above=0.0)
+    skip_nonfinite: bool = False  # leave out a step whose gradient is not finite, and count it
     log_every: int = key(10, least=1)  # optimizer steps
     eval_every: Optional[int] = key(None, least=1)  # tokens; null: a tenth of the horizon
     checkpoint_every: Optional[int] = key(None, least=1)  # tokens; null: eval_every

@@ -237,6 +237,8 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     for name in ("vocab_dir", "path"):
         values["tokenizer"].pop(name, None)
     values.pop("init_from")
+    if not config.train.skip_nonfinite:  # runs from before there was this key keep their hash
+        values["train"].pop("skip_nonfinite")
     return digest({**values, "content": content})
 
 
@@ -489,6 +491,9 @@ METRICS = (
     "train_loss",
     "learning_rate",
     "grad_norm",
+    "grad_norm_max",
+    "skipped_steps",
+    "loss_scale",
     "tokens_per_second",
     "peak_memory_bytes",
     "val_loss",

@@ -81,6 +81,7 @@ def _obstacle(job: Job) -> str | None:
         f"hardware.compile={config.hardware.compile}": config.hardware.compile
         not in ("auto", "off"),
         f"hardware.accelerator={kind}, not cpu or cuda": kind not in MOST,
+        "train.skip_nonfinite=true": config.train.skip_nonfinite,
         "train.precision=16-mixed": job.row["precision_resolved"] == "16-mixed",
         "sweep.share_trunk=true": job.trunk is not None or bool(job.keep_at),
     }

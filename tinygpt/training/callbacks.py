@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -27,9 +28,15 @@ from tinygpt.horizon import Plan
 from tinygpt.training.console import clock, short
 from tinygpt.training.evaluation import Scores
 from tinygpt.training.loggers import Loggers
-from tinygpt.training.module import LanguageModel
+from tinygpt.training.module import LanguageModel, Stretch, can_skip
 
 log = logging.getLogger("tinygpt")
+
+
+STRETCH = ("loss_sum", "grad_norm_max", "skipped")
+SPIKE = 10  # times the usual norm of the gradient, the median of the last lines
+MOST_SKIPPED = 10  # steps in a row
+LEAST_SCALE = 1.0  # of the loss, at 16-mixed; below, half precision gains nothing any more
 
 
 def step_ended(trainer: pl.Trainer, batch_idx: int) -> bool:
@@ -80,14 +87,19 @@ class Journal(pl.Callback):
             "final_train_loss": None,
             "seconds": 0.0,
             "tokens_per_second": None,
-            "loss_sum": 0.0,  # over the steps since the last line of metrics
-            "steps": 0,  # at that line
+            "steps": 0,  # at the last line of metrics
+            "skipped_steps": 0,  # until that line
+            "untaken": 0,  # in a row until that line, where a whole stretch was skipped
+            "grad_norm_spikes": 0,
+            "grad_norms": [],  # the largest before each of the last lines
+            **dict.fromkeys(STRETCH, 0.0),  # since that line
         }
         self._mark: float | None = None  # when the stretch that is being timed began
         self._timed_from, self._timed_seconds = 0, 0.0  # since the last line of metrics
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.state, "loss_sum": float(self._module.train_loss_sum)}
+        stretch = self._module.stretch
+        return {**self.state, **{name: float(getattr(stretch, name)) for name in STRETCH}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state.update(state_dict)
@@ -95,9 +107,9 @@ class Journal(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
         dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
-        pl_module.train_loss_sum = torch.tensor(
-            self.state["loss_sum"], dtype=dtype, device=pl_module.device
-        )
+        pl_module.stretch = Stretch(torch.zeros((), dtype=dtype, device=pl_module.device))
+        for name in STRETCH:
+            getattr(pl_module.stretch, name).fill_(self.state[name])
         self._timed_from = trainer.global_step
         if trainer.global_step == 0:
             scores = self._evaluated()
@@ -122,8 +134,10 @@ class Journal(pl.Callback):
         evaluating = step >= plan.total_steps or step % plan.eval_steps == 0
         logging_ = evaluating or step % self.config.train.log_every == 0
         # every process goes on with the mean of all, so that a checkpoint of one tells of all
-        pl_module.train_loss_sum = trainer.strategy.reduce(pl_module.train_loss_sum)
-        finite = math.isfinite(float(pl_module.train_loss_sum))  # waits for the device
+        stretch = pl_module.stretch
+        stretch.loss_sum = trainer.strategy.reduce(stretch.loss_sum)
+        measured = (float(stretch.loss_sum), float(stretch.grad_norm_max))  # waits for the device
+        finite = all(map(math.isfinite, measured))
         self.stop_clock()
         if logging_ or not finite:  # weights that are not finite are never saved
             self._log(trainer, pl_module, step, evaluating)
@@ -154,23 +168,41 @@ class Journal(pl.Callback):
         return step == half and step < total
 
     def _log(self, trainer: pl.Trainer, module: LanguageModel, step: int, evaluating: bool) -> None:
-        state = self.state
-        loss = float(module.train_loss_sum) / (step - state["steps"])
+        state, stretch, since = self.state, module.stretch, self.state["steps"]
+        skipped, largest = int(stretch.skipped), float(stretch.grad_norm_max)
+        # one that is skipped for its loss scale has a loss all the same
+        counted = step - since - (skipped if self.config.train.skip_nonfinite else 0)
+        loss = float(stretch.loss_sum) / counted if counted else None
+        state["untaken"] = 0 if counted else state["untaken"] + skipped
         tokens = (step - self._timed_from) * self.config.train.batch_tokens
         state["tokens_per_second"] = tokens / self._timed_seconds if self._timed_seconds else None
-        state["final_train_loss"], state["steps"] = loss, step
+        state["final_train_loss"] = state["final_train_loss"] if loss is None else loss
+        state["steps"] = step
+        state["skipped_steps"] += skipped
         self._timed_from, self._timed_seconds = step, 0.0
         row: dict[str, Any] = {
             "train_loss": loss,
             "learning_rate": module.rate(step - 1),
             "grad_norm": None if module.grad_norm is None else float(module.grad_norm),
+            "grad_norm_max": largest,
+            "skipped_steps": state["skipped_steps"] if can_skip(self.config, trainer) else None,
+            "loss_scale": loss_scale(trainer),
             "tokens_per_second": state["tokens_per_second"],
             "peak_memory_bytes": peak_memory(module.device.type),
         }
-        module.forget_train_loss()
+        module.stretch = Stretch(torch.zeros_like(stretch.loss_sum))
+        self._note_spike(largest, since, step)
         scores = None
-        if not math.isfinite(loss):
+        if state["untaken"] >= MOST_SKIPPED:
+            why = f"no gradient was finite in the {state['untaken']} steps until {step}"
+            self._end(trainer, "diverged", why)
+        elif loss is not None and not math.isfinite(loss):
             self._end(trainer, "diverged", f"the training loss is {loss} at step {step}")
+        elif not math.isfinite(largest):
+            self._end(trainer, "diverged", f"the gradient's norm is {largest} at step {step}")
+        elif row["loss_scale"] is not None and row["loss_scale"] < LEAST_SCALE:
+            why = f"the loss scale fell to {row['loss_scale']:g}, as gradients overflow"
+            self._end(trainer, "diverged", f"{why} at step {step}")
         elif evaluating:
             scores = self._evaluated()
             self._judge(step, scores)
@@ -180,6 +212,20 @@ class Journal(pl.Callback):
                 patience = self.config.train.early_stopping_patience
                 self._end(trainer, "stopped_early", f"no progress in {patience} evaluations")
         self._write(trainer, step, row, scores)
+
+    def _note_spike(self, largest: float, since: int, step: int) -> None:
+        state, before = self.state, self.state["grad_norms"]
+        usual = statistics.median(before) if len(before) >= 5 else math.inf
+        if largest > SPIKE * usual:
+            state["grad_norm_spikes"] += 1
+            log.info(
+                "note    gradient norm %.3g in steps %d to %d, usual is %.3g",
+                largest,
+                since + 1,
+                step,
+                usual,
+            )
+        state["grad_norms"] = [*before, largest][-20:]
 
     def _evaluated(self) -> Scores:
         self.scores = self.evaluate()
@@ -369,6 +415,12 @@ class ProgressBar(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self.bar.stop()
+
+
+def loss_scale(trainer: pl.Trainer) -> float | None:
+    """What the loss is multiplied by, at 16-mixed, so that small gradients are not 0."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return None if scaler is None else float(scaler.get_scale())
 
 
 def peak_memory(accelerator: str) -> int | None:

@@ -16,19 +16,46 @@ from tinygpt.model.gpt import GPT
 from tinygpt.training.optim import make_optimizer, rate_factor
 
 
+class Stretch:
+    """What is measured of the steps since the last line of metrics: tensors on the device.
+
+    ``loss_sum``: of the steps; ``grad_norm_max``: the largest, before clipping, NaN if one was;
+    ``skipped``: how many steps were not taken.  With a leading axis, of several runs.
+    """
+
+    def __init__(self, zero: Tensor) -> None:
+        self.loss_sum, self.grad_norm_max, self.skipped = (zero.clone() for _ in range(3))
+
+    def see(self, norm: Tensor) -> None:
+        """A step with a gradient of this norm."""
+        self.grad_norm_max = torch.maximum(self.grad_norm_max, norm)
+
+    def see_or_skip(self, norm: Tensor) -> None:
+        """The same where a step is not taken if the norm is not finite."""
+        finite = norm.isfinite()
+        self.see(torch.where(finite, norm, 0.0))
+        self.skipped += ~finite
+
+
+def can_skip(config: Config, trainer: pl.Trainer) -> bool:
+    """Whether a step with a gradient that is not finite is skipped; at 16-mixed all of them are."""
+    return config.train.skip_nonfinite or trainer.precision == "16-mixed"
+
+
 class LanguageModel(pl.LightningModule):
     """Next-token prediction with a GPT.
 
-    ``train_loss_sum`` adds up the loss of every step on the device, so that nobody waits for the
-    device at each step; whoever logs divides by the number of steps and resets it.
+    ``stretch`` adds up, on the device, what is measured of the steps since the last line of
+    metrics, so that nobody waits for the device at each step; whoever logs begins a new one.
     """
 
     def __init__(self, config: Config, vocab_size: int, plan: Plan) -> None:
         super().__init__()
         self.config, self.plan = config, plan
         self.model = GPT(config.model, vocab_size)
-        self.train_loss_sum = torch.zeros(())
+        self.stretch = Stretch(torch.zeros(()))
         self.grad_norm: Tensor | None = None
+        self._passes: list[Tensor] = []  # losses of a step that may yet be skipped
 
     def configure_model(self) -> None:
         """Under fsdp: each block's weights, then the rest, are spread over the devices."""
@@ -50,12 +77,12 @@ class LanguageModel(pl.LightningModule):
             key = np.random.SeedSequence([self.config.seed, batch_idx, self.global_rank])
             torch.manual_seed(int(key.generate_state(1)[0]))
         loss: Tensor = self.model(inputs, targets)
-        self.train_loss_sum += loss.detach().to(self.train_loss_sum) / self.plan.accumulate
+        part = loss.detach().to(self.stretch.loss_sum) / self.plan.accumulate
+        if self.config.train.skip_nonfinite:
+            self._passes.append(part)
+        else:
+            self.stretch.loss_sum += part
         return loss
-
-    def forget_train_loss(self) -> None:
-        """Begins a new stretch of steps to average the training loss over."""
-        self.train_loss_sum = torch.zeros_like(self.train_loss_sum)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes another run's checkpoint one of this run's.
@@ -88,6 +115,16 @@ class LanguageModel(pl.LightningModule):
             foreach=True if self.device.type == "cpu" and self.device_mesh is None else None,
         )
         self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # fsdp
+        if can_skip(self.config, self.trainer):
+            self.stretch.see_or_skip(self.grad_norm)
+        else:
+            self.stretch.see(self.grad_norm)
+        if self.config.train.skip_nonfinite:
+            if self.grad_norm.isfinite():  # waits for the device
+                self.stretch.loss_sum += sum(self._passes)
+            else:
+                optimizer.zero_grad()  # without gradients it changes neither weights nor state
+            self._passes.clear()
 
     def rate(self, step: int) -> float:
         """The learning rate that optimizer step ``step`` (0 is the first) uses."""

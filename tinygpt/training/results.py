@@ -47,6 +47,8 @@ def make_results(
         "seed": config.seed,
         "status": journal.state["status"],
         **_losses(journal, data, final, test),
+        "skipped_steps": journal.state["skipped_steps"],
+        "grad_norm_spikes": journal.state["grad_norm_spikes"],
         **sizes_of(config, data, steps),
         "schedule_finished": steps >= plan.total_steps,
         **branched,

@@ -16,9 +16,10 @@ from tinygpt.config import Config, ConfigError, RunError
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import Batch
 from tinygpt.trained import initial_weights
-from tinygpt.training.callbacks import Checkpoints, Interrupts, is_rest, step_ended
+from tinygpt.training.callbacks import STRETCH, Checkpoints, Interrupts, is_rest, step_ended
 from tinygpt.training.console import logging_to, preparing
 from tinygpt.training.hardware import rounding
+from tinygpt.training.module import Stretch
 from tinygpt.training.optim import rate_factor
 from tinygpt.training.session import (
     Run,
@@ -167,16 +168,15 @@ class _StackModule(pl.LightningModule):
         self.config, self.plan, self.members = lead.config, lead.plan, members
         self.stacked = StackedGPT([member.module.model for member in members])
         self.stepper = StackedAdamW(self.stacked, [member.optimizer for member in members])
-        self.loss_sums = torch.zeros(
-            len(members), dtype=torch.float64, device=self.stacked.offsets.device
-        )
+        zeros = torch.zeros(len(members), dtype=torch.float64, device=self.stacked.offsets.device)
+        self.stretch = Stretch(zeros)
         self.grad_norms: Tensor | None = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         T = batch[0].shape[-1]
         inputs, targets = (part.view(len(self.members), -1, T) for part in batch)
         losses = self.stacked.losses(inputs, targets)
-        self.loss_sums += losses.detach() / self.plan.accumulate
+        self.stretch.loss_sum += losses.detach() / self.plan.accumulate
         return losses.sum()
 
     def configure_gradient_clipping(
@@ -186,6 +186,7 @@ class _StackModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         self.grad_norms = self.stepper.clip(self.config.train.grad_clip_norm)
+        self.stretch.see(self.grad_norms)
 
     def configure_optimizers(self) -> Any:
         plan, schedule = self.plan, self.config.schedule
@@ -204,14 +205,17 @@ class _StackModule(pl.LightningModule):
     def tell(self) -> None:
         """Gives the runs what was measured of them."""
         for member in self.members:
-            member.module.train_loss_sum = self.loss_sums[member.place].clone()
+            for name in STRETCH:
+                measured = getattr(self.stretch, name)[member.place]
+                setattr(member.module.stretch, name, measured.clone())
             if self.grad_norms is not None:
                 member.module.grad_norm = self.grad_norms[member.place]
 
     def ask(self) -> None:
         """Goes on summing where the runs are, which may have begun a new stretch of steps."""
         for member in self.members:
-            self.loss_sums[member.place] = member.module.train_loss_sum
+            for name in STRETCH:
+                getattr(self.stretch, name)[member.place] = getattr(member.module.stretch, name)
 
 
 class _Members(pl.Callback):
