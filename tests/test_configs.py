@@ -503,6 +503,7 @@ def rows() -> Iterator[Row]:
 # These show only in a run, or need files that are not everywhere.
 ELSEWHERE = {
     "train.grad_clip_norm": "test_training_is_a_plain_loop",
+    "train.skip_nonfinite": "test_a_skipped_step_changes_nothing_and_is_counted",
     "train.log_every": "test_intervals_are_in_steps_and_in_tokens",
     "train.early_stopping_patience": "test_early_stopping_stops_and_says_so",
     "train.sample_prompt": "test_samples_are_as_long_as_asked_and_begin_with_the_prompt",

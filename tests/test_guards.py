@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tests.conftest import tiny
 from tests.test_training import Trained, run, same_weights
+from tinygpt import cli, rundir
 from tinygpt.config import ModelConfig
 from tinygpt.model.gpt import Attention, make_norm, manual_attention
 from tinygpt.model.loss import mean_loss, token_scores
@@ -280,3 +281,11 @@ def test_a_loss_is_computed_in_32_bits(dtype: torch.dtype) -> None:
     assert torch.isfinite(hidden.grad).all()
     losses, _ = token_scores(hidden.detach(), weight.detach(), targets)
     assert float(losses.mean()) == pytest.approx(float(expected), rel=1e-2)
+
+
+def test_a_run_from_before_there_was_the_option_keeps_its_hash() -> None:
+    config, asked = cli.compose_config([]), cli.compose_config(["train.skip_nonfinite=true"])
+    assert rundir.config_hash(config, {}) == (
+        "01fb89de6567d00ac17f5dfd947d5ea486cb840754018c7aa1eaed0e5a32bb35"
+    )
+    assert rundir.config_hash(asked, {}) != rundir.config_hash(config, {})
