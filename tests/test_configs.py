@@ -554,7 +554,17 @@ def schema_keys() -> set[str]:
 def test_no_key_is_left_out() -> None:
     tested = {row[0] for row in rows()} | set(ELSEWHERE) | set(IN_SWEEPS) | set(PLACES)
     assert tested == schema_keys()
-    files = ("training", "hardware", "sweeping", "engines", "fit", "configs", "pretrained", "lora")
+    files = (
+        "training",
+        "hardware",
+        "sweeping",
+        "engines",
+        "fit",
+        "configs",
+        "pretrained",
+        "lora",
+        "guards",
+    )
     text = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in files)
     assert all(
         f"def {test}(" in text
