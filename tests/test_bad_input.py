@@ -811,7 +811,17 @@ def test_diverging_half_way(here: Path, corpus: Path, cache: Path) -> None:
     assert results["status"] == "diverged"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_out_of_memory_is_one_line(
+    error: Exception,
     here: Path,
     corpus: Path,
     cache: Path,
@@ -819,7 +829,7 @@ def test_out_of_memory_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def exhausted(*args: Any, **kwargs: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+        raise error
 
     words = words_for(corpus, cache, here / "outputs")
     with monkeypatch.context() as patch:
@@ -829,6 +839,6 @@ def test_out_of_memory_is_one_line(
     assert said.line.startswith("out of memory: ")
     assert "hardware.micro_batch_size" in said.line
     run = here / "outputs" / "s" / "r"
-    assert json.loads((run / "error.json").read_text())["error"].startswith("OutOfMemoryError: ")
+    assert json.loads((run / "error.json").read_text())["error"].startswith(type(error).__name__)
     assert trained(*words)["status"] == "finished"
     assert not (run / "error.json").exists()

@@ -30,7 +30,7 @@ from tinygpt import checks, explaining, rundir
 from tinygpt import config as schema
 from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig
-from tinygpt.config import Config, ConfigError, RunError, Settings
+from tinygpt.config import Config, ConfigError, RunError, Settings, is_out_of_memory
 from tinygpt.explaining import Command, full_key, plain
 
 T = TypeVar("T")
@@ -329,6 +329,10 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
             _leave(error, 2)
         except (RunError, OSError) as error:
             _leave(error, 1)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _leave(RunError(f"out of memory: {error}"), 1)
         except KeyboardInterrupt:
             print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
             raise SystemExit(130) from None

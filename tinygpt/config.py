@@ -30,6 +30,14 @@ class RunError(RuntimeError):
     """A run failed after it had begun; one line.  Commands leave with exit code 1."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the graphics card or of the machine, for which torch has no class."""
+    if isinstance(error, MemoryError):
+        return True
+    words = ("out of memory", "you tried to allocate")
+    return isinstance(error, RuntimeError) and any(some in str(error) for some in words)
+
+
 def key(default: Any, **bounds: Any) -> Any:
     """A field with bounds: ``least`` >=, ``most`` <=, ``above`` >, ``below`` <, ``among``."""
     if isinstance(default, list):

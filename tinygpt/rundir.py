@@ -128,6 +128,12 @@ def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+def turn(folder: Path) -> contextlib.AbstractContextManager[object]:
+    """Waits while another process writes its report into ``folder``, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
 def remove_torn(*folders: Path) -> None:
     """Removes what a killed process was writing there; call it where no other one writes."""
     for folder in folders:

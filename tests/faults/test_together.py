@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import time
@@ -107,6 +108,54 @@ def test_the_head_of_a_study_is_killed_and_its_workers_are_left(
     assert len(list(study.glob("*/run.log"))) == 2
     nothing_torn(study)
     succeeded(warm("run", *words[:-4], *local, "study=s"))
+
+
+def test_two_laws_fitted_at_once(warm: Warm, corpus: Path, injected: Injected) -> None:
+    """Both end well, as they write the same bytes under names that are whole."""
+    words = tiny(corpus, "--multirun", "model.d_model=8,16,32", "seed=1,2", *SHORT)
+    succeeded(warm("run", *words, "fit=false"))
+    command = ("fit", "runs=outputs/s")
+    succeeded(warm(*command))
+    alone = files(warm.folder / "outputs/s/fit")
+    for _ in range(3):
+        shutil.rmtree(warm.folder / "outputs/s/fit")
+        injected("two commands on one law")
+        for one in [warm.start(*command) for _ in range(2)]:
+            succeeded(one.wait())
+        assert files(warm.folder / "outputs/s/fit") == alone
+
+
+# --- memory
+
+
+def short_of_memory() -> None:
+    """So much as the process has, and a bit for a small model."""
+    limit = psutil.Process().memory_info().vms + 200 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def test_a_run_that_memory_does_not_suffice_for_says_so(
+    warm: Warm, words: list[str], whole: Path, injected: Injected
+) -> None:
+    ended = warm("run", *words, "model.d_model=8192", "study=t", within=short_of_memory)
+    injected("memory exhausted")
+    assert ended.code == 1
+    assert ended.line.startswith("out of memory: ")
+    nothing_torn(warm.folder / "outputs")
+    succeeded(warm("run", *words, within=short_of_memory))
+    assert outcome(warm.folder / "outputs/s/r") == outcome(whole)
+
+
+def test_a_job_that_memory_does_not_suffice_for_hides_no_other(
+    warm: Warm, corpus: Path, injected: Injected
+) -> None:
+    words = tiny(corpus, "--multirun", "model.d_model=8,8192,16", *SHORT, "fit=false")
+    ended = warm("run", *words, within=short_of_memory)
+    injected("memory exhausted")
+    assert ended.code == 1
+    assert "3 runs: 2 finished, 1 failed" in ended.out
+    assert "you tried to allocate" in ended.out
+    assert len(list((warm.folder / "outputs/s").glob("*/results.json"))) == 2
 
 
 # --- Slurm

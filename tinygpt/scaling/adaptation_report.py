@@ -49,15 +49,16 @@ def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
 
 def write(adaptation: Adaptation, folder: Path) -> list[Path]:
     """Writes report, figures and tables; what an earlier analysis left is replaced."""
-    rundir.remove_torn(folder, folder / "tensorboard")
-    figures = adaptation_plots.draw(adaptation, folder)
-    images.write(folder, figures)
-    for name in TABLES:
-        text = getattr(adaptation, name).to_csv(index=False, lineterminator="\n")
-        rundir.write_text(folder / f"adaptation_{name}.csv", text)
-    blocks = list(compose(adaptation, figures))
-    rundir.write_text(folder / "report.md", document.markdown(blocks))
-    rundir.write_text(folder / "report.html", document.page(blocks, folder))
+    with rundir.turn(folder):
+        rundir.remove_torn(folder, folder / "tensorboard")
+        figures = adaptation_plots.draw(adaptation, folder)
+        images.write(folder, figures)
+        for name in TABLES:
+            text = getattr(adaptation, name).to_csv(index=False, lineterminator="\n")
+            rundir.write_text(folder / f"adaptation_{name}.csv", text)
+        blocks = list(compose(adaptation, figures))
+        rundir.write_text(folder / "report.md", document.markdown(blocks))
+        rundir.write_text(folder / "report.html", document.page(blocks, folder))
     files = ["report.md", "report.html", *(f"adaptation_{name}.csv" for name in TABLES)]
     files += [f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
     return [folder / name for name in files]

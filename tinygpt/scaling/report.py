@@ -19,19 +19,20 @@ WIDTH = 100  # of what is printed, at most
 
 def write(analysis: Analysis, folder: Path) -> list[Path]:
     """Writes report, figures, numbers and tables; what an earlier analysis left is replaced."""
-    rundir.remove_torn(folder, folder / "tensorboard")
-    figures = plots.draw(analysis, folder)
-    images.write(folder, figures)
-    _write_table(analysis.runs, folder / "runs.csv")
-    left_out = folder / "left_out.csv"
-    if len(analysis.left_out):
-        _write_table(analysis.left_out, left_out)
-    else:
-        left_out.unlink(missing_ok=True)
-    blocks = list(compose(analysis, figures))
-    rundir.write_text(folder / "report.md", document.markdown(blocks))
-    rundir.write_text(folder / "report.html", document.page(blocks, folder))
-    rundir.write_json(folder / "fit.json", facts(analysis))
+    with rundir.turn(folder):
+        rundir.remove_torn(folder, folder / "tensorboard")
+        figures = plots.draw(analysis, folder)
+        images.write(folder, figures)
+        _write_table(analysis.runs, folder / "runs.csv")
+        left_out = folder / "left_out.csv"
+        if len(analysis.left_out):
+            _write_table(analysis.left_out, left_out)
+        else:
+            left_out.unlink(missing_ok=True)
+        blocks = list(compose(analysis, figures))
+        rundir.write_text(folder / "report.md", document.markdown(blocks))
+        rundir.write_text(folder / "report.html", document.page(blocks, folder))
+        rundir.write_json(folder / "fit.json", facts(analysis))
     files = ["report.md", "report.html", "fit.json", "runs.csv"]
     files += ["left_out.csv"] if len(analysis.left_out) else []
     files += [f"{name}.{kind}" for name in figures for kind in ("png", "svg")]

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from tinygpt import pretrained, rundir
-from tinygpt.config import Config, ConfigError, RunError
+from tinygpt.config import Config, ConfigError, RunError, is_out_of_memory
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
@@ -235,9 +235,9 @@ def failures_recorded(run: rundir.RunDir) -> Iterator[None]:
         yield
     except (Exception, KeyboardInterrupt) as error:
         line = record_failure(run, error)
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise RunError(
-                f"out of memory: {line}; try a smaller hardware.micro_batch_size"
+                f"out of memory: {line}; try a smaller hardware.micro_batch_size or model"
             ) from error
         raise
 

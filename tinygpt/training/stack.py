@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from tinygpt import rundir
-from tinygpt.config import Config, ConfigError, RunError
+from tinygpt.config import Config, ConfigError, RunError, is_out_of_memory
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import Batch
 from tinygpt.trained import initial_weights
@@ -387,6 +387,6 @@ class _Stack:
 
 
 def _explained(error: Exception) -> Exception:
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return RunError(f"out of memory: {error}; try a smaller hardware.micro_batch_size or stack")
     return error
