@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import pytest
 from scipy import stats
@@ -54,13 +55,14 @@ def follow(
             pass
         time.sleep(0.2)
     assert process.returncode == 0, (folder / "said").read_text()
-    assert not list(own.iterdir())
+    assert not [path for path in own.rglob("*") if path.is_file()]
 
 
 def growth(looks: list[Look], of: str) -> float:
     """From the first to the last of them, by the median of the slopes of all pairs."""
     at = [look.at for look in looks]
-    slope = stats.theilslopes([getattr(look, of) for look in looks], at).slope
+    with np.errstate(invalid="ignore"):  # the slope's error where nothing changes
+        slope = stats.theilslopes([getattr(look, of) for look in looks], at).slope
     return float(slope * (at[-1] - at[0]))
 
 
@@ -124,7 +126,10 @@ def test_a_long_sweep_in_one_process_does_not_grow(
     looks = list(follow(tmp_path, cache, words, lambda: len(list(study.glob("*/results.json")))))
     steady = [look for look in looks if 5 <= look.at < 32]
     assert len(steady) > 20
-    assert growth(steady, "memory") < 5 * MB
+    half = len(steady) // 2
+    # the highest, as some 25 MB of free memory go back to the system or do not
+    first, second = (max(look.memory for look in of) for of in (steady[:half], steady[half:]))
+    assert second < first + 30 * MB
     assert growth(steady, "descriptors") <= 1
 
 

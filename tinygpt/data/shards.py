@@ -262,6 +262,8 @@ def _tokenizer(
                 found = load_tokenizer(path)
                 if path.stem.endswith(_short(found)):  # else damaged, and made again
                     return found
+        for path in stem.parent.glob(f".{stem.name}-*.tmp"):  # of one that was killed
+            path.unlink()
         documents = split_documents(corpus, data)
         texts = (document.text for split, document in documents if split == "train")
         say = _saying("reading text for the tokenizer", corpus, progress)
