@@ -147,6 +147,9 @@ def test_max_documents_reads_no_further() -> None:
                 self.read += 1
                 yield corpora.Document(f"story {self.read}")
 
+        def position(self) -> None:
+            return None
+
     corpus = Endless()
     config = custom("x", max_documents=7)
     assert len(list(split_documents(corpus, config))) == 7

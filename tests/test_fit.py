@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from tests.conftest import Command, tiny
-from tinygpt import rundir
+from tinygpt import fit, rundir
+from tinygpt.scaling.runs import curves_of, load_runs
 
 FLOOR, AMOUNT, ALPHA = 0.9, 60.0, 0.4
 
@@ -74,6 +79,41 @@ def run_folders(study: Path) -> Path:
     begun = rundir.RunDir(study / "d_model-4096_seed-0")
     rundir.write_json(begun.environment, {"config_hash": "begun"})
     return study
+
+
+def test_every_run_is_read_once(tmp_path: Path) -> None:
+    """Whatever else a report needs of it; its curve once more, for the figure."""
+    run_folders(tmp_path / "width")
+    reads: Counter[str] = Counter()
+
+    def counted(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def reading(of: Any) -> Any:
+            path = of if isinstance(of, Path) else of.path
+            reads[str(path.relative_to(tmp_path))] += 1
+            return read(of)
+
+        return reading
+
+    with (
+        mock.patch.object(sys, "argv", ["fit", f"runs={tmp_path / 'width'}"]),
+        mock.patch.object(rundir, "read_json", counted(rundir.read_json)),
+        mock.patch.object(rundir, "read_yaml", counted(rundir.read_yaml)),
+        mock.patch.object(rundir.MetricsFile, "read", counted(rundir.MetricsFile.read)),
+        mock.patch.object(rundir, "read_config", side_effect=AssertionError("80 ms a run")),
+    ):
+        fit.main()
+    assert {name: n for name, n in reads.items() if n > 1 and not name.endswith(".csv")} == {}
+    assert max(reads.values()) == 2
+
+
+def test_curves_are_what_pandas_reads(tmp_path: Path) -> None:
+    run_folders(tmp_path / "width")
+    runs = load_runs(tmp_path)
+    found = curves_of(runs)
+    folders = [folder for folder in runs["folder"] if Path(folder, "metrics.csv").exists()]
+    plain = [pd.read_csv(Path(folder, "metrics.csv")).assign(folder=folder) for folder in folders]
+    expected = pd.concat(plain, ignore_index=True)[["folder", *rundir.METRICS]]
+    pd.testing.assert_frame_equal(found[list(expected)], expected, check_dtype=False)
 
 
 def test_a_table(tinygpt: Command, tmp_path: Path) -> None:

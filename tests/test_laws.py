@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinygpt.scaling.laws import LAWS, Law
+from tinygpt.scaling.points import Points
 
 NAMES = tuple(LAWS)
 STEP = 1e-200  # of the complex step: no digits are lost however small it is
@@ -149,6 +150,28 @@ def near_kink(law: Law, theta: np.ndarray, x: dict[str, np.ndarray]) -> bool:
 
 @each_law
 @given(data=st.data())
+def test_points_at_one_place_are_worth_one_evaluation(name: str, data: st.DataObject) -> None:
+    """To the last bit: what a thousand runs come to is not to hang on how it is computed."""
+    law, theta, x = data.draw(cases(name))
+    rows = np.array(data.draw(st.lists(st.integers(0, 6), min_size=7, max_size=20)))
+    repeated = {variable: logs[rows] for variable, logs in x.items()}
+    points = Points(repeated, np.zeros(len(rows)), dict.fromkeys(x, 0.0))
+    assert len(points.places[0]) <= len(set(rows.tolist()))
+    for variable, logs in repeated.items():
+        assert np.array_equal(logs[points.places[0]][points.places[1]], logs), variable
+    batch = theta + np.array([[0.0], [0.01], [0.05]])
+    one, other = law.derivatives(batch, repeated), law.derivatives(batch, repeated, points.places)
+    weights = np.linspace(-1, 2, 3 * len(rows)).reshape(3, -1)
+    for found, expected in (
+        (other.value, one.value),
+        (other.gradient, one.gradient),
+        (other.curvature(weights), one.curvature(weights)),
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+@each_law
+@given(data=st.data())
 def test_batch_is_rows_one_by_one(name: str, data: st.DataObject) -> None:
     law, theta, x = data.draw(cases(name))
     batch = theta + np.array([[0.0], [0.01], [0.05]])
@@ -156,7 +179,7 @@ def test_batch_is_rows_one_by_one(name: str, data: st.DataObject) -> None:
     found = law.derivatives(batch, x)
     for i in range(3):
         one = law.derivatives(batch[i : i + 1], x)
-        np.testing.assert_allclose(found.value[i], one.value[0], rtol=1e-12)
+        np.testing.assert_allclose(found.value[i], one.value[0], rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(found.gradient[i], one.gradient[0], rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(
             found.curvature(weights)[i], one.curvature(weights[i : i + 1])[0], rtol=1e-9, atol=1e-12

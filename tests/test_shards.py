@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -10,7 +11,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +31,7 @@ from tinygpt.config import (
     SyntheticData,
     TokenizerConfig,
 )
-from tinygpt.data import shards, tokenizers
+from tinygpt.data import tokenizers, writing
 from tinygpt.data.corpora import Document, SyntheticCorpus, split_of
 from tinygpt.data.shards import Prepared, Split, cache_root, load_index, prepare
 
@@ -52,6 +53,9 @@ class Texts:
         for text in self.texts[split]:
             self.reads += 1
             yield Document(text)
+
+    def position(self) -> None:
+        return None
 
 
 class Endless(Texts):
@@ -120,8 +124,8 @@ def test_documents_come_back_in_order_and_are_counted(
     kept = [t for t in corpus.texts["train"] if t and t not in ("validation", "test", "one more")]
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(shards, "SHARD_TOKENS", shard),
-        mock.patch.object(shards, "BATCH_CHARACTERS", batch),
+        mock.patch.object(writing, "SHARD_TOKENS", shard),
+        mock.patch.object(writing, "BATCH_CHARACTERS", batch),
     ):
         made = whole(folder, corpus)
         assert documents_of(made, "train") == kept
@@ -173,7 +177,7 @@ def test_no_test_split_where_none_is_asked_for(tmp_path: Path) -> None:
 def test_eval_tokens_takes_whole_documents_and_counts_the_rest(tmp_path: Path) -> None:
     val = stories(50, start=1000)
     corpus = Texts(stories(20), val=val, test=["test"])
-    with mock.patch.object(shards, "BATCH_CHARACTERS", 100):
+    with mock.patch.object(writing, "BATCH_CHARACTERS", 100):
         made = whole(tmp_path, corpus, config(eval_tokens=200))
     info = made.index["splits"]["val"]
     kept = documents_of(made, "val")
@@ -232,8 +236,8 @@ def test_training_windows_are_those_of_a_direct_cut(
     corpus = Texts(stories(count), val=["validation"], test=["test"])
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(shards, "SHARD_TOKENS", shard),
-        mock.patch.object(shards, "BATCH_CHARACTERS", 1),
+        mock.patch.object(writing, "SHARD_TOKENS", shard),
+        mock.patch.object(writing, "BATCH_CHARACTERS", 1),
     ):
         made = whole(folder, corpus)
         split = made.split("train")
@@ -270,8 +274,8 @@ def test_evaluation_windows_hold_every_target_once(
     corpus = Texts(["t"], val=stories(count), test=["test"])
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(shards, "SHARD_TOKENS", shard),
-        mock.patch.object(shards, "BATCH_CHARACTERS", 1),
+        mock.patch.object(writing, "SHARD_TOKENS", shard),
+        mock.patch.object(writing, "BATCH_CHARACTERS", 1),
     ):
         made = whole(folder, corpus)
         split, files = made.split("val"), shard_tokens(made, "val")
@@ -300,7 +304,7 @@ def test_a_smaller_fraction_is_contained_in_a_larger(
 ) -> None:
     small, large = sorted(fractions)
     corpus = Texts(stories(40), val=["validation"], test=["test"])
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(shards, "SHARD_TOKENS", shard):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(writing, "SHARD_TOKENS", shard):
         split = whole(folder, corpus).split("train")
         some = split.train_windows(16, 16, small)
         more = split.train_windows(16, 16, large)
@@ -323,8 +327,8 @@ def test_max_tokens_stops_an_endless_source_and_nests(limits: tuple[int, int]) -
     raw: list[list[int]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(shards, "BATCH_CHARACTERS", 50),
-        mock.patch.object(shards, "_cpus", return_value=2),
+        mock.patch.object(writing, "BATCH_CHARACTERS", 50),
+        mock.patch.object(writing, "_cpus", return_value=2),
     ):
         for limit in (small, large):
             corpus = Endless()
@@ -340,7 +344,7 @@ def test_max_tokens_stops_an_endless_source_and_nests(limits: tuple[int, int]) -
 
 
 def test_the_evaluation_set_of_fewer_training_tokens_begins_that_of_more(tmp_path: Path) -> None:
-    with mock.patch.object(shards, "BATCH_CHARACTERS", 50):
+    with mock.patch.object(writing, "BATCH_CHARACTERS", 50):
         made = [
             whole(tmp_path, Texts(stories(600)), config(max_tokens=limit, eval_tokens=500))
             for limit in (6000, 14000, 18000)
@@ -369,8 +373,8 @@ def test_any_number_of_threads_writes_the_same_bytes(
     for count in (1, cpus):
         with (
             tempfile.TemporaryDirectory() as folder,
-            mock.patch.object(shards, "BATCH_CHARACTERS", batch),
-            mock.patch.object(shards, "_cpus", return_value=count),
+            mock.patch.object(writing, "BATCH_CHARACTERS", batch),
+            mock.patch.object(writing, "_cpus", return_value=count),
         ):
             made = prepare(corpus, data, BpeTokenizer(vocab_size=270), Path(folder))
             found.append(contents(made.folder))
@@ -379,7 +383,7 @@ def test_any_number_of_threads_writes_the_same_bytes(
 
 def test_encoding_leaves_no_thread_behind(tmp_path: Path) -> None:
     before = threading.active_count()
-    with mock.patch.object(shards, "BATCH_CHARACTERS", 50):
+    with mock.patch.object(writing, "BATCH_CHARACTERS", 50):
         whole(tmp_path, Endless(), config(max_tokens=300))
     assert threading.active_count() == before
 
@@ -409,7 +413,7 @@ def test_a_tokenizer_learns_from_train_bytes_of_training_text(
 ) -> None:
     """An endless source ends, and nothing that comes later changes the vocabulary."""
     corpus = Endless()
-    with mock.patch.object(shards, "BATCH_CHARACTERS", 50):
+    with mock.patch.object(writing, "BATCH_CHARACTERS", 50):
         first = prepare(corpus, config(max_tokens=50), kind(train_bytes=300), tmp_path)
         assert corpus.reads < 60  # 300 bytes of ten or so a document, then 50 tokens
         more = prepare(Endless(), config(max_tokens=500), kind(train_bytes=300), tmp_path)
@@ -596,8 +600,8 @@ def test_a_source_that_fails_behind_what_is_wanted_does_not_matter(
     corpus = Failing(stories(40), val=["validation"], test=["test"])
     enough = sum(len(text) + 1 for text in stories(38))
     with (
-        mock.patch.object(shards, "BATCH_CHARACTERS", 10),
-        mock.patch.object(shards, "_cpus", return_value=cpus),
+        mock.patch.object(writing, "BATCH_CHARACTERS", 10),
+        mock.patch.object(writing, "_cpus", return_value=cpus),
     ):
         assert documents_of(whole(tmp_path, corpus, config(max_tokens=enough)), "train")
         with pytest.raises(OSError, match="the disk is gone"):
@@ -615,7 +619,7 @@ class Dying(Texts):
 
 
 def prepare_and_die(folder: Path) -> None:
-    shards.BATCH_CHARACTERS = 100  # so that there are torn shards
+    writing.BATCH_CHARACTERS = 100  # so that there are torn shards
     whole(folder, Dying(stories(300)))
 
 
@@ -632,6 +636,89 @@ def test_a_killed_preparation_leaves_nothing_that_is_used(tmp_path: Path) -> Non
     assert corpus.reads == 300
     assert contents(made.folder) == contents(whole(tmp_path / "clean", corpus).folder)
     assert [p for p in (tmp_path / "data").iterdir() if p.is_dir()] == [made.folder]
+
+
+class Interrupted(Texts):
+    """Is interrupted when it is read to ``at``."""
+
+    def __init__(self, train: Any, at: int) -> None:
+        super().__init__(train)
+        self.at = at
+
+    def documents(self, split: str) -> Iterator[Document]:
+        for number, document in enumerate(super().documents(split)):
+            if number == self.at:
+                raise KeyboardInterrupt
+            yield document
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ats=st.lists(st.integers(0, 299), max_size=3).map(sorted),
+    shard=st.integers(200, 4000),
+    batch=st.integers(1, 2000),
+    limit=st.none() | st.integers(50, 20_000),
+)
+def test_an_interrupted_preparation_goes_on_from_whole_shards(
+    ats: list[int], shard: int, batch: int, limit: int | None
+) -> None:
+    """To the same bytes."""
+    data = config(max_tokens=limit, eval_tokens=limit, val_fraction=0.2, test_fraction=0.2)
+    texts = [*stories(290), "", *stories(5), *stories(4, start=800)]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(writing, "SHARD_TOKENS", shard),
+        mock.patch.object(writing, "BATCH_CHARACTERS", batch),
+        mock.patch.object(writing, "MOST_THREADS", 1),
+    ):
+        clean = contents(whole(Path(folder) / "clean", Texts(texts), data).folder)
+        for at in ats:
+            with contextlib.suppress(KeyboardInterrupt):  # where the limit is reached before it
+                whole(Path(folder) / "here", Interrupted(texts, at), data)
+        made = whole(Path(folder) / "here", Texts(texts), data)
+        assert contents(made.folder) == clean
+        assert not list(Path(folder).glob("here/data/.*"))
+
+
+def test_what_stands_in_whole_shards_is_not_encoded_again(tmp_path: Path) -> None:
+    encoded: list[str] = []
+    encode = tokenizers.Bytes.encode_batch
+
+    def counting(self: tokenizers.Bytes, texts: Sequence[str]) -> list[tokenizers.Ids]:
+        encoded.extend(texts)
+        return encode(self, texts)
+
+    with (
+        mock.patch.object(writing, "SHARD_TOKENS", 2000),
+        mock.patch.object(writing, "BATCH_CHARACTERS", 100),
+        mock.patch.object(tokenizers.Bytes, "encode_batch", counting),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            whole(tmp_path, Interrupted(stories(300), at=250))
+        encoded.clear()
+        whole(tmp_path, Texts(stories(300)))
+        assert 50 <= len(encoded) <= 150
+        assert stories(300)[-1] in encoded
+        assert stories(300)[0] not in encoded
+
+
+@pytest.mark.parametrize("damage", ["mark", "shorter", "gone"])
+def test_a_damaged_mark_is_no_beginning(tmp_path: Path, damage: str) -> None:
+    with (
+        mock.patch.object(writing, "SHARD_TOKENS", 2000),
+        mock.patch.object(writing, "BATCH_CHARACTERS", 100),
+    ):
+        clean = contents(whole(tmp_path / "clean", Texts(stories(300))).folder)
+        with pytest.raises(KeyboardInterrupt):
+            whole(tmp_path, Interrupted(stories(300), at=250))
+        (mark,) = tmp_path.glob("data/.*/progress.json")
+        if damage == "mark":
+            mark.write_text(mark.read_text().replace('"documents": ', '"documents": 1', 1))
+        elif damage == "shorter":
+            os.truncate(mark.with_name("train_00000.bin"), 100)
+        else:
+            mark.with_name("train_00000.bin").unlink()
+        assert contents(whole(tmp_path, Texts(stories(300))).folder) == clean
 
 
 def prepare_together(folder: Path, barrier: Any, answers: Any) -> None:
@@ -703,8 +790,8 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_gather_crosses_from_shard_to_shard(tmp_path: Path) -> None:
     corpus = Texts(stories(30), val=["validation"], test=["test"])
     with (
-        mock.patch.object(shards, "SHARD_TOKENS", 100),
-        mock.patch.object(shards, "BATCH_CHARACTERS", 1),
+        mock.patch.object(writing, "SHARD_TOKENS", 100),
+        mock.patch.object(writing, "BATCH_CHARACTERS", 1),
     ):
         made = whole(tmp_path, corpus)
     split: Split = made.split("train")

@@ -83,7 +83,7 @@ def main() -> None:
     table, columns, folder = _read(arguments)
     from tinygpt.scaling import report  # scipy and matplotlib: once there is something to fit
     from tinygpt.scaling.analysis import analyse
-    from tinygpt.scaling.runs import comparable, load_curves
+    from tinygpt.scaling.runs import comparable, curves_of
 
     used, left_out = comparable(table, columns.loss, arguments.where)
     analysis = analyse(
@@ -97,7 +97,7 @@ def main() -> None:
         threshold_unit=arguments.threshold_unit,
         budgets=arguments.budgets,
         seed=arguments.seed,
-        curves=load_curves(*arguments.runs) if arguments.runs else None,
+        curves=curves_of(table) if arguments.runs else None,
     )
     report.write(analysis, folder)
     report.show(analysis, folder)

@@ -83,26 +83,31 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def replacing_folder(folder: Path, kept: bool = False) -> Iterator[Path]:
     """Yields a new folder beside ``folder`` that takes its place once the block is through.
 
-    One process at a time; what another left behind that died is removed.
+    One process at a time; what another left behind that died is removed.  ``kept``: it is in the
+    new folder, for this one to go on with.
     """
     new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
     if old.exists() and not folder.exists():  # killed between the two renames
         old.rename(folder)
-    for path in (new, old):
+    passing = [old] if kept else [new, old]
+    for path in passing:
         shutil.rmtree(path, ignore_errors=True)
     try:
-        new.mkdir(parents=True)
+        new.mkdir(parents=True, exist_ok=kept)
         yield new
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
+    except Exception:  # an error, no interrupt
+        passing = [new, old]
+        raise
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        for path in (new, old):
+        for path in passing:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -543,8 +548,9 @@ class MetricsFile:
             if strange:
                 line = f"line {number}: {strange[0]!r:.40} is no number"
                 raise ConfigError(f"{self.path}: {line}")
-        whole = [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header)]
-        return [{name: row.get(name, "") for name in METRICS} for row in whole]
+        there = [header.index(name) if name in header else len(header) for name in METRICS]
+        whole = ([*row, ""] for row in rows if len(row) == len(header))
+        return [dict(zip(METRICS, map(row.__getitem__, there), strict=True)) for row in whole]
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         values = ["" if row.get(name) is None else repr(row[name]) for name in METRICS]

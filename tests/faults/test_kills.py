@@ -18,11 +18,11 @@ import pytest
 
 from tests.conftest import tiny
 from tests.faults.conftest import Injected, succeeded
-from tests.faults.warm import Strike, Warm
+from tests.faults.warm import Command, Strike, Warm, Within
 from tests.test_bad_input import content
 from tests.test_resume import outcome
 from tests.test_sweeping import comparable
-from tinygpt.data import shards
+from tinygpt.data import shards, writing
 from tinygpt.rundir import MetricsFile, read_config, replacing_folder
 
 SHORT = ("train.steps=4", "train.sample_tokens=2", "logger=csv", "study=s")
@@ -40,11 +40,12 @@ class Work:
     cache: Path | None = None
     struck: str = ""  # the files that are, by a part of their name; the others are there before
     watched: Path | None = None  # where else it changes files
+    within: Within | None = None
     undisturbed: Any = field(init=False)
 
     def __post_init__(self) -> None:
         strike = Strike(self.watched or self.folder, path=self.struck)
-        ended = succeeded(self.warm(*self.words, strike=strike, cache=self.cache))
+        ended = succeeded(self._command(strike).wait())
         self.changes, self.seconds = ended.changes, ended.seconds
         self.undisturbed = self.result(self.folder)
         self.clear()
@@ -55,13 +56,16 @@ class Work:
         if not self.struck:
             shutil.rmtree(self.folder)
 
+    def _command(self, strike: Strike | None = None) -> Command:
+        return self.warm.start(*self.words, strike=strike, cache=self.cache, within=self.within)
+
     def kill(self, chance: random.Random, number: int) -> bool:
         """Before a change to a file or at some other moment; whether it was soon enough."""
         strike = None
         if chance.random() < 0.5:
             at = chance.randint(1, self.changes)
             strike = Strike(self.watched or self.folder, at, number, self.struck)
-        command = self.warm.start(*self.words, strike=strike, cache=self.cache)
+        command = self._command(strike)
         if strike is None:
             time.sleep(chance.uniform(0.0, self.seconds))
             command.send(number)
@@ -81,7 +85,7 @@ class Work:
                     injected(f"{signal.Signals(number).name} in {self.words[0]}")
                     kills -= 1
                 nothing_torn(self.folder)
-            succeeded(self.warm(*self.words, cache=self.cache))
+            succeeded(self._command().wait())
             assert self.result(self.folder) == self.undisturbed
             assert not list(self.folder.rglob("*.tmp"))
             self.clear()
@@ -121,6 +125,19 @@ def test_data_preparation(warm: Warm, corpus: Path, injected: Injected) -> None:
     cache = warm.folder / "cache"
     words = tiny(corpus, "tokenizer=bpe", "tokenizer.vocab_size=300", "plan=true", "study=s")
     Work(warm, ("run", *words), cache, files, cache).survives(25, injected)
+
+
+def test_data_preparation_in_many_shards(warm: Warm, corpus: Path, injected: Injected) -> None:
+    """Which goes on from those that are whole."""
+    cache = warm.folder / "cache"
+    words = ("run", *tiny(corpus, "plan=true", "study=s"))
+    work = Work(warm, words, cache, files, cache, within=small_shards)
+    assert work.changes > 20
+    work.survives(25, injected)
+
+
+def small_shards() -> None:
+    writing.SHARD_TOKENS, writing.BATCH_CHARACTERS = 6000, 1000
 
 
 @pytest.fixture

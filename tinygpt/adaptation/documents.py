@@ -312,7 +312,7 @@ def own_validation(
     base: TrainedRun,
     tokens: int,
     cache_dir: str | None = None,
-    progress: Progress = lambda what, size: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Heldout:
     """About ``tokens`` of the base's own validation split, in windows evenly spread over it: what
     it may forget.  Raises ConfigError where its corpus is another now."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import glob
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -46,6 +47,9 @@ class Corpus(Protocol):
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of ``split``: ``train``, or one of ``own``."""
+
+    def position(self) -> tuple[int, int] | None:
+        """How many bytes of it have been read this time, and of how many, where one can tell."""
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -125,6 +129,9 @@ class SyntheticCorpus:
 
         return (Document(text, nats) for text, nats in Grammar(self.config).stories())
 
+    def position(self) -> None:
+        return None
+
 
 class FileCorpus:
     """Files of the user's own: .txt cut into documents, one document a row otherwise."""
@@ -143,6 +150,8 @@ class FileCorpus:
             for path in paths
         }
 
+        self.read: dict[Path, int] = {}  # bytes
+
     def fingerprint(self) -> str:
         found = {  # the suffix says how a file is read
             split: [[self.scans[p].sha256, p.suffix if p.suffix in ROWS else ""] for p in paths]
@@ -151,18 +160,23 @@ class FileCorpus:
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     def documents(self, split: str) -> Iterator[Document]:
+        self.read |= dict.fromkeys(self.files[split], 0)
         for path in self.files[split]:
             for text in self._texts(path):
                 yield Document(text)
 
+    def position(self) -> tuple[int, int]:
+        return sum(self.read.values()), sum(scan.size for scan in self.scans.values())
+
     def _texts(self, path: Path) -> Iterator[str]:
         if path.suffix in ROWS:
             rows = {".jsonl": _jsonl_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
-            return text_of_rows(rows[path.suffix](path), self.config.text_column, str(path))
+            found = rows[path.suffix](path, self.read)
+            return text_of_rows(found, self.config.text_column, str(path))
         separator = self.config.separator
         if separator == "auto":
             separator = END_OF_TEXT if self.scans[path].has_end_of_text else "sections"
-        return cut(_text_chunks(path), separator)
+        return cut(_text_chunks(path, self.read), separator)
 
 
 def find_files(key: str, value: str) -> list[Path]:
@@ -194,6 +208,7 @@ def _found(key: str, value: str, path: Path) -> list[Path]:
 class _Scan(NamedTuple):
     sha256: str
     has_end_of_text: bool
+    size: int
 
 
 def _scan(path: Path, where: str) -> _Scan:
@@ -214,14 +229,15 @@ def _scan(path: Path, where: str) -> _Scan:
         raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
     if size == 0:
         raise ConfigError(f"{where}: this file is empty")
-    return _Scan(sha.hexdigest(), found)
+    return _Scan(sha.hexdigest(), found, size)
 
 
-def _text_chunks(path: Path) -> Iterator[str]:
+def _text_chunks(path: Path, read: dict[Path, int]) -> Iterator[str]:
     try:
         # utf-8-sig drops a byte order mark; newline="" keeps the text as it is
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with path.open("rb") as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
             while chunk := file.read(CHUNK):
+                read[path] = raw.tell()
                 yield chunk
     except UnicodeDecodeError as error:
         raise ConfigError(f"data.path={path}: not UTF-8 text ({error.reason})") from error
@@ -321,8 +337,8 @@ def choose_column(rows: list[dict[str, Any]], column: str, where: str) -> str:
     return "text" if "text" in lengths else max(lengths, key=lambda name: lengths[name])
 
 
-def _jsonl_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_split_stream(_text_chunks(path), "\n"), start=1):
+def _jsonl_rows(path: Path, read: dict[Path, int]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(_split_stream(_text_chunks(path, read), "\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -341,9 +357,9 @@ def _unicode(value: Any) -> Any:
     return re.sub("[\ud800-\udfff]", "\ufffd", value)
 
 
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _csv_rows(path: Path, read: dict[Path, int]) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)
-    lines = (line + "\n" for line in _split_stream(_text_chunks(path), "\n"))
+    lines = (line + "\n" for line in _split_stream(_text_chunks(path, read), "\n"))
     try:
         for row in csv.DictReader(lines, strict=True):
             yield {str(name): value for name, value in row.items() if name is not None}
@@ -351,12 +367,15 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise ConfigError(f"data.path={path}: not readable as CSV ({error})") from error
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path, read: dict[Path, int]) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        file, rows = pyarrow.parquet.ParquetFile(path), 0
+        for batch in file.iter_batches(batch_size=1024):
+            rows += len(batch)
+            read[path] = path.stat().st_size * rows // file.metadata.num_rows
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.path={path}: not readable as parquet ({error})") from error
@@ -446,6 +465,9 @@ class HubCorpus:
         if config.separator not in ("auto", "none"):
             texts = cut((text + "\n" for text in texts), config.separator)
         return (Document(text) for text in texts)
+
+    def position(self) -> None:
+        return None
 
     def _rows(self, stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         try:

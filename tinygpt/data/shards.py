@@ -7,17 +7,13 @@ and the end of text behind it are targets once, the first ``eot`` is context alo
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import functools
 import itertools
-import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import filelock
 import numpy as np
@@ -26,20 +22,16 @@ from numpy.typing import NDArray
 from tinygpt import rundir
 from tinygpt.config import ConfigError, DataConfig, TokenizerConfig
 from tinygpt.data import corpora
-from tinygpt.data.corpora import Corpus, Document, split_documents
-from tinygpt.data.tokenizers import Ids, Tokenizer, load_tokenizer, train_tokenizer
+from tinygpt.data.corpora import Corpus, split_documents
+from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from tinygpt.data.writing import SplitWriter, finish, write
 
 FORMAT = 2  # of the files here; part of the cache key
-SHARD_TOKENS = 100_000_000
-BATCH_CHARACTERS = 1 << 20  # text of a split written at a time; a quarter of it is encoded at once
-MOST_THREADS = 8  # that encode; more than these wait for the one that reads
 VERIFY_BYTES = 1 << 30  # larger files are checked by their size alone
 SPLITS = ("train", "val", "test")
 READ = ("gpt2", "saved")  # tokenizers that are read, from files of somebody's
 
-T = TypeVar("T")
-R = TypeVar("R")
-Progress = Callable[[str, int], None]  # what is being done, bytes of text so far
+Progress = Callable[[str, int, int | None], None]  # what is being done; bytes so far, of how many
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -162,12 +154,13 @@ def prepare(
     data: DataConfig,
     tokenizer: TokenizerConfig,
     cache: Path,
-    progress: Progress = lambda what, size: None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Prepared:
     """The tokenized corpus, from the cache or made now.
 
-    Two processes that ask for the same wait for each other; what was torn is made again.  Raises
-    ConfigError where the corpus does not give the splits that it should.
+    Two processes that ask for the same wait for each other; what was torn is made again, what was
+    killed on its way goes on from the last whole shard.  Raises ConfigError where the corpus does
+    not give the splits that it should.
     """
     source = corpus.fingerprint()
     vocabulary = _tokenizer(corpus, source, data, tokenizer, cache, progress)
@@ -191,10 +184,10 @@ def prepare_whole(
     folder = cache / "data" / f"{data.name}-{key[:16]}"
 
     def tokenized(temporary: Path) -> dict[str, Any]:
-        writers = {"all": _SplitWriter(temporary, "all", tokenizer, None)}
+        writers = {"all": SplitWriter(temporary, "all", tokenizer, None)}
         documents = (("all", document) for document in corpus.documents("train"))
-        _write(documents, tokenizer, writers, progress)
-        info = writers["all"].finish()
+        write(documents, tokenizer, writers, temporary, _saying("tokenizing", corpus, progress))
+        info = finish(temporary, writers)["all"]
         if not info["documents"]:
             raise ConfigError(f"data.path={getattr(data, 'path', data.name)}: no text in it")
         return {"dtype": writers["all"].dtype.name, "splits": {"all": info}}
@@ -207,7 +200,7 @@ def _cached(folder: Path, source: str, make: Callable[[Path], dict[str, Any]]) -
     with _lock(folder):
         index = load_index(folder)
         if index is None:
-            with rundir.replacing_folder(folder) as temporary:
+            with rundir.replacing_folder(folder, kept=True) as temporary:
                 index = {"source_fingerprint": source, **make(temporary)}
                 index["checksum"] = rundir.digest(index)
                 rundir.write_json(temporary / "index.json", index)
@@ -249,10 +242,6 @@ def _is_whole(path: Path, size: int, sha256: str) -> bool:
     return size > VERIFY_BYTES or rundir.sha256(path) == sha256
 
 
-def _check_values(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": rundir.sha256(path)}
-
-
 def _tokenizer(
     corpus: Corpus,
     source: str,
@@ -273,12 +262,25 @@ def _tokenizer(
                 found = load_tokenizer(path)
                 if path.stem.endswith(_short(found)):  # else damaged, and made again
                     return found
+        for path in stem.parent.glob(f".{stem.name}-*.tmp"):  # of one that was killed
+            path.unlink()
         documents = split_documents(corpus, data)
         texts = (document.text for split, document in documents if split == "train")
-        say = functools.partial(progress, "reading text for the tokenizer")
+        say = _saying("reading text for the tokenizer", corpus, progress)
         tokenizer = train_tokenizer(config, corpora.first_bytes(texts, train_bytes, say))
         tokenizer.save(stem.with_name(f"{stem.name}-{_short(tokenizer)}.json"))
     return tokenizer
+
+
+def _saying(what: str, corpus: Corpus, progress: Progress) -> Callable[[int], None]:
+    """Tells ``progress`` how far the source is, or as much text as there was where it is endless
+    or elsewhere."""
+
+    def say(size: int) -> None:
+        done, total = corpus.position() or (size, None)
+        progress(what, done, total)
+
+    return say
 
 
 def _short(tokenizer: Tokenizer) -> str:
@@ -290,9 +292,10 @@ def _tokenize(
 ) -> dict[str, Any]:
     """Writes the shards of all splits into ``folder`` and returns the index."""
     limits = {"train": data.max_tokens, "val": data.eval_tokens, "test": data.eval_tokens}
-    writers = {name: _SplitWriter(folder, name, tokenizer, limits[name]) for name in SPLITS}
-    duplicates = _write(split_documents(corpus, data), tokenizer, writers, progress)
-    infos = {name: writer.finish() for name, writer in writers.items()}
+    writers = {name: SplitWriter(folder, name, tokenizer, limits[name]) for name in SPLITS}
+    say = _saying("tokenizing", corpus, progress)
+    duplicates = write(split_documents(corpus, data), tokenizer, writers, folder, say)
+    infos = finish(folder, writers)
     if data.val_is_test:
         infos["test"] = infos["val"]
     expected = ["train", "val", *(["test"] if data.test_fraction > 0 or data.val_is_test else [])]
@@ -308,99 +311,6 @@ def _tokenize(
     }
 
 
-def _write(
-    documents: Iterable[tuple[str, Document]],
-    tokenizer: Tokenizer,
-    writers: Mapping[str, _SplitWriter],
-    progress: Progress,
-) -> int:
-    """Every document to the writer of its split, until that for training has enough; returns how
-    many were duplicates, which go to none."""
-    duplicates = size = 0
-    with contextlib.closing(_encoded(documents, tokenizer, writers)) as read:
-        for split, document, ids in read:
-            if split == "duplicate":
-                duplicates += 1
-                continue
-            writers[split].add(document, ids)
-            size += len(document.text)
-            progress("tokenizing", size)
-            if split == "train" and writers[split].full:
-                break
-    return duplicates
-
-
-@dataclass
-class _Part:
-    """Documents in a row, as many as are encoded at once."""
-
-    documents: list[tuple[str, Document]] = field(default_factory=list)
-    failure: Exception | None = None  # of the source, behind these documents
-
-
-def _encoded(
-    documents: Iterable[tuple[str, Document]],
-    tokenizer: Tokenizer,
-    writers: Mapping[str, _SplitWriter],
-) -> Generator[tuple[str, Document, Ids | None], None, None]:
-    """The documents in their order with their ids, None where nobody wants them.
-
-    Threads encode, as tiktoken leaves the interpreter to the others; the source is read at most
-    two parts a thread ahead.
-    """
-
-    def encode(part: _Part) -> Iterator[Ids | None]:
-        # a split that is full now is full when these come to be written
-        wanted = [
-            bool(document.text) and split in writers and not writers[split].full
-            for split, document in part.documents
-        ]
-        texts = [document.text for _, document in itertools.compress(part.documents, wanted)]
-        found = iter(tokenizer.encode_batch(texts))
-        return (next(found) if here else None for here in wanted)
-
-    for part, ids in _in_order(encode, _parts(documents)):
-        for (split, document), one in zip(part.documents, ids, strict=True):
-            yield split, document, one
-        if part.failure:
-            raise part.failure
-
-
-def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[_Part]:
-    part, size = _Part(), 0
-    try:
-        for split, document in documents:
-            part.documents.append((split, document))
-            size += len(document.text)
-            if size >= BATCH_CHARACTERS // 4:
-                yield part
-                part, size = _Part(), 0
-    except Exception as error:  # it counts only if what was read before is not enough
-        part.failure = error
-    yield part
-
-
-def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """Every item with what ``work`` makes of it on another thread, a few at a time."""
-    threads = min(MOST_THREADS, _cpus())
-    waiting: collections.deque[tuple[T, Future[R]]] = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > threads:
-                first, result = waiting.popleft()
-                yield first, result.result()
-        for first, result in waiting:
-            yield first, result.result()
-
-
-def _cpus() -> int:
-    """Those that this process may use, where the system says."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
     found = sum(info["documents"] for info in infos.values())
     words = {"train": "training", "val": "validation", "test": "test"}[name]
@@ -413,100 +323,3 @@ def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
         f"data.path={getattr(data, 'path', data.name)}: the {words} split is empty, as the corpus "
         f"has only {found} documents; {mend}, or take more text"
     )
-
-
-class _SplitWriter:
-    """Appends one split's documents to shards, about a megabyte of text at a time."""
-
-    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, limit: int | None) -> None:
-        self.folder, self.name, self.tokenizer, self.limit = folder, name, tokenizer, limit
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        self.pending: list[tuple[Document, Ids]] = []
-        self.pending_characters = 0
-        self.full = False
-        self.files: list[dict[str, Any]] = []
-        self.offsets: list[NDArray[np.int64]] = []  # of the open shard, then of all
-        self.shard_tokens = 0
-        counts = ("documents", "tokens", "bytes", "characters", "unknown_tokens")
-        self.info: dict[str, Any] = dict.fromkeys(
-            (*counts, "longest_document", "empty_documents", "left_out_documents"), 0
-        )
-        self.nats: float | None = 0.0
-
-    def add(self, document: Document, ids: Ids | None) -> None:
-        if not document.text:
-            self.info["empty_documents"] += 1
-        elif self.full:
-            self.info["left_out_documents"] += 1
-        else:
-            assert ids is not None
-            self.pending.append((document, ids.astype(self.dtype)))  # not a view of many others
-            self.pending_characters += len(document.text)
-            if self.pending_characters >= BATCH_CHARACTERS:
-                self._flush()
-
-    def _flush(self) -> None:
-        if not self.pending:
-            return
-        documents, encoded = [list(side) for side in zip(*self.pending, strict=True)]
-        lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)  # with end of text
-        kept = len(encoded)
-        if self.limit is not None:
-            within = np.cumsum(lengths) + self.info["tokens"] >= self.limit
-            if within.any():
-                kept, self.full = int(within.argmax()) + 1, True
-                self.info["left_out_documents"] += len(encoded) - kept
-        self._write(encoded[:kept], lengths[:kept])
-        self._count(documents[:kept], encoded[:kept], lengths[:kept])
-        self.pending, self.pending_characters = [], 0
-
-    def _write(self, encoded: list[Any], lengths: NDArray[np.int64]) -> None:
-        end = np.array([self.tokenizer.eot_id], dtype=self.dtype)
-        if not self.files or self.shard_tokens >= SHARD_TOKENS:
-            self.files.append({"file": f"{self.name}_{len(self.files):05d}.bin", "documents": 0})
-            self.offsets.append(np.zeros(1, dtype=np.int64))
-            self.shard_tokens = 0
-            self._append(end)
-        self._append(np.concatenate([part for ids in encoded for part in (ids, end)]))
-        self.offsets.append(self.shard_tokens + np.cumsum(lengths))
-        self.shard_tokens += int(lengths.sum())
-        self.files[-1]["documents"] += len(encoded)
-
-    def _append(self, tokens: NDArray[Any]) -> None:
-        path = self.folder / self.files[-1]["file"]
-        with rundir.naming(path), path.open("ab") as file:
-            file.write(tokens.tobytes())
-
-    def _count(
-        self, documents: list[Document], encoded: list[Any], lengths: NDArray[np.int64]
-    ) -> None:
-        info, unknown = self.info, self.tokenizer.unknown_id
-        info["documents"] += len(documents)
-        info["tokens"] += int(lengths.sum())
-        info["bytes"] += sum(len(document.text.encode()) for document in documents)
-        info["characters"] += sum(len(document.text) for document in documents)
-        info["longest_document"] = max(info["longest_document"], int(lengths.max()))
-        if unknown is not None:
-            info["unknown_tokens"] += sum(int((ids == unknown).sum()) for ids in encoded)
-        nats = [document.nats for document in documents]
-        known = None not in nats and self.nats is not None
-        self.nats = (
-            self.nats + math.fsum(n for n in nats if n) if known and self.nats is not None else None
-        )
-
-    def finish(self) -> dict[str, Any]:
-        """The split's entry in the index: counts, the exact floor, files with checksums."""
-        self._flush()
-        for entry in self.files:
-            entry |= _check_values(self.folder / entry["file"])
-        offsets = np.concatenate(self.offsets) if self.offsets else np.zeros(0, dtype=np.int64)
-        name = f"{self.name}.offsets.npy"
-        np.save(self.folder / name, offsets)
-        tokens, nats = self.info["tokens"], self.nats
-        return {
-            **self.info,
-            "irreducible_loss_exact": nats / tokens if nats is not None and tokens else None,
-            "fingerprint": rundir.digest([entry["sha256"] for entry in self.files]),
-            "files": self.files,
-            "offsets": {"file": name, **_check_values(self.folder / name)},
-        }

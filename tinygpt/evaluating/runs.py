@@ -133,7 +133,9 @@ def _evaluate_run(
         chosen = [by_step[step] for step in sorted(by_step)]  # last and final are often the same
     first = load_run(path, chosen[0])
     with as_in_training(run, first.config, options) as machine:
-        text = _text(run, first, options, machine, lambda what, size: say(f"{label}: {what}"))
+        text = _text(
+            run, first, options, machine, lambda what, done, total: say(f"{label}: {what}")
+        )
         scorer = _Scorer(run, label, text, options, tasks, machine, say)
         if options.baseline:
             yield scorer.untrained(first)

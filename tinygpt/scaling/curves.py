@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from tinygpt import rundir
@@ -90,12 +91,13 @@ def draw(analysis: Analysis) -> Figure | None:
     known = column in analysis.runs and analysis.runs[column].nunique() > 1
     sizes = analysis.runs[column].to_numpy(dtype=float) if known else None
     norm = drawing.log_norm(sizes) if sizes is not None else None
-    for curve in curves:
-        colour: Any = drawing.BLUE
-        if norm is not None and sizes is not None:
-            colour = drawing.viridis(norm)(sizes[curve.row])
-        for axes, x in ((left, curve.tokens), (right, curve.flops)):
-            axes.plot(x, curve.loss, color=colour, linewidth=0.8, alpha=0.8)
+    colours: Any = drawing.BLUE
+    if norm is not None and sizes is not None:
+        colours = drawing.viridis(norm)(sizes[[curve.row for curve in curves]])
+    for axes, of in ((left, "tokens"), (right, "flops")):
+        lines = [np.column_stack([getattr(curve, of), curve.loss]) for curve in curves]
+        axes.add_collection(LineCollection(lines, colors=colours, linewidths=0.8, alpha=0.8))
+        axes.autoscale()
     right.plot(*envelope(curves), color=drawing.BLACK, linestyle=(0, (4, 2)), label="least of all")
     word = drawing.loss_label(analysis)
     word = f"training {word}" if name == "train_loss" else word

@@ -214,7 +214,7 @@ def _held(fit: Fit, target: Target, theta: Array, value: float) -> tuple[Array, 
     terms = term_mask(law)
 
     def at(theta: Array) -> tuple[Array, Array, Array, float, Array, Array]:
-        found = objective(law, points.x, points.y[None], theta[None], limit, None)
+        found = objective(law, points, points.y[None], theta[None], limit, None)
         return (*(part[0] for part in found), *target.derivatives(theta))
 
     here, multiplier, price, length = at(theta), 0.0, 0.0, 1.0

@@ -345,16 +345,16 @@ def envelope(
     there = logs[loss].notna().to_numpy()
     logs, runs, sizes = logs[there], runs[there], positive(rows, n)[there]
     grid = np.linspace(logs[c].min(), logs[c].max(), BUDGETS)
-    every = []
+    every, plain = [], logs[[c, loss, d]].to_numpy(dtype=float)
     for part in pd.Series(range(len(runs))).groupby(runs).indices.values():
-        x, tokens, losses = logs.iloc[part][[c, d, loss]].to_numpy(dtype=float).T
-        every.append((sizes[part[0]], _between(x, losses, grid), _between(x, tokens, grid)))
+        x = plain[part, 0]
+        every.append((sizes[part[0]], *_between(x, plain[part, 1:], grid).T))
     of_run, losses, tokens = (np.array(values) for values in zip(*every, strict=True))
     return _envelope(grid, of_run, losses, tokens, level)
 
 
 def _between(x: Array, y: Array, grid: Array) -> Array:
-    """y at ``grid``; nan beyond the ends of ``x``."""
+    """The columns of ``y`` at ``grid``; nan beyond the ends of ``x``."""
     found: Array = interpolate.PchipInterpolator(x, y, extrapolate=False)(grid)
     return found
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Rows = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,27 @@ class Law:
     def __len__(self) -> int:
         return len(self.parameters)
 
-    def derivatives(self, theta: Array, x: Mapping[str, Array]) -> Derivatives:
-        """At the log variables ``x``, n each, relative to their centres."""
+    def derivatives(
+        self, theta: Array, x: Mapping[str, Array], places: tuple[Rows, Rows] | None = None
+    ) -> Derivatives:
+        """At the log variables ``x``, n each, relative to their centres.
+
+        ``places``: one point for each distinct one, (m,), and which of these each is, (n,); an
+        expression, which costs more than copies of what came out, is evaluated at those alone.
+        """
         if self.powers is not None:
             return _sum_of_powers(self.design(x), theta)
         assert self.expression is not None
-        jet = self.expression(_jets(self.parameters, theta), x)
-        shape = (len(theta), len(next(iter(x.values()))))
-        value = np.broadcast_to(jet.value, shape)
-        size = len(self)
-        gradient = np.broadcast_to(jet.gradient, (*shape, size))
-        hessian = np.broadcast_to(jet.hessian, (*shape, size, size))
+        count = len(next(iter(x.values())))
+        first, which = places or (slice(None), slice(None))
+        jet = self.expression(
+            _jets(self.parameters, theta), {name: logs[first] for name, logs in x.items()}
+        )
+        shape, size = (len(theta), count if places is None else len(places[0])), len(self)
+        value = np.broadcast_to(jet.value, shape)[:, which]
+        gradient = np.broadcast_to(_parameters_last(jet.gradient, 1), (*shape, size))[:, which]
+        last = _parameters_last(jet.hessian, 2)
+        hessian = np.broadcast_to(last, (*shape, size, size))[:, which]
         return Derivatives(value, gradient, lambda w: np.einsum("bn,bnpq->bpq", w, hessian))
 
     def log_loss(self, theta: Array, x: Mapping[str, Array]) -> Array:
@@ -70,8 +81,8 @@ class Law:
         columns = {name: theta[:, j : j + 1] for j, name in enumerate(self.parameters)}
         if self.powers is None:
             assert self.expression is not None
-            none = np.zeros((1, 1, 0))  # derivatives in no parameter at all cost nothing
-            jets = {name: Jet(c, none, none[..., None]) for name, c in columns.items()}
+            none = np.zeros((0, 1, 1))  # derivatives in no parameter at all cost nothing
+            jets = {name: Jet(c, none, none[None]) for name, c in columns.items()}
             value = self.expression(jets, x).value
         else:
             value = np.full((1, 1), -np.inf)
@@ -168,7 +179,8 @@ def _sum_of_powers(terms: Array, theta: Array) -> Derivatives:
 class Jet:
     """A value with its first and second derivatives in the P parameters (forward mode).
 
-    Shapes (B, n), (B, n, P) and (B, n, P, P), or whatever broadcasts to them.
+    Shapes (B, n), (P, B, n) and (P, P, B, n), or whatever broadcasts to them: the parameters come
+    first, as numpy is fast where the last axis is long.
     """
 
     def __init__(self, value: Array, gradient: Array, hessian: Array) -> None:
@@ -195,19 +207,15 @@ class Jet:
     def __mul__(self, other: Jet | Array | float) -> Jet:
         if not isinstance(other, Jet):
             factor = np.asarray(other, dtype=float)
-            return Jet(
-                self.value * factor,
-                self.gradient * factor[..., None],
-                self.hessian * factor[..., None, None],
-            )
-        cross = self.gradient[..., :, None] * other.gradient[..., None, :]
+            return Jet(self.value * factor, self.gradient * factor, self.hessian * factor)
+        cross = self.gradient[:, None] * other.gradient
         return Jet(
             self.value * other.value,
-            self.gradient * other.value[..., None] + other.gradient * self.value[..., None],
-            self.hessian * other.value[..., None, None]
-            + other.hessian * self.value[..., None, None]
+            self.gradient * other.value + other.gradient * self.value,
+            self.hessian * other.value
+            + other.hessian * self.value
             + cross
-            + np.swapaxes(cross, -1, -2),
+            + np.swapaxes(cross, 0, 1),
         )
 
     __radd__ = __add__
@@ -216,12 +224,8 @@ class Jet:
 
     def apply(self, value: Array, first: Array, second: Array) -> Jet:
         """f of this, given f, f' and f'' there."""
-        outer = self.gradient[..., :, None] * self.gradient[..., None, :]
-        return Jet(
-            value,
-            self.gradient * first[..., None],
-            self.hessian * first[..., None, None] + outer * second[..., None, None],
-        )
+        outer = self.gradient[:, None] * self.gradient
+        return Jet(value, self.gradient * first, self.hessian * first + outer * second)
 
     def exp(self) -> Jet:
         value = np.exp(self.value)
@@ -237,19 +241,25 @@ class Jet:
 
 def _jets(names: tuple[str, ...], theta: Array) -> dict[str, Jet]:
     size = len(names)
-    zero = np.zeros((1, 1, size, size))
+    zero = np.zeros((size, size, 1, 1))
     unit = np.eye(size)
     return {
-        name: Jet(theta[:, j : j + 1], unit[j].reshape(1, 1, size), zero)
+        name: Jet(theta[:, j : j + 1], unit[j].reshape(size, 1, 1), zero)
         for j, name in enumerate(names)
     }
+
+
+def _parameters_last(derivatives: Array, order: int) -> Array:
+    """(P, B, n) to (B, n, P), (P, P, B, n) to (B, n, P, P)."""
+    found: Array = np.ascontiguousarray(np.moveaxis(derivatives, range(order), range(-order, 0)))
+    return found
 
 
 def _where(condition: NDArray[np.bool_], one: Jet, other: Jet) -> Jet:
     return Jet(
         np.where(condition, one.value, other.value),
-        np.where(condition[..., None], one.gradient, other.gradient),
-        np.where(condition[..., None, None], one.hessian, other.hessian),
+        np.where(condition, one.gradient, other.gradient),
+        np.where(condition, one.hessian, other.hessian),
     )
 
 

@@ -5,7 +5,6 @@ All starts of a fit, and all refits of a bootstrap, go through ``polish`` togeth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ NDInt = np.ndarray[Any, np.dtype[np.intp]]
 LEAST = np.log(1e-9)  # a coefficient below this part of the loss is zero
 ROUNDING = 1e-15  # of a log loss
 STEPS = 300
+IN_CACHE = 8000  # points times rows of an expression that are evaluated at once
 LEAST_FACTOR = 0.1  # by which a term falls in one step
 FADING = 10.0  # in units of log: a term so near its floor that still falls is tried there
 
@@ -72,10 +72,11 @@ def polish(
         np.empty((batch, size, size)),
         np.zeros(batch, dtype=bool),
     )
-    for chunk in np.array_split(np.arange(batch), max(1, batch // 64)):
+    rows = 64 if law.powers else max(4, min(64, IN_CACHE // len(points)))
+    for chunk in np.array_split(np.arange(batch), max(1, batch // rows)):
         _polish_chunk(
             law,
-            points.x,
+            points,
             y[chunk],
             threshold[chunk],
             None if weights is None else weights[chunk],
@@ -103,7 +104,7 @@ def bounds(law: Law, points: Points) -> tuple[Array, Array]:
 
 def _polish_chunk(
     law: Law,
-    x: Mapping[str, Array],
+    points: Points,
     y: Array,
     threshold: Array,
     weights: Array | None,
@@ -114,7 +115,7 @@ def _polish_chunk(
 ) -> None:
     """Fills ``rows`` of ``result``; those that have converged leave the batch."""
     theta = result.theta[rows]
-    value, gradient, hessian = objective(law, x, y, theta, threshold, weights)
+    value, gradient, hessian = objective(law, points, y, theta, threshold, weights)
     damping = np.zeros(len(rows))
     live = np.arange(len(rows))
     terms = term_mask(law)
@@ -141,7 +142,12 @@ def _polish_chunk(
         trial = np.where(fading, ends[0], trial)
         with np.errstate(all="ignore"):
             new = objective(
-                law, x, y[live], trial, threshold[live], None if weights is None else weights[live]
+                law,
+                points,
+                y[live],
+                trial,
+                threshold[live],
+                None if weights is None else weights[live],
             )
         better = (new[0] <= value[live]) & np.isfinite(new[2]).all(axis=(1, 2))
         gained = value[live] - new[0]
@@ -192,14 +198,14 @@ def _inside(
 
 def objective(
     law: Law,
-    x: Mapping[str, Array],
+    points: Points,
     y: Array,
     theta: Array,
     threshold: Array,
     weights: Array | None,
 ) -> tuple[Array, Array, Array]:
     """Value, gradient and Hessian, for each row of ``theta``."""
-    found = law.derivatives(theta, x)
+    found = law.derivatives(theta, points.x, points.places)
     residuals = found.value - y
     limit = threshold[:, None]
     slope = np.clip(residuals, -limit, limit)

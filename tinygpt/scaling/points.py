@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.laws import Array, Law
+from tinygpt.scaling.laws import Array, Law, Rows
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,13 @@ class Points:
     x: dict[str, Array]  # by variable of the law, (n,)
     y: Array  # (n,), or (B, n) for a batch of different losses
     centres: dict[str, float]
+
+    @cached_property
+    def places(self) -> tuple[Rows, Rows]:
+        """The first row at each distinct place, (m,), and which of these each row is at, (n,)."""
+        every = np.stack(list(self.x.values()), axis=1)
+        _, first, which = np.unique(every, axis=0, return_index=True, return_inverse=True)
+        return first, which.reshape(-1)
 
     def __len__(self) -> int:
         return int(self.y.shape[-1])

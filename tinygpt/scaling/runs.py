@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +42,27 @@ def load_runs(*folders: str | Path) -> pd.DataFrame:
 
 
 def load_curves(*folders: str | Path) -> pd.DataFrame:
-    """The training curves of the runs under ``folders`` that left results: a row a line of metrics.
+    """The training curves of the runs under ``folders``, as ``curves_of``."""
+    return curves_of(load_runs(*folders))
+
+
+def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """The training curves of runs from ``load_runs`` that left results: a row a line of metrics.
 
     The columns of ``metrics.csv``, then of the run ``run_name study seed status`` and the two
     counts of parameters, and the FLOPs up to there, ``flops_6nd`` and ``flops_exact``.  A branch
     has the curve of its trunk up to where it began.  Empty where no run has left one.
     """
-    runs = load_runs(*folders)
     if "flops_exact" not in runs:
         return pd.DataFrame()
     runs = runs[runs["flops_exact"].notna()].set_index("folder")
     files = {folder: rundir.RunDir(Path(folder)).metrics for folder in runs.index}
-    rows = [
-        {"folder": folder, **row}
-        for folder, path in files.items()
-        if path.exists()
-        for row in rundir.MetricsFile(path).read()
-    ]
+    logs = {f: rundir.MetricsFile(path).read() for f, path in files.items() if path.exists()}
+    rows = [row for log in logs.values() for row in log]
     if not rows:
         return pd.DataFrame()
-    curves = pd.DataFrame(rows)
-    curves = curves.assign(**{name: _numbers(curves[name]) for name in rundir.METRICS})
+    named = {"folder": [folder for folder, log in logs.items() for _ in log]}
+    curves = pd.DataFrame(named | {name: _numbers(rows, name) for name in rundir.METRICS})
     sizes = ["parameters_non_embedding", "model_parameters"]
     known = [name for name in ("run_name", "study", "seed", "status", *sizes) if name in runs]
     curves = curves.join(runs[known], on="folder")
@@ -72,9 +72,9 @@ def load_curves(*folders: str | Path) -> pd.DataFrame:
     return curves
 
 
-def _numbers(column: pd.Series[str]) -> pd.Series[float]:
+def _numbers(rows: Sequence[dict[str, str]], name: str) -> list[float]:
     """As Python wrote them, nan and inf too; empty: not measured."""
-    return pd.to_numeric(pd.Series([float(text) if text else math.nan for text in column]))
+    return [float(row[name] or "nan") for row in rows]
 
 
 def read_table(path: str | Path) -> pd.DataFrame:

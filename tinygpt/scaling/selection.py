@@ -56,11 +56,12 @@ def select(
 
     ``compute`` is that of each run; ``settings`` are those of ``fit``.
     """
-    settings, reason = _one_estimator(runs, laws, settings)
+    settings, reason, squares = _one_estimator(runs, laws, settings)
+    fitted = squares if settings["estimator"] == "least_squares" else {}
     found = []
     for law in laws:
         try:
-            one = fit(runs, law, **settings)  # type: ignore[arg-type]
+            one = fitted.get(law) or fit(runs, law, **settings)  # type: ignore[arg-type]
         except ConfigError as error:
             found.append(Candidate(law, "", None, str(error)))
             continue
@@ -75,28 +76,30 @@ Settings = dict[str, str | float | int | None]
 
 def _one_estimator(
     runs: pd.DataFrame, laws: Sequence[str], settings: Settings
-) -> tuple[Settings, str]:
+) -> tuple[Settings, str, dict[str, Fit]]:
     """The settings with one estimator and one threshold, so that the laws can be compared.
 
-    Both follow from the residuals of least squares about the law that these describe best.
+    Both follow from the residuals of least squares about the law that these describe best; the
+    fits by those come along, if they were needed.
     """
     asked, unit = settings["estimator"], settings["threshold_unit"]
     if asked not in ("auto", "huber") or (asked == "huber" and unit == "absolute"):
-        return settings, "asked for"
-    squares = []
+        return settings, "asked for", {}
+    squares = {}
     plain = {**settings, "estimator": "least_squares", "threshold": None}
     for law in laws:
         with contextlib.suppress(ConfigError):
-            squares.append(fit(runs, law, **plain))  # type: ignore[arg-type]
+            squares[law] = fit(runs, law, **plain)  # type: ignore[arg-type]
     if not squares:
-        return plain, "asked for"
-    best = min(squares, key=aicc)
+        return plain, "asked for", {}
+    best = min(squares.values(), key=aicc)
     kind, reason = ("huber", "asked for") if asked == "huber" else judge(best.residuals)
     if kind == "least_squares":
-        return plain, reason
+        return plain, reason, squares
     times = float(settings["threshold"] or EFFICIENT)
     limit = times * max(robust_scale(best.points, best.optimum), 1e-12)
-    return {**settings, "estimator": kind, "threshold": limit, "threshold_unit": "absolute"}, reason
+    common = {**settings, "estimator": kind, "threshold": limit, "threshold_unit": "absolute"}
+    return common, reason, squares
 
 
 def plainest(candidates: Sequence[Candidate]) -> Candidate:
@@ -163,10 +166,13 @@ def hold_out(
     measured = table[fitted.loss].to_numpy(dtype=float)
     where = {name: table[column].to_numpy(dtype=float) for name, column in fitted.columns.items()}
     errors = np.abs(below.predict(**where) - measured) / measured
-    within = 0
+    within, intervals = 0, {}
     for i, value in enumerate(measured):
-        place = {name: float(values[i]) for name, values in where.items()}
-        within += value in delta(below, of_loss(below, **place), new_run=True)
+        place = tuple(float(values[i]) for values in where.values())
+        if place not in intervals:  # seeds share it
+            target = of_loss(below, **dict(zip(where, place, strict=True)))
+            intervals[place] = delta(below, target, new_run=True)
+        within += value in intervals[place]
     cut = float(compute[~above].max())
     return HeldOut(
         float(errors.mean()),

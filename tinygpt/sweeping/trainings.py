@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -84,11 +85,14 @@ def train(group: Sequence[Job], console: Console) -> list[End]:
     from tinygpt.training.session import train
     from tinygpt.training.stack import train_stack
 
-    if len(group) > 1:
-        return train_stack([(job.config, list(job.overrides)) for job in group], console)
-    (job,) = group
-    branch = Branch(job.trunk, job.branch_step, tuple(job.keep_at))
-    return [train(job.config, list(job.overrides), console, branch)]
+    try:
+        if len(group) > 1:
+            return train_stack([(job.config, list(job.overrides)) for job in group], console)
+        (job,) = group
+        branch = Branch(job.trunk, job.branch_step, tuple(job.keep_at))
+        return [train(job.config, list(job.overrides), console, branch)]
+    finally:
+        gc.collect()  # a trainer and its callbacks go in circles, with every shard open
 
 
 def progress(job: Job) -> tuple[float, str]:
@@ -114,13 +118,14 @@ def progress(job: Job) -> tuple[float, str]:
 
 def fit(folder: Path, console: Console) -> None:
     """The law of a study with its report, or one line that says why there is none."""
-    from tinygpt.scaling import Columns, analyse, load_curves, load_runs, report, wording
-    from tinygpt.scaling.runs import comparable
+    from tinygpt.scaling import Columns, analyse, load_runs, report, wording
+    from tinygpt.scaling.runs import comparable, curves_of
 
     columns = Columns()
     try:
-        used, left_out = comparable(load_runs(folder), columns.loss)
-        analysis = analyse(used, left_out, columns, curves=load_curves(folder))
+        table = load_runs(folder)
+        used, left_out = comparable(table, columns.loss)
+        analysis = analyse(used, left_out, columns, curves=curves_of(table))
     except ConfigError as error:
         console.print(f"law        none: {error}", highlight=False, soft_wrap=True)
         return

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from tinygpt import rundir
 
@@ -86,10 +93,24 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preparing(console: Console) -> Iterator[Callable[[str, int], None]]:
-    """A status line while the corpus is read; nothing where it comes from the cache."""
-    with console.status("preparing data") as status:
-        yield lambda what, size: status.update(f"{what}: {size / 1e6:.1f} MB")
+def preparing(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar while the corpus is read; nothing where it comes from the cache."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("preparing data", total=None)
+
+        def show(what: str, done: int, total: int | None) -> None:
+            if bar.tasks[0].description != what:  # of another speed
+                bar.reset(task, description=what)
+            bar.update(task, completed=done, total=total)
+
+        yield show
 
 
 def report_finished(
