@@ -166,6 +166,8 @@ def test_help_is_the_usage(word: str, capsys: pytest.CaptureFixture[str]) -> Non
         (OSError(28, "No space left on device", "/x/y"), 1, "error: /x/y: No space left on "),
         (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
         (KeyboardInterrupt(), 130, "interrupted; a run goes on from its last checkpoint"),
+        (MemoryError("no room"), 1, "error: out of memory: no room"),
+        (RuntimeError("you tried to allocate 9 bytes"), 1, "error: out of memory: you tried"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(
@@ -181,6 +183,23 @@ def test_what_the_user_can_mend_is_one_line(
     assert left.value.code == code
     assert said.startswith(line)
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [AttributeError("half made"), ConfigError("a=1: half read")])
+def test_an_interrupt_that_a_clean_up_stumbles_over_is_one(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @cli.one_line_errors
+    def command() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise error
+
+    with pytest.raises(SystemExit) as left:
+        command()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "interrupted; a run goes on from its last checkpoint\n"
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,19 +325,26 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return command(*args, **kwargs)
-        except ConfigError as error:
-            _leave(error, 2)
         except (RunError, OSError) as error:
             _leave(error, 1)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            _leave(RunError(f"out of memory: {error}"), 1)
-        except KeyboardInterrupt:
-            print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
-            raise SystemExit(130) from None
+        except (Exception, KeyboardInterrupt) as error:
+            if _is_interrupt(error):
+                print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
+                raise SystemExit(130) from None
+            if isinstance(error, ConfigError):
+                _leave(error, 2)
+            if is_out_of_memory(error):
+                _leave(RunError(f"out of memory: {error}"), 1)
+            raise
 
     return run
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """A library's clean-up may have stumbled over what the interrupt left half done."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _leave(error: Exception, code: int) -> NoReturn:
