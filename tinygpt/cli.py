@@ -342,7 +342,8 @@ def _leave(error: Exception, code: int) -> NoReturn:
     line = str(error)
     if isinstance(error, OSError) and error.strerror:
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print("error: " + " ".join(line.split()), file=sys.stderr)
+    shown = (c if c.isprintable() else repr(c)[1:-1] for c in " ".join(line.split()))
+    print("error: " + "".join(shown), file=sys.stderr)  # what a file says moves no cursor
     raise SystemExit(code)
 
 

@@ -38,6 +38,7 @@ from tinygpt.config import (
 from tinygpt.counting import resolved_d_ff
 
 SCHEMA_VERSION = 1
+DEEPEST = 100  # levels of a file of YAML
 # Read by the C library, if it is there: ten times faster.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # What does not change the result of a run, and so is neither in its hash nor in its name.
@@ -362,7 +363,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a readable YAML file ({_one_line(error)})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a table of YAML")
+    if _nested(values, 0):
+        raise ConfigError(f"{path}: not a readable YAML file (nested too deeply)")
     return values
+
+
+def _nested(value: Any, depth: int) -> bool:
+    """Deeper than any configuration: the reader of YAML goes on where calls in Python would end."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > DEEPEST or any(_nested(one, depth + 1) for one in inner)
 
 
 def _one_line(error: Exception) -> str:

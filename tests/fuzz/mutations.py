@@ -92,7 +92,8 @@ def of_json(data: bytes, random: Random) -> bytes:
 def of_yaml(data: bytes, random: Random) -> bytes:
     try:
         value = yaml.load(data, Loader=yaml.CSafeLoader)
-        return str(yaml.safe_dump(of_tree(value, random))).encode("utf-8", "surrogatepass")
+        text = yaml.dump(of_tree(value, random), Dumper=yaml.CSafeDumper)
+        return str(text).encode("utf-8", "surrogatepass")
     except (yaml.YAMLError, ValueError, RecursionError, TypeError):
         return of_bytes(data, random)
 
