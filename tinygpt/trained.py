@@ -107,7 +107,8 @@ def load_run(
     device, run = usable_device(device), rundir.open_run(path)
     config = rundir.read_config(run.config)
     tokenizer = load_tokenizer(run.tokenizer)
-    results = rundir.read_json(run.results) if run.results.exists() else None
+    wanted = {"tokenizer_fingerprint": str, "status": str, "total_steps": int}
+    results = rundir.read_json(run.results, **wanted) if run.results.exists() else None
     if results and results["tokenizer_fingerprint"] != tokenizer.fingerprint():
         raise ConfigError(f"{run.tokenizer}: not the tokenizer that the run was trained with")
     chosen = run.chosen(checkpoint)

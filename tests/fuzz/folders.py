@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 from unittest import mock
 
+import torch
+
 from tests.fuzz.harness import SEEDS, Harness, scratch
-from tinygpt import checks, rundir
+from tinygpt import checks, rundir, trained
 from tinygpt.config import ConfigError
 from tinygpt.data import shards
 from tinygpt.scaling import curves
@@ -94,6 +96,23 @@ def checkpoint(data: bytes) -> None:
         load_run(run.path)
 
 
+def loaded(data: bytes) -> None:
+    """The results of a run that is used."""
+    run = copied("loaded")
+    run.results.write_bytes(data)
+    with (
+        mock.patch.object(rundir, "read_config", read_once),
+        mock.patch.object(trained, "read_checkpoint", return_value=weights()),
+    ):
+        load_run(run.path)
+
+
+@functools.cache
+def weights() -> tuple[dict[str, torch.Tensor], int]:
+    run = rundir.RunDir(RUN)
+    return trained.read_checkpoint(run.chosen("final"), read_once(run.config))
+
+
 read_once = functools.cache(rundir.read_config)  # it takes 80 ms and is another harness's
 
 
@@ -138,6 +157,7 @@ HARNESSES = [
     Harness("run_yaml", "yaml", yaml, seeds_of="run_config"),
     Harness("run_results", "json", results),
     Harness("run_table", "json", table, seeds_of="run_results"),
+    Harness("run_loaded", "json", loaded, seeds_of="run_results"),
     Harness("run_environment", "json", environment),
     Harness("run_error", "json", error),
     Harness("run_metrics", "csv", metrics),

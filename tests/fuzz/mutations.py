@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 1, 2, 2**31, 2**63, 10**30, -(2**63), 0.5, -0.0, 1e308, 1e-320),
+    *(None, True, False, 0, -1, 1, 2, 2**31, 2**63, 10**400, -(2**63), 0.5, -0.0, 1e308, 1e-320),
     *(float("nan"), float("inf"), "", " ", "0", "-1", "null", "nan", "\ud800", "\0", "é" * 9),
     *("a\nb", "../../x", "/", "~", "<|endoftext|>", "${oc.env:HOME}", "???", "a,b", '"', "\ufeff"),
     *([], {}, [[]], [{}], [None], {"": None}, ["a", "a"], [0, 0.0]),

@@ -7,7 +7,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from tests.fuzz.harness import Harness, file_of
 from tinygpt import cli, fit, rundir, sample
 from tinygpt.adaptation import edits
+from tinygpt.adaptation.file_policy import ReplayPolicy
 from tinygpt.evaluating.items import read_task
+from tinygpt.measuring.results import against, read_baseline
 
 LINE = 1 << 10  # bytes: the time goes with the length; tests/test_bad_input.py has a long one
 
@@ -51,6 +53,16 @@ def edit(data: bytes) -> None:
     assert len(found.edit_id) == len(found.text_sha256) == 64
 
 
+def replayed(data: bytes) -> None:
+    """Edits that were written before."""
+    ReplayPolicy(str(file_of("edits.jsonl", data)))
+
+
+def baseline(data: bytes) -> None:
+    rows = read_baseline(file_of("benchmark.json", data))
+    against(rows, rows)
+
+
 def task(data: bytes) -> None:
     read_task(file_of("task.jsonl", data))
 
@@ -65,6 +77,8 @@ HARNESSES = [
     Harness("overrides_of_a_sweep", "lines", sweep, largest=LINE),
     Harness("arguments", "lines", arguments, largest=LINE),
     Harness("edit", "json", edit),
+    Harness("edits", "jsonl", replayed),
+    Harness("baseline", "json", baseline),
     Harness("task", "jsonl", task),
     Harness("prompts", "bytes", prompts),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +149,7 @@ def read_baseline(path: Path) -> list[Row]:
     found = rundir.read_json(_file(path))
     names = [f.name for f in dataclasses.fields(Place)]
     try:
-        return [
+        rows = [
             Row(
                 row["what"],
                 row["unit"],
@@ -158,7 +159,14 @@ def read_baseline(path: Path) -> list[Row]:
             )
             for row in found["rows"]
         ]
-    except (KeyError, TypeError, ValueError) as error:
+        for row in rows:
+            if not isinstance(row.what, str) or not isinstance(row.unit, str):
+                raise TypeError(f"what={row.what!r:.40} unit={row.unit!r:.40}")
+            hash(row.identity)
+            if not row.samples or not all(map(math.isfinite, row.samples)):
+                raise ValueError(f"samples={row.samples!r:.40}")
+        return rows
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"baseline={path}: not a benchmark.json ({error!r})") from error
 
 
