@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.conftest import Command
 from tests.fuzz.harness import Harness
@@ -251,6 +253,50 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path: Path, tinygpt: Command) -> No
     for command, argument in (("fit", f"runs={folder}"), ("sample", f"run={run}")):
         done = tinygpt(command, argument)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", shown)
+
+
+def checkpoint(**changes: Any) -> dict[str, Any]:
+    """What is no checkpoint of the minute run, though torch reads it."""
+    path = RUN / "checkpoints" / "final.ckpt"
+    found: dict[str, Any] = torch.load(path, weights_only=True)
+    return {**found, **changes}
+
+
+def weights_as(kind: torch.dtype) -> dict[str, Any]:
+    return {name: value.to(kind) for name, value in checkpoint()["state_dict"].items()}
+
+
+CHECKPOINTS: dict[str, Callable[[], Any]] = {
+    "whole numbers": lambda: checkpoint(state_dict=weights_as(torch.int64)),
+    "complex numbers": lambda: checkpoint(state_dict=weights_as(torch.complex64)),
+    "eighths of a number": lambda: checkpoint(state_dict=weights_as(torch.float8_e4m3fn)),
+    "no numbers": lambda: checkpoint(state_dict=dict.fromkeys(checkpoint()["state_dict"], "x")),
+    "no names": lambda: checkpoint(state_dict={5: torch.zeros(1)}),
+    "a list": lambda: checkpoint(state_dict=[1]),
+    "steps before the first": lambda: checkpoint(global_step=-5),
+    "steps without end": lambda: checkpoint(global_step=10**400),
+    "a tensor": lambda: torch.zeros(3),
+}
+
+
+@pytest.mark.parametrize("content", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_of_strange_values(content: Callable[[], Any], tmp_path: Path) -> None:
+    run = copied(tmp_path)
+    path = run / "checkpoints" / "final.ckpt"
+    torch.save(content(), path)
+    assert refused(lambda: load_run(run)) == f"{path}: this checkpoint is damaged"
+
+
+def test_a_checkpoint_that_swells(tmp_path: Path) -> None:
+    """A kilobyte can be a terabyte once it is unpacked."""
+    run = copied(tmp_path)
+    path = run / "checkpoints" / "final.ckpt"
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            file.writestr(name, data)
+    assert refused(lambda: load_run(run)) == f"{path}: this checkpoint is damaged"
 
 
 # --- tables for the fit
