@@ -28,7 +28,8 @@ from tinygpt import cli, rundir
 from tinygpt.adaptation.file_policy import ReplayPolicy
 from tinygpt.config import ConfigError, CustomData
 from tinygpt.data.corpora import open_corpus, split_documents
-from tinygpt.scaling.runs import comparable, load_runs
+from tinygpt.data.huggingface import read_tokenizer
+from tinygpt.scaling.runs import comparable, load_runs, read_table
 from tinygpt.trained import load_run
 
 NAMED: dict[str, Harness] = {harness.name: harness for harness in HARNESSES}
@@ -188,7 +189,7 @@ def test_a_gigantic_line_is_read_in_pieces(tmp_path: Path, piece: str) -> None:
         ("run_environment", "packages"),
         ("shards_index", "x"),
         ("tokenizer_own", "x"),
-        ("tokenizer_foreign", "x"),
+        ("tokenizer_foreign", "normalizer"),
         ("tokenizer_settings", "eos_token"),
         ("model_config", "rope_scaling"),
         ("model_index", "weight_map"),
@@ -321,6 +322,29 @@ def test_a_table_of_strange_columns(columns: dict[str, Any], line: str, tmp_path
     said = refused(lambda: points(*read(".parquet", path.read_bytes())))
     assert line in said
     assert "\n" not in said
+
+
+def test_text_of_a_table_that_is_none(tmp_path: Path) -> None:
+    """Arrow hands it over unread; whoever looks at it first would fail."""
+    path = tmp_path / "a.parquet"
+    offsets, data = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")
+    name = pa.Array.from_buffers(pa.string(), 3, [None, offsets, data])
+    pq.write_table(pa.table({**ROWS, "name": name}), path)
+    assert refused(lambda: read_table(path)).startswith(f"table={path}: cannot be read (")
+
+
+def test_a_tokenizer_that_swells(tmp_path: Path) -> None:
+    seed = NAMED["tokenizer_foreign"].seed_folder() / "wordlevel"
+    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 10}
+    steps = {"type": "Sequence", "normalizers": [step] * 9}
+    written(
+        tmp_path / "tokenizer.json",
+        json.dumps(json.loads(seed.read_bytes()) | {"normalizer": steps}),
+    )
+    written(tmp_path / "tokenizer_config.json", '{"eos_token": "<|endoftext|>"}')
+    assert refused(lambda: read_tokenizer(tmp_path)).endswith(
+        "(makes 1000000000 characters of one)"
+    )
 
 
 def test_hashes_without_folders_are_any_column() -> None:

@@ -86,6 +86,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise ConfigError(f"table={path}: must be a .csv or a .parquet file")
     try:
         found = pd.read_parquet(path) if kind == ".parquet" else pd.read_csv(path)
+        words = {name: list(found[name]) for name in found if found[name].dtype.kind == "O"}
     except Exception as error:  # whatever broken bytes lead the libraries to
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__)
         reason = reason.splitlines()[0]
@@ -98,9 +99,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise ConfigError(
             f"table={path}: has {len(found.columns)} columns; at most {MOST_COLUMNS} are read"
         )
-    for name in [name for name in found if found[name].dtype.kind == "O"]:
-        nested = found[name].map(lambda value: isinstance(value, list | dict | np.ndarray))
-        if nested.any():
+    for name, values in words.items():
+        if any(isinstance(value, list | dict | np.ndarray) for value in values):
             raise ConfigError(f"table={path}: {name} holds lists or tables, no numbers or texts")
     return found
 
