@@ -25,6 +25,7 @@ from tests.fuzz.harness import Harness
 from tests.fuzz.tables import points, read
 from tests.test_fuzz import HARNESSES
 from tinygpt import cli, rundir
+from tinygpt.adaptation import prompted
 from tinygpt.adaptation.file_policy import ReplayPolicy
 from tinygpt.config import ConfigError, CustomData
 from tinygpt.data.corpora import open_corpus, split_documents
@@ -383,6 +384,13 @@ def test_what_a_file_says_moves_no_cursor(tmp_path: Path, tinygpt: Command) -> N
     done = tinygpt("fit", f"table={path}", *columns)
     assert done.returncode == 2
     assert done.stderr == "error: tokens=\\x1b[2J\\x07: row 0: must be a number\n"
+
+
+@pytest.mark.parametrize("value", ["many", [1], -1, 1e9])
+def test_a_policy_of_no_length(value: Any, tmp_path: Path) -> None:
+    written(tmp_path / "config.json", json.dumps({"n_positions": value}))
+    line = refused(lambda: prompted._context(str(tmp_path)))
+    assert line.startswith(f"policy.path={tmp_path}: max_position_embeddings={value!r}: must be a ")
 
 
 def test_edits_nested_too_deeply(tmp_path: Path) -> None:
