@@ -348,6 +348,24 @@ def test_a_tokenizer_that_swells(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("params > 10**10**10", "**"),
+        ("params > 9**99999999", "**"),
+        ("params > (10**999)**999", ")**"),
+        ("name.str.pad(2000000000) == 'a'", ".pad("),
+        ("name.str.repeat(2000000000) == 'a'", ".repeat("),
+    ],
+)
+def test_a_condition_without_end(where: str, what: str) -> None:
+    table = pd.DataFrame({**ROWS, "name": ["a", "b", "c"]})
+    said = refused(lambda: comparable(table, "loss", where))
+    assert said == f"where={where}: {what} has no place in it"
+    for powers in ("params >= 10**6", "(tokens / params)**2 > 1", "params < 2 ** 40.5"):
+        assert len(comparable(table, "loss", powers)[0]) == 3
+
+
 def test_hashes_without_folders_are_any_column() -> None:
     table = pd.DataFrame({**ROWS, "config_hash": ["a", "a", "b"]})
     used, _ = comparable(table, "loss")

@@ -144,8 +144,11 @@ def comparable(
 
 # In a condition nothing is called but what looks at a column; strings and names are set aside.
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
-_LOOKS = re.compile(r"\.(str\.[a-z]+|isin|isna|notna|between)\(")
-_CALLS = re.compile(r"@|__|\\|\.\s*\w+\s*\(")
+_STR = "contains|startswith|endswith|match|fullmatch|lower|upper|strip|len"
+_LOOKS = re.compile(rf"\.(str\.({_STR})|isin|isna|notna|between)\(")
+# Nor is there a power of a power, or one of thousands: it would have no end.
+_POWERS = r"\*\*(?!\s*[-+]?[0-9]{1,3}(\.[0-9]+)?(?![0-9.]|\s*\*\*))|\)\s*\*\*(?!\s*[0-9](?![0-9]))"
+_CALLS = re.compile(rf"@|__|\\|\.\s*\w+\s*\(|{_POWERS}")
 
 
 def _meets(table: pd.DataFrame, where: str) -> pd.Series:
