@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +162,8 @@ def read_baseline(path: Path) -> list[Row]:
             if not isinstance(row.what, str) or not isinstance(row.unit, str):
                 raise TypeError(f"what={row.what!r:.40} unit={row.unit!r:.40}")
             hash(row.identity)
-            if not row.samples or not all(map(math.isfinite, row.samples)):
+            measured = all(value == 0 or 1e-100 < value < 1e100 for value in row.samples)
+            if not row.samples or not measured:
                 raise ValueError(f"samples={row.samples!r:.40}")
         return rows
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -175,11 +175,14 @@ def _file(path: Path) -> Path:
 
 
 def against(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[Row, tuple[float, float, float]]:
-    """Of the rows that are in both: how many times as good as before, with its 95 % interval."""
+    """Of the rows that are in both: how many times as good as before, with its 95 % interval.
+
+    Without those of which one measured nothing: a process that took no more memory.
+    """
     before = {row.identity: row for row in baseline}
     found = {}
     for row in rows:
-        if row.identity in before:
+        if row.identity in before and all([*row.samples, *before[row.identity].samples]):
             old = before[row.identity].samples
             better = (row.samples, old) if is_rate(row) else (old, row.samples)
             found[row] = ratio_interval(*better)
