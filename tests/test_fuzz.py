@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import pytest
 
+from tests.fuzz import rounds
 from tests.fuzz.__main__ import harnesses
 from tests.fuzz.harness import Harness
 from tests.fuzz.mutations import KINDS, mutated
@@ -36,6 +38,15 @@ def test_damage_is_answered_in_a_line(harness: Harness) -> None:
 @pytest.mark.parametrize("harness", HARNESSES, ids=lambda harness: harness.name)
 def test_much_damage_is_answered_in_a_line(harness: Harness) -> None:
     short_round(harness, 1000)
+
+
+def test_rounds_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quiet is what came behind the last finding."""
+    monkeypatch.setattr(rounds, "ROUNDS", tmp_path / "rounds.csv")
+    for name, findings, quiet in (("a", 0, 60), ("b", 0, 60), ("a", 2, 15), ("a", 0, 60)):
+        rounds.record(rounds.Round(name, "now", 60, 1000, 3, findings, quiet, 0.5, 600))
+    assert rounds.total("a") == (3000, 3.0, 1.25, 9, 2)
+    assert rounds.total("none") == (0, 0.0, 0.0, 0, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -38,6 +38,7 @@ S = TypeVar("S", bound=Settings)
 P = ParamSpec("P")
 
 CONF_DIR = explaining.CONF_DIR
+LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
 
 
 @functools.cache
@@ -248,6 +249,8 @@ def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]
         raise ConfigError(explaining.explain(error, overrides, command)) from error
     except OSError as error:  # a choice is sought as a file
         raise ConfigError(f"{max(overrides, key=len):.60}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{max(overrides, key=len):.60}: nested too deeply") from error
 
 
 def _check_words(overrides: Sequence[str]) -> None:
@@ -256,6 +259,8 @@ def _check_words(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{item}: a key cannot be removed, only set")
         if not re.match(r"\+{0,2}[A-Za-z_][\w./@:-]*=", item):
             raise ConfigError(f"'{item}': must be key=value")
+        if len(item) > LONGEST or re.search("[0-9]{1000}", item):
+            raise ConfigError(f"{item:.60}...: longer than any value ({len(item)} characters)")
 
 
 def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
@@ -353,7 +358,8 @@ def _leave(error: Exception, code: int) -> NoReturn:
     line = str(error)
     if isinstance(error, OSError) and error.strerror:
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print("error: " + " ".join(line.split()), file=sys.stderr)
+    shown = (c if c.isprintable() else repr(c)[1:-1] for c in " ".join(line.split()))
+    print("error: " + "".join(shown), file=sys.stderr)  # what a file says moves no cursor
     raise SystemExit(code)
 
 

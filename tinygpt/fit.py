@@ -155,19 +155,21 @@ def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
 
 
 def _in_numbers(table: pd.DataFrame, arguments: Arguments) -> pd.DataFrame:
-    """The named columns as numbers, thousands separated or not.  Raises ConfigError."""
+    """The named columns and the rates as numbers, thousands separated or not.  Raises
+    ConfigError."""
     import pandas as pd
 
     named = dataclasses.asdict(arguments.columns)
     wanted = [named[name] for name in ("n", "d", "u", "t", "c")]
-    for column in [*wanted, named["loss"] or arguments.loss]:
+    for column in [*wanted, named["loss"] or arguments.loss, "learning_rate"]:
         if column not in table or pd.api.types.is_numeric_dtype(table[column]):
             continue
         found = pd.to_numeric(table[column].astype(str).str.replace(",", ""), errors="coerce")
         bad = found.isna() & table[column].notna()
         if bad.any():
             row = table.index[bad][0]
-            raise ConfigError(f"{column}={table[column][row]}: row {row}: must be a number")
+            value = f"{table[column][row]!s:.40}"
+            raise ConfigError(f"{column}={value}: row {row}: must be a number")
         table = table.assign(**{column: found})
     return table
 

@@ -38,6 +38,7 @@ from tinygpt.config import (
 from tinygpt.counting import resolved_d_ff
 
 SCHEMA_VERSION = 1
+DEEPEST = 100  # levels of a file of YAML
 # Read by the C library, if it is there: ten times faster.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # What does not change the result of a run, and so is neither in its hash nor in its name.
@@ -194,12 +195,20 @@ def to_json(values: Any) -> str:
     return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file.  Raises ConfigError, naming the file, where there is none."""
+def read_json(path: Path, **needed: type) -> dict[str, Any]:
+    """The object in a file, which has ``needed``, values of these types.
+
+    Raises ConfigError, naming the file, where there is none, and the first value that is not so.
+    """
     try:
-        return parse_object(path.read_text(encoding="utf-8"))
+        values = parse_object(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
+    for name, kind in needed.items():
+        if type(values.get(name)) is not kind:
+            wanted = {str: "a text", int: "a whole number", list: "a list"}[kind]
+            raise ConfigError(f"{path}: {name}={values.get(name)!r:.40}: must be {wanted}")
+    return values
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -312,6 +321,7 @@ def folder_of(config: Settings, named: Sequence[str], config_hash: str) -> Path:
 def open_run(path: str | Path) -> RunDir:
     """The folder of a run that has begun.  Raises ConfigError, one line, for any other place."""
     run = RunDir(Path(path).expanduser())
+    check_name(run.path)
     if run.config.exists() and not is_adaptation(run.path):
         return run
     inside = find_runs(run.path)
@@ -355,7 +365,18 @@ def _but(adaptations: Sequence[Path], folder: Path) -> str:
 
 
 def _begun(folder: Path) -> list[Path]:
-    return sorted((path.parent for path in folder.rglob("environment.json")), key=_natural)
+    found = [path.parent for path in folder.rglob("environment.json")]
+    for path in found:
+        check_name(path)
+    return sorted(found, key=_natural)
+
+
+def check_name(path: Path) -> None:
+    """Raises ConfigError for a name that no table can hold and that not every library opens."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{path}: its name is not UTF-8; rename it") from error
 
 
 def _natural(path: Path) -> list[tuple[str, int]]:
@@ -375,7 +396,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a readable YAML file ({_one_line(error)})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a table of YAML")
+    if _nested(values, 0):
+        raise ConfigError(f"{path}: not a readable YAML file (nested too deeply)")
     return values
+
+
+def _nested(value: Any, depth: int) -> bool:
+    """Deeper than any configuration: the reader of YAML goes on where calls in Python would end."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > DEEPEST or any(_nested(one, depth + 1) for one in inner)
 
 
 def _one_line(error: Exception) -> str:

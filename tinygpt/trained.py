@@ -24,6 +24,7 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.huggingface import from_hugging_face, read_weights
 from tinygpt.model.lora import merged
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WEIGHTS = "model."  # what the names of the model's own have before them in a checkpoint
 
 
@@ -107,7 +108,8 @@ def load_run(
     device, run = usable_device(device), rundir.open_run(path)
     config = rundir.read_config(run.config)
     tokenizer = load_tokenizer(run.tokenizer)
-    results = rundir.read_json(run.results) if run.results.exists() else None
+    wanted = {"tokenizer_fingerprint": str, "status": str, "total_steps": int}
+    results = rundir.read_json(run.results, **wanted) if run.results.exists() else None
     if results and results["tokenizer_fingerprint"] != tokenizer.fingerprint():
         raise ConfigError(f"{run.tokenizer}: not the tokenizer that the run was trained with")
     chosen = run.chosen(checkpoint)
@@ -131,9 +133,12 @@ def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor]
         check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights = {k.removeprefix(WEIGHTS): v for k, v in content["state_dict"].items()}
+        step = int(content["global_step"])
+        if not all(v.dtype in FLOATS for v in weights.values()) or not 0 <= step < 2**63:
+            raise ValueError("not what a run writes")
         if config.optim.lora.rank is not None:
             weights = merged(weights, config.optim.lora)
-        return weights, int(content["global_step"])
+        return weights, step
     except Exception as error:  # torch raises whatever the broken bytes lead it to
         raise ConfigError(f"{path}: this checkpoint is damaged") from error
 
@@ -142,9 +147,11 @@ def check_sums(path: Path) -> None:
     """Raises ValueError or BadZipFile where a checkpoint is not as it was written.
 
     It is a zip file with a checksum of every tensor, which torch writes and does not read.
+    Nothing in it is compressed: what is could be of any size.
     """
     with zipfile.ZipFile(path) as file:
-        if file.testzip() is not None:
+        compressed = any(one.compress_type != zipfile.ZIP_STORED for one in file.infolist())
+        if compressed or file.testzip() is not None:
             raise ValueError(f"{path}: a checksum does not fit")
 
 

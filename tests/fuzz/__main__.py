@@ -2,9 +2,10 @@
 
 python -m tests.fuzz [HARNESS|all] [SECONDS]
 
-With `atheris` (pip install -e '.[fuzz]') what covers new lines of the reader is kept and changed
-further; without it valid inputs are changed at random.  Each finding is told once, by its place;
-the input lies in outputs/fuzz/<harness>/ and belongs into tests/fuzz/seeds/<harness>/ once mended.
+With `atheris` (pip install -e '.[fuzz]') what covers new lines of the reader is kept, in
+outputs/fuzz/<harness>/corpus, and changed further, in the next round too; without it valid inputs
+are changed at random.  Each finding is told once, by its place; the input lies in
+outputs/fuzz/<harness>/ and belongs into tests/fuzz/seeds/<harness>/ once mended.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
+from datetime import UTC, datetime
 from random import Random
 from typing import Any, NoReturn
 
-from tests.fuzz import mutations
+from tests.fuzz import mutations, rounds
 
 try:
     import atheris
@@ -31,7 +32,6 @@ except ImportError:
     atheris = None
 
 LONGEST = 20  # seconds for one input
-LARGEST = 1 << 15  # bytes
 MEMORY = 12 << 30
 
 
@@ -41,14 +41,19 @@ class Round:
     def __init__(self, harness: Any, seconds: float) -> None:
         self.harness, self.seconds = harness, seconds
         self.executions = self.refused = 0
+        self.slowest = 0.0
         self.places: set[str] = set()
-        self.began = time.monotonic()
-        self.folder = Path("outputs", "fuzz", harness.name)
+        self.folder = rounds.OUTPUT / harness.name
+        self.corpus = self.folder / "corpus"
+        self.corpus.mkdir(parents=True, exist_ok=True)
+        self.before = set(os.listdir(self.corpus))
+        self.began = self.noisy = time.monotonic()
 
     def __call__(self, data: bytes) -> None:
         from tests.fuzz.harness import Finding
 
         self.executions += 1
+        start = time.monotonic()
         signal.alarm(LONGEST)
         try:
             self.refused += self.harness.refuses(data)
@@ -56,14 +61,18 @@ class Round:
             self.note(str(finding), data)
         finally:
             signal.alarm(0)
-        if time.monotonic() - self.began > self.seconds:
+        now = time.monotonic()
+        if now - start > max(self.slowest, 1.0):
+            (self.folder / "slowest").write_bytes(data)
+        self.slowest = max(self.slowest, now - start)
+        if now - self.began > self.seconds:
             self.end()
 
     def note(self, finding: str, data: bytes) -> None:
         place = finding.partition(": ")[2].partition(": ")[0]
         if place not in self.places:
             self.places.add(place)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.noisy = time.monotonic()
             path = self.folder / hashlib.sha256(data).hexdigest()[:12]
             path.write_bytes(data)
             print(f"finding: {finding}\n  input: {path}", flush=True)
@@ -71,12 +80,29 @@ class Round:
     def end(self) -> NoReturn:
         from tests.fuzz.harness import remove_scratch
 
-        seconds = time.monotonic() - self.began
+        now = time.monotonic()
+        seconds, name = now - self.began, self.harness.name
+        megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        kept = len(set(os.listdir(self.corpus)) - self.before)
         print(
-            f"{self.harness.name}: {self.executions:,} executions in {seconds:.0f} s, "
-            f"{self.refused / self.executions:.0%} refused, {len(self.places)} findings",
-            flush=True,
+            f"{name}: {self.executions:,} executions in {seconds:.0f} s, "
+            f"{self.refused / self.executions:.0%} refused, the slowest {self.slowest:.2f} s, "
+            f"{megabytes:,} MB, {kept} inputs kept, {len(self.places)} findings"
         )
+        rounds.record(
+            rounds.Round(
+                harness=name,
+                when=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(seconds),
+                executions=self.executions,
+                kept=kept,
+                findings=len(self.places),
+                quiet=round(now - self.noisy),
+                slowest=round(self.slowest, 2),
+                megabytes=megabytes,
+            )
+        )
+        print(f"  in all {rounds.total(name)}", flush=True)
         remove_scratch()
         os._exit(bool(self.places))  # libFuzzer has no way out
 
@@ -99,7 +125,7 @@ def fuzz(name: str, seconds: float) -> NoReturn:
         for seed in seeds:
             one(seed)
         while True:
-            one(mutations.mutated(random.choice(seeds), random, harness.kind)[:LARGEST])
+            one(mutations.mutated(random.choice(seeds), random, harness.kind)[: harness.largest])
 
     def change(data: bytes, size: int, seed: int) -> bytes:
         random = Random(seed)
@@ -109,15 +135,10 @@ def fuzz(name: str, seconds: float) -> NoReturn:
             data = random.choice(seeds)
         return mutations.mutated(data, random, harness.kind)[:size]
 
-    one.folder.mkdir(parents=True, exist_ok=True)
-    options = [f"-artifact_prefix={one.folder}/", f"-max_len={LARGEST}", "-rss_limit_mb=0"]
+    options = [f"-artifact_prefix={one.folder}/", f"-max_len={harness.largest}", "-rss_limit_mb=0"]
     options += ["-timeout=60", "-print_final_stats=0", "-verbosity=0", "-len_control=0"]
-    folder = str(Path(__file__).parent / "seeds" / name)
-    from tests.fuzz.harness import scratch
-
-    corpus = scratch() / "corpus"
-    corpus.mkdir()
-    atheris.Setup(["fuzz", *options, str(corpus), folder], one, custom_mutator=change)
+    folders = [str(one.corpus), str(harness.seed_folder())]  # new ones go into the first
+    atheris.Setup(["fuzz", *options, *folders], one, custom_mutator=change)
     atheris.Fuzz()
     raise AssertionError("it never returns")
 

@@ -7,7 +7,6 @@ from functools import partial
 from tests.fuzz.harness import Harness, file_of
 from tinygpt.config import CustomData
 from tinygpt.data.corpora import open_corpus, split_documents
-from tinygpt.data.tokenizers import Bytes
 
 
 def read(suffix: str, data: bytes) -> None:
@@ -15,7 +14,7 @@ def read(suffix: str, data: bytes) -> None:
     corpus = open_corpus(config)
     corpus.fingerprint()
     for _, document in split_documents(corpus, config):
-        assert Bytes().decode(Bytes().encode(document.text)) == document.text
+        document.text.encode()  # any tokenizer can
 
 
 HARNESSES = [

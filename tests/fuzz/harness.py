@@ -24,11 +24,16 @@ class Harness:
 
     name: str
     kind: str  # a key of mutations.KINDS
-    one: Callable[[bytes], None]
+    one: Callable[[bytes], object]
+    seeds_of: str = ""  # another harness, whose seeds are its own
+    largest: int = 1 << 15  # bytes
+
+    def seed_folder(self) -> Path:
+        return SEEDS / (self.seeds_of or self.name)
 
     def seeds(self) -> list[bytes]:
         """Valid inputs, and those that were found to be trouble once."""
-        return [path.read_bytes() for path in sorted((SEEDS / self.name).iterdir())]
+        return [path.read_bytes() for path in sorted(self.seed_folder().iterdir())]
 
     def refuses(self, data: bytes) -> bool:
         """Whether the reader refused ``data``, as it may.  Raises Finding for anything else."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -13,6 +15,7 @@ from tests.fuzz.harness import SEEDS, Harness, scratch
 from tinygpt import checks, cli, pretrained
 from tinygpt.config import Config
 from tinygpt.counting import padded_vocab
+from tinygpt.data.tokenizers import open_tokenizer
 from tinygpt.model.gpt import GPT
 from tinygpt.trained import initial_weights
 
@@ -29,17 +32,28 @@ def composed() -> Config:
     return cli.compose_config([])
 
 
+# Neither the tokenizer, which is another harness's, nor the shape of most inputs varies.
+tokenizer = functools.cache(open_tokenizer)
+SHAPES: dict[str, GPT] = {}
+
+
 def begin(folder: Path) -> None:
     """As a run does: shape and tokenizer, then the weights."""
-    config = copy.deepcopy(composed())
-    config.init_from = str(folder)
-    pretrained.adopt(config, [])
+    config = dataclasses.replace(
+        composed(), init_from=str(folder), model=copy.copy(composed().model)
+    )
+    with mock.patch.object(pretrained, "open_tokenizer", tokenizer):
+        pretrained.adopt(config, [])
     checks.check(config)
     weights = initial_weights(config, 258)
     assert weights is not None
     rows = padded_vocab(258, config.model.pad_vocab_to_multiple)
-    with torch.device("meta"):
-        GPT(config.model, rows).load_state_dict(weights, assign=True)
+    shape = f"{config.model} {rows}"
+    if shape not in SHAPES:
+        SHAPES.clear()
+        with torch.device("meta"):
+            SHAPES[shape] = GPT(config.model, rows)
+    SHAPES[shape].load_state_dict(weights, assign=True)
 
 
 def config(data: bytes) -> None:

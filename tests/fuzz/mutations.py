@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 1, 2, 2**31, 2**63, 10**30, -(2**63), 0.5, -0.0, 1e308, 1e-320),
+    *(None, True, False, 0, -1, 1, 2, 2**31, 2**63, 10**400, -(2**63), 0.5, -0.0, 1e308, 1e-320),
     *(float("nan"), float("inf"), "", " ", "0", "-1", "null", "nan", "\ud800", "\0", "é" * 9),
     *("a\nb", "../../x", "/", "~", "<|endoftext|>", "${oc.env:HOME}", "???", "a,b", '"', "\ufeff"),
     *([], {}, [[]], [{}], [None], {"": None}, ["a", "a"], [0, 0.0]),
@@ -92,7 +92,8 @@ def of_json(data: bytes, random: Random) -> bytes:
 def of_yaml(data: bytes, random: Random) -> bytes:
     try:
         value = yaml.load(data, Loader=yaml.CSafeLoader)
-        return str(yaml.safe_dump(of_tree(value, random))).encode("utf-8", "surrogatepass")
+        text = yaml.dump(of_tree(value, random), Dumper=yaml.CSafeDumper)
+        return str(text).encode("utf-8", "surrogatepass")
     except (yaml.YAMLError, ValueError, RecursionError, TypeError):
         return of_bytes(data, random)
 

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.fuzz.harness import Harness, file_of
 from tinygpt import cli, fit, rundir, sample
 from tinygpt.adaptation import edits
-from tinygpt.config import ConfigError
+from tinygpt.adaptation.file_policy import ReplayPolicy
 from tinygpt.evaluating.items import read_task
+from tinygpt.measuring.results import against, read_baseline
+
+LINE = 1 << 10  # bytes: the time goes with the length; tests/test_bad_input.py has a long one
 
 
 def lines(data: bytes) -> list[str]:
     """A word a line, as the system hands bytes of a command line to Python; no NUL comes there."""
     text = data.replace(b"\0", b"").decode("utf-8", "surrogateescape")
     return [line for line in text.split("\n") if line]
+
+
+def override_words(data: bytes) -> None:
+    """By themselves: composing what they ask for takes a hundred times as long."""
+    words = lines(data)
+    with cli.in_one_line(words, cli.RUN):
+        [cli._is_plain_value(item) for item in OverridesParser.create().parse_overrides(words)]
+        cli.sweep_name(cli.RUN, words)
+    rundir.run_name(words, "0" * 64)
 
 
 def overrides(data: bytes) -> None:
@@ -31,15 +43,24 @@ def sweep(data: bytes) -> None:
 
 def arguments(data: bytes) -> None:
     words = [word for word in lines(data) if word not in ("-h", "--help")]
-    for kind in (fit.Arguments, sample.Arguments):
-        with contextlib.suppress(ConfigError):
-            cli.read_arguments(kind, words, "")
+    kind = (fit.Arguments, sample.Arguments)[len(words) % 2]  # one at a time: twice as many inputs
+    cli.read_arguments(kind, words, "")
 
 
 def edit(data: bytes) -> None:
     found = edits.parse(data.decode("utf-8", "surrogateescape"))
     assert edits.parse(found.to_json()) == found
     assert len(found.edit_id) == len(found.text_sha256) == 64
+
+
+def replayed(data: bytes) -> None:
+    """Edits that were written before."""
+    ReplayPolicy(str(file_of("edits.jsonl", data)))
+
+
+def baseline(data: bytes) -> None:
+    rows = read_baseline(file_of("benchmark.json", data))
+    against(rows, rows)
 
 
 def task(data: bytes) -> None:
@@ -51,10 +72,13 @@ def prompts(data: bytes) -> None:
 
 
 HARNESSES = [
-    Harness("overrides", "lines", overrides),
-    Harness("overrides_of_a_sweep", "lines", sweep),
-    Harness("arguments", "lines", arguments),
+    Harness("override_words", "lines", override_words, seeds_of="overrides", largest=LINE),
+    Harness("overrides", "lines", overrides, largest=LINE),
+    Harness("overrides_of_a_sweep", "lines", sweep, largest=LINE),
+    Harness("arguments", "lines", arguments, largest=LINE),
     Harness("edit", "json", edit),
+    Harness("edits", "jsonl", replayed),
+    Harness("baseline", "json", baseline),
     Harness("task", "jsonl", task),
     Harness("prompts", "bytes", prompts),
 ]

@@ -88,6 +88,8 @@ def _is(kind: str, value: Any) -> bool:
     if kind == "list[str]":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     types: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    if isinstance(value, int) and abs(value) >= 2**63:  # no float either
+        return False
     return isinstance(value, types[kind]) and not isinstance(value, bool)
 
 

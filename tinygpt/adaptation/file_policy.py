@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import SelfEdit, read
 from tinygpt.adaptation.policies import Policy, Proposal
 from tinygpt.config import ConfigError, RunError
+from tinygpt.rundir import parse_json
 
 COSTS = ("prompt_tokens", "tokens")
 
@@ -88,7 +88,7 @@ class ReplayPolicy:
 def _read(line: bytes) -> tuple[str, Proposal]:
     """Whose edit it is, and the edit."""
     try:
-        values = json.loads(line)
+        values = parse_json(line.decode())
     except ValueError as error:
         raise ConfigError(f"not JSON ({error})") from error
     if not isinstance(values, dict) or "edit" not in values:

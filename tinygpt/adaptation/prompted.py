@@ -129,7 +129,12 @@ def read_config(path: str) -> dict[str, Any]:
 def _context(path: str) -> int:
     """The most tokens that the model reads at once; without a limit in its file there is none."""
     values = read_config(path)
-    return int(values.get("max_position_embeddings") or values.get("n_positions") or sys.maxsize)
+    found = values.get("max_position_embeddings") or values.get("n_positions") or sys.maxsize
+    if type(found) is not int or found < 1:
+        raise ConfigError(
+            f"policy.path={path}: max_position_embeddings={found!r:.40}: must be a whole number"
+        )
+    return found
 
 
 def first_line(error: Exception) -> str:

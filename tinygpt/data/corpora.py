@@ -26,6 +26,7 @@ END_OF_TEXT = "<|endoftext|>"
 SECTION = 2000  # characters: about the length of a document cut from a long text
 BINARY = (".parquet", ".arrow", ".gz", ".zst")
 CHUNK = 1 << 20  # bytes read at a time
+HEAD_CELLS = 1 << 17  # of rows that are looked at to choose the text column
 ROWS = (".jsonl", ".csv", ".parquet")
 TEXT_SUFFIXES = (".txt", *ROWS)
 
@@ -198,8 +199,9 @@ def _found(key: str, value: str, path: Path) -> list[Path]:
             raise ConfigError(f"{key}={value}: no {', '.join(TEXT_SUFFIXES)} file in this folder")
         return files
     there = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
-    found = sorted(there)
-    files = [p for p in found if p.is_file()]
+    found = sorted(there, key=lambda p: (len(p.parts), p), reverse=True)
+    # each once, by its shortest path: ** walks round a loop of links
+    files = sorted({p.resolve(): p for p in found if p.is_file()}.values())
     if not files:
         raise ConfigError(f"{key}={value}: {'not a file' if found else 'no such file or folder'}")
     return files
@@ -306,8 +308,12 @@ def _section_end(buffer: str, start: int) -> int:
 
 
 def text_of_rows(rows: Iterator[dict[str, Any]], column: str, where: str) -> Iterator[str]:
-    """The text column of each row; ``auto`` looks at the first hundred."""
-    head = list(itertools.islice(rows, 100))
+    """The text column of each row; ``auto`` looks at the first hundred, at fewer wide ones."""
+    head: list[dict[str, Any]] = []
+    for row in rows:
+        head.append(row)
+        if len(head) == 100 or len(head) * len(row) > HEAD_CELLS:
+            break
     if not head:
         return
     name = choose_column(head, column, where)
@@ -327,9 +333,10 @@ def choose_column(rows: list[dict[str, Any]], column: str, where: str) -> str:
                 lengths[name] = lengths.get(name, 0) + len(value)
     if column != "auto":
         if not any(column in row for row in rows):
-            names = ", ".join(dict.fromkeys(name for row in rows for name in row))
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            shown = ", ".join(names[:12]) + ", ..." * (len(names) > 12)
             raise ConfigError(
-                f"data.text_column={column}: {where} has no such column; it has {names}"
+                f"data.text_column={column}: {where} has no such column; it has {shown}"
             )
         return column
     if not lengths:
@@ -361,8 +368,12 @@ def _csv_rows(path: Path, read: dict[Path, int]) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)
     lines = (line + "\n" for line in _split_stream(_text_chunks(path, read), "\n"))
     try:
-        for row in csv.DictReader(lines, strict=True):
-            yield {str(name): value for name, value in row.items() if name is not None}
+        rows = csv.DictReader(lines, strict=True)
+        for row in rows:
+            if any(row.pop(None, ())):
+                # a text with a comma, unquoted: its end is not dropped unheard
+                raise csv.Error(f"line {rows.line_num} has more values than columns")
+            yield dict(row)
     except csv.Error as error:
         raise ConfigError(f"data.path={path}: not readable as CSV ({error})") from error
 
@@ -377,7 +388,7 @@ def _parquet_rows(path: Path, read: dict[Path, int]) -> Iterator[dict[str, Any]]
             rows += len(batch)
             read[path] = path.stat().st_size * rows // file.metadata.num_rows
             yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise ConfigError(f"data.path={path}: not readable as parquet ({error})") from error
 
 

@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import itertools
 import json
+import math
 import re
 import threading
 from abc import ABC, abstractmethod
@@ -336,7 +337,8 @@ def _bpe_from_hugging_face(text: str, content: dict[str, Any]) -> Bpe:
 
 def library_tokenizer(text: str) -> HuggingFaceTokenizer:
     """The content of a tokenizer.json as a `tokenizers` object.  Raises ValueError."""
-    model = parse_json(text)["model"]
+    content = parse_json(text)
+    model = content["model"]
     vocab = model.get("vocab", ())
     largest = max(vocab.values(), default=0) if isinstance(vocab, dict) else 0
     if largest > 2 * len(vocab) + 1000:  # the library counts up to it
@@ -344,7 +346,18 @@ def library_tokenizer(text: str) -> HuggingFaceTokenizer:
     if model.get("dropout"):
         raise ValueError(f"dropout={model['dropout']}: the same text must have the same ids")
     with library_errors():
-        return HuggingFaceTokenizer.from_str(text)
+        made = HuggingFaceTokenizer.from_str(text)
+    growth = _growth([content.get("normalizer"), content.get("decoder")])
+    if growth > 1000:  # or a short text would fill the memory
+        raise ValueError(f"makes {growth} characters of one")
+    return made
+
+
+def _growth(steps: Any) -> int:
+    """How many times as long a text may become by what is replaced, one step after another."""
+    inner = steps.values() if isinstance(steps, dict) else steps if isinstance(steps, list) else ()
+    own = steps.get("content") if isinstance(steps, dict) else None
+    return math.prod(map(_growth, inner)) * max(1, len(own) if isinstance(own, str) else 1)
 
 
 @contextlib.contextmanager

@@ -55,6 +55,8 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
     """
     begun = rundir.read_json(run.environment)
     of_cpu = begun.get("device") == "cpu"
+    if of_cpu:
+        begun = rundir.read_json(run.environment, threads=int)
     threads = min(begun["threads"], os.cpu_count() or 1) if of_cpu else None
     matmul = begun.get("matmul", "auto") if of_cpu else "auto"
     if matmul == "onednn" and not linear.onednn_is_there():

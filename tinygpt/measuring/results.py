@@ -148,7 +148,7 @@ def read_baseline(path: Path) -> list[Row]:
     found = rundir.read_json(_file(path))
     names = [f.name for f in dataclasses.fields(Place)]
     try:
-        return [
+        rows = [
             Row(
                 row["what"],
                 row["unit"],
@@ -158,7 +158,15 @@ def read_baseline(path: Path) -> list[Row]:
             )
             for row in found["rows"]
         ]
-    except (KeyError, TypeError, ValueError) as error:
+        for row in rows:
+            if not isinstance(row.what, str) or not isinstance(row.unit, str):
+                raise TypeError(f"what={row.what!r:.40} unit={row.unit!r:.40}")
+            hash(row.identity)
+            measured = all(value == 0 or 1e-100 < value < 1e100 for value in row.samples)
+            if not row.samples or not measured:
+                raise ValueError(f"samples={row.samples!r:.40}")
+        return rows
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"baseline={path}: not a benchmark.json ({error!r})") from error
 
 
@@ -167,11 +175,14 @@ def _file(path: Path) -> Path:
 
 
 def against(rows: Sequence[Row], baseline: Sequence[Row]) -> dict[Row, tuple[float, float, float]]:
-    """Of the rows that are in both: how many times as good as before, with its 95 % interval."""
+    """Of the rows that are in both: how many times as good as before, with its 95 % interval.
+
+    Without those of which one measured nothing: a process that took no more memory.
+    """
     before = {row.identity: row for row in baseline}
     found = {}
     for row in rows:
-        if row.identity in before:
+        if row.identity in before and all([*row.samples, *before[row.identity].samples]):
             old = before[row.identity].samples
             better = (row.samples, old) if is_rate(row) else (old, row.samples)
             found[row] = ratio_interval(*better)

@@ -215,7 +215,8 @@ class _Reader:
     def positive(self, key: str, default: float) -> float:
         value = self._get(key, default)
         self.require(
-            type(value) in (int, float) and value > 0, f"{key}={value}: must be a number above 0"
+            type(value) in (int, float) and 0 < value < 1e300,
+            f"{key}={value!s:.40}: must be a number above 0",
         )
         return float(value)
 

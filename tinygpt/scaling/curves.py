@@ -60,7 +60,7 @@ def _column(log: list[dict[str, str]], name: str) -> tuple[Array, Array]:
     pairs = [
         (float(row["tokens"]), float(row[name]))
         for row in log
-        if row.get(name) and float(row["tokens"]) > 0
+        if row.get(name) and row["tokens"] and float(row["tokens"]) > 0
     ]
     both = np.array(pairs, dtype=float).reshape(-1, 2)
     both = both[np.isfinite(both[:, 1]) & (both[:, 1] > 0)]

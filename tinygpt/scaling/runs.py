@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from tinygpt import rundir
@@ -21,6 +21,7 @@ SETTINGS = (
     *("vocab_size", "tokenizer", "dataset", "data_fraction", "train_tokens", "batch_tokens"),
     *("weight_decay", "optimizer", "schedule", "init_from", *RATES),
 )
+MOST_COLUMNS = 10_000  # of a table from elsewhere
 # What results.json has for every run, and a law or a plot computes with or goes by.
 TEXTS = ("status", "config_hash", "tokenizer", "tokenizer_fingerprint", "dataset")
 NUMBERS = (
@@ -85,6 +86,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise ConfigError(f"table={path}: must be a .csv or a .parquet file")
     try:
         found = pd.read_parquet(path) if kind == ".parquet" else pd.read_csv(path)
+        words = {name: list(found[name]) for name in found if found[name].dtype.kind == "O"}
     except Exception as error:  # whatever broken bytes lead the libraries to
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__)
         reason = reason.splitlines()[0]
@@ -93,6 +95,13 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise ConfigError(f"table={path}: has more values in a row than columns in its first line")
     if found.empty:
         raise ConfigError(f"table={path}: has no rows")
+    if len(found.columns) > MOST_COLUMNS:
+        raise ConfigError(
+            f"table={path}: has {len(found.columns)} columns; at most {MOST_COLUMNS} are read"
+        )
+    for name, values in words.items():
+        if any(isinstance(value, list | dict | np.ndarray) for value in values):
+            raise ConfigError(f"table={path}: {name} holds lists or tables, no numbers or texts")
     return found
 
 
@@ -120,7 +129,8 @@ def comparable(
         raise ConfigError(f"none of these {len(table)} runs has a final loss")
     for name in ("tokenizer_fingerprint", "dataset"):
         if name in used and used[name].nunique() > 1 and "bits_per" not in loss:
-            kinds = ", ".join(sorted(map(str, used[name.split("_")[0]].unique())))
+            shown = name.split("_")[0] if name.split("_")[0] in used else name
+            kinds = ", ".join(sorted(map(str, used[shown].unique())))
             raise ConfigError(
                 f"runs: several {name.split('_')[0]}s ({kinds}): nats per token do not compare; "
                 "loss=final_val_bits_per_byte does"
@@ -134,8 +144,11 @@ def comparable(
 
 # In a condition nothing is called but what looks at a column; strings and names are set aside.
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
-_LOOKS = re.compile(r"\.(str\.[a-z]+|isin|isna|notna|between)\(")
-_CALLS = re.compile(r"@|__|\\|\.\s*\w+\s*\(")
+_STR = "contains|startswith|endswith|match|fullmatch|lower|upper|strip|len"
+_LOOKS = re.compile(rf"\.(str\.({_STR})|isin|isna|notna|between)\(")
+# Nor is there a power of a power, or one of thousands: it would have no end.
+_POWERS = r"\*\*(?!\s*[-+]?[0-9]{1,3}(\.[0-9]+)?(?![0-9.]|\s*\*\*))|\)\s*\*\*(?!\s*[0-9](?![0-9]))"
+_CALLS = re.compile(rf"@|__|\\|\.\s*\w+\s*\(|{_POWERS}")
 
 
 def _meets(table: pd.DataFrame, where: str) -> pd.Series:
@@ -162,16 +175,17 @@ def _slower_rates(runs: pd.DataFrame, loss: str) -> pd.Series:
         return reason
     for _, group in runs.groupby(settings, dropna=False):
         mean = group.groupby("learning_rate")[loss].mean()
-        best = mean.idxmin()
-        if len(mean) > 1:
+        if len(mean) > 1:  # none is known of a run from elsewhere
+            best = mean.idxmin()
             others = group.index[group["learning_rate"] != best]
             reason[others] = f"learning_rate {best:g} is better there"
     return reason
 
 
 def _refuse_twice(table: pd.DataFrame) -> None:
-    if "config_hash" in table:
-        twice = table[table["config_hash"].duplicated(keep=False)]
+    if {"config_hash", "folder"} <= set(table):
+        known = table[table["config_hash"].notna()]
+        twice = known[known["config_hash"].duplicated(keep=False)]
         if len(twice):
             one, other = twice[twice["config_hash"] == twice["config_hash"].iloc[0]]["folder"][:2]
             raise ConfigError(f"runs: {one} and {other} are the same run; give it once")
@@ -202,7 +216,7 @@ def read_rows(
         for name in dict.fromkeys(name for config in configs for name in config)
         if name.split(".")[0] not in rundir.NOT_SCIENCE
         and name.rsplit(".", 1)[-1] not in known
-        and len({json.dumps(config.get(name), default=str) for config in configs}) > 1
+        and len({repr(config.get(name)) for config in configs}) > 1
     ]
     last = ("error", "folder")
     return [

@@ -155,7 +155,8 @@ def begin(
     rundir.remove_torn(run.path, run.checkpoints)
     if run.last.exists():
         mend(run)
-        before = {"devices": 1, "strategy": "auto", **rundir.read_json(run.environment)}
+        begun = rundir.read_json(run.environment, precision_resolved=str)
+        before = {"devices": 1, "strategy": "auto", **begun}
         if before["precision_resolved"] != device.precision:
             raise ConfigError(
                 f"train.precision={device.precision}: {run.path} was begun at "

@@ -208,7 +208,7 @@ def _known_run(run: rundir.RunDir, where: Place) -> str | None:
 
     if not run.mlflow.exists():
         return None
-    before = rundir.read_json(run.mlflow)
+    before = rundir.read_json(run.mlflow, tracking_uri=str, run_id=str)
     if before["tracking_uri"] != where.uri:
         return None
     run_id = str(before["run_id"])
