@@ -545,7 +545,8 @@ METRICS = (
 
 
 # As repr writes it.
-_NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,30})?(e[-+]?[0-9]{1,3})?|nan|-?inf")
+_NUMBER = r"(?:-?[0-9]{1,18}(?:\.[0-9]{1,30})?(?:e[-+]?[0-9]{1,3})?|nan|-?inf)?"
+_ROW = re.compile(rf"{_NUMBER}(?:,{_NUMBER})*")
 
 
 class MetricsFile:
@@ -567,16 +568,17 @@ class MetricsFile:
         try:
             with self.path.open(newline="", encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]
-            header, *rows = csv.reader(lines) if lines else [list(METRICS)]
+            header = next(csv.reader(lines), list(METRICS))
         except (ValueError, csv.Error) as error:
             raise ConfigError(f"{self.path}: not the metrics of a run ({error})") from error
         if "step" not in header or len(set(header)) < len(header):
             raise ConfigError(f"{self.path}: not the metrics of a run (other columns)")
-        for number, row in enumerate(rows, start=2):
-            strange = [value for value in row if value and not _NUMBER.fullmatch(value)]
-            if strange:
-                line = f"line {number}: {strange[0]!r:.40} is no number"
-                raise ConfigError(f"{self.path}: {line}")
+        lines = [line.rstrip("\r\n") for line in lines[1:]]
+        for number, line in enumerate(lines, start=2):
+            if not _ROW.fullmatch(line):
+                strange = next(v for v in line.split(",") if not re.fullmatch(_NUMBER, v))
+                raise ConfigError(f"{self.path}: line {number}: {strange!r:.40} is no number")
+        rows = [line.split(",") for line in lines]
         there = [header.index(name) if name in header else len(header) for name in METRICS]
         whole = ([*row, ""] for row in rows if len(row) == len(header))
         return [dict(zip(METRICS, map(row.__getitem__, there), strict=True)) for row in whole]
