@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
+from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, Command
 from tests.fuzz.folders import RUN
 from tests.fuzz.models import GPT2
-from tinygpt import cli
+from tinygpt import cli, rundir
 from tinygpt.config import ConfigError
 from tinygpt.data.huggingface import read_tokenizer
 from tinygpt.data.tokenizers import load_tokenizer
@@ -277,3 +279,20 @@ def test_numpy_reads_no_objects(tmp_path: Path, code: Code) -> None:
     with pytest.raises(ValueError, match="allow_pickle"):
         np.load(tmp_path / "x.npy")
     assert not code.canary.exists()
+
+
+def test_a_run_s_configuration_does_not_read_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "sesame")
+    path = tmp_path / "config.yaml"
+    for prompt in ("${oc.env:SECRET}", "costs ${5}", "\\${oc.env:SECRET}", "\\\\${oc.env:SECRET}"):
+        config = cli.compose_config([])
+        text = OmegaConf.to_yaml(OmegaConf.structured(config))
+        values = yaml.safe_load(text)
+        values["train"]["sample_prompt"] = prompt
+        path.write_text(yaml.safe_dump(values))
+        assert rundir.read_config(path).train.sample_prompt == prompt
+        path.write_text(yaml.safe_dump({**values, "hardware": prompt}))
+        with pytest.raises(ConfigError, match="not the configuration of a run"):
+            rundir.read_config(path)

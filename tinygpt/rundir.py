@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -416,18 +417,29 @@ def read_config(path: Path) -> Config:
 
     Raises ConfigError, naming the file, where it is not one.
     """
-    values = read_yaml(path)
+    values = _literal(read_yaml(path))
     try:
         typed = OmegaConf.structured(Config)
         for group in CHOICES:
             typed[group] = OmegaConf.structured(variant(group, values[group]))
-        typed = OmegaConf.merge(typed, values)
-        config = OmegaConf.to_object(typed)
+        config = OmegaConf.to_object(OmegaConf.merge(typed, values))
+        assert isinstance(config, Config)
+        for name, kind in typing.get_type_hints(Config).items():
+            if dataclasses.is_dataclass(kind) and isinstance(values.get(name), str):
+                raise ValueError(f"{name}={values[name]} is no table")
     except (ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
         reason = _one_line(error)
         raise ConfigError(f"{path}: not the configuration of a run ({reason})") from error
-    assert isinstance(config, Config)
     return config
+
+
+def _literal(value: Any) -> Any:
+    """The same where no text is resolved: one from elsewhere could ask for the environment."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_literal(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _is_strange(path: Path) -> bool:
