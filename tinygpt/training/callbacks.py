@@ -28,7 +28,7 @@ from tinygpt.horizon import Plan
 from tinygpt.training.console import clock, short
 from tinygpt.training.evaluation import Scores
 from tinygpt.training.loggers import Loggers
-from tinygpt.training.module import LanguageModel, Stretch, can_skip
+from tinygpt.training.module import LanguageModel, Stretch
 
 log = logging.getLogger("tinygpt")
 
@@ -185,7 +185,7 @@ class Journal(pl.Callback):
             "learning_rate": module.rate(step - 1),
             "grad_norm": None if module.grad_norm is None else float(module.grad_norm),
             "grad_norm_max": largest,
-            "skipped_steps": state["skipped_steps"] if can_skip(self.config, trainer) else None,
+            "skipped_steps": state["skipped_steps"] if module.skips else None,
             "loss_scale": loss_scale(trainer),
             "tokens_per_second": state["tokens_per_second"],
             "peak_memory_bytes": peak_memory(module.device.type),

@@ -102,7 +102,8 @@ def preparing(console: Console) -> Iterator[Callable[[str, int, int | None], Non
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    seen = console.is_interactive or console.is_jupyter  # elsewhere it leaves an empty line
+    with Progress(*columns, console=console, transient=True, disable=not seen) as bar:
         task = bar.add_task("preparing data", total=None)
 
         def show(what: str, done: int, total: int | None) -> None:

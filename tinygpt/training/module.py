@@ -37,11 +37,6 @@ class Stretch:
         self.skipped += ~finite
 
 
-def can_skip(config: Config, trainer: pl.Trainer) -> bool:
-    """Whether a step with a gradient that is not finite is skipped; at 16-mixed all of them are."""
-    return config.train.skip_nonfinite or trainer.precision == "16-mixed"
-
-
 class LanguageModel(pl.LightningModule):
     """Next-token prediction with a GPT.
 
@@ -55,6 +50,8 @@ class LanguageModel(pl.LightningModule):
         self.model = GPT(config.model, vocab_size)
         self.stretch = Stretch(torch.zeros(()))
         self.grad_norm: Tensor | None = None
+        # whether a step with a gradient that is not finite is left out
+        self.skips = config.train.skip_nonfinite
         self._passes: list[Tensor] = []  # losses of a step that may yet be skipped
 
     def configure_model(self) -> None:
@@ -65,6 +62,9 @@ class LanguageModel(pl.LightningModule):
 
         for part in (*self.model.blocks, self.model):
             fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def on_fit_start(self) -> None:
+        self.skips |= self.trainer.precision == "16-mixed"  # as its loss scale does
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens)
@@ -115,7 +115,7 @@ class LanguageModel(pl.LightningModule):
             foreach=True if self.device.type == "cpu" and self.device_mesh is None else None,
         )
         self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # fsdp
-        if can_skip(self.config, self.trainer):
+        if self.skips:
             self.stretch.see_or_skip(self.grad_norm)
         else:
             self.stretch.see(self.grad_norm)
