@@ -575,8 +575,13 @@ class MetricsFile:
         write_text(self.path, "\n".join(lines) + "\n")
 
     def read(self) -> list[dict[str, str]]:
-        """Whole lines only; one torn by a crash is left out, a column that is not there is empty.
-        Raises ConfigError, naming the file, for what are no metrics."""
+        """The lines, as ``columns``."""
+        columns = self.columns()
+        return [dict(zip(METRICS, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def columns(self) -> dict[str, Sequence[str]]:
+        """Of whole lines only; one torn by a crash is left out, a column that is not there is
+        empty.  Raises ConfigError, naming the file, for what are no metrics."""
         try:
             with self.path.open(newline="", encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]
@@ -591,9 +596,9 @@ class MetricsFile:
                 strange = next(v for v in line.split(",") if not re.fullmatch(_NUMBER, v))
                 raise ConfigError(f"{self.path}: line {number}: {strange!r:.40} is no number")
         rows = [line.split(",") for line in lines]
-        there = [header.index(name) if name in header else len(header) for name in METRICS]
-        whole = ([*row, ""] for row in rows if len(row) == len(header))
-        return [dict(zip(METRICS, map(row.__getitem__, there), strict=True)) for row in whole]
+        whole = [row for row in rows if len(row) == len(header)]
+        there = dict(zip(header, zip(*whole, strict=True), strict=True)) if whole else {}
+        return {name: there.get(name, ("",) * len(whole)) for name in METRICS}
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         values = ["" if row.get(name) is None else repr(row[name]) for name in METRICS]

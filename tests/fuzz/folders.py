@@ -77,8 +77,9 @@ def metrics(data: bytes) -> None:
     run = copied("metrics")
     run.metrics.write_bytes(data)
     file = rundir.MetricsFile(run.metrics)
+    log = curves._read(run.metrics)
     for name in rundir.METRICS:
-        curves._column(file.read(), name)
+        curves._column(log, name)
     file.keep_until(8)
     assert all(int(row["step"]) <= 8 for row in file.read())
 

@@ -78,6 +78,7 @@ class Analysis:
     question: str  # "How does the loss fall with ...?"
     chosen: Candidate  # the law of the report
     runs: pd.DataFrame  # the rows that were fitted
+    curves: pd.DataFrame | None  # of these and others, where they are known
     left_out: pd.DataFrame  # the others, with a column ``reason``
     columns: Columns
     variables: dict[str, str]  # variable of the law -> column
@@ -197,6 +198,7 @@ def analyse(
         _question(words),
         chosen,
         runs,
+        curves,
         left_out,
         columns,
         variables,

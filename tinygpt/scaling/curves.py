@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
@@ -16,7 +17,9 @@ from tinygpt.scaling import drawing
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.laws import Array
 
+Log = dict[str, Array]  # the columns of metrics.csv
 FEW = 5  # fewer measured losses than this make no curve
+MANY = 200  # more curves than this are one image
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,7 @@ def read(analysis: Analysis) -> tuple[list[Curve], str]:
     column = analysis.columns.run
     if not column or column not in analysis.runs or analysis.columns.d not in analysis.runs:
         return [], ""
-    paths = [rundir.RunDir(Path(str(one))).metrics for one in analysis.runs[column]]
-    logs = {row: _read(path) for row, path in enumerate(paths) if path.is_file()}
+    logs = _logs([str(one) for one in analysis.runs[column]], analysis.curves)
     measured = analysis.fit.loss.removeprefix("final_")
     few = any(len(_column(log, measured)[1]) < FEW for log in logs.values())
     name = "train_loss" if few and measured == "val_loss" else measured
@@ -48,23 +50,35 @@ def read(analysis: Analysis) -> tuple[list[Curve], str]:
     return found, name
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def _logs(folders: list[str], curves: pd.DataFrame | None) -> dict[int, Log]:
+    """The metrics of the runs, by row; those of a table are looked for in their folders."""
+    if curves is not None and len(curves):
+        columns = {name: curves[name].to_numpy(dtype=float) for name in rundir.METRICS}
+        lines = curves.groupby("folder").indices
+        return {
+            row: {name: column[lines[folder]] for name, column in columns.items()}
+            for row, folder in enumerate(folders)
+            if folder in lines
+        }
+    found = {row: _read(rundir.RunDir(Path(name)).metrics) for row, name in enumerate(folders)}
+    return {row: log for row, log in found.items() if log}
+
+
+def _read(path: Path) -> Log:
     try:
-        return rundir.MetricsFile(path).read()
+        log = rundir.MetricsFile(path).columns() if path.is_file() else {}
     except (OSError, ConfigError):  # a curve less
-        return []
+        return {}
+    return {name: np.array([float(v or "nan") for v in values]) for name, values in log.items()}
 
 
-def _column(log: list[dict[str, str]], name: str) -> tuple[Array, Array]:
+def _column(log: Log, name: str) -> tuple[Array, Array]:
     """Tokens and values where it was measured, but not before the first step."""
-    pairs = [
-        (float(row["tokens"]), float(row[name]))
-        for row in log
-        if row.get(name) and row["tokens"] and float(row["tokens"]) > 0
-    ]
-    both = np.array(pairs, dtype=float).reshape(-1, 2)
-    both = both[np.isfinite(both[:, 1]) & (both[:, 1] > 0)]
-    return both[:, 0], both[:, 1]
+    if name not in log:
+        return np.array([]), np.array([])
+    tokens, values = log["tokens"], log[name]
+    there = (tokens > 0) & np.isfinite(values) & (values > 0)
+    return tokens[there], values[there]
 
 
 def envelope(curves: list[Curve]) -> tuple[Array, Array]:
@@ -96,7 +110,9 @@ def draw(analysis: Analysis) -> Figure | None:
         colours = drawing.viridis(norm)(sizes[[curve.row for curve in curves]])
     for axes, of in ((left, "tokens"), (right, "flops")):
         lines = [np.column_stack([getattr(curve, of), curve.loss]) for curve in curves]
-        axes.add_collection(LineCollection(lines, colors=colours, linewidths=0.8, alpha=0.8))
+        many = LineCollection(lines, colors=colours, linewidths=0.8, alpha=0.8)
+        many.set_rasterized(len(lines) > MANY)  # else the SVG takes megabytes
+        axes.add_collection(many)
         axes.autoscale()
     right.plot(*envelope(curves), color=drawing.BLACK, linestyle=(0, (4, 2)), label="least of all")
     word = drawing.loss_label(analysis)

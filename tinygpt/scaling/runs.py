@@ -58,12 +58,12 @@ def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     runs = runs[runs["flops_exact"].notna()].set_index("folder")
     files = {folder: rundir.RunDir(Path(folder)).metrics for folder in runs.index}
-    logs = {f: rundir.MetricsFile(path).read() for f, path in files.items() if path.exists()}
-    rows = [row for log in logs.values() for row in log]
-    if not rows:
+    logs = {f: rundir.MetricsFile(path).columns() for f, path in files.items() if path.exists()}
+    named = {"folder": [folder for folder, log in logs.items() for _ in log["step"]]}
+    if not named["folder"]:
         return pd.DataFrame()
-    named = {"folder": [folder for folder, log in logs.items() for _ in log]}
-    curves = pd.DataFrame(named | {name: _numbers(rows, name) for name in rundir.METRICS})
+    numbers = {name: _numbers([log[name] for log in logs.values()]) for name in rundir.METRICS}
+    curves = pd.DataFrame(named | numbers)
     sizes = ["parameters_non_embedding", "model_parameters"]
     known = [name for name in ("run_name", "study", "seed", "status", *sizes) if name in runs]
     curves = curves.join(runs[known], on="folder")
@@ -73,9 +73,9 @@ def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
     return curves
 
 
-def _numbers(rows: Sequence[dict[str, str]], name: str) -> list[float]:
+def _numbers(columns: Sequence[Sequence[str]]) -> list[float]:
     """As Python wrote them, nan and inf too; empty: not measured."""
-    return [float(row[name] or "nan") for row in rows]
+    return [float(value or "nan") for column in columns for value in column]
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
