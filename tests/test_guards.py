@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +187,33 @@ def test_a_run_that_skipped_resumes_to_the_same_bits(
     assert half.results["skipped_steps"] == 2
     for name in ("train_loss", "grad_norm", "grad_norm_max", "skipped_steps", "val_loss"):
         assert [r[name] for r in half.rows()] == [r[name] for r in whole.rows()], name
+
+
+# Determinism
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_cuda_gives_the_same_bits_twice(
+    tmp_path: Path, corpus: Path, cache: Path, precision: str
+) -> None:
+    words = [*STEPS, "hardware.accelerator=cuda", f"train.precision={precision}"]
+    one, other = (run(tmp_path / name, cache, corpus, *words) for name in ("one", "other"))
+    assert same_weights(one.weights(), other.weights())
+    assert one.results["final_val_loss"] == other.results["final_val_loss"]
+
+
+def test_deterministic_kernels_are_asked_for(
+    tmp_path: Path, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here on the CPU; the same flags make CUDA choose its kernels."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    torch.use_deterministic_algorithms(False)
+    run(tmp_path, cache, corpus, "train.steps=1")
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.backends.cudnn.benchmark
 
 
 # Half precision
