@@ -135,11 +135,13 @@ def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console)
     floor = results["irreducible_loss_exact"]
     initial, final = _number(results["initial_val_loss"]), _number(results["final_val_loss"])
     speed = short(results["tokens_per_second"] or 0)
+    seen = {"steps skipped": "skipped_steps", "spikes of the gradient": "grad_norm_spikes"}
+    counts = [f", {words}: {results[name]}" for words, name in seen.items() if results[name]]
     lines = {
         "trained": f"{short(results['model_parameters'])} parameters on "
         f"{short(results['train_tokens'])} tokens of {results['dataset']} in "
         f"{clock(results['seconds_training'])}, {speed} tokens/s",
-        "status": results["status"],
+        "status": results["status"] + "".join(counts),
         "val loss": f"{initial} → {final} nats per token"
         + (f", exact floor {floor:.4f}" if floor else ""),
         "": f"perplexity {_number(results['final_val_perplexity'])}, accuracy "
