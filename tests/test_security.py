@@ -293,6 +293,7 @@ def test_a_run_s_configuration_does_not_read_the_environment(
         values["train"]["sample_prompt"] = prompt
         path.write_text(yaml.safe_dump(values))
         assert rundir.read_config(path).train.sample_prompt == prompt
-        path.write_text(yaml.safe_dump({**values, "hardware": prompt}))
-        with pytest.raises(ConfigError, match="not the configuration of a run"):
-            rundir.read_config(path)
+        for tables in ({"hardware": prompt}, {"logger": {"mlflow": prompt}}):
+            path.write_text(yaml.safe_dump({**values, **tables}))
+            with pytest.raises(ConfigError, match="not the configuration of a run"):
+                rundir.read_config(path)

@@ -424,13 +424,23 @@ def read_config(path: Path) -> Config:
             typed[group] = OmegaConf.structured(variant(group, values[group]))
         config = OmegaConf.to_object(OmegaConf.merge(typed, values))
         assert isinstance(config, Config)
-        for name, kind in typing.get_type_hints(Config).items():
-            if dataclasses.is_dataclass(kind) and isinstance(values.get(name), str):
-                raise ValueError(f"{name}={values[name]} is no table")
+        _check_tables(config)
     except (ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
         reason = _one_line(error)
         raise ConfigError(f"{path}: not the configuration of a run ({reason})") from error
     return config
+
+
+def _check_tables(config: Any) -> None:
+    """Raises ValueError for a text in the place of a table, where OmegaConf takes one with ${."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            _check_tables(value)
+        elif isinstance(value, str) and any(
+            map(dataclasses.is_dataclass, (kind, *typing.get_args(kind)))
+        ):
+            raise ValueError(f"{name}={value} is no table")
 
 
 def _literal(value: Any) -> Any:
