@@ -224,7 +224,7 @@ def _essence(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:
     if first.get("type") == "ByteLevel":
         first.pop("trim_offsets")
         last = last.get("type")
-        model.pop("unk_token")  # no byte is unknown
+        model.pop("unk_token", None)  # no byte is unknown
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         model[key] = model.get(key) or None
     return {
