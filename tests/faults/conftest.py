@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import tiny
 from tests.faults.warm import Ended, Warm
+from tests.test_resume import arguments
 
 Injected = Callable[[str], None]
 HERE = Path(__file__).parent
@@ -66,18 +66,7 @@ def elsewhere(cache: Path) -> Iterator[Warm]:
 @pytest.fixture(scope="session")
 def words(corpus: Path) -> list[str]:
     """Of a run that takes a second: dropout, accumulation and an uneven rhythm of checkpoints."""
-    return tiny(
-        corpus,
-        "train.steps=60",
-        "model.dropout=0.1",
-        "hardware.micro_batch_size=4",
-        "train.log_every=7",
-        "train.eval_every=2560",  # 10 steps
-        "train.checkpoint_every=1024",  # 4 steps
-        "train.keep_every=5120",
-        "study=s",
-        "run_name=r",
-    )
+    return arguments(corpus)
 
 
 @pytest.fixture(scope="session")
