@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.adaptation.config import AdaptConfig, methods_of
 from tinygpt.adaptation.identity import identify
 from tinygpt.adaptation.records import Record, RecordsFile, blank
@@ -43,7 +43,7 @@ def records_of(config: AdaptConfig) -> list[Record]:
                 found.append(
                     blank()
                     | {
-                        "run_id": rundir.digest(what),
+                        "run_id": fileio.digest(what),
                         "seed": config.seed,
                         "task": config.documents.task,
                         "method": method,
@@ -73,7 +73,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
     with run.locked():
         run.error.unlink(missing_ok=True)
         run.log.touch()
-        rundir.write_json(run.environment, {"config_hash": hash_})
+        fileio.write_json(run.environment, {"config_hash": hash_})
         run.write_config(config)
         file, records = RecordsFile(run.records), records_of(config)
         file.mend()
@@ -83,10 +83,10 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
                 file.append([record])
             stop = os.environ.get("TINYGPT_TEST_STOP") == f"seed={config.seed}"
             if stop and number == len(records) // 2:
-                rundir.write_json(run.error, {"error": "RunError: stopped"})
+                fileio.write_json(run.error, {"error": "RunError: stopped"})
                 raise RunError("stopped")
         results = results_of(config, hash_, records)
-        rundir.write_json(run.results, results)
+        fileio.write_json(run.results, results)
     return results
 
 

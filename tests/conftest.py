@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
+OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf/optim").glob("*.yaml"))
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 

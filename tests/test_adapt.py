@@ -16,7 +16,7 @@ from rich.console import Console
 
 from tests.adapting import SITE, records_of, results_of
 from tests.conftest import ROOT, Command
-from tinygpt import cli, rundir
+from tinygpt import cli, fileio, rundir
 from tinygpt.adaptation import identity
 from tinygpt.adaptation.config import (
     METHODS,
@@ -39,7 +39,7 @@ def make_base(path: Path, *words: str, weights: str = "weights") -> Path:
     run = rundir.RunDir(path)
     run.checkpoints.mkdir(parents=True)
     run.write_config(cli.compose_config(["model.d_model=16", "model.n_heads=2", *words]))
-    rundir.write_json(run.environment, {"config_hash": f"hash of {words}"})
+    fileio.write_json(run.environment, {"config_hash": f"hash of {words}"})
     Bytes().save(run.tokenizer)
     for name in ("last", "final"):
         (run.checkpoints / f"{name}.ckpt").write_text(f"{weights} {name}")
@@ -58,7 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_base(folder / "mup", "model.parametrization=mup")
     (make_base(folder / "begun") / "checkpoints" / "final.ckpt").unlink()
     adapted = rundir.RunDir(folder / "adapted")
-    rundir.write_json(adapted.environment, {"config_hash": "x"})
+    fileio.write_json(adapted.environment, {"config_hash": "x"})
     adapted.path.joinpath("config.yaml").write_text("run: base\ndocuments:\n  task: new_facts\n")
     return folder
 
@@ -276,7 +276,7 @@ def test_a_study_finds_its_own_folder(place: Path, tmp_path: Path) -> None:
     config = asked(*words)
     hash_, run = identity.identify(config, words)
     assert run.path == tmp_path / "adaptation" / f"run-base_task-new_facts-{hash_[:6]}"
-    rundir.write_json(run.environment, {"config_hash": hash_})
+    fileio.write_json(run.environment, {"config_hash": hash_})
     run.write_config(config)
     assert rundir.find_adaptations(tmp_path) == [run.path]
     assert rundir.find_runs(tmp_path) == []
@@ -424,7 +424,7 @@ def mixed(place: Path, tmp_path: Path) -> Path:
         words.append("methods=[none,lora_doc]")
         config = asked(*words)
         hash_, run = identity.identify(config, words)
-        rundir.write_json(run.environment, {"config_hash": hash_})
+        fileio.write_json(run.environment, {"config_hash": hash_})
         run.write_config(config)
         if seed == 1:
             RecordsFile(run.records).append(records_of(config))
@@ -463,7 +463,7 @@ def test_an_adaptation_is_told_by_its_configuration(tmp_path: Path) -> None:
     }
     for number, (text, is_one) in enumerate(found.items()):
         folder = tmp_path / str(number)
-        rundir.write_json(folder / "environment.json", {})
+        fileio.write_json(folder / "environment.json", {})
         assert not rundir.is_adaptation(folder)
         (folder / "config.yaml").write_text(text)
         assert rundir.is_adaptation(folder) == is_one

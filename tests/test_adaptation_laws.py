@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.conftest import Command
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.config import ConfigError
 from tinygpt.scaling import Adaptation, adaptation, adaptation_report, analyse_adaptation, document
 from tinygpt.scaling import load_records as load
@@ -53,7 +53,7 @@ def record(**values: Any) -> dict[str, Any]:
     )
     found |= values
     found.setdefault("tokens_processed", found["inner_steps"] * found["batch_tokens"])
-    found.setdefault("run_id", rundir.digest(found)[:16])
+    found.setdefault("run_id", fileio.digest(found)[:16])
     return found
 
 
@@ -471,8 +471,8 @@ def test_a_mistake_is_one_line(
 ) -> None:
     written([record()], tmp_path / "all" / "adapted")
     base = rundir.RunDir(tmp_path / "all" / "base")
-    rundir.write_json(base.environment, {"config_hash": "b"})
-    rundir.write_text(base.metrics, "step\n0\n")
+    fileio.write_json(base.environment, {"config_hash": "b"})
+    fileio.write_text(base.metrics, "step\n0\n")
     done = tinygpt("fit", *words)
     assert done.stderr.startswith(f"error: {line}")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

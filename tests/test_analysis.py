@@ -129,6 +129,16 @@ def test_the_next_run_narrows_the_prediction() -> None:
     assert again.next_run.width_now < best.width_now
 
 
+def test_the_next_run_costs_what_the_runs_recorded() -> None:
+    runs = table(chinchilla, 0.003, seeds=1, points=6)
+    runs["flops"] = 9 * runs["N"] * runs["D"]  # as with attention and head at small sizes
+    columns = dataclasses.replace(TABLE, c="flops")
+    found = analyse(*comparable(runs, "loss"), columns, law="chinchilla").next_run
+    assert found is not None
+    assert found.cost == pytest.approx(9 * found.place["N"] * found.place["D"])
+    assert found.cost <= 2 * runs["flops"].max()
+
+
 def test_the_largest_compute_is_held_out_by_whole_budgets() -> None:
     compute = np.repeat([1e9, 1e10, 1e11], 5) * np.tile([1.0, 1.01, 0.99, 1.02, 0.98], 3)
     held = split_by_compute(np.arange(15), compute, 5)

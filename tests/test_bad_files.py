@@ -24,7 +24,7 @@ from tests.conftest import Command
 from tests.fuzz.harness import Harness
 from tests.fuzz.tables import points, read
 from tests.test_fuzz import HARNESSES
-from tinygpt import cli, rundir
+from tinygpt import cli, fileio
 from tinygpt.adaptation import prompted
 from tinygpt.adaptation.file_policy import ReplayPolicy
 from tinygpt.config import ConfigError, CustomData
@@ -214,10 +214,10 @@ def test_nesting_of_any_depth(name: str, key: str, begin: str, end: str) -> None
 def test_yaml_of_any_depth(tmp_path: Path, text: str, begin: str, end: str) -> None:
     for depth in (50, 110, 990, 5000):
         path = written(tmp_path / "a.yaml", text.format(begin * depth + "1" + end * depth))
-        if depth < rundir.DEEPEST:
-            assert rundir.read_yaml(path)
+        if depth < fileio.DEEPEST:
+            assert fileio.read_yaml(path)
         else:
-            assert refused(partial(rundir.read_yaml, path)).startswith(f"{path}: not a ")
+            assert refused(partial(fileio.read_yaml, path)).startswith(f"{path}: not a ")
 
 
 def copied(folder: Path, **changes: Any) -> Path:

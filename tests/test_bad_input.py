@@ -24,8 +24,10 @@ from tests.conftest import Command, tiny
 from tinygpt import cli
 from tinygpt.config import BpeTokenizer, ConfigError, CustomData
 from tinygpt.data import shards
-from tinygpt.data.corpora import find_files, open_corpus
-from tinygpt.rundir import MetricsFile, RunDir, write_text
+from tinygpt.data.corpora import open_corpus
+from tinygpt.data.reading import find_files
+from tinygpt.fileio import write_text
+from tinygpt.rundir import MetricsFile, RunDir
 from tinygpt.sweeping.jobs import compose_jobs, expand
 from tinygpt.training.session import train
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.console import Console
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tests.conftest import LAYOUTS, REAL_DATA, ROOT, Command, lay_out, tiny
+from tests.grammar import entropy
 from tinygpt import cli, rundir
 from tinygpt import config as schema
 from tinygpt.config import Config, ConfigError
@@ -33,11 +35,13 @@ from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import Bytes, train_tokenizer
 from tinygpt.horizon import derive
 from tinygpt.model import gpt
+from tinygpt.model.families import to_config
 from tinygpt.model.gpt import GPT
 from tinygpt.training import loggers, tracking
 from tinygpt.training import trainer as trainers
 from tinygpt.training.optim import make_optimizer, rate_factor
 from tinygpt.training.session import train
+from tinygpt.training.stacked import StackedGPT
 
 CONF = Path(cli.CONF_DIR)
 GPT2 = REAL_DATA / "gpt2-bpe"
@@ -60,6 +64,10 @@ def test_every_file_of_conf_is_in_a_group_that_is_tested() -> None:
     known |= {CONF / name for name in OF_ADAPT}
     known |= {CONF / group / f"{choice}.yaml" for group, choice in PAIRS}
     assert set(CONF.rglob("*.yaml")) == known
+
+
+def test_the_help_names_every_choice() -> None:
+    assert {choice for _, choice in PAIRS} <= set(re.findall(r"\w+", cli.help_text(cli.RUN)))
 
 
 def required(group: str, choice: str) -> list[str]:
@@ -134,7 +142,7 @@ def one_step(group: str, choice: str, corpus: Path) -> list[str]:
         words.append(f"tokenizer.vocab_dir={GPT2}")
     if group == "data" and choice == "hub":
         words.append("data.repo=roneneldan/TinyStories")
-    elif group == "data" and choice == "synthetic":
+    elif group == "data" and recipe.data.source not in ("hub", "custom"):  # made, not read
         words += ["data.max_documents=200", "tokenizer.train_bytes=10_000"]
     elif recipe.data.name not in LAYOUTS:
         words += [f"data.path={corpus}", *(["data=custom"] if choice != "custom" else [])]
@@ -349,7 +357,7 @@ def device_part(config: Config, cache: Path) -> Any:
 def grammar_part(config: Config, cache: Path) -> Any:
     assert isinstance(config.data, schema.SyntheticData)
     grammar = Grammar(config.data)
-    return next(grammar.stories()), grammar.entropy(), len(grammar.heldout)
+    return next(grammar.stories()), entropy(grammar), len(grammar.heldout)
 
 
 def hub_part(config: Config, cache: Path) -> Any:
@@ -414,7 +422,8 @@ def rows() -> Iterator[Row]:
     for word in (
         *("n_layers=2", "d_model=32", "n_heads=4", "n_kv_heads=1", "d_ff=24", "dropout=0.5"),
         *("bias=false", "tie_weights=false", "position=rope", "norm=rmsnorm", "norm_eps=1e-3"),
-        *("activation=gelu_tanh", "activation=swiglu", "attention=manual"),
+        *(f"activation={name}" for name in schema.ACTIVATIONS if name != "gelu"),
+        "attention=manual",
         *("gradient_checkpointing=true", "pad_vocab_to_multiple=64", "parametrization=mup"),
     ):
         yield f"model.{word.split('=')[0]}", [], f"model.{word}", model_part
@@ -585,7 +594,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> dict[str, s
 def composed(words: list[str], files: dict[str, str]) -> Config:
     """A small run, unless the words take another corpus or another horizon."""
     small = tiny(Path("PATH"), "logger=csv")
-    if any(word in ("data=synthetic", "data=hub") for word in words):
+    if any(word.startswith("data=") for word in words):
         small = [word for word in small if not word.startswith("data")]
     horizons = tuple(f"train.{word.split('=')[0]}=" for word in HORIZONS)
     if any(word.startswith(horizons) for word in words):
@@ -617,6 +626,45 @@ def test_a_key_changes_what_it_says(
     is_science = key.split(".")[0] not in rundir.NOT_SCIENCE and key not in BY_CONTENT
     hashes = {rundir.config_hash(config, {}) for config in (before, after)}
     assert len(hashes) == (2 if is_science else 1)
+
+
+# Keys of the model that no stack takes, and those that change no function of the weights exported.
+UNSTACKED = {"model.dropout", "model.gradient_checkpointing"}
+SAME_FUNCTION = {"model.attention", "model.gradient_checkpointing", "model.pad_vocab_to_multiple"}
+SAME_FUNCTION |= {"model.parametrization", "model.mup_base_width"}  # made part of the weights
+
+
+def exported(model: schema.ModelConfig) -> Any:
+    """What Hugging Face is told, or the line that refuses it."""
+    try:
+        return to_config(model, 50, 0)
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("key", "base", "word"),
+    [pytest.param(*row[:3], id=row[2]) for row in rows() if row[0].startswith("model.")],
+)
+def test_a_key_of_the_model_is_known_everywhere(
+    key: str, base: list[str], word: str, files: dict[str, str]
+) -> None:
+    """Its weights are counted, a stack computes it, and Hugging Face is told or it is refused."""
+    if "model.position=rope" in base:
+        base = [*base, "model.norm=rmsnorm", "model.activation=swiglu"]
+    before, after = composed(base, files).model, composed([*base, word], files).model
+    assert key in SAME_FUNCTION or exported(before) != exported(after)
+    torch.manual_seed(0)
+    model = GPT(after, 50)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    assert sum(p.numel() for p in model.parameters()) == count_parameters(after, 50).total
+    if key not in UNSTACKED:
+        tokens = torch.randint(50, (2, 9))
+        alone = model(tokens[:, :-1], tokens[:, 1:])
+        stacked = StackedGPT([model]).losses(tokens[None, :, :-1], tokens[None, :, 1:])
+        torch.testing.assert_close(stacked[0], alone)
 
 
 @pytest.mark.parametrize("key", sorted(ELSEWHERE))

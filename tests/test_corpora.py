@@ -18,17 +18,14 @@ from hypothesis import strategies as st
 from tests.conftest import LAYOUTS, REAL_DATA, lay_out, write_rows
 from tinygpt.cli import compose_config
 from tinygpt.config import ByteTokenizer, ConfigError, CustomData, HubData, SyntheticData
-from tinygpt.data import corpora
+from tinygpt.data import corpora, reading
 from tinygpt.data.corpora import (
-    END_OF_TEXT,
-    SECTION,
-    cut,
     describe,
     open_corpus,
     split_documents,
     split_of,
-    text_of_rows,
 )
+from tinygpt.data.reading import END_OF_TEXT, SECTION, cut, text_of_rows
 from tinygpt.data.shards import prepare
 
 
@@ -241,7 +238,7 @@ def test_a_text_file_is_cut_where_auto_says(tmp_path: Path) -> None:
 def test_the_mark_is_found_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "a.txt", f"one{END_OF_TEXT}two")
     for size in range(1, 20):
-        monkeypatch.setattr(corpora, "CHUNK", size)
+        monkeypatch.setattr(reading, "CHUNK", size)
         assert texts(custom(path)) == ["one", "two"]
 
 
@@ -285,7 +282,7 @@ def test_csv_with_all_that_quotes_allow(tmp_path: Path) -> None:
 def test_csv_in_small_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "a.csv", 'text\n"one\ntwo"\n"three ""and"" four"\n')
     for size in range(1, 12):
-        monkeypatch.setattr(corpora, "CHUNK", size)
+        monkeypatch.setattr(reading, "CHUNK", size)
         assert texts(custom(path)) == ["one\ntwo", 'three "and" four']
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinygpt.config import ModelConfig
+from tinygpt.config import ACTIVATIONS, ModelConfig
 from tinygpt.counting import (
     Parameters,
     count_parameters,
@@ -38,7 +38,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         tie_weights=draw(st.booleans()),
         position=draw(st.sampled_from(["learned", "rope"])),
         norm=draw(st.sampled_from(["layernorm", "rmsnorm"])),
-        activation=draw(st.sampled_from(["gelu", "gelu_tanh", "swiglu"])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
         attention="manual",
         pad_vocab_to_multiple=draw(st.sampled_from([1, 8, 64])),
     )

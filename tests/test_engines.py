@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import Command, tiny
 from tests.test_sweeping import comparable, read_summary, start, sweep, wait_until
-from tinygpt.config import LocalLauncher, RayLauncher, SlurmLauncher
+from tinygpt.config import ConfigError, LocalLauncher, RayLauncher, SlurmLauncher
 from tinygpt.sweeping import engines
 from tinygpt.sweeping.jobs import Group
 
@@ -29,8 +29,18 @@ def there(module: str) -> bool:
 
 
 needs_ray = pytest.mark.skipif(not there("ray"), reason="ray is missing")
+
+
+def slurm_answers() -> bool:
+    """Whether there is a controller, and not the commands alone."""
+    if not shutil.which("scontrol"):
+        return False
+    ping = subprocess.run(["scontrol", "ping"], capture_output=True, timeout=30, check=False)
+    return ping.returncode == 0
+
+
 needs_slurm = pytest.mark.skipif(
-    not (shutil.which("sbatch") and there("submitit")),
+    not (there("submitit") and slurm_answers()),
     reason="no Slurm here: tests/slurm.sh start; pip install -e '.[slurm]'",
 )
 
@@ -64,6 +74,38 @@ def test_a_missing_engine_is_one_line(
     launcher = {"slurm": SlurmLauncher(), "ray": RayLauncher()}[kind]
     with pytest.raises(Exception, match=rf"launcher={kind}: needs `pip install 'tinygpt\[{kind}"):
         engines.make_engine(launcher)
+
+
+def test_slurm_where_there_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="launcher=slurm: no srun here"):
+        engines.make_engine(SlurmLauncher())
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        pytest.param(
+            "launcher=slurm launcher.cpus=1 launcher.partition=none",
+            "error: launcher=slurm: sbatch: error: invalid partition specified: none",
+            marks=[needs_slurm, pytest.mark.slow],
+        ),
+        pytest.param(
+            "launcher=ray launcher.address=auto",
+            "error: launcher.address=auto: no Ray cluster there",
+            marks=[needs_ray, pytest.mark.slow],
+        ),
+    ],
+    ids=["slurm", "ray"],
+)
+def test_what_an_engine_refuses_ends_in_one_line(
+    tinygpt: Command, corpus: Path, words: str, line: str
+) -> None:
+    done = tinygpt("run", *tiny(corpus, "--multirun", "seed=1,2", "study=s", *words.split()))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr  # sbatch has its own word first
+    assert done.stderr.splitlines()[-1] == line
 
 
 def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import tinygpt
 from tests.conftest import Command, tiny
-from tinygpt import cli, rundir
+from tinygpt import cli, fileio, rundir
 from tinygpt.config import ConfigError, SyntheticData
 from tinygpt.data.shards import Split
 from tinygpt.data.synthetic import Grammar
@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_training_to_the_last_digit(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(name)
-    results = rundir.read_json(folder / "results.json")
+    results = fileio.read_json(folder / "results.json")
     untrained, trained = scored(folder, baseline=True)
     assert trained["loss"] == results["final_val_loss"]
     assert trained["accuracy"] == results["final_val_accuracy"]
@@ -111,7 +111,7 @@ def test_every_checkpoint_is_scored(run: Path) -> None:
     named = tinygpt.evaluate_runs(run, checkpoints="best,step_4")
     assert list(named["loss"]) == [table["loss"].iloc[2], table["loss"].iloc[0]]
     assert table["loss"].is_monotonic_decreasing
-    results = rundir.read_json(run / "results.json")
+    results = fileio.read_json(run / "results.json")
     assert table["flops_exact"].iloc[-1] == results["flops_exact"]
     assert (table["gain"] + table["loss"]).round(9).nunique() == 1
     last = table.iloc[-1]
@@ -246,7 +246,7 @@ def test_a_run_is_scored_when_what_it_began_from_is_gone(
     words.append("run_name=fine")
     folder = trained_in(tmp_path, cache, [*words, *PLAIN])
     shutil.rmtree(source)
-    before = rundir.read_json(folder / "results.json")["final_val_loss"]
+    before = fileio.read_json(folder / "results.json")["final_val_loss"]
     made = runs.evaluate([folder, run], Options(cache_dir=str(cache)))
     assert made[0].scores["loss"] == before
     said = io.StringIO()
@@ -606,8 +606,8 @@ def test_the_machine_is_as_in_training_and_given_back(run: Path) -> None:
 
 def test_a_precision_that_the_device_has_not(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "copy")
-    begun = rundir.read_json(copy / "environment.json")
-    rundir.write_json(copy / "environment.json", {**begun, "precision_resolved": "16-mixed"})
+    begun = fileio.read_json(copy / "environment.json")
+    fileio.write_json(copy / "environment.json", {**begun, "precision_resolved": "16-mixed"})
     with pytest.raises(ConfigError, match=r"^precision=16-mixed: on cpu one of .* was trained$"):
         tinygpt.evaluate_runs(copy, device="cpu")
     assert scored(copy, precision="32", device="cpu")[0]["precision"] == "32"
@@ -651,7 +651,7 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is(run: Path, tmp_path
     assert said(tmp_path / "none").endswith("none: no such folder")
     assert said(tmp_path).endswith("no runs in there")
     begun = tmp_path / "begun"
-    rundir.write_json(begun / "environment.json", {})
+    fileio.write_json(begun / "environment.json", {})
     assert said(tmp_path).endswith("none of them has a checkpoint")
     assert said(run, begun) == f"runs={begun}: has no checkpoint"
 
@@ -687,7 +687,7 @@ def test_one_run_with_all_that_can_be_asked(
         (folder / "evaluation_results.json").read_text(),
         parse_constant=lambda word: pytest.fail(f"{word} is not JSON"),
     )
-    results = rundir.read_json(run / "results.json")
+    results = fileio.read_json(run / "results.json")
     whole = found["results"][1]
     assert whole["loss"] == results["final_val_loss"]
     assert f"{whole['loss']:.4f}" in done.stdout
@@ -695,6 +695,22 @@ def test_one_run_with_all_that_can_be_asked(
     assert whole["q[red]_accuracy_stderr"] is None  # of one question
     assert len(whole["by_position"]["loss"]) == 32
     assert found["results"][0]["by_position"] is None
+
+
+def test_a_run_that_cannot_be_scored_is_named_and_the_others_are_scored(
+    run: Path, wide: Path, tinygpt: Command, tmp_path: Path
+) -> None:
+    shutil.copytree(wide, tmp_path / "torn")
+    (tmp_path / "torn" / "checkpoints" / "final.ckpt").write_bytes(b"half")
+    done = tinygpt("evaluate", f"runs={run},torn", "stride=8", "output_dir=here")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith("error: 1 of 2 runs not scored: torn/checkpoints/final.ckpt: ")
+    found = fileio.read_json(tmp_path / "here" / "evaluation_results.json")
+    assert [one["run"] for one in found["results"]] == [run.name]
+    assert found["not_scored"] == [line.partition("scored: ")[2]]
+    alone = tinygpt("evaluate", "runs=torn")
+    assert (alone.returncode, alone.stdout) == (2, "")
 
 
 def test_runs_side_by_side(
@@ -716,7 +732,7 @@ def test_runs_side_by_side(
     assert list(table["run"]) == ["one", "x.wide", "stories"]
     assert list(table["text_fingerprint"].duplicated()) == [False, True, False]
     assert list(table["model_parameters"]) == [
-        rundir.read_json(path / "results.json")["model_parameters"]
+        fileio.read_json(path / "results.json")["model_parameters"]
         for path in (run, wide, synthetic)
     ]
 
@@ -742,7 +758,7 @@ def test_what_is_not_the_same_of_all_is_said_of_each(run: Path, wide: Path) -> N
 def test_compare_says_in_what_runs_differ(run: Path, wide: Path) -> None:
     table = tinygpt.compare(run, wide)
     assert list(table.index) == ["one", "x.wide"]
-    results = [rundir.read_json(path / "results.json") for path in (run, wide)]
+    results = [fileio.read_json(path / "results.json") for path in (run, wide)]
     for name in ("final_val_loss", "train_tokens", "flops_exact"):
         assert list(table[name]) == [found[name] for found in results]
     settings = list(table.columns)[list(table.columns).index("test_loss") + 1 :]

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 
 from tests.conftest import Command, tiny
-from tinygpt import fit, rundir
+from tinygpt import fileio, fit, rundir
+from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.runs import curves_of, load_runs
 
 FLOOR, AMOUNT, ALPHA = 0.9, 60.0, 0.4
@@ -32,6 +33,10 @@ def table(sizes: int = 6, seeds: int = 2) -> pd.DataFrame:
             loss = (FLOOR + AMOUNT / n**ALPHA) * noise
             rows.append({"params": n, "tokens": 2_000_000, "seed": seed, "loss": loss})
     return pd.DataFrame(rows)
+
+
+def test_the_help_names_every_law() -> None:
+    assert set(LAWS) <= set(fit.USAGE.split())
 
 
 def results(row: dict[str, Any], width: int) -> dict[str, Any]:
@@ -68,16 +73,16 @@ def run_folders(study: Path) -> Path:
     for row in table().to_dict("records"):
         width = round((row["params"] / 24) ** 0.5)
         run = rundir.RunDir(study / f"d_model-{width}_seed-{row['seed']}")
-        rundir.write_json(run.environment, {"config_hash": f"{width}-{row['seed']}"})
+        fileio.write_json(run.environment, {"config_hash": f"{width}-{row['seed']}"})
         metrics = rundir.MetricsFile(run.metrics)
         metrics.keep_until(0)
         for step in range(9):
             loss = row["loss"] * (1 + 2 / (1 + step))
             values = {"step": step, "tokens": step * 250_000, "val_loss": loss}
             metrics.append(values)
-        rundir.write_json(run.results, results({str(k): v for k, v in row.items()}, width))
+        fileio.write_json(run.results, results({str(k): v for k, v in row.items()}, width))
     begun = rundir.RunDir(study / "d_model-4096_seed-0")
-    rundir.write_json(begun.environment, {"config_hash": "begun"})
+    fileio.write_json(begun.environment, {"config_hash": "begun"})
     return study
 
 
@@ -96,8 +101,8 @@ def test_every_run_is_read_once(tmp_path: Path) -> None:
 
     with (
         mock.patch.object(sys, "argv", ["fit", f"runs={tmp_path / 'width'}"]),
-        mock.patch.object(rundir, "read_json", counted(rundir.read_json)),
-        mock.patch.object(rundir, "read_yaml", counted(rundir.read_yaml)),
+        mock.patch.object(fileio, "read_json", counted(fileio.read_json)),
+        mock.patch.object(fileio, "read_yaml", counted(fileio.read_yaml)),
         mock.patch.object(rundir.MetricsFile, "columns", counted(rundir.MetricsFile.columns)),
         mock.patch.object(rundir, "read_config", side_effect=AssertionError("80 ms a run")),
     ):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinygpt.config import ModelConfig
+from tinygpt.config import ACTIVATIONS, ModelConfig
 from tinygpt.model.gpt import GPT, rotary_tables, rotate
 
 VOCAB = 37
@@ -219,7 +219,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "tie_weights": draw(st.booleans()),
         "position": draw(st.sampled_from(["learned", "rope"])),
         "norm": draw(st.sampled_from(["layernorm", "rmsnorm"])),
-        "activation": draw(st.sampled_from(["gelu", "gelu_tanh", "swiglu"])),
+        "activation": draw(st.sampled_from(ACTIVATIONS)),
         "pad_vocab_to_multiple": draw(st.sampled_from([1, 8])),
     }
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from tests.conftest import tiny
+from tests.conftest import OPTIMIZERS, tiny
 from tests.test_training import Trained, run, same_weights
 from tinygpt import cli, rundir
 from tinygpt.config import ModelConfig
@@ -25,7 +25,6 @@ from tinygpt.training import session, trainer
 from tinygpt.training.module import LanguageModel
 
 STEPS = ["train.steps=24", "schedule.warmup_steps=0"]
-OPTIMIZERS = ["adamw", "adam", "sgd", "lion", "adafactor", "muon"]
 
 
 @pytest.fixture

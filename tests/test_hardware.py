@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import Command, tiny
 from tests.test_training import Trained
-from tinygpt import cli, rundir
+from tinygpt import cli, fileio
 from tinygpt.config import ConfigError, HardwareConfig
 from tinygpt.horizon import Plan
 from tinygpt.model import linear
@@ -42,7 +42,7 @@ def test_who_multiplies_changes_no_more_than_rounding_and_is_recorded(
     for name in ("torch", "onednn"):
         trained = run(tmp_path / name, cache, corpus, f"hardware.matmul={name}")
         losses[name] = trained.results["final_val_loss"]
-        assert rundir.read_json(trained.path / "environment.json")["matmul"] == name
+        assert fileio.read_json(trained.path / "environment.json")["matmul"] == name
     assert losses["onednn"] == pytest.approx(losses["torch"], rel=1e-4)
 
 
@@ -52,8 +52,8 @@ def test_a_run_taken_up_with_other_products_says_so(
     words = ["hardware.matmul=torch", "train.checkpoint_every=256"]
     first = Trained(tmp_path, cache, tiny(corpus, *words)).go()
     first.path.joinpath("results.json").unlink()
-    environment = rundir.read_json(first.path / "environment.json")
-    rundir.write_json(first.path / "environment.json", {**environment, "matmul": "onednn"})
+    environment = fileio.read_json(first.path / "environment.json")
+    fileio.write_json(first.path / "environment.json", {**environment, "matmul": "onednn"})
     first.go()
     assert "note: begun with matmul onednn, now torch" in first.said
 
@@ -156,7 +156,7 @@ def test_a_compiled_run_is_the_same_within_rounding(
         done = tinygpt("run", *words)
         assert done.returncode == 0, done.stderr
         folder = tmp_path / "outputs" / how / how
-        losses[how] = rundir.read_json(folder / "results.json")["final_val_loss"]
-        assert rundir.read_json(folder / "environment.json")["compile"] == how
+        losses[how] = fileio.read_json(folder / "results.json")["final_val_loss"]
+        assert fileio.read_json(folder / "environment.json")["compile"] == how
     assert losses["regional"] == pytest.approx(losses["off"], rel=1e-4)
     assert losses["whole"] == pytest.approx(losses["off"], rel=1e-4)

@@ -14,7 +14,14 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "tinygpt"
 COMMANDS = {"run", "fit", "evaluate", "sample", "export", "adapt", "tokenizer", "benchmark"}
-SHARED = {"config", "checks", "horizon", "counting", "rundir"}  # everything may import these
+SHARED = {
+    "config",
+    "checks",
+    "horizon",
+    "counting",
+    "fileio",
+    "rundir",
+}  # everything may import these
 BELOW = SHARED | {"data", "pretrained", "model", "training", "trained", "adaptation", "scaling"}
 # What of our own each part may import besides SHARED and itself.
 ALLOWED: dict[str, set[str]] = {
@@ -22,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "checks": set(),
     "horizon": set(),
     "counting": set(),
+    "fileio": set(),
     "rundir": set(),
     "data": set(),
     "model": set(),

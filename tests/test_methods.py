@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.test_adaptation import base, run  # noqa: F401  fixtures
+from tests.test_adaptation import TIMES, base, run  # noqa: F401  fixtures
 from tinygpt.adaptation import methods
 from tinygpt.adaptation.config import (
     AdaptConfig,
@@ -26,7 +26,7 @@ from tinygpt.adaptation.documents import Document, new_facts
 from tinygpt.adaptation.edits import SelfEdit
 from tinygpt.adaptation.methods import Study, canonical, run_methods
 from tinygpt.adaptation.policies import Policy, Proposal
-from tinygpt.adaptation.records import TIMES, LinesFile, Record, RecordsFile
+from tinygpt.adaptation.records import LinesFile, Record, RecordsFile
 from tinygpt.adaptation.study import make_results
 from tinygpt.adaptation.trials import Base
 from tinygpt.config import LoraConfig
@@ -42,7 +42,6 @@ class Scripted:
     backend = "scripted"
     model = "none"
     parameters: int | None = 10
-    learns = True
     sft_tokens = 0
     ops: Sequence[str] = ("continue",)
 

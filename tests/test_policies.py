@@ -27,6 +27,7 @@ from tests.conftest import tiny
 from tinygpt import cli
 from tinygpt.adaptation import documents, edits, hf_policy, inner, trials
 from tinygpt.adaptation.config import (
+    LEARN,
     AdaptConfig,
     DocumentsConfig,
     FilePolicy,
@@ -182,7 +183,7 @@ def test_every_proposal_can_be_read_and_trained_on_and_comes_again(
     assert len(found) == 5
     for proposal in found:
         edit = proposal.edit
-        assert edits.parse(edit.to_json()) == edit
+        assert edits.read(dataclasses.asdict(edit)) == edit
         assert edit.lr in RATES
         wanted = 0 if edit.source == "doc" else edit.n * len(edit.text_ops)
         assert len(edit.text) == wanted
@@ -212,7 +213,7 @@ def test_what_was_saved_proposes_the_same(
     policy: Policy, books: list[Document], tmp_path: Path
 ) -> None:
     later = policy
-    if policy.learns:
+    if policy.backend in LEARN:
         accepted = [(books[0], p.edit) for p in policy.propose(books[0], 3, seed=1, explore=1.0)]
         later = policy.sft(accepted, OUTER, seed=0)
     later.save(tmp_path)
@@ -220,8 +221,8 @@ def test_what_was_saved_proposes_the_same(
     expected = later.propose(books[0], 4, seed=0, explore=0.0)
     assert again.propose(books[0], 4, seed=0, explore=0.0) == expected
     assert again.sft_tokens == later.sft_tokens
-    assert (again.backend, again.model, again.learns) == (later.backend, later.model, later.learns)
-    if policy.learns:
+    assert (again.backend, again.model) == (later.backend, later.model)
+    if policy.backend in LEARN:
         assert policy.propose(books[0], 4, seed=0, explore=0.0) != expected
 
 
@@ -262,7 +263,7 @@ def test_all_weights_can_be_trained_too(
 
 
 def test_nothing_that_paid_changes_nothing(policy: Policy) -> None:
-    if policy.learns:
+    if policy.backend in LEARN:
         assert policy.sft([], OUTER, seed=0) is policy
     else:
         with pytest.raises(RunError, match="cannot be trained"):
@@ -580,11 +581,11 @@ def test_mlx_is_asked_as_transformers_is(
     assert found == policy.with_text(edit, books[0], seed=0)
     drawn = policy.propose(books[0], 4, seed=0, explore=0.2)
     assert drawn == policy.propose(books[0], 4, seed=0, explore=0.2)
-    assert all(edits.parse(p.edit.to_json()) == p.edit for p in drawn)
+    assert all(edits.read(dataclasses.asdict(p.edit)) == p.edit for p in drawn)
     ids = [5, 6]
     expected = np.sin(np.array(policy.tokens) * 7) * 3
     assert policy.logits(ids, policy.tokens) == pytest.approx(expected.tolist())
-    assert not policy.learns
+    assert policy.backend not in LEARN
     with pytest.raises(RunError, match=r"policy\.kind=mlx: cannot be trained"):
         policy.sft([(books[0], found.edit)], OUTER, seed=0)
     mlx.broken = True

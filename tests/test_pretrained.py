@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from tests.conftest import Command, tiny
-from tinygpt import cli, load_run, rundir
+from tinygpt import cli, fileio, load_run, rundir
 from tinygpt.config import BpeTokenizer, ConfigError
 from tinygpt.data.corpora import open_corpus
 from tinygpt.data.datamodule import TokenData
@@ -54,7 +54,7 @@ def test_a_run_goes_on_from_where_another_ended(
     corpus: Path, cache: Path, outputs: Path, base: Path
 ) -> None:
     results = run(further(corpus, base, "run_name=more"), outputs, cache)
-    before = rundir.read_json(base / "results.json")
+    before = fileio.read_json(base / "results.json")
     assert results["initial_val_loss"] == before["final_val_loss"]
     assert results["final_val_loss"] < before["final_val_loss"]
     assert results["tokenizer_fingerprint"] == before["tokenizer_fingerprint"]

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from tinygpt.scaling import analysis, document, drawing, evidence, facts, report, sections, wording
-from tinygpt.scaling.analysis import Analysis, Columns, analyse
+from tinygpt.scaling.analysis import Analysis, analyse
+from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.intervals import Interval
 
 COLUMNS = Columns("N", None, "D", None, None, "C", "loss", "seed", "name")
@@ -244,6 +245,7 @@ def test_every_advice_is_for_a_check_there_is() -> None:
         (0.32, -3e-5, np.inf, "0.32, above 0, no upper end"),
         (16.0, 0.0, np.inf, "16, not set by the data"),
         (0.1, -0.2, 0.4, "0.10, -0.20 to 0.40"),
+        (1.73e9, 1e-5, 2.9182186e25, "2e9, 1.0e-5 to 2.9e25"),
     ],
 )
 def test_digits_are_those_the_interval_supports(

@@ -22,7 +22,7 @@ from tests.conftest import Command, tiny
 from tests.test_engines import kill_group
 from tests.test_sweeping import read_summary, start, sweep, wait_until
 from tinygpt import cli
-from tinygpt.config import AdamOptim, Config, ConfigError, ModelConfig
+from tinygpt.config import ACTIVATIONS, AdamOptim, Config, ConfigError, ModelConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.model.linear import onednn_is_there, use_onednn
 from tinygpt.sweeping import stacking
@@ -49,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "untied": {"tie_weights": False, "activation": "gelu_tanh", "pad_vocab_to_multiple": 8},
     "mup": {"parametrization": "mup", "mup_base_width": 4, "norm_eps": 1e-2},
     "manual": {"attention": "manual", "bias": False, "d_ff": 1},
+    **{name: {"activation": name} for name in ACTIVATIONS},
 }
 VOCABULARY, RUNS = 30, 3
 

@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import Command
-from tests.test_adaptation import run  # noqa: F401  a fixture
+from tests.test_adaptation import TIMES, run  # noqa: F401  a fixture
 from tinygpt import cli
-from tinygpt.adaptation.records import FIELDS, TIMES, RecordsFile
+from tinygpt.adaptation.records import FIELDS, RecordsFile
 from tinygpt.adaptation.study import adapt
-from tinygpt.rundir import sha256
+from tinygpt.fileio import sha256
 from tinygpt.trained import TrainedRun
 
 SMALL = (

@@ -36,12 +36,11 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
     ``overrides`` are the command line's ``key=value`` strings: a horizon given there replaces the
     one that a recipe brings.  Raises ConfigError.
     """
-    composed = composed.copy()
     given = horizon_given(overrides)
-    if given:
-        for name in HORIZONS:
-            composed.train[name] = composed.train[name] if name == given else None
     config = as_dataclasses(composed, Config)
+    for name in HORIZONS:
+        if given not in (None, name):
+            setattr(config.train, name, None)
     if not any(getattr(config.train, name) is not None for name in HORIZONS):
         config.train.tokens = DEFAULT_TOKENS
     return config
@@ -57,7 +56,7 @@ def as_dataclasses(composed: DictConfig, cls: type[T]) -> T:
 
 
 def horizon_given(overrides: Sequence[str]) -> str | None:
-    """The horizon key that the command line sets, if any; two of them are an error."""
+    """The horizon key that the command line sets, if any.  Raises ConfigError for two of them."""
     pairs = [item.lstrip("+").partition("=")[::2] for item in overrides if "=" in item]
     last = dict(pairs)  # of a key given twice the last counts
     given = [f"train.{h}" for h in HORIZONS if last.get(f"train.{h}", "null") != "null"]
@@ -219,6 +218,7 @@ def check_bounds(section: Any, prefix: str = "") -> None:
 
 
 def check_separator(separator: str) -> None:
+    """Raises ConfigError for an empty one."""
     line = "data.separator='': must be auto, none or a text that separates documents"
     require(separator != "", line)
 
@@ -253,6 +253,7 @@ def _check_value(
 
 
 def require(holds: bool, line: str) -> None:
+    """Raises ConfigError with ``line`` where something does not hold."""
     if not holds:
         raise ConfigError(line)
 

@@ -26,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from tinygpt import checks, explaining, rundir
+from tinygpt import checks, explaining, fileio
 from tinygpt import config as schema
 from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig
@@ -172,7 +172,7 @@ def _check_experiment(overrides: Sequence[str], command: Command[S]) -> None:
     path = Path(CONF_DIR, "experiment", f"{names[-1] if names else ''}.yaml")
     if not path.is_file():
         return
-    found = rundir.read_yaml(path)
+    found = fileio.read_yaml(path)
     tables = [table for table in found.get("sweep", {}).values() if isinstance(table, dict)]
     tables += [found, *(row for table in tables for row in table.get("together", []))]
     keys = {key.split(".")[0] for table in tables for key in table}
@@ -238,7 +238,7 @@ def _check_targets(value: Any, name: str = "") -> None:
 
 @contextlib.contextmanager
 def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]:
-    """Turns what Hydra and OmegaConf raise into a ConfigError."""
+    """Raises as a ConfigError, one line, what Hydra and OmegaConf raise."""
     register_schemas()
     _check_words(overrides)
     try:

@@ -16,6 +16,7 @@ from omegaconf import MISSING
 DEFAULT_TOKENS = 2_000_000
 HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # how a model on the hub can be called
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
 SCALES = ("smoke", "laptop", "gpu")
 SCALED_BY_WIDTH = ("adamw", "adam", "lion")  # optimizers whose rate goes with 1/width
@@ -36,6 +37,16 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "you tried to allocate")
     return isinstance(error, RuntimeError) and any(some in str(error) for some in words)
+
+
+def one_line(error: BaseException) -> str:
+    """All that it says."""
+    return " ".join(str(error).split())
+
+
+def first_line(error: BaseException) -> str:
+    """Of what a library says at length; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def key(default: Any, **bounds: Any) -> Any:
@@ -62,7 +73,7 @@ class ModelConfig:
     rope_theta: float = key(10000.0, above=0.0)
     norm: str = key("layernorm", among=("layernorm", "rmsnorm"))
     norm_eps: float = key(1e-5, above=0.0)  # added to the variance
-    activation: str = key("gelu", among=("gelu", "gelu_tanh", "swiglu"))
+    activation: str = key("gelu", among=ACTIVATIONS)
     attention: str = key("sdpa", among=("sdpa", "manual"))
     gradient_checkpointing: bool = False
     pad_vocab_to_multiple: int = key(1, least=1)  # rows of the embedding are rounded up to this
@@ -136,6 +147,8 @@ class TokenizerConfig:
 
 @dataclass
 class BpeTokenizer(TokenizerConfig):
+    """Byte-level byte-pair encoding (Sennrich et al. 2016), trained on the corpus."""
+
     kind: str = key("bpe", among=("bpe",))
     vocab_size: int = key(1024, least=258)  # 256 bytes and two special tokens
     train_bytes: int = key(50_000_000, least=1)
@@ -154,6 +167,8 @@ class ByteTokenizer(TokenizerConfig):
 
 @dataclass
 class Gpt2Tokenizer(TokenizerConfig):
+    """The vocabulary of GPT-2 (Radford et al. 2019), 50,257 tokens."""
+
     kind: str = key("gpt2", among=("gpt2",))
     vocab_dir: Optional[str] = None  # folder with encoder.json and vocab.bpe; null: by tiktoken
 
@@ -184,6 +199,8 @@ class OptimConfig:
 
 @dataclass
 class AdamOptim(OptimConfig):
+    """Adam (Kingma & Ba 2015); adamw: decay apart from the gradient (Loshchilov & Hutter 2019)."""
+
     kind: str = key("adamw", among=("adamw", "adam"))
     betas: list[float] = key([0.9, 0.95], least=0.0, below=1.0)  # noqa: RUF009
     eps: float = key(1e-8, above=0.0)
@@ -198,13 +215,16 @@ class SgdOptim(OptimConfig):
 
 @dataclass
 class LionOptim(OptimConfig):
+    """The sign of a momentum (Chen et al. 2023)."""
+
     kind: str = key("lion", among=("lion",))
     betas: list[float] = key([0.9, 0.99], least=0.0, below=1.0)  # noqa: RUF009
 
 
 @dataclass
 class AdafactorOptim(OptimConfig):
-    """``learning_rate`` is relative: a step is at most so much of a parameter's own RMS."""
+    """``learning_rate`` is relative: a step is at most so much of a parameter's own RMS
+    (Shazeer & Stern 2018)."""
 
     kind: str = key("adafactor", among=("adafactor",))
     beta2_decay: float = key(-0.8, least=-1.0, below=0.0)
@@ -214,7 +234,8 @@ class AdafactorOptim(OptimConfig):
 
 @dataclass
 class MuonOptim(OptimConfig):
-    """``learning_rate`` is that of the matrices inside the blocks; AdamW moves the rest."""
+    """``learning_rate`` is that of the matrices inside the blocks (Jordan et al. 2024); AdamW moves
+    the rest."""
 
     kind: str = key("muon", among=("muon",))
     momentum: float = key(0.95, least=0.0, below=1.0)
@@ -227,6 +248,8 @@ class MuonOptim(OptimConfig):
 
 @dataclass
 class ScheduleConfig:
+    """How the learning rate goes with the step: a linear warmup, then what the kind says."""
+
     kind: str = MISSING
     warmup_steps: Optional[int] = key(None, least=0)  # null: warmup_fraction of all steps
     warmup_fraction: float = key(0.05, least=0.0, below=1.0)
@@ -245,6 +268,8 @@ class DecaySchedule(ScheduleConfig):
 
 @dataclass
 class WsdSchedule(ScheduleConfig):
+    """Warmup, stable, decay: at its peak, then linearly down (Hu et al. 2024)."""
+
     kind: str = key("wsd", among=("wsd",))
     min_ratio: float = key(0.1, least=0.0, most=1.0)
     decay_fraction: float = key(0.2, above=0.0, most=1.0)

@@ -10,7 +10,7 @@ from typing import Optional
 from rich.console import Console
 
 from tinygpt import cli
-from tinygpt.config import ConfigError
+from tinygpt.config import ConfigError, RunError
 from tinygpt.evaluating.folders import find, folder_for
 from tinygpt.evaluating.items import read_tasks
 from tinygpt.evaluating.options import Options
@@ -39,7 +39,8 @@ device=auto             cpu mps cuda; precision=auto threads=null: as in trainin
 output_dir=FOLDER       default: evaluation/ in the run, or in the folder where several lie
 
 Efficiency is the gain, ln(vocabulary) - loss, by training FLOPs, parameters and hours.  Runs on the
-embedded corpus are asked its facts.  Writes evaluation_results.csv and .json, and figures.
+embedded corpus are asked its facts.  Writes evaluation_results.csv and .json, and figures.  A run
+that cannot be scored is named at the end, and the exit code is 1.
 """
 
 
@@ -69,13 +70,19 @@ def main() -> None:
     with console.status("starting") as status:
         from tinygpt.evaluating import figures, results, runs, table  # torch
 
-        made = runs.evaluate(paths, arguments, status.update)
-        written = results.write(made, folder, dataclasses.asdict(arguments))
+        refused: list[str] = []
+        made = runs.evaluate(paths, arguments, status.update, refused.append)
+        if not made:
+            raise ConfigError(refused[0])
+        written = results.write(made, folder, dataclasses.asdict(arguments), refused)
         written += figures.draw(made, folder)
-    table.show(made, paths, console)
+    scored = {one.scores["folder"] for one in made}
+    table.show(made, [path for path in paths if str(path) in scored], console)
     for path in without:
         print(f"note: {path} has no checkpoint")
     print(f"\n{', '.join([str(written[0]), *(path.name for path in written[1:])])}")
+    if refused:
+        raise RunError(f"{len(refused)} of {len(paths)} runs not scored: {'; '.join(refused)}")
 
 
 if __name__ == "__main__":

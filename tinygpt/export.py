@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from omegaconf import MISSING
 
-from tinygpt import cli, counting, rundir
+from tinygpt import cli, counting, fileio, rundir
 from tinygpt.config import HUB_NAME, Config, ConfigError, CustomData, HubData, SyntheticData
 from tinygpt.model import families
 
@@ -66,7 +66,7 @@ def check_target(to: str, force: bool) -> None:
         raise ConfigError(f"to={to}: the working directory; give a folder in it")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"to={to}: a file; give a folder")
-    rundir.check_writable("to", folder.parent)  # a new folder takes the old one's place
+    fileio.check_writable("to", folder.parent)  # a new folder takes the old one's place
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     strange = sorted(names - FILES)
     if strange:
@@ -90,15 +90,15 @@ def export(run: TrainedRun, to: Path) -> None:
     config = families.to_config(model, tokenizer.vocab_size, tokenizer.eot_id)
     weights = to_hugging_face(run.model)
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
-    with rundir.replacing_folder(to.expanduser().resolve()) as folder:
-        rundir.write_json(folder / "config.json", config)
-        rundir.write_json(folder / "generation_config.json", ids)
-        rundir.write_text(folder / "tokenizer.json", their_tokenizer(tokenizer).to_str(pretty=True))
+    with fileio.replacing_folder(to.expanduser().resolve()) as folder:
+        fileio.write_json(folder / "config.json", config)
+        fileio.write_json(folder / "generation_config.json", ids)
+        fileio.write_text(folder / "tokenizer.json", their_tokenizer(tokenizer).to_str(pretty=True))
         described = tokenizer_config(tokenizer, model.max_seq_len)
-        rundir.write_json(folder / "tokenizer_config.json", described)
-        with rundir.replacing(folder / WEIGHTS) as temporary:
+        fileio.write_json(folder / "tokenizer_config.json", described)
+        with fileio.replacing(folder / WEIGHTS) as temporary:
             save_file(weights, temporary, metadata={"format": "pt"})
-        rundir.write_text(folder / "README.md", model_card(run, weights, to.name))
+        fileio.write_text(folder / "README.md", model_card(run, weights, to.name))
 
 
 def _show(run: TrainedRun, to: str) -> None:
@@ -211,7 +211,7 @@ def _training_rows(run: TrainedRun) -> Iterator[Row]:
         yield "distinct tokens", f"{run.results['unique_train_tokens']:,}"
     yield "data", _data(config)
     yield "licence of the data", _licence(config)
-    said = rundir.read_json(run.path / "environment.json")
+    said = fileio.read_json(run.path / "environment.json")
     yield "optimizer", f"{config.optim.kind}, learning rate {config.optim.learning_rate:g}"
     yield "seed", str(config.seed)
     yield "configuration's hash", str(said.get("config_hash"))

@@ -15,7 +15,7 @@ from tinygpt.config import ConfigError, key
 if TYPE_CHECKING:
     import pandas as pd
 
-    from tinygpt.scaling.analysis import Columns
+    from tinygpt.scaling.columns import Columns
 
 USAGE = """\
 python -m tinygpt.fit runs=outputs/width [key=value ...]
@@ -196,7 +196,7 @@ def _columns(table: pd.DataFrame, arguments: Arguments) -> Columns:
 
     Raises ConfigError for a name that the table has not.
     """
-    from tinygpt.scaling.analysis import Columns
+    from tinygpt.scaling.columns import Columns
 
     given = {k: v for k, v in dataclasses.asdict(arguments.columns).items() if v is not None}
     for name, column in given.items():

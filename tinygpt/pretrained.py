@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.config import Config, ConfigError, ModelConfig, SavedTokenizer
 from tinygpt.counting import resolved_d_ff
 from tinygpt.data import shards
@@ -80,7 +80,7 @@ def adopt(config: Config, overrides: Sequence[str]) -> None:
 def _shape(source: Source, tokenizer: Tokenizer) -> ModelConfig:
     if source.checkpoint is not None:
         return rundir.read_config(source.folder / "config.yaml").model
-    content = rundir.read_json(source.folder / "config.json")
+    content = fileio.read_json(source.folder / "config.json")
     values = from_config(content, f"init_from={source.name}")
     rows = vocab_rows(content)
     if rows < tokenizer.vocab_size:
@@ -148,7 +148,7 @@ def fingerprint(name: str) -> str:
     if source.checkpoint is not None:
         return _sha256(source.checkpoint)
     files = [source.folder / "config.json", *sorted(source.folder.glob("*.safetensors"))]
-    return rundir.digest([_sha256(path) for path in files])
+    return fileio.digest([_sha256(path) for path in files])
 
 
 def _sha256(path: Path) -> str:
@@ -159,4 +159,4 @@ def _sha256(path: Path) -> str:
 @functools.lru_cache(maxsize=64)
 def _hashed(path: Path, size: int, changed: int) -> str:
     """A sweep asks a thousand times; a file that changes is read again."""
-    return rundir.sha256(path)
+    return fileio.sha256(path)

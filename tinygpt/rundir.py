@@ -1,4 +1,4 @@
-"""The run folder: its name, its files, atomic writes, the configuration's hash.  Torch-free."""
+"""The run folder: its name, its files, the configuration's hash.  Torch-free."""
 
 from __future__ import annotations
 
@@ -6,26 +6,20 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import errno
-import hashlib
-import json
 import os
 import platform
 import re
-import shutil
 import subprocess
-import tempfile
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import filelock
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tinygpt import fileio
 from tinygpt.config import (
     CHOICES,
     HORIZONS,
@@ -33,217 +27,19 @@ from tinygpt.config import (
     ConfigError,
     Settings,
     SweepConfig,
+    one_line,
     rate_is_scaled,
     variant,
 )
 from tinygpt.counting import resolved_d_ff
 
 SCHEMA_VERSION = 1
-DEEPEST = 100  # levels of a file of YAML
-# Read by the C library, if it is there: ten times faster.
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # What does not change the result of a run, and so is neither in its hash nor in its name.
 NOT_SCIENCE = {
-    "hardware",
-    "logger",
-    "launcher",
-    "sweep",
-    "scale",
-    "plan",
-    "fit",
-    "experiment",
-    "output_dir",
-    "cache_dir",
-    "study",
-    "run_name",
-    "force",
+    *("hardware", "logger", "launcher", "sweep", "scale", "plan", "fit", "experiment"),
+    *("output_dir", "cache_dir", "study", "run_name", "force"),
 }
 DATA_PLACES = ("path", "val_file", "test_file", "repo")  # keys for which what lies there stands
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` and, if the block succeeds, renames it to ``path``.
-
-    The content is on disk before the rename, so a reader sees the old file or the new one.  The
-    folder must be there: one that vanishes on the way is not made again with less in it.
-    """
-    with naming(path):
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        with naming(path):
-            yield temporary
-            with temporary.open("rb+") as written:
-                os.fsync(written.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner alone
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):  # what stopped the write may stop this too
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replacing_folder(folder: Path, kept: bool = False) -> Iterator[Path]:
-    """Yields a new folder beside ``folder`` that takes its place once the block is through.
-
-    One process at a time; what another left behind that died is removed.  ``kept``: it is in the
-    new folder, for this one to go on with.
-    """
-    new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
-    if old.exists() and not folder.exists():  # killed between the two renames
-        old.rename(folder)
-    passing = [old] if kept else [new, old]
-    for path in passing:
-        shutil.rmtree(path, ignore_errors=True)
-    try:
-        new.mkdir(parents=True, exist_ok=kept)
-        yield new
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    except Exception:  # an error, no interrupt
-        passing = [new, old]
-        raise
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for path in passing:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
-    """Keeps a second process out of ``folder``, of a run or a study, which is made.
-
-    Raises ConfigError if one is there.
-    """
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ConfigError(f"{folder}: another process is training this {what}") from error
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir={output_dir}: cannot be written ({error.strerror})"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def turn(folder: Path) -> contextlib.AbstractContextManager[object]:
-    """Waits while another process writes its report into ``folder``, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))
-
-
-def remove_torn(*folders: Path) -> None:
-    """Removes what a killed process was writing there; call it where no other one writes."""
-    for folder in folders:
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
-
-
-def check_writable(key: str, folder: Path) -> None:
-    """Raises ConfigError, naming ``key``, where ``folder`` can be neither made nor written to."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{key}={folder}: {there} is a file; give a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}={folder}: {there} cannot be written; give another folder")
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Tells of what a write failed: on a full disk the error itself does not, or it names a file
-    on its way to ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if not error.filename or f".{path.name}." in str(error.filename):
-            error.filename = str(path)
-        raise
-    except Exception as error:  # the writers of torch and safetensors do not say why
-        if shutil.disk_usage(path.parent).free >= 1 << 16:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically, into a folder that is made where it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, values: Any) -> None:
-    """As ``write_text``."""
-    write_text(path, to_json(values))
-
-
-def to_json(values: Any) -> str:
-    """Keys keep their order; a NaN is refused, as JSON has none."""
-    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-
-
-def read_json(path: Path, **needed: type) -> dict[str, Any]:
-    """The object in a file, which has ``needed``, values of these types.
-
-    Raises ConfigError, naming the file, where there is none, and the first value that is not so.
-    """
-    try:
-        values = parse_object(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
-    for name, kind in needed.items():
-        if type(values.get(name)) is not kind:
-            wanted = {str: "a text", int: "a whole number", list: "a list"}[kind]
-            raise ConfigError(f"{path}: {name}={values.get(name)!r:.40}: must be {wanted}")
-    return values
-
-
-def parse_object(text: str) -> dict[str, Any]:
-    """Raises ValueError for what is no JSON object, or has half of a surrogate pair, which is no
-    character."""
-    values = parse_json(text)
-    if not isinstance(values, dict):
-        raise ValueError("not an object")
-    if "\\u" in text:
-        json.dumps(values, ensure_ascii=False).encode()
-    return values
-
-
-def parse_json(text: str) -> Any:
-    """Raises ValueError for what is none, or is nested deeper than Python calls go."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of the canonical JSON of ``value``, in hexadecimal."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
 
 
 def config_hash(config: Config, content: dict[str, str]) -> str:
@@ -260,7 +56,7 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     values.pop("init_from")
     if not config.train.skip_nonfinite:  # runs from before there was this key keep their hash
         values["train"].pop("skip_nonfinite")
-    return digest({**values, "content": content})
+    return fileio.digest({**values, "content": content})
 
 
 def effective_hash(config: Config, content: dict[str, str]) -> str:
@@ -314,7 +110,7 @@ def folder_of(config: Settings, named: Sequence[str], config_hash: str) -> Path:
         return study / config.run_name
     for path in study.glob(f"*-{config_hash[:6]}"):
         with contextlib.suppress(ConfigError, AttributeError):
-            if read_json(path / "environment.json").get("config_hash") == config_hash:
+            if fileio.read_json(path / "environment.json").get("config_hash") == config_hash:
                 return path
     return study / run_name(named, config_hash)
 
@@ -352,9 +148,9 @@ def is_adaptation(folder: Path) -> bool:
     return records.exists() or text.startswith(b"documents:") or b"\ndocuments:" in text
 
 
-def no_runs(key: str, folder: Path) -> ConfigError:
+def no_runs(folder: Path) -> ConfigError:
     """The line for a folder without trainings."""
-    return ConfigError(f"{key}={folder}: no runs in there{_but(find_adaptations(folder), folder)}")
+    return ConfigError(f"runs={folder}: no runs in there{_but(find_adaptations(folder), folder)}")
 
 
 def _but(adaptations: Sequence[Path], folder: Path) -> str:
@@ -385,39 +181,12 @@ def _natural(path: Path) -> list[tuple[str, int]]:
     return [(text, int(number or -1)) for text, number in parts]
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The table in a file, as plain values.  Raises ConfigError, naming the file, for anything
-    else, and for aliases, by which a small file can stand for an endless one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if "&" in text and any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, _Loader)):
-            raise yaml.YAMLError("it has aliases")
-        values = yaml.load(text, Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file ({_one_line(error)})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a table of YAML")
-    if _nested(values, 0):
-        raise ConfigError(f"{path}: not a readable YAML file (nested too deeply)")
-    return values
-
-
-def _nested(value: Any, depth: int) -> bool:
-    """Deeper than any configuration: the reader of YAML goes on where calls in Python would end."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > DEEPEST or any(_nested(one, depth + 1) for one in inner)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def read_config(path: Path) -> Config:
     """The ``config.yaml`` that a run was trained with; what it lacks has its default.
 
     Raises ConfigError, naming the file, where it is not one.
     """
-    values = _literal(read_yaml(path))
+    values = _literal(fileio.read_yaml(path))
     try:
         typed = OmegaConf.structured(Config)
         for group in CHOICES:
@@ -426,7 +195,7 @@ def read_config(path: Path) -> Config:
         assert isinstance(config, Config)
         _check_tables(config)
     except (ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
-        reason = _one_line(error)
+        reason = one_line(error)
         raise ConfigError(f"{path}: not the configuration of a run ({reason})") from error
     return config
 
@@ -517,7 +286,7 @@ class RunDir:
         return None
 
     def _owned(self, path: Path, config_hash: str) -> Any:
-        values = read_json(path)
+        values = fileio.read_json(path)
         if values.get("config_hash") != config_hash:
             raise ConfigError(
                 f"run_name={self.path.name}: {self.path} holds a run of another configuration; "
@@ -527,7 +296,7 @@ class RunDir:
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keeps a second process out of this folder.  Raises ConfigError if one is there."""
-        return locked(self.path, self.path.parent.parent, "run")
+        return fileio.locked(self.path, self.path.parent.parent, "run")
 
     def clear(self) -> None:
         """Forgets an earlier run of the same configuration; the results go first."""
@@ -541,31 +310,16 @@ class RunDir:
         """As it is, without the tables of the sweep it may belong to."""
         alone = copy.copy(config)
         alone.sweep = SweepConfig()
-        write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(alone)))
+        fileio.write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(alone)))
 
 
 # What is known of a run's size beside its configuration, as results.json calls it.
 SIZES = ("model_parameters", "parameters_non_embedding", "train_tokens", "flops_exact")
 METRICS = (
-    "step",
-    "tokens",
-    "seconds",
-    "train_loss",
-    "learning_rate",
-    "grad_norm",
-    "grad_norm_max",
-    "skipped_steps",
-    "loss_scale",
-    "tokens_per_second",
-    "peak_memory_bytes",
-    "val_loss",
-    "val_perplexity",
-    "val_accuracy",
-    "val_bits_per_byte",
-    "val_bits_per_char",
+    *("step", "tokens", "seconds", "train_loss", "learning_rate", "grad_norm", "grad_norm_max"),
+    *("skipped_steps", "loss_scale", "tokens_per_second", "peak_memory_bytes", "val_loss"),
+    *("val_perplexity", "val_accuracy", "val_bits_per_byte", "val_bits_per_char"),
 )
-
-
 # As repr writes it.
 _NUMBER = r"(?:-?[0-9]{1,18}(?:\.[0-9]{1,30})?(?:e[-+]?[0-9]{1,3})?|nan|-?inf)?"
 _ROW = re.compile(rf"{_NUMBER}(?:,{_NUMBER})*")
@@ -582,7 +336,7 @@ class MetricsFile:
         rows = self.read() if self.path.exists() else []
         kept = [row for row in rows if row["step"].isdecimal() and int(row["step"]) <= step]
         lines = [",".join(METRICS), *(",".join(row[name] for name in METRICS) for row in kept)]
-        write_text(self.path, "\n".join(lines) + "\n")
+        fileio.write_text(self.path, "\n".join(lines) + "\n")
 
     def read(self) -> list[dict[str, str]]:
         """The lines, as ``columns``."""
@@ -612,12 +366,7 @@ class MetricsFile:
 
     def append(self, row: Mapping[str, float | int | None]) -> None:
         values = ["" if row.get(name) is None else repr(row[name]) for name in METRICS]
-        line = (",".join(values) + "\n").encode()
-        with naming(self.path), self.path.open("ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            if file.write(line) != len(line):  # a full disk takes the beginning
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fileio.append(self.path, (",".join(values) + "\n").encode())
 
 
 def environment(**resolved: Any) -> dict[str, Any]:
@@ -639,16 +388,8 @@ def git_commit() -> str | None:
     source = Path(__file__).resolve().parent.parent
     if not (source / ".git").exists():
         return None
-    command = [
-        "git",
-        "-C",
-        str(source),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    options = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
+    command = ["git", "-C", str(source), "describe", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tinygpt import pretrained, rundir
+from tinygpt import fileio, pretrained, rundir
 from tinygpt.config import Config, ConfigError, Sampling
 from tinygpt.counting import padded_vocab
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer
@@ -81,7 +81,7 @@ class TrainedRun:
         whatever stands beside it.
         """
         generators = [
-            torch.Generator().manual_seed(int(rundir.digest([seed, *prompt])[:16], 16))
+            torch.Generator().manual_seed(int(fileio.digest([seed, *prompt])[:16], 16))
             for seed, prompt in zip(seeds, prompts, strict=True)
         ]
         tokens = torch.tensor(prompts, device=next(self.model.parameters()).device)  # (B, T0)
@@ -109,7 +109,7 @@ def load_run(
     config = rundir.read_config(run.config)
     tokenizer = load_tokenizer(run.tokenizer)
     wanted = {"tokenizer_fingerprint": str, "status": str, "total_steps": int}
-    results = rundir.read_json(run.results, **wanted) if run.results.exists() else None
+    results = fileio.read_json(run.results, **wanted) if run.results.exists() else None
     if results and results["tokenizer_fingerprint"] != tokenizer.fingerprint():
         raise ConfigError(f"{run.tokenizer}: not the tokenizer that the run was trained with")
     chosen = run.chosen(checkpoint)
@@ -127,7 +127,7 @@ def load_run(
 def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor], int]:
     """The model's weights, with LoRA's adapters in them, and the step; ``config`` is the run's.
 
-    Tensors and plain data only, never code.
+    Tensors and plain data only, never code.  Raises ConfigError for a damaged file.
     """
     try:
         check_sums(path)

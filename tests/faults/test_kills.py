@@ -23,7 +23,8 @@ from tests.test_bad_input import content
 from tests.test_resume import outcome
 from tests.test_sweeping import comparable
 from tinygpt.data import shards, writing
-from tinygpt.rundir import MetricsFile, read_config, replacing_folder
+from tinygpt.fileio import replacing_folder
+from tinygpt.rundir import MetricsFile, read_config
 
 SHORT = ("train.steps=4", "train.sample_tokens=2", "logger=csv", "study=s")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -11,7 +11,7 @@ from tests.faults.conftest import succeeded
 from tests.faults.test_kills import SHORT, files
 from tests.faults.warm import Warm
 from tests.test_resume import MEASURED
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 
 SWEEP = ("--multirun", "model.d_model=8,16,32", "seed=1,2", *SHORT)
 
@@ -53,7 +53,7 @@ def test_a_result_is_traced_to_its_folder_its_code_and_its_configuration(
     trained_on = {index["splits"]["train"]["fingerprint"] for index in indices if index}
     for row in rows:
         run = rundir.RunDir(warm.folder / row["folder"])
-        results, begun = rundir.read_json(run.results), rundir.read_json(run.environment)
+        results, begun = fileio.read_json(run.results), fileio.read_json(run.environment)
         assert row["final_val_loss"] == str(results["final_val_loss"])
         assert row["config_hash"] == results["config_hash"] == begun["config_hash"]
         assert (

@@ -11,7 +11,7 @@ from tests.fuzz.harness import SEEDS, Harness, file_of
 from tinygpt import fit
 from tinygpt.adaptation.records import RecordsFile
 from tinygpt.scaling import adaptation_records
-from tinygpt.scaling.analysis import Columns
+from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.points import Points
 from tinygpt.scaling.runs import comparable

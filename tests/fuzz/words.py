@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.fuzz.harness import Harness, file_of
-from tinygpt import cli, fit, rundir, sample
+from tinygpt import cli, fileio, fit, rundir, sample
 from tinygpt.adaptation import edits
 from tinygpt.adaptation.file_policy import ReplayPolicy
 from tinygpt.evaluating.items import read_task
@@ -48,8 +50,12 @@ def arguments(data: bytes) -> None:
 
 
 def edit(data: bytes) -> None:
-    found = edits.parse(data.decode("utf-8", "surrogateescape"))
-    assert edits.parse(found.to_json()) == found
+    try:
+        values = fileio.parse_json(data.decode("utf-8", "surrogateescape"))
+    except ValueError:
+        return
+    found = edits.read(values)
+    assert edits.read(dataclasses.asdict(found)) == found
     assert len(found.edit_id) == len(found.text_sha256) == 64
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.adaptation.config import DocumentsConfig
 from tinygpt.config import ConfigError, SyntheticData
 from tinygpt.data.corpora import Corpus
@@ -170,7 +170,7 @@ def domain_shift(config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]
     seen: set[str] = set()
     for text in texts:
         sha = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        place = rundir.digest([config.seed, sha])
+        place = fileio.digest([config.seed, sha])
         if sha in seen or (len(kept) == asked and place > kept[-1][0]):
             continue
         seen.add(sha)

@@ -8,7 +8,6 @@ and only the tokens of the options can be chosen.  So whatever the logits, it ca
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -22,8 +21,8 @@ from tinygpt.adaptation.documents import Document
 from tinygpt.checks import check_bounds
 from tinygpt.config import ConfigError, RunError, key
 from tinygpt.data.tokenizers import Tokenizer
+from tinygpt.fileio import digest
 from tinygpt.model.generate import NO_CHOICE
-from tinygpt.rundir import digest, parse_json
 
 SOURCES = ("doc", "edit", "both")
 TEXT_OPS = ("continue", "restate", "qa")
@@ -58,21 +57,10 @@ class SelfEdit:
     def text_sha256(self) -> str:
         return digest(self.text)
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
-
-
-def parse(text: str) -> SelfEdit:
-    """The edit that ``to_json`` wrote.  Raises ConfigError, one line, for what is none."""
-    try:
-        values = parse_json(text)
-    except ValueError as error:
-        raise ConfigError(f"edit={text!r:.60}: not JSON ({error})") from error
-    return read(values)
-
 
 def read(values: Any) -> SelfEdit:
-    """The edit of a JSON object, in which every slot must stand; as ``parse``."""
+    """The edit of a JSON object, in which every slot must stand.  Raises ConfigError, one line,
+    for what is none."""
     kinds = {field.name: field.type for field in dataclasses.fields(SelfEdit)}
     if not isinstance(values, dict) or values.keys() != kinds.keys():
         raise ConfigError(f"edit={values!r:.60}: must be an object of {', '.join(kinds)}")
@@ -95,6 +83,8 @@ def _is(kind: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Slot:
+    """A choice of a directive, and what there is to choose."""
+
     name: str
     options: list[Any]
 

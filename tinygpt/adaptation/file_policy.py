@@ -12,7 +12,7 @@ from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import SelfEdit, read
 from tinygpt.adaptation.policies import Policy, Proposal
 from tinygpt.config import ConfigError, RunError
-from tinygpt.rundir import parse_json
+from tinygpt.fileio import parse_json
 
 COSTS = ("prompt_tokens", "tokens")
 
@@ -24,7 +24,6 @@ class ReplayPolicy:
 
     backend = "file"
     parameters: int | None = None
-    learns = False
     ops: Sequence[str] = ("continue",)  # whatever its texts are
     sft_tokens = 0
 

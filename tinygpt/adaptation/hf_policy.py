@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from tinygpt.adaptation.config import ModelPolicy, OuterConfig
 from tinygpt.adaptation.edits import Row
 from tinygpt.adaptation.inner import CLIP, batches
-from tinygpt.adaptation.prompted import PromptedPolicy, first_line, read_config
+from tinygpt.adaptation.prompted import PromptedPolicy, read_config
 from tinygpt.adaptation.writers import Text
-from tinygpt.config import ConfigError, LoraConfig, RunError
+from tinygpt.config import ConfigError, LoraConfig, RunError, first_line
 from tinygpt.data.datamodule import IGNORED
+from tinygpt.fileio import read_json, replacing_folder, write_json
 from tinygpt.model.generate import NO_CHOICE
-from tinygpt.rundir import read_json, replacing_folder, write_json
 
 
 class HuggingFacePolicy(PromptedPolicy):

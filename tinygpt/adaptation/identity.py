@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.adaptation.config import AdaptConfig, methods_of
 from tinygpt.data import corpora
 
@@ -22,11 +22,11 @@ def contents(config: AdaptConfig) -> dict[str, str]:
     """
     base = rundir.open_run(config.run)
     found = {
-        "run": rundir.read_json(base.environment)[
+        "run": fileio.read_json(base.environment)[
             "config_hash"
         ],  # its own text, for what it forgets
-        "checkpoint": rundir.sha256(base.chosen(config.checkpoint)),
-        "tokenizer": rundir.sha256(base.tokenizer),
+        "checkpoint": fileio.sha256(base.chosen(config.checkpoint)),
+        "tokenizer": fileio.sha256(base.tokenizer),
     }
     if config.data is not None:
         found["data"] = corpora.open_corpus(config.data).fingerprint()
@@ -40,8 +40,8 @@ def _fingerprint(path: Path) -> str:
     """Of a file, or of the files in a folder; a name that is neither stands for itself."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
-        return rundir.digest([[file.name, rundir.sha256(file)] for file in files])
-    return rundir.sha256(path) if path.is_file() else str(path)
+        return fileio.digest([[file.name, fileio.sha256(file)] for file in files])
+    return fileio.sha256(path) if path.is_file() else str(path)
 
 
 def config_hash(config: AdaptConfig, content: dict[str, str]) -> str:
@@ -52,7 +52,7 @@ def config_hash(config: AdaptConfig, content: dict[str, str]) -> str:
         (values["data"] or {}).pop(name, None)
     values["policy"].pop("path", None)
     values["methods"] = methods_of(config)
-    return rundir.digest({**values, "content": content})
+    return fileio.digest({**values, "content": content})
 
 
 def identify(config: AdaptConfig, overrides: Sequence[str]) -> tuple[str, rundir.RunDir]:

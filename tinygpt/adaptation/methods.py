@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.adaptation.config import AdaptConfig, methods_of
 from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import SelfEdit, read, slots
@@ -45,6 +45,8 @@ OUTCOMES = ("reward", "forgetting")
 
 
 class Tried(NamedTuple):
+    """A directive and its mean score on the tune documents."""
+
     edit: SelfEdit
     score: float
 
@@ -216,6 +218,7 @@ def grid(study: Study) -> list[SelfEdit]:
 
 
 def uniform(study: Study, document: Document) -> SelfEdit:
+    """A directive drawn from all, by the study's seed and the document."""
     rng = np.random.default_rng(seed_of(study.config.seed, "uniform", document.sha256))
     every = grid(study)
     return canonical(every[rng.integers(len(every))])
@@ -346,6 +349,6 @@ def _improved(study: Study, policy: Policy, iteration: int, base: Base) -> Polic
         return policy.load(folder)
     seed = seed_of(study.config.seed, "sft", iteration)
     learned = policy.sft(chosen, outer, seed=seed)
-    with rundir.replacing_folder(folder) as new:
+    with fileio.replacing_folder(folder) as new:
         learned.save(new)
     return learned

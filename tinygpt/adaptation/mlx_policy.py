@@ -11,9 +11,9 @@ from pathlib import Path
 from tinygpt.adaptation.config import ModelPolicy, OuterConfig
 from tinygpt.adaptation.edits import Row
 from tinygpt.adaptation.policies import Policy
-from tinygpt.adaptation.prompted import PromptedPolicy, first_line, read_config
+from tinygpt.adaptation.prompted import PromptedPolicy, read_config
 from tinygpt.adaptation.writers import Text, Writer
-from tinygpt.config import ConfigError, RunError
+from tinygpt.config import ConfigError, RunError, first_line
 from tinygpt.model.generate import NO_CHOICE
 
 
@@ -21,7 +21,6 @@ class MlxPolicy(PromptedPolicy):
     """A model that mlx_lm reads, on Apple silicon.  It is not trained."""
 
     backend = "mlx"
-    learns = False
 
     def __init__(self, config: ModelPolicy, rates: Sequence[float]) -> None:
         """Raises ConfigError on other machines, and where the library or the model is missing."""

@@ -34,7 +34,6 @@ class Policy(Protocol):
     backend: str  # the kind in the configuration
     model: str  # where its weights are from
     parameters: int | None  # of the model that reads and writes; None: not known
-    learns: bool  # whether ``sft`` can be asked for
     sft_tokens: int
     ops: Sequence[str]  # the texts that it can write
 
@@ -52,7 +51,7 @@ class Policy(Protocol):
         self, examples: Sequence[tuple[Document, SelfEdit]], config: OuterConfig, *, seed: int
     ) -> Policy:
         """A new policy, trained on edits that paid; only their tokens are targets.  Without any,
-        itself.  Raises RunError where its training diverges."""
+        itself.  Raises RunError where its training diverges, and for a policy that cannot learn."""
 
     def save(self, folder: Path) -> None:
         """What ``load`` needs, into a folder that is there."""

@@ -19,7 +19,7 @@ from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import TEXT_OPS
 from tinygpt.adaptation.writers import Text, Writer, seed_of
 from tinygpt.config import ConfigError
-from tinygpt.rundir import read_json
+from tinygpt.fileio import read_json
 
 Frame = tuple[str, str]  # what stands before the document in a prompt, and behind it
 FRAMES: dict[str, Frame] = {
@@ -135,7 +135,3 @@ def _context(path: str) -> int:
             f"policy.path={path}: max_position_embeddings={found!r:.40}: must be a whole number"
         )
     return found
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

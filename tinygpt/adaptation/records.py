@@ -2,67 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tinygpt.config import ConfigError
-from tinygpt.rundir import naming, parse_object
+from tinygpt.fileio import append, naming, parse_object
 
 Record = dict[str, Any]
 FIELDS = (
-    "run_id",
-    "git_commit",
-    "seed",
-    "task",
-    "method",
-    "iteration",
-    "doc_id",
-    "doc_sha256",
-    "split",
-    "edit_id",
-    "edit",
-    "edit_text_sha256",
-    "inner_steps",
-    "lora_rank",
-    "lora_alpha",
-    "lora_params",
-    "lr",
-    "batch_tokens",
-    "policy_backend",
-    "policy_model",
-    "policy_prompt_tokens",
-    "policy_tokens",
-    "edit_train_tokens",
-    "tokens_processed",
-    "eval_tokens",
-    "sft_tokens",
-    "flops_est",
-    "base_parameters",
-    "heldout_before",
-    "heldout_after",
-    "delta_val_loss",
-    "reward",
-    "base_before",
-    "base_after",
-    "forgetting",
-    "accuracy_before",
-    "accuracy_after",
-    "train_loss_first",
-    "train_loss_last",
-    "doc_unknown_tokens",
-    "edit_unknown_tokens",
-    "times_proposed",
-    "accepted",
-    "wall_s",
-    "cpu_s",
-    "device",
-    "error",
+    *("run_id", "git_commit", "seed", "task", "method", "iteration"),
+    *("doc_id", "doc_sha256", "split", "edit_id", "edit", "edit_text_sha256"),
+    *("inner_steps", "lora_rank", "lora_alpha", "lora_params", "lr", "batch_tokens"),
+    *("policy_backend", "policy_model", "policy_prompt_tokens", "policy_tokens"),
+    *("edit_train_tokens", "tokens_processed", "eval_tokens", "sft_tokens", "flops_est"),
+    *("base_parameters", "heldout_before", "heldout_after", "delta_val_loss", "reward"),
+    *("base_before", "base_after", "forgetting", "accuracy_before", "accuracy_after"),
+    *("train_loss_first", "train_loss_last", "doc_unknown_tokens", "edit_unknown_tokens"),
+    *("times_proposed", "accepted", "wall_s", "cpu_s", "device", "error"),
 )
-TIMES = ("wall_s", "cpu_s")  # that differ from one time to the next
 
 
 def blank() -> Record:
@@ -100,13 +59,7 @@ class LinesFile:
         """All of them in one write, or none.  ``sync``: on the disk when it returns."""
         lines = [json.dumps(value, allow_nan=False) for value in values]
         content = "".join(f"{line}\n" for line in lines).encode()
-        with naming(self.path), self.path.open("ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            if file.write(content) != len(content):  # a full disk takes the beginning
-                file.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if sync:
-                os.fsync(file.fileno())
+        append(self.path, content, sync)
 
 
 class RecordsFile(LinesFile):

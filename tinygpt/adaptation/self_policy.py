@@ -22,8 +22,8 @@ from tinygpt.adaptation.inner import Score, adapt, merge
 from tinygpt.adaptation.policies import Policy, Proposal
 from tinygpt.adaptation.writers import Text, Writer, seed_of
 from tinygpt.config import ConfigError, RunError, Sampling
+from tinygpt.fileio import read_json, replacing, write_json
 from tinygpt.model.gpt import GPT
-from tinygpt.rundir import read_json, replacing, write_json
 from tinygpt.trained import TrainedRun
 
 HALF = 0.5  # added to each count: the estimator of Krichevsky and Trofimov (1981)
@@ -135,7 +135,6 @@ class TablePolicy:
     without any weights.  The text is the writer's, which stays as it is."""
 
     backend = "table"
-    learns = True
     sft_tokens = 0
 
     def __init__(self, writer: OwnPolicy) -> None:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.adaptation.config import AdaptConfig, check_inner, count_records, methods_of
 from tinygpt.adaptation.documents import Documents, open_documents, own_validation
 from tinygpt.adaptation.identity import identify
@@ -28,8 +28,8 @@ from tinygpt.data import corpora
 from tinygpt.data.shards import Progress as Reading
 from tinygpt.trained import TrainedRun, load_run
 from tinygpt.training.console import logging_to, preparing, short
+from tinygpt.training.folder import failures_recorded
 from tinygpt.training.hardware import set_up
-from tinygpt.training.session import failures_recorded
 from tinygpt.training.trainer import resolve_device
 
 log = logging.getLogger("tinygpt")
@@ -73,7 +73,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
             introduce(study, run, documents)
             run_methods(study)
             results = make_results(study, hash_)
-            rundir.write_json(run.results, results)
+            fileio.write_json(run.results, results)
             log.info("records %s", study.records.path)
     return results
 
@@ -106,10 +106,10 @@ def open_study(
 def begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> None:
     """The folder and whose it is, or what a killed process left to go on with."""
     run.error.unlink(missing_ok=True)
-    rundir.remove_torn(run.path)
+    fileio.remove_torn(run.path)
     if not run.environment.exists():
         about = {"threads": torch.get_num_threads(), "device": device, "base": config.run}
-        rundir.write_json(run.environment, rundir.environment(config_hash=hash_, **about))
+        fileio.write_json(run.environment, rundir.environment(config_hash=hash_, **about))
     if not run.config.exists():
         run.write_config(config)
 

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.adaptation.config import InnerConfig
 from tinygpt.adaptation.documents import Document, Heldout, LeftOut
 from tinygpt.adaptation.edits import SelfEdit, materialise
@@ -97,7 +97,7 @@ class Trial:
         inner = self.inner
         edit_id = self.edit.edit_id if self.edit else None
         what = [self.document.sha256, edit_id, inner.inner_steps[-1], inner.lora.rank, self.seed]
-        return int(rundir.digest(what)[:15], 16)
+        return int(fileio.digest(what)[:15], 16)
 
     @property
     def rate(self) -> float | None:
@@ -108,7 +108,7 @@ class Trial:
     def run_id(self, base: Base, steps: int) -> str:
         """Of all that decides the record after ``steps`` steps."""
         document, edit = self.document, self.edit
-        return rundir.digest(
+        return fileio.digest(
             {
                 "base": [base.fingerprint, base.validation.fingerprint],
                 "document": [document.sha256, document.context_ids, document.heldout.fingerprint],
@@ -239,7 +239,7 @@ def _outcome(before: Score, after: Snapshot) -> Record:
 def record_left_out(base: Base, left_out: LeftOut, task: str) -> Record:
     """A document that was passed over is an outcome too."""
     return blank() | {
-        "run_id": rundir.digest([base.fingerprint, dataclasses.asdict(left_out)]),
+        "run_id": fileio.digest([base.fingerprint, dataclasses.asdict(left_out)]),
         "git_commit": base.git_commit,
         "task": task,
         "doc_id": left_out.doc_id,

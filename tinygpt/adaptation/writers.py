@@ -15,10 +15,12 @@ from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import Row, SelfEdit, Slot, decode, directive_tokens
 from tinygpt.adaptation.policies import Policy, Proposal
 from tinygpt.config import RunError
-from tinygpt.rundir import digest
+from tinygpt.fileio import digest
 
 
 class Text(NamedTuple):
+    """What a policy wrote."""
+
     text: str
     tokens: int  # that were written
 
@@ -47,7 +49,6 @@ class Writer(ABC):
     tokens: list[int]  # that stand for the options of a slot
     length: int  # the most tokens that the model reads at once
     parameters: int | None = None
-    learns = True
     sft_tokens = 0
 
     def propose(
@@ -85,7 +86,10 @@ class Writer(ABC):
         ]
 
     def prompts(self, edit: SelfEdit, document: Document) -> list[list[int]]:
-        """The tokens behind which each text is written; none where its source needs no text."""
+        """The tokens behind which each text is written; none where its source needs no text.
+
+        Raises RunError for a kind of text that the policy cannot write.
+        """
         if edit.source == "doc":
             return []
         for op in edit.text_ops:

@@ -15,8 +15,8 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from tinygpt import rundir
-from tinygpt.config import ConfigError
+from tinygpt import fileio
+from tinygpt.config import ConfigError, one_line
 from tinygpt.data.tokenizers import (
     BOS,
     BYTE_OF,
@@ -143,16 +143,17 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     if ours is not None:
         return ours
     path = folder / "tokenizer.json"
-    content = rundir.read_json(path)
-    settings = rundir.read_json(folder / "tokenizer_config.json")
+    content = fileio.read_json(path)
+    settings = fileio.read_json(folder / "tokenizer_config.json")
     eot = _token(settings.get("eos_token"))
     if eot is None:
         raise ConfigError(f"{folder}/tokenizer_config.json: no eos_token, which ends a document")
     try:
         return Foreign(content, eot, _token(settings.get("bos_token")) or eot)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not a tokenizer that can be used ({reason})") from error
+        raise ConfigError(
+            f"{path}: not a tokenizer that can be used ({one_line(error)})"
+        ) from error
 
 
 def _token(value: Any) -> str | None:
@@ -172,7 +173,7 @@ def tokenizer_from_hugging_face(folder: Path) -> Tokenizer | None:
     try:
         given = library_tokenizer(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split()) if path.exists() else "there is none"
+        reason = one_line(error) if path.exists() else "there is none"
         raise ConfigError(f"{path}: not a tokenizer of Hugging Face's ({reason})") from error
     content = json.loads(given.to_str())
     try:
@@ -189,10 +190,9 @@ def _from_two_files(folder: Path) -> Tokenizer:
     try:
         return read_gpt2((folder / "vocab.json").read_bytes(), (folder / "merges.txt").read_bytes())
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
         raise ConfigError(
             f"{folder}: has no tokenizer.json, and its vocab.json and merges.txt are not GPT-2's "
-            f"({reason})"
+            f"({one_line(error)})"
         ) from error
 
 

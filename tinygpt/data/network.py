@@ -14,8 +14,9 @@ from pathlib import Path
 
 from tiktoken.load import read_file_cached
 
-from tinygpt.config import HUB_NAME, ConfigError
+from tinygpt.config import HUB_NAME, ConfigError, first_line
 
+WAIT = 1.5  # seconds for an answer
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -23,14 +24,14 @@ GPT2_SHA256 = {
 }
 
 
-def reachable(url: str, seconds: float = 1.5) -> bool:
+def reachable(url: str) -> bool:
     """Whether anything answers at ``url``, through whatever proxy the environment names."""
     answered = threading.Event()
 
     def ask() -> None:
         try:
             request = urllib.request.Request(url, method="HEAD")
-            urllib.request.urlopen(request, timeout=seconds).close()
+            urllib.request.urlopen(request, timeout=WAIT).close()
             answered.set()
         except urllib.error.HTTPError:
             answered.set()  # it answered, if only to refuse
@@ -40,7 +41,7 @@ def reachable(url: str, seconds: float = 1.5) -> bool:
     # in a thread, because looking up a host name has no time limit of its own
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(seconds)
+    asking.join(WAIT)
     return answered.is_set()
 
 
@@ -91,7 +92,7 @@ def model_folder(key: str, name: str) -> Path:
             f"{key}={name}: no such folder, and no model of that name was fetched before ({why})"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        why = str(error).strip().splitlines()[0]
+        why = first_line(error)
         raise ConfigError(f"{key}={name}: no such folder, and not on the hub ({why})") from error
     return Path(found)
 

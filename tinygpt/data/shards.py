@@ -19,7 +19,7 @@ import filelock
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.config import ConfigError, DataConfig, TokenizerConfig
 from tinygpt.data import corpora
 from tinygpt.data.corpora import Corpus, split_documents
@@ -109,6 +109,8 @@ class Split:
 
 @dataclass(frozen=True)
 class TrainWindows:
+    """Where the windows of training begin, (W,)."""
+
     starts: NDArray[np.int64]  # global positions
     used_tokens: int  # distinct targets in the windows
     dropped_tokens: int  # at the shards' ends, shorter than a window
@@ -116,6 +118,8 @@ class TrainWindows:
 
 @dataclass(frozen=True)
 class EvalWindows:
+    """Where the windows of validation or test lie, (W,) each."""
+
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]  # targets in each
     before: NDArray[np.int64]  # the first of them, which count in the window before
@@ -165,7 +169,7 @@ def prepare(
     source = corpus.fingerprint()
     vocabulary = _tokenizer(corpus, source, data, tokenizer, cache, progress)
     sizes = [data.max_tokens, data.eval_tokens]
-    key = rundir.digest([FORMAT, source, vocabulary.fingerprint(), _cutting(data), sizes])
+    key = fileio.digest([FORMAT, source, vocabulary.fingerprint(), _cutting(data), sizes])
     folder = cache / "data" / f"{data.name}-{key[:16]}"
 
     def tokenized(temporary: Path) -> dict[str, Any]:
@@ -180,7 +184,7 @@ def prepare_whole(
     """All of a corpus as one split, ``all``, by a tokenizer that is there; from the cache or made
     now.  Raises ConfigError where there is no text in it."""
     source = corpus.fingerprint()
-    key = rundir.digest([FORMAT, source, tokenizer.fingerprint(), _cutting(data), "all"])
+    key = fileio.digest([FORMAT, source, tokenizer.fingerprint(), _cutting(data), "all"])
     folder = cache / "data" / f"{data.name}-{key[:16]}"
 
     def tokenized(temporary: Path) -> dict[str, Any]:
@@ -200,10 +204,10 @@ def _cached(folder: Path, source: str, make: Callable[[Path], dict[str, Any]]) -
     with _lock(folder):
         index = load_index(folder)
         if index is None:
-            with rundir.replacing_folder(folder, kept=True) as temporary:
+            with fileio.replacing_folder(folder, kept=True) as temporary:
                 index = {"source_fingerprint": source, **make(temporary)}
-                index["checksum"] = rundir.digest(index)
-                rundir.write_json(temporary / "index.json", index)
+                index["checksum"] = fileio.digest(index)
+                fileio.write_json(temporary / "index.json", index)
     return index
 
 
@@ -224,9 +228,9 @@ def _lock(path: Path) -> filelock.BaseFileLock:
 def load_index(folder: Path) -> dict[str, Any] | None:
     """The index of a whole, undamaged folder of shards; None where it has to be made again."""
     try:
-        index = rundir.read_json(folder / "index.json")
+        index = fileio.read_json(folder / "index.json")
         rest = {name: value for name, value in index.items() if name != "checksum"}
-        if index.get("checksum") != rundir.digest(rest):
+        if index.get("checksum") != fileio.digest(rest):
             return None
         splits = [info for info in index["splits"].values() if info]
         entries = [entry for info in splits for entry in (*info["files"], info["offsets"])]
@@ -239,7 +243,7 @@ def load_index(folder: Path) -> dict[str, Any] | None:
 def _is_whole(path: Path, size: int, sha256: str) -> bool:
     if path.stat().st_size != size:
         return False
-    return size > VERIFY_BYTES or rundir.sha256(path) == sha256
+    return size > VERIFY_BYTES or fileio.sha256(path) == sha256
 
 
 def _tokenizer(
@@ -254,7 +258,7 @@ def _tokenizer(
     train_bytes = getattr(config, "train_bytes", None)
     if train_bytes is None:
         return train_tokenizer(config, ())
-    key = rundir.digest([FORMAT, source, _cutting(data), vars(config)])
+    key = fileio.digest([FORMAT, source, _cutting(data), vars(config)])
     stem = cache / "tokenizers" / f"{config.kind}-{key[:16]}"
     with _lock(stem):
         for path in stem.parent.glob(f"{stem.name}-*.json"):

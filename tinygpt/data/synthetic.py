@@ -25,15 +25,15 @@ the story's beginning needs about 1.1 nats for it, one that does not needs ln 64
 Why a story has one derivation: the word classes are disjoint and hold no word of a template, so
 each word says its class; the sequence of classes and literal words, the signature, differs from
 template to template, so a sentence says its template and its slots; the names in a cast are
-distinct, so a name says its distance; a wrong attribute differs from the true one.  The
-constructor checks the first two.  Hence the information content of a story is the sum of
+distinct, so a name says its distance; a wrong attribute differs from the true one.  The tests
+read stories back so (``tests/grammar.py``).  Hence the information content of a story is the sum of
 -ln p over its choices, its length and the closing sentence (after which nothing but the end of
 the text can follow) included, and the mean over stories is a floor no model gets below.
 
 Its entropy, exactly: ln 5 for the length, and for each sentence the entropy of its kind, its
 template (uniform) and its slots: H(Zipf) + h(noise) + noise·ln 1023 for a fact; H(1/d, d ≤ k)
 for a recalled name, where the size k of the cast is the only state, its distribution at each
-position following from a recursion.  :meth:`Grammar.entropy` adds this up.
+position following from a recursion.  The tests add this up, and find it in the mean story.
 
 Literature: Hutter 2021 (Learning curve theory) gets power laws in D from Zipf-distributed items
 to be memorised; Michaud et al. 2023 (The quantization model of neural scaling) in N as well, from
@@ -43,6 +43,7 @@ compositional data: the random hierarchy model) control a learning task by a gen
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -149,28 +150,11 @@ class Shape:
         return self.most_sentences - self.least_sentences + 1
 
 
-class Choice(NamedTuple):
-    """One choice of a derivation: what was chosen, and its probability given what came before."""
-
-    kind: str
-    value: str
-    probability: float
-
-
 class Entity(NamedTuple):
     """An invented being and its true attributes, by relation."""
 
     name: str
     attributes: dict[str, str]
-
-
-class Sentence(NamedTuple):
-    """A sentence that was read: its kind, relation (facts only), template and fillers."""
-
-    kind: str
-    relation: str
-    template: int
-    fillers: list[str]
 
 
 class Grammar:
@@ -197,7 +181,6 @@ class Grammar:
         self.fact_p: Floats = weights / weights.sum()
         self._make_table()
         self._make_distributions()
-        self._make_parser()
         self._make_pieces()
 
     def _rng(self, *key: int) -> np.random.Generator:
@@ -228,143 +211,6 @@ class Grammar:
         recall = np.tril(np.ones((shape.cast + 1, shape.cast)), -1) * distance
         self.recall_p: Floats = recall / np.maximum(recall.sum(axis=1, keepdims=True), 1e-300)
 
-    # Reading
-
-    def _make_parser(self) -> None:
-        """Word → class and signature → template, both of which must be unambiguous."""
-        self._class: dict[str, str] = {}
-        entities = self.names[: self.n_entities]
-        for word_class, words in [*self.words.items(), ("entity", entities)]:
-            for word in words:
-                if word in self._class:
-                    raise ValueError(f"the word {word!r} has two meanings")
-                self._class[word] = word_class
-        self._signature: dict[tuple[str, ...], tuple[str, int]] = {}
-        for kind, texts in self.templates.items():
-            for index, text in enumerate(texts):
-                full = re.sub("{(" + "|".join(RELATIONS) + ")}", r"{adjective} {\1}", text)
-                key = tuple(re.findall(r"{\w+}|\w+|[^\w\s]", full))
-                if key in self._signature or any(word in self._class for word in key):
-                    raise ValueError(f"the template {text!r} is ambiguous")
-                self._signature[key] = (kind, index)
-        self._entity = {name: i for i, name in enumerate(entities)}
-        self._value = {r: {v: i for i, v in enumerate(self.values[r])} for r in RELATIONS}
-
-    def _read(self, text: str) -> Sentence:
-        """One sentence by its signature."""
-        words = re.findall(r"\w+|[^\w\s]", text)
-        classes = [self._class.get(word, "") for word in words]
-        key = tuple("{" + c + "}" if c else w for c, w in zip(classes, words, strict=True))
-        if key not in self._signature:
-            raise ValueError(f"not a sentence of this grammar: {text!r}")
-        name, index = self._signature[key]
-        fillers = [word for c, word in zip(classes, words, strict=True) if c]
-        if name in RELATIONS:
-            fillers = [fillers[0], " ".join(fillers[1:])]
-        if _render(self.templates[name][index], fillers) != text:
-            raise ValueError(f"not a sentence of this grammar: {text!r}")
-        is_fact = name in RELATIONS
-        return Sentence("fact" if is_fact else name, name if is_fact else "", index, fillers)
-
-    def parse(self, text: str) -> list[Choice]:
-        """The one derivation of a story; ValueError if it has none."""
-        sentences = [self._read(part) for part in re.split(r"(?<=[.!]) ", text)]
-        kinds = [sentence.kind for sentence in sentences]
-        length = len(sentences) - 2
-        if not self.shape.least_sentences <= length <= self.shape.most_sentences:
-            raise ValueError(f"a story cannot have {len(sentences)} sentences")
-        if kinds[0] != "opening" or kinds[-1] != "closing" or not set(kinds[1:-1]) <= set(KINDS):
-            raise ValueError("a story has one opening, its body and one closing sentence")
-        choices = [Choice("length", str(length), 1 / self.shape.lengths)]
-        cast: list[str] = []
-        for sentence in sentences:
-            for choice in self._sentence_choices(sentence, cast):
-                if choice.probability <= 0:
-                    raise ValueError(f"an impossible choice: {choice.kind} {choice.value!r}")
-                choices.append(choice)
-        return choices
-
-    def _sentence_choices(self, sentence: Sentence, cast: list[str]) -> Iterator[Choice]:
-        """The choices of a sentence; ``cast`` grows by the names it introduces."""
-        kind = sentence.kind
-        if kind in KINDS:
-            column = list(KINDS).index(kind)
-            yield Choice("kind", kind, float(self.kind_p[len(cast), column]))
-        count = len(self.templates[sentence.relation or kind])
-        yield Choice("template", str(sentence.template), 1 / count)
-        if kind == "fact":
-            yield from self._fact_choices(sentence)
-            return
-        for word in sentence.fillers:
-            word_class = self._class[word]
-            if word_class != "name":
-                yield Choice(word_class, word, 1 / len(self.words[word_class]))
-            elif kind in ("opening", "intro"):
-                p = 0.0 if word in cast else 1 / (len(self.words["name"]) - len(cast))
-                yield Choice("name", word, p)
-                cast.append(word)
-            else:
-                distance = len(cast) - cast.index(word) if word in cast else 0
-                p = float(self.recall_p[len(cast), distance - 1]) if distance else 0.0
-                yield Choice("recall", word, p)
-
-    def _fact_choices(self, sentence: Sentence) -> Iterator[Choice]:
-        name, value = sentence.fillers
-        entity, relation = self._entity[name], RELATIONS.index(sentence.relation)
-        fact = entity * len(RELATIONS) + relation
-        p = float(self.fact_p[fact]) if fact < len(self.fact_p) else 0.0
-        yield Choice("fact", f"{name} {sentence.relation}", p)
-        right = self._value[sentence.relation][value] == self.truth[entity, relation]
-        noise = self.config.noise_rate
-        yield Choice("value", value, 1 - noise if right else noise / (self.n_values - 1))
-
-    def nats(self, text: str) -> float:
-        """-ln p of a story, from its derivation alone."""
-        return -math.fsum(math.log(choice.probability) for choice in self.parse(text))
-
-    # Entropy
-
-    def entropy(self) -> float:
-        """Expected nats of a story, end of text included."""
-        return math.fsum(self.entropy_parts().values())
-
-    def entropy_parts(self) -> dict[str, float]:
-        """The entropy by kind of choice, as :meth:`parse` names them."""
-        body, closing = self._expected_sentences()
-        fact, recall, filler, intro = body.sum(axis=0).tolist()
-        nats = {c: math.log(len(words)) for c, words in self.words.items()}
-        new_name = -_log(1 / np.maximum(len(self.words["name"]) - np.arange(len(closing)), 1))
-        counts = {"opening": 1, "closing": 1, "recall": recall, "filler": filler, "intro": intro}
-        counts[RELATIONS[0]] = fact  # every relation has as many templates
-        noise = self.config.noise_rate
-        wrong = noise * math.log(self.n_values - 1) if noise else 0.0
-        return {
-            "length": math.log(self.shape.lengths),
-            "kind": float(body.sum(axis=1) @ _entropy(self.kind_p)),
-            "template": sum(n * math.log(len(self.templates[kind])) for kind, n in counts.items()),
-            "name": float(new_name[:OPENING_CAST].sum() + body[:, 3] @ new_name),
-            "place": intro * nats["place"],
-            "recall": float((body[:, 1] + closing) @ _entropy(self.recall_p)),
-            "deed": (recall + 1) * nats["deed"],
-            "thing": filler * nats["thing"],
-            "look": filler * nats["look"],
-            "fact": fact * float(_entropy(self.fact_p)),
-            "value": fact * (float(_entropy(np.array([noise, 1 - noise]))) + wrong),
-        }
-
-    def _expected_sentences(self) -> tuple[Floats, Floats]:
-        """Body sentences by (cast before, kind), and closings by cast, in a story on average."""
-        shape = self.shape
-        cast = np.zeros(shape.cast + 1)  # the distribution of its size at a position
-        cast[OPENING_CAST] = 1.0
-        body, closing = np.zeros_like(self.kind_p), np.zeros_like(cast)
-        for position in range(shape.most_sentences + 1):
-            here = cast[:, None] * self.kind_p
-            body += here * min(1.0, (shape.most_sentences - position) / shape.lengths)
-            closing += cast * (position >= shape.least_sentences) / shape.lengths
-            cast = cast - here[:, 3] + np.roll(here[:, 3], 1)
-        return body, closing
-
     # Writing
 
     def _make_pieces(self) -> None:
@@ -388,11 +234,9 @@ class Grammar:
 
     def stories(self, start: int = 0) -> Iterator[tuple[str, float]]:
         """Story ``start`` and all that follow, without end, each with its -ln p in nats."""
-        block, skip = divmod(start, BLOCK)
-        while True:
-            texts, nats = self._block(block)
-            yield from zip(texts[skip:], nats[skip:], strict=True)
-            block, skip = block + 1, 0
+        first, skip = divmod(start, BLOCK)
+        blocks = (zip(*self._block(block), strict=True) for block in itertools.count(first))
+        return itertools.islice(itertools.chain.from_iterable(blocks), skip, None)
 
     def _block(self, block: int) -> tuple[list[str], list[float]]:
         """Stories ``block * BLOCK`` up to the next block, drawn all at once."""
@@ -536,9 +380,3 @@ def _render(template: str, fillers: list[str]) -> str:
 def _log(p: Floats | float) -> Floats:
     with np.errstate(divide="ignore"):
         return np.log(np.asarray(p, dtype=np.float64))
-
-
-def _entropy(p: Floats) -> Floats:
-    """Of the distributions along the last axis."""
-    result: Floats = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
-    return result

@@ -27,9 +27,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from tinygpt import config as schema
-from tinygpt.config import ConfigError, TokenizerConfig
+from tinygpt.config import ConfigError, TokenizerConfig, one_line
 from tinygpt.data.network import gpt2_files, model_folder
-from tinygpt.rundir import digest, parse_json, write_text
+from tinygpt.fileio import digest, parse_json, write_text
 
 Ids = npt.NDArray[np.uint32]
 Merge = tuple[str, str]
@@ -287,8 +287,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         return _from_content(text, parse_json(text))
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not a tokenizer file of tinygpt ({reason})") from error
+        raise ConfigError(f"{path}: not a tokenizer file of tinygpt ({one_line(error)})") from error
 
 
 def _from_content(text: str, content: Any) -> Tokenizer:
@@ -368,7 +367,7 @@ def library_errors() -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise ConfigError(f"this tokenizer fails: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"this tokenizer fails: {one_line(error)}") from error
 
 
 def made_of_themselves(library: HuggingFaceTokenizer, merges: Sequence[Merge]) -> bool:
@@ -492,7 +491,7 @@ def _gpt2_from(vocab_dir: str) -> Gpt2:
         missing = Path(str(error.filename)).name
         raise ConfigError(f"{wanted} of GPT-2 ({missing}: {error.strerror})") from error
     except ValueError as error:
-        raise ConfigError(f"{wanted} of GPT-2 ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{wanted} of GPT-2 ({one_line(error)})") from error
 
 
 def _gpt2_by_tiktoken() -> Gpt2:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.config import ConfigError
 from tinygpt.data.corpora import Document
 from tinygpt.data.tokenizers import Ids, Tokenizer
@@ -94,7 +94,7 @@ def _mark(folder: Path, writers: Mapping[str, SplitWriter], done: Mapping[str, i
     """Puts down how far it has come; all that has been written is on disk before that is."""
     states = {name: writer.state() for name, writer in writers.items()}
     found = {"done": done, "splits": states}
-    rundir.write_json(folder / MARK, {**found, "checksum": rundir.digest(found)})
+    fileio.write_json(folder / MARK, {**found, "checksum": fileio.digest(found)})
 
 
 def _resumed(folder: Path, writers: Mapping[str, SplitWriter]) -> dict[str, int]:
@@ -102,10 +102,10 @@ def _resumed(folder: Path, writers: Mapping[str, SplitWriter]) -> dict[str, int]
 
     Where there is no mark, or it is not whole or its files are not, all begins anew.
     """
-    rundir.remove_torn(folder)
+    fileio.remove_torn(folder)
     try:
-        found = rundir.read_json(folder / MARK)
-        if found.pop("checksum", None) != rundir.digest(found):
+        found = fileio.read_json(folder / MARK)
+        if found.pop("checksum", None) != fileio.digest(found):
             raise ConfigError(f"{folder / MARK}: damaged")
         for name, writer in writers.items():
             writer.go_on(found["splits"][name])
@@ -120,7 +120,7 @@ def _resumed(folder: Path, writers: Mapping[str, SplitWriter]) -> dict[str, int]
 
 
 def _check_values(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": rundir.sha256(path)}
+    return {"size": path.stat().st_size, "sha256": fileio.sha256(path)}
 
 
 @dataclass
@@ -296,7 +296,7 @@ class SplitWriter:
         self.files[-1]["documents"] += len(encoded)
 
     def _append(self, path: Path, values: NDArray[Any]) -> None:
-        with rundir.naming(path), path.open("ab") as file:
+        with fileio.naming(path), path.open("ab") as file:
             file.write(values.tobytes())
 
     def _count(
@@ -324,13 +324,13 @@ class SplitWriter:
         name = f"{self.name}.offsets.npy"
         there = self.offsets.exists()
         offsets = np.memmap(self.offsets, np.int64, "r") if there else np.zeros(0, np.int64)
-        with rundir.naming(self.folder / name):
+        with fileio.naming(self.folder / name):
             np.save(self.folder / name, offsets)
         tokens, nats = self.info["tokens"], self.nats
         return {
             **self.info,
             "irreducible_loss_exact": nats / tokens if nats is not None and tokens else None,
-            "fingerprint": rundir.digest([entry["sha256"] for entry in self.files]),
+            "fingerprint": fileio.digest([entry["sha256"] for entry in self.files]),
             "files": self.files,
             "offsets": {"file": name, **_check_values(self.folder / name)},
         }

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib as mpl
 import numpy as np
-
-matplotlib.use("Agg")
-import itertools
-
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from tinygpt import rundir
 from tinygpt.evaluating.runs import Evaluation, convergence, curve_of
@@ -31,6 +29,7 @@ from tinygpt.scaling.drawing import (
     legend,
     log_axes,
     log_ticks,
+    write_png,
 )
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
@@ -42,7 +41,7 @@ MARKS = 40  # points of a line by position: beyond that neighbours are averaged
 def draw(made: Sequence[Evaluation], folder: Path) -> list[Path]:
     """Those there is something to see in."""
     found = []
-    with plt.rc_context(STYLE):
+    with mpl.rc_context(STYLE):
         whole = [one for one in made if one.is_whole]
         if any(one.positions for one in whole):
             found.append(_figure(folder / "loss_by_position.png", whole, _by_position))
@@ -58,13 +57,10 @@ Panel = Callable[[Axes, Sequence[Evaluation]], None]
 
 def _figure(path: Path, made: Sequence[Evaluation], *panels: Panel) -> Path:
     width = PAGE if len(panels) > 1 else 1.4 * COLUMN
-    figure, grid = plt.subplots(1, len(panels), figsize=(width, 0.9 * COLUMN), squeeze=False)
-    for axes, panel in zip(grid[0], panels, strict=True):
+    figure = Figure(figsize=(width, 0.9 * COLUMN))
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes, made)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with rundir.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-    plt.close(figure)
+    write_png(figure, path)
     return path
 
 
@@ -77,7 +73,7 @@ def _label(one: Evaluation, made: Sequence[Evaluation]) -> str:
 def _colours(count: int) -> list[str]:
     if count <= len(COLOURS):
         return list(COLOURS[:count])
-    return [matplotlib.colors.to_hex(c) for c in plt.get_cmap("viridis")(np.linspace(0, 1, count))]
+    return [to_hex(colour) for colour in mpl.colormaps["viridis"](np.linspace(0, 1, count))]
 
 
 def _by_position(axes: Axes, made: Sequence[Evaluation]) -> None:

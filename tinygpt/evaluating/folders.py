@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.config import ConfigError
 
 
@@ -21,7 +21,7 @@ def find(runs: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
             raise ConfigError(f"runs={name}: no such folder")
         inside = rundir.find_runs(path)
         if not inside:
-            raise rundir.no_runs("runs", path)
+            raise rundir.no_runs(path)
         for one in inside:
             kept = any(rundir.RunDir(one).checkpoints.glob("[!.]*.ckpt"))
             if one == path and not kept:
@@ -51,5 +51,5 @@ def folder_for(paths: Sequence[Path], output_dir: str | None) -> Path:
         parents = [path.parent for path in paths] if len(paths) > 1 else paths
         output_dir = os.path.join(os.path.commonpath(parents), "evaluation")
     folder = Path(output_dir).expanduser()
-    rundir.check_writable("output_dir", folder)
+    fileio.check_writable("output_dir", folder)
     return folder

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tinygpt.config import ConfigError
-from tinygpt.rundir import parse_json
+from tinygpt.fileio import parse_json
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
+    """A file of questions, all of one kind; ``is_cloze``: each with its one answer."""
+
     name: str
     items: list[Item]
     is_cloze: bool
@@ -36,6 +38,7 @@ def read_tasks(paths: list[str]) -> list[Task]:
 
 
 def read_task(path: Path) -> Task:
+    """Raises ConfigError, naming file and line, for what is no question."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

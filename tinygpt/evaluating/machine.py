@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.config import Config, ConfigError
 from tinygpt.evaluating.options import Options
 from tinygpt.model import linear
@@ -24,6 +24,8 @@ HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 @dataclass(frozen=True)
 class Machine:
+    """What a run is scored on."""
+
     resolved: Device
     config: Config  # of the run, with the hardware of this evaluation
 
@@ -53,10 +55,10 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
 
     Raises ConfigError where this machine lacks a device or a precision.
     """
-    begun = rundir.read_json(run.environment)
+    begun = fileio.read_json(run.environment)
     of_cpu = begun.get("device") == "cpu"
     if of_cpu:
-        begun = rundir.read_json(run.environment, threads=int)
+        begun = fileio.read_json(run.environment, threads=int)
     threads = min(begun["threads"], os.cpu_count() or 1) if of_cpu else None
     matmul = begun.get("matmul", "auto") if of_cpu else "auto"
     if matmul == "onednn" and not linear.onednn_is_there():

@@ -20,6 +20,8 @@ class OtherText:
 
 @dataclass
 class Options:
+    """What is asked of each run, and on what it is computed."""
+
     checkpoints: list[str] = field(default_factory=list)  # none: final, of an unended run last
     split: str = key("val", among=("val", "test"))
     data: OtherText = field(default_factory=OtherText)

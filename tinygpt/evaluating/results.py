@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.evaluating.folders import find, names_of
 from tinygpt.scaling.runs import SETTINGS, load_runs
 
@@ -64,22 +62,26 @@ def compare(*runs: str | Path) -> pd.DataFrame:
     return shown.rename(columns=lambda name: str(name).removeprefix("config."))
 
 
-def write(made: Sequence[Evaluation], folder: Path, arguments: dict[str, Any]) -> list[Path]:
-    """Both files; what is not finite is an empty field and null."""
+def write(
+    made: Sequence[Evaluation],
+    folder: Path,
+    arguments: dict[str, Any],
+    refused: Sequence[str],
+) -> list[Path]:
+    """Both files; what is not finite is an empty field and null.  ``refused``: a line for each run
+    that is not among them."""
     columns = list(dict.fromkeys(name for one in made for name in one.row))
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows({name: _finite(value) for name, value in one.row.items()} for one in made)
+    rows = ({name: _finite(value) for name, value in one.row.items()} for one in made)
     found = [folder / "evaluation_results.csv", folder / "evaluation_results.json"]
-    rundir.write_text(found[0], text.getvalue())
-    rundir.write_json(
+    fileio.write_csv(found[0], rows, columns)
+    fileio.write_json(
         found[1],
         {
             "definitions": DEFINITIONS,
             "arguments": arguments,
             "environment": rundir.environment(),
             "results": [_as_json(one, columns) for one in made],
+            "not_scored": list(refused),
         },
     )
     return found

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tinygpt import checks, rundir
-from tinygpt.config import Config, ConfigError, SyntheticData
+from tinygpt.config import Config, ConfigError, RunError, SyntheticData
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data.synthetic import Grammar
 from tinygpt.evaluating import facts, samples, shrinking
@@ -74,7 +74,8 @@ def loss_by_position(
     """What a longer context buys: the mean loss at each position of it, in nats per token.
 
     Columns ``position`` (from 1: tokens that the model has seen), ``loss`` and its
-    ``standard_error``, over windows of full length.  Arguments as of ``evaluate_runs``.
+    ``standard_error``, over windows of full length.  Arguments as of ``evaluate_runs``.  Raises
+    ConfigError, also for a text shorter than the context.
     """
     import pandas as pd
 
@@ -100,27 +101,46 @@ def _options(data: str | Path | None, options: dict[str, Any]) -> Options:
 
 
 def evaluate(
-    runs: Sequence[str | Path], options: Options, say: Say = lambda what: None
+    runs: Sequence[str | Path],
+    options: Options,
+    say: Say = lambda what: None,
+    refused: Say | None = None,
 ) -> list[Evaluation]:
-    """Of each run, in turn, each checkpoint.  Raises ConfigError."""
+    """Of each run, in turn, each checkpoint.  Raises ConfigError.
+
+    ``refused`` is told of a run that cannot be scored, in a line, and the others go on; without
+    it that raises ConfigError or RunError too.
+    """
     options.check()
     tasks = read_tasks(options.task)
     paths, _ = find(runs)
     labels = names_of(paths)
     for path in paths:
         run = rundir.RunDir(path)
-        there, length = run.kept(), rundir.read_config(run.config).model.max_seq_len
+        there = run.kept()
         for name in options.checkpoints:
             if name not in (*there, "all"):
                 raise ConfigError(f"checkpoints={name}: {path} has {', '.join(there) or 'none'}")
-        if options.stride is not None and options.stride > length:
-            raise ConfigError(
-                f"stride={options.stride}: must be at most the context, {length} of {path}"
-            )
+        if options.stride is not None:
+            _check_stride(options.stride, run)
     made = []
     for path, label in zip(paths, labels, strict=True):
-        made += list(_evaluate_run(path, label, options, tasks, say))
+        try:
+            made += list(_evaluate_run(path, label, options, tasks, say))
+        except (ConfigError, RunError) as error:
+            if refused is None:
+                raise
+            refused(str(error))
     return made
+
+
+def _check_stride(stride: int, run: rundir.RunDir) -> None:
+    try:
+        length = rundir.read_config(run.config).model.max_seq_len
+    except ConfigError:
+        return  # which is said in its turn
+    if stride > length:
+        raise ConfigError(f"stride={stride}: must be at most the context, {length} of {run.path}")
 
 
 def _evaluate_run(

@@ -136,12 +136,13 @@ def ngrams(texts: Sequence[Ints], n: int) -> Ints:
 
 
 def distinct(grams: Ints) -> float | None:
+    """The share of n-grams, (m, n), that are different ones (Li et al. 2016)."""
     return len(np.unique(grams, axis=0)) / len(grams) if len(grams) else None
 
 
-def repetition(texts: Sequence[Ints], n: int = 4) -> float | None:
-    """Over all n-grams; of each text those that it has before."""
-    grams = [ngrams([text], n) for text in texts]
+def repetition(texts: Sequence[Ints]) -> float | None:
+    """Of all 4-grams the share of those that their text has before."""
+    grams = [ngrams([text], 4) for text in texts]
     count = sum(map(len, grams))
     new = sum(len(np.unique(found, axis=0)) for found in grams)
     return 1 - new / count if count else None

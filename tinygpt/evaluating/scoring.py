@@ -43,6 +43,8 @@ class Positions:
 
 @dataclass(frozen=True)
 class TextScores:
+    """A model on a text: nats per token, and shares of the targets."""
+
     scores: Scores
     accuracy_top5: float
     targets: int

@@ -27,6 +27,7 @@ Pair = tuple[list[int], list[int]]  # tokens: what is read, what then follows
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> Pair:
+    """Prompt, behind the end of the text before it, and answer, encoded together and cut."""
     if prompt and not prompt[-1].isspace() and not answer[0].isspace():
         answer = " " + answer
     bare = prompt.rstrip()

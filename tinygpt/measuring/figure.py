@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from tinygpt import rundir
 from tinygpt.measuring.results import Row, labels
 from tinygpt.measuring.statistics import quartiles
-from tinygpt.scaling.drawing import BLUE, GREEN, GREY, ORANGE, PAGE, PURPLE, SKY, STYLE
+from tinygpt.scaling.drawing import BLUE, GREEN, GREY, ORANGE, PAGE, PURPLE, SKY, STYLE, write_png
 
 PARTS = dict(
     zip(
@@ -24,21 +21,15 @@ PARTS = dict(
         strict=True,
     )
 )
-Label = Callable[[Row], str]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Wall time; of training the tokens per CPU second too."""
     panels = [panel for panel in _panels(rows) if panel[1]]
     heights = [1.2 + 0.62 * len({row.place for row in some}) for _, some, _ in panels]
-    with plt.rc_context(STYLE):
-        figure, grid = plt.subplots(
-            len(panels),
-            1,
-            figsize=(PAGE, 0.62 * sum(heights)),
-            height_ratios=heights,
-            squeeze=False,
-        )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(PAGE, 0.62 * sum(heights)))
+        grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
         for axes, (title, some, way) in zip(grid[:, 0], panels, strict=True):
             label = labels(some)
             names = list(dict.fromkeys(label(row) for row in some))
@@ -50,10 +41,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.spines["left"].set_visible(False)
             axes.set_title(title, loc="left", fontsize=8, fontweight="bold")
         figure.align_ylabels()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with rundir.replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-        plt.close(figure)
+        write_png(figure, path)
 
 
 Way = Callable[[Axes, Sequence[Row], Callable[[Row], int]], None]

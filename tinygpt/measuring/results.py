@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.config import ConfigError
 from tinygpt.measuring.jobs import Setting
 from tinygpt.measuring.statistics import quartiles, ratio_interval
@@ -145,7 +144,7 @@ def memory_row(arm: Arm, place: Place) -> Row:
 
 def read_baseline(path: Path) -> list[Row]:
     """The rows of an earlier benchmark.json, or of the folder with one.  Raises ConfigError."""
-    found = rundir.read_json(_file(path))
+    found = fileio.read_json(_file(path))
     names = [f.name for f in dataclasses.fields(Place)]
     try:
         rows = [
@@ -202,16 +201,9 @@ def write(
     name: str = "benchmark",
 ) -> None:
     """<name>.csv, and <name>.json, which has every round and the environment besides."""
-    folder.mkdir(parents=True, exist_ok=True)
     table = [row.values() | _ratio(ratios.get(row)) for row in rows]
-    with (
-        rundir.replacing(folder / f"{name}.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        lines = csv.DictWriter(file, list(table[0]))
-        lines.writeheader()
-        lines.writerows(table)
-    rundir.write_json(
+    fileio.write_csv(folder / f"{name}.csv", table, list(table[0]))
+    fileio.write_json(
         folder / f"{name}.json",
         {
             "environment": rundir.environment(),
@@ -270,7 +262,7 @@ def labels(rows: Sequence[Row]) -> Callable[[Row], str]:
 
 def conditions_that_differ(path: Path) -> list[str]:
     """What of the environment of an earlier benchmark.json is not as it is here."""
-    before = rundir.read_json(_file(path)).get("environment", {})
+    before = fileio.read_json(_file(path)).get("environment", {})
     now = rundir.environment()
     names = ("platform", "processor", "cpu_count", "python", "packages")
     return [name for name in names if before.get(name) != now[name]]

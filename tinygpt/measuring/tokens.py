@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.data.shards import Prepared
 from tinygpt.data.tokenizers import Ids, Tokenizer
 
@@ -57,7 +57,7 @@ def write_tokens(folder: Path, vocab_size: int, length: int, seed: int) -> None:
             "files": [{"file": f"{name}.bin", "documents": 1}],
             "offsets": {"file": f"{name}.npy"},
         }
-    rundir.write_json(
+    fileio.write_json(
         folder / "index.json",
         {
             "dtype": dtype.name,
@@ -70,5 +70,5 @@ def write_tokens(folder: Path, vocab_size: int, length: int, seed: int) -> None:
 
 def open_tokens(folder: Path) -> Prepared:
     """What ``write_tokens`` wrote, as the data module takes it."""
-    index = rundir.read_json(folder / "index.json")
+    index = fileio.read_json(folder / "index.json")
     return Prepared(folder, index, Numbers(index["vocab_size"]))

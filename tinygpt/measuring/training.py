@@ -70,17 +70,13 @@ def facts_of(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
     vocab_size = data.prepared.tokenizer.vocab_size
     rounds = rounding(config, vocab_size, data.plan, device, {})
     return {
-        "device": device_name(device),
+        "device": device.name,
         "precision": device.precision,
         **{name: rounds[name] for name in ("threads", "compile", "matmul")},
         "parameters": count_parameters(config.model, vocab_size).total,
         "flops_per_token": flops_per_token(config.model, vocab_size),
         "micro_batch_size": data.plan.micro_batch_size,
     }
-
-
-def device_name(device: Device) -> str:
-    return torch.cuda.get_device_name() if device.accelerator == "cuda" else device.accelerator
 
 
 def probe_loss(loss_of: Callable[[Tensor, Tensor], Tensor], data: TokenData) -> float:

@@ -158,6 +158,13 @@ class Attention(nn.Module):
         return out
 
 
+def bend(h: Tensor, activation: str) -> Tensor:
+    """What ``activation`` makes of each number by itself; SwiGLU does so to its gate."""
+    if activation == "swiglu":
+        return F.silu(h)
+    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 class MLP(nn.Module):
     """Each position on its own: widen, bend, narrow.  SwiGLU bends by a second, gating matrix."""
 
@@ -174,14 +181,16 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.up(x)  # (B, T, F)
         if self.activation == "swiglu":
-            h = F.silu(self.gate(x)) * h
+            h = bend(self.gate(x), self.activation) * h
         else:
-            h = F.gelu(h, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+            h = bend(h, self.activation)
         out: Tensor = self.dropout(self.down(h))
         return out
 
 
 class Block(nn.Module):
+    """Attention, then the feed-forward, each behind a norm and added to what came in."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.norm_1 = make_norm(config)
@@ -249,7 +258,7 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
         """What the head reads: (B, T) -> (B, T, C).  With a cache for each block the tokens go
-        on from those that it holds, and join them."""
+        on from those that it holds, and join them.  Raises ValueError beyond ``max_seq_len``."""
         start = caches[0].length if caches else 0
         end = start + tokens.shape[1]
         if self.config.max_seq_len < end:

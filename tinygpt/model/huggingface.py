@@ -19,9 +19,9 @@ from torch import Tensor
 
 from tinygpt.config import ConfigError, ModelConfig
 from tinygpt.counting import padded_vocab
+from tinygpt.fileio import read_json
 from tinygpt.model.families import TITLES, family
 from tinygpt.model.gpt import GPT, score_divisor
-from tinygpt.rundir import read_json
 
 # By family: what is before all names but the head's, the blocks' name, ours by theirs.
 ROOTS = {"gpt2": "transformer.", "llama": "model."}

@@ -7,7 +7,8 @@ of it.  ``load_records`` and ``analyse_adaptation`` do so for a study of adaptat
 
 from tinygpt.scaling.adaptation import Adaptation, analyse_adaptation
 from tinygpt.scaling.adaptation_records import load_records
-from tinygpt.scaling.analysis import Analysis, Columns, analyse
+from tinygpt.scaling.analysis import Analysis, analyse
+from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
 from tinygpt.scaling.intervals import Interval, bootstrap, delta, intervals, of_loss, profile

@@ -20,6 +20,7 @@ from tinygpt.scaling.adaptation_records import BASE, RAW, REFERENCES, WHOLE, by_
 from tinygpt.scaling.fitting import fit
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import Array
+from tinygpt.scaling.wording import count
 
 METHOD = ["method", "iteration", "lora_rank"]
 OUTCOMES = ["reward", "forgetting", "accuracy_gain"]
@@ -102,10 +103,6 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
         if (several > 1).any():
             values = ", ".join(str(value) for value in table[name].dropna().unique()[:5])
             yield f"`{name}` differs within a row of the summary ({values}): averaged over"
-
-
-def count(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
 # --- means over documents

@@ -30,6 +30,7 @@ from tinygpt.scaling.drawing import (
     SKY,
     STYLE,
     YELLOW,
+    panels,
     save,
 )
 
@@ -205,9 +206,7 @@ def pareto(adaptation: Adaptation) -> Figure | None:
     across = min(2, len(parts))
     down = -(-len(parts) // across)
     figure = Figure(figsize=(PAGE if across > 1 else PAGE * 0.75, 2.7 * down + 0.2))
-    grid = figure.subplots(down, across, squeeze=False).ravel()
-    for axes in grid[len(parts) :]:
-        axes.remove()
+    grid = panels(figure, len(parts), across)
     shades = colours(by_order(table["method"]))
     markers = dict(zip(sorted(table["inner_steps"].unique()), MARKERS * 9, strict=False))
     ranks = sorted(table["lora_rank"].dropna().unique())
@@ -259,9 +258,7 @@ def iterations(adaptation: Adaptation) -> Figure | None:
     down = -(-len(parts) // across)
     width = {1: COLUMN * 1.35, 2: PAGE * 0.85, 3: PAGE}[across]
     figure = Figure(figsize=(width, 2.4 * down + 0.3))
-    grid = figure.subplots(down, across, squeeze=False).ravel()
-    for axes in grid[len(parts) :]:
-        axes.remove()
+    grid = panels(figure, len(parts), across)
     for axes, ((task, parameters, rank), part) in zip(grid, parts, strict=False):
         k = part["inner_steps"].iloc[0]
         axes.set_title(f"{title(task, parameters)}\nrank {rank}, k = {k}", fontsize=7)

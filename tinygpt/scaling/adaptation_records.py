@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
-from tinygpt.rundir import parse_object
+from tinygpt.fileio import parse_object
 from tinygpt.scaling.runs import is_number
 
 LOG = "adapt.jsonl"

@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.scaling import adaptation_plots, document, images, wording
-from tinygpt.scaling.adaptation import FEW, Adaptation, analyse_adaptation, count
+from tinygpt.scaling.adaptation import FEW, Adaptation, analyse_adaptation
 from tinygpt.scaling.adaptation_plots import bases, title
 from tinygpt.scaling.adaptation_records import BASE, RAW, by_order, load_records
 from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
 from tinygpt.scaling.intervals import LEVEL, Interval
-from tinygpt.scaling.report import WIDTH
+from tinygpt.scaling.wording import count
 
 CAPTIONS = {
     "adaptation_laws": (
@@ -49,28 +49,23 @@ def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
 
 def write(adaptation: Adaptation, folder: Path) -> list[Path]:
     """Writes report, figures and tables; what an earlier analysis left is replaced."""
-    with rundir.turn(folder):
-        rundir.remove_torn(folder, folder / "tensorboard")
+    with fileio.turn(folder):
+        fileio.remove_torn(folder, folder / "tensorboard")
         figures = adaptation_plots.draw(adaptation, folder)
         images.write(folder, figures)
         for name in TABLES:
             text = getattr(adaptation, name).to_csv(index=False, lineterminator="\n")
-            rundir.write_text(folder / f"adaptation_{name}.csv", text)
-        blocks = list(compose(adaptation, figures))
-        rundir.write_text(folder / "report.md", document.markdown(blocks))
-        rundir.write_text(folder / "report.html", document.page(blocks, folder))
-    files = ["report.md", "report.html", *(f"adaptation_{name}.csv" for name in TABLES)]
+            fileio.write_text(folder / f"adaptation_{name}.csv", text)
+        files = document.write(list(compose(adaptation, figures)), folder)
+    files += [f"adaptation_{name}.csv" for name in TABLES]
     files += [f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
     return [folder / name for name in files]
 
 
 def show(adaptation: Adaptation, folder: Path, console: Console | None = None) -> None:
     """Prints the answer, what each method brings, and where the report lies."""
-    console = console or Console(highlight=False)
-    console.width = min(console.width, WIDTH)
     brief = outcomes(adaptation, brief=True)
-    document.show([*answer(adaptation), *brief, *notes(adaptation)], console)
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, markup=False)
+    document.show([*answer(adaptation), *brief, *notes(adaptation)], folder, console)
 
 
 def compose(adaptation: Adaptation, figures: Sequence[str]) -> Iterator[Block]:
@@ -193,15 +188,17 @@ def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
             part = part[part["lora_rank"].isna() | (part["lora_rank"] == rank)]
             name += f" (rank {_text(rank)}, k = {last})"
         part = part[part["inner_steps"].isin(ends) | (part["method"] == "none")]
-        rows = [
-            _outcome(row)
-            for one in by_order(part["method"])
-            for row in part[part["method"] == one].to_dict("records")
-        ]
+        rows = [_outcome(row) for row in _by_method(part)]
         kept = [column for column in rows[0] if any(row[column] for row in rows)]
         kept = [column for column in kept if not brief or column in BRIEF]
         yield Heading(name, 3)
         yield Table(kept, [[row[column] for column in kept] for row in rows])
+
+
+def _by_method(table: pd.DataFrame) -> Iterator[dict[Any, Any]]:
+    """Its rows, those of a method together."""
+    for method in by_order(table["method"]):
+        yield from table[table["method"] == method].to_dict("records")
 
 
 BRIEF = ("method", "reward", "forgetting", "accuracy", "failed")
@@ -329,11 +326,7 @@ def powers(adaptation: Adaptation) -> Iterator[Block]:
     )
     for name, part in bases(table):
         yield Heading(name, 3)
-        rows = [
-            _power(row)
-            for one in by_order(part["method"])
-            for row in part[part["method"] == one].to_dict("records")
-        ]
+        rows = [_power(row) for row in _by_method(part)]
         yield Table(["method", "rank", "c", "a", "off", ""], rows)
 
 
@@ -432,8 +425,7 @@ def splits(adaptation: Adaptation) -> Iterator[Block]:
                 str(row["documents"]),
             ]
             for split in ("tune", "train")
-            for one in by_order(part["method"])
-            for row in part[(part["method"] == one) & (part["split"] == split)].to_dict("records")
+            for row in _by_method(part[part["split"] == split])
         ]
         header = ["split", "method", "rank", "rate", "reward", "forgetting", "documents"]
         yield Table(header, rows)

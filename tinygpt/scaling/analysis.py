@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.evidence import Check, check_design, check_finished, check_fit
+from tinygpt.scaling.columns import WORDS, Columns, choice, question, varied
+from tinygpt.scaling.evidence import Check, check_design, check_finished, check_fit, correlation
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
 from tinygpt.scaling.intervals import (
-    LEVEL,
     REPLICAS,
     Bootstrap,
     Interval,
@@ -22,12 +22,9 @@ from tinygpt.scaling.intervals import (
     of_loss,
     predict_interval,
 )
-from tinygpt.scaling.laws import LAWS, Array
-from tinygpt.scaling.points import positive
+from tinygpt.scaling.laws import Array
 from tinygpt.scaling.runs import SETTINGS
 from tinygpt.scaling.selection import (
-    JOINT,
-    ONE_VARIABLE,
     Candidate,
     Influence,
     NextRun,
@@ -41,24 +38,8 @@ from tinygpt.scaling.selection import (
 )
 from tinygpt.scaling.split import best_split, recorded
 
-SAME = 1.1  # sizes or tokens that differ by less than this factor were not varied
 INSEPARABLE = 0.98  # a correlation of log N and log D from which on no law tells them apart
 FURTHER = 10.0  # the prediction asked for lies at so many times the largest compute, or x
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where a table says what; the defaults are those of ``results.json``."""
-
-    n: str = "parameters_non_embedding"
-    n_total: str | None = "model_parameters"
-    d: str = "train_tokens"
-    u: str | None = "unique_train_tokens"
-    t: str | None = "max_seq_len"
-    c: str | None = "flops_exact"
-    loss: str = "final_val_loss"
-    seed: str | None = "seed"
-    run: str | None = "folder"
 
 
 @dataclass(frozen=True)
@@ -106,15 +87,6 @@ class Analysis:
         return all(check.passed is not False for check in self.checks)
 
 
-WORDS = {
-    "N": "parameters without embeddings",
-    "D": "training tokens",
-    "U": "unique tokens",
-    "T": "context length (tokens)",
-    "C": "training compute (FLOPs)",
-}
-
-
 def analyse(
     runs: pd.DataFrame,
     left_out: pd.DataFrame,
@@ -136,14 +108,12 @@ def analyse(
     ``curves`` are those of the runs, for the frontier.  Raises ConfigError where nothing can be
     fitted.
     """
-    where = {name: one for name, one in _columns_of(columns).items() if one in runs}
-    varied = _varied(runs, where)
-    laws, variables, words = _choice(
-        law, varied if variable == "auto" else [_known(variable, where)], where
-    )
+    where = columns.where(runs)
+    differing = varied(runs, where)
+    laws, variables, words = choice(law, variable, differing, where)
     if columns.n != Columns.n:  # of a table from elsewhere nobody says which count it is
         words = {name: word.replace(WORDS["N"], "parameters") for name, word in words.items()}
-    compute = _compute(runs, columns)
+    compute = columns.compute(runs)
     settings: dict[str, str | float | int | None] = {
         "loss": columns.loss,
         "estimator": estimator,
@@ -157,12 +127,12 @@ def analyse(
     best = chosen.fit
     if best is None:
         raise ConfigError(chosen.reason)
-    cluster = _cluster(runs, columns)
+    cluster = columns.cluster(runs)
     replicas = bootstrap(best, REPLICAS, cluster=cluster, seed=seed) if cluster else REPLICAS
     found = _intervals(best, cluster, seed)
     noise = seed_noise(best, [*where.values(), *SETTINGS])
     shape = None if cluster else structure(best)
-    floor = _floor(runs, columns)
+    floor = columns.floor(runs)
     joint = {"N", "D"} <= set(best.columns) and not _collinear(best)
     predictions = _predictions(best, compute, _budgets(best, columns, budgets))
     if cluster:
@@ -171,16 +141,16 @@ def analyse(
     if joint:
         per_token = recorded(best, compute)
         ways = frontier(best, compute, curves=curves, per_token=per_token, replicas=replicas)
-    named = _as_results(runs, columns)
+    named = columns.as_results(runs)
     settings |= {"estimator": best.estimator}
     if best.estimator == "huber":
         settings |= {"threshold": best.optimum.threshold, "threshold_unit": "absolute"}
     total = _in_total(runs, best, columns, settings)
     checks = [
         *check_design(named),
-        *check_finished(named, pd.concat([named, _as_results(left_out, columns)])),
+        *check_finished(named, pd.concat([named, columns.as_results(left_out)])),
         *_own_rows(runs, cluster),
-        *_nothing_else(best, varied, where),
+        *_nothing_else(best, differing, where),
         *check_fit(
             best,
             chosen.held_out,
@@ -195,7 +165,7 @@ def analyse(
         *_ways_agree(ways),
     ]
     return Analysis(
-        _question(words),
+        question(words),
         chosen,
         runs,
         curves,
@@ -228,32 +198,16 @@ def analyse(
 
 def _collinear(fit: Fit) -> bool:
     """Whether D goes so with N that no law can tell the two apart."""
-    if not {"N", "D"} <= set(fit.points.x):
-        return False
-    return abs(float(np.corrcoef(fit.points.x["N"], fit.points.x["D"])[0, 1])) > INSEPARABLE
+    return (correlation(fit) or 0.0) > INSEPARABLE
 
 
 def _of_replicas(one: Prediction, replicas: Bootstrap | int) -> Prediction:
     """The same prediction with the interval of replicas that drew whole runs."""
     assert isinstance(replicas, Bootstrap)
-    losses = replicas.predict(**one.place)[:, 0]
-    low, high = np.quantile(losses, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
-    law = Interval(one.loss.estimate, float(low), float(high), LEVEL, "bootstrap over runs")
+    found, estimate = replicas.of_loss(**one.place), one.loss.estimate
+    law = replace(found, estimate=estimate, method="bootstrap over runs")
     wide = replace(law, low=min(law.low, one.run.low), high=max(law.high, one.run.high))
     return replace(one, loss=law, run=wide)
-
-
-def _as_results(runs: pd.DataFrame, columns: Columns) -> pd.DataFrame:
-    """The table with the names of ``results.json``, which the checks of the design read."""
-    known = {
-        "parameters_non_embedding": columns.n,
-        "train_tokens": columns.d,
-        "unique_train_tokens": columns.u,
-        "max_seq_len": columns.t,
-        "seed": columns.seed,
-    }
-    names = {old: new for new, old in known.items() if old and old in runs and old != new}
-    return runs.drop(columns=[n for n in names.values() if n in runs]).rename(columns=names)
 
 
 def _own_rows(runs: pd.DataFrame, cluster: str | None) -> Iterator[Check]:
@@ -281,12 +235,6 @@ def _ways_agree(ways: Frontier | None) -> Iterator[Check]:
         yield Check("the ways to split a budget agree", not ways.disagreements, detail)
 
 
-def _cluster(runs: pd.DataFrame, columns: Columns) -> str | None:
-    """The column of the run's name where several rows, its checkpoints, share one."""
-    name = columns.run
-    return name if name in runs and runs[name].duplicated().any() else None
-
-
 def _intervals(fit: Fit, cluster: str | None, seed: int) -> dict[str, Interval]:
     """Rows that share a run are no independent points: then whole runs are drawn anew."""
     if fit.degrees < 1:
@@ -295,80 +243,6 @@ def _intervals(fit: Fit, cluster: str | None, seed: int) -> dict[str, Interval]:
         return intervals(fit, seed=seed)
     replicas = bootstrap(fit, cluster=cluster, seed=seed)
     return {name: replicas.interval(name) for name in fit.optimum.law.parameters}
-
-
-def _columns_of(columns: Columns) -> dict[str, str]:
-    """Variable -> column, of those that the table has."""
-    found = {"N": columns.n, "D": columns.d, "U": columns.u, "T": columns.t, "C": columns.c}
-    return {name: column for name, column in found.items() if column}
-
-
-def _varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
-    """N, D and T if they take several values; U where it is not simply all of D."""
-    found = [v for v in "NDT" if where.get(v) in runs and _spread(runs[where[v]]) > SAME]
-    if where.get("U") in runs:
-        unique = runs[where["U"]]
-        repeated = (runs[where["D"]] > 1.001 * unique).any()
-        if unique.nunique() > 1 and repeated:
-            found.append("U")
-    if "T" in found and len(found) > 1 and "N" not in found:
-        found.remove("T")
-    return found
-
-
-def _spread(values: pd.Series) -> float:
-    return float(values.max() / values.min())
-
-
-def _known(variable: str, where: dict[str, str]) -> str:
-    if variable not in where:
-        raise ConfigError(f"variable={variable}: must be one of auto, {', '.join(where)}")
-    return variable
-
-
-def _choice(
-    law: str, varied: Sequence[str], where: dict[str, str]
-) -> tuple[Sequence[str], dict[str, str], dict[str, str]]:
-    """The laws to compare, their variables' columns, and how to call them."""
-    if law != "auto" and law not in LAWS:
-        raise ConfigError(f"law={law}: must be one of auto, {', '.join(LAWS)}")
-    if not varied:
-        raise ConfigError(
-            "these runs have one size, one number of tokens and one context: there is no law to fit"
-        )
-    joint = law in (*JOINT, "data_constrained") or (law == "auto" and {"N", "D"} <= set(varied))
-    if joint:
-        names = ["N", "D", "U"] if law == "data_constrained" or "U" in varied else ["N", "D"]
-        laws: Sequence[str] = [*JOINT, *(["data_constrained"] if "U" in names else [])]
-    else:
-        names, laws = [varied[0]], ONE_VARIABLE
-    words = {name: WORDS[name] for name in names}
-    if len(names) == 1 and not joint:
-        return laws, {"x": where[names[0]]}, {"x": words[names[0]]}
-    return laws, {name: where[name] for name in names}, words
-
-
-def _question(words: dict[str, str]) -> str:
-    *others, last = words.values()
-    listed = f"{', '.join(others)} and {last}" if others else last
-    return f"How does the loss fall with {listed}?"
-
-
-def _compute(runs: pd.DataFrame, columns: Columns) -> Array:
-    """FLOPs of each run: as recorded, else 6·N·D."""
-    found: Array = np.ones(len(runs))
-    if columns.c and columns.c in runs:
-        found = positive(runs, columns.c)
-    elif columns.n in runs and columns.d in runs:
-        found = 6.0 * positive(runs, columns.n) * positive(runs, columns.d)
-    return found
-
-
-def _floor(runs: pd.DataFrame, columns: Columns) -> float | None:
-    name = "irreducible_loss_exact"
-    if columns.loss != "final_val_loss" or name not in runs or runs[name].isna().any():
-        return None
-    return float(runs[name].iloc[0]) if runs[name].nunique() == 1 else None
 
 
 def _in_total(
@@ -436,12 +310,11 @@ def _next(best: Fit, compute: Array, predictions: Sequence[Prediction]) -> NextR
     places = dict(zip(columns, mesh, strict=True))
     if "U" in best.columns:
         places["U"] = places["D"]
+    largest = float(compute.max())
     if {"N", "D"} <= set(places):
-        costs = 6 * places["N"] * places["D"]
-        largest = float((6 * columns["N"] * columns["D"]).max())
+        costs = recorded(best, compute)(places["N"]) * places["D"]
     else:
         (x,) = columns.values()
-        costs = float(compute.max()) * places["x"] / float(x.max())
-        largest = float(compute.max())
+        costs = largest * places["x"] / float(x.max())
     cheap = costs <= 2 * largest
     return next_run(best, target, {k: v[cheap] for k, v in places.items()}, costs[cheap])

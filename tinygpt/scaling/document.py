@@ -14,6 +14,8 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from tinygpt import fileio
+
 
 @dataclass(frozen=True)
 class Heading:
@@ -30,6 +32,8 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Equation:
+    """Set apart, letter for letter."""
+
     text: str
 
 
@@ -40,6 +44,8 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
+    """Raises ValueError for a row that is not as long as the header."""
+
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
@@ -75,6 +81,7 @@ figcaption { font-size: .8em; color: #444; }
 td.fail { color: #b03000; font-weight: bold; }
 """
 FAIL = "FAIL"
+WIDTH = 100  # of what is printed, at most
 
 
 def markdown(blocks: Iterable[Block]) -> str:
@@ -147,8 +154,17 @@ def _inline(text: str) -> str:
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
 
-def show(blocks: Iterable[Block], console: Console) -> None:
-    """On a terminal; figures are left out."""
+def write(blocks: Sequence[Block], folder: Path) -> list[str]:
+    """As report.md and as report.html, beside the figures; the names of both."""
+    fileio.write_text(folder / "report.md", markdown(blocks))
+    fileio.write_text(folder / "report.html", page(blocks, folder))
+    return ["report.md", "report.html"]
+
+
+def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) -> None:
+    """On a terminal, figures left out; then where the report lies."""
+    console = console or Console(highlight=False)
+    console.width = min(console.width, WIDTH)
     for block in blocks:
         match block:
             case Heading(text, level):
@@ -164,6 +180,7 @@ def show(blocks: Iterable[Block], console: Console) -> None:
                 console.print(_rich(block))
         if not isinstance(block, Heading | Picture):
             console.print()
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def _bare(text: str) -> str:

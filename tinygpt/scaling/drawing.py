@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from scipy import special
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.intervals import LEVEL, covariance
@@ -74,8 +74,15 @@ def _save(figure: Figure, stem: Path) -> None:
     engine.execute(figure)
     figure.set_layout_engine("none")  # laid out once; each format would do it again
     for kind, metadata in nothing.items():
-        with rundir.replacing(stem.with_suffix(f".{kind}")) as path:
+        with fileio.replacing(stem.with_suffix(f".{kind}")) as path:
             figure.savefig(path, format=kind, metadata=metadata)
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    """Into a folder that is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with fileio.replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def label(analysis: Analysis, name: str) -> str:
@@ -157,14 +164,18 @@ def colour_bar(figure: Figure, axes: Axes, norm: Normalize, word: str) -> None:
 def side_by_side(count: int) -> tuple[Figure, list[Axes]]:
     """Side by side, three to a row; one alone is a column wide."""
     across = min(count, 3)
-    down = -(-count // across)
     width = COLUMN * 1.2 if count == 1 else PAGE
     height = {1: COLUMN * 0.9, 2: 2.7, 3: 2.2}[across]
-    figure = Figure(figsize=(width, height * down))
-    grid = figure.subplots(down, across, squeeze=False).ravel()
+    figure = Figure(figsize=(width, height * -(-count // across)))
+    return figure, panels(figure, count, across)
+
+
+def panels(figure: Figure, count: int, across: int) -> list[Axes]:
+    """So many, ``across`` to a row."""
+    grid = figure.subplots(-(-count // across), across, squeeze=False).ravel()
     for axes in grid[count:]:
         axes.remove()
-    return figure, list(grid[:count])
+    return list(grid[:count])
 
 
 def limit(axes: Axes, shown: Array) -> None:

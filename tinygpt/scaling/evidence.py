@@ -258,7 +258,7 @@ def check_fit(
         _shapeless(structure),
         _no_lack_of_fit(noise),
         *_not_collinear(fit),
-        *_falls(fit, intervals),
+        *_falls(intervals),
         *_constant_identified(fit, intervals),
         *_predicts(held_out),
         *_meets_floor(fit, intervals, floor),
@@ -339,19 +339,25 @@ def _no_lack_of_fit(noise: Noise | None) -> Check:
     return Check(name, noise.lack_of_fit >= SIGNIFICANT, detail)
 
 
+def correlation(fit: Fit) -> float | None:
+    """Of log N and log D, its size; None where the law has not both."""
+    if not {"N", "D"} <= set(fit.points.x):
+        return None
+    return abs(float(np.corrcoef(fit.points.x["N"], fit.points.x["D"])[0, 1]))
+
+
 def _not_collinear(fit: Fit) -> Iterator[Check]:
-    if {"N", "D"} <= set(fit.points.x):
-        r = float(np.corrcoef(fit.points.x["N"], fit.points.x["D"])[0, 1])
-        yield Check("D does not go with N", abs(r) < 0.9, f"correlation of the logs {abs(r):.2f}")
+    r = correlation(fit)
+    if r is not None:
+        yield Check("D does not go with N", r < 0.9, f"correlation of the logs {r:.2f}")
 
 
-def _falls(fit: Fit, intervals: Mapping[str, Interval]) -> Iterator[Check]:
+def _falls(intervals: Mapping[str, Interval]) -> Iterator[Check]:
     """The exponents that say how fast a term falls are above zero, with their intervals."""
     for name in ("alpha", "beta"):
         if name in intervals:
             one = intervals[name]
-            detail = _reach(one)
-            yield Check(f"{name} is above zero", one.low > 0, detail)
+            yield Check(f"{name} is above zero", one.low > 0, _reach(one))
 
 
 def _reach(one: Interval) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.scaling.analysis import Analysis, Prediction
 from tinygpt.scaling.evidence import Check
 from tinygpt.scaling.fitting import Fit
@@ -95,7 +95,7 @@ def data_hash(analysis: Analysis) -> str:
     """Of the values that the law was fitted to, wherever the runs lie."""
     names = {name: col for name, col in vars(analysis.columns).items() if name != "run"}
     wanted = [col for col in dict.fromkeys(names.values()) if col in analysis.runs]
-    return rundir.digest(_plain(analysis.runs[wanted].to_dict("records")))
+    return fileio.digest(_plain(analysis.runs[wanted].to_dict("records")))
 
 
 def run_name(analysis: Analysis, row: int) -> str:
@@ -216,10 +216,16 @@ def _frontier(path: Frontier | None) -> dict[str, Any] | None:
         "missing": path.missing,
         "disagreements": path.disagreements,
         "profiles": [
-            {"budget": one.budget, "best": one.best, "reason": one.reason}
+            {
+                "budget": one.budget,
+                "best": one.best,
+                "n_by_parabola": one.parabola,
+                "reason": one.reason,
+            }
             for one in path.isoflop.profiles
         ],
         "law": {name: getattr(path, name) for name in ("flops", "n", "d", "loss")},
+        "replicas_without_best_split": path.law.undefined if path.law else None,
     }
 
 

@@ -10,7 +10,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from tinygpt import rundir
+from tinygpt import fileio
 
 
 def write(folder: Path, figures: Sequence[str]) -> None:
@@ -24,7 +24,7 @@ def write(folder: Path, figures: Sequence[str]) -> None:
         *(Event(summary=_image(folder / f"{name}.png")) for name in figures),
     ]
     # a name of its own, behind the earlier: who looks opens it as a new file
-    with rundir.replacing(place / f"events.out.tfevents.{now}") as path, path.open("wb") as file:
+    with fileio.replacing(place / f"events.out.tfevents.{now}") as path, path.open("wb") as file:
         records = RecordWriter(file)
         for event in events:
             event.wall_time = now / 1e9

@@ -299,8 +299,14 @@ class Bootstrap:
 
     def interval(self, name: str, level: float = LEVEL) -> Interval:
         """Percentiles over the replicas."""
-        estimate = self.fit.parameters[name]
-        low, high = np.quantile(self.parameters[name], [0.5 - level / 2, 0.5 + level / 2])
+        return self._within(self.fit.parameters[name], self.parameters[name].to_numpy(), level)
+
+    def of_loss(self, level: float = LEVEL, **place: float) -> Interval:
+        """Percentiles of the loss at one place."""
+        return self._within(float(self.fit.predict(**place)[0]), self.predict(**place)[:, 0], level)
+
+    def _within(self, estimate: float, values: Array, level: float) -> Interval:
+        low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
         return Interval(estimate, float(low), float(high), level, f"bootstrap ({self.kind})")
 
 
@@ -316,7 +322,8 @@ def bootstrap(
     ``pairs`` draws runs with replacement, or whole groups of rows that agree in the column
     ``cluster`` (rows that are checkpoints of one run are no independent points).  ``wild`` keeps
     every run and turns the signs of the residuals at random (Wu 1986, with leverages corrected
-    as by HC3); rows of a cluster turn together.
+    as by HC3); rows of a cluster turn together.  Raises ConfigError for another ``kind`` and for a
+    column that is not there.
     """
     if kind not in ("pairs", "wild"):
         raise ConfigError(f"bootstrap={kind}: must be pairs or wild")
@@ -385,10 +392,7 @@ def predict_interval(
     if _has_curvature(fit):
         found = profile(whole, of_loss(whole, **place), level)
     else:
-        losses = bootstrap(fit, REPLICAS).predict(**place)[:, 0]
-        low, high = np.quantile(losses, [0.5 - level / 2, 0.5 + level / 2])
-        estimate = float(fit.predict(**place)[0])
-        found = Interval(estimate, float(low), float(high), level, "bootstrap (pairs)")
+        found = bootstrap(fit, REPLICAS).of_loss(level, **place)
     if not new_run:
         return found
     scatter = _quantile(fit, level) * fit.scale

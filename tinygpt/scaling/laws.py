@@ -263,11 +263,11 @@ def _where(condition: NDArray[np.bool_], one: Jet, other: Jet) -> Jet:
     )
 
 
-def _logaddexp(one: Jet, other: Jet) -> Jet:
+def _logaddexp(one: Jet, other: Jet | Array) -> Jet:
     """log(exp(one) + exp(other)) = other + softplus(one - other)."""
     difference = one - other
     share = 0.5 * (1 + np.tanh(difference.value / 2))
-    return other + difference.apply(np.logaddexp(0.0, difference.value), share, share * (1 - share))
+    return difference.apply(np.logaddexp(0.0, difference.value), share, share * (1 - share)) + other
 
 
 def _kaplan(p: Mapping[str, Jet], x: Mapping[str, Array]) -> Jet:
@@ -330,20 +330,22 @@ def _powers(
     )
 
 
+# Those to prefer come first: of laws that describe the runs equally well, the first is told.  One
+# with a constant goes before one without: a text has an entropy.
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (
-        _powers(
-            "power",
-            "L = A / x^alpha",
-            "Hestness et al. 2017 (arXiv:1712.00409)",
-            {"A": {"x": "alpha"}},
-        ),
         _powers(
             "power_constant",
             "L = E + A / x^alpha",
             "Henighan et al. 2020, eq. 1.1 (arXiv:2010.14701)",
             {"E": {}, "A": {"x": "alpha"}},
+        ),
+        _powers(
+            "power",
+            "L = A / x^alpha",
+            "Hestness et al. 2017 (arXiv:1712.00409)",
+            {"A": {"x": "alpha"}},
         ),
         _powers(
             "log_power",
@@ -374,6 +376,28 @@ LAWS: dict[str, Law] = {
             "Muennighoff et al. 2023, section 6 (arXiv:2305.16264)",
             {"E": {}, "A": {"N": "alpha"}, "B": {"D": "alpha"}},
         ),
+        Law(
+            "coupled",
+            "L = E + (A / N^alpha + B / D^beta)^gamma",
+            "the form between Hoffmann's (gamma = 1) and Kaplan's (beta = 1)",
+            ("N", "D"),
+            ("E", "A", "B"),
+            ("alpha", "beta", "gamma"),
+            _A_B,
+            expression=_coupled,
+            bounds={"gamma": (0.05, 20.0)},
+        ),
+        Law(
+            "kaplan_constant",
+            "L = E + ((Nc/N)^(alpha/beta) + Dc/D)^beta",
+            f"{_KAPLAN}, with a constant",
+            ("N", "D"),
+            ("E", "Nc", "Dc"),
+            ("alpha", "beta"),
+            {"Nc": (("N", 1.0),), "Dc": (("D", 1.0),)},
+            expression=lambda p, x: _logaddexp(p["E"], _kaplan(p, x)),
+            bounds={"alpha": (0.005, 3.0), "beta": (0.005, 3.0)},
+        ),
         _powers(
             "chinchilla_zero",
             "L = A / N^alpha + B / D^beta",
@@ -390,28 +414,6 @@ LAWS: dict[str, Law] = {
             {"Nc": (("N", 1.0),), "Dc": (("D", 1.0),)},
             expression=_kaplan,
             bounds={"alpha": (0.005, 3.0), "beta": (0.005, 3.0)},
-        ),
-        Law(
-            "kaplan_constant",
-            "L = E + ((Nc/N)^(alpha/beta) + Dc/D)^beta",
-            f"{_KAPLAN}, with a constant",
-            ("N", "D"),
-            ("E", "Nc", "Dc"),
-            ("alpha", "beta"),
-            {"Nc": (("N", 1.0),), "Dc": (("D", 1.0),)},
-            expression=lambda p, x: _logaddexp(p["E"], _kaplan(p, x)),
-            bounds={"alpha": (0.005, 3.0), "beta": (0.005, 3.0)},
-        ),
-        Law(
-            "coupled",
-            "L = E + (A / N^alpha + B / D^beta)^gamma",
-            "the form between Hoffmann's (gamma = 1) and Kaplan's (beta = 1)",
-            ("N", "D"),
-            ("E", "A", "B"),
-            ("alpha", "beta", "gamma"),
-            _A_B,
-            expression=_coupled,
-            bounds={"gamma": (0.05, 20.0)},
         ),
         Law(
             "data_constrained",

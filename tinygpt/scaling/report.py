@@ -8,19 +8,17 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.scaling import document, images, plots, sections
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.document import Block
 from tinygpt.scaling.facts import facts
 
-WIDTH = 100  # of what is printed, at most
-
 
 def write(analysis: Analysis, folder: Path) -> list[Path]:
     """Writes report, figures, numbers and tables; what an earlier analysis left is replaced."""
-    with rundir.turn(folder):
-        rundir.remove_torn(folder, folder / "tensorboard")
+    with fileio.turn(folder):
+        fileio.remove_torn(folder, folder / "tensorboard")
         figures = plots.draw(analysis, folder)
         images.write(folder, figures)
         _write_table(analysis.runs, folder / "runs.csv")
@@ -29,24 +27,20 @@ def write(analysis: Analysis, folder: Path) -> list[Path]:
             _write_table(analysis.left_out, left_out)
         else:
             left_out.unlink(missing_ok=True)
-        blocks = list(compose(analysis, figures))
-        rundir.write_text(folder / "report.md", document.markdown(blocks))
-        rundir.write_text(folder / "report.html", document.page(blocks, folder))
-        rundir.write_json(folder / "fit.json", facts(analysis))
-    files = ["report.md", "report.html", "fit.json", "runs.csv"]
+        files = document.write(list(compose(analysis, figures)), folder)
+        fileio.write_json(folder / "fit.json", facts(analysis))
+    files += ["fit.json", "runs.csv"]
     files += ["left_out.csv"] if len(analysis.left_out) else []
     files += [f"{name}.{kind}" for name in figures for kind in ("png", "svg")]
     return [folder / name for name in files]
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:
-    rundir.write_text(path, table.to_csv(index=False, lineterminator="\n"))
+    fileio.write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def show(analysis: Analysis, folder: Path, console: Console | None = None) -> None:
     """Prints what the report says first, and where it lies."""
-    console = console or Console(highlight=False)
-    console.width = min(console.width, WIDTH)
     document.show(
         [
             *sections.title(analysis),
@@ -59,9 +53,9 @@ def show(analysis: Analysis, folder: Path, console: Console | None = None) -> No
             *sections.budgets(analysis),
             *sections.next_run(analysis),
         ],
+        folder,
         console,
     )
-    console.print(f"report: {folder / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def compose(analysis: Analysis, figures: Sequence[str]) -> Iterator[Block]:

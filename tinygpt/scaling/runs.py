@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tinygpt import rundir
-from tinygpt.config import ConfigError
+from tinygpt import fileio, rundir
+from tinygpt.config import ConfigError, first_line
 
 # Columns of the configuration in which replicas, runs that differ in their seed alone, agree.
 RATES = ("learning_rate", "warmup_steps")
@@ -88,8 +88,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
         found = pd.read_parquet(path) if kind == ".parquet" else pd.read_csv(path)
         words = {name: list(found[name]) for name in found if found[name].dtype.kind == "O"}
     except Exception as error:  # whatever broken bytes lead the libraries to
-        reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__)
-        reason = reason.splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"table={path}: cannot be read ({reason})") from error
     if kind == ".csv" and not isinstance(found.index, pd.RangeIndex):  # pandas shifts the columns
         raise ConfigError(f"table={path}: has more values in a row than columns in its first line")
@@ -158,9 +157,8 @@ def _meets(table: pd.DataFrame, where: str) -> pd.Series:
     try:
         met = table.eval(where, engine="python")
     except Exception as error:  # whatever the words of the condition lead pandas to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            f"where={where}: {reason}; a name with spaces stands in backticks"
+            f"where={where}: {first_line(error)}; a name with spaces stands in backticks"
         ) from error
     if not isinstance(met, pd.Series) or met.dtype != bool:
         raise ConfigError(f"where={where}: must be a condition on the columns, as 'params > 1e6'")
@@ -208,7 +206,7 @@ def read_rows(
     for path in paths:
         run = rundir.RunDir(path)
         rows.append(_outcome(run))
-        configs.append(_flat(rundir.read_yaml(run.config) if run.config.exists() else {}))
+        configs.append(_flat(fileio.read_yaml(run.config) if run.config.exists() else {}))
     columns = list(dict.fromkeys(name for row in rows for name in row))
     known = {name.rsplit(".", 1)[-1] for name in columns}
     differing = [
@@ -233,8 +231,8 @@ def _outcome(run: rundir.RunDir) -> dict[str, Any]:
     common = {"study": run.path.parent.name, "run_name": run.path.name, "folder": str(run.path)}
     if run.results.exists():
         return {**_results(run.results), **common, "error": None}
-    begun = rundir.read_json(run.environment)
-    error = rundir.read_json(run.error).get("error") if run.error.exists() else None
+    begun = fileio.read_json(run.environment)
+    error = fileio.read_json(run.error).get("error") if run.error.exists() else None
     for path, name, value in (
         (run.environment, "config_hash", begun.get("config_hash")),
         (run.error, "error", error or ""),
@@ -248,7 +246,7 @@ def _outcome(run: rundir.RunDir) -> dict[str, Any]:
 def _results(path: Path) -> dict[str, Any]:
     """``results.json``; what that of a training lacks is null.  Raises ConfigError for a value
     that cannot stand in a table of numbers and texts."""
-    found = rundir.read_json(path)
+    found = fileio.read_json(path)
     for name, value in found.items():
         if name in NUMBERS:
             holds = value is None or is_number(value)

@@ -25,6 +25,7 @@ from tinygpt.scaling.facts import data_hash, run_name, shared_trunks
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.selection import Candidate
+from tinygpt.scaling.wording import count
 
 MOST = 10  # rows of a table that can grow with the runs
 WITHIN = f"{100 * LEVEL:.0f} % interval"
@@ -122,7 +123,7 @@ def answer(analysis: Analysis) -> Iterator[Block]:
         if name in fit.law.exponents
     ]
     word = "are described by" if len(analysis.candidates) > 1 else "were fitted by"
-    text = f"{_count(len(analysis.runs), 'run')} {word} {fit.law.name}"
+    text = f"{count(len(analysis.runs), 'run')} {word} {fit.law.name}"
     text += f": {', '.join(exponents)}." if exponents else "."
     if analysis.is_evidence:
         text += " Every check that applies is passed."
@@ -151,7 +152,7 @@ def runs(analysis: Analysis) -> Iterator[Block]:
     fit = analysis.fit
     yield Heading("Runs")
     settings = len({tuple(row) for row in np.stack(list(fit.points.x.values()), 1).round(12)})
-    text = f"{_count(len(analysis.runs), 'run')} at {_count(settings, 'different point')}."
+    text = f"{count(len(analysis.runs), 'run')} at {count(settings, 'different point')}."
     yield Paragraph(f"{text} What they span:")
     rows = []
     for name, column in analysis.variables.items():
@@ -400,8 +401,8 @@ def method(analysis: Analysis) -> Iterator[Block]:
     yield Paragraph(text)
     state = "converged" if found.converged else "not converged"
     yield Paragraph(
-        f"The minimum: {state} from {_count(found.starts, 'start')}, "
-        f"{_count(len(found.basins), 'distinct minimum', 'distinct minima')}, objective "
+        f"The minimum: {state} from {count(found.starts, 'start')}, "
+        f"{count(len(found.basins), 'distinct minimum', 'distinct minima')}, objective "
         f"{wording.number(found.objective, 6)}, gradient {wording.number(found.gradient_norm, 1)}, "
         f"least eigenvalue {wording.number(found.smallest_eigenvalue)}. Seed {analysis.seed}. "
         f"Data {data_hash(analysis)[:12]}."
@@ -416,7 +417,3 @@ def files(analysis: Analysis, figures: Sequence[str]) -> Iterator[Block]:
     lines.append("figures, as `.png` and `.svg`: " + ", ".join(f"`{name}`" for name in figures))
     lines.append("`tensorboard/`: the figures for its page of images")
     yield Items(lines)
-
-
-def _count(number: int, word: str, many: str = "") -> str:
-    return f"{number:,} {word if number == 1 else many or word + 's'}"

@@ -15,11 +15,11 @@ from tinygpt.config import ConfigError
 from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.fitting import EFFICIENT, Fit, fit, judge, robust_scale
 from tinygpt.scaling.intervals import Interval, Target, covariance, delta, of_loss
-from tinygpt.scaling.laws import Array
+from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.newton import polish
 
-ONE_VARIABLE = ("power_constant", "power", "log_power", "broken")
-JOINT = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant", "chinchilla_zero", "kaplan")
+ONE_VARIABLE = [name for name, law in LAWS.items() if len(law.variables) == 1]
+JOINT = [name for name, law in LAWS.items() if law.variables == ("N", "D")]
 HELD_OUT = 0.2  # at least so large a part of the settings, those of the largest compute
 
 
@@ -103,12 +103,9 @@ def _one_estimator(
 
 
 def plainest(candidates: Sequence[Candidate]) -> Candidate:
-    """Of the laws that can hardly be told from the best, the one that stands first in the table.
-
-    So a law with a constant goes before one without: a text has an entropy.
-    """
+    """Of the laws that can hardly be told from the best, the one that stands first in LAWS."""
     near = [c for c in candidates if c.fit and c.aicc - candidates[0].aicc < CLEAR]
-    order = [*ONE_VARIABLE, *JOINT, "data_constrained"]
+    order = list(LAWS)
     return min(near, key=lambda c: order.index(c.law)) if near else candidates[0]
 
 

@@ -99,7 +99,7 @@ def best_split(
 def best_splits(
     fit: Fit, flops: Array, per_token: FlopsPerToken, unique: float
 ) -> tuple[Array, Array, Array]:
-    """N, D and L of the fitted law, (G,) each."""
+    """N, D and L of the fitted law, (G,) each.  Raises ConfigError where it has no best split."""
     law = fit.optimum.law
     missing = {"N", "D"} - _used(law)
     if missing:

@@ -69,15 +69,26 @@ def reach(interval: Interval | None) -> str:
     """From where to where an interval goes."""
     if interval is None:
         return UNKNOWN
-    place = _place(interval)
-    low, high = interval.low, interval.high
-    if _is_set(low) and _is_set(high):
-        return f"{_to_place(low, place)} to {_to_place(high, place)}"
-    if _is_set(low):
-        return f"above {_to_place(low, place)}, no upper end"
-    if _is_set(high):
-        return f"below {_to_place(high, place)}, no lower end"
+    low, high = (_end(end, interval) for end in (interval.low, interval.high))
+    if _is_set(interval.low) and _is_set(interval.high):
+        return f"{low} to {high}"
+    if _is_set(interval.low):
+        return f"above {low}, no upper end"
+    if _is_set(interval.high):
+        return f"below {high}, no lower end"
     return "not set by the data"
+
+
+def _end(value: float, interval: Interval) -> str:
+    """To the estimate's place; where it lies decades from that, to two digits of its own."""
+    text = _to_place(value, _place(interval)) if _is_set(value) else ""
+    far = abs(value) > 100 * abs(interval.estimate) > 0 or (text == "0" and value > 0)
+    return number(value, 2) if far else text
+
+
+def count(number: int, word: str, many: str = "") -> str:
+    """``1 run``, ``2 runs``; ``many`` where it is not the word with an s."""
+    return f"{number:,} {word if number == 1 else many or word + 's'}"
 
 
 def percent(value: float) -> str:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,12 +64,14 @@ Engine = Callable[[Sequence[Group], Path], Results]
 def make_engine(launcher: LauncherConfig) -> Engine:
     """The engine that ``launcher=`` names; it is given groups and a folder for its own files.
 
-    Raises ConfigError where the library of an engine is missing.
+    Raises ConfigError where what an engine needs is missing.
     """
     if isinstance(launcher, LocalLauncher):
         return lambda groups, folder: run_local(groups, launcher, folder)
     if isinstance(launcher, SlurmLauncher):
         _require("submitit", "slurm")
+        if shutil.which("srun") is None:
+            raise ConfigError("launcher=slurm: no srun here; start it where Slurm takes jobs")
         return lambda groups, folder: run_slurm(groups, launcher, folder)
     if isinstance(launcher, RayLauncher):
         _require("ray", "ray")
@@ -297,8 +300,11 @@ def run_slurm(groups: Sequence[Group], launcher: SlurmLauncher, folder: Path) ->
     executor.update_parameters(**slurm_parameters(launcher, folder.name))
     for job in itertools.chain(*groups):
         job.config.hardware.threads = job.config.hardware.threads or launcher.cpus
-    with executor.batch():
-        submitted = [(executor.submit(_SlurmJob(), group), group) for group in groups]
+    try:
+        with executor.batch():
+            submitted = [(executor.submit(_SlurmJob(), group), group) for group in groups]
+    except submitit.core.utils.FailedJobError as refusal:  # an unknown partition, say
+        raise RunError(f"launcher=slurm: {str(refusal).strip().splitlines()[0]}") from refusal
     waiting = dict(submitted)
     try:
         for done in submitit.helpers.as_completed(list(waiting), poll_frequency=2):
@@ -320,7 +326,10 @@ def run_ray(groups: Sequence[Group], launcher: RayLauncher) -> Results:
     """As Ray tasks, on the cluster at ``address`` or on one of its own."""
     import ray
 
-    ray.init(address=launcher.address, log_to_driver=False, configure_logging=False)
+    try:
+        ray.init(address=launcher.address, log_to_driver=False, configure_logging=False)
+    except ConnectionError as error:
+        raise RunError(f"launcher.address={launcher.address}: no Ray cluster there") from error
     try:
         task = ray.remote(**ray_options(launcher))(train_group)
         for job in itertools.chain(*groups):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.sweeping import summary
 from tinygpt.sweeping.adaptations import AdaptationJob
 from tinygpt.sweeping.engines import Engine, Outcome, make_engine, outcome_of
@@ -41,7 +41,7 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
     folders = list(dict.fromkeys(job.run.path.parent for job in jobs))
     with contextlib.ExitStack() as alone:
         for folder in folders:
-            alone.enter_context(rundir.locked(folder, folder.parent, "study"))
+            alone.enter_context(fileio.locked(folder, folder.parent, "study"))
         if pending:
             _do(jobs, pending, outcomes, engine, console)
         for folder in folders:
@@ -76,7 +76,7 @@ def _do(
             for job, outcome in engine(groups, folder):
                 outcomes[job] = outcome
                 if outcome.status == "killed" and job.run.environment.exists():
-                    rundir.write_json(job.run.error, {"error": outcome.reason})
+                    fileio.write_json(job.run.error, {"error": outcome.reason})
                 view.ended(job, outcome)
             if _is_interrupted(outcomes):
                 break

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,23 +9,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.sweeping.engines import Outcome
 from tinygpt.sweeping.jobs import StudyJob, flops_of
 
 
 def write(folder: Path, kind: type[StudyJob]) -> None:
     """Writes both files anew from the folders of that kind in ``folder``: a row a run."""
-    rundir.remove_torn(folder)
+    fileio.remove_torn(folder)
     rows = kind.rows(folder)
     for row in rows:
         row["folder"] = Path(row["folder"]).name  # the study may be moved
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)  # None is an empty field
-    rundir.write_text(folder / "sweep_summary.csv", text.getvalue())
-    rundir.write_json(folder / "sweep_summary.json", {"study": folder.name, "runs": rows})
+    fileio.write_csv(folder / "sweep_summary.csv", rows, list(rows[0]) if rows else [])
+    fileio.write_json(folder / "sweep_summary.json", {"study": folder.name, "runs": rows})
 
 
 SHOWN = 40  # rows; of a longer study the table shows what did not end well

@@ -10,10 +10,9 @@ training durations").
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,5 @@ class Branch:
         assert self.trunk is not None
         for mine, theirs in ((run.metrics, self.trunk.metrics), (run.samples, self.trunk.samples)):
             if theirs.exists():
-                with rundir.replacing(mine) as temporary:
-                    shutil.copyfile(theirs, temporary)
-        with rundir.replacing(run.last) as temporary:  # last: with it the run can be resumed
-            shutil.copyfile(self.trunk.step(self.step), temporary)
+                fileio.copy(theirs, mine)
+        fileio.copy(self.trunk.step(self.step), run.last)  # last: with it the run can be resumed

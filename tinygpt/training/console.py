@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 
 log = logging.getLogger("tinygpt")
 
@@ -65,7 +65,7 @@ class _ConsoleHandler(logging.Handler):
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """A line that cannot be written is an error as any other; logging would show its stack."""
-        with rundir.naming(Path(self.baseFilename)):
+        with fileio.naming(Path(self.baseFilename)):
             raise
 
 

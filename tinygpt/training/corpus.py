@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.config import Config, ConfigError, SavedTokenizer
 from tinygpt.data import corpora, shards
 from tinygpt.data.shards import Prepared, Progress
@@ -28,7 +28,7 @@ def own_corpus(
     now = {"tokenizer_fingerprint": index["tokenizer_fingerprint"]}
     then = {"tokenizer_fingerprint": tokenizer.fingerprint()}
     if run.results.exists():
-        results = rundir.read_json(run.results, data_fingerprint=str, validation_fingerprint=str)
+        results = fileio.read_json(run.results, data_fingerprint=str, validation_fingerprint=str)
         for name, split in (("data_fingerprint", "train"), ("validation_fingerprint", "val")):
             now[name] = index["splits"][split]["fingerprint"]
             then[name] = results[name]

@@ -95,7 +95,23 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict[str, Any]]:
     return [{"params": some, "lr": lr, "weight_decay": wd} for some, lr, wd in groups if some]
 
 
-class Lion(torch.optim.Optimizer):
+class Stepping(torch.optim.Optimizer):
+    """What our optimizers share: ``step`` calls the closure, then ``move``s the weights."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.move()
+        return loss
+
+    def move(self) -> None:
+        raise NotImplementedError
+
+
+class Lion(Stepping):
     """Each number moves by the rate, in the direction of the sign of an average of gradients.
 
     Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", with decoupled decay:
@@ -105,17 +121,11 @@ class Lion(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(groups, {"betas": betas})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def move(self) -> None:
         for group in self.param_groups:
             params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if params:
                 self._move(params, group)
-        return loss
 
     def _move(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for p in params:
@@ -131,7 +141,7 @@ class Lion(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, gradients, 1 - of_momentum)
 
 
-class MuonWithAdam(torch.optim.Optimizer):
+class MuonWithAdam(Stepping):
     """torch's Muon for the first group, torch's AdamW for the others, as one optimizer.
 
     Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") makes
@@ -148,19 +158,13 @@ class MuonWithAdam(torch.optim.Optimizer):
         self.adam = torch.optim.AdamW(groups[1:], **adam)
         super().__init__(self.muon.param_groups + self.adam.param_groups, {})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def move(self) -> None:
         # load_state_dict puts new objects in place of these
         groups = self.param_groups
         self.muon.param_groups, self.adam.param_groups = groups[:1], groups[1:]
         self.muon.state = self.adam.state = self.state
         self.muon.step()  # type: ignore[no-untyped-call]
         self.adam.step()
-        return loss
 
 
 def make_optimizer(model: GPT, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
-import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
 
-from tinygpt import pretrained, rundir
-from tinygpt.config import Config, ConfigError, RunError, is_out_of_memory
+from tinygpt import fileio, rundir
+from tinygpt.config import Config
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
@@ -35,6 +33,7 @@ from tinygpt.training.console import (
     short,
 )
 from tinygpt.training.evaluation import Scores, score
+from tinygpt.training.folder import begin, failures_recorded, identify
 from tinygpt.training.hardware import compile_model, rounding, set_up
 from tinygpt.training.loggers import Loggers, check_loggers
 from tinygpt.training.module import LanguageModel
@@ -82,7 +81,7 @@ def train(
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
     data = open_data(config, prepared, device)
     assert data.plan is not None
-    begun = rundir.read_json(run.environment) if run.last.exists() and not config.force else {}
+    begun = fileio.read_json(run.environment) if run.last.exists() and not config.force else {}
     rounds = rounding(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
     initial = None if begun else initial_weights(config, prepared.tokenizer.vocab_size)
     made = functools.partial(
@@ -127,129 +126,6 @@ def open_data(config: Config, prepared: shards.Prepared, device: Device) -> Toke
         pass_tokens=PASS_TOKENS[device.accelerator],
     )
     return data
-
-
-def identify(
-    config: Config, overrides: list[str], corpus: corpora.Corpus
-) -> tuple[str, rundir.RunDir]:
-    """The configuration's hash and folder; fills in ``study`` and ``run_name``."""
-    hash_ = rundir.config_hash(config, pretrained.contents(corpus, config))
-    config.study = config.study or "runs"
-    folder = rundir.folder_of(config, overrides, hash_)
-    config.run_name = folder.name
-    return hash_, rundir.RunDir(folder)
-
-
-def begin(
-    config: Config,
-    run: rundir.RunDir,
-    prepared: shards.Prepared,
-    device: Device,
-    hash_: str,
-    rounds: dict[str, Any],
-    branch: Branch | None,
-    stacked: int = 1,
-) -> bool:
-    """Makes the folder, or checks that what is there can be gone on with.  True: resuming."""
-    run.error.unlink(missing_ok=True)
-    rundir.remove_torn(run.path, run.checkpoints)
-    if run.last.exists():
-        mend(run)
-        begun = rundir.read_json(run.environment, precision_resolved=str)
-        before = {"devices": 1, "strategy": "auto", **begun}
-        if before["precision_resolved"] != device.precision:
-            raise ConfigError(
-                f"train.precision={device.precision}: {run.path} was begun at "
-                f"{before['precision_resolved']}; go on with that, or use force=true"
-            )
-        if (
-            "fsdp" in (before["strategy"], device.strategy)
-            and before["strategy"] != device.strategy
-        ):
-            raise ConfigError(  # its optimizer's state is in another order
-                f"hardware.strategy={config.hardware.strategy}: {run.path} was begun with "
-                f"{before['strategy']}; go on with that, or use force=true"
-            )
-        for name, value in rounds.items():
-            if before.get(name, value) != value:
-                log.info(
-                    "note: begun with %s %s, now %s: equal within rounding, not bit for bit",
-                    name,
-                    before[name],
-                    value,
-                )
-        return True
-    name = torch.cuda.get_device_name() if device.accelerator == "cuda" else device.accelerator
-    branching = branch is not None and branch.is_ready()
-    # first, as it says whose folder this is
-    rundir.write_json(
-        run.environment,
-        rundir.environment(
-            config_hash=hash_,
-            precision_resolved=device.precision,
-            **rounds,
-            strategy=device.strategy,
-            device=name,
-            stacked=stacked if stacked > 1 else None,
-            init_from=config.init_from,
-            branched_from=branch.trunk.path.name if branch and branch.trunk and branching else None,
-            branched_at_step=branch.step if branch and branching else None,
-        ),
-    )
-    run.checkpoints.mkdir(exist_ok=True)
-    run.write_config(config)
-    prepared.tokenizer.save(run.tokenizer)
-    if branch is not None and branching:
-        branch.begin(run)
-    elif branch is not None and branch.trunk is not None:
-        log.info(
-            "note    %s has no step %d: trained from the start", branch.trunk.path, branch.step
-        )
-    return branching
-
-
-def mend(run: rundir.RunDir) -> None:
-    """Puts the newest whole checkpoint in the place of a damaged last one, and says so.
-
-    Raises ConfigError where there is none.
-    """
-    io = AtomicCheckpoints()
-    try:
-        io.load_checkpoint(run.last)
-    except ConfigError:
-        steps = {}
-        for path in set(run.checkpoints.glob("[!.]*.ckpt")) - {run.last}:
-            with contextlib.suppress(ConfigError):
-                steps[path] = int(io.load_checkpoint(path)["global_step"])
-        if not steps:
-            raise
-        newest = max(steps, key=lambda path: (steps[path], path.name))
-        log.info("note    %s is damaged: from %s, step %d", run.last, newest.name, steps[newest])
-        with rundir.replacing(run.last) as temporary:
-            shutil.copyfile(newest, temporary)
-
-
-@contextlib.contextmanager
-def failures_recorded(run: rundir.RunDir) -> Iterator[None]:
-    """A run that fails says why in ``error.json``, in one line; it is tried again next time."""
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        line = record_failure(run, error)
-        if is_out_of_memory(error):
-            raise RunError(
-                f"out of memory: {line}; try a smaller hardware.micro_batch_size or model"
-            ) from error
-        raise
-
-
-def record_failure(run: rundir.RunDir, error: BaseException) -> str:
-    """The error in one line, which stands in ``error.json`` too where the run had begun."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    if run.environment.exists() and not isinstance(error, ConfigError):
-        with contextlib.suppress(OSError):
-            rundir.write_json(run.error, {"error": line})
-    return line
 
 
 class Run:
@@ -351,9 +227,8 @@ class Run:
     def finish(self, final: Scores | None, test: Scores | None) -> dict[str, Any]:
         """Writes the results, and with them the run is finished."""
         if final is not None:
-            with rundir.replacing(self.run.checkpoints / "final.ckpt") as temporary:
-                shutil.copyfile(self.run.last, temporary)
-        begun = rundir.read_json(self.run.environment)
+            fileio.copy(self.run.last, self.run.checkpoints / "final.ckpt")
+        begun = fileio.read_json(self.run.environment)
         branched = {name: begun.get(name) for name in ("branched_from", "branched_at_step")}
         results = make_results(
             self.config,
@@ -367,8 +242,8 @@ class Run:
             branched,
         )
         self.loggers.log_results(results)
-        with rundir.replacing(self.run.results) as temporary:
-            temporary.write_text(rundir.to_json(results), encoding="utf-8")
+        with fileio.replacing(self.run.results) as temporary:
+            temporary.write_text(fileio.to_json(results), encoding="utf-8")
         return results
 
     def _introduce(self, resuming: bool) -> None:
@@ -469,7 +344,7 @@ class Run:
                 f"{SAMPLE_MARK} {at:,} ({at * train.batch_tokens:,} tokens)\n{text}\n\n"
                 for at, text in self.samples.items()
             )
-            with rundir.replacing(self.run.samples) as temporary:
+            with fileio.replacing(self.run.samples) as temporary:
                 temporary.write_text("".join(texts), encoding="utf-8")
             self.loggers.log_text(self.samples[step])
 

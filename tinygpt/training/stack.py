@@ -18,18 +18,11 @@ from tinygpt.data.datamodule import Batch
 from tinygpt.trained import initial_weights
 from tinygpt.training.callbacks import STRETCH, Checkpoints, Interrupts, is_rest, step_ended
 from tinygpt.training.console import logging_to, preparing
+from tinygpt.training.folder import begin, identify, record_failure
 from tinygpt.training.hardware import rounding
 from tinygpt.training.module import Stretch
 from tinygpt.training.optim import rate_factor
-from tinygpt.training.session import (
-    Run,
-    begin,
-    identify,
-    open_data,
-    open_machine,
-    record_failure,
-    train,
-)
+from tinygpt.training.session import Run, open_data, open_machine, train
 from tinygpt.training.stacked import StackedAdamW, StackedGPT
 from tinygpt.training.trainer import (
     AtomicCheckpoints,

@@ -11,7 +11,7 @@ Shapes in comments: K runs, R = B·T rows of a run's batch, the others as in mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from tinygpt.model.gpt import GPT, Rotary, manual_attention, rotate, score_divisor
+from tinygpt.model.gpt import GPT, Rotary, bend, manual_attention, rotate, score_divisor
 from tinygpt.model.linear import onednn_product, takes_onednn
 from tinygpt.model.loss import add_up, room_for_gradients
+from tinygpt.training.optim import Stepping
 
 LEAST_PRODUCT = 2**20  # multiplications; below, K calls of oneDNN cost more than they gain
 
@@ -121,10 +122,7 @@ class StackedGPT:
     def _mlp(self, name: str, x: Tensor) -> Tensor:
         h = self._linear(f"{name}.up", x)
         kind = self.config.activation
-        if kind == "swiglu":
-            h = F.silu(self._linear(f"{name}.gate", x)) * h
-        else:
-            h = F.gelu(h, approximate="tanh" if kind == "gelu_tanh" else "none")
+        h = bend(self._linear(f"{name}.gate", x), kind) * h if kind == "swiglu" else bend(h, kind)
         return self._linear(f"{name}.down", h)
 
 
@@ -182,7 +180,7 @@ class _ByOneDnn(torch.autograd.Function):
         return of_x, of_weight, grad.sum(1) if ctx.has_bias else None
 
 
-class StackedAdamW(torch.optim.Optimizer):
+class StackedAdamW(Stepping):
     """One fused AdamW step for the runs of a stack; their own optimizers hold views of its state.
 
     ``optimizers`` are those the runs would have alone.  Runs of one rate that stand side by side
@@ -229,12 +227,7 @@ class StackedAdamW(torch.optim.Optimizer):
                 state["step"] = step
         return firsts, seconds, steps
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def move(self) -> None:
         for g, group in enumerate(self.param_groups):
             firsts, seconds, steps = self.moments[g]
             weights, gradients = group["params"], [p.grad for p in group["params"]]
@@ -256,7 +249,6 @@ class StackedAdamW(torch.optim.Optimizer):
                     amsgrad=False,
                     maximize=False,
                 )
-        return loss
 
     @torch.no_grad()
     def clip(self, limit: float | None) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import filelock
 from lightning.pytorch.loggers import MLFlowLogger
 
-from tinygpt import rundir
-from tinygpt.config import Config, ConfigError
+from tinygpt import fileio, rundir
+from tinygpt.config import Config, ConfigError, first_line
 from tinygpt.data.network import reachable
 
 log = logging.getLogger("tinygpt")
@@ -45,7 +45,7 @@ class WandbRun:
                 project=wanted.project,
                 entity=wanted.entity,
                 name=config.run_name,
-                id=rundir.digest([config.study, config.run_name])[:16],
+                id=fileio.digest([config.study, config.run_name])[:16],
                 group=config.study,
                 dir=run.path,
                 mode="offline" if wanted.offline else "online",
@@ -54,7 +54,7 @@ class WandbRun:
                 settings=wandb.Settings(console="off", silent=wanted.offline),
             )
         except wandb.Error as error:
-            raise ConfigError(f"logger.wandb: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"logger.wandb: {first_line(error)}") from error
         for name in At._fields:
             self.run.define_metric(name)
         self.run.define_metric("*", step_metric="tokens")
@@ -148,7 +148,9 @@ class MlflowRun:
             call(*arguments)
         except MlflowException as error:
             self.lost = True
-            log.warning("MLflow fails: %s; from here on only metrics.csv is kept", _line(error))
+            log.warning(
+                "MLflow fails: %s; from here on only metrics.csv is kept", first_line(error)
+            )
 
 
 def open_mlflow(config: Config, run: rundir.RunDir) -> MlflowRun:
@@ -165,11 +167,7 @@ def open_mlflow(config: Config, run: rundir.RunDir) -> MlflowRun:
         with _alone(config, where):
             return _opened(config, run, where)
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        raise ConfigError(f"logger.mlflow.tracking_uri={where.uri}: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"logger.mlflow.tracking_uri={where.uri}: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -193,7 +191,7 @@ def _opened(config: Config, run: rundir.RunDir, where: Place) -> MlflowRun:
     )
     assert logger.run_id is not None  # makes the experiment and the run
     if run_id is None:
-        rundir.write_json(run.mlflow, {"tracking_uri": where.uri, "run_id": logger.run_id})
+        fileio.write_json(run.mlflow, {"tracking_uri": where.uri, "run_id": logger.run_id})
         return MlflowRun(logger, is_new=True, logged_until=-1)
     logger.experiment.update_run(run_id, status="RUNNING")
     logged = logger.experiment.get_metric_history(run_id, EVERY_LINE)
@@ -208,7 +206,7 @@ def _known_run(run: rundir.RunDir, where: Place) -> str | None:
 
     if not run.mlflow.exists():
         return None
-    before = rundir.read_json(run.mlflow, tracking_uri=str, run_id=str)
+    before = fileio.read_json(run.mlflow, tracking_uri=str, run_id=str)
     if before["tracking_uri"] != where.uri:
         return None
     run_id = str(before["run_id"])

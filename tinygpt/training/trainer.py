@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.config import ConfigError, HardwareConfig, RunError
 from tinygpt.horizon import Plan
 from tinygpt.trained import check_sums, usable_device
@@ -51,6 +51,10 @@ class Device:
     @property
     def world_size(self) -> int:
         return self.devices * self.num_nodes
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name() if self.accelerator == "cuda" else self.accelerator
 
 
 def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
@@ -147,12 +151,13 @@ class AtomicCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        with rundir.replacing(Path(path)) as temporary:
+        with fileio.replacing(Path(path)) as temporary:
             torch.save(checkpoint, temporary)
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
+        """Onto the CPU, tensors and plain data alone.  Raises ConfigError for a damaged file."""
         try:
             check_sums(Path(path))
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)

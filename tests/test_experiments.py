@@ -1,0 +1,64 @@
+"""The studies in experiments/: their numbers come from their runs, their commands run."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.conftest import ROOT, Command
+
+STUDIES = sorted(path.parent.name for path in ROOT.glob("experiments/*/runs.csv"))
+LAWS = [name for name in STUDIES if (ROOT / "experiments" / name / "fit.json").exists()]
+
+
+@pytest.fixture(scope="module")
+def record() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "experiments" / "record.py")))
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_the_law_is_that_of_the_runs(name: str, record: SimpleNamespace) -> None:
+    runs, facts = record.read(name)
+    law = record.refit(record.comparable(runs, facts["loss"])[0], facts)
+    for parameter, told in facts["parameters"].items():
+        assert law.parameters[parameter] == pytest.approx(told["estimate"], rel=1e-5), parameter
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_page_says_what_its_runs_say(name: str, record: SimpleNamespace) -> None:
+    assert record.page(name) in (ROOT / "experiments" / name / "README.md").read_text()
+
+
+def test_the_table_says_what_the_runs_say(record: SimpleNamespace) -> None:
+    assert record.table(STUDIES) in (ROOT / "experiments" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_no_run_is_lost(name: str, record: SimpleNamespace) -> None:
+    """All came to an end, of one version of the code, and each can be told from the others."""
+    runs, _ = record.read(name)
+    assert set(runs["status"]) <= {"finished", "diverged", "stopped_early"}
+    assert runs["git_commit"].nunique() == 1
+    assert runs["config_hash"].is_unique
+    assert not runs["folder"].str.startswith("/").any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_its_command(name: str, tinygpt: Command, tmp_path: Path, corpus: Path) -> None:
+    """The first line of a page reproduces the study; here at smoke scale, on a small text."""
+    for text in (tmp_path / "stories.txt", tmp_path / "books" / "one.txt"):
+        text.parent.mkdir(exist_ok=True)
+        text.write_text(corpus.read_text())
+    page = (ROOT / "experiments" / name / "README.md").read_text()
+    (line,) = re.findall(r"^python -m tinygpt\.run (.*)$", page, re.M)[:1]
+    words = [word for word in shlex.split(line, comments=True) if not word.startswith("train.")]
+    small = ["scale=smoke", "launcher=serial", "hardware.threads=1", "data.val_fraction=0.25"]
+    done = tinygpt("run", *words, *small)
+    assert done.returncode == 0, done.stderr
+    assert " finished" in done.stdout

@@ -1,0 +1,271 @@
+"""Files: written whole, checked as they are read, kept from other processes.  Torch-free."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import yaml
+
+from tinygpt.config import ConfigError, one_line
+
+DEEPEST = 100  # levels of a file of YAML
+# Read by the C library, if it is there: ten times faster.
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+# --- written
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` and, if the block succeeds, renames it to ``path``.
+
+    The content is on disk before the rename, so a reader sees the old file or the new one.  The
+    folder must be there: one that vanishes on the way is not made again with less in it.
+    """
+    with naming(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        with naming(path):
+            yield temporary
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner alone
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # what stopped the write may stop this too
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path, kept: bool = False) -> Iterator[Path]:
+    """Yields a new folder beside ``folder`` that takes its place once the block is through.
+
+    One process at a time; what another left behind that died is removed.  ``kept``: it is in the
+    new folder, for this one to go on with.
+    """
+    new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
+    if old.exists() and not folder.exists():  # killed between the two renames
+        old.rename(folder)
+    passing = [old] if kept else [new, old]
+    for path in passing:
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        new.mkdir(parents=True, exist_ok=kept)
+        yield new
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except Exception:  # an error, no interrupt
+        passing = [new, old]
+        raise
+    finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for path in passing:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_torn(*folders: Path) -> None:
+    """Removes what a killed process was writing there; call it where no other one writes."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raises ConfigError, naming ``key``, where ``folder`` can be neither made nor written to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{key}={folder}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={folder}: {there} cannot be written; give another folder")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Tells of what a write failed: on a full disk the error itself does not, or it names a file
+    on its way to ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if not error.filename or f".{path.name}." in str(error.filename):
+            error.filename = str(path)
+        raise
+    except Exception as error:  # the writers of torch and safetensors do not say why
+        if shutil.disk_usage(path.parent).free >= 1 << 16:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically, into a folder that is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def copy(source: Path, path: Path) -> None:
+    """As ``replacing`` does, the content of another file."""
+    with replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """As ``write_text``."""
+    write_text(path, to_json(values))
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """As ``write_text``, a line a row; None, and what a row lacks, is an empty field."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def to_json(values: Any) -> str:
+    """Keys keep their order; a NaN is refused, as JSON has none."""
+    return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def append(path: Path, content: bytes, sync: bool = False) -> None:
+    """All of it in one write, or nothing.  ``sync``: on the disk when it returns.
+
+    Raises OSError on a full disk.
+    """
+    with naming(path), path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(content) != len(content):  # a full disk takes the beginning
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if sync:
+            os.fsync(file.fileno())
+
+
+# --- read
+
+
+def read_json(path: Path, **needed: type) -> dict[str, Any]:
+    """The object in a file, which has ``needed``, values of these types.
+
+    Raises ConfigError, naming the file, where there is none, and the first value that is not so.
+    """
+    try:
+        values = parse_object(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file ({error})") from error
+    for name, kind in needed.items():
+        if type(values.get(name)) is not kind:
+            wanted = {str: "a text", int: "a whole number", list: "a list"}[kind]
+            raise ConfigError(f"{path}: {name}={values.get(name)!r:.40}: must be {wanted}")
+    return values
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Raises ValueError for what is no JSON object, or has half of a surrogate pair, which is no
+    character."""
+    values = parse_json(text)
+    if not isinstance(values, dict):
+        raise ValueError("not an object")
+    if "\\u" in text:
+        json.dumps(values, ensure_ascii=False).encode()
+    return values
+
+
+def parse_json(text: str) -> Any:
+    """Raises ValueError for what is none, or is nested deeper than Python calls go."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The table in a file, as plain values.  Raises ConfigError, naming the file, for anything
+    else, and for aliases, by which a small file can stand for an endless one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if "&" in text and any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, _Loader)):
+            raise yaml.YAMLError("it has aliases")
+        values = yaml.load(text, Loader=_Loader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: not a table of YAML")
+    if _nested(values, 0):
+        raise ConfigError(f"{path}: not a readable YAML file (nested too deeply)")
+    return values
+
+
+def _nested(value: Any, depth: int) -> bool:
+    """Deeper than any configuration: the reader of YAML goes on where calls in Python would end."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > DEEPEST or any(_nested(one, depth + 1) for one in inner)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of ``value``, in hexadecimal."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+# --- one process at a time
+
+
+@contextlib.contextmanager
+def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
+    """Keeps a second process out of ``folder``, of a run or a study, which is made.
+
+    Raises ConfigError if one is there.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ConfigError(f"{folder}: another process is training this {what}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output_dir}: cannot be written ({error.strerror})"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def turn(folder: Path) -> contextlib.AbstractContextManager[object]:
+    """Waits while another process writes its report into ``folder``, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))

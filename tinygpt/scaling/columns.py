@@ -1,0 +1,127 @@
+"""What a table of runs says where, what was varied in it, and which laws can tell of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.laws import LAWS, Array
+from tinygpt.scaling.points import positive
+from tinygpt.scaling.selection import JOINT, ONE_VARIABLE
+
+SAME = 1.1  # sizes or tokens that differ by less than this factor were not varied
+WORDS = {
+    "N": "parameters without embeddings",
+    "D": "training tokens",
+    "U": "unique tokens",
+    "T": "context length (tokens)",
+    "C": "training compute (FLOPs)",
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a table says what; the defaults are those of ``results.json``."""
+
+    n: str = "parameters_non_embedding"
+    n_total: str | None = "model_parameters"
+    d: str = "train_tokens"
+    u: str | None = "unique_train_tokens"
+    t: str | None = "max_seq_len"
+    c: str | None = "flops_exact"
+    loss: str = "final_val_loss"
+    seed: str | None = "seed"
+    run: str | None = "folder"
+
+    def where(self, runs: pd.DataFrame) -> dict[str, str]:
+        """Variable -> column, of those that the table has."""
+        found = {"N": self.n, "D": self.d, "U": self.u, "T": self.t, "C": self.c}
+        return {name: column for name, column in found.items() if column and column in runs}
+
+    def compute(self, runs: pd.DataFrame) -> Array:
+        """FLOPs of each run, (n,): as recorded, else 6·N·D; ones where there is neither."""
+        where = self.where(runs)
+        if "C" in where:
+            return positive(runs, where["C"])
+        if {"N", "D"} <= set(where):
+            return 6.0 * positive(runs, where["N"]) * positive(runs, where["D"])
+        return np.ones(len(runs))
+
+    def floor(self, runs: pd.DataFrame) -> float | None:
+        """The entropy of the corpus, where it is known exactly and is that of all runs."""
+        name = "irreducible_loss_exact"
+        if self.loss != "final_val_loss" or name not in runs or runs[name].isna().any():
+            return None
+        return float(runs[name].iloc[0]) if runs[name].nunique() == 1 else None
+
+    def cluster(self, runs: pd.DataFrame) -> str | None:
+        """The column of the run's name where several rows, its checkpoints, share one."""
+        return self.run if self.run in runs and runs[self.run].duplicated().any() else None
+
+    def as_results(self, runs: pd.DataFrame) -> pd.DataFrame:
+        """The table with the names of ``results.json``, which the checks of the design read."""
+        known = {
+            "parameters_non_embedding": self.n,
+            "train_tokens": self.d,
+            "unique_train_tokens": self.u,
+            "max_seq_len": self.t,
+            "seed": self.seed,
+        }
+        names = {old: new for new, old in known.items() if old and old in runs and old != new}
+        return runs.drop(columns=[n for n in names.values() if n in runs]).rename(columns=names)
+
+
+def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
+    """N, D and T if they take several values; U where it is not simply all of D."""
+    found = [v for v in "NDT" if where.get(v) in runs and _spread(runs[where[v]]) > SAME]
+    if where.get("U") in runs:
+        unique = runs[where["U"]]
+        repeated = (runs[where["D"]] > 1.001 * unique).any()
+        if unique.nunique() > 1 and repeated:
+            found.append("U")
+    if "T" in found and len(found) > 1 and "N" not in found:
+        found.remove("T")
+    return found
+
+
+def _spread(values: pd.Series) -> float:
+    return float(values.max() / values.min())
+
+
+def choice(
+    law: str, variable: str, varied: Sequence[str], where: dict[str, str]
+) -> tuple[Sequence[str], dict[str, str], dict[str, str]]:
+    """The laws to compare, their variables' columns, and how to call them.
+
+    Raises ConfigError for a law or a variable that there is not, and where nothing varies.
+    """
+    if variable != "auto":
+        if variable not in where:
+            raise ConfigError(f"variable={variable}: must be one of auto, {', '.join(where)}")
+        varied = [variable]
+    if law != "auto" and law not in LAWS:
+        raise ConfigError(f"law={law}: must be one of auto, {', '.join(LAWS)}")
+    if not varied:
+        raise ConfigError(
+            "these runs have one size, one number of tokens and one context: there is no law to fit"
+        )
+    joint = law in (*JOINT, "data_constrained") or (law == "auto" and {"N", "D"} <= set(varied))
+    if joint:
+        names = ["N", "D", "U"] if law == "data_constrained" or "U" in varied else ["N", "D"]
+        laws: Sequence[str] = [*JOINT, *(["data_constrained"] if "U" in names else [])]
+    else:
+        names, laws = [varied[0]], ONE_VARIABLE
+    words = {name: WORDS[name] for name in names}
+    if len(names) == 1 and not joint:
+        return laws, {"x": where[names[0]]}, {"x": words[names[0]]}
+    return laws, {name: where[name] for name in names}, words
+
+
+def question(words: dict[str, str]) -> str:
+    *others, last = words.values()
+    listed = f"{', '.join(others)} and {last}" if others else last
+    return f"How does the loss fall with {listed}?"
