@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tinygpt import cli, rundir
+from tinygpt import cli, fileio, rundir
 from tinygpt.config import RunError, key
 from tinygpt.measuring.jobs import Job, Setting, token_folders
 from tinygpt.measuring.statistics import median_interval
@@ -265,14 +265,14 @@ def show_overhead(rows: list[dict[str, Any]], console: Console) -> None:
 
 def write(rows: list[dict[str, Any]], more: list[dict[str, Any]], folder: Path) -> None:
     environment = rundir.environment()
-    rundir.write_json(
+    fileio.write_json(
         folder / "results.json", {"environment": environment, "cases": rows, "overhead": more}
     )
     if not rows:
         return
     names = [name for name in rows[0] if name != "ratios"]
     with (
-        rundir.replacing(folder / "results.csv") as temporary,
+        fileio.replacing(folder / "results.csv") as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         table = csv.DictWriter(file, names, extrasaction="ignore")

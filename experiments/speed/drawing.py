@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from tinygpt import rundir
+from tinygpt import fileio
 from tinygpt.scaling.drawing import BLUE, GREY, ORANGE, PAGE, STYLE
 
 COLOURS = {"plain": BLUE, "transformers": ORANGE}
@@ -34,7 +34,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("tokens per CPU second, tinygpt / the other (median, 95 % interval)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         axes.margins(x=0.08)
-        with rundir.replacing(path) as temporary:
+        with fileio.replacing(path) as temporary:
             figure.savefig(temporary, format="png")
         plt.close(figure)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tinygpt import benchmark, cli, rundir
+from tinygpt import benchmark, cli, fileio
 from tinygpt.config import Config, key
 from tinygpt.measuring import results
 from tinygpt.measuring.results import Row
@@ -167,12 +167,12 @@ def main() -> None:
     card = rows[0].place
     text = f"{card.device}, {card.precision}, batch {arguments.batch_size} × {card.context}\n\n"
     text += table(rows)
-    rundir.write_text(folder / "gpu.md", text)
+    fileio.write_text(folder / "gpu.md", text)
     stacks = stacked_rates(arguments)
     text += f"\nStacked, {arguments.stack_batch_size} × {card.context} a run\n\n"
     text += stack_table(stacks, arguments)
-    rundir.write_json(folder / "stacks.json", stacks)
-    rundir.write_text(folder / "gpu.md", text)
+    fileio.write_json(folder / "stacks.json", stacks)
+    fileio.write_text(folder / "gpu.md", text)
     print(f"\n{text}")
 
 

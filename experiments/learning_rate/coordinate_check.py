@@ -3,7 +3,7 @@
 Mean |activation| of every block's output and of the logits after each of the first steps, for
 growing width.  Under µP it must not grow with width.  Writes coordinate_check.csv and .png here:
 
-    python experiments/mup/coordinate_check.py        about two minutes on one core
+    python experiments/learning_rate/coordinate_check.py        about two minutes on one core
 """
 
 from __future__ import annotations

@@ -1,0 +1,252 @@
+"""Takes finished studies into this folder, and writes the numbers of all of them into their pages.
+
+python experiments/record.py grid=outputs/grid-laptop    copies runs.csv, fit.json and the figures
+python experiments/record.py                             the numbers of every page, again
+
+What stands between the marks of a README comes from runs.csv and fit.json beside it, nowhere else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from tinygpt.fileio import write_text
+from tinygpt.scaling import Fit, delta, fit, intervals, of_loss, read_table
+from tinygpt.scaling.drawing import STYLE
+from tinygpt.scaling.runs import comparable
+from tinygpt.scaling.wording import equation, estimate, number, percent, reach, variables
+
+HERE = Path(__file__).parent
+FIGURES = ("scaling", "extrapolation", "isoflop", "contours", "residuals")
+MARKS = re.compile(r"(<!-- numbers -->\n).*?(<!-- end -->\n)", re.S)
+# Studies that compare settings and fit no law: what tells the lines apart, what runs along a line,
+# and the loss that compares them.
+COMPARED: dict[str, tuple[list[str], str, str]] = {
+    "depth": ([], "n_layers", "final_val_loss"),
+    "learning_rate": (["parametrization", "d_model"], "learning_rate", "final_val_loss"),
+    "optimizer": (["optimizer"], "learning_rate", "final_val_loss"),
+    "seeds": ([], "seed", "final_val_loss"),
+    "tokenizer": ([], "vocab_size", "final_val_bits_per_byte"),
+}
+Facts = dict[str, Any]
+
+
+def take(name: str, outputs: Path) -> None:
+    """Copies the study in ``outputs`` and what ``fit`` made of it."""
+    (HERE / name).mkdir(exist_ok=True)
+    shutil.copyfile(outputs / "sweep_summary.csv", HERE / name / "runs.csv")
+    for file in ("fit.json", *(f"{figure}.png" for figure in FIGURES)):
+        if name not in COMPARED and (outputs / "fit" / file).exists():
+            shutil.copyfile(outputs / "fit" / file, HERE / name / file)
+
+
+def cost(runs: pd.DataFrame) -> str:
+    """What it took to train the runs."""
+    hours = (runs["seconds_training"] * runs["threads"]).sum() / 3600
+    took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+    return f"{took} of one core, {number(runs['flops_exact'].sum(), 2)} FLOPs"
+
+
+def head(runs: pd.DataFrame) -> str:
+    commits = ", ".join(sorted({str(commit)[:7] for commit in runs["git_commit"]}))
+    text = ", ".join(sorted({str(one)[:12] for one in runs["data_fingerprint"]}))
+    return (
+        f"{len(runs)} runs, {runs['seed'].nunique()} seeds: {cost(runs)} (commit {commits}; "
+        f"fingerprint of the text {text})."
+    )
+
+
+# --- a law
+
+
+def refit(runs: pd.DataFrame, facts: Facts) -> Fit:
+    """The study's law through ``runs``, in the way of its fit.json."""
+    columns = {name: one["column"] for name, one in facts["variables"].items()}
+    how = {name: facts["method"][name] for name in ("estimator", "threshold")}
+    return fit(runs, facts["law"], loss=facts["loss"], threshold_unit="absolute", **how, **columns)
+
+
+def law_of(runs: pd.DataFrame, facts: Facts) -> str:
+    law = refit(comparable(runs, facts["loss"])[0], facts)
+    words = variables({name: one["meaning"] for name, one in facts["variables"].items()})
+    found = intervals(law).items()
+    rows = [(name, estimate(law.parameters[name], one), reach(one)) for name, one in found]
+    table = markdown(["", "estimate", "95 % interval"], rows)
+    told = foretold(runs, facts)
+    return "\n\n".join([f"**{equation(law)}** ({words})", table, *told[:1], checklist(facts)])
+
+
+def foretold(runs: pd.DataFrame, facts: Facts) -> tuple[str, ...]:
+    """The dearest runs, from those below the cut in compute that ``fit`` drew: long and short."""
+    (chosen,) = (one for one in facts["selection"] if one["law"] == facts["law"])
+    held = chosen["held_out"]
+    if held is None:
+        return ()
+    runs = comparable(runs, facts["loss"])[0]
+    early = refit(runs[runs["flops_exact"] <= held["cut"] * (1 + 1e-9)], facts)
+    dearest = runs[runs["flops_exact"] == runs["flops_exact"].max()]
+    place = {name: float(dearest[column].iloc[0]) for name, column in early.columns.items()}
+    told = delta(early, of_loss(early, **place), new_run=True)
+    measured = dearest[facts["loss"]]
+    off = percent(abs(measured.mean() / told.estimate - 1))
+    beyond = f"×{number(held['distance'], 2)}"
+    text = (
+        f"**Prediction.** Fitted to the runs of up to {number(held['cut'], 2)} FLOPs, the law "
+        f"foretells {told.estimate:.3f} ({told.low:.3f} to {told.high:.3f}) for the dearest runs, "
+        f"{beyond} the compute. They came to {' and '.join(f'{loss:.3f}' for loss in measured)}: "
+        f"**off by {off}**. All {held['runs']} runs held out are off by {percent(held['error'])} "
+        f"on average, at most {percent(held['worst'])}; {held['within']:.0%} of them lie in their "
+        f"95 % interval."
+    )
+    return text, f"{off} at {beyond}"
+
+
+def checklist(facts: Facts) -> str:
+    """How many lines of the checklist pass, and those that do not."""
+    failed = [one for one in facts["checks"] if one["passed"] is False]
+    passed = sum(one["passed"] is True for one in facts["checks"])
+    lines = [f"- {one['name']}: no; {one['detail']}" for one in failed]
+    return "\n".join(
+        [f"**Checklist.** {passed} pass, {len(failed)} fail{':' if failed else '.'}", *lines]
+    )
+
+
+# --- a comparison
+
+
+def compared(name: str, runs: pd.DataFrame) -> str:
+    """A row a setting, or a line with its best setting: mean of the seeds ± half their range."""
+    lines, along, loss = COMPARED[name]
+    if not lines:
+        return markdown([along, loss], _means(runs.groupby(along)[loss]))
+    rows = []
+    for labels, some in runs.groupby(lines):
+        means = some.groupby(along)[loss].mean()
+        ((best, text),) = _means(some[some[along] == means.idxmin()].groupby(along)[loss])
+        others = ", ".join(f"{at:g}: {mean:.4f}" for at, mean in means.drop(best).items())
+        rows.append((*labels, f"{best:g}", text, others))
+    return markdown([*lines, f"best {along}", loss, "others"], rows)
+
+
+def _means(groups: Any) -> list[tuple[Any, str]]:
+    return [
+        (at, f"{seeds.mean():.4f} ± {(seeds.max() - seeds.min()) / 2:.4f}") for at, seeds in groups
+    ]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def draw(name: str, runs: pd.DataFrame) -> None:
+    """The loss of every run, a line through the means of the seeds."""
+    lines, along, loss = COMPARED[name]
+    plt.rcParams.update(STYLE)
+    panels = list(runs.groupby(lines[0])) if len(lines) > 1 else [("", runs)]
+    figure, every = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 3.6), sharey=True, squeeze=False
+    )
+    for axes, (title, part) in zip(every[0], panels, strict=True):
+        groups = list(part.groupby(lines[-1])) if lines else [("", part)]
+        colours = plt.cm.viridis(np.linspace(0, 0.9, len(groups)))
+        for colour, (label, some) in zip(colours, groups, strict=True):
+            mean = some.groupby(along)[loss].mean()
+            axes.plot(mean.index, mean, "-", color=colour, lw=1, label=label)
+            axes.plot(some[along], some[loss], "o", color=colour, ms=3.5)
+        axes.set_xscale("log")
+        tried = sorted(part[along].unique())
+        axes.set_xticks(tried, [f"{value:g}" for value in tried])
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel=along.replace("_", " "), title=title)
+    every[0, 0].set_ylabel(loss.replace("_", " "))
+    if lines:
+        every[0, -1].legend(title=lines[-1].replace("_", " "))
+    figure.savefig(HERE / name / f"{name}.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+# --- the pages
+
+
+def read(name: str) -> tuple[pd.DataFrame, Facts | None]:
+    """The runs of a study, and its fit.json where there is a law."""
+    facts = HERE / name / "fit.json"
+    return read_table(HERE / name / "runs.csv"), json.loads(
+        facts.read_text()
+    ) if facts.exists() else None
+
+
+def page(name: str) -> str:
+    """The numbers of a study, as Markdown."""
+    runs, facts = read(name)
+    body = law_of(runs, facts) if facts else compared(name, runs)
+    return f"{head(runs)}\n\n{body}\n"
+
+
+def table(names: Iterable[str]) -> str:
+    """All studies that have a law, a line each."""
+    rows = []
+    for name in names:
+        runs, facts = read(name)
+        if facts is None:
+            continue
+        law = refit(comparable(runs, facts["loss"])[0], facts)
+        found = intervals(law)
+        exponents = [
+            f"{one} {estimate(law.parameters[one], found[one])} ({reach(found[one])})"
+            for one in law.law.exponents
+        ]
+        passed = [one["passed"] for one in facts["checks"]]
+        checks = f"{passed.count(True)} of {passed.count(True) + passed.count(False)}"
+        told = foretold(runs, facts)
+        rows.append(
+            (
+                f"[{name}]({name}/README.md)",
+                f"`{equation(law)}`",
+                "<br>".join(exponents),
+                told[1] if told else "–",
+                checks,
+                cost(runs),
+            )
+        )
+    header = ("study", "law", "exponents, 95 %", "dearest runs, foretold", "checks passed", "cost")
+    return markdown(header, rows) + "\n"
+
+
+def written(text: str, numbers: str) -> str:
+    """A page with its numbers."""
+    return MARKS.sub(lambda marks: f"{marks[1]}{numbers}{marks[2]}", text)
+
+
+def main() -> None:
+    for word in sys.argv[1:]:
+        name, outputs = word.split("=", 1)
+        take(name, Path(outputs))
+    studies = sorted(path.parent.name for path in HERE.glob("*/runs.csv"))
+    pages = {HERE / name / "README.md": page(name) for name in studies}
+    pages[HERE / "README.md"] = table(studies)
+    for name in set(studies) & set(COMPARED):
+        draw(name, read(name)[0])
+    for path, numbers in pages.items():
+        if path.exists():
+            write_text(path, written(path.read_text(), numbers))
+        else:
+            print(f"{path.relative_to(HERE)} is not written yet; its numbers:\n\n{numbers}")
+
+
+if __name__ == "__main__":
+    main()
