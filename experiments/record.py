@@ -1,9 +1,11 @@
 """Takes finished studies into this folder, and writes the numbers of all of them into their pages.
 
-python experiments/record.py grid=outputs/grid-laptop    copies runs.csv, fit.json and the figures
+python experiments/record.py grid=outputs/grid-laptop    takes over its runs, and fits them
+python experiments/record.py grid                        fits the runs that are here, again
 python experiments/record.py                             the numbers of every page, again
 
-What stands between the marks of a README comes from runs.csv and fit.json beside it, nowhere else.
+fit.json and the figures come from runs.csv by ``python -m tinygpt.fit table=``, and what stands
+between the marks of a README from these two, nowhere else.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ import pandas as pd
 
 from tinygpt.fileio import write_text
 from tinygpt.scaling import Fit, delta, fit, intervals, of_loss, read_table
+from tinygpt.scaling.adaptation_records import RAW, by_order
 from tinygpt.scaling.drawing import STYLE
 from tinygpt.scaling.runs import comparable
 from tinygpt.scaling.wording import equation, estimate, number, percent, reach, variables
@@ -41,16 +46,30 @@ COMPARED: dict[str, tuple[list[str], str, str]] = {
     "seeds": ([], "seed", "final_val_loss"),
     "tokenizer": ([], "vocab_size", "final_val_bits_per_byte"),
 }
+ADAPTED = "adaptation"
+TABLES = ("adaptation_summary.csv", "adaptation_paired.csv", "adaptation_laws.csv")
+PICTURES = ("adaptation_laws", "pareto_forgetting", "restem")
 Facts = dict[str, Any]
 
 
 def take(name: str, outputs: Path) -> None:
-    """Copies the study in ``outputs`` and what ``fit`` made of it."""
+    """Copies the runs of the study in ``outputs``; of adaptations tables and figures."""
     (HERE / name).mkdir(exist_ok=True)
-    shutil.copyfile(outputs / "sweep_summary.csv", HERE / name / "runs.csv")
-    for file in ("fit.json", *(f"{figure}.png" for figure in FIGURES)):
-        if name not in COMPARED and (outputs / "fit" / file).exists():
+    if name == ADAPTED:
+        for file in (*TABLES, *(f"{figure}.png" for figure in PICTURES)):
             shutil.copyfile(outputs / "fit" / file, HERE / name / file)
+    else:
+        shutil.copyfile(outputs / "sweep_summary.csv", HERE / name / "runs.csv")
+
+
+def fit_again(name: str) -> None:
+    """The law through runs.csv, as the command has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"table={HERE / name / 'runs.csv'}", f"output_dir={folder}"]
+        subprocess.run([sys.executable, "-m", "tinygpt.fit", *words], check=True)
+        for file in ("fit.json", *(f"{figure}.png" for figure in FIGURES)):
+            if (found := Path(folder) / "fit-runs" / file).exists():
+                shutil.copyfile(found, HERE / name / file)
 
 
 def cost(runs: pd.DataFrame) -> str:
@@ -147,6 +166,45 @@ def _means(groups: Any) -> list[tuple[Any, str]]:
     ]
 
 
+def adapted() -> str:
+    """Of test documents, at the largest rank after the most steps; and how edits compared."""
+    found, paired = (pd.read_csv(HERE / ADAPTED / file) for file in TABLES[:2])
+    rank, steps = found["lora_rank"].max(), found["inner_steps"].max()
+    ended = (found["split"] == "test") & (found["inner_steps"] == steps)
+    last = found[ended & found["lora_rank"].fillna(rank).eq(rank)]
+    rows = [
+        (f"{parameters:,}", f"`{method}`", *_outcome(by_method.loc[method]))
+        for parameters, base in last.groupby("base_parameters")
+        for by_method in [base.set_index("method")]
+        for method in by_order(by_method.index)
+    ]
+    header = ("parameters", "method", "reward, nats", "forgetting, nats", "answered")
+    edits = paired[paired["self_edit"]]
+    verdicts = []
+    for parameters, part in edits.groupby("base_parameters"):
+        counts = sorted(part["verdict"].value_counts().items())
+        told = ", ".join(f"{count} {verdict}" for verdict, count in counts)
+        verdicts.append(f"- {parameters:,} parameters: {told}")
+    flops = (found["flops_est"] * found["records"])[found["inner_steps"] == steps].sum()
+    return (
+        f"{found['records'].sum():,} records, {found['seeds'].max()} seeds, "
+        f"{last['documents'].max()} test facts: {number(flops, 2)} FLOPs. "
+        f"After {steps} steps at rank {rank:g}, means with 95 % intervals:\n\n"
+        f"{markdown(header, rows)}\n\n"
+        f"Self-edits against `{RAW}`, paired by document, at every rank, number of steps and "
+        f"iteration (p by Holm below 0.05):\n\n" + "\n".join(verdicts) + "\n"
+    )
+
+
+def _outcome(row: pd.Series) -> tuple[str, str, str]:
+    reward, forgetting = (
+        f"{row[name]:+.2f} ({row[f'{name}_low']:+.2f} to {row[f'{name}_high']:+.2f})"
+        for name in ("reward", "forgetting")
+    )
+    low, high = row["accuracy_after_low"], row["accuracy_after_high"]
+    return reward, forgetting, f"{row['accuracy_after']:.0%} ({low:.0%} to {high:.0%})"
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
@@ -192,6 +250,8 @@ def read(name: str) -> tuple[pd.DataFrame, Facts | None]:
 
 def page(name: str) -> str:
     """The numbers of a study, as Markdown."""
+    if name == ADAPTED:
+        return adapted()
     runs, facts = read(name)
     body = law_of(runs, facts) if facts else compared(name, runs)
     return f"{head(runs)}\n\n{body}\n"
@@ -234,10 +294,14 @@ def written(text: str, numbers: str) -> str:
 
 def main() -> None:
     for word in sys.argv[1:]:
-        name, outputs = word.split("=", 1)
-        take(name, Path(outputs))
+        name, _, outputs = word.partition("=")
+        if outputs:
+            take(name, Path(outputs))
+        if name not in {*COMPARED, ADAPTED}:
+            fit_again(name)
     studies = sorted(path.parent.name for path in HERE.glob("*/runs.csv"))
-    pages = {HERE / name / "README.md": page(name) for name in studies}
+    tables = sorted(path.parent.name for path in HERE.glob(f"*/{TABLES[0]}"))
+    pages = {HERE / name / "README.md": page(name) for name in studies + tables}
     pages[HERE / "README.md"] = table(studies)
     for name in set(studies) & set(COMPARED):
         draw(name, read(name)[0])

@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT, Command
 
 STUDIES = sorted(path.parent.name for path in ROOT.glob("experiments/*/runs.csv"))
+TABLES = sorted(path.parent.name for path in ROOT.glob("experiments/*/adaptation_summary.csv"))
 LAWS = [name for name in STUDIES if (ROOT / "experiments" / name / "fit.json").exists()]
 
 
@@ -29,7 +30,7 @@ def test_the_law_is_that_of_the_runs(name: str, record: SimpleNamespace) -> None
         assert law.parameters[parameter] == pytest.approx(told["estimate"], rel=1e-5), parameter
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", STUDIES + TABLES)
 def test_a_page_says_what_its_runs_say(name: str, record: SimpleNamespace) -> None:
     assert record.page(name) in (ROOT / "experiments" / name / "README.md").read_text()
 
