@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ COMPARED: dict[str, tuple[list[str], str, str]] = {
     "seeds": ([], "seed", "final_val_loss"),
     "tokenizer": ([], "vocab_size", "final_val_bits_per_byte"),
 }
+WHERE = {"data": "train_tokens <= unique_train_tokens"}  # the runs of a law, where not all
 ADAPTED = "adaptation"
 TABLES = ("adaptation_summary.csv", "adaptation_paired.csv", "adaptation_laws.csv")
 PICTURES = ("adaptation_laws", "pareto_forgetting", "restem")
@@ -66,6 +67,7 @@ def fit_again(name: str) -> None:
     """The law through runs.csv, as the command has it."""
     with tempfile.TemporaryDirectory() as folder:
         words = [f"table={HERE / name / 'runs.csv'}", f"output_dir={folder}"]
+        words += [f"where={WHERE[name]}"] if name in WHERE else []
         subprocess.run([sys.executable, "-m", "tinygpt.fit", *words], check=True)
         for file in ("fit.json", *(f"{figure}.png" for figure in FIGURES)):
             if (found := Path(folder) / "fit-runs" / file).exists():
@@ -98,8 +100,14 @@ def refit(runs: pd.DataFrame, facts: Facts) -> Fit:
     return fit(runs, facts["law"], loss=facts["loss"], threshold_unit="absolute", **how, **columns)
 
 
+def used(name: str, runs: pd.DataFrame, facts: Facts) -> pd.DataFrame:
+    """Those that the law goes through."""
+    return comparable(runs, facts["loss"], WHERE.get(name))[0]
+
+
 def law_of(runs: pd.DataFrame, facts: Facts) -> str:
-    law = refit(comparable(runs, facts["loss"])[0], facts)
+    """The law through ``runs``: its numbers, its prediction, its checklist."""
+    law = refit(runs, facts)
     words = variables({name: one["meaning"] for name, one in facts["variables"].items()})
     found = intervals(law).items()
     rows = [(name, estimate(law.parameters[name], one), reach(one)) for name, one in found]
@@ -114,7 +122,6 @@ def foretold(runs: pd.DataFrame, facts: Facts) -> tuple[str, ...]:
     held = chosen["held_out"]
     if held is None:
         return ()
-    runs = comparable(runs, facts["loss"])[0]
     early = refit(runs[runs["flops_exact"] <= held["cut"] * (1 + 1e-9)], facts)
     dearest = runs[runs["flops_exact"] == runs["flops_exact"].max()]
     place = {name: float(dearest[column].iloc[0]) for name, column in early.columns.items()}
@@ -141,6 +148,71 @@ def checklist(facts: Facts) -> str:
     return "\n".join(
         [f"**Checklist.** {passed} pass, {len(failed)} fail{':' if failed else '.'}", *lines]
     )
+
+
+# --- what a law alone does not say
+
+
+def repeated(runs: pd.DataFrame, facts: Facts) -> str:
+    """What text read again is worth: the new text that by the law would give the same loss."""
+    law = refit(used("data", runs, facts), facts)
+    (tokens,) = law.columns
+    amounts = np.geomspace(1e5, 1e8, 3001)
+    losses = law.predict(**{tokens: amounts})
+    again = runs[runs["train_tokens"] > runs["unique_train_tokens"]]
+    rows = []
+    for unique, some in again.groupby("unique_train_tokens"):
+        read, loss = some["train_tokens"].iloc[0], some[facts["loss"]]
+        worth = float(np.interp(-loss.mean(), -losses, amounts))
+        spread = f"{loss.mean():.4f} ± {np.ptp(loss) / 2:.4f}"
+        share = f"{(worth - unique) / (read - unique):.0%}"
+        rows.append((f"{unique:,}", f"{read / unique:.0f}", spread, f"{worth:,.0f}", share))
+    header = ("unique tokens", "epochs", facts["loss"], "as much new text", "a repeat is worth")
+    return f"**Repetition**: {read:,} tokens in all.\n\n{markdown(header, rows)}"
+
+
+def ways(runs: pd.DataFrame, facts: Facts) -> str:
+    """The best split of the largest budget, by each way of reading it off ``runs``."""
+    found = facts["frontier"]
+    rows = [(one["way"], *(_between(one, name) for name in "and")) for one in found["ways"]]
+    table = markdown(("", "exponent of N*", "N*", "D*"), rows)
+    missing = [f"{way}: {why}." for way, why in found["missing"].items()]
+    budget = number(runs["flops_exact"].max(), 2)
+    return "\n\n".join([f"**The best split** of {budget} FLOPs:", table, *missing])
+
+
+def _between(one: Facts, name: str) -> str:
+    low, high = (number(one[f"{name}_{end}"], 2) for end in ("low", "high"))
+    return f"{number(one[name], 2)} ({low} to {high})"
+
+
+def beside_grid(runs: pd.DataFrame, facts: Facts) -> str:
+    """The same settings under a cosine of their own: loss by loss, law by law, and the cost."""
+    every, loss = read("grid")[0], facts["loss"]
+    place = ["d_model", "train_tokens", "seed"]
+    both = runs.merge(every, on=place, suffixes=("", "_grid"))
+    more = both[loss] / both[f"{loss}_grid"] - 1
+    dearest = every[every["flops_exact"] == every["flops_exact"].max()]
+    told = []
+    for some in (runs, every.merge(runs[place], on=place)):
+        law = refit(some, facts)
+        at = {name: float(dearest[column].iloc[0]) for name, column in law.columns.items()}
+        told.append(delta(law, of_loss(law, **at)))
+    by_trunks, by_cosines = (f"{one.estimate:.3f} ({reach(one)})" for one in told)
+    return (
+        f"**Beside `grid`**, where each of the same {len(both)} settings has a cosine of its own: "
+        f"the loss is {more.mean():+.2%} on average ({more.min():+.2%} to {more.max():+.2%}), for "
+        f"{1 - facts['shared_trunks']['saved']:.0%} of the compute. Of the dearest run of `grid`, "
+        f"twice as long as any here, which came to {dearest[loss].mean():.3f}, the law says "
+        f"{by_trunks} through these runs and {by_cosines} through those of `grid`."
+    )
+
+
+MORE: dict[str, Callable[[pd.DataFrame, Facts], str]] = {
+    "cooldown": beside_grid,
+    "data": repeated,
+    "isoflop": ways,
+}
 
 
 # --- a comparison
@@ -253,7 +325,10 @@ def page(name: str) -> str:
     if name == ADAPTED:
         return adapted()
     runs, facts = read(name)
-    body = law_of(runs, facts) if facts else compared(name, runs)
+    if facts is None:
+        return f"{head(runs)}\n\n{compared(name, runs)}\n"
+    more = [MORE[name](runs, facts)] if name in MORE else []
+    body = "\n\n".join([law_of(used(name, runs, facts), facts), *more])
     return f"{head(runs)}\n\n{body}\n"
 
 
@@ -264,7 +339,8 @@ def table(names: Iterable[str]) -> str:
         runs, facts = read(name)
         if facts is None:
             continue
-        law = refit(comparable(runs, facts["loss"])[0], facts)
+        runs_used = used(name, runs, facts)
+        law = refit(runs_used, facts)
         found = intervals(law)
         exponents = [
             f"{one} {estimate(law.parameters[one], found[one])} ({reach(found[one])})"
@@ -272,7 +348,7 @@ def table(names: Iterable[str]) -> str:
         ]
         passed = [one["passed"] for one in facts["checks"]]
         checks = f"{passed.count(True)} of {passed.count(True) + passed.count(False)}"
-        told = foretold(runs, facts)
+        told = foretold(runs_used, facts)
         rows.append(
             (
                 f"[{name}]({name}/README.md)",

@@ -63,3 +63,22 @@ def test_its_command(name: str, tinygpt: Command, tmp_path: Path, corpus: Path) 
     done = tinygpt("run", *words, *small)
     assert done.returncode == 0, done.stderr
     assert " finished" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TABLES)
+def test_its_bases_adapt(name: str, tinygpt: Command) -> None:
+    """Both lines of the page, the sizes as they are, the rest at smoke scale."""
+    page = (ROOT / "experiments" / name / "README.md").read_text()
+    lines = re.findall(r"^python -m tinygpt\.(run|adapt) (.*)$", page, re.M)
+    assert [command for command, _ in lines] == ["run", "adapt"]
+    small = {
+        "run": ["train.tokens=20_000", "data.max_tokens=100_000", "data.eval_tokens=10_000"],
+        "adapt": ["scale=smoke"],
+    }
+    for command, line in lines:
+        words = [word for word in shlex.split(line, comments=True) if "documents." not in word]
+        words += ["documents.task=new_facts"] if command == "adapt" else []
+        here = ["launcher=serial", "hardware.threads=1"]
+        done = tinygpt(command, *words, *small[command], *here)
+        assert done.returncode == 0, done.stderr
