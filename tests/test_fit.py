@@ -157,6 +157,26 @@ def test_run_folders(tinygpt: Command, tmp_path: Path) -> None:
     assert (other / "fit.json").read_bytes() == (folder / "fit.json").read_bytes()
 
 
+def test_an_older_run_in_the_folder_is_named(tinygpt: Command, tmp_path: Path) -> None:
+    """One of another size, too, where no run of the study is beside it."""
+    study = run_folders(tmp_path / "outputs" / "width")
+    width = 48
+    loss = FLOOR + AMOUNT / (24 * width**2) ** ALPHA
+    old = {"params": 24 * width**2, "tokens": 2_000_000, "seed": 0, "loss": loss}
+    run = rundir.RunDir(study / "old")
+    fileio.write_json(run.environment, {"config_hash": "48-0"})
+    fileio.write_json(run.results, {**results(old, width), "max_seq_len": 64})
+    done = tinygpt("fit", "runs=outputs/width", "where=final_val_loss < 1.8", COLUMNS="200")
+    assert (done.returncode, done.stderr) == (0, "")
+    head, _, rest = done.stdout.partition("Not evidence yet")
+    assert "max_seq_len 128 (10 runs), 64 (1 run: outputs/width/old)" in " ".join(head.split())
+    assert "runs were not chosen by their loss" in " ".join(rest.split())
+    found = json.loads((study / "fit" / "fit.json").read_text())
+    failed = {check["name"] for check in found["checks"] if check["passed"] is False}
+    assert {"one vocabulary, context and text", "runs were not chosen by their loss"} <= failed
+    assert found["other_settings"] == {"max_seq_len": {"128": 10, "64": 1}}
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

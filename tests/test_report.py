@@ -14,10 +14,22 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from tinygpt.scaling import analysis, document, drawing, evidence, facts, report, sections, wording
+from tinygpt.scaling import (
+    analysis,
+    document,
+    drawing,
+    evidence,
+    facts,
+    report,
+    sections,
+    single,
+    wording,
+)
+from tinygpt.scaling.advice import ADVICE
 from tinygpt.scaling.analysis import Analysis, analyse
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.intervals import Interval
+from tinygpt.scaling.selection import plainest
 
 COLUMNS = Columns("N", None, "D", None, None, "C", "loss", "seed", "name")
 ALONE = {"loss": "loss", "seed": "seed", "run": "name", "n_total": "T", "d": "D", "c": "C"}
@@ -228,8 +240,9 @@ def test_the_terminal_is_wide_enough(joint: Analysis, width: int) -> None:
 
 
 def test_every_advice_is_for_a_check_there_is() -> None:
-    source = Path(evidence.__file__).read_text() + Path(analysis.__file__).read_text()
-    for name in sections.ADVICE:
+    modules = (evidence, analysis, single)
+    source = "".join(Path(str(module.__file__)).read_text() for module in modules)
+    for name in ADVICE:
         known = name in source or name.replace(name.split()[0], "{name}", 1) in source
         assert known, name
 
@@ -260,3 +273,75 @@ def test_the_equation_can_be_used(joint: Analysis) -> None:
     place = {"N": 1e6, "D": 1e7}
     by_hand = eval(text, {"__builtins__": {}}, place)
     assert by_hand == pytest.approx(float(joint.fit.predict(**place)[0]), rel=1e-3)
+
+
+def test_what_one_coefficient_in_two_precisions_means(joint: Analysis) -> None:
+    assert "rounded to what each interval supports" in _text(joint)
+
+
+def test_laws_that_cannot_be_told_apart_say_which_is_shown(joint: Analysis) -> None:
+    best = joint.candidates[0]
+    second = dataclasses.replace(joint.candidates[1], aicc=best.aicc + 1.0)
+    tied = [best, second, *joint.candidates[2:]]
+    plain = plainest(tied)
+    shown = dataclasses.replace(joint, candidates=tied, chosen=plain)
+    rule = "of laws within 2 AICc of the best the plainest is shown"
+    assert rule in document.markdown(list(sections.selection(shown)))
+    other = best if plain is second else second
+    asked = dataclasses.replace(shown, chosen=other)
+    text = document.markdown(list(sections.selection(asked)))
+    assert rule not in text
+    assert f"{other.law}, which was asked for." in text
+
+
+def test_an_e_above_the_lowest_loss_is_explained(alone: Analysis) -> None:
+    lowest = float(alone.runs["loss"].min())
+
+    def said(constant: float, low: float, high: float) -> str:
+        parameters = {**alone.fit.parameters, "E": constant}
+        fit = dataclasses.replace(alone.fit)
+        fit.__dict__["parameters"] = parameters
+        one = Interval(constant, low, high, 0.95, "profile")
+        changed = dataclasses.replace(alone, fit=fit, intervals={**alone.intervals, "E": one})
+        return document.markdown(list(sections.law(changed)))
+
+    above = said(lowest * 1.01, lowest, lowest * 1.02)
+    assert "E lies above the lowest loss measured" in above
+    assert "not a bound on each" in above
+    assert "E is not known" not in above
+    below = said(lowest * 0.9, 0.0, lowest)
+    assert "E lies above" not in below
+    assert "E is not known from these runs: anything below" in below
+
+
+def test_an_outlier_is_named_in_the_report_and_in_fit_json() -> None:
+    runs = table(sizes=6, tokens=(4e6,))
+    name = runs["name"].iloc[-1]
+    runs["loss"] = runs["loss"].where(runs["name"] != name, 1.2 * runs["loss"])
+    found = analysis_of(runs, Columns(n="N", u=None, t=None, **ALONE))
+    section = document.markdown(list(sections.single_runs(found)))
+    assert f"| {name} |" in section
+    assert section.count("sets the law") == 1
+    told = facts.facts(found)["single_runs"]
+    assert [one["run"] for one in told if one["sets_law"]] == [name]
+    assert len(told) == len(runs)
+    assert told[0]["run"] == name
+    assert told[0]["off_siblings"] == pytest.approx(0.2, abs=0.02)
+
+
+def test_runs_of_other_settings_are_named_at_the_top() -> None:
+    runs = table(sizes=6, tokens=(4e6,)).assign(vocab_size=1024, d_model=lambda t: t["N"])
+    columns = Columns(n="N", u=None, t=None, **ALONE)
+    assert analysis_of(runs, columns).others == {}
+    assert analysis_of(runs, columns).is_evidence
+    runs.loc[3, "vocab_size"] = 512
+    found = analysis_of(runs, columns)
+    assert "one vocabulary, context and text" in [c.name for c in found.checks if not c.passed]
+    assert not found.is_evidence
+    name = runs["name"][3]
+    text = _text(found)
+    line = f"`vocab_size` 1024 (11 runs), 512 (1 run: {name})"
+    assert line in text
+    assert text.index(line) < text.index("## ")
+    assert "vocab_size" in printed(found)
+    assert facts.facts(found)["other_settings"] == {"vocab_size": {"1024": 11, "512": 1}}

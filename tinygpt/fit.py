@@ -99,6 +99,7 @@ def main() -> None:
         budgets=arguments.budgets,
         seed=arguments.seed,
         curves=curves_of(table) if arguments.runs else None,
+        condition=arguments.where,
     )
     report.write(analysis, folder)
     report.show(analysis, folder)

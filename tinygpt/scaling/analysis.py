@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.columns import WORDS, Columns, choice, question, varied
-from tinygpt.scaling.evidence import Check, check_design, check_finished, check_fit, correlation
+from tinygpt.scaling.columns import WORDS, Columns, choice, other_settings, question, varied
+from tinygpt.scaling.evidence import (
+    Check,
+    check_design,
+    check_finished,
+    check_fit,
+    correlation,
+)
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
 from tinygpt.scaling.intervals import (
@@ -26,18 +33,22 @@ from tinygpt.scaling.laws import Array
 from tinygpt.scaling.runs import SETTINGS
 from tinygpt.scaling.selection import (
     Candidate,
-    Influence,
     NextRun,
     Noise,
-    influence,
     next_run,
     plainest,
+    replicas,
     seed_noise,
     select,
     structure,
 )
+from tinygpt.scaling.single import SingleRun, no_single_run, single_runs
 from tinygpt.scaling.split import best_split, recorded
 
+# Columns that a training ends with; the loss before it and the entropy of the corpus are none.
+_OUTCOME = re.compile(
+    r"^(?!initial|(\w+_)?irreducible).*(loss|perplexity|ppl|accuracy|bits_per|bpb|bpc|nll)", re.I
+)
 INSEPARABLE = 0.98  # a correlation of log N and log D from which on no law tells them apart
 FURTHER = 10.0  # the prediction asked for lies at so many times the largest compute, or x
 
@@ -63,6 +74,7 @@ class Analysis:
     left_out: pd.DataFrame  # the others, with a column ``reason``
     columns: Columns
     variables: dict[str, str]  # variable of the law -> column
+    others: dict[str, dict[str, list[str]]]  # setting that differs besides -> value -> its runs
     words: dict[str, str]  # variable of the law -> what it is called, with its unit
     compute: Array  # FLOPs of each run, (n,)
     candidates: list[Candidate]  # the best first
@@ -73,7 +85,7 @@ class Analysis:
     noise: Noise | None
     structure: float | None  # p-value of there being none in the residuals
     checks: list[Check]
-    influence: list[Influence]
+    single: list[SingleRun]  # every run left out in turn, what moves the prediction most first
     floor: float | None  # the entropy of the corpus where it is known exactly
     predictions: list[Prediction]
     budgets: list[Budget]  # those that were asked for, at their best split
@@ -100,12 +112,14 @@ def analyse(
     budgets: Sequence[float] = (),
     seed: int = 0,
     curves: pd.DataFrame | None = None,
+    condition: str | None = None,
 ) -> Analysis:
     """Fits every law that the runs can tell of, and judges the best, or the one asked for.
 
     ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
     varies.  ``budgets`` are FLOPs to predict the loss at, split between N and D in the best way;
-    ``curves`` are those of the runs, for the frontier.  Raises ConfigError where nothing can be
+    ``curves`` are those of the runs, for the frontier; ``condition`` is that of ``where=``, by
+    which the runs were chosen.  Raises ConfigError where nothing can be
     fitted.
     """
     where = columns.where(runs)
@@ -128,20 +142,24 @@ def analyse(
     if best is None:
         raise ConfigError(chosen.reason)
     cluster = columns.cluster(runs)
-    replicas = bootstrap(best, REPLICAS, cluster=cluster, seed=seed) if cluster else REPLICAS
+    drawn = bootstrap(best, REPLICAS, cluster=cluster, seed=seed) if cluster else REPLICAS
     found = _intervals(best, cluster, seed)
-    noise = seed_noise(best, [*where.values(), *SETTINGS])
+    settled = [*where.values(), *SETTINGS]
+    noise = seed_noise(best, settled)
     shape = None if cluster else structure(best)
     floor = columns.floor(runs)
     joint = {"N", "D"} <= set(best.columns) and not _collinear(best)
     predictions = _predictions(best, compute, _budgets(best, columns, budgets))
     if cluster:
-        predictions = [_of_replicas(one, replicas) for one in predictions]
+        predictions = [_of_replicas(one, drawn) for one in predictions]
+    place = predictions[0].place if predictions else _dearest(best, compute)
+    single = [] if cluster else single_runs(best, place, replicas(best, settled))
     ways = None
     if joint:
         per_token = recorded(best, compute)
-        ways = frontier(best, compute, curves=curves, per_token=per_token, replicas=replicas)
+        ways = frontier(best, compute, curves=curves, per_token=per_token, replicas=drawn)
     named = columns.as_results(runs)
+    others = other_settings(runs, columns, variables.values())
     settings |= {"estimator": best.estimator}
     if best.estimator == "huber":
         settings |= {"threshold": best.optimum.threshold, "threshold_unit": "absolute"}
@@ -151,6 +169,9 @@ def analyse(
         *check_finished(named, pd.concat([named, columns.as_results(left_out)])),
         *_own_rows(runs, cluster),
         *_nothing_else(best, differing, where),
+        _one_task(runs, others, columns),
+        *_unchosen(condition, columns.loss, left_out),
+        no_single_run(single, [columns.name_of(runs, row) for row in range(len(runs))]),
         *check_fit(
             best,
             chosen.held_out,
@@ -172,6 +193,7 @@ def analyse(
         left_out,
         columns,
         variables,
+        others,
         words,
         compute,
         candidates,
@@ -182,18 +204,20 @@ def analyse(
         noise,
         shape,
         checks,
-        influence(best, found),
+        single,
         floor,
         predictions,
-        [
-            predict(best, flops, per_token=per_token, replicas=replicas)
-            for flops in budgets
-            if joint
-        ],
+        [predict(best, flops, per_token=per_token, replicas=drawn) for flops in budgets if joint],
         ways,
         _next(best, compute, predictions),
         seed,
     )
+
+
+def _dearest(fit: Fit, compute: Array) -> dict[str, float]:
+    """Where the run of the largest compute lies."""
+    row = int(np.argmax(compute))
+    return {name: float(fit.table[column].iloc[row]) for name, column in fit.columns.items()}
 
 
 def _collinear(fit: Fit) -> bool:
@@ -216,6 +240,21 @@ def _own_rows(runs: pd.DataFrame, cluster: str | None) -> Iterator[Check]:
         yield Check("every row is a run of its own", False, detail)
 
 
+def _unchosen(condition: str | None, loss: str, left_out: pd.DataFrame) -> Iterator[Check]:
+    """Whether a ``where=`` read what the runs came to: runs picked by their result fit any law."""
+    if condition is None:
+        return
+    words = re.sub(r"'[^']*'|\"[^\"]*\"", " ", condition)
+    names = re.findall(r"`([^`]+)`", words) + re.findall(
+        r"[^\W\d]\w*", re.sub("`[^`]+`", " ", words)
+    )
+    read = [name for name in dict.fromkeys(names) if name == loss or _OUTCOME.search(name)]
+    gone = int((left_out["reason"] == f"not {condition}").sum())
+    detail = f"where={condition}: {gone} left out"
+    detail += f" by {', '.join(read)}, what they came to" if read and gone else ""
+    yield Check("runs were not chosen by their loss", not (read and gone), detail)
+
+
 def _nothing_else(fit: Fit, varied: Sequence[str], where: dict[str, str]) -> Iterator[Check]:
     """A law in one variable wants the other sizes held fixed."""
     if set(fit.columns) == {"x"}:
@@ -227,6 +266,19 @@ def _nothing_else(fit: Fit, varied: Sequence[str], where: dict[str, str]) -> Ite
             not others,
             detail or "one variable was varied",
         )
+
+
+def _one_task(
+    runs: pd.DataFrame, others: Mapping[str, Mapping[str, Sequence[str]]], columns: Columns
+) -> Check:
+    """What the recipe does not say and no law corrects for: as of an older run in the folder."""
+    name = "one vocabulary, context and text"
+    task = [columns.t, "max_seq_len", "vocab_size", "tokenizer", "dataset", "init_from"]
+    if not set(task) & set(runs):
+        return Check(name, None, "the table does not say")
+    mixed = [setting for setting in others if setting in task]
+    kinds = "; ".join(f"{setting} {', '.join(list(others[setting])[:4])}" for setting in mixed)
+    return Check(name, not mixed, kinds or "the same in every run, but for what the law has")
 
 
 def _ways_agree(ways: Frontier | None) -> Iterator[Check]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,18 @@ import pandas as pd
 from tinygpt.config import ConfigError
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.points import positive
+from tinygpt.scaling.runs import RATES, SETTINGS
 from tinygpt.scaling.selection import JOINT, ONE_VARIABLE
 
 SAME = 1.1  # sizes or tokens that differ by less than this factor were not varied
+# What makes a size, what makes a length: the law has them in its variables.
+SHAPE = ("d_model", "n_layers", "n_heads", "d_ff", "config.model.n_kv_heads", "config.model.d_ff")
+LENGTH = (
+    "train_tokens",
+    "data_fraction",
+    *(f"config.train.{key}" for key in ("tokens", "steps", "epochs", "tokens_per_param", "flops")),
+)
+FINGERPRINTS = ("tokenizer_fingerprint", "data_fingerprint", "validation_fingerprint")
 WORDS = {
     "N": "parameters without embeddings",
     "D": "training tokens",
@@ -62,6 +72,12 @@ class Columns:
         """The column of the run's name where several rows, its checkpoints, share one."""
         return self.run if self.run in runs and runs[self.run].duplicated().any() else None
 
+    def name_of(self, runs: pd.DataFrame, row: int) -> str:
+        """The name of a run, by its place in the table; its row where it has none."""
+        if self.run and self.run in runs:
+            return str(runs[self.run].iloc[row])
+        return f"row {runs.index[row]}"
+
     def as_results(self, runs: pd.DataFrame) -> pd.DataFrame:
         """The table with the names of ``results.json``, which the checks of the design read."""
         known = {
@@ -86,6 +102,44 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
     if "T" in found and len(found) > 1 and "N" not in found:
         found.remove("T")
     return found
+
+
+def other_settings(
+    runs: pd.DataFrame, columns: Columns, variables: Iterable[str]
+) -> dict[str, dict[str, list[str]]]:
+    """Settings that differ though no law here has them: setting -> value -> names of its runs.
+
+    The commonest value comes first.  Not named are ``variables``, what goes with one of them
+    value for value (the warm-up with the tokens), the shape that makes a size, the seed, and the
+    rates, of which ``comparable`` keeps the best of each setting.
+    """
+    scaled = [name for name in [*variables, columns.u] if name in runs]
+    known = [name for name in (*SETTINGS, columns.t, *FINGERPRINTS) if name and name in runs]
+    known += [name for name in map(str, runs) if name.startswith("config.")]
+    passed = {*SHAPE, *LENGTH, *RATES, *scaled, columns.seed}
+    found = {}
+    for name in dict.fromkeys(known):
+        values = runs[name].map(_as_typed).where(runs[name].notna(), "none")
+        if name in passed or values.nunique() < 2 or len(runs) == values.nunique():
+            continue
+        if any(_same_split(values, runs[other]) for other in scaled):
+            continue
+        found[name] = {
+            str(value): [columns.name_of(runs, int(row)) for row in np.flatnonzero(values == value)]
+            for value in values.value_counts().index
+        }
+    return found
+
+
+def _as_typed(value: Any) -> str:
+    """A whole number in a column with gaps is a float to pandas."""
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def _same_split(one: pd.Series, other: pd.Series) -> bool:
+    """Whether two columns divide the runs in the same way."""
+    pairs = pd.DataFrame({"one": one, "other": other}).drop_duplicates()
+    return len(pairs) == one.nunique() == other.nunique()
 
 
 def _spread(values: pd.Series) -> float:

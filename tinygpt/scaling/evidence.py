@@ -31,6 +31,7 @@ VARIABLES = {
 }
 SIGNIFICANT = 0.01  # a smaller p-value speaks against the law
 NEAR_FLOOR = 0.05
+MOSTLY_SEEDS = 0.5  # of the variance of the losses, from where there is little else in it
 LEVEL = 0.95  # of the intervals that held-out runs should lie in
 PLAIN = ("power_constant", "chinchilla")  # what other laws must be compared with
 CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
@@ -251,7 +252,7 @@ def check_fit(
     """
     return [
         _certified(fit),
-        _explains(fit),
+        _explains(fit, noise),
         _enough(fit),
         _tested(held_out, noise),
         _unrivalled(fit, rivals),
@@ -266,11 +267,28 @@ def check_fit(
     ]
 
 
-def _explains(fit: Fit) -> Check:
+def _explains(fit: Fit, noise: Noise | None) -> Check:
+    """R² beside the greatest that any law could reach, which is what seeds leave: their scatter is
+    pure error (Draper & Smith 1998, section 2.1).
+
+    Where seeds make up half of the variance or more there is little to explain: the runs are no
+    evidence for any law, and the reason is not the law.
+    """
     name = "the law explains the losses"
     if fit.degrees < 1:
         return Check(name, None, "it goes through every run")
-    return Check(name, fit.r_squared >= 0.9, f"R² of log L {fit.r_squared:.4f}")
+    ceiling, share = 1.0, 0.0
+    if noise:
+        total = float(np.sum((fit.points.y - fit.points.y.mean()) ** 2))
+        ceiling = 1.0 - noise.scale**2 * noise.degrees / total
+        share = noise.scale**2 * (len(fit.points) - 1) / total
+    detail = f"R² of log L {fit.r_squared:.4f}"
+    if share >= MOSTLY_SEEDS:
+        detail += f", of at most {ceiling:.2f} by any law: seeds differ as much as settings do; "
+        return Check(name, False, f"{detail}more seeds or a wider range is needed")
+    if ceiling < 1.0:
+        detail += f", of at most {ceiling:.4f} where seeds scatter so"
+    return Check(name, fit.r_squared >= 0.9 * ceiling, detail)
 
 
 def _enough(fit: Fit) -> Check:

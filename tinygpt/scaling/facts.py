@@ -18,6 +18,7 @@ from tinygpt.scaling.frontier import Budget, Frontier
 from tinygpt.scaling.intervals import Interval
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.selection import Candidate, HeldOut
+from tinygpt.scaling.single import SingleRun
 
 SCHEMA_VERSION = 1
 
@@ -41,6 +42,10 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "in_total": _in_total(analysis),
         "r_squared": fit.r_squared,
         "runs": len(analysis.runs),
+        "other_settings": {
+            setting: {value: len(names) for value, names in values.items()}
+            for setting, values in analysis.others.items()
+        },
         "left_out": len(analysis.left_out),
         "shared_trunks": vars(shared) if (shared := shared_trunks(analysis.runs)) else None,
         "data_hash": data_hash(analysis),
@@ -51,14 +56,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "structure_p": analysis.structure,
         "selection": _selection(analysis.candidates),
         "checks": [_check(check) for check in analysis.checks],
-        "influence": [
-            {
-                "run": run_name(analysis, one.row),
-                "parameter": one.parameter,
-                "without": one.without,
-            }
-            for one in analysis.influence
-        ],
+        "single_runs": [_single_run(analysis, one) for one in analysis.single],
         "predictions": [_prediction(one) for one in analysis.predictions],
         "budgets": [_budget(one) for one in analysis.budgets],
         "frontier": _frontier(analysis.frontier),
@@ -98,12 +96,10 @@ def data_hash(analysis: Analysis) -> str:
     return fileio.digest(_plain(analysis.runs[wanted].to_dict("records")))
 
 
-def run_name(analysis: Analysis, row: int) -> str:
-    """The name of a run of the fitted table; its row where it has none."""
-    column = analysis.columns.run
-    if column and column in analysis.runs:
-        return str(analysis.runs[column].iloc[row])
-    return f"row {analysis.runs.index[row]}"
+def _single_run(analysis: Analysis, one: SingleRun) -> dict[str, Any]:
+    """Parts of the loss, standard errors of them, and what they say."""
+    values = {name: value for name, value in vars(one).items() if name != "row"}
+    return {"run": analysis.columns.name_of(analysis.runs, one.row), **values}
 
 
 def _plain(value: Any) -> Any:

@@ -135,7 +135,7 @@ def fit(
         loss,
         estimator,
         reason,
-        _scale(points, optimum),
+        residual_scale(points, optimum),
     )
 
 
@@ -182,7 +182,7 @@ def robust_scale(points: Points, optimum: Optimum) -> float:
     return float(np.median(residuals) / special.ndtri(0.75) * np.sqrt(len(points) / degrees))
 
 
-def _scale(points: Points, optimum: Optimum) -> float:
+def residual_scale(points: Points, optimum: Optimum) -> float:
     """The standard deviation that an M-estimator implies; of least squares the usual one.
 
     Where the threshold leaves hardly a residual inside, the estimator is the median's: its error

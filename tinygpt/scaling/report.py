@@ -69,7 +69,7 @@ def compose(analysis: Analysis, figures: Sequence[str]) -> Iterator[Block]:
     yield from sections.selection(analysis)
     yield from sections.pictures(analysis, figures, "extrapolation")
     yield from sections.checklist(analysis)
-    yield from sections.influence(analysis)
+    yield from sections.single_runs(analysis)
     yield from sections.predictions(analysis)
     yield from sections.optimum(analysis)
     yield from sections.pictures(analysis, figures, "contours", "isoflop", "frontier")

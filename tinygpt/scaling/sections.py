@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from tinygpt.scaling import wording
+from tinygpt.scaling.advice import ADVICE
 from tinygpt.scaling.analysis import Analysis, Prediction
 from tinygpt.scaling.document import (
     FAIL,
@@ -21,61 +22,15 @@ from tinygpt.scaling.document import (
 )
 from tinygpt.scaling.drawing import loss_label
 from tinygpt.scaling.evidence import CLEAR, Check
-from tinygpt.scaling.facts import data_hash, run_name, shared_trunks
+from tinygpt.scaling.facts import data_hash, shared_trunks
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import LAWS
-from tinygpt.scaling.selection import Candidate
+from tinygpt.scaling.selection import Candidate, plainest
+from tinygpt.scaling.single import SingleRun
 from tinygpt.scaling.wording import count
 
 MOST = 10  # rows of a table that can grow with the runs
 WITHIN = f"{100 * LEVEL:.0f} % interval"
-# What to run where a line of the checklist fails.  (Every name is one that ``evidence`` gives.)
-ADVICE = {
-    "at least two seeds of every setting": "Run every setting again with another `seed`.",
-    "equal training tokens for all sizes": "Train every size on the same number of tokens.",
-    "no token is seen twice": "Use a larger corpus or fewer tokens, or vary the unique tokens too.",
-    "every run decays to its own end": "Let the learning rate of every run decay to its end.",
-    "a fair learning rate for every width": (
-        "Sweep `optim.learning_rate` for each width, or use `model.parametrization=mup`."
-    ),
-    "the best learning rate is not at the edge of its sweep": (
-        "Extend the sweep of `optim.learning_rate` beyond the edge."
-    ),
-    "alpha is above zero": "Spread the sizes wider, or repeat them with more seeds.",
-    "beta is above zero": "Spread the numbers of tokens wider, or repeat them with more seeds.",
-    "E meets the exact floor of the corpus": (
-        "Run nearer to the floor; an E far off says that the form or the range is wrong."
-    ),
-    "at least three runs more than parameters": "Add runs, or ask for a law with fewer terms.",
-    "no other law describes these runs clearly better": "Take the better one, or add runs.",
-    "the law was put to a test": "Add larger runs to hold out, or a second seed of each.",
-    "every row is a run of its own": "Fit final losses alone, or read the intervals with care.",
-    "nothing but its variable differs between the runs": "Name the `variable=`, or fit both.",
-    "the ways to split a budget agree": "Read none of them alone; add sizes around the best one.",
-    "a certified minimum inside its bounds": (
-        "Ask for a law with fewer terms (`law=`), or spread the runs wider."
-    ),
-    "the law explains the losses": "Spread the runs wider, or ask for another law.",
-    "one version of the code": "Run the odd ones again with the same version.",
-    "all runs came to their end": "Start the same command again: it finishes what is missing.",
-    "one training set": "Train all runs on one corpus, or vary its size alone.",
-    "one validation set": "Score all runs on one validation set.",
-    "one precision": "Set `train.precision` and run the odd ones again.",
-    "D does not go with N": "Vary size and data apart: small models on much, large ones on little.",
-    "E is identified": "Run where the loss is near its floor: larger models, more data.",
-    "runs of larger compute, held out, are predicted": (
-        "Add runs at larger compute: the law does not yet hold there."
-    ),
-    "the residuals have no structure": (
-        "Try another law, or look at a narrower range: this one is bent."
-    ),
-    "the law leaves no more than the seeds scatter": (
-        "Try another law; more seeds would not help where the form is wrong."
-    ),
-    "the prediction lies no further beyond the runs than they span": (
-        "Add larger runs, or read only predictions that are nearer."
-    ),
-}
 ESTIMATORS = {
     "least_squares": "least squares",
     "huber": "Huber's loss",
@@ -128,6 +83,24 @@ def answer(analysis: Analysis) -> Iterator[Block]:
     if analysis.is_evidence:
         text += " Every check that applies is passed."
     yield Paragraph(text)
+    if analysis.others:
+        each = "; ".join(_differing(name, of) for name, of in analysis.others.items())
+        yield Paragraph(
+            f"These runs differ in more than this law and their seeds, and are fitted together: "
+            f"{each}. Where that was not meant, `where=` or another folder keeps them apart."
+        )
+
+
+def _differing(setting: str, values: Mapping[str, Sequence[str]]) -> str:
+    """``max_seq_len`` 256 (10 runs), 128 (1 run: its name)."""
+    short = {value: value[:12] for value in values} if "fingerprint" in setting else {}
+    each = [
+        f"{short.get(value, value)} ({count(len(names), 'run')}"
+        f"{': ' + names[0] if len(names) == 1 else ''})"
+        for value, names in list(values.items())[:4]
+    ]
+    more = f" and {len(values) - 4} other values" if len(values) > 4 else ""
+    return f"`{setting}` {', '.join(each)}{more}"
 
 
 def warning(analysis: Analysis) -> Iterator[Block]:
@@ -191,6 +164,11 @@ def law(analysis: Analysis) -> Iterator[Block]:
         gone = "went to zero: these data do not show that term"
         yield Paragraph(f"{ends}: {gone if fit.law.powers else 'at the end of its range'}.")
     yield _parameters(analysis)
+    if analysis.intervals:
+        yield Paragraph(
+            "The same numbers twice: with four digits above, which draw the curve together, and "
+            "here rounded to what each interval supports."
+        )
     spread = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
     left = f"The law leaves {wording.percent(spread)} of the loss (standard deviation)"
     if analysis.noise:
@@ -220,16 +198,29 @@ def _estimated(value: float, interval: Interval | None) -> list[str]:
 
 
 def _floor(analysis: Analysis) -> Iterator[Block]:
-    if analysis.floor is None:
-        return
-    text = f"The entropy of the corpus is known: {wording.number(analysis.floor, 5)}."
-    constant = analysis.fit.parameters.get("E")
-    if constant:
+    """What is to be thought of E."""
+    constant, interval = analysis.fit.parameters.get("E"), analysis.intervals.get("E")
+    lines = []
+    if constant and interval and not wording.is_set(interval.low):
+        high = f"anything below {wording.number(interval.high, 3)}"
+        reach = high if np.isfinite(interval.high) else "any other"
+        lines.append(f"E is not known from these runs: {reach} describes them nearly as well.")
+    lowest = float(analysis.fit.table[analysis.fit.loss].min())
+    if constant and constant > lowest:
+        lines.append(
+            f"E lies above the lowest loss measured, {wording.number(lowest, 4)}: runs scatter "
+            "around the law, and E is where it levels off for their mean, not a bound on each."
+        )
+    if analysis.floor is not None:
+        lines.append(f"The entropy of the corpus is known: {wording.number(analysis.floor, 5)}.")
+    if analysis.floor is not None and constant:
         off = constant / analysis.floor - 1
-        text += f" E is {wording.percent(abs(off))} {'above' if off > 0 else 'below'} it"
+        text = f"E is {wording.percent(abs(off))} {'above' if off > 0 else 'below'} it"
         alone = not {"N", "D"} <= set(analysis.fit.columns)
         text += ", as what is held fixed leaves its part." if alone and off > 0 else "."
-    yield Paragraph(text)
+        lines.append(text)
+    if lines:
+        yield Paragraph(" ".join(lines))
 
 
 def selection(analysis: Analysis) -> Iterator[Block]:
@@ -264,7 +255,11 @@ def _how_clear(analysis: Analysis) -> str:
     near = [one.law for one in fitted[1:] if one.aicc - best.aicc < CLEAR]
     if near and chosen.law in (best.law, *near):
         others = [law for law in (best.law, *near) if law != chosen.law]
-        text = f"{', '.join(others)} can hardly be told from {chosen.law}, the plainest of them."
+        text = f"{', '.join(others)} can hardly be told from {chosen.law}"
+        if chosen.law == plainest(candidates).law:
+            text += f": of laws within {CLEAR:g} AICc of the best the plainest is shown."
+        else:
+            text += ", which was asked for."
     elif chosen is not best:
         gap = wording.number(chosen.aicc - best.aicc)
         text = f"{chosen.law} was asked for; {best.law} is better by AICc, by {gap}."
@@ -299,24 +294,42 @@ def checklist(analysis: Analysis, brief: bool = False) -> Iterator[Block]:
     yield Paragraph(f"{passed} pass, {failed} fail, {none} not applicable.")
 
 
-def influence(analysis: Analysis) -> Iterator[Block]:
+def single_runs(analysis: Analysis) -> Iterator[Block]:
+    """What each run alone does to the prediction, and which lie far from the rest."""
     yield Heading("Single runs")
-    if not analysis.influence:
-        judged = bool(analysis.intervals)
-        yield Paragraph(
-            "No run, left out, moves an exponent beyond its interval."
-            if judged
-            else "Too few runs to leave one out."
-        )
+    if not analysis.single:
+        yield Paragraph("Not left out one by one: too few of them, or several rows of a run.")
         return
-    yield Paragraph("Without one of these runs an exponent would lie outside its interval:")
-    rows = [
-        [run_name(analysis, one.row), one.parameter, wording.number(one.without)]
-        for one in analysis.influence[:MOST]
+    ends = [100 * one.moved for one in analysis.single]
+    where = "prediction below" if analysis.predictions else "loss at the dearest run"
+    text = f"Beside a law fitted without it, each run moves the {where}: by {min(ends):+.2f} to"
+    text += f" {max(ends):+.2f} %."
+    odd = [one for one in analysis.single if one.is_outlier]
+    if not odd:
+        text += " None lies far from the law of the others, nor from its seeds. The three that"
+        yield Paragraph(f"{text} move it most:")
+    else:
+        yield Paragraph(f"{text} Far from the law of the others, or from the seeds beside it:")
+    named = odd or analysis.single[:3]
+    header = ["run", "from the law", "standard errors", "from its seeds", "their scatter"]
+    header += ["moves the prediction", ""]
+    yield Table(header, [_single_run(analysis, one) for one in named[:MOST]])
+    if len(named) > MOST:
+        yield Paragraph(f"And {len(named) - MOST} more, in `fit.json`.")
+
+
+def _single_run(analysis: Analysis, one: SingleRun) -> list[str]:
+    beside = [wording.UNKNOWN, wording.UNKNOWN]
+    if one.off_siblings is not None and one.scatters is not None:
+        beside = [f"{100 * one.off_siblings:+.1f} %", f"×{abs(one.scatters):.1f}"]
+    return [
+        analysis.columns.name_of(analysis.runs, one.row),
+        f"{100 * one.off:+.1f} %",
+        f"{one.errors:+.1f}",
+        *beside,
+        f"{100 * one.moved:+.2f} %",
+        "sets the law" if one.sets_law else "",
     ]
-    yield Table(["run left out", "exponent", "would be"], rows)
-    if len(analysis.influence) > MOST:
-        yield Paragraph(f"And {len(analysis.influence) - MOST} more, in `fit.json`.")
 
 
 def predictions(analysis: Analysis) -> Iterator[Block]:

@@ -1,4 +1,4 @@
-"""Which law: information criterion, held-out runs, residuals, the influence of single runs."""
+"""Which law: information criterion, held-out runs, residuals; and what to run next."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from scipy import special
 from tinygpt.config import ConfigError
 from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.fitting import EFFICIENT, Fit, fit, judge, robust_scale
-from tinygpt.scaling.intervals import Interval, Target, covariance, delta, of_loss
+from tinygpt.scaling.intervals import Target, covariance, delta, of_loss
 from tinygpt.scaling.laws import LAWS, Array
-from tinygpt.scaling.newton import polish
 
 ONE_VARIABLE = [name for name, law in LAWS.items() if len(law.variables) == 1]
 JOINT = [name for name, law in LAWS.items() if law.variables == ("N", "D")]
@@ -195,14 +194,21 @@ class Noise:
     lack_of_fit: float | None  # p-value: the law leaves no more than this scatter
 
 
+def replicas(fit: Fit, columns: Sequence[str]) -> NDArray[np.intp]:
+    """A number for each run, (n,): the same for those that differ in their seed alone."""
+    same = [*fit.columns.values(), *(name for name in columns if name in fit.table)]
+    groups = fit.table.groupby(list(dict.fromkeys(same)), dropna=False)
+    found: NDArray[np.intp] = np.asarray(groups.ngroup(), dtype=np.intp)
+    return found
+
+
 def seed_noise(fit: Fit, columns: Sequence[str] = ()) -> Noise | None:
     """From runs that agree in the law's variables and in ``columns``; None without any.
 
     The F test of lack of fit (Draper & Smith 1998, section 2.1) sets what the law leaves beside
     what the seeds scatter.
     """
-    same = [*fit.columns.values(), *(name for name in columns if name in fit.table)]
-    labels = fit.table.groupby(list(dict.fromkeys(same)), dropna=False).ngroup().to_numpy()
+    labels = replicas(fit, columns)
     count = np.bincount(labels)
     mean = np.bincount(labels, fit.points.y) / count
     pure = float(np.sum((fit.points.y - mean[labels]) ** 2))
@@ -241,31 +247,6 @@ def structure(fit: Fit) -> float | None:
         return None
     ratio = (float(before @ before) - left) / gained / (left / (n - rank))
     return float(special.fdtrc(gained, n - rank, ratio))
-
-
-@dataclass(frozen=True)
-class Influence:
-    """A run without which an exponent would lie outside its interval."""
-
-    row: int  # of the table that was fitted
-    parameter: str
-    without: float  # its value without the run
-
-
-def influence(fit: Fit, intervals: dict[str, Interval]) -> list[Influence]:
-    """Leaves out each run in turn; names those that move an exponent beyond its interval."""
-    n, law = len(fit.points), fit.optimum.law
-    if n - 1 < len(law):
-        return []
-    start = np.repeat(fit.optimum.theta[None], n, axis=0)
-    found = polish(law, fit.points, start, fit.optimum.threshold, 1.0 - np.eye(n))
-    named = []
-    for name in law.exponents:
-        values = found.theta[:, law.parameters.index(name)]
-        for row, value in enumerate(values):
-            if name in intervals and value not in intervals[name]:
-                named.append(Influence(row, name, float(value)))
-    return named
 
 
 # --- what to run next

@@ -42,7 +42,7 @@ def _to_place(value: float, place: int) -> str:
 def _place(interval: Interval) -> int:
     """Where half the width of an interval has its second digit."""
     value = interval.estimate
-    ends = [end for end in (interval.low, interval.high) if _is_set(end)]
+    ends = [end for end in (interval.low, interval.high) if is_set(end)]
     half = max((abs(end - value) for end in ends), default=0.0)
     if half == 0.0:
         return math.floor(math.log10(abs(value) or 1.0)) - 2
@@ -52,7 +52,7 @@ def _place(interval: Interval) -> int:
     )
 
 
-def _is_set(end: float) -> bool:
+def is_set(end: float) -> bool:
     return math.isfinite(end) and end != 0.0
 
 
@@ -60,7 +60,7 @@ def estimate(value: float, interval: Interval | None) -> str:
     """A value to the digits its interval supports."""
     if interval is None or math.isnan(value):
         return number(value)
-    if not (_is_set(interval.low) or _is_set(interval.high)):
+    if not (is_set(interval.low) or is_set(interval.high)):
         return number(value, 2)
     return _to_place(value, _place(interval))
 
@@ -70,18 +70,18 @@ def reach(interval: Interval | None) -> str:
     if interval is None:
         return UNKNOWN
     low, high = (_end(end, interval) for end in (interval.low, interval.high))
-    if _is_set(interval.low) and _is_set(interval.high):
+    if is_set(interval.low) and is_set(interval.high):
         return f"{low} to {high}"
-    if _is_set(interval.low):
+    if is_set(interval.low):
         return f"above {low}, no upper end"
-    if _is_set(interval.high):
+    if is_set(interval.high):
         return f"below {high}, no lower end"
     return "not set by the data"
 
 
 def _end(value: float, interval: Interval) -> str:
     """To the estimate's place; where it lies decades from that, to two digits of its own."""
-    text = _to_place(value, _place(interval)) if _is_set(value) else ""
+    text = _to_place(value, _place(interval)) if is_set(value) else ""
     far = abs(value) > 100 * abs(interval.estimate) > 0 or (text == "0" and value > 0)
     return number(value, 2) if far else text
 

@@ -1,0 +1,175 @@
+"""Single runs: what the law foretells without each of them, and which lie far from the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from tinygpt.scaling.evidence import SIGNIFICANT, Check
+from tinygpt.scaling.fitting import ABSOLUTE, Fit, residual_scale, robust_scale
+from tinygpt.scaling.intervals import covariance, of_loss, with_constant
+from tinygpt.scaling.laws import Array
+from tinygpt.scaling.newton import polish
+from tinygpt.scaling.optimum import find_optimum
+from tinygpt.scaling.points import Points
+
+ROUNDING = 1e-9  # of a log loss: what is less is no scatter
+
+
+@dataclass(frozen=True)
+class SingleRun:
+    """A run beside the law that all the others make, and beside those that share its setting."""
+
+    row: int  # of the table that was fitted
+    without: float  # the loss foretold by the law without it
+    moved: float  # what it moves that by, as a part of it
+    sets_law: bool  # what is foretold hangs on it
+    off: float  # measured / what the law without it says there - 1
+    errors: float  # the same in standard errors
+    off_siblings: float | None  # measured / mean of the other seeds of its setting - 1
+    scatters: float | None  # the same in units of what the other seeds scatter
+    is_outlier: bool
+
+
+def single_runs(
+    fit: Fit, place: Mapping[str, float], replicas: NDArray[np.intp]
+) -> list[SingleRun]:
+    """Leaves out each run in turn; what moves the loss foretold at ``place`` most comes first.
+
+    A run is an outlier where its externally studentised residual, about the law or about the seeds
+    of its setting, has a p-value below SIGNIFICANT after Bonferroni's count of the tests (Cook &
+    Weisberg 1982, section 2.2.2).  Of a setting only the seed furthest from the law is one: of two
+    that are apart the other is as far from its sibling.
+
+    An outlier sets the law if it moves the prediction by more than the standard error that this
+    has without it: what DFFITS counts as much in few runs (Belsley, Kuh & Welsch 1980, section
+    2.1).  In simulated studies without an outlier the line fails in one or two of a
+    hundred.
+    """
+    n = len(fit.points)
+    degrees = n - 1 - len(fit.law)
+    if degrees < 1:
+        return []
+    now = float(np.log(fit.predict(**place)[0]))
+    foretold, error, off, errors = _left_out(fit, place)
+    apart, scatters, degrees_of_seeds = _beside_siblings(fit.points.y, replicas)
+    known = np.isfinite(scatters)
+    further = np.ones(n, dtype=bool)
+    for label in np.unique(replicas):
+        one = np.flatnonzero(replicas == label)
+        further[one] = np.abs(errors[one]) == np.abs(errors[one]).max()
+    outlier = n * _p_value(errors, degrees) < SIGNIFICANT
+    if degrees_of_seeds > 0:
+        of_seeds = known.sum() * _p_value(np.where(known, scatters, 0.0), degrees_of_seeds)
+        outlier |= of_seeds < SIGNIFICANT
+    outlier &= further
+    sets_law = outlier & (np.abs(now - foretold) > error)
+    found = [
+        SingleRun(
+            row,
+            float(np.exp(foretold[row])),
+            float(np.expm1(now - foretold[row])),
+            bool(sets_law[row]),
+            float(np.expm1(off[row])),
+            float(errors[row]),
+            float(np.expm1(apart[row])) if known[row] else None,
+            float(scatters[row]) if known[row] else None,
+            bool(outlier[row]),
+        )
+        for row in range(n)
+    ]
+    return sorted(found, key=lambda one: (not one.sets_law, -abs(one.moved)))
+
+
+def _p_value(t: Array, degrees: int) -> Array:
+    found: Array = 2 * special.stdtr(degrees, -np.abs(t))
+    return found
+
+
+def _left_out(fit: Fit, place: Mapping[str, float]) -> tuple[Array, Array, Array, Array]:
+    """Of the law without each run, (n,): the log loss at ``place`` with its standard error; how far
+    the run lies from it, and that in standard errors of a new run there."""
+    whole = _with_its_terms(fit)
+    law, points, n = whole.optimum.law, fit.points, len(fit.points)
+    starts = [whole.optimum.theta]
+    if "E" in law.parameters:  # a run may have driven E to zero, or to the lowest loss
+        half = whole.optimum.theta.copy()
+        half[law.parameters.index("E")] = points.y.min() + np.log(0.5)
+        starts.append(half)
+    weights = 1.0 - np.eye(n)
+    ends = [
+        polish(law, points, np.repeat(one[None], n, axis=0), fit.optimum.threshold, weights)
+        for one in starts
+    ]
+    best = np.argmin([end.objective for end in ends], axis=0)
+    held = tuple(name for name in whole.optimum.at_bound if name in law.bounds)
+    found = np.empty((4, n))
+    for row in range(n):
+        theta = ends[best[row]].theta[row]
+        stay = np.arange(n) != row
+        others = Points({k: v[stay] for k, v in points.x.items()}, points.y[stay], points.centres)
+        optimum = replace(
+            whole.optimum, theta=theta, threshold=fit.optimum.threshold, at_bound=held
+        )
+        less = replace(whole, points=others, optimum=optimum, scale=residual_scale(others, optimum))
+        spread = covariance(less)
+        value, slope, _ = of_loss(less, **place).derivatives(theta)
+        here = law.derivatives(theta[None], {k: v[row : row + 1] for k, v in points.x.items()})
+        off = float(points.y[row] - here.value[0, 0])
+        own = here.gradient[0, 0]
+        error = max(float(np.sqrt(less.scale**2 + own @ spread @ own)), ROUNDING)
+        there = max(float(np.sqrt(slope @ spread @ slope)), ROUNDING)
+        found[:, row] = value, there, off, off / error
+    return found[0], found[1], found[2], found[3]
+
+
+def _with_its_terms(fit: Fit) -> Fit:
+    """Where a term has gone, perhaps by one run, the law by absolute deviations: one run hardly
+    moves that.  It is where the law without a run is looked for."""
+    if not fit.optimum.at_bound:
+        return fit
+    limit = ABSOLUTE * max(robust_scale(fit.points, fit.optimum), 1e-9)
+    robust = find_optimum(fit.law, fit.points, limit)
+    more = len(robust.law) > len(fit.optimum.law)
+    return with_constant(replace(fit, optimum=robust) if more else fit)
+
+
+def _beside_siblings(y: Array, replicas: NDArray[np.intp]) -> tuple[Array, Array, int]:
+    """How far each run lies from the mean of its siblings, (n,), the same as an externally
+    studentised residual, and that one's degrees of freedom; nan without siblings."""
+    count = np.bincount(replicas)
+    size = count[replicas].astype(float)
+    residual = y - (np.bincount(replicas, y) / count)[replicas]
+    degrees = int(np.sum(count - 1)) - 1
+    own = np.where(size > 1, size / np.maximum(size - 1, 1), np.nan)
+    rest = np.sum(residual**2) - residual**2 * own
+    scale = np.maximum(np.sqrt(np.maximum(rest, 0.0) / max(degrees, 1)), ROUNDING)
+    scatters = residual * np.sqrt(own) / scale
+    return residual * own, np.where(degrees > 0, scatters, np.nan), max(degrees, 0)
+
+
+def no_single_run(single: Sequence[SingleRun], names: Sequence[str]) -> Check:
+    """``single`` are all runs, what moves the prediction most first; ``names`` those of all."""
+    name = "no single run sets the law"
+    if not single:
+        return Check(name, None, "too few runs to leave one out, or several rows of a run")
+    setting = [one for one in single if one.sets_law]
+    if setting:
+        each = [
+            f"{names[one.row]} ({one.off:+.1%}, {one.errors:+.1f} standard errors, off the law of "
+            f"the others; moves the loss foretold by {one.moved:+.1%})"
+            for one in setting[:3]
+        ]
+        more = f" and {len(setting) - 3} more" if len(setting) > 3 else ""
+        return Check(name, False, "; ".join(each) + more)
+    most = max(single, key=lambda one: abs(one.moved))
+    detail = f"none moves the loss foretold by more than {abs(most.moved):.2%} ({names[most.row]})"
+    odd = [names[one.row] for one in single if one.is_outlier]
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        detail += f"; far from the rest without doing so: {', '.join(odd[:3])}{more}"
+    return Check(name, True, detail)
