@@ -27,6 +27,7 @@ from tinygpt.config import (
     RunError,
     Settings,
     SlurmLauncher,
+    install,
 )
 from tinygpt.sweeping.jobs import End, Group, StudyJob
 
@@ -83,7 +84,7 @@ def _require(module: str, extra: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"launcher={extra}: needs `pip install 'tinygpt[{extra}]'`")
+        raise ConfigError(f"launcher={extra}: needs {install(extra)}")
 
 
 _interrupted: list[bool] = []  # a worker that was told to stop begins nothing more
