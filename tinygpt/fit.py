@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from tinygpt import cli, rundir
+from tinygpt import checks, cli, rundir
 from tinygpt.config import ConfigError, key
 
 if TYPE_CHECKING:
@@ -86,20 +89,21 @@ def main() -> None:
     from tinygpt.scaling.analysis import analyse
     from tinygpt.scaling.runs import comparable, curves_of
 
-    used, left_out = comparable(table, columns.loss, arguments.where)
-    analysis = analyse(
-        used,
-        left_out,
-        columns,
-        law=arguments.law,
-        variable=arguments.variable,
-        estimator=arguments.estimator,
-        threshold=arguments.threshold,
-        threshold_unit=arguments.threshold_unit,
-        budgets=arguments.budgets,
-        seed=arguments.seed,
-        curves=curves_of(table) if arguments.runs else None,
-    )
+    with _nearest_named(arguments, table):
+        used, left_out = comparable(table, columns.loss, arguments.where)
+        analysis = analyse(
+            used,
+            left_out,
+            columns,
+            law=arguments.law,
+            variable=arguments.variable,
+            estimator=arguments.estimator,
+            threshold=arguments.threshold,
+            threshold_unit=arguments.threshold_unit,
+            budgets=arguments.budgets,
+            seed=arguments.seed,
+            curves=curves_of(table) if arguments.runs else None,
+        )
     report.write(analysis, folder)
     report.show(analysis, folder)
 
@@ -201,10 +205,10 @@ def _columns(table: pd.DataFrame, arguments: Arguments) -> Columns:
     given = {k: v for k, v in dataclasses.asdict(arguments.columns).items() if v is not None}
     for name, column in given.items():
         if column not in table:
-            raise ConfigError(f"columns.{name}={column}: {_there_are(table)}")
+            raise ConfigError(f"columns.{name}={column}: {_there_are(table, column)}")
     loss = given.get("loss", arguments.loss)
     if loss not in table:
-        raise ConfigError(f"loss={loss}: {_there_are(table)}")
+        raise ConfigError(f"loss={loss}: {_there_are(table, loss)}")
     default = dataclasses.asdict(Columns(loss=loss))
     optional = {k: v if v in table else None for k, v in default.items() if k not in ("n", "d")}
     found = Columns(**{**default, **optional, **given})
@@ -218,10 +222,28 @@ def _columns(table: pd.DataFrame, arguments: Arguments) -> Columns:
     return found
 
 
-def _there_are(table: pd.DataFrame) -> str:
+def _there_are(table: pd.DataFrame, meant: str = "") -> str:
     names = [str(name) for name in table]
     more = ", ..." if len(names) > 12 else ""
-    return f"no such column; there are {', '.join(names[:12])}{more}"
+    near = checks.did_you_mean(meant, names) if meant else ""
+    return f"no such column; there are {', '.join(names[:12])}{more}{near}"
+
+
+@contextlib.contextmanager
+def _nearest_named(arguments: Arguments, table: pd.DataFrame) -> Iterator[None]:
+    """Says with an error what an unknown law, or a name in ``where``, may have been meant for."""
+    from tinygpt.scaling.laws import LAWS
+
+    try:
+        yield
+    except ConfigError as error:
+        line, near = str(error), ""
+        column = re.search(r"name '(.+?)' is not defined", line)
+        if line.startswith("where=") and column:
+            near = checks.did_you_mean(column[1], [str(name) for name in table])
+        elif line.startswith("law=") and arguments.law not in LAWS:
+            near = checks.did_you_mean(arguments.law, list(LAWS))
+        raise ConfigError(line + near) from error
 
 
 if __name__ == "__main__":
