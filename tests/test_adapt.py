@@ -180,7 +180,7 @@ def test_a_mistake_is_one_line(place: Path, words: str, line: str) -> None:
 
 def test_a_missing_library_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tinygpt.adaptation.config.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs `pip install 'tinygpt\[lora\]'`"):
+    with pytest.raises(ConfigError, match=r"needs `pip install -e '\.\[lora\]'`"):
         asked(*facts(place / "base"))
     assert asked(*facts(place / "base", "methods=[none,full_ft_doc]")).methods
 

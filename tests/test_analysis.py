@@ -529,3 +529,12 @@ def test_data_alone_is_one_variable() -> None:
     found = analyse(*comparable(runs, "loss"), columns)
     assert found.variables == {"x": "D"}
     assert "nothing but its variable differs between the runs" in failing(found)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"), [(50, "0.5 epochs"), (100, "1 epoch"), (200, "2 epochs")]
+)
+def test_epochs_are_counted_in_words(tokens: int, words: str) -> None:
+    runs = pd.DataFrame({"train_tokens": [10, tokens], "unique_train_tokens": [100, 100]})
+    details = [check.detail for check in check_design(runs)]
+    assert f"up to {words}" in details

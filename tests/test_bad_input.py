@@ -103,6 +103,8 @@ SCHEMA = [
     ("modle.d_model=64", "modle: no such key; did you mean model"),
     ("learning_rate=1", "learning_rate: no such key; did you mean optim.learning_rate?"),
     ("model.foo.bar=3", "model.foo: no such key"),
+    ("out=x", "out: no such key; did you mean output_dir?"),
+    ("heads=2", "heads: no such key; did you mean model.n_heads or model.n_kv_heads?"),
     ("seeed=1", "seeed: no such key; did you mean seed?"),
     ("+new.key=1", "new: no such key"),
     ("+seeed=1", "seeed: no such key; did you mean seed?"),
@@ -311,7 +313,12 @@ def story(n: int) -> str:
     return f"Story {n}: a cat saw {n * n} birds."
 
 
+LONG = (  # documents of 4 kB, a tenth of which are for validation: 30 of them
+    "data.path=long.txt: the validation split is empty, as the corpus has only 3 documents; raise "
+    "data.val_fraction or give data.val_file, or take more text, about 120 kB in documents of"
+)
 FILES: dict[str, str | bytes] = {
+    "long.txt": "<|endoftext|>".join(str(n) * 4000 for n in range(3)),
     "good.txt": "<|endoftext|>".join(story(n) for n in range(300)),
     "empty.txt": "",
     "blank.txt": " \n\n \n",
@@ -354,6 +361,7 @@ DATA = [
     ("data.test_file=empty.txt", "data.test_file=empty.txt: this file is empty"),
     ("data.path=one.txt", "data.path=one.txt: the validation split is empty, as the corpus has"),
     ("data.path=three.txt", "data.path=three.txt: the validation split is empty, as the corpus "),
+    ("data.path=long.txt", LONG),
     (
         "model.max_seq_len=2048 train.batch_tokens=2048",
         "model.max_seq_len=2048: longer than the validation split of ",

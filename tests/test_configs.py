@@ -164,7 +164,7 @@ def test_a_choice_takes_a_step(
     words = one_step(group, choice, corpus)
     if choice in ("wandb", "mlflow"):
         monkeypatch.setitem(sys.modules, choice, None)
-        refused = rf"logger={choice}: needs `pip install 'tinygpt\[{choice}\]'`"
+        refused = rf"logger={choice}: needs `pip install -e '\.\[{choice}\]'`"
     elif choice in ("cuda", "cuda_ddp") and not torch.cuda.is_available():
         refused = "hardware.accelerator=cuda: .*usable here: auto, .*cpu"
     elif choice == "mps" and not torch.backends.mps.is_available():

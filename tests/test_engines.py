@@ -72,7 +72,7 @@ def test_a_missing_engine_is_one_line(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     launcher = {"slurm": SlurmLauncher(), "ray": RayLauncher()}[kind]
-    with pytest.raises(Exception, match=rf"launcher={kind}: needs `pip install 'tinygpt\[{kind}"):
+    with pytest.raises(Exception, match=rf"launcher={kind}: needs `pip install -e '\.\[{kind}"):
         engines.make_engine(launcher)
 
 

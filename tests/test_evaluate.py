@@ -32,7 +32,7 @@ from tinygpt.data.shards import Split
 from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import Bytes, Char
 from tinygpt.evaluating import facts, runs, samples, shrinking, table, tasks
-from tinygpt.evaluating.folders import folder_for, names_of
+from tinygpt.evaluating.folders import folder_for, names_of, text_name
 from tinygpt.evaluating.items import Item, Task, read_task, read_tasks
 from tinygpt.evaluating.machine import Machine, as_in_training
 from tinygpt.evaluating.options import Options
@@ -255,12 +255,20 @@ def test_a_run_is_scored_when_what_it_began_from_is_gone(
     assert "hours and gain of fine are without what init_from cost" in " ".join(words)
 
 
+TEXTS = [("val", None), ("test", None), ("val", "a/book.txt"), ("val", "b/book.txt"), ("val", "*")]
+
+
 def test_where_it_is_written_is_known_before_anything_is_scored(tmp_path: Path) -> None:
     one, two = tmp_path / "a" / "one", Path("two")
     assert folder_for([one], None) == one / "evaluation"
     assert folder_for([one, tmp_path / "b" / "two"], None) == tmp_path / "evaluation"
     common = Path(os.path.commonpath([one.parent, Path.cwd()]))
     assert folder_for([one, two], None) == common / "evaluation"
+    names = [text_name(*of) for of in TEXTS]  # what one text gave does not replace what another did
+    assert names[:2] == ["", "test"]
+    assert len(set(names)) == len(names)
+    assert names[2].startswith("book.txt-")
+    assert folder_for([one], None, names[2]) == one / "evaluation" / names[2]
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"output_dir=.*file/x: .*file is a file; give"):
         folder_for([one], str(tmp_path / "file" / "x"))
@@ -726,7 +734,9 @@ def test_runs_side_by_side(
     assert "facts of the corpus stories" in shown
     assert "chance 0.1 %" in shown  # the facts, of the one run that they can be asked of
     assert "note: losses compare on the same tokens" in shown
-    folder = outputs / "runs" / "evaluation"
+    (place,) = (outputs / "runs" / "evaluation").iterdir()
+    assert place.name.startswith(f"{corpus.name}-")
+    folder = place
     assert (folder / "comparison.png").exists()
     table = pd.read_csv(folder / "evaluation_results.csv")
     assert list(table["run"]) == ["one", "x.wide", "stories"]

@@ -190,6 +190,7 @@ def test_an_older_run_in_the_folder_is_named(tinygpt: Command, tmp_path: Path) -
         (["table=t.csv"], "loss=final_val_loss: no such column; there are params, tokens"),
         (["table=t.csv", "loss=loss"], "columns.n: name the column of the parameters"),
         (["table=t.csv", "loss=loss", "columns.n=params", "law=cubic"], "law=cubic: must be one"),
+        (["run=a"], "run: no such key; did you mean runs or columns.run?"),
         (["table=t.csv", "loss=loss", "columns.n=params", "budgets=1e15"], "budgets=1e+15: needs"),
         (["table=t.csv", "loss=loss", "columns.n=tokens"], "these runs have one size"),
     ],
@@ -203,6 +204,31 @@ def test_a_mistake_is_one_line(
     assert done.stderr.count("\n") == 1
     assert (done.returncode, done.stdout) == (2, "")
     assert {path.name for path in tmp_path.iterdir()} == {"t.csv"}
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"),
+    [
+        ("law=chinchila", "chinchilla?"),
+        ("where=paramz > 1", "params"),
+        ("loss=los", "loss"),
+        ("columns.n=param", "params"),
+    ],
+)
+def test_the_nearest_name_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    word: str,
+    nearest: str,
+) -> None:
+    table().to_csv(tmp_path / "t.csv", index=False)
+    words = ["table=t.csv", "loss=loss", "columns.n=params", word]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fit", *words])
+    with pytest.raises(SystemExit):
+        fit.main()
+    assert f"; did you mean {nearest}" in capsys.readouterr().err
 
 
 def test_tokens_from_the_compute(tinygpt: Command, tmp_path: Path) -> None:
@@ -226,6 +252,9 @@ def test_a_study_ends_with_its_law(tinygpt: Command, corpus: Path, tmp_path: Pat
     assert "report     outputs/s/fit/report.html" in done.stdout
     folder = tmp_path / "outputs/s/fit"
     written = (folder / "fit.json").read_bytes()
+    closing = [line for line in done.stdout.splitlines() if line.startswith(("law", "report"))]
+    finished = tinygpt("run", *words)  # all is skipped, and what it came to is said again
+    assert finished.stdout.splitlines()[-2:] == closing
     assert len(pd.read_csv(folder / "runs.csv")) == 6
     again = tinygpt("fit", "runs=outputs/s")
     assert again.returncode == 0, again.stderr

@@ -134,5 +134,5 @@ def test_what_cannot_be_is_said(
     assert said([*words, "optim=muon"]).startswith(f"{rank}: not with optim=muon")
     assert said([*words[:-1], "optim.lora.alpha=2"]).endswith("alpha=2: needs optim.lora.rank")
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"needs `pip install 'tinygpt\[lora\]'`"):
+    with pytest.raises(ConfigError, match=r"needs `pip install -e '\.\[lora\]'`"):
         train(cli.compose_config(words), words, Console(quiet=True))

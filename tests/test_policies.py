@@ -714,9 +714,17 @@ def test_code_in_a_folder_is_not_run(run: TrainedRun, gpt2: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "module", "line"),
     [
-        ("hf", "transformers", "policy.kind=hf: needs `pip install 'tinygpt[hf]'`"),
-        ("hf", "peft", "policy.kind=hf: needs `pip install 'tinygpt[hf]'`"),
-        ("mlx", "mlx_lm", "policy.kind=mlx: needs `pip install 'tinygpt[mlx]'`"),
+        (
+            "hf",
+            "transformers",
+            "policy.kind=hf: needs `pip install -e '.[hf]'` in the folder of tinygpt",
+        ),
+        ("hf", "peft", "policy.kind=hf: needs `pip install -e '.[hf]'` in the folder of tinygpt"),
+        (
+            "mlx",
+            "mlx_lm",
+            "policy.kind=mlx: needs `pip install -e '.[mlx]'` in the folder of tinygpt",
+        ),
     ],
 )
 def test_a_library_that_is_missing_is_named(

@@ -269,7 +269,8 @@ def test_digits_are_those_the_interval_supports(
 
 
 def test_the_equation_can_be_used(joint: Analysis) -> None:
-    text = wording.equation(joint.fit).removeprefix("L = ").replace("^", "**")
+    text = wording.equation(joint.fit.optimum.law, joint.fit.parameters)
+    text = text.removeprefix("L = ").replace("^", "**")
     place = {"N": 1e6, "D": 1e7}
     by_hand = eval(text, {"__builtins__": {}}, place)
     assert by_hand == pytest.approx(float(joint.fit.predict(**place)[0]), rel=1e-3)

@@ -72,6 +72,22 @@ def test_the_command_line_takes_the_place_of_a_key() -> None:
     assert expand({"train.tokens": [5, 6]}, ["train.steps=3"]) == [["train.steps=3"]]
 
 
+def test_keys_that_go_together_are_given_together() -> None:
+    rows = [{"model.d_model": n, "model.n_heads": n // 16, "train.flops": n} for n in (16, 32)]
+    rows = [{**row, "model.n_layers": 1} for row in rows]
+    params = {"together": rows}
+    with pytest.raises(ConfigError) as error:
+        expand(params, ["model.d_model=32,64"])
+    assert str(error.value) == (
+        "model.d_model: the experiment changes it together with model.n_heads; "
+        "give all of them (every combination is trained), or none"
+    )
+    given = ["model.d_model=32,64", "model.n_heads=2"]
+    assert len(expand(params, given)) == 4
+    assert len(expand(params, ["model.n_layers=2,3"])) == 4  # the same in all of them
+    assert len(expand(params, ["train.tokens=1000"])) == 2  # the length is that of every run
+
+
 YAML_VALUES = st.one_of(
     st.integers(-(10**9), 10**9),
     st.floats(allow_nan=False, allow_infinity=False),
@@ -217,6 +233,67 @@ def test_a_plan_trains_nothing(tinygpt: Command, corpus: Path, tmp_path: Path) -
     assert alone.returncode == 0, alone.stderr
     assert "1 to train" in alone.stdout
     assert not (tmp_path / "outputs").exists()
+
+
+def planned_in(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, load: float, *words: str
+) -> tuple[str, list[int]]:
+    """What a plan says on a machine of 8 cores where a step takes a second, and the threads that
+    it was timed with."""
+    import joblib
+    import torch
+
+    from tinygpt.sweeping import planning
+
+    threads = []
+
+    def seconds_per_step(*of: Any) -> float:
+        threads.append(torch.get_num_threads())
+        return 1.0
+
+    monkeypatch.setattr(planning, "seconds_per_step", seconds_per_step)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    jobs = sweep(*words, f"cache_dir={cache}")
+    Job.prepare(jobs, Console(quiet=True))
+    said = io.StringIO()
+    planning.print_plan(jobs, jobs[:1], Console(file=said, width=80))
+    return said.getvalue(), threads
+
+
+def test_a_plan_times_what_a_run_will_have_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, corpus: Path, cache: Path
+) -> None:
+    def seconds(said: str, how: str) -> int:
+        found = re.search(rf"^4 to train: (\d+):(\d\d), {how}; ", said, re.M)
+        assert found, said
+        return 60 * int(found[1]) + int(found[2])
+
+    words = tiny(corpus, "seed=1,2,3,4,5", "hardware.threads=null")
+    local = ["launcher=local", "launcher.n_jobs=2"]
+    said, threads = planned_in(monkeypatch, cache, 0.2, *words, *local)
+    assert threads == [4]
+    at_once = seconds(said, "2 at once, 4 threads each")
+    assert "uncertain" not in said
+    said, threads = planned_in(monkeypatch, cache, 3.2, *words, *local, "hardware.threads=1")
+    assert threads == [1]
+    assert "1 thread each" in said
+    assert "uncertain" not in said  # three busy, two wanted, eight there
+    said, _ = planned_in(monkeypatch, cache, 7.1, *words, "hardware.threads=1")
+    assert abs(seconds(said, "one after the other, 1 thread each") - 2 * at_once) <= 1
+    assert "other work: a load of 7.1 on 8 cores; the time is uncertain" in said
+
+
+def test_a_row_of_a_plan_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, corpus: Path, cache: Path
+) -> None:
+    words = tiny(corpus, "seed=1,2", "model.d_model=128,256", "model.n_heads=8,16")
+    said, _ = planned_in(monkeypatch, cache, 0.0, *words)
+    rows = said.split("\n\n")[0].splitlines()
+    assert len(rows) == 1 + 8
+    assert "done" in rows[1]
 
 
 def test_one_that_fails_and_one_that_diverges_hide_no_other(

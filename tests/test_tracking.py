@@ -136,7 +136,10 @@ def test_without_the_library_it_is_one_line(missing: str, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ConfigError) as error:
         check_loggers(config_of())
-    assert str(error.value) == "logger=mlflow: needs `pip install 'tinygpt[mlflow]'`"
+    assert (
+        str(error.value)
+        == "logger=mlflow: needs `pip install -e '.[mlflow]'` in the folder of tinygpt"
+    )
 
 
 def test_an_interrupted_run_is_one_run_there_and_every_step_is_once(

@@ -70,11 +70,20 @@ def unknown_key(name: str, known: Sequence[str]) -> str:
     if name in known:
         group = name.split(".")[0]
         return f"{name}: not a key of the chosen {group}"
+    return f"{name}: no such key{did_you_mean(name, known)}"
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of an error line: what ``name`` may have been meant for, if anything is near."""
     last = name.rsplit(".", 1)[-1]
-    nearest = [k for k in known if k.rsplit(".", 1)[-1] == last][:2]  # right name, wrong place
-    nearest = nearest or difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-    return f"{name}: no such key{hint}"
+    found = difflib.get_close_matches(name, known, n=2, cutoff=0.85)
+    found += [k for k in known if k.rsplit(".", 1)[-1] == last]  # right name, wrong place
+    if len(name) > 2:
+        word = re.compile(rf"(^|[._]){re.escape(name)}")
+        found = found or [k for k in known if word.search(k)]
+    found = found or difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    nearest = list(dict.fromkeys(found))[:2]
+    return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
 def key_names(section: Any, prefix: str = "") -> Iterator[str]:

@@ -31,6 +31,11 @@ class RunError(RuntimeError):
     """A run failed after it had begun; one line.  Commands leave with exit code 1."""
 
 
+def install(extra: str) -> str:
+    """How to get what an extra of pyproject.toml brings: no index has a tinygpt to ask for."""
+    return f"`pip install -e '.[{extra}]'` in the folder of tinygpt"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the graphics card or of the machine, for which torch has no class."""
     if isinstance(error, MemoryError):

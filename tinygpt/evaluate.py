@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tinygpt import cli
 from tinygpt.config import ConfigError, RunError
-from tinygpt.evaluating.folders import find, folder_for
+from tinygpt.evaluating.folders import find, folder_for, text_name
 from tinygpt.evaluating.items import read_tasks
 from tinygpt.evaluating.options import Options
 
@@ -36,7 +36,8 @@ prune=0.5               the loss without the smallest half of those weights
 samples=20 seed=0       text of the model: distinct-n, repetition and KL divergence from the text
                         scored, beside as much real text
 device=auto             cpu mps cuda; precision=auto threads=null: as in training
-output_dir=FOLDER       default: evaluation/ in the run, or in the folder where several lie
+output_dir=FOLDER       default: evaluation/ in the run, or in the folder where several lie; of
+                        split=test and of any other text a folder of its own in there
 
 Efficiency is the gain, ln(vocabulary) - loss, by training FLOPs, parameters and hours.  Runs on the
 embedded corpus are asked its facts.  Writes evaluation_results.csv and .json, and figures.  A run
@@ -65,7 +66,8 @@ def main() -> None:
     arguments.check()
     read_tasks(arguments.task)
     paths, without = find(arguments.runs)
-    folder = folder_for(paths, arguments.output_dir)
+    text = text_name(arguments.split, arguments.data.path)
+    folder = folder_for(paths, arguments.output_dir, text)
     console = Console()
     with console.status("starting") as status:
         from tinygpt.evaluating import figures, results, runs, table  # torch

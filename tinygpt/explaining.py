@@ -111,7 +111,7 @@ def plain(text: str) -> str:
 def _unknown_choice(text: str) -> str:
     """From Hydra's "Could not find 'group/choice'" or "Could not load 'group/choice'."."""
     group, _, choice = re.findall(r"'([^']*)'", text)[1].rpartition("/")
-    return f"{group}={choice}: no such choice{_choices(group)}"
+    return f"{group}={choice}: no such choice{_choices(group, choice)}"
 
 
 def _not_a_choice(overrides: Sequence[str]) -> str:
@@ -123,9 +123,10 @@ def _not_a_choice(overrides: Sequence[str]) -> str:
     return f"{' '.join(overrides)}: a group takes the name of a choice"
 
 
-def _choices(group: str) -> str:
+def _choices(group: str, choice: str = "") -> str:
     names = sorted(p.stem for p in Path(CONF_DIR, group).glob("*.yaml"))
-    return f"; there are {', '.join(names)}" if names else ""
+    near = checks.did_you_mean(choice, names) if choice else ""
+    return f"; there are {', '.join(names)}{near}" if names else ""
 
 
 def _unknown_key(name: str, command: Command[S]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from tinygpt import cli, rundir
+from tinygpt import checks, cli, rundir
 from tinygpt.config import ConfigError, key
 
 if TYPE_CHECKING:
@@ -202,10 +202,10 @@ def _columns(table: pd.DataFrame, arguments: Arguments) -> Columns:
     given = {k: v for k, v in dataclasses.asdict(arguments.columns).items() if v is not None}
     for name, column in given.items():
         if column not in table:
-            raise ConfigError(f"columns.{name}={column}: {_there_are(table)}")
+            raise ConfigError(f"columns.{name}={column}: {_there_are(table, column)}")
     loss = given.get("loss", arguments.loss)
     if loss not in table:
-        raise ConfigError(f"loss={loss}: {_there_are(table)}")
+        raise ConfigError(f"loss={loss}: {_there_are(table, loss)}")
     default = dataclasses.asdict(Columns(loss=loss))
     optional = {k: v if v in table else None for k, v in default.items() if k not in ("n", "d")}
     found = Columns(**{**default, **optional, **given})
@@ -219,10 +219,11 @@ def _columns(table: pd.DataFrame, arguments: Arguments) -> Columns:
     return found
 
 
-def _there_are(table: pd.DataFrame) -> str:
+def _there_are(table: pd.DataFrame, meant: str = "") -> str:
     names = [str(name) for name in table]
     more = ", ..." if len(names) > 12 else ""
-    return f"no such column; there are {', '.join(names[:12])}{more}"
+    near = checks.did_you_mean(meant, names) if meant else ""
+    return f"no such column; there are {', '.join(names[:12])}{more}{near}"
 
 
 if __name__ == "__main__":

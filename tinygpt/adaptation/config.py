@@ -23,6 +23,7 @@ from tinygpt.config import (
     ModelConfig,
     SweepConfig,
     SyntheticData,
+    install,
     key,
 )
 
@@ -223,7 +224,7 @@ def _check_methods(config: AdaptConfig) -> None:
     adapters = [method for method in methods if method in OF_ADAPTERS]
     line = f"inner.lora.rank=null: methods={adapters[0] if adapters else ''} trains adapters"
     require(lora.rank is not None or not adapters, line)
-    line = "inner.lora.rank: needs `pip install 'tinygpt[lora]'`"
+    line = f"inner.lora.rank: needs {install('lora')}"
     require(not adapters or find_spec("peft") is not None, line)
     for name, section in {"inner": lora, "outer": config.outer.lora}.items():
         line = f"{name}.lora.alpha={section.alpha}: needs {name}.lora.rank"

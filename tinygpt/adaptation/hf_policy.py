@@ -22,7 +22,7 @@ from tinygpt.adaptation.edits import Row
 from tinygpt.adaptation.inner import CLIP, batches
 from tinygpt.adaptation.prompted import PromptedPolicy, read_config
 from tinygpt.adaptation.writers import Text
-from tinygpt.config import ConfigError, LoraConfig, RunError, first_line
+from tinygpt.config import ConfigError, LoraConfig, RunError, first_line, install
 from tinygpt.data.datamodule import IGNORED
 from tinygpt.fileio import read_json, replacing_folder, write_json
 from tinygpt.model.generate import NO_CHOICE
@@ -40,7 +40,7 @@ class HuggingFacePolicy(PromptedPolicy):
             importlib.import_module("transformers")
             importlib.import_module("peft")
         except ImportError as error:
-            raise ConfigError("policy.kind=hf: needs `pip install 'tinygpt[hf]'`") from error
+            raise ConfigError(f"policy.kind=hf: needs {install('hf')}") from error
         folder, where = Path(config.path).expanduser(), f"policy.path={config.path}"
         self.device = device
         self.lm = _language_model(folder, where, device)

@@ -13,7 +13,7 @@ from tinygpt.adaptation.edits import Row
 from tinygpt.adaptation.policies import Policy
 from tinygpt.adaptation.prompted import PromptedPolicy, read_config
 from tinygpt.adaptation.writers import Text, Writer
-from tinygpt.config import ConfigError, RunError, first_line
+from tinygpt.config import ConfigError, RunError, first_line, install
 from tinygpt.model.generate import NO_CHOICE
 
 
@@ -35,7 +35,7 @@ class MlxPolicy(PromptedPolicy):
             self.mlx_lm = importlib.import_module("mlx_lm")
             sampling = importlib.import_module("mlx_lm.sample_utils")
         except ImportError as error:
-            raise ConfigError("policy.kind=mlx: needs `pip install 'tinygpt[mlx]'`") from error
+            raise ConfigError(f"policy.kind=mlx: needs {install('mlx')}") from error
         try:
             self.lm, tokenizer = self.mlx_lm.load(str(Path(config.path).expanduser()))
         except Exception as error:  # whatever the files lead mlx_lm to

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tinygpt.config import Config, ConfigError
-from tinygpt.data.shards import EvalWindows, Prepared, Split, TrainWindows
+from tinygpt.data.shards import EvalWindows, Prepared, Split, TrainWindows, kilobytes
 from tinygpt.horizon import Plan
 
 IGNORED = -100  # a target that is not scored: padding behind a short window
@@ -155,11 +155,24 @@ class TokenData(pl.LightningDataModule):
             enough = len(self.windows.starts) > 0 if name == "train" else tokens >= self.length
             if not enough:
                 words = {"train": "training", "val": "validation", "test": "test"}[name]
-                mend = f"data.{name}_fraction" if name != "train" else "data.fraction"
                 raise ConfigError(
                     f"model.max_seq_len={self.length}: longer than the {words} split of {tokens} "
-                    f"tokens; lower it, raise {mend} or take more text"
+                    f"tokens; lower it, {self._lengthen(name)}"
                 )
+
+    def _lengthen(self, name: str) -> str:
+        """What makes a split long enough: the key that cuts it short, or so much more text."""
+        data, info = self.config.data, self.splits[name].info
+        cut = "max_tokens" if name == "train" else "eval_tokens"
+        limit = getattr(data, cut)
+        if limit is not None and limit <= self.length:
+            return f"or raise data.{cut}={limit}"
+        share = {"val": data.val_fraction, "test": data.test_fraction}.get(
+            name, data.fraction * (1 - data.val_fraction - data.test_fraction)
+        )
+        key = "data.fraction" if name == "train" else f"data.{name}_fraction"
+        wanted = 2 * (self.length + 1) * info["bytes"] / info["tokens"] / share
+        return f"raise {key} or take more text, about {kilobytes(wanted)} in all"
 
     def floor(self, split: str) -> float | None:
         """Nats per token below which no model can come, where the corpus knows it exactly.

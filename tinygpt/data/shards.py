@@ -315,6 +315,9 @@ def _tokenize(
     }
 
 
+CHANCE = 3.0  # expected documents of a split that make it all but sure (95 %) that it has one
+
+
 def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
     found = sum(info["documents"] for info in infos.values())
     words = {"train": "training", "val": "validation", "test": "test"}[name]
@@ -325,5 +328,17 @@ def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
     }[name]
     raise ConfigError(
         f"data.path={getattr(data, 'path', data.name)}: the {words} split is empty, as the corpus "
-        f"has only {found} documents; {mend}, or take more text"
+        f"has only {found} documents; {mend}, or take more text{_needed(found, infos, data)}"
     )
+
+
+def _needed(found: int, infos: dict[str, Any], data: DataConfig) -> str:
+    """How much text of such documents fills every split."""
+    fractions = (data.val_fraction, data.test_fraction, 1 - data.val_fraction - data.test_fraction)
+    size = sum(info["bytes"] for info in infos.values()) / max(found, 1)
+    wanted = CHANCE * size / min(fraction for fraction in fractions if fraction > 0)
+    return f", about {kilobytes(wanted)} in documents of that size" if found else ""
+
+
+def kilobytes(size: float) -> str:
+    return f"{max(1.0, size / 1000):,.0f} kB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,14 +43,23 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def folder_for(paths: Sequence[Path], output_dir: str | None) -> Path:
-    """``evaluation/`` in the one run, or where the several lie.  Raises ConfigError where it
-    cannot be written."""
+def text_name(split: str, path: str | None) -> str:
+    """The folder in ``evaluation/`` of what a text gave; none for the validation split."""
+    if path is None:
+        return "" if split == "val" else split
+    place = os.path.abspath(os.path.expanduser(path))
+    name = re.sub("[^A-Za-z0-9._-]+", "-", os.path.basename(place)).strip(".-") or "text"
+    return f"{name[:60]}-{fileio.digest(place)[:6]}"  # books of one name lie in several folders
+
+
+def folder_for(paths: Sequence[Path], output_dir: str | None, text: str = "") -> Path:
+    """``evaluation/``, of any ``text`` but the validation split a folder in it, in the one run, or
+    where the several lie.  Raises ConfigError where it cannot be written."""
     if output_dir is None:
         if len({path.is_absolute() for path in paths}) > 1:
             paths = [path.absolute() for path in paths]
         parents = [path.parent for path in paths] if len(paths) > 1 else paths
-        output_dir = os.path.join(os.path.commonpath(parents), "evaluation")
+        output_dir = os.path.join(os.path.commonpath(parents), "evaluation", text)
     folder = Path(output_dir).expanduser()
     fileio.check_writable("output_dir", folder)
     return folder

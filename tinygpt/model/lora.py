@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from tinygpt.config import ConfigError, LoraConfig
+from tinygpt.config import ConfigError, LoraConfig, install
 from tinygpt.model.gpt import GPT
 
 # The matrices of a block, by the end of their names.  Never embedding or head: peft would merge
@@ -21,7 +21,7 @@ def check_peft() -> None:
     try:
         importlib.import_module("peft")
     except ImportError as error:
-        raise ConfigError("optim.lora: needs `pip install 'tinygpt[lora]'`") from error
+        raise ConfigError(f"optim.lora: needs {install('lora')}") from error
 
 
 def add_lora(model: GPT, config: LoraConfig) -> None:

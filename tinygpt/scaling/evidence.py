@@ -128,7 +128,8 @@ def _one_validation_set(runs: pd.DataFrame) -> Verdict:
 
 def _no_repetition(runs: pd.DataFrame) -> Verdict:
     epochs = float((runs["train_tokens"] / runs["unique_train_tokens"]).max())
-    return epochs <= 1.0, f"up to {epochs:.3g} epochs"
+    shown = f"{epochs:.3g}"
+    return epochs <= 1.0, f"up to {shown} epoch{'' if shown == '1' else 's'}"
 
 
 def _ends_decayed(runs: pd.DataFrame) -> Verdict:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
+from tinygpt.checks import did_you_mean
 from tinygpt.config import ConfigError
 from tinygpt.scaling.laws import LAWS, Array, Law
 from tinygpt.scaling.optimum import Optimum, find_optimum
@@ -143,7 +144,8 @@ def _named(law: str | Law) -> Law:
     if isinstance(law, Law):
         return law
     if law not in LAWS:
-        raise ConfigError(f"law={law}: must be one of {', '.join(LAWS)}")
+        nearest = did_you_mean(law, list(LAWS))
+        raise ConfigError(f"law={law}: must be one of {', '.join(LAWS)}{nearest}")
     return LAWS[law]
 
 

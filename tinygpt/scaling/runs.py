@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from tinygpt import fileio, rundir
+from tinygpt.checks import did_you_mean
 from tinygpt.config import ConfigError, first_line
 
 # Columns of the configuration in which replicas, runs that differ in their seed alone, agree.
@@ -157,8 +158,11 @@ def _meets(table: pd.DataFrame, where: str) -> pd.Series:
     try:
         met = table.eval(where, engine="python")
     except Exception as error:  # whatever the words of the condition lead pandas to
+        line = first_line(error)
+        unknown = re.search(r"name '(.+?)' is not defined", line)
+        nearest = did_you_mean(unknown[1], [str(name) for name in table]) if unknown else ""
         raise ConfigError(
-            f"where={where}: {first_line(error)}; a name with spaces stands in backticks"
+            f"where={where}: {line}; a name with spaces stands in backticks{nearest}"
         ) from error
     if not isinstance(met, pd.Series) or met.dtype != bool:
         raise ConfigError(f"where={where}: must be a condition on the columns, as 'params > 1e6'")

@@ -155,7 +155,9 @@ def _span(values: pd.Series) -> list[str]:
 def law(analysis: Analysis) -> Iterator[Block]:
     fit = analysis.fit
     yield Heading("The law" if analysis.is_evidence else "The law, as far as it goes")
-    yield Equation(f"{wording.formula(fit.optimum.law)}\n{wording.equation(fit)}")
+    yield Equation(
+        f"{wording.formula(fit.optimum.law)}\n{wording.equation(fit.optimum.law, fit.parameters)}"
+    )
     where = wording.variables(analysis.words)
     source = fit.law.source
     yield Paragraph(f"L: {loss_label(analysis)}; {where}. {source[0].upper()}{source[1:]}.")

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Mapping
 
-from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.intervals import Interval
 from tinygpt.scaling.laws import Law
 
@@ -110,11 +109,11 @@ def _base(variable: str) -> str:
     return f"(ln {variable[4:]})" if variable.startswith("log ") else variable
 
 
-def equation(fit: Fit) -> str:
+def equation(law: Law, parameters: Mapping[str, float]) -> str:
     """The formula with its numbers, to four digits: they are to be used together."""
-    text = formula(fit.optimum.law)
-    for name in fit.optimum.law.parameters:
-        value = number(fit.parameters[name], 4)
+    text = formula(law)
+    for name in law.parameters:
+        value = number(parameters[name], 4)
         shown = f"({value})" if value.startswith("-") else value
         text = re.sub(rf"(?<!\w){name}(?!\w)", shown, text)
     return re.sub(r"([\d)]) (?=[\d(]\S*\))", r"\1·", text)

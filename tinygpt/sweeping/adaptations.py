@@ -136,6 +136,11 @@ class AdaptationJob(StudyJob):
         except ConfigError as error:
             console.print(f"report     none: {error}", highlight=False, soft_wrap=True)
 
+    @staticmethod
+    def show_fit(folder: Path, console: Console) -> None:
+        report = folder / "fit" / AdaptationJob.report
+        console.print(f"report     {report}", highlight=False, soft_wrap=True)
+
 
 def planned(config: AdaptConfig) -> dict[str, Any]:
     """What can be counted before.  FLOPs: of the steps on adapters 2N forward and 2N backward a

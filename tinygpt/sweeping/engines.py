@@ -17,7 +17,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinygpt.config import (
     ConfigError,
@@ -27,6 +27,7 @@ from tinygpt.config import (
     RunError,
     Settings,
     SlurmLauncher,
+    install,
 )
 from tinygpt.sweeping.jobs import End, Group, StudyJob
 
@@ -83,7 +84,7 @@ def _require(module: str, extra: str) -> None:
     import importlib.util
 
     if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"launcher={extra}: needs `pip install 'tinygpt[{extra}]'`")
+        raise ConfigError(f"launcher={extra}: needs {install(extra)}")
 
 
 _interrupted: list[bool] = []  # a worker that was told to stop begins nothing more
@@ -144,19 +145,38 @@ def processes(launcher: LocalLauncher, config: Settings) -> int:
     return launcher.n_jobs or _gpus(config) or int(joblib.cpu_count())
 
 
+class Share(NamedTuple):
+    """What a run has of the machine that it trains on."""
+
+    at_once: int  # runs, or stacks of them
+    threads: int | None  # CPU threads of each; None: torch's choice
+
+
+def share_of(config: Settings, groups: int) -> Share:
+    """Of each of ``groups`` under its launcher; what ``hardware.threads`` says comes first."""
+    launcher, asked = config.launcher, config.hardware.threads
+    if isinstance(launcher, LocalLauncher):
+        import joblib
+
+        at_once = max(1, min(processes(launcher, config), groups))
+        return Share(at_once, asked or max(1, joblib.cpu_count() // at_once))
+    if isinstance(launcher, SlurmLauncher):
+        return Share(max(1, min(launcher.n_jobs, groups)), asked or launcher.cpus)
+    if isinstance(launcher, RayLauncher):  # how many nodes there are is not known here
+        return Share(1, asked or launcher.cpus)
+    return Share(1, asked)
+
+
 def run_local(groups: Sequence[Group], launcher: LocalLauncher, folder: Path) -> Results:
     """In processes that stay for the whole study, so that torch is imported once in each.
 
     The system may kill a process (for its memory, say).  That takes the others down; those that
     had begun then go on alone, one after the other, so that it is seen which one it was.
     """
-    import joblib
-
     config = groups[0][0].config
-    gpus, n_jobs = _gpus(config), min(processes(launcher, config), len(groups))
+    gpus, n_jobs = _gpus(config), share_of(config, len(groups)).at_once
     for job in itertools.chain(*groups):
-        if job.config.hardware.threads is None:
-            job.config.hardware.threads = max(1, joblib.cpu_count() // n_jobs)
+        job.config.hardware.threads = share_of(job.config, len(groups)).threads
     waiting, suspects, interrupted = list(groups), list[Group](), False
     while waiting or suspects:
         batch = suspects[:1] or waiting

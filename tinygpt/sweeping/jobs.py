@@ -107,6 +107,11 @@ class StudyJob(ABC):
     def fit(folder: Path, console: Console) -> None:
         """What the runs of a study say together, or one line why nothing."""
 
+    @staticmethod
+    @abstractmethod
+    def show_fit(folder: Path, console: Console) -> None:
+        """The closing lines of a fit that was made before, from its files."""
+
 
 Group = tuple[StudyJob, ...]  # runs that train as one, or a run alone
 End = dict[str, Any] | Exception  # of a run: its results, or why it has none
@@ -203,6 +208,12 @@ class Job(StudyJob):
 
         trainings.fit(folder, console)
 
+    @staticmethod
+    def show_fit(folder: Path, console: Console) -> None:
+        from tinygpt.sweeping import trainings
+
+        trainings.show_fit(folder, console)
+
 
 def flops_of(jobs: Iterable[StudyJob]) -> str:
     """What ``jobs`` compute, and what they save where they share trunks."""
@@ -221,10 +232,12 @@ def expand(
     """The overrides of every job: all combinations of the values of ``params`` and ``arguments``.
 
     A key of the command line takes the place of the experiment's.  ``params["together"]`` is a
-    list of tables, each a sweep of its own on top of the rest.
+    list of tables, each a sweep of its own on top of the rest.  Raises ConfigError where one key
+    of such tables is given without the others.
     """
     given = _values_given(arguments, loader)
     horizons = {f"train.{name}" for name in HORIZONS}
+    _check_together(params.get("together", []), set(given), horizons)
     replaced = set(given) | (horizons if horizons & set(given) else set())
     rest = {key: value for key, value in params.items() if key != "together"}
     jobs: dict[tuple[str, ...], None] = {}
@@ -235,6 +248,26 @@ def expand(
         for values in itertools.product(*grid.values()):
             jobs[tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))] = None
     return [list(job) for job in jobs]
+
+
+def _check_together(
+    tables: Sequence[Mapping[str, Any]], given: set[str], horizons: set[str]
+) -> None:
+    """Raises ConfigError for a key that goes with others that are not ``given``.
+
+    Each of its values would meet each of theirs: a width the heads of every other width.  A length
+    is one of every run.
+    """
+    keys = {key for table in tables for key in table} - horizons
+    varying = {key for key in keys if len({str(table.get(key)) for table in tables}) > 1}
+    for key in sorted(varying & given):
+        rest = {other for table in tables if key in table for other in table} & varying
+        if rest - given:
+            names = " and ".join(sorted(rest - given))
+            raise ConfigError(
+                f"{key}: the experiment changes it together with {names}; give all of them "
+                "(every combination is trained), or none"
+            )
 
 
 def _values_given(arguments: Sequence[str], loader: ConfigLoader | None) -> dict[str, list[str]]:

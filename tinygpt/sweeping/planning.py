@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import pandas as pd
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from tinygpt.horizon import Plan
 from tinygpt.scaling.evidence import check_design
+from tinygpt.sweeping.engines import Share, share_of
 from tinygpt.sweeping.jobs import Job, flops_of
 from tinygpt.sweeping.stacking import could_stack
 from tinygpt.training.calibration import seconds_per_step
@@ -20,18 +23,23 @@ from tinygpt.training.session import open_machine
 
 CALIBRATION = 15.0  # seconds, for all sizes together
 LONG_STEP = 5.0  # a step that takes longer is estimated from smaller models
+IDLE = 0.5  # cores: a machine where others have no more has no other work to speak of
 STATES = {"sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}  # moments a weight; Adam has two
 
 
 def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) -> None:
     """The table of runs, the sums, and the checklist of the design."""
+    todo = [job for job in jobs if job not in finished]
+    others = others_at_work()  # before the timing adds to it
+    share = share_of(jobs[0].config, len(todo))
+    for job in jobs:
+        job.config.hardware.threads = share.threads  # so that its step is timed as it will train
     with console.status("timing a few steps of each size"):
-        seconds = estimate_seconds(jobs)
+        seconds = estimate_seconds(todo)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("run", overflow="fold")
-    for name in ("parameters", "no embed.", "tokens", "FLOPs", "time", "disk", ""):
+    for name in ("params", "no emb.", "tokens", "FLOPs", "time", "MB"):
         table.add_column(name, justify="right")
-    todo = [job for job in jobs if job not in finished]
     for job in jobs:
         row = job.row
         table.add_row(
@@ -39,16 +47,17 @@ def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) 
             short(row["model_parameters"]),
             short(row["parameters_non_embedding"]),
             short(row["train_tokens"]),
-            f"{row['flops_exact']:.2e}",
-            clock(seconds[job]),
-            f"{disk_bytes(job) / 1e6:.3g} MB",
-            "" if job in todo else "finished",
+            f"{row['flops_exact']:.1e}",
+            clock(seconds[job]) if job in seconds else "done",
+            f"{disk_bytes(job) / 1e6:.3g}",
         )
     console.print(table, highlight=False, markup=False)
-    total = clock(sum(seconds[job] for job in todo))
-    disk = sum(map(disk_bytes, todo)) / 1e6
-    say = f"{len(todo)} to train: {total} one after the other, {disk:.3g} MB, {flops_of(todo)}"
-    console.print(f"\n{say}", highlight=False, soft_wrap=True)
+    console.print(f"\n{_sum_line(todo, seconds, share)}", highlight=False, soft_wrap=True)
+    if todo and _is_busy(todo[0], share, others):
+        line = (
+            f"other work: a load of {others:.1f} on {os.cpu_count()} cores; the time is uncertain"
+        )
+        console.print(line, highlight=False, soft_wrap=True)
     stackable = could_stack(todo) if todo and todo[0].config.sweep.stack == "off" else 0
     if stackable:
         console.print(f"{stackable} of them could train as one: sweep.stack=auto", highlight=False)
@@ -57,6 +66,32 @@ def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) 
         for check in check_design(pd.DataFrame([job.row for job in jobs])):
             mark = {True: "yes", False: "NO ", None: " - "}[check.passed]
             console.print(f"  {mark}  {check.name}: {check.detail}", highlight=False)
+
+
+def _sum_line(todo: Sequence[Job], seconds: Mapping[Job, float], share: Share) -> str:
+    each = [seconds[job] for job in todo]
+    total = clock(max([sum(each) / share.at_once, *each], default=0.0))
+    how = "one after the other" if share.at_once == 1 else f"{share.at_once} at once"
+    count = share.threads or torch.get_num_threads()
+    threads = f"{count} thread{'' if count == 1 else 's'} each"
+    disk = sum(map(disk_bytes, todo)) / 1e6
+    return f"{len(todo)} to train: {total}, {how}, {threads}; {disk:.3g} MB, {flops_of(todo)}"
+
+
+def others_at_work() -> float:
+    """How many cores the work of others has kept busy this last minute, as far as is known."""
+    if not hasattr(os, "getloadavg"):
+        return 0.0
+    ours = min(time.process_time() / 60, torch.get_num_threads())
+    return max(0.0, os.getloadavg()[0] - ours)
+
+
+def _is_busy(job: Job, share: Share, others: float) -> bool:
+    """Whether others at work leave these runs less than the cores they ask for."""
+    if open_machine(job.config).accelerator != "cpu" or others < IDLE:
+        return False
+    wanted = share.at_once * (share.threads or torch.get_num_threads())
+    return others + wanted > (os.cpu_count() or 1)
 
 
 def estimate_seconds(jobs: Sequence[Job]) -> dict[Job, float]:

@@ -52,8 +52,8 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
             raise SystemExit(130)
         if settings.fit and len(jobs) > 1:
             for folder in folders:
-                if pending or not _is_fitted(folder / "fit" / kind.report, folder):
-                    kind.fit(folder, console)
+                made = not pending and _is_fitted(folder / "fit" / kind.report, folder)
+                (kind.show_fit if made else kind.fit)(folder, console)
     return [outcomes[job] for job in jobs]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.config import Config, ConfigError, WsdSchedule
 from tinygpt.sweeping.jobs import End, Job
 
@@ -118,7 +118,7 @@ def progress(job: Job) -> tuple[float, str]:
 
 def fit(folder: Path, console: Console) -> None:
     """The law of a study with its report, or one line that says why there is none."""
-    from tinygpt.scaling import Columns, analyse, load_runs, report, wording
+    from tinygpt.scaling import Columns, analyse, load_runs, report
     from tinygpt.scaling.runs import comparable, curves_of
 
     columns = Columns()
@@ -130,9 +130,23 @@ def fit(folder: Path, console: Console) -> None:
         console.print(f"law        none: {error}", highlight=False, soft_wrap=True)
         return
     report.write(analysis, folder / "fit")
-    failed = sum(check.passed is False for check in analysis.checks)
+    show_fit(folder, console)
+
+
+def show_fit(folder: Path, console: Console) -> None:
+    """The law that ``fit/`` holds, whether it can be relied on, and where its report lies."""
+    from tinygpt.scaling import wording
+    from tinygpt.scaling.laws import LAWS
+
+    found = fileio.read_json(folder / "fit" / "fit.json")
+    law, values = LAWS[found["law"]], {k: of["estimate"] for k, of in found["parameters"].items()}
+    for name in law.coefficients:
+        law = law.without(name) if values[name] == 0 else law  # a term that went to zero
+    failed = sum(check["passed"] is False for check in found["checks"])
     many = "a check fails" if failed == 1 else f"{failed} checks fail"
     verdict = f"not evidence yet: {many}" if failed else "every check that applies passed"
-    law = f"{wording.equation(analysis.fit)}, {wording.variables(analysis.words)}"
-    console.print(f"law        {law}  ({verdict})", highlight=False, soft_wrap=True)
-    console.print(f"report     {folder / 'fit' / 'report.html'}", highlight=False, soft_wrap=True)
+    words = wording.variables({name: of["meaning"] for name, of in found["variables"].items()})
+    line = f"law        {wording.equation(law, values)}, {words}  ({verdict})"
+    console.print(line, highlight=False, soft_wrap=True)
+    report = folder / "fit" / "report.html"
+    console.print(f"report     {report}", highlight=False, soft_wrap=True)

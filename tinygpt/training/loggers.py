@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from tinygpt import rundir
 from tinygpt.checks import key_names
-from tinygpt.config import Config, ConfigError
+from tinygpt.config import Config, ConfigError, install
 from tinygpt.training.board import Board
 from tinygpt.training.tracking import At, WandbRun, check_server, open_mlflow
 from tinygpt.training.trainer import quiet_lightning
@@ -146,9 +146,7 @@ def check_loggers(config: Config) -> None:
                 for library in libraries:
                     importlib.import_module(library)
             except ImportError as error:
-                raise ConfigError(
-                    f"logger={name}: needs `pip install 'tinygpt[{name}]'`"
-                ) from error
+                raise ConfigError(f"logger={name}: needs {install(name)}") from error
     if config.logger.mlflow is not None:
         check_server(config)
 
