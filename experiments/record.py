@@ -113,7 +113,14 @@ def law_of(runs: pd.DataFrame, facts: Facts) -> str:
     rows = [(name, estimate(law.parameters[name], one), reach(one)) for name, one in found]
     table = markdown(["", "estimate", "95 % interval"], rows)
     told = foretold(runs, facts)
-    return "\n\n".join([f"**{equation(law)}** ({words})", table, *told[:1], checklist(facts)])
+    return "\n\n".join(
+        [
+            f"**{equation(law.optimum.law, law.parameters)}** ({words})",
+            table,
+            *told[:1],
+            checklist(facts),
+        ]
+    )
 
 
 def foretold(runs: pd.DataFrame, facts: Facts) -> tuple[str, ...]:
@@ -352,7 +359,7 @@ def table(names: Iterable[str]) -> str:
         rows.append(
             (
                 f"[{name}]({name}/README.md)",
-                f"`{equation(law)}`",
+                f"`{equation(law.optimum.law, law.parameters)}`",
                 "<br>".join(exponents),
                 told[1] if told else "–",
                 checks,
