@@ -161,20 +161,20 @@ def checklist(facts: Facts) -> str:
 
 
 def repeated(runs: pd.DataFrame, facts: Facts) -> str:
-    """What text read again is worth: the new text that by the law would give the same loss."""
-    law = refit(used("data", runs, facts), facts)
-    (tokens,) = law.columns
-    amounts = np.geomspace(1e5, 1e8, 3001)
-    losses = law.predict(**{tokens: amounts})
+    """What text read again is worth: the new text that gave the same loss, by the logarithm between
+    two amounts of it."""
+    loss = facts["loss"]
+    once = used("data", runs, facts).groupby("train_tokens")[loss].mean()
     again = runs[runs["train_tokens"] > runs["unique_train_tokens"]]
     rows = []
     for unique, some in again.groupby("unique_train_tokens"):
-        read, loss = some["train_tokens"].iloc[0], some[facts["loss"]]
-        worth = float(np.interp(-loss.mean(), -losses, amounts))
-        spread = f"{loss.mean():.4f} ± {np.ptp(loss) / 2:.4f}"
+        read, mean = some["train_tokens"].iloc[0], some[loss].mean()
+        worth = np.exp(np.interp(-mean, -once.to_numpy(), np.log(once.index.to_numpy(float))))
+        spread = f"{mean:.4f} ± {np.ptp(some[loss]) / 2:.4f}"
         share = f"{(worth - unique) / (read - unique):.0%}"
-        rows.append((f"{unique:,}", f"{read / unique:.0f}", spread, f"{worth:,.0f}", share))
-    header = ("unique tokens", "epochs", facts["loss"], "as much new text", "a repeat is worth")
+        rows.append((f"{unique:,}", f"{read / unique:.0f}", spread, number(worth, 3), share))
+    rows.append((f"{read:,}", "1", f"{once[read]:.4f}", "", ""))
+    header = ("unique tokens", "epochs", loss, "as much new text", "a repeat is worth")
     return f"**Repetition**: {read:,} tokens in all.\n\n{markdown(header, rows)}"
 
 

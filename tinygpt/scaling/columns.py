@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from tinygpt.checks import did_you_mean
 from tinygpt.config import ConfigError
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.points import positive
@@ -158,7 +159,8 @@ def choice(
             raise ConfigError(f"variable={variable}: must be one of auto, {', '.join(where)}")
         varied = [variable]
     if law != "auto" and law not in LAWS:
-        raise ConfigError(f"law={law}: must be one of auto, {', '.join(LAWS)}")
+        nearest = did_you_mean(law, list(LAWS))
+        raise ConfigError(f"law={law}: must be one of auto, {', '.join(LAWS)}{nearest}")
     if not varied:
         raise ConfigError(
             "these runs have one size, one number of tokens and one context: there is no law to fit"
