@@ -300,16 +300,23 @@ def draw(name: str, runs: pd.DataFrame) -> None:
     for axes, (title, part) in zip(every[0], panels, strict=True):
         groups = list(part.groupby(lines[-1])) if lines else [("", part)]
         colours = plt.cm.viridis(np.linspace(0, 0.9, len(groups)))
+        if lines == ["optimizer"]:  # names, which have no order
+            colours = plt.cm.tab10(range(len(groups)))
         for colour, (label, some) in zip(colours, groups, strict=True):
             mean = some.groupby(along)[loss].mean()
             axes.plot(mean.index, mean, "-", color=colour, lw=1, label=label)
             axes.plot(some[along], some[loss], "o", color=colour, ms=3.5)
         axes.set_xscale("log")
         tried = sorted(part[along].unique())
-        axes.set_xticks(tried, [f"{value:g}" for value in tried])
-        axes.set_xticks([], minor=True)
+        if len(tried) < 10:
+            axes.set_xticks(tried, [f"{value:g}" for value in tried])
+            axes.set_xticks([], minor=True)
         axes.set(xlabel=along.replace("_", " "), title=title)
     every[0, 0].set_ylabel(loss.replace("_", " "))
+    if runs[loss].max() > 2 * runs[loss].min():
+        every[0, 0].set_yscale("log")
+        every[0, 0].yaxis.set_minor_formatter("{x:g}")
+        every[0, 0].yaxis.set_major_formatter("{x:g}")
     if lines:
         every[0, -1].legend(title=lines[-1].replace("_", " "))
     figure.savefig(HERE / name / f"{name}.png", dpi=110, bbox_inches="tight")
