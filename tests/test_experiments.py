@@ -25,7 +25,7 @@ def record() -> SimpleNamespace:
 @pytest.mark.parametrize("name", LAWS)
 def test_the_law_is_that_of_the_runs(name: str, record: SimpleNamespace) -> None:
     runs, facts = record.read(name)
-    law = record.refit(record.comparable(runs, facts["loss"])[0], facts)
+    law = record.refit(record.used(name, runs, facts), facts)
     for parameter, told in facts["parameters"].items():
         assert law.parameters[parameter] == pytest.approx(told["estimate"], rel=1e-5), parameter
 
