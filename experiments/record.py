@@ -40,6 +40,7 @@ MARKS = re.compile(r"(<!-- numbers -->\n).*?(<!-- end -->\n)", re.S)
 # Studies that compare settings and fit no law: what tells the lines apart, what runs along a line,
 # and the loss that compares them.
 COMPARED: dict[str, tuple[list[str], str, str]] = {
+    "context": ([], "max_seq_len", "final_val_loss"),
     "depth": ([], "n_layers", "final_val_loss"),
     "learning_rate": (["parametrization", "d_model"], "learning_rate", "final_val_loss"),
     "optimizer": (["optimizer"], "learning_rate", "final_val_loss"),
