@@ -29,6 +29,7 @@ class HeldOut:
     error: float  # mean |predicted - measured| / measured
     worst: float
     within: float  # share of the runs within their 95 % prediction interval
+    reach: float  # mean half-width of those intervals / predicted
     runs: int
     cut: float  # the largest compute that was fitted
     distance: float  # largest compute / cut
@@ -162,18 +163,20 @@ def hold_out(
     measured = table[fitted.loss].to_numpy(dtype=float)
     where = {name: table[column].to_numpy(dtype=float) for name, column in fitted.columns.items()}
     errors = np.abs(below.predict(**where) - measured) / measured
-    within, intervals = 0, {}
+    within, half, intervals = 0, 0.0, {}
     for i, value in enumerate(measured):
         place = tuple(float(values[i]) for values in where.values())
         if place not in intervals:  # seeds share it
             target = of_loss(below, **dict(zip(where, place, strict=True)))
             intervals[place] = delta(below, target, new_run=True)
         within += value in intervals[place]
+        half += (intervals[place].high - intervals[place].low) / 2 / intervals[place].estimate
     cut = float(compute[~above].max())
     return HeldOut(
         float(errors.mean()),
         float(errors.max()),
         within / len(measured),
+        half / len(measured),
         len(measured),
         cut,
         float(compute.max()) / cut,
