@@ -380,7 +380,7 @@ def test_a_device_that_is_not_there(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     job = make_job(place / "base", tmp_path, "hardware=cuda")
     with pytest.raises(ConfigError, match=r"hardware\.accelerator=cuda: this machine"):
-        AdaptationJob.prepare([job], Console())
+        AdaptationJob.prepare([job], (), Console())
 
 
 def make_job(base: Path, folder: Path, *words: str) -> AdaptationJob:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,7 +258,7 @@ def planned_in(
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(time, "process_time", lambda: 0.0)
     jobs = sweep(*words, f"cache_dir={cache}")
-    Job.prepare(jobs, Console(quiet=True))
+    Job.prepare(jobs, (), Console(quiet=True))
     said = io.StringIO()
     planning.print_plan(jobs, jobs[:1], Console(file=said, width=80))
     return said.getvalue(), threads
@@ -392,6 +393,13 @@ def test_a_branch_ends_as_if_trained_from_the_start(
     steps = [[line.split(",")[0] for line in file.read_text().split()] for file in files]
     assert steps[0] == steps[1]
     assert len(steps[0]) > 8
+    # one that is to be trained again, or a new one, finds the trunk that ended before
+    shutil.rmtree(next(other.glob("tokens-5120*")))
+    assert "saved" in tinygpt("run", *words, "study=shared", "sweep.share_trunk=true").stdout
+    again = comparable(other)
+    assert [row.pop("branched_at_step") for row in again] == begun[1]
+    assert [row.pop("branched_from") for row in again][:2] == [rows[1][2]["run_name"]] * 2
+    assert [{**row, "study": ""} for row in again] == [{**row, "study": ""} for row in rows[1]]
 
 
 def load_weights(path: Path) -> dict[str, Any]:

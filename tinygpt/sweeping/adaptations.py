@@ -50,7 +50,9 @@ class AdaptationJob(StudyJob):
         return self.hash
 
     @classmethod
-    def prepare(cls, jobs: Sequence[AdaptationJob], console: Console) -> None:
+    def prepare(
+        cls, jobs: Sequence[AdaptationJob], done: Container[AdaptationJob], console: Console
+    ) -> None:
         for accelerator in {job.config.hardware.accelerator for job in jobs} - {"auto", "cpu"}:
             from tinygpt.trained import usable_device  # torch, for what may not be there
 

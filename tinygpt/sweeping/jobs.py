@@ -71,8 +71,11 @@ class StudyJob(ABC):
 
     @classmethod
     @abstractmethod
-    def prepare(cls, jobs: Sequence[Any], console: Console) -> None:
-        """Checks machine and data of every job, and fills in its ``row``.  Raises ConfigError."""
+    def prepare(cls, jobs: Sequence[Any], done: Container[Any], console: Console) -> None:
+        """Checks machine and data of every job, and fills in its ``row``.
+
+        Some of them are ``done``: what is shown of a plan, or taken over from.  Raises ConfigError.
+        """
 
     @classmethod
     @abstractmethod
@@ -161,12 +164,12 @@ class Job(StudyJob):
         return rundir.effective_hash(self.config, self.content)
 
     @classmethod
-    def prepare(cls, jobs: Sequence[Job], console: Console) -> None:
+    def prepare(cls, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
         from tinygpt.sweeping import trainings
 
         trainings.prepare(jobs, console)
         if jobs[0].config.sweep.share_trunk:
-            trainings.share_trunks(jobs)
+            trainings.share_trunks(jobs, done)
 
     @classmethod
     def print_plan(cls, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:

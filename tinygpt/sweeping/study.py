@@ -30,12 +30,12 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
     outcomes: dict[StudyJob, Outcome] = {job: found for job in jobs if (found := _finished(job))}
     pending = [job for job in jobs if job not in outcomes]
     if settings.plan:
-        kind.prepare(jobs, console)
+        kind.prepare(jobs, outcomes, console)
         kind.print_plan(jobs, outcomes, console)
         return [Outcome("planned")] * len(jobs)
     if pending:
         engine = make_engine(settings.launcher)
-        kind.prepare(pending, console)
+        kind.prepare(jobs if settings.sweep.share_trunk else pending, outcomes, console)
         if settings.launcher.kind != "serial":  # longest first: none is left alone at the end
             pending.sort(key=lambda job: -job.row["flops_exact"])
     folders = list(dict.fromkeys(job.run.path.parent for job in jobs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -42,33 +42,48 @@ def prepare(jobs: Sequence[Job], console: Console) -> None:
             job.val_tokens = data.splits["val"].info["tokens"]
 
 
-def share_trunks(jobs: Sequence[Job]) -> None:
-    """Ties runs that differ in their length alone to the longest of them.
+def share_trunks(jobs: Sequence[Job], done: Container[Job]) -> None:
+    """Ties runs that differ in their length alone to one that has, or will leave, their state.
 
-    Raises ConfigError where the schedule does not allow it.
+    That is a longer one among those ``done``, where it has kept the step, else the longest that
+    is to be trained.  Raises ConfigError where the schedule does not allow it.
     """
-    from tinygpt.training.optim import stable_steps
-
     families: dict[str, list[Job]] = {}
     for job in jobs:
         families.setdefault(_without_length(job), []).append(job)
     for family in families.values():
-        trunk = max(family, key=lambda job: job.row["total_steps"])
+        ended = [job for job in family if job in done]
+        alone = []
         for job in family:
-            schedule, plan = job.config.schedule, job.plan
-            if not isinstance(schedule, WsdSchedule) or schedule.warmup_steps is None:
-                raise ConfigError(
-                    "sweep.share_trunk=true: needs schedule=wsd, schedule.warmup_steps"
-                )
-            assert plan is not None
-            if job is not trunk:
-                job.trunk, job.branch_step = (
-                    trunk.run,
-                    stable_steps(
-                        schedule, total_steps=plan.total_steps, warmup_steps=plan.warmup_steps
-                    ),
-                )
+            if job in done:
+                continue
+            step = _stable_steps(job)
+            kept = (one.run for one in ended if _length(one) > _length(job))
+            job.trunk = next((run for run in kept if run.step(step).exists()), None)
+            if job.trunk:
+                job.branch_step = step
+            else:
+                alone.append(job)
+        trunk = max(alone, key=_length, default=None)
+        for job in alone:
+            if trunk and job is not trunk:
+                job.trunk, job.branch_step = trunk.run, _stable_steps(job)
                 trunk.keep_at.append(job.branch_step)
+
+
+def _length(job: Job) -> int:
+    return int(job.row["total_steps"])
+
+
+def _stable_steps(job: Job) -> int:
+    """Where its decay begins."""
+    from tinygpt.training.optim import stable_steps
+
+    schedule, plan = job.config.schedule, job.plan
+    if not isinstance(schedule, WsdSchedule) or schedule.warmup_steps is None:
+        raise ConfigError("sweep.share_trunk=true: needs schedule=wsd, schedule.warmup_steps")
+    assert plan is not None
+    return stable_steps(schedule, total_steps=plan.total_steps, warmup_steps=plan.warmup_steps)
 
 
 def _without_length(job: Job) -> str:
