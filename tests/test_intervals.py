@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -156,6 +157,14 @@ def test_copies_of_runs_are_no_new_runs(kind: str) -> None:
     clustered = bootstrap(copies, 1000, kind, cluster="run").parameters["alpha"].std()
     assert naive == pytest.approx(alone / 2, rel=0.15)
     assert clustered == pytest.approx(alone, rel=0.15)
+
+
+def test_replicas_that_came_to_no_minimum_are_counted(surface: Fit) -> None:
+    """The interval is of the rest; where it is shown, so is how many that leaves out."""
+    replicas = bootstrap(surface, 50)
+    assert replicas.interval("E").method == "bootstrap (pairs)"
+    some = dataclasses.replace(replicas, theta=replicas.theta[3:], failed=3)
+    assert some.interval("E").method == "bootstrap (pairs; 3 of 50 refits failed)"
 
 
 def test_bootstrap_errors_are_one_line(surface: Fit) -> None:

@@ -283,6 +283,12 @@ class Bootstrap:
     failed: int  # replicas that came to no minimum
     kind: str
 
+    @property
+    def method(self) -> str:
+        """What it is, and how many replicas it could not use."""
+        lost = f"; {self.failed} of {self.failed + len(self.theta)} refits failed"
+        return f"bootstrap ({self.kind}{lost if self.failed else ''})"
+
     @cached_property
     def parameters(self) -> pd.DataFrame:
         """A row a replica, by the names of the formula."""
@@ -307,7 +313,7 @@ class Bootstrap:
 
     def _within(self, estimate: float, values: Array, level: float) -> Interval:
         low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
-        return Interval(estimate, float(low), float(high), level, f"bootstrap ({self.kind})")
+        return Interval(estimate, float(low), float(high), level, self.method)
 
 
 def bootstrap(

@@ -260,7 +260,7 @@ def parameter_vectors(fit: Fit, replicas: int | Bootstrap) -> tuple[Array, str]:
         if fit.degrees < 1 or replicas < 1:
             return np.empty((0, len(fit.optimum.law))), "none"
         replicas = bootstrap(fit, replicas)
-    return replicas.theta, f"bootstrap ({replicas.kind})"
+    return replicas.theta, replicas.method
 
 
 def band(estimate: Array, values: Array, level: float, method: str) -> Band:
