@@ -76,10 +76,11 @@ def fit_again(name: str) -> None:
 
 
 def cost(runs: pd.DataFrame) -> str:
-    """What it took to train the runs."""
-    hours = (runs["seconds_training"] * runs["threads"]).sum() / 3600
+    """What it took to train the runs; steps that one took over from another count once."""
+    own = 1 - runs["branched_at_step"].fillna(0) / runs["total_steps"]
+    hours = (runs["seconds_training"] * runs["threads"] * own).sum() / 3600
     took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
-    return f"{took} of one core, {number(runs['flops_exact'].sum(), 2)} FLOPs"
+    return f"{took} of one core, {number((runs['flops_exact'] * own).sum(), 2)} FLOPs"
 
 
 def head(runs: pd.DataFrame) -> str:
