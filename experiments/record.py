@@ -28,9 +28,10 @@ import numpy as np
 import pandas as pd
 
 from tinygpt.fileio import write_text
-from tinygpt.scaling import Fit, delta, fit, intervals, of_loss, read_table
+from tinygpt.scaling import Fit, Interval, delta, fit, intervals, of_loss, read_table
 from tinygpt.scaling.adaptation_records import RAW, by_order
 from tinygpt.scaling.drawing import STYLE
+from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.runs import comparable
 from tinygpt.scaling.wording import equation, estimate, number, percent, reach, variables
 
@@ -95,11 +96,13 @@ def head(runs: pd.DataFrame) -> str:
 # --- a law
 
 
-def refit(runs: pd.DataFrame, facts: Facts) -> Fit:
-    """The study's law through ``runs``, in the way of its fit.json."""
+def refit(runs: pd.DataFrame, facts: Facts, law: str = "") -> Fit:
+    """The study's law, or another, through ``runs``, in the way of its fit.json."""
     columns = {name: one["column"] for name, one in facts["variables"].items()}
     how = {name: facts["method"][name] for name in ("estimator", "threshold")}
-    return fit(runs, facts["law"], loss=facts["loss"], threshold_unit="absolute", **how, **columns)
+    return fit(
+        runs, law or facts["law"], loss=facts["loss"], threshold_unit="absolute", **how, **columns
+    )
 
 
 def used(name: str, runs: pd.DataFrame, facts: Facts) -> pd.DataFrame:
@@ -131,12 +134,17 @@ def foretold(runs: pd.DataFrame, facts: Facts) -> tuple[str, ...]:
     held = chosen["held_out"]
     if held is None:
         return ()
-    early = refit(runs[runs["flops_exact"] <= held["cut"] * (1 + 1e-9)], facts)
+    early = runs[runs["flops_exact"] <= held["cut"] * (1 + 1e-9)]
     dearest = runs[runs["flops_exact"] == runs["flops_exact"].max()]
-    place = {name: float(dearest[column].iloc[0]) for name, column in early.columns.items()}
-    told = delta(early, of_loss(early, **place), new_run=True)
     measured = dearest[facts["loss"]]
-    off = percent(abs(measured.mean() / told.estimate - 1))
+
+    def prediction(law: str) -> tuple[Interval, str]:
+        found = refit(early, facts, law)
+        place = {name: float(dearest[column].iloc[0]) for name, column in found.columns.items()}
+        told = delta(found, of_loss(found, **place), new_run=True)
+        return told, percent(abs(measured.mean() / told.estimate - 1))
+
+    told, off = prediction(facts["law"])
     beyond = f"×{number(held['distance'], 2)}"
     text = (
         f"**Prediction.** Fitted to the runs of up to {number(held['cut'], 2)} FLOPs, the law "
@@ -146,6 +154,14 @@ def foretold(runs: pd.DataFrame, facts: Facts) -> tuple[str, ...]:
         f"on average, at most {percent(held['worst'])}; {held['within']:.0%} of them lie in their "
         f"95 % interval."
     )
+    near = [one for one in facts["selection"] if one["law"] != facts["law"] and one["held_out"]]
+    for one in near:
+        if one["delta_aicc"] < CLEAR:
+            error = percent(one["held_out"]["error"])
+            text += (
+                f" `{one['law']}`, which describes all the runs as well, is off by "
+                f"{prediction(one['law'])[1]} ({error} on average)."
+            )
     return text, f"{off} at {beyond}"
 
 

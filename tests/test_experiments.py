@@ -53,7 +53,8 @@ def test_no_run_is_lost(name: str, record: SimpleNamespace) -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_its_command(name: str, tinygpt: Command, tmp_path: Path, corpus: Path) -> None:
     """The first line of a page reproduces the study; here at smoke scale, on a small text."""
-    for text in (tmp_path / "stories.txt", tmp_path / "books" / "one.txt"):
+    folders = ("books/one.txt", "tinystories/train.txt", "tinystories/valid.txt")
+    for text in (tmp_path / file for file in ("stories.txt", *folders)):
         text.parent.mkdir(exist_ok=True)
         text.write_text(corpus.read_text())
     page = (ROOT / "experiments" / name / "README.md").read_text()

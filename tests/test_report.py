@@ -29,7 +29,7 @@ from tinygpt.scaling.advice import ADVICE
 from tinygpt.scaling.analysis import Analysis, analyse
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.intervals import Interval
-from tinygpt.scaling.selection import plainest
+from tinygpt.scaling.selection import preferred
 
 COLUMNS = Columns("N", None, "D", None, None, "C", "loss", "seed", "name")
 ALONE = {"loss": "loss", "seed": "seed", "run": "name", "n_total": "T", "d": "D", "c": "C"}
@@ -284,9 +284,9 @@ def test_laws_that_cannot_be_told_apart_say_which_is_shown(joint: Analysis) -> N
     best = joint.candidates[0]
     second = dataclasses.replace(joint.candidates[1], aicc=best.aicc + 1.0)
     tied = [best, second, *joint.candidates[2:]]
-    plain = plainest(tied)
+    plain = preferred(tied)
     shown = dataclasses.replace(joint, candidates=tied, chosen=plain)
-    rule = "of laws within 2 AICc of the best the plainest is shown"
+    rule = "of laws within 2 AICc of the best the first in the list is shown"
     assert rule in document.markdown(list(sections.selection(shown)))
     other = best if plain is second else second
     asked = dataclasses.replace(shown, chosen=other)

@@ -36,7 +36,7 @@ from tinygpt.scaling.selection import (
     NextRun,
     Noise,
     next_run,
-    plainest,
+    preferred,
     replicas,
     seed_noise,
     select,
@@ -137,7 +137,7 @@ def analyse(
         **variables,
     }
     candidates = select(runs, laws, compute, **settings)
-    chosen = plainest(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
+    chosen = preferred(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
     best = chosen.fit
     if best is None:
         raise ConfigError(chosen.reason)

@@ -25,7 +25,7 @@ from tinygpt.scaling.evidence import CLEAR, Check
 from tinygpt.scaling.facts import data_hash, shared_trunks
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import LAWS
-from tinygpt.scaling.selection import Candidate, plainest
+from tinygpt.scaling.selection import Candidate, preferred
 from tinygpt.scaling.single import SingleRun
 from tinygpt.scaling.wording import count
 
@@ -258,8 +258,8 @@ def _how_clear(analysis: Analysis) -> str:
     if near and chosen.law in (best.law, *near):
         others = [law for law in (best.law, *near) if law != chosen.law]
         text = f"{', '.join(others)} can hardly be told from {chosen.law}"
-        if chosen.law == plainest(candidates).law:
-            text += f": of laws within {CLEAR:g} AICc of the best the plainest is shown."
+        if chosen.law == preferred(candidates).law:
+            text += f": of laws within {CLEAR:g} AICc of the best the first in the list is shown."
         else:
             text += ", which was asked for."
     elif chosen is not best:

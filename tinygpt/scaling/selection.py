@@ -102,7 +102,7 @@ def _one_estimator(
     return common, reason, squares
 
 
-def plainest(candidates: Sequence[Candidate]) -> Candidate:
+def preferred(candidates: Sequence[Candidate]) -> Candidate:
     """Of the laws that can hardly be told from the best, the one that stands first in LAWS."""
     near = [c for c in candidates if c.fit and c.aicc - candidates[0].aicc < CLEAR]
     order = list(LAWS)
