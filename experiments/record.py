@@ -180,18 +180,27 @@ def checklist(facts: Facts) -> str:
 
 def repeated(runs: pd.DataFrame, facts: Facts) -> str:
     """What text read again is worth: the new text that gave the same loss, by the logarithm between
-    two amounts of it."""
+    two amounts of it; in brackets by each seed of the new text alone."""
     loss = facts["loss"]
-    once = used("data", runs, facts).groupby("train_tokens")[loss].mean()
+    once = used("data", runs, facts)
     again = runs[runs["train_tokens"] > runs["unique_train_tokens"]]
+
+    def worth(some: pd.DataFrame, at: float) -> float:
+        """The tokens read once that come to the loss ``at``."""
+        curve = some.groupby("train_tokens")[loss].mean()
+        logs = np.log(curve.index.to_numpy(float))
+        return float(np.exp(np.interp(-at, -curve.to_numpy(), logs)))
+
     rows = []
     for unique, some in again.groupby("unique_train_tokens"):
         read, mean = some["train_tokens"].iloc[0], some[loss].mean()
-        worth = np.exp(np.interp(-mean, -once.to_numpy(), np.log(once.index.to_numpy(float))))
         spread = f"{mean:.4f} ± {np.ptp(some[loss]) / 2:.4f}"
-        share = f"{(worth - unique) / (read - unique):.0%}"
-        rows.append((f"{unique:,}", f"{read / unique:.0f}", spread, number(worth, 3), share))
-    rows.append((f"{read:,}", "1", f"{once[read]:.4f}", "", ""))
+        found = [worth(part, mean) for part in (once, *(one for _, one in once.groupby("seed")))]
+        share, *seeds = ((tokens - unique) / (read - unique) for tokens in found)
+        told = f"{share:.0%} ({min(seeds):.0%} to {max(seeds):.0%})"
+        rows.append((f"{unique:,}", f"{read / unique:.0f}", spread, number(found[0], 3), told))
+    new = once.groupby("train_tokens")[loss].mean()[read]
+    rows.append((f"{read:,}", "1", f"{new:.4f}", "", ""))
     header = ("unique tokens", "epochs", loss, "as much new text", "a repeat is worth")
     return f"**Repetition**: {read:,} tokens in all.\n\n{markdown(header, rows)}"
 
