@@ -98,6 +98,12 @@ YAML_VALUES = st.one_of(
 )
 
 
+def test_a_large_number_is_short_in_the_name_of_its_run() -> None:
+    given = [3e12, 1.5e15, 2e6, 1234567.5, 40_000, 3e-4]
+    written = [job[0].partition("=")[2] for job in expand({"train.flops": given}, [])]
+    assert written == ["3e12", "1.5e15", "2e6", "1234567.5", "40000", "0.0003"]
+
+
 @given(st.dictionaries(st.sampled_from(["a", "b.c", "d"]), YAML_VALUES, min_size=1))
 def test_values_of_an_experiment_survive_being_written_out(values: dict[str, Any]) -> None:
     (job,) = expand({key: [value] for key, value in values.items()}, [])

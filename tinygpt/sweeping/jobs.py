@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -295,6 +296,8 @@ def _written(value: Any) -> str:
     """A YAML value as an override spells it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and value >= 1e6 and float(f"{value:g}") == value:
+        return re.sub(r"e\+0*", "e", f"{value:g}")  # 3e12: it goes into names and labels
     return f"[{','.join(map(_written, value))}]" if isinstance(value, list) else str(value)
 
 
