@@ -65,7 +65,7 @@ def test_a_chinchilla_surface_is_recognised() -> None:
     held = next(c.held_out for c in found.candidates if c.law == "chinchilla")
     assert held is not None
     assert held.error < 0.005
-    assert 0.005 < held.reach < 0.01  # 1.96 times the scatter of a run, and little of the law
+    assert 0.005 < held.half_width < 0.01  # 1.96 times the scatter of a run, and little of the law
     line = next(one for one in found.checks if one.name.startswith("runs of larger compute"))
     assert re.search(r"95 % interval \(±0\.[5-9]% on average\)", line.detail)
     assert failing(found) == []

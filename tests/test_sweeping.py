@@ -89,6 +89,12 @@ def test_keys_that_go_together_are_given_together() -> None:
     assert len(expand(params, ["train.tokens=1000"])) == 2  # the length is that of every run
 
 
+def test_a_large_number_is_short_in_the_name_of_its_run() -> None:
+    given = [3e12, 1.5e15, 2e6, 1234567.5, 40_000, 3e-4]
+    written = [job[0].partition("=")[2] for job in expand({"train.flops": given}, [])]
+    assert written == ["3e12", "1.5e15", "2e6", "1234567.5", "40000", "0.0003"]
+
+
 YAML_VALUES = st.one_of(
     st.integers(-(10**9), 10**9),
     st.floats(allow_nan=False, allow_infinity=False),
@@ -96,12 +102,6 @@ YAML_VALUES = st.one_of(
     st.none(),
     st.lists(st.floats(0, 1), max_size=3),
 )
-
-
-def test_a_large_number_is_short_in_the_name_of_its_run() -> None:
-    given = [3e12, 1.5e15, 2e6, 1234567.5, 40_000, 3e-4]
-    written = [job[0].partition("=")[2] for job in expand({"train.flops": given}, [])]
-    assert written == ["3e12", "1.5e15", "2e6", "1234567.5", "40000", "0.0003"]
 
 
 @given(st.dictionaries(st.sampled_from(["a", "b.c", "d"]), YAML_VALUES, min_size=1))

@@ -406,7 +406,7 @@ def _predicts(held_out: HeldOut | None) -> Iterator[Check]:
     detail = (
         f"{held_out.runs} runs up to {_times(held_out.distance)} beyond the rest: off by "
         f"{held_out.error:.2%}, at most {held_out.worst:.2%}; {held_out.within:.0%} of them in "
-        f"their 95 % interval (±{held_out.reach:.1%} on average)"
+        f"their 95 % interval (±{held_out.half_width:.1%} on average)"
     )
     inside = round(held_out.within * held_out.runs)
     p = float(special.bdtr(inside, held_out.runs, LEVEL))

@@ -184,7 +184,7 @@ def _selection(candidates: list[Candidate]) -> list[dict[str, Any]]:
 def _held_out(held: HeldOut | None) -> dict[str, Any] | None:
     if held is None:
         return None
-    names = ("error", "worst", "within", "reach", "runs", "cut", "distance")
+    names = ("error", "worst", "within", "half_width", "runs", "cut", "distance")
     return {name: getattr(held, name) for name in names}
 
 

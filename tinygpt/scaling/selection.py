@@ -29,7 +29,7 @@ class HeldOut:
     error: float  # mean |predicted - measured| / measured
     worst: float
     within: float  # share of the runs within their 95 % prediction interval
-    reach: float  # mean half-width of those intervals / predicted
+    half_width: float  # mean of those intervals, as a part of the loss predicted
     runs: int
     cut: float  # the largest compute that was fitted
     distance: float  # largest compute / cut

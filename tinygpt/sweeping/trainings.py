@@ -53,22 +53,20 @@ def share_trunks(jobs: Sequence[Job], done: Container[Job]) -> None:
         families.setdefault(_without_length(job), []).append(job)
     for family in families.values():
         ended = [job for job in family if job in done]
+        branch_steps = {job: _stable_steps(job) for job in family if job not in done}
         alone = []
-        for job in family:
-            if job in done:
-                continue
-            step = _stable_steps(job)
+        for job, step in branch_steps.items():
             kept = (one.run for one in ended if _length(one) > _length(job))
             job.trunk = next((run for run in kept if run.step(step).exists()), None)
-            if job.trunk:
-                job.branch_step = step
-            else:
+            if not job.trunk:
                 alone.append(job)
-        trunk = max(alone, key=_length, default=None)
-        for job in alone:
-            if trunk and job is not trunk:
-                job.trunk, job.branch_step = trunk.run, _stable_steps(job)
-                trunk.keep_at.append(job.branch_step)
+        if alone:
+            trunk = alone.pop(alone.index(max(alone, key=_length)))
+            trunk.keep_at += [branch_steps[job] for job in alone]
+            for job in alone:
+                job.trunk = trunk.run
+        for job, step in branch_steps.items():
+            job.branch_step = step if job.trunk else 0
 
 
 def _length(job: Job) -> int:
