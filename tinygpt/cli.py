@@ -62,6 +62,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 def compose_for(command: Command[S], overrides: Sequence[str]) -> S:
     """The checked configuration that ``overrides`` ask for.  Raises ConfigError, one line."""
+    overrides = with_lists(overrides)
     with in_one_line(overrides, command):
         _check_experiment(overrides, command)
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -128,6 +129,7 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
     parser.error = _unknown_option  # type: ignore[method-assign]
     # it may stand anywhere; argparse wants options before or behind the overrides
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("--multirun", "-m"))
+    sys.argv[1:] = with_lists(sys.argv[1:])
     arguments = parser.parse_args(sys.argv[1:])
     overrides = arguments.overrides
     if arguments.help:
@@ -253,6 +255,17 @@ def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]
         raise ConfigError(f"{max(overrides, key=len):.60}: nested too deeply") from error
 
 
+def with_lists(overrides: Sequence[str]) -> list[str]:
+    """Put lists of files into quotes, as a configuration keeps them as one text."""
+    keys = "|".join(map(re.escape, explaining.FILES))
+    pattern = re.compile(rf"(\+*(?:{keys}))=(\[[^\[\]]*\])")
+    found = ((item, pattern.fullmatch(item)) for item in overrides)
+    return [
+        f"{match[1]}='{match[2].replace(chr(39), chr(92) + chr(39))}'" if match else item
+        for item, match in found
+    ]
+
+
 def _check_words(overrides: Sequence[str]) -> None:
     for item in overrides:
         if item.startswith("~"):
@@ -310,10 +323,14 @@ def _read(text: str, kind: Any) -> Any:
     return None if text == "null" and type(None) in kinds else text
 
 
-def read_text(key: str, place: str) -> str:
-    """The text of the file that ``key`` names, without a byte order mark.  Raises ConfigError."""
+def read_text(key: str, place: str, newline: str | None = None) -> str:
+    """The text of the file that ``key`` names, without a byte order mark.  Raises ConfigError.
+
+    ``newline=""`` keeps its line ends; else they become line feeds.
+    """
     try:
-        return Path(place).expanduser().read_text(encoding="utf-8-sig")
+        with Path(place).expanduser().open(encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
     except OSError as error:
         raise ConfigError(f"{key}={place}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -7,6 +7,7 @@ omegaconf at most, so that a mistyped key is reported before torch is loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional, Protocol
@@ -120,6 +121,11 @@ class TextData(DataConfig):
 
     separator: str = "auto"
     text_column: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Read a backslash with n, t, r or another one as the character that it stands for."""
+        typed = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+        self.separator = re.sub(r"\\([ntr\\])", lambda found: typed[found[1]], self.separator)
 
 
 @dataclass

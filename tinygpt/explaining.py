@@ -29,6 +29,9 @@ _HERE = Path(__file__).resolve().parent
 CONF_DIR = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir()))
 
 
+FILES = ("data.path", "data.val_file", "data.test_file")  # keys of one path, or a list of them
+
+
 @dataclass(frozen=True)
 class Command(Generic[S]):
     """A command whose configuration Hydra composes."""
@@ -57,6 +60,9 @@ def explain(error: BaseException, overrides: Sequence[str], command: Command[S])
         return f"{error.override}: cannot be read; in quotes it can: '{name}=\"{value}\"'"
     if "Ambiguous value" in text or "requires --multirun" in text:
         item = text.splitlines()[0].split("'", 1)[1].rsplit("'", 1)[0]
+        name, _, value = item.partition("=")
+        if name.lstrip("+") in FILES:
+            return f"{item}: several files are a list, '{name}=[{value}]'"
         return f"{item}: several values need --multirun, a list [a,b], a text 'key=\"a,b\"'"
     if "group override must be" in text:
         return _not_a_choice(overrides)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
 from omegaconf import MISSING
 
+from tinygpt.checks import check_separator
 from tinygpt.cli import one_line_errors, read_arguments, read_text
 from tinygpt.config import (
     BpeTokenizer,
@@ -19,21 +20,26 @@ from tinygpt.config import (
     TokenizerConfig,
     key,
 )
-from tinygpt.data.corpora import FileCorpus, first_bytes
+from tinygpt.data.corpora import FileCorpus, first_bytes, split_documents
 from tinygpt.data.tokenizers import Tokenizer, open_tokenizer, train_tokenizer
 
 USAGE = """\
 usage: python -m tinygpt.tokenizer COMMAND key=value ...
   train   path=FILE|FOLDER|GLOB [kind=bpe|char] [vocab_size=1024] [train_bytes=50000000]
-          [out=tokenizer.json]
+          [out=tokenizer.json] and any key of data=custom, as [separator=] [text_column=]
   encode  tokenizer=FILE_OR_RUN_FOLDER text="Once upon a time" | path=FILE
   decode  tokenizer=FILE_OR_RUN_FOLDER ids=1,2,3
-encode prints the ids on one line, separated by commas, as decode takes them."""
+train reads all of the text, but for what val_fraction=, test_fraction=, val_file= and test_file=
+hold out.  encode prints the ids on one line, separated by commas, as decode takes them."""
 
 
 @dataclass
-class TrainArguments:
-    path: str = MISSING
+class TrainArguments(CustomData):
+    """Those of the text, as ``data=custom`` has them, and those of the tokenizer."""
+
+    name: str = "custom"
+    val_fraction: float = key(0.0, least=0.0, below=1.0)
+    test_fraction: float = key(0.0, least=0.0, below=1.0)
     kind: str = key("bpe", among=("bpe", "char"))
     vocab_size: int = key(1024, least=258)
     train_bytes: int = key(50_000_000, least=1)
@@ -54,18 +60,30 @@ class DecodeArguments:
 
 
 def train(argv: Sequence[str]) -> None:
-    arguments = read_arguments(TrainArguments, argv, USAGE)
+    words = [item.removeprefix("data.") for item in argv]  # as messages call the keys
+    arguments = read_arguments(TrainArguments, words, USAGE)
+    check_separator(arguments.separator)
     config: TokenizerConfig = CharTokenizer()
     if arguments.kind == "bpe":
         config = BpeTokenizer(vocab_size=arguments.vocab_size)
-    corpus = FileCorpus(CustomData(path=arguments.path))
-    texts = (document.text for document in corpus.documents("train"))
+    corpus = FileCorpus(arguments)
+    texts = _texts(corpus, arguments)
     tokenizer = train_tokenizer(config, first_bytes(texts, arguments.train_bytes))
     tokenizer.save(Path(arguments.out))
+    print(*corpus.survey.lines(), sep="\n")
     print(f"{arguments.out}: {tokenizer.kind}, {tokenizer.vocab_size} tokens")
     if isinstance(config, BpeTokenizer) and tokenizer.vocab_size < config.vocab_size:
         note = f"note: vocab_size={config.vocab_size}: the text is too short to learn so many"
         print(note, file=sys.stderr)
+
+
+def _texts(corpus: FileCorpus, arguments: TrainArguments) -> Iterator[str]:
+    """Yield the training documents, and count all that are read."""
+    for split, document in split_documents(corpus, arguments):
+        corpus.survey.documents += bool(document.text)
+        corpus.survey.empty_documents += not document.text
+        if split == "train":
+            yield document.text
 
 
 def encode(argv: Sequence[str]) -> None:
@@ -73,7 +91,9 @@ def encode(argv: Sequence[str]) -> None:
     if (arguments.text is None) == (arguments.path is None):
         raise ConfigError("text, path: exactly one of the two must be given")
     tokenizer = _open(arguments.tokenizer)
-    text = arguments.text if arguments.path is None else read_text("path", arguments.path)
+    text = (
+        arguments.text if arguments.path is None else read_text("path", arguments.path, newline="")
+    )
     ids = tokenizer.encode(text or "")
     print(",".join(map(str, ids)))
     if tokenizer.unknown_id is not None and (unknown := ids.count(tokenizer.unknown_id)):

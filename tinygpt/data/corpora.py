@@ -5,6 +5,7 @@ A corpus is streamed: nothing here holds more than a chunk of a file or a batch 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -20,10 +21,13 @@ from tinygpt.data.reading import (
     ROWS,
     cut,
     find_files,
+    is_separated,
+    keeps_indentation,
     scan,
     text_chunks,
     text_of_rows,
 )
+from tinygpt.data.survey import Survey
 
 
 class Document(NamedTuple):
@@ -60,8 +64,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
     """``train``, ``val`` or ``test``, by a hash of the document: it never changes sides."""
-    number = int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
-    place = number / 2**64
+    place = int.from_bytes(_short_hash(text), "big") / 2**64
     if place < val_fraction:
         return "val"
     return "test" if place < val_fraction + test_fraction else "train"
@@ -82,13 +85,15 @@ def split_documents(corpus: Corpus, config: DataConfig) -> Iterator[tuple[str, D
     val = 0.0 if "val" in corpus.own else config.val_fraction
     test = 0.0 if "test" in corpus.own or config.val_is_test else config.test_fraction
     for document in itertools.islice(corpus.documents("train"), config.max_documents):
-        if seen and _short_hash(document.text) in seen:
+        if seen and document.text and _short_hash(document.text) in seen:
             yield "duplicate", document
         else:
             yield split_of(document.text, val, test), document
 
 
 def _short_hash(text: str) -> bytes:
+    """Hash a text; white space around it and the kind of its line ends make no other text."""
+    text = text.strip().replace("\r\n", "\n").replace("\r", "\n")
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
 
 
@@ -133,12 +138,12 @@ class FileCorpus:
     """Files of the user's own: .txt cut into documents, one document a row otherwise."""
 
     def __init__(self, config: CustomData) -> None:
-        self.config = config
-        self.files = {"train": find_files("data.path", config.path)}
+        self.config, self.survey = config, Survey()
+        self.files = {"train": find_files("data.path", config.path, self.survey)}
         for split, key in (("val", "val_file"), ("test", "test_file")):
             value = getattr(config, key)
             if value is not None:
-                self.files[split] = find_files(f"data.{key}", value)
+                self.files[split] = find_files(f"data.{key}", value, self.survey)
         self.own = set(self.files) - {"train"}
         self.scans = {
             path: scan(path, f"data.{'path' if split == 'train' else split + '_file'}={path}")
@@ -149,10 +154,11 @@ class FileCorpus:
         self.read: dict[Path, int] = {}  # bytes
 
     def fingerprint(self) -> str:
-        found = {  # the suffix says how a file is read
-            split: [[self.scans[p].sha256, p.suffix if p.suffix in ROWS else ""] for p in paths]
-            for split, paths in self.files.items()
-        }
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        found = {split: [self._identity(p) for p in paths] for split, paths in self.files.items()}
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     def documents(self, split: str) -> Iterator[Document]:
@@ -164,21 +170,51 @@ class FileCorpus:
     def position(self) -> tuple[int, int]:
         return sum(self.read.values()), sum(scan.size for scan in self.scans.values())
 
+    def _identity(self, path: Path) -> list[Any]:
+        """Return what a file's documents follow from: its content and how it is read.
+
+        A text that earlier versions cut into other documents has a mark, so that nothing made
+        from those is taken for this.
+        """
+        known = self.scans[path]
+        if path.suffix in ROWS:
+            return [known.sha256, path.suffix]
+        separator = self.separators[path]
+        before = END_OF_TEXT if known.has_end_of_text else "sections"
+        is_new = (
+            known.has_carriage_return
+            or (self.config.separator == "auto" and separator != before)
+            or (
+                known.has_indented_line
+                and keeps_indentation(separator)
+                and any(text[0].isspace() for text in cut(text_chunks(path, {}), separator))
+            )
+        )
+        return [known.sha256, "", 2] if is_new else [known.sha256, ""]
+
+    @functools.cached_property
+    def separators(self) -> dict[Path, str]:
+        """Where each text is cut: ``separator``, or what ``auto`` finds."""
+        found = {}
+        for path, known in self.scans.items():
+            found[path] = self.config.separator
+            if found[path] == "auto" and path.suffix not in ROWS:
+                has_mark = known.has_end_of_text and is_separated(text_chunks(path, {}))
+                found[path] = END_OF_TEXT if has_mark else "sections"
+        return found
+
     def _texts(self, path: Path) -> Iterator[str]:
         if path.suffix in ROWS:
             rows = ROWS[path.suffix](path, self.read)
             return text_of_rows(rows, self.config.text_column, str(path))
-        separator = self.config.separator
-        if separator == "auto":
-            separator = END_OF_TEXT if self.scans[path].has_end_of_text else "sections"
-        return cut(text_chunks(path, self.read), separator)
+        return cut(text_chunks(path, self.read), self.separators[path])
 
 
 class HubCorpus:
     """A text data set of the Hugging Face hub, streamed; or a local folder laid out like one."""
 
     def __init__(self, config: HubData) -> None:
-        self.config = config
+        self.config, self.survey = config, Survey()
         self.local = Path(config.repo).is_dir()
         if not self.local:
             require_hub(config.repo)
@@ -235,6 +271,8 @@ class HubCorpus:
             "splits": self.splits,
             "column": config.text_column,
         }
+        if config.separator not in ("auto", "none"):
+            found["cut"] = 2  # which rows have line ends that are cut at now is not known
         if self.local:
             files = sorted(p for p in Path(config.repo).rglob("*") if p.is_file())
             found["files"] = [fileio.sha256(p) for p in files]

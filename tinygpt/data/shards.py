@@ -23,10 +23,11 @@ from tinygpt import fileio
 from tinygpt.config import ConfigError, DataConfig, TokenizerConfig
 from tinygpt.data import corpora
 from tinygpt.data.corpora import Corpus, split_documents
+from tinygpt.data.survey import Survey
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from tinygpt.data.writing import SplitWriter, finish, write
 
-FORMAT = 2  # of the files here; part of the cache key
+FORMAT = 3  # of the files here; part of the cache key
 VERIFY_BYTES = 1 << 30  # larger files are checked by their size alone
 SPLITS = ("train", "val", "test")
 READ = ("gpt2", "saved")  # tokenizers that are read, from files of somebody's
@@ -175,7 +176,11 @@ def prepare(
     def tokenized(temporary: Path) -> dict[str, Any]:
         return _tokenize(corpus, data, vocabulary, temporary, progress)
 
-    return Prepared(folder, _cached(folder, source, tokenized), vocabulary)
+    index = _cached(folder, source, tokenized)
+    survey = getattr(corpus, "survey", None)
+    if survey is not None:  # the same text may lie beside other files now
+        index["survey"] |= {"files": survey.files, "skipped": dict(survey.skipped)}
+    return Prepared(folder, index, vocabulary)
 
 
 def prepare_whole(
@@ -297,9 +302,16 @@ def _tokenize(
     """Writes the shards of all splits into ``folder`` and returns the index."""
     limits = {"train": data.max_tokens, "val": data.eval_tokens, "test": data.eval_tokens}
     writers = {name: SplitWriter(folder, name, tokenizer, limits[name]) for name in SPLITS}
+    survey: Survey | None = getattr(corpus, "survey", None)
+    if survey is not None:
+        survey.restart()  # a tokenizer may have been trained on the same text
     say = _saying("tokenizing", corpus, progress)
     duplicates = write(split_documents(corpus, data), tokenizer, writers, folder, say)
     infos = finish(folder, writers)
+    if survey is not None:
+        survey.empty_documents = sum(info["empty_documents"] for info in infos.values())
+        kept = (info["documents"] + info["left_out_documents"] for info in infos.values())
+        survey.documents = sum(kept) + duplicates
     if data.val_is_test:
         infos["test"] = infos["val"]
     expected = ["train", "val", *(["test"] if data.test_fraction > 0 or data.val_is_test else [])]
@@ -311,6 +323,7 @@ def _tokenize(
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_fingerprint": tokenizer.fingerprint(),
         "duplicates_of_validation_or_test": duplicates,
+        "survey": survey.facts() if survey else None,
         "splits": {name: info if info["documents"] else None for name, info in infos.items()},
     }
 

@@ -17,6 +17,7 @@ from tinygpt.sweeping.jobs import End, Job
 def prepare(jobs: Sequence[Job], console: Console) -> None:
     """Checks machine and data of every job, prepares each corpus once and plans every run."""
     from tinygpt.data import corpora, shards
+    from tinygpt.data.survey import Survey
     from tinygpt.training.console import preparing
     from tinygpt.training.results import planned
     from tinygpt.training.session import open_data, open_machine
@@ -40,6 +41,9 @@ def prepare(jobs: Sequence[Job], console: Console) -> None:
             job.plan = data.plan
             job.row = planned(config, data, device)
             job.val_tokens = data.splits["val"].info["tokens"]
+    surveys = [one.index["survey"] for one in prepared.values() if jobs[0].config.plan]
+    for line in [line for found in surveys if found for line in Survey.read(found).lines()]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def share_trunks(jobs: Sequence[Job], done: Container[Job]) -> None:

@@ -17,7 +17,7 @@ from tinygpt.counting import (
     lora_parameters,
     resolved_d_ff,
 )
-from tinygpt.data import corpora
+from tinygpt.data import corpora, survey
 from tinygpt.data.datamodule import TokenData
 from tinygpt.horizon import Plan
 from tinygpt.training.callbacks import Journal, peak_memory
@@ -53,6 +53,7 @@ def make_results(
         "schedule_finished": steps >= plan.total_steps,
         **branched,
         **_recipe(config, plan, data, device),
+        **survey.results(data.prepared.index.get("survey")),
         **_speed(config, data, device, journal),
         "stacked": journal.stacked if journal.stacked > 1 else None,
     }

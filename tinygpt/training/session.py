@@ -18,6 +18,7 @@ from tinygpt.config import Config
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
+from tinygpt.data.survey import Survey
 from tinygpt.horizon import derive
 from tinygpt.model.generate import generate
 from tinygpt.model.lora import add_lora, check_peft
@@ -262,6 +263,9 @@ class Run:
         if config.init_from is not None:
             log.info("from    %s, with its shape and its tokenizer", config.init_from)
         log.info("data    %s", corpora.describe(config.data))
+        if index.get("survey"):
+            for line in Survey.read(index["survey"]).lines():
+                log.info("        %s", line)
         for name, info in index["splits"].items():
             if info:
                 log.info("        %s", _describe_split(name, info))
