@@ -5,6 +5,7 @@ Every mistake is a ConfigError of one line, found before torch is imported.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
 import math
@@ -22,6 +23,7 @@ from tinygpt.config import (
     SCALES,
     Config,
     ConfigError,
+    DataConfig,
     Settings,
     SgdOptim,
     rate_is_scaled,
@@ -135,7 +137,7 @@ def check(config: Config) -> None:
         f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction}: "
         "their sum must be below 1",
     )
-    check_separator(getattr(data, "separator", "auto"))
+    check_text(data)
     require(
         len(getattr(config.optim, "betas", (0.0, 0.0))) == 2,
         f"optim.betas={getattr(config.optim, 'betas', None)}: must be two numbers",
@@ -226,10 +228,22 @@ def check_bounds(section: Any, prefix: str = "") -> None:
                 _check_value(name, one, **bounds)
 
 
-def check_separator(separator: str) -> None:
-    """Raises ConfigError for an empty one."""
+def check_text(data: DataConfig) -> None:
+    """Raise ConfigError for what no text can be read by."""
     line = "data.separator='': must be auto, none or a text that separates documents"
-    require(separator != "", line)
+    require(getattr(data, "separator", "auto") != "", line)
+    delimiter, encoding = (getattr(data, name, None) for name in ("delimiter", "encoding"))
+    require(
+        delimiter is None or (len(delimiter) == 1 and delimiter not in '"\n\r'),
+        f"data.delimiter={delimiter}: must be one character, as , ; | or \\t",
+    )
+    if encoding is not None:
+        try:
+            b"".decode(encoding)
+            known = codecs.lookup(encoding).incrementaldecoder is not None
+        except (LookupError, ValueError):
+            known = False
+        require(known, f"data.encoding={encoding}: no such encoding; utf-8, utf-16, latin-1, ...")
 
 
 def check_scale(scale: str) -> None:

@@ -256,8 +256,8 @@ def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]
 
 
 def with_lists(overrides: Sequence[str]) -> list[str]:
-    """Put lists of files into quotes, as a configuration keeps them as one text."""
-    keys = "|".join(map(re.escape, explaining.FILES))
+    """Put lists of files and columns into quotes, as a configuration keeps them as one text."""
+    keys = "|".join(map(re.escape, explaining.LISTS))
     pattern = re.compile(rf"(\+*(?:{keys}))=(\[[^\[\]]*\])")
     found = ((item, pattern.fullmatch(item)) for item in overrides)
     return [

@@ -115,6 +115,12 @@ class SyntheticData(DataConfig):
     heldout_entities: int = key(64, least=0)
 
 
+def unescaped(text: str) -> str:
+    """Return ``text`` with the characters that a backslash and n, t, r or another one stand for."""
+    typed = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda found: typed[found[1]], text)
+
+
 @dataclass
 class TextData(DataConfig):
     """Text that somebody wrote: how a file or a row becomes documents."""
@@ -124,8 +130,7 @@ class TextData(DataConfig):
 
     def __post_init__(self) -> None:
         """Read a backslash with n, t, r or another one as the character that it stands for."""
-        typed = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
-        self.separator = re.sub(r"\\([ntr\\])", lambda found: typed[found[1]], self.separator)
+        self.separator = unescaped(self.separator)
 
 
 @dataclass
@@ -143,12 +148,20 @@ class HubData(TextData):
 
 @dataclass
 class CustomData(TextData):
-    """Files, a glob or a folder: .txt, .jsonl, .csv, .parquet."""
+    """Files, a glob or a folder: text, .jsonl, .json, .csv, .tsv, .parquet, packed or not."""
 
     source: str = key("custom", among=("custom",))
     path: str = MISSING
+    encoding: Optional[str] = None  # null: UTF-8, or what a byte order mark says
+    delimiter: Optional[str] = None  # of values in .csv and .tsv; null: detected
+    header: Optional[bool] = None  # whether .csv and .tsv begin with names; null: detected
     val_file: Optional[str] = None
     test_file: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.delimiter is not None:
+            self.delimiter = unescaped(self.delimiter)
 
 
 @dataclass

@@ -30,6 +30,7 @@ CONF_DIR = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_d
 
 
 FILES = ("data.path", "data.val_file", "data.test_file")  # keys of one path, or a list of them
+LISTS = (*FILES, "data.text_column")  # that a configuration keeps as one text
 
 
 @dataclass(frozen=True)

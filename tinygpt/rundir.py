@@ -56,6 +56,9 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     values.pop("init_from")
     if not config.train.skip_nonfinite:  # runs from before there was this key keep their hash
         values["train"].pop("skip_nonfinite")
+    for name in ("encoding", "delimiter", "header"):
+        if values["data"].get(name, 0) is None:
+            values["data"].pop(name)
     return fileio.digest({**values, "content": content})
 
 

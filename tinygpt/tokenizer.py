@@ -10,7 +10,7 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from tinygpt.checks import check_separator
+from tinygpt.checks import check_text
 from tinygpt.cli import one_line_errors, read_arguments, read_text
 from tinygpt.config import (
     BpeTokenizer,
@@ -62,7 +62,7 @@ class DecodeArguments:
 def train(argv: Sequence[str]) -> None:
     words = [item.removeprefix("data.") for item in argv]  # as messages call the keys
     arguments = read_arguments(TrainArguments, words, USAGE)
-    check_separator(arguments.separator)
+    check_text(arguments)
     config: TokenizerConfig = CharTokenizer()
     if arguments.kind == "bpe":
         config = BpeTokenizer(vocab_size=arguments.vocab_size)

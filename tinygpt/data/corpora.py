@@ -15,17 +15,18 @@ from typing import Any, NamedTuple, Protocol
 
 from tinygpt import fileio
 from tinygpt.config import ConfigError, CustomData, DataConfig, HubData, SyntheticData, first_line
+from tinygpt.data import columns
+from tinygpt.data.columns import prefixes
 from tinygpt.data.network import require_hub
+from tinygpt.data.readers import Rows, encoding_found, format_of, packing, text_chunks
 from tinygpt.data.reading import (
     END_OF_TEXT,
-    ROWS,
+    SECTION,
     cut,
     find_files,
     is_separated,
     keeps_indentation,
     scan,
-    text_chunks,
-    text_of_rows,
 )
 from tinygpt.data.survey import Survey
 
@@ -146,10 +147,16 @@ class FileCorpus:
                 self.files[split] = find_files(f"data.{key}", value, self.survey)
         self.own = set(self.files) - {"train"}
         self.scans = {
-            path: scan(path, f"data.{'path' if split == 'train' else split + '_file'}={path}")
+            path: scan(
+                path,
+                f"data.{'path' if split == 'train' else split + '_file'}={path}",
+                config.encoding,
+            )
             for split, paths in self.files.items()
             for path in paths
         }
+        self.tables = {path: Rows(path, config) for path in self.scans if format_of(path) != "text"}
+        self.choices = self._choose()
 
         self.read: dict[Path, int] = {}  # bytes
 
@@ -164,6 +171,7 @@ class FileCorpus:
     def documents(self, split: str) -> Iterator[Document]:
         self.read |= dict.fromkeys(self.files[split], 0)
         for path in self.files[split]:
+            self.survey.formats.update(self._formats(path))
             for text in self._texts(path):
                 yield Document(text)
 
@@ -177,17 +185,20 @@ class FileCorpus:
         from those is taken for this.
         """
         known = self.scans[path]
-        if path.suffix in ROWS:
-            return [known.sha256, path.suffix]
+        if path in self.tables:
+            named = [known.sha256, f".{self.tables[path].format}"]
+            same = path.suffix == named[1] and self._read_alike(path)
+            return named if same else [*named, 2]
         separator = self.separators[path]
         before = END_OF_TEXT if known.has_end_of_text else "sections"
         is_new = (
             known.has_carriage_return
+            or not known.is_plain
             or (self.config.separator == "auto" and separator != before)
             or (
                 known.has_indented_line
                 and keeps_indentation(separator)
-                and any(text[0].isspace() for text in cut(text_chunks(path, {}), separator))
+                and any(text[0].isspace() for text in cut(self._chunks(path, {}), separator))
             )
         )
         return [known.sha256, "", 2] if is_new else [known.sha256, ""]
@@ -198,16 +209,64 @@ class FileCorpus:
         found = {}
         for path, known in self.scans.items():
             found[path] = self.config.separator
-            if found[path] == "auto" and path.suffix not in ROWS:
-                has_mark = known.has_end_of_text and is_separated(text_chunks(path, {}))
+            if found[path] == "auto" and path not in self.tables:
+                has_mark = known.has_end_of_text and is_separated(self._chunks(path, {}))
                 found[path] = END_OF_TEXT if has_mark else "sections"
         return found
 
+    def _chunks(self, path: Path, read: dict[Path, int]) -> Iterator[str]:
+        return text_chunks(path, read, self.config.encoding)
+
     def _texts(self, path: Path) -> Iterator[str]:
-        if path.suffix in ROWS:
-            rows = ROWS[path.suffix](path, self.read)
-            return text_of_rows(rows, self.config.text_column, str(path))
-        return cut(text_chunks(path, self.read), self.separators[path])
+        if path not in self.tables:
+            return cut(self._chunks(path, self.read), self.separators[path])
+        choice = self.choices[path]
+        tops = [name for column in choice.columns for name in prefixes(column)]
+        rows = self.tables[path].read(self.read, tops)
+        return columns.texts(rows, choice, str(path), self.survey)
+
+    def _choose(self) -> dict[Path, columns.Choice]:
+        """Choose the text column of each table: the same in all that have the same columns."""
+        found: dict[Path, columns.Choice] = {}
+        alike: dict[frozenset[str], columns.Choice] = {}
+        self.heads_alike: dict[Path, bool] = {}
+        for path, rows in self.tables.items():
+            head = columns.head_of(rows.read({}))
+            names = frozenset(name for row in head for name in row)
+            if names not in alike:
+                alike[names] = columns.choose(head, self.config.text_column, str(path))
+            found[path] = alike[names]
+            self.heads_alike[path] = columns.chosen_before(head, self.config) == str(found[path])
+        every = list(found.values())
+        self.survey.text_column = ", ".join(dict.fromkeys(map(str, every))) or None
+        others = (name for choice in every for name in choice.others)
+        self.survey.other_columns = list(dict.fromkeys(others))
+        return found
+
+    def _read_alike(self, path: Path) -> bool:
+        """Return whether earlier versions read the same documents of a table."""
+        dialect = self.tables[path].dialect
+        is_default = dialect is None or dialect.is_default
+        return is_default and self.scans[path].is_plain and self.heads_alike[path]
+
+    def _formats(self, path: Path) -> list[str]:
+        """Return what was detected of a file, and what was given."""
+        found = [packing(path).lstrip(".")]
+        if format_of(path) != "parquet":
+            found.append(self.config.encoding or encoding_found(path))
+        if path in self.tables:
+            rows = self.tables[path]
+            found.append(
+                str(
+                    rows.dialect
+                    or {"jsonl": "JSON lines", "json": "JSON"}.get(rows.format, rows.format)
+                )
+            )
+        elif self.separators[path] == END_OF_TEXT:
+            found.append(f"cut at {END_OF_TEXT}")
+        elif self.separators[path] == "sections":
+            found.append(f"cut into sections of about {SECTION:,} characters")
+        return [", ".join(part for part in found if part)] if any(found) else []
 
 
 class HubCorpus:
@@ -291,7 +350,11 @@ class HubCorpus:
             )
         )
         rows = self._rows(iter(stream))
-        texts = text_of_rows(rows, config.text_column, f"data.repo={config.repo}")
+        where = f"data.repo={config.repo}"
+        head = columns.head_of(rows)
+        choice = columns.choose(head, config.text_column, where)
+        self.survey.text_column, self.survey.other_columns = str(choice), choice.others
+        texts = columns.texts(itertools.chain(head, rows), choice, where, self.survey)
         if config.separator not in ("auto", "none"):
             texts = cut((text + "\n" for text in texts), config.separator)
         return (Document(text) for text in texts)

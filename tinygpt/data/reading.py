@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import glob
 import hashlib
 import io
@@ -11,23 +9,18 @@ import itertools
 import os
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tinygpt import fileio
 from tinygpt.config import ConfigError
+from tinygpt.data.readers import CHUNK, MARKS, PACKED, format_of, packing, split_at, text_chunks
 from tinygpt.data.survey import Survey, counted
 
 END_OF_TEXT = "<|endoftext|>"
 SECTION = 2000  # characters: about the length of a document cut from a long text
-BINARY = (".parquet", ".arrow", ".gz", ".zst")
-CHUNK = 1 << 20  # bytes read at a time
-HEAD_CELLS = 1 << 17  # of rows that are looked at to choose the text column
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+BINARY = (".parquet", ".arrow")
 # What is read of a folder, packed or not; a file that is named, also by a glob, has any suffix.
 _KINDS = """
 csv tsv jsonl ndjson json parquet
@@ -169,7 +162,7 @@ def _reason_to_skip(key: str, path: Path) -> str | None:
         raise ConfigError(f"{key}={path}: cannot be read ({error.strerror})") from error
     if not head:
         return "empty file"
-    is_packed = path.suffix.lower() in (*BINARY, *PACKED) or head.startswith(UTF16)
+    is_packed = path.suffix.lower() in (*BINARY, *PACKED) or head.startswith(tuple(MARKS))
     return "binary file" if b"\0" in head and not is_packed else None
 
 
@@ -181,14 +174,15 @@ class Scan(NamedTuple):
     size: int
     has_carriage_return: bool
     has_indented_line: bool
+    is_plain: bool  # neither packed nor in another encoding than UTF-8
 
 
 # A line that begins with white space, of which U+00A0 and U+3000 have other first bytes.
 _INDENTED = re.compile(rb"[\n\r\v\f](?:[ \t\x1f]|\xc2|\xe1\x9a|\xe2\x80|\xe2\x81|\xe3\x80)")
 
 
-def scan(path: Path, where: str) -> Scan:
-    """One pass over a file.
+def scan(path: Path, where: str, encoding: str | None = None) -> Scan:
+    """Read a file once, for its checksum and what decides how a text is cut.
 
     Raises ConfigError, which ``where`` begins, for one that is empty, no text or cannot be read.
     """
@@ -196,34 +190,31 @@ def scan(path: Path, where: str) -> Scan:
     mark, carriage_return, indented, line_end = END_OF_TEXT.encode(), False, False, b"\n"
     try:
         with path.open("rb") as file:
+            first = file.read(4)
+            file.seek(0)
+            is_plain = not packing(path) and not first.startswith(tuple(MARKS)) and not encoding
             while chunk := file.read(CHUNK):
-                if path.suffix not in BINARY and b"\0" in chunk:
+                sha.update(chunk)
+                size += len(chunk)
+                if not is_plain:
+                    continue
+                if b"\0" in chunk and path.suffix.lower() not in BINARY:
                     raise ConfigError(f"{where}: not a text file (it has zero bytes)")
                 tail += chunk
                 found = found or mark in tail
                 carriage_return = carriage_return or b"\r" in chunk
                 indented = indented or _INDENTED.search(line_end + chunk) is not None
                 line_end = chunk[-1:]
-                sha.update(chunk)
-                size += len(chunk)
                 tail = tail[-len(mark) :]
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
     if size == 0:
         raise ConfigError(f"{where}: this file is empty")
-    return Scan(sha.hexdigest(), found, size, carriage_return, indented)
-
-
-def text_chunks(path: Path, read: dict[Path, int]) -> Iterator[str]:
-    """Its text; ``read`` is told how many bytes are.  Raises ConfigError for other than UTF-8."""
-    try:
-        # utf-8-sig drops a byte order mark; newline="" keeps the text as it is
-        with path.open("rb") as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
-            while chunk := file.read(CHUNK):
-                read[path] = raw.tell()
-                yield chunk
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"data.path={path}: not UTF-8 text ({error.reason})") from error
+    if not is_plain and format_of(path) == "text":
+        found = any(
+            True for piece in itertools.islice(_around_marks(text_chunks(path, {}, encoding)), 1)
+        )
+    return Scan(sha.hexdigest(), found, size, carriage_return, indented, is_plain)
 
 
 def cut(chunks: Iterable[str], separator: str) -> Iterator[str]:
@@ -239,7 +230,7 @@ def cut(chunks: Iterable[str], separator: str) -> Iterator[str]:
     elif separator == "sections":
         pieces = _sections(chunks)
     else:
-        pieces = _split_stream(chunks, separator)
+        pieces = split_at(chunks, separator)
     return (text for piece in pieces if (text := trim(piece)))
 
 
@@ -302,21 +293,6 @@ def _around_marks(chunks: Iterable[str]) -> Iterator[tuple[str, str, str]]:
         tail = text[-len(END_OF_TEXT) - 2 :]
 
 
-def _split_stream(chunks: Iterable[str], separator: str) -> Iterator[str]:
-    pending: list[str] = []
-    tail = ""
-    for chunk in chunks:
-        *ended, tail_new = (tail + chunk).split(separator)
-        for piece in ended:
-            yield "".join([*pending, piece])
-            pending = []
-        # what may hold the beginning of a separator waits for the next chunk
-        safe = max(0, len(tail_new) - len(separator) + 1)
-        pending.append(tail_new[:safe])
-        tail = tail_new[safe:]
-    yield "".join([*pending, tail])
-
-
 def _sections(chunks: Iterable[str]) -> Iterator[str]:
     buffer, in_line = "", False
 
@@ -356,100 +332,3 @@ def _section_end(buffer: str, start: int) -> int:
         if place >= 0:
             return place + 1
     return window[0]
-
-
-def text_of_rows(rows: Iterator[dict[str, Any]], column: str, where: str) -> Iterator[str]:
-    """The text column of each row; ``auto`` looks at the first hundred, at fewer wide ones.
-
-    Raises ConfigError, naming ``where`` and the row, for a value that is no text.
-    """
-    head: list[dict[str, Any]] = []
-    for row in rows:
-        head.append(row)
-        if len(head) == 100 or len(head) * len(row) > HEAD_CELLS:
-            break
-    if not head:
-        return
-    name = choose_column(head, column, where)
-    for number, row in enumerate(itertools.chain(head, rows), start=1):
-        value = row.get(name)
-        if value is not None and not isinstance(value, str):
-            raise ConfigError(f"{where}: row {number}: column {name} is no text but {value!r:.40}")
-        yield value or ""
-
-
-def choose_column(rows: list[dict[str, Any]], column: str, where: str) -> str:
-    """``column``, or for ``auto``: ``text``, else the text column with the most characters.
-
-    Raises ConfigError where there is none.
-    """
-    lengths: dict[str, int] = {}
-    for row in rows:
-        for name, value in row.items():
-            if isinstance(value, str):
-                lengths[name] = lengths.get(name, 0) + len(value)
-    if column != "auto":
-        if not any(column in row for row in rows):
-            names = list(dict.fromkeys(name for row in rows for name in row))
-            shown = ", ".join(names[:12]) + ", ..." * (len(names) > 12)
-            raise ConfigError(
-                f"data.text_column={column}: {where} has no such column; it has {shown}"
-            )
-        return column
-    if not lengths:
-        raise ConfigError(f"data.text_column=auto: {where} has no column of text")
-    return "text" if "text" in lengths else max(lengths, key=lambda name: lengths[name])
-
-
-def jsonl_rows(path: Path, read: dict[Path, int]) -> Iterator[dict[str, Any]]:
-    """As ``text_chunks``.  Raises ConfigError, naming the line, for what is no object."""
-    for number, line in enumerate(_split_stream(text_chunks(path, read), "\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = fileio.parse_json(line)
-        except ValueError as error:
-            raise ConfigError(f"data.path={path}: line {number} is not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"data.path={path}: line {number} is not a JSON object")
-        yield {name: _unicode(value) for name, value in row.items()}
-
-
-def _unicode(value: Any) -> Any:
-    """JSON can spell half of a surrogate pair, which is no character: U+FFFD stands for it."""
-    if not isinstance(value, str) or value.isascii():
-        return value
-    return re.sub("[\ud800-\udfff]", "\ufffd", value)
-
-
-def csv_rows(path: Path, read: dict[Path, int]) -> Iterator[dict[str, Any]]:
-    """As ``text_chunks``.  Raises ConfigError for a row with more values than columns."""
-    csv.field_size_limit(sys.maxsize)
-    lines = (line + "\n" for line in _split_stream(text_chunks(path, read), "\n"))
-    try:
-        rows = csv.DictReader(lines, strict=True)
-        for row in rows:
-            if any(row.pop(None, ())):
-                # a text with a comma, unquoted: its end is not dropped unheard
-                raise csv.Error(f"line {rows.line_num} has more values than columns")
-            yield dict(row)
-    except csv.Error as error:
-        raise ConfigError(f"data.path={path}: not readable as CSV ({error})") from error
-
-
-def parquet_rows(path: Path, read: dict[Path, int]) -> Iterator[dict[str, Any]]:
-    """A thousand at a time.  Raises ConfigError for what is no parquet."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file, rows = pyarrow.parquet.ParquetFile(path), 0
-        for batch in file.iter_batches(batch_size=1024):
-            rows += len(batch)
-            read[path] = path.stat().st_size * rows // file.metadata.num_rows
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise ConfigError(f"data.path={path}: not readable as parquet ({error})") from error
-
-
-ROWS = {".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet": parquet_rows}

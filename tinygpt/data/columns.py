@@ -1,0 +1,271 @@
+"""Which column of a table is its text, and what text a row has there."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tinygpt.config import ConfigError, CustomData
+from tinygpt.data.readers import HEAD_CHARACTERS, HEAD_ROWS
+from tinygpt.data.survey import Survey
+
+Row = dict[str, Any]
+WORDY = 0.5  # share of the values with several words, from which a column is prose
+SHOWN = 12  # names in a message
+
+
+@dataclass
+class Choice:
+    """The columns that are the text; several are joined by blank lines."""
+
+    columns: list[str]
+    others: list[str]  # of text, not chosen
+
+    def __str__(self) -> str:
+        return " + ".join(self.columns)
+
+
+def head_of(rows: Iterator[Row]) -> list[Row]:
+    """Return the first rows, as many as it takes to know the columns."""
+    head: list[Row] = []
+    size = 0
+    for row in itertools.islice(rows, HEAD_ROWS):
+        head.append(row)
+        size += sum(_size(value) + 8 for value in row.values())
+        if size > HEAD_CHARACTERS:
+            break
+    return head
+
+
+def choose(head: Sequence[Row], asked: str, where: str) -> Choice:
+    """Return the column that ``asked`` names, or for ``auto`` the one that holds the text.
+
+    That is ``text`` in any case, else the column of prose with the most characters; labels, ids,
+    links, numbers and what never varies are no prose.  Raises ConfigError where lists, structs or
+    chats hold more text than any such column, and where there is none.
+    """
+    names = list(dict.fromkeys(name for row in head for name in row))
+    texts = {name: [row[name] for row in head if isinstance(row.get(name), str)] for name in names}
+    lengths = {name: sum(map(len, values)) for name, values in texts.items() if values}
+    if asked != "auto":
+        columns = _asked(asked)
+        for column in columns:
+            _check(column, head, names, where)
+        return Choice(columns, [name for name in lengths if name not in columns])
+    by_name = [n for n in names if n.casefold() == "text" and (texts[n] or _is_empty(head, n))]
+    if by_name:
+        found = "text" if "text" in by_name else by_name[0]
+        return Choice([found], [name for name in lengths if name != found])
+    prose = {name: lengths[name] for name in lengths if _is_prose(texts[name])}
+    if len(names) == 1 and lengths:
+        prose = lengths
+    nested: dict[str, int] = {}
+    for row in head:
+        for name, value in row.items():
+            if not isinstance(value, str):
+                for leaf, size in _leaves(name, value):
+                    nested[leaf] = nested.get(leaf, 0) + size
+    best = max(prose, key=lambda name: prose[name], default=None)
+    inner = max(nested, key=lambda name: nested[name], default=None)
+    if inner is not None and nested[inner] > (prose[best] if best is not None else 0):
+        beside = f", more than in {best}" if best is not None else ""
+        raise ConfigError(
+            f"data.text_column=auto: {where}: most text is inside {inner}{beside}; "
+            f"give data.text_column={inner}"
+            + (f" or data.text_column={best}" if best is not None else "")
+        )
+    if best is None:
+        raise ConfigError(
+            f"data.text_column=auto: {where} has no column of text; it has {_shown(names)}; "
+            "data.text_column= names one all the same"
+        )
+    return Choice([best], [name for name in lengths if name != best])
+
+
+def _asked(asked: str) -> list[str]:
+    if asked[:1] == "[" and asked[-1:] == "]":
+        return [name.strip().strip("'\"") for name in asked[1:-1].split(",")]
+    return [asked]
+
+
+def _check(column: str, head: Sequence[Row], names: list[str], where: str) -> None:
+    """Raise ConfigError for a column that is not there, or holds no text in any row."""
+    key = f"data.text_column={column}: {where}"
+    values = [(number, _value(row, column)) for number, row in enumerate(head, 1)]
+    present = [(number, value) for number, value in values if value is not _MISSING]
+    if not present:
+        raise ConfigError(f"{key} has no such column; it has {_shown(names)}")
+    filled = [(number, value) for number, value in present if value is not None]
+    if filled and all(_text(value, key, number) is None for number, value in filled):
+        number, value = filled[0]
+        raise ConfigError(f"{key}: holds no text but {value!r:.40} (row {number})")
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
+
+
+def _is_empty(head: Sequence[Row], name: str) -> bool:
+    return all(row.get(name) is None for row in head)
+
+
+def _is_prose(values: list[str]) -> bool:
+    """Return whether the values vary, and are mostly neither labels nor ids, links or numbers."""
+    if len(values) > 1 and len(set(values)) == 1:
+        return False
+    size = sum(map(len, values)) / len(values)
+    if len(values) >= 20 and len(set(values)) <= len(values) / 10 and size < 40:
+        return False
+    wordy = sum(_is_wordy(value) for value in values if value.strip())
+    return wordy >= WORDY * sum(bool(value.strip()) for value in values) > 0
+
+
+def _is_wordy(value: str) -> bool:
+    """Return whether a value has several words; scripts without spaces have them unspaced."""
+    value = value.strip()
+    if re.match(r"[a-z]+://\S*$|[\w./\\-]+$", value, re.IGNORECASE | re.ASCII):
+        return False
+    letters = sum(character.isalpha() for character in value)
+    return letters * 3 > len(value) and (len(value.split()) > 1 or not value.isascii())
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """Yield each part of a value that is not plain text and how many characters it holds.
+
+    A chat or a list counts as one part, a struct as its fields.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if isinstance(inner, str):
+                yield f"{name}.{key}", len(inner) if _is_wordy(inner) else 0
+            else:
+                yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield name, _size(value)
+
+
+def _size(value: Any) -> int:
+    """Return how many characters of text a value holds."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, bytes):
+        try:
+            return 0 if b"\0" in value else len(value.decode())
+        except UnicodeDecodeError:
+            return 0
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    return 0
+
+
+_MISSING = object()
+
+
+def _value(row: Any, column: str) -> Any:
+    """Return what a row has under a name, or ``a.b.c`` in it; of a list, what each element has."""
+    if isinstance(row, list):
+        found = [_value(one, column) for one in row]
+        return _MISSING if all(one is _MISSING for one in found) else found
+    if not isinstance(row, dict):
+        return _MISSING
+    if column in row:
+        return row[column]
+    first, dot, rest = column.partition(".")
+    while dot:
+        if first in row:
+            return None if row[first] is None else _value(row[first], rest)
+        more, dot, rest = rest.partition(".")
+        first += "." + more
+    return _MISSING
+
+
+def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> Iterator[str]:
+    """Yield the text of each row, empty where it is null; others than text are counted and
+    skipped.
+
+    A list gives its texts on lines of their own; a chat, a list of ``{role, content}`` or
+    ``{from, value}``, paragraphs ``role: content``.  Raises ConfigError, naming the row, for a
+    struct and for bytes that are not UTF-8.
+    """
+    for number, row in enumerate(rows, start=1):
+        parts = []
+        for column in choice.columns:
+            value = _value(row, column)
+            if value is None or value is _MISSING:
+                continue
+            text = _text(value, f"data.text_column={column}: {where}", number)
+            if text is None:
+                survey.values_not_text += 1
+            else:
+                parts.append(text)
+        if parts or all(_value(row, c) in (None, _MISSING) for c in choice.columns):
+            yield "\n\n".join(part for part in parts if part)
+
+
+def _text(value: Any, key: str, number: int) -> str | None:
+    """Return the text of a value; None for a number, a truth value or anything without text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{key}: row {number} holds bytes that are not UTF-8") from error
+    if isinstance(value, dict):
+        if (said := _message(value)) is not None:
+            return said
+        leaves = [leaf for leaf, size in _leaves("", value) if size]
+        column = key.partition("=")[2].partition(":")[0]
+        raise ConfigError(
+            f"{key}: row {number} holds a struct of {_shown([*map(str, value)])}; name one, as "
+            f"data.text_column={column}{(leaves or ['.' + next(iter(value), 'field')])[0]}"
+        )
+    if isinstance(value, list | tuple):
+        parts = [part for one in value if (part := _part(one, key, number)) is not None]
+        is_chat = any(isinstance(one, dict) for one in value)
+        return ("\n\n" if is_chat else "\n").join(parts) if parts or not value else None
+    return None
+
+
+def _part(value: Any, key: str, number: int) -> str | None:
+    if value is None or value is _MISSING or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return _text(value, key, number)
+
+
+def _message(value: dict[str, Any]) -> str | None:
+    """Return ``role: content`` of a turn of a chat; None for another struct."""
+    for role, content in (("role", "content"), ("from", "value")):
+        if role in value and content in value:
+            said = value[content]
+            if isinstance(said, list):  # of parts, {type: text, text: ...}
+                pieces = [one.get("text") if isinstance(one, dict) else one for one in said]
+                said = "\n".join(piece for piece in pieces if isinstance(piece, str))
+            return f"{value[role]}: {said or ''}".rstrip()
+    if value.get("type") == "text" and isinstance(value.get("text"), str):
+        return str(value["text"])
+    return None
+
+
+def prefixes(column: str) -> list[str]:
+    """Return the names that a column of a table may have for ``column`` to be in it."""
+    parts = column.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+
+
+def chosen_before(head: Sequence[Row], config: CustomData) -> str:
+    """Return the column that earlier versions chose; what was made from another is made anew."""
+    if config.text_column != "auto":
+        return config.text_column
+    lengths: dict[str, int] = {}
+    for row in head[:100]:
+        for name, value in row.items():
+            if isinstance(value, str):
+                lengths[name] = lengths.get(name, 0) + len(value)
+    return "text" if "text" in lengths else max(lengths, key=lambda n: lengths[n], default="")
