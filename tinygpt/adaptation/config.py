@@ -10,7 +10,7 @@ from typing import Optional
 from omegaconf import MISSING
 
 from tinygpt import rundir
-from tinygpt.checks import check_bounds, check_names, check_separator, require
+from tinygpt.checks import check_bounds, check_names, check_text, require
 from tinygpt.config import (
     SCALES,
     Config,
@@ -166,7 +166,7 @@ def check_adapt(config: AdaptConfig) -> None:
     data, hardware, sweep = config.data, config.hardware, config.sweep
     named = {"study": config.study, "run_name": config.run_name}
     check_names({**named, "data.name": data.name if data else None})
-    check_separator(getattr(data, "separator", "auto"))
+    check_text(data)
     for name, value in {"devices": hardware.devices, "num_nodes": hardware.num_nodes}.items():
         require(value == 1, f"hardware.{name}={value}: an adaptation takes one device")
     require(sweep.stack == "off", f"sweep.stack={sweep.stack}: not for adaptations")

@@ -29,12 +29,17 @@ class Choice:
         return " + ".join(self.columns)
 
 
-def head_of(rows: Iterator[Row]) -> list[Row]:
+def head_of(rows: Iterator[Row], asked: str = "auto") -> list[Row]:
     """Return the first rows, as many as it takes to know the columns."""
     head: list[Row] = []
     size = 0
+    names = ["text"] if asked == "auto" else _asked(asked)
+    found = False
     for row in itertools.islice(rows, HEAD_ROWS):
         head.append(row)
+        found = found or all(isinstance(_value(row, name), str) for name in names)
+        if found and len(head) >= 100:
+            break
         size += sum(_size(value) + 8 for value in row.values())
         if size > HEAD_CHARACTERS:
             break
@@ -48,6 +53,8 @@ def choose(head: Sequence[Row], asked: str, where: str) -> Choice:
     links, numbers and what never varies are no prose.  Raises ConfigError where lists, structs or
     chats hold more text than any such column, and where there is none.
     """
+    if not head:
+        return Choice(_asked(asked), [])
     names = list(dict.fromkeys(name for row in head for name in row))
     texts = {name: [row[name] for row in head if isinstance(row.get(name), str)] for name in names}
     lengths = {name: sum(map(len, values)) for name, values in texts.items() if values}

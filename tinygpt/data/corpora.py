@@ -231,7 +231,7 @@ class FileCorpus:
         alike: dict[frozenset[str], columns.Choice] = {}
         self.heads_alike: dict[Path, bool] = {}
         for path, rows in self.tables.items():
-            head = columns.head_of(rows.read({}))
+            head = columns.head_of(rows.read({}), self.config.text_column)
             names = frozenset(name for row in head for name in row)
             if names not in alike:
                 alike[names] = columns.choose(head, self.config.text_column, str(path))
@@ -351,7 +351,7 @@ class HubCorpus:
         )
         rows = self._rows(iter(stream))
         where = f"data.repo={config.repo}"
-        head = columns.head_of(rows)
+        head = columns.head_of(rows, config.text_column)
         choice = columns.choose(head, config.text_column, where)
         self.survey.text_column, self.survey.other_columns = str(choice), choice.others
         texts = columns.texts(itertools.chain(head, rows), choice, where, self.survey)

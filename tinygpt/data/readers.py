@@ -33,11 +33,10 @@ ROW_FORMATS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-# Byte order marks, the longer ones first: that of UTF-32 begins with that of UTF-16.
+# Byte order marks of what is not UTF-8, the longer ones first: they begin as the shorter do.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
@@ -153,7 +152,7 @@ def text_chunks(path: Path, read: dict[Path, int], encoding: str | None = None) 
 
 
 def _encoding(first: bytes, asked: str | None) -> str:
-    found = next((name for mark, name in MARKS.items() if first.startswith(mark)), "utf-8")
+    found = next((name for mark, name in MARKS.items() if first.startswith(mark)), "utf-8-sig")
     if asked is None:
         return found
     same = codecs.lookup(asked).name == codecs.lookup(found.removesuffix("-sig")).name
@@ -161,11 +160,10 @@ def _encoding(first: bytes, asked: str | None) -> str:
 
 
 def encoding_found(path: Path) -> str:
-    """Return the encoding that a byte order mark names, else an empty text."""
+    """Return the encoding, other than UTF-8, that a byte order mark names, else an empty text."""
     with _opened(path) as (stream, _):
-        first = stream.read(4)
-    found = next((name for mark, name in MARKS.items() if first.startswith(mark)), "")
-    return found.removesuffix("-sig").upper()
+        found = _encoding(stream.read(4), None)
+    return "" if found.startswith("utf-8") else found.upper()
 
 
 def split_at(chunks: Iterable[str], separator: str) -> Iterator[str]:
@@ -279,11 +277,13 @@ class Rows:
         if best[0] < 0.9 and config.delimiter is None:
             best = (0.0, True, 0, usual)
         _, quoted, _, delimiter = best
-        with contextlib.suppress(csv.Error):
-            records = [r for _, r in itertools.islice(_records([text], delimiter, quoted), 500)]
         header = config.header
         if header is None:
-            header = _has_header([record for record in records if record])
+            records: list[list[str]] = []
+            with contextlib.suppress(csv.Error):  # which says so when it is read
+                for _, record in itertools.islice(_records([text], delimiter, quoted), 500):
+                    records += [record] if record else []
+            header = _has_header(records)
         return Dialect(delimiter, quoted, header)
 
 

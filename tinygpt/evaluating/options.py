@@ -16,6 +16,9 @@ class OtherText:
     path: Optional[str] = None
     separator: str = "auto"
     text_column: str = "auto"
+    encoding: Optional[str] = None
+    delimiter: Optional[str] = None
+    header: Optional[bool] = None
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Options:
 
     def check(self) -> None:
         """What must fit together.  Raises ConfigError."""
-        checks.check_separator(self.data.separator)
+        checks.check_text(self.data)
         for name, default in vars(OtherText()).items():
             value = getattr(self.data, name)
             if self.data.path is None and value != default:

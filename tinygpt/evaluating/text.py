@@ -104,12 +104,7 @@ def other_text(
 ) -> Text:
     """All of a file, a folder or a glob, by the run's own tokenizer."""
     assert other.path is not None
-    data = CustomData(
-        name="custom",
-        path=other.path,
-        separator=other.separator,
-        text_column=other.text_column,
-    )
+    data = CustomData(name="custom", **vars(other))
     cache = shards.cache_root(cache_dir or machine.config.cache_dir)
     corpus = corpora.open_corpus(data)
     prepared = shards.prepare_whole(corpus, data, tokenizer, cache, progress)

@@ -1,0 +1,375 @@
+"""Texts and tables as people have them: which column, which dialect, packed how, in what bytes."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinygpt.cli import compose_config
+from tinygpt.config import ConfigError, CustomData
+from tinygpt.data import columns
+from tinygpt.data.corpora import FileCorpus
+from tinygpt.data.readers import format_of
+from tinygpt.data.survey import Survey
+
+PROSE = [f"Story {n}. The fox saw {n * n} birds by the river, and went home." for n in range(150)]
+CHAT = [{"role": "user", "content": "How far is it?"}, {"role": "assistant", "content": "Not far."}]
+
+
+def read(path: Path, **keys: Any) -> tuple[list[str], Survey]:
+    corpus = FileCorpus(CustomData(name="custom", path=str(path), **keys))
+    corpus.survey.restart()
+    return [document.text for document in corpus.documents("train")], corpus.survey
+
+
+def refused(path: Path, **keys: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        read(path, **keys)
+    return str(error.value)
+
+
+def lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def parquet(path: Path, **found: Any) -> Path:
+    pyarrow.parquet.write_table(pa.table(found), path)
+    return path
+
+
+def chosen(rows: list[dict[str, Any]], asked: str = "auto") -> list[str]:
+    return columns.choose(columns.head_of(iter(rows)), asked, "x").columns
+
+
+# --- which column is the text
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        [
+            {"URL": f"https://example.org/a/very/long/path/{n}", "Text": t[:20]}
+            for n, t in enumerate(PROSE)
+        ],
+        [{"text": None, "url": f"https://example.org/{n}"} for n in range(1500)]
+        + [{"text": "a b"}],
+        [{"TEXT": t, "summary": t * 3} for t in PROSE],
+    ],
+    ids=["csv of links", "null at first", "capitals"],
+)
+def test_text_is_preferred_in_any_case(found: list[dict[str, Any]]) -> None:
+    assert [name.lower() for name in chosen(found)] == ["text"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda n: ("neu", "neg", "pos")[n % 3],
+        lambda n: f"conversation-{n:060d}-a1b2",
+        lambda n: f"https://example.org/{n:080d}",
+        lambda n: "2024-01-01 10:00:00.000000 +00:00 2024-01-01 10:00:00.000000 +00:00",
+        lambda n: f"{n:064x}",
+        lambda n: "the same long licence text in every single row of this whole table, always",
+    ],
+    ids=["label", "id", "link", "date", "hash", "constant"],
+)
+def test_labels_ids_links_dates_and_constants_are_not_text(other: Callable[[int], str]) -> None:
+    rows = [{"other": other(n), "body": text} for n, text in enumerate(PROSE)]
+    assert chosen(rows) == ["body"]
+    alone = [{"other": other(n), "n": n} for n in range(150)]
+    with pytest.raises(
+        ConfigError, match=r"no column of text; it has other, n; data\.text_column="
+    ):
+        chosen(alone)
+    assert chosen(alone, "other") == ["other"]
+
+
+def test_the_only_column_is_the_text_whatever_it_is() -> None:
+    assert chosen([{"name": name} for name in ("emma", "olivia", "ava")]) == ["name"]
+
+
+def test_more_text_in_a_list_a_struct_or_a_chat_than_in_any_column_is_refused(
+    tmp_path: Path,
+) -> None:
+    ids = [f"conversation-{n:06d}-a1b2" for n in range(150)]
+    chat = lines(
+        tmp_path / "chat.jsonl",
+        [{"id": i, "source": "forum", "messages": CHAT} for i in ids],
+    )
+    assert refused(chat).endswith("most text is inside messages; give data.text_column=messages")
+    pairs = lines(
+        tmp_path / "pairs.jsonl",
+        [{"id": i, "translation": {"en": "It is far.", "fr": "C'est loin, mon ami."}} for i in ids],
+    )
+    assert "give data.text_column=translation.fr" in refused(pairs)
+    struct = parquet(tmp_path / "s.parquet", id=ids, doc=[{"raw": text} for text in PROSE])
+    assert "give data.text_column=doc.raw" in refused(struct)
+    listed = parquet(tmp_path / "l.parquet", name=ids, parts=[text.split() for text in PROSE])
+    assert "give data.text_column=parts" in refused(listed)
+    raw = parquet(tmp_path / "b.parquet", name=ids, content=[text.encode() for text in PROSE])
+    assert "give data.text_column=content" in refused(raw)
+    assert read(raw, text_column="content")[0] == PROSE
+
+
+def test_bytes_that_are_no_text_do_not_count(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "i.parquet", image=[bytes(9000)] * 150, caption=PROSE)
+    texts, survey = read(path)
+    assert (texts, survey.text_column) == (PROSE, "caption")
+
+
+def test_nested_joined_and_chat_columns_are_read_when_they_are_named(tmp_path: Path) -> None:
+    row = {
+        "q": "Why?",
+        "a": "Because.",
+        "t": {"en": "far", "fr": {"old": "loing"}},
+        "m": CHAT,
+        "c": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": None}],
+        "p": [{"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "image"}]}],
+        "s": ["one", "two"],
+        "a.b": "literal",
+        "z": [{"text": "first"}, {"text": "second"}],
+    }
+    path = lines(tmp_path / "a.jsonl", [row, {"q": None, "a": "Alone.", "t": None}])
+    expected = {
+        "t.en": "far",
+        "t.fr.old": "loing",
+        "[q,a]": "Why?\n\nBecause.",
+        "m": "user: How far is it?\n\nassistant: Not far.",
+        "c": "human: Hi.\n\ngpt:",
+        "p": "user: One",
+        "s": "one\ntwo",
+        "a.b": "literal",
+        "z.text": "first\nsecond",
+    }
+    found = {key: read(path, text_column=key)[0] for key in expected}
+    assert {key: texts[0] for key, texts in found.items()} == expected
+    assert found["[q,a]"][1] == "Alone."
+    assert found["t.en"][1] == ""
+    assert "give" not in refused(path, text_column="nope")
+    assert refused(path, text_column="t").endswith("name one, as data.text_column=t.en")
+
+
+def test_several_columns_are_given_as_a_list_on_the_command_line() -> None:
+    config = compose_config(["data=custom", "data.path=a", "data.text_column=[q,a]"])
+    assert isinstance(config.data, CustomData)
+    assert config.data.text_column == "[q,a]"
+
+
+def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
+    values = ["one two", 3, True, float("nan"), None, "three four", ""]
+    path = lines(tmp_path / "a.jsonl", [{"text": value} for value in values])
+    texts, survey = read(path)
+    assert texts == ["one two", "", "three four", ""]
+    assert survey.values_not_text == 3
+    numbers = lines(tmp_path / "n.jsonl", [{"text": 3}, {"text": 4}])
+    assert refused(numbers, text_column="text").endswith("holds no text but 3 (row 1)")
+
+
+# --- formats and dialects
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "column", "detected"),
+    [
+        (
+            "a.tsv",
+            'l\tt\n1\tsaid "one two\n2\tthree, four',
+            "t",
+            "CSV with tabs, a header",
+        ),
+        (
+            "a.CSV",
+            'l;t\r\n1;"one ""1""\n\ntwo"\r\n2;three, four',
+            "t",
+            "CSV with semicolons, a header",
+        ),
+        (
+            "b.tsv",
+            'l\tt\n1\t"one" two\n2\tthree, four',
+            "t",
+            "CSV with tabs, a header, quotes are text",
+        ),
+        ("a.csv", "l\tt\n1\tone, two\n2\tthree four", "t", "CSV with tabs, a header"),
+        ("b.csv", "l|t\r1|one, two\r2|three four", "t", "CSV with bars, a header"),
+        (
+            "c.csv",
+            '1,"one, two."\n2,three four\n3,five six',
+            "column_2",
+            "CSV with commas, no header (columns are column_1, column_2, ...)",
+        ),
+        ("d.csv", 'text\n"one, two"\n"three, four"', "text", "CSV with commas, a header"),
+        ("a.JSONL", '{"t": "one two"}\r\n{"t": "three four"}', "t", "JSON lines"),
+        ("a.ndjson", '\ufeff{"t": "one two"}\n\n{"t": "three four"}\n', "t", "JSON lines"),
+        ("a.json", ' [\n {"t": "one two"},\n {"t": "three four"}\n]\n', "t", "JSON"),
+        ("b.json", '{"t": "one two"}\n{"t": "three four"}\n', "t", "JSON"),
+        ("c.json", '{"n": 2, "rows": [{"t": "one two"}, {"t": "three four"}]}', "t", "JSON"),
+        ("d.json", '{\n "t": "one two"\n}\n{\n "t": "three four"\n}\n', "t", "JSON"),
+    ],
+)
+def test_formats_and_dialects_are_detected_and_told(
+    name: str, data: str, column: str, detected: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(data.encode())
+    texts, survey = read(tmp_path / name)
+    assert survey.text_column == column
+    assert list(survey.formats) == [detected]
+    first = next(word for word in ("said", '"one" two', "one") if word in data)
+    assert texts[0].startswith(first)
+    assert [text for text in texts if text.startswith(("three", "two"))] == [
+        "three, four" if "three, four" in data else "three four"
+    ]
+
+
+def test_delimiter_and_header_can_be_given(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("one two:3\nfour five:6\n")
+    config = compose_config(
+        ["data=custom", f"data.path={tmp_path}/a.csv", "data.delimiter=':'", "data.header=false"]
+    )
+    assert isinstance(config.data, CustomData)
+    corpus = FileCorpus(config.data)
+    assert [document.text for document in corpus.documents("train")] == ["one two", "four five"]
+    with pytest.raises(ConfigError, match=r"data\.delimiter=::: must be one character"):
+        compose_config(["data=custom", "data.path=a", "data.delimiter='::'"])
+    tabs = compose_config(["data=custom", "data.path=a", r"data.delimiter=\t"]).data
+    assert isinstance(tabs, CustomData)
+    assert tabs.delimiter == "\t"
+
+
+def test_a_csv_that_cannot_be_read_names_the_line(tmp_path: Path) -> None:
+    rows = [f"{n},word word {n}" for n in range(30)]
+    rows[20] = "20,one, two"
+    (tmp_path / "a.csv").write_text("\n".join(["n,body", *rows]))
+    assert "line 22 has 3 values for 2 columns" in refused(tmp_path / "a.csv")
+
+
+@given(
+    st.lists(st.text(st.characters(exclude_characters="\0\r", codec="utf-8")), min_size=3),
+    st.sampled_from(",;\t|"),
+)
+def test_any_text_survives_any_dialect(texts: list[str], delimiter: str) -> None:
+    import csv
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.csv")
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+            writer.writerows([("n", "text"), *enumerate(texts)])
+        assert read(path)[0] == texts
+
+
+# --- packed files and encodings
+
+
+def zipped(data: bytes, tmp_path: Path, name: str) -> bytes:
+    path = tmp_path / "made.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, data)
+        archive.writestr(f"__MACOSX/._{name}", b"\0")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json", "a.parquet"])
+def test_every_kind_of_file_may_be_packed(name: str, tmp_path: Path) -> None:
+    plain = tmp_path / name
+    if name == "a.parquet":
+        parquet(plain, text=PROSE)
+    elif name in ("a.jsonl", "a.json"):
+        lines(plain, [{"text": text} for text in PROSE])
+    else:
+        head = "" if name == "a.txt" else "text\n"
+        plain.write_text(head + "\n".join(text.replace(",", "") for text in PROSE))
+    data = plain.read_bytes()
+    half = len(data) // 2
+    packed = {
+        "gz": gzip.compress(data[:half]) + gzip.compress(data[half:]),  # two members
+        "bz2": bz2.compress(data),
+        "XZ": lzma.compress(data),
+        "zst": pa.Codec("zstd").compress(data, asbytes=True),
+        "zip": zipped(data, tmp_path, name),
+    }
+    expected = read(plain)[0]
+    for suffix, content in packed.items():
+        path = tmp_path / f"{name}.{suffix}"
+        path.write_bytes(content)
+        texts, survey = read(path)
+        assert texts == expected, suffix
+        assert next(iter(survey.formats)).startswith(suffix.lower())
+        path.write_bytes(content[: len(content) * 2 // 3])
+        assert f"damaged or no .{suffix.lower()}" in refused(path), suffix
+
+
+def test_a_zip_of_several_files_is_refused_and_one_tells_its_kind(tmp_path: Path) -> None:
+    path = tmp_path / "two.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "a")
+        archive.writestr("b.txt", "b")
+    assert "must hold one file, this one has 2" in refused(path)
+    path.write_bytes(zipped(b'{"text": "one"}\n', tmp_path, "a.JSONL"))
+    assert format_of(path) == "jsonl"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_read(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("Grüße aus Köln, 🦕.".encode(encoding))
+    texts, survey = read(path)
+    assert texts == ["Grüße aus Köln, 🦕."]
+    detected = next(iter(survey.formats))
+    assert detected.startswith("cut into" if encoding == "utf-8-sig" else encoding.upper())
+
+
+def test_another_encoding_is_named_never_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n" * 400_000 + b"caf\xe9\n")
+    line = refused(path)
+    assert "at byte 1,600,003, line 400,001; data.encoding=" in line
+    assert read(path, encoding="latin-1")[0][-1].endswith("café")
+    with pytest.raises(ConfigError, match=r"data\.encoding=klingon: no such encoding"):
+        compose_config(["data=custom", "data.path=a", "data.encoding=klingon"])
+    assert "zero bytes" in refused(written(tmp_path / "u.txt", "no mark".encode("utf-16-le")))
+    assert read(tmp_path / "u.txt", encoding="utf-16-le")[0] == ["no mark"]
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def test_what_was_made_from_other_documents_is_not_taken_for_this(tmp_path: Path) -> None:
+    """A table that is read as before keeps its fingerprint; another one changes."""
+    import hashlib
+
+    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in PROSE])
+    sha = hashlib.sha256(path.read_bytes()).hexdigest()
+    before = {"train": [[sha, ".jsonl"]]}
+    corpus = FileCorpus(CustomData(name="custom", path=str(path)))
+    assert (
+        corpus.fingerprint()
+        == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    )
+    urls = lines(
+        tmp_path / "b.jsonl",
+        [{"u": f"https://example.org/{n:090d}", "b": t} for n, t in enumerate(PROSE)],
+    )
+    other = FileCorpus(CustomData(name="custom", path=str(urls)))
+    sha = hashlib.sha256(urls.read_bytes()).hexdigest()
+    before = {"train": [[sha, ".jsonl"]]}
+    assert other.survey.text_column == "b"
+    assert (
+        other.fingerprint()
+        != hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    )
