@@ -18,6 +18,8 @@ HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # how a model on the hub can be called
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
+# The numbers of Llama 3's RoPE scaling.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SCALES = ("smoke", "laptop", "gpu")
 SCALED_BY_WIDTH = ("adamw", "adam", "lion")  # optimizers whose rate goes with 1/width
 
@@ -76,6 +78,7 @@ class ModelConfig:
     tie_weights: bool = True
     position: str = key("learned", among=("learned", "rope"))
     rope_theta: float = key(10000.0, above=0.0)
+    rope_scaling: Optional[dict[str, float]] = None  # Llama 3's factors for a longer context
     norm: str = key("layernorm", among=("layernorm", "rmsnorm"))
     norm_eps: float = key(1e-5, above=0.0)  # added to the variance
     activation: str = key("gelu", among=ACTIVATIONS)

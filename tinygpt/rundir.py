@@ -56,6 +56,8 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     values.pop("init_from")
     if not config.train.skip_nonfinite:  # runs from before there was this key keep their hash
         values["train"].pop("skip_nonfinite")
+    if config.model.rope_scaling is None:
+        values["model"].pop("rope_scaling")
     return fileio.digest({**values, "content": content})
 
 

@@ -18,7 +18,7 @@ the logits at position t are about token t + 1, and whoever computes a loss give
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,20 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
-def rotary_tables(length: int, head_dim: int, theta: float) -> Rotary:
-    """Cosines and sines of the angles t · theta^(-2i/D): position t, pair i of D/2."""
+def rotary_tables(
+    length: int, head_dim: int, theta: float, scaling: Mapping[str, float] | None = None
+) -> Rotary:
+    """Cosines and sines of the angles t · theta^(-2i/D): position t, pair i of D/2.
+
+    With Llama 3.1's ``scaling`` wavelengths well beyond the original context are ``factor`` times
+    as long, those well within it as they are, and between the two it goes over smoothly.
+    """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2,)
+    if scaling is not None:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
     angles = torch.outer(torch.arange(length).float(), frequencies)  # (T, D/2)
     return angles.cos(), angles.sin()
 
@@ -223,7 +234,8 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
         else:
             head_dim = config.d_model // config.n_heads
-            cos, sin = rotary_tables(config.max_seq_len, head_dim, config.rope_theta)
+            scaling = config.rope_scaling
+            cos, sin = rotary_tables(config.max_seq_len, head_dim, config.rope_theta, scaling)
             self.register_buffer("cos", cos, persistent=False)  # computed, so not in a checkpoint
             self.register_buffer("sin", sin, persistent=False)
         self.embedding_dropout = nn.Dropout(config.dropout)

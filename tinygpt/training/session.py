@@ -261,6 +261,8 @@ class Run:
             log.info("note    the text is too short to learn a larger vocabulary from")
         if config.init_from is not None:
             log.info("from    %s, with its shape and its tokenizer", config.init_from)
+        if self.tokenizer.convention:
+            log.info("text    %s", self.tokenizer.convention)
         log.info("data    %s", corpora.describe(config.data))
         for name, info in index["splits"].items():
             if info:
@@ -324,7 +326,7 @@ class Run:
         if train.sample_tokens == 0 or not (self.writes or self.device.strategy == "fsdp"):
             return
         tokenizer = self.tokenizer
-        prompt = [tokenizer.eot_id, *tokenizer.encode(train.sample_prompt)]
+        prompt = [tokenizer.start_id, *tokenizer.encode(train.sample_prompt)]
         tokens = torch.tensor([prompt], device=self.module.device)
         generator = torch.Generator().manual_seed(self.config.seed)
         with self.trainer.precision_plugin.forward_context(), gathered(self.module.model):
@@ -336,8 +338,9 @@ class Run:
                 top_k=50,
                 generator=generator,
                 stop_token=tokenizer.eot_id,
+                start_token=tokenizer.start_id,
             )
-        ids = [i for i in out[0].tolist() if i != tokenizer.eot_id]
+        ids = [i for i in out[0].tolist() if i not in tokenizer.separator]
         self.samples[step] = tokenizer.decode(ids)
         if self.writes:
             texts = (
