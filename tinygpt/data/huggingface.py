@@ -194,7 +194,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             )
         if adds_bos and bos not in (None, eot):
             content = _with_start(content, str(bos), eot)
-        return Foreign(content, eot, _token(settings.get("bos_token")) or eot, *_added(content, eot))
+        start, ends = _added(content, eot)
+        return Foreign(content, eot, start or _token(settings.get("bos_token")) or eot, start, ends)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -228,9 +229,9 @@ def _added(content: dict[str, Any], eot: str) -> tuple[str | None, bool]:
     text = [n for n, mask in enumerate(found.special_tokens_mask) if not mask] or [0]
     before, behind = found.tokens[: text[0]], found.tokens[text[-1] + 1 :]
     if not before or before == [eot]:
-        return None, False
+        return None, behind == [eot]
     if len(before) > 1 or behind not in ([], [eot]):
-        raise ValueError(f"puts {' '.join(before)} before a text and {' '.join(behind)} behind it")
+        raise ValueError(f"puts {' '.join(before)} before a text, {' '.join(behind) or 'nothing'} behind")
     return before[0], bool(behind)
 
 

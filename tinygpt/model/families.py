@@ -207,7 +207,7 @@ def _rope_scaling(read: _Reader) -> dict[str, float] | None:
         kind = inside.content.get("rope_type") or inside.content.get("type") or "default"
         inside.require(kind in ("default", "llama3"), f"rope_type={kind}: must be default or llama3")
         if kind == "llama3":
-            found = {name: inside.positive(name, 0) for name in LLAMA3[:3]}
+            found = {name: inside.positive(name) for name in LLAMA3[:3]}
             context = read.number("max_position_embeddings", 2048)
             found[LLAMA3[3]] = float(inside.number(LLAMA3[3], context))
             low, high = found["low_freq_factor"], found["high_freq_factor"]
@@ -239,7 +239,7 @@ class _Reader:
         )
         return int(value)
 
-    def positive(self, key: str, default: float) -> float:
+    def positive(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
         self.require(
             type(value) in (int, float) and 0 < value < 1e300,
