@@ -314,7 +314,7 @@ class HardwareConfig:
     num_nodes: int = key(1, least=1)
     strategy: str = key("auto", among=("auto", "ddp", "fsdp"))  # auto: ddp for several devices
     micro_batch_size: Optional[int] = key(None, least=1)  # sequences; null: what fits well
-    threads: Optional[int] = key(None, least=1, most=4096)  # CPU threads; null: torch's own choice
+    threads: Optional[int] = key(None, least=1, most=4096)  # CPU threads; null: as many as pay
     compile: str = key("auto", among=("auto", "off", "regional", "whole", "graphs"))
     matmul: str = key("auto", among=("auto", "torch", "onednn"))  # on the CPU, in 32 bits
     allocator: str = key("keep", among=("keep", "system"))  # of memory on the CPU

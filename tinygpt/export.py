@@ -87,9 +87,7 @@ def export(run: TrainedRun, to: Path) -> None:
     from tinygpt.model.huggingface import to_hugging_face
 
     model, tokenizer = run.config.model, run.tokenizer
-    config = families.to_config(
-        model, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.start_id
-    )
+    config = families.to_config(model, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.start_id)
     weights = to_hugging_face(run.model)
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
     ids["pad_token_id"] = tokenizer.eot_id

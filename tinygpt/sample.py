@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -211,7 +211,12 @@ class Writer:
             table.add_column(name, justify="left" if name == "token" else "right")
         for token in shown:
             rank = 1 + int((model > model[token]).sum())
-            row = ["▶" if token == chosen else "", str(rank), self.spelled(token, before), str(token)]
+            row = [
+                "▶" if token == chosen else "",
+                str(rank),
+                self.spelled(token, before),
+                str(token),
+            ]
             row += [percent(model[token]), percent(drawn[token])]
             table.add_row(*map(Text, row), style="bold" if token == chosen else None)
         model[shown] = drawn[shown] = 0
@@ -226,7 +231,8 @@ class Writer:
         if token in (tokenizer.eot_id, tokenizer.bos_id, tokenizer.unknown_id):
             return alone
         text, longer = (tokenizer.decode([*before[-SHOWN:], *more]) for more in ([], [token]))
-        return repr(longer[len(os.path.commonprefix([text, longer])) :] or alone)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, longer))  # noqa: B905
+        return repr(longer[len(list(same)) :] or alone)
 
 
 def percent(probability: Tensor) -> str:

@@ -231,7 +231,9 @@ def _added(content: dict[str, Any], eot: str) -> tuple[str | None, bool]:
     if not before or before == [eot]:
         return None, behind == [eot]
     if len(before) > 1 or behind not in ([], [eot]):
-        raise ValueError(f"puts {' '.join(before)} before a text, {' '.join(behind) or 'nothing'} behind")
+        raise ValueError(
+            f"puts {' '.join(before)} before a text, {' '.join(behind) or 'nothing'} behind"
+        )
     return before[0], bool(behind)
 
 

@@ -61,9 +61,7 @@ def score_samples(
     }
 
 
-def write(
-    model: GPT, tokenizer: Tokenizer, count: int, seed: int, machine: Machine
-) -> list[Ints]:
+def write(model: GPT, tokenizer: Tokenizer, count: int, seed: int, machine: Machine) -> list[Ints]:
     """Samples, without the ends of text."""
     generator = torch.Generator().manual_seed(seed)
     length, found = model.config.max_seq_len, []

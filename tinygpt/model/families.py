@@ -205,13 +205,17 @@ def _rope_scaling(read: _Reader) -> dict[str, float] | None:
     found = None
     for inside in _rope_tables(read):
         kind = inside.content.get("rope_type") or inside.content.get("type") or "default"
-        inside.require(kind in ("default", "llama3"), f"rope_type={kind}: must be default or llama3")
+        inside.require(
+            kind in ("default", "llama3"), f"rope_type={kind}: must be default or llama3"
+        )
         if kind == "llama3":
             found = {name: inside.positive(name) for name in LLAMA3[:3]}
             context = read.number("max_position_embeddings", 2048)
             found[LLAMA3[3]] = float(inside.number(LLAMA3[3], context))
             low, high = found["low_freq_factor"], found["high_freq_factor"]
-            inside.require(low < high, f"low_freq_factor={low}: must be below high_freq_factor={high}")
+            inside.require(
+                low < high, f"low_freq_factor={low}: must be below high_freq_factor={high}"
+            )
     return found
 
 

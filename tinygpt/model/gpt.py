@@ -85,7 +85,8 @@ def dropout_seeds(seed: int, step: int, first: int, count: int) -> Tensor:
     They say what dropout drops of a sequence, however the batch is cut up.
     """
     found = [
-        np.random.SeedSequence([seed, step, n]).generate_state(2) for n in range(first, first + count)
+        np.random.SeedSequence([seed, step, n]).generate_state(2)
+        for n in range(first, first + count)
     ]
     return torch.from_numpy(np.stack(found).view(np.int32))
 

@@ -59,9 +59,9 @@ def score(
     """Scores ``model`` on ``batches`` of inputs and targets, both ``(B, T)``.
 
     ``info`` is the split's entry of the index: the nats of all its tokens that are scored, ends of
-    text included, are set against the bytes and characters of its documents.  ``reduced`` adds up the sums of
-    several processes, each of which scores some of the batches.  ``watch`` is shown, batch by
-    batch, what the model said of its targets and which of them count, ``(B, T)``.
+    text included, are set against the bytes and characters of its documents.  ``reduced`` adds up
+    the sums of several processes, each of which scores some of the batches.  ``watch`` is shown,
+    batch by batch, what the model said of its targets and which of them count, ``(B, T)``.
     """
     was_training = model.training
     model.eval()

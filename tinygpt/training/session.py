@@ -34,7 +34,7 @@ from tinygpt.training.console import (
 )
 from tinygpt.training.evaluation import Scores, score
 from tinygpt.training.folder import begin, failures_recorded, identify
-from tinygpt.training.hardware import compile_model, rounding, set_up
+from tinygpt.training.hardware import choose_threads, compile_model, rounding, set_up
 from tinygpt.training.loggers import Loggers, check_loggers
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
@@ -82,6 +82,7 @@ def train(
     data = open_data(config, prepared, device)
     assert data.plan is not None
     begun = fileio.read_json(run.environment) if run.last.exists() and not config.force else {}
+    chosen = choose_threads(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
     rounds = rounding(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
     initial = None if begun else initial_weights(config, prepared.tokenizer.vocab_size)
     made = functools.partial(
@@ -96,6 +97,8 @@ def train(
         elif found is not None:
             return report_finished(run, found, console)
         with logging_to(console, run):
+            if chosen is not None:
+                log.info("threads %s", chosen)
             resuming = begin(config, run, prepared, device, hash_, rounds, branch)
             results = made(branch.keep_at if branch else ()).train(resuming)
     print_summary(run, results, console)
