@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -196,9 +197,7 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
 # --- what begins and ends a document -------------------------------------------------------
 
 
-def a_folder(
-    folder: Path, template: str | None, eos: str | None = "</s>", **settings: object
-) -> Path:
+def a_folder(folder: Path, template: str | None, eos: str | None = "</s>", **settings: Any) -> Path:
     """Words and three special tokens; ``template`` is what tokenizer.json makes of a text."""
     made = HuggingFaceTokenizer(
         models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<unk>")
@@ -233,7 +232,7 @@ def a_folder(
 def test_what_a_folder_puts_before_a_text_begins_documents(
     tmp_path: Path,
     template: str | None,
-    settings: dict[str, object],
+    settings: dict[str, Any],
     start: str | None,
     unscored: list[int],
     separator: list[int],

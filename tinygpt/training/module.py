@@ -75,8 +75,8 @@ class LanguageModel(pl.LightningModule):
         if self.config.model.dropout > 0:
             # dropout too is a function of (seed, step) and of the sequence's place in the batch,
             # so a resumed run drops the same units, and so does one on other hardware
-            step, part = divmod(batch_idx, self.plan.accumulate)
-            first = (part * self.trainer.world_size + self.global_rank) * len(inputs)
+            step, pass_ = divmod(batch_idx, self.plan.accumulate)
+            first = (pass_ * self.trainer.world_size + self.global_rank) * len(inputs)
             seeds = dropout_seeds(self.config.seed, step, first, len(inputs)).to(inputs.device)
         loss: Tensor = self.model(inputs, targets, seeds=seeds)
         part = loss.detach().to(self.stretch.loss_sum) / self.plan.accumulate
