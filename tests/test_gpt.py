@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinygpt.config import ACTIVATIONS, ModelConfig
-from tinygpt.model.gpt import GPT, rotary_tables, rotate
+from tinygpt.model.gpt import GOLDEN, GPT, drop, dropout_seeds, rotary_tables, rotate
 
 VOCAB = 37
 SMALL: dict[str, Any] = {"n_layers": 2, "d_model": 24, "n_heads": 4, "max_seq_len": 12}
@@ -48,9 +49,9 @@ def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def gradients(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
+def gradients(model: GPT, tokens: Tensor, seeds: Tensor | None = None) -> dict[str, Tensor]:
     model.zero_grad()
-    torch.autograd.backward(loss_of(model(tokens), tokens))
+    torch.autograd.backward(loss_of(model(tokens, seeds=seeds), tokens))
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -428,9 +429,38 @@ def test_dropout_inside_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [0.3, 0.3, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_what_is_dropped_of_a_sequence_is_its_own() -> None:
+    """Whatever batch it is in; by step, sequence, block and place others."""
+    model = make(dropout=0.3).double()
+    tokens, seeds = some_tokens(), dropout_seeds(5, 2, 4, 3)
+    together = model(tokens, seeds=seeds)
+    alone = [model(tokens[n : n + 1], seeds=dropout_seeds(5, 2, 4 + n, 1)) for n in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-12, atol=1e-12)
+    torch.rand(9)  # whatever torch's own state is
+    assert torch.equal(model(tokens, seeds=seeds), together)
+    assert not torch.allclose(model(tokens, seeds=dropout_seeds(5, 3, 4, 3)), together)
+    assert torch.equal(model.eval()(tokens, seeds=seeds), model(tokens))
+
+
+def test_dropped_numbers_are_as_good_as_random() -> None:
+    kept = []
+    for step, block, place in itertools.product(range(2), range(2), range(3)):
+        seeds = dropout_seeds(0, step, 0, 4) + block * GOLDEN
+        kept.append(drop(torch.ones(4, 2**14), 0.3, seeds, place))
+    rows = torch.cat(kept)
+    assert rows.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    shares = (rows > 0).double().mean(1)
+    assert (shares - 0.7).abs().max() < 4.5 * (0.3 * 0.7 / 2**14) ** 0.5
+    shifted = torch.cat([rows.roll(n, 1) for n in (0, 1, 2, 64)])
+    among = torch.corrcoef(shifted) - torch.eye(len(shifted))
+    assert among.abs().max() < 5.5 / 2**7  # as the largest of so many pairs that are independent
+
+
+@pytest.mark.parametrize(("dropout", "seeded"), [(0.0, False), (0.2, False), (0.2, True)])
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_gradient_checkpointing_changes_no_gradient(dropout: float, position: str) -> None:
+def test_gradient_checkpointing_changes_no_gradient(
+    dropout: float, seeded: bool, position: str
+) -> None:
     tokens, results = some_tokens(), []
     for checkpointing in (False, True):
         model = make(gradient_checkpointing=checkpointing, dropout=dropout, position=position)
@@ -438,7 +468,7 @@ def test_gradient_checkpointing_changes_no_gradient(dropout: float, position: st
         norm = model.get_submodule("blocks.0.norm_1")
         norm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(7)
-        results.append(gradients(model, tokens))
+        results.append(gradients(model, tokens, dropout_seeds(0, 0, 0, 3) if seeded else None))
         assert len(calls) == (2 if checkpointing else 1)  # it does compute anew
     plain, anew = results
     assert plain.keys() == anew.keys()

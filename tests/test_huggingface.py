@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tinygpt.config import ConfigError, ModelConfig
+from tinygpt.config import LLAMA3, ConfigError, ModelConfig
 from tinygpt.model.families import family, from_config, to_config, vocab_rows
 from tinygpt.model.gpt import GPT
 from tinygpt.model.huggingface import from_hugging_face, read_weights, to_hugging_face
@@ -22,6 +22,13 @@ from tinygpt.model.huggingface import from_hugging_face, read_weights, to_huggin
 transformers = pytest.importorskip("transformers")
 
 VOCAB, LENGTH = 50, 24
+ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LLAMA: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu"}
 MUP: dict[str, Any] = {"parametrization": "mup", "mup_base_width": 8}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -31,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-mup": {**MUP, "tie_weights": False},
     "gpt2-mup-plain": {**MUP, "bias": False, "pad_vocab_to_multiple": 64},
     "llama": {**LLAMA, "bias": False, "norm_eps": 1e-6},
+    "llama-3": {**LLAMA, "rope_theta": 50.0, "rope_scaling": {n: ROPE[n] for n in LLAMA3}},
     "llama-bias": {**LLAMA, "n_kv_heads": 2, "rope_theta": 500.0, "d_ff": 20},
     "llama-untied": {**LLAMA, "n_kv_heads": 1, "tie_weights": False, "norm_eps": 1e-2},
     "llama-mup": {**LLAMA, **MUP, "n_kv_heads": 2},
@@ -169,6 +177,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "llama-theta": lambda: llama(
         rope_parameters={"rope_type": "default", "rope_theta": 5e5}, num_key_value_heads=2
     ),
+    "llama-3": lambda: llama(rope_parameters={**ROPE, "rope_theta": 50.0}),
 }
 
 
@@ -195,6 +204,11 @@ def test_the_form_of_transformers_4_is_read_too() -> None:
     new = {**old, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
     old |= {"rope_theta": 5e5, "rope_scaling": None}
     assert from_config(old, "x") == from_config(new, "x")
+    scaled = {**old, "rope_scaling": {**ROPE, "rope_type": None, "type": "llama3"}}
+    assert from_config(scaled, "x") == from_config(
+        {**new, "rope_parameters": {**ROPE, "rope_theta": 5e5}}, "x"
+    )
+    assert set(from_config(scaled, "x")["rope_scaling"]) == set(LLAMA3)
     values = from_config(old, "x")
     found = values["rope_theta"], values["norm_eps"], values["tie_weights"], values["n_kv_heads"]
     assert found == (5e5, 1e-6, False, None)
@@ -298,8 +312,27 @@ BASE = {
         ("llama", {"num_key_value_heads": 3}, "3 heads of keys and values do not divide 4 heads"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu: must be silu"),
         ("llama", {"mlp_bias": False}, "mlp_bias=False: must be True like attention_bias=True"),
-        ("llama", {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling: type=linear"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: rope_type=llam"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_type=linear: must be default or",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_parameters: rope_type=yarn: mu",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "llama3"}},
+            "rope_scaling: factor: not in its con",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {**ROPE, "factor": -1}},
+            "rope_scaling: factor=-1: must be a nu",
+        ),
+        ("llama", {"rope_scaling": {**ROPE, "low_freq_factor": 4}}, "must be below high_freq_fac"),
         ("llama", {"rope_parameters": 3}, "rope_parameters=3: must be a table"),
         ("llama", {"num_attention_heads": 32}, "an odd width of a head"),
     ],

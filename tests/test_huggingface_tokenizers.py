@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,8 +22,23 @@ from tinygpt.config import (
     Gpt2Tokenizer,
     TokenizerConfig,
 )
-from tinygpt.data.huggingface import to_hugging_face, tokenizer_config, tokenizer_from_hugging_face
-from tinygpt.data.tokenizers import BOS, EOT, UNKNOWN, Bpe, Gpt2, Tokenizer, train_tokenizer
+from tinygpt.data.huggingface import (
+    read_tokenizer,
+    to_hugging_face,
+    tokenizer_config,
+    tokenizer_from_hugging_face,
+)
+from tinygpt.data.tokenizers import (
+    BOS,
+    EOT,
+    UNKNOWN,
+    Bpe,
+    Gpt2,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
+from tinygpt.fileio import digest
 
 GPT2 = REAL_DATA / "gpt2-bpe"
 KINDS: dict[str, TokenizerConfig] = {
@@ -176,3 +192,105 @@ def test_what_cannot_be_read_is_said_in_a_line(tmp_path: Path) -> None:
     assert "its vocab.json and merges.txt are not GPT-2's" in said()
     (tmp_path / "tokenizer.json").write_text("{}")
     assert "tokenizer.json: not a tokenizer of Hugging Face's" in said()
+
+
+# --- what begins and ends a document -------------------------------------------------------
+
+
+def a_folder(folder: Path, template: str | None, eos: str | None = "</s>", **settings: Any) -> Path:
+    """Words and three special tokens; ``template`` is what tokenizer.json makes of a text."""
+    made = HuggingFaceTokenizer(
+        models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<unk>")
+    )
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if template is not None:
+        special = [(token, made.token_to_id(token)) for token in ("<s>", "</s>")]
+        made.post_processor = processors.TemplateProcessing(template, None, special)
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(made.to_str())
+    ends = {"eos_token": eos} if eos else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**ends, **settings}))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("template", "settings", "start", "unscored", "separator"),
+    [
+        (None, {}, None, [], [2]),
+        ("$A </s>", {}, None, [], [2]),
+        ("</s> $A", {}, None, [], [2]),  # where the end of another stands anyway
+        ("<s> $A", {}, "<s>", [2, 1], [2, 1]),
+        ("<s> $A </s>", {}, "<s>", [1], [2, 1]),  # which the folder itself counts as text
+        (None, {"add_bos_token": True, "bos_token": "<s>"}, "<s>", [2, 1], [2, 1]),
+        ("$A </s>", {"add_bos_token": True, "bos_token": "<s>"}, "<s>", [1], [2, 1]),
+        (None, {"add_bos_token": True}, None, [], [2]),  # and no such token
+        (None, {"add_bos_token": False, "bos_token": "<s>"}, None, [], [2]),
+    ],
+)
+def test_what_a_folder_puts_before_a_text_begins_documents(
+    tmp_path: Path,
+    template: str | None,
+    settings: dict[str, Any],
+    start: str | None,
+    unscored: list[int],
+    separator: list[int],
+) -> None:
+    tokenizer = read_tokenizer(a_folder(tmp_path / "theirs", template, **settings))
+    assert (tokenizer.start_text, list(tokenizer.unscored)) == (start, unscored)
+    assert (tokenizer.separator, tokenizer.start_id) == (separator, 1 if start else 2)
+    said = f"documents start with {start}, as the tokenizer's folder does it"
+    assert tokenizer.convention == (said if start else None)
+    assert tokenizer.encode("a b") == [3, 4]
+    tokenizer.save(tmp_path / "saved.json")  # as a run keeps it
+    saved = load_tokenizer(tmp_path / "saved.json")
+    assert saved.fingerprint() == tokenizer.fingerprint()
+    assert saved.separator == separator
+    if start:  # the export says so to transformers
+        transformers = pytest.importorskip("transformers")
+        back = tmp_path / "back"
+        back.mkdir()
+        (back / "tokenizer.json").write_text(to_hugging_face(tokenizer).to_str())
+        (back / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, 64)))
+        (back / "config.json").write_text('{"model_type": "llama"}')
+        ids = transformers.AutoTokenizer.from_pretrained(back)("a b")["input_ids"]
+        assert ids == [1, 3, 4] + [2] * (unscored == [1])
+        assert read_tokenizer(back).fingerprint() == tokenizer.fingerprint()
+
+
+def test_a_tokenizer_saved_before_there_was_a_convention_is_read_as_it_was(tmp_path: Path) -> None:
+    folder = a_folder(tmp_path, "<s> $A")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    old = {"kind": "hf", "eot": "</s>", "bos": "</s>", "tokenizer": content}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    tokenizer = load_tokenizer(tmp_path / "old.json")
+    assert (tokenizer.convention, tokenizer.separator) == (None, [2])
+    assert tokenizer.fingerprint() == digest(old)
+
+
+def test_more_than_one_token_before_a_text_is_refused(tmp_path: Path) -> None:
+    a_folder(tmp_path, "<s> </s> $A")
+    with pytest.raises(ConfigError, match=r"puts <s> </s> before a text"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("special_tokens_map.json", {"eos_token": "b"}),
+        ("special_tokens_map.json", {"eos_token": {"content": "b", "lstrip": False}}),
+        ("tokenizer_config.json", {"eos_token": {"content": "b"}}),
+        ("generation_config.json", {"eos_token_id": 4}),
+        ("generation_config.json", {"eos_token_id": [4, 3]}),
+        ("config.json", {"model_type": "llama", "eos_token_id": 4}),
+    ],
+)
+def test_what_ends_a_document_stands_in_one_of_several_files(
+    tmp_path: Path, name: str, content: dict[str, object]
+) -> None:
+    a_folder(tmp_path, None, eos=None)
+    with pytest.raises(ConfigError, match=r"no eos_token, which ends a document, in tokenizer_con"):
+        read_tokenizer(tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    assert read_tokenizer(tmp_path).eot_id == 4

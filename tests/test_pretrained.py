@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from torch.nn import functional as F
 from tests.conftest import Command, tiny
 from tinygpt import cli, fileio, load_run, rundir
 from tinygpt.config import BpeTokenizer, ConfigError
-from tinygpt.data.corpora import open_corpus
+from tinygpt.data.corpora import open_corpus, split_documents
 from tinygpt.data.datamodule import TokenData
 from tinygpt.data.huggingface import to_hugging_face
 from tinygpt.data.shards import prepare
-from tinygpt.data.tokenizers import train_tokenizer
+from tinygpt.data.tokenizers import open_tokenizer, train_tokenizer
+from tinygpt.evaluating.runs import evaluate_runs
 from tinygpt.export import export
 from tinygpt.pretrained import contents
 from tinygpt.training.session import train
@@ -205,6 +207,116 @@ def test_a_hugging_face_model_is_gone_on_with(
     assert reader.eos_token_id == made.tokenizer.eot_id
     card = (tmp_path / "back" / "README.md").read_text()
     assert "trained further from theirs, by tinygpt" in card
+
+
+def llama3(folder: Path, texts: list[str]) -> Any:
+    """A Llama whose context holds the stories, scaled as Llama 3's; its tokenizer begins them."""
+    import transformers
+    from tokenizers import processors
+
+    tokenizer = their_tokenizer(texts)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=256,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.1,
+        rope_parameters=rope,
+    )
+    torch.manual_seed(2)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>"
+    )
+    made.save_pretrained(folder)
+    settings = fileio.read_json(folder / "tokenizer_config.json")
+    settings.pop("eos_token")
+    fileio.write_json(folder / "tokenizer_config.json", settings)
+    fileio.write_json(folder / "special_tokens_map.json", {"eos_token": {"content": "</s>"}})
+    return model
+
+
+def story_by_story(model: Any, tokenizer: Any, texts: list[str]) -> tuple[float, int]:
+    """The sum of nats that transformers computes of each text alone, and of how many tokens."""
+    nats, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text, split_special_tokens=True)["input_ids"]])
+        with torch.no_grad():
+            nats += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return nats, count
+
+
+def test_documents_start_as_their_tokenizers_folder_does_it(
+    corpus: Path, cache: Path, tmp_path: Path
+) -> None:
+    """In evaluation, training, sampling and export; the loss is that of transformers."""
+    import transformers
+
+    stories = corpus.read_text().split("\n<|endoftext|>\n")
+    theirs = llama3(tmp_path / "theirs", stories)
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    words = further(corpus, tmp_path / "theirs", "train.batch_tokens=256", "run_name=r")
+    words += ["train.steps=1", "optim.learning_rate=1e-30", "train.sample_tokens=3"]
+    results = run(words, tmp_path, cache)
+    said = (tmp_path / "runs" / "r" / "run.log").read_text()
+    assert "documents start with <s>, as the tokenizer's folder does it" in said
+    assert results["document_start"] == "<s>"
+
+    made = load_run(tmp_path / "runs" / "r")
+    data = TokenData(
+        prepare(open_corpus(made.config.data), made.config.data, made.config.tokenizer, cache),
+        made.config,
+    )
+    documents = list(split_documents(open_corpus(made.config.data), made.config.data))
+    texts = [document.text for split, document in documents if split == "val"]
+    nats, count = story_by_story(theirs, reader, texts)
+    assert results["initial_val_loss"] == pytest.approx(nats / count, rel=1e-5)
+    bits = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    assert results["final_val_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+    start, end = (reader.convert_tokens_to_ids(token) for token in ("<s>", "</s>"))
+    train = data.splits["train"]
+    first = made.tokenizer.encode(next(d.text for split, d in documents if split == "train"))
+    assert train.shards[0][: len(first) + 3].tolist() == [start, *first, end, start]
+    assert made.encode_prompt("") == [start]
+    assert made.encode_prompt("The cat") == reader("The cat")["input_ids"]
+
+    scored = evaluate_runs(tmp_path / "runs" / "r", data=corpus, samples=2)
+    nats, count = story_by_story(theirs, reader, stories)
+    assert scored["loss"][0] == pytest.approx(nats / count, rel=1e-5)
+    assert scored["scored_tokens"][0] == count
+    assert scored["document_start"][0] == "<s>"
+    short = evaluate_runs(tmp_path / "runs" / "r", data=corpus, stride=16)
+    assert short["scored_tokens"][0] == count
+
+    export(made, tmp_path / "back")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
+    text = "The cat — a naïve one 🐈 — saw 9 birds."
+    assert again(text)["input_ids"] == made.encode_prompt(text) == reader(text)["input_ids"]
+    assert (again.bos_token, again.eos_token) == ("<s>", "</s>")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert model.config.rope_parameters == theirs.config.rope_parameters
+    ids = torch.tensor([made.encode_prompt(" ".join(stories[:3]))[:256]])
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(made.model(ids), expected, rtol=1e-5, atol=1e-5)
+    back = open_tokenizer("x", str(tmp_path / "back"))
+    assert back.fingerprint() == made.tokenizer.fingerprint()
+    assert model.generation_config.bos_token_id == start
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert 'tokenizer("Once upon' in card
+    assert "documents start with <s>, as the tokenizer's folder does it" in card
 
 
 def test_what_no_gpt_of_ours_can_be_is_refused(corpus: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers
 
 from tests.conftest import Command, tiny
 from tinygpt import cli, sample
 from tinygpt.config import Sampling
-from tinygpt.data.tokenizers import Bytes
+from tinygpt.data.huggingface import Foreign
+from tinygpt.data.tokenizers import Bytes, Tokenizer
 from tinygpt.model.generate import LOOK_EVERY
-from tinygpt.sample import Arguments, Wanted, Writer, batches, take_whole
+from tinygpt.sample import Arguments, Unfolding, Wanted, Writer, batches
 from tinygpt.trained import TrainedRun, load_run
 from tinygpt.training.session import train
 
@@ -276,23 +281,90 @@ def on_page(run: TrainedRun, texts: list[Wanted], terminal: bool = True, **argum
     return file.getvalue()
 
 
+STORY = "Once upon a time, there was a boy named Tim. Él vió 日本 👩\u200d🚀 e\u0301 \ufffd  x \n"
+DECODERS: dict[str, Any] = {
+    "llama": decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    ),
+    "metaspace": decoders.Metaspace(),
+    "wordpiece": decoders.WordPiece(cleanup=True),
+    "suffix": decoders.BPEDecoder("s"),
+    "joining": decoders.Sequence([decoders.Fuse(), decoders.Replace("e▁", "E")]),
+    "none": None,
+}
+
+
+@functools.cache
+def llama_like(decoder: str = "llama") -> Foreign:
+    """Words behind ``▁``, single characters, and bytes for all others; it puts ``<s>`` first."""
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    words = ["▁Once", "▁upon", "▁a", "▁time", "▁boy"]
+    begun = [word[:n] for word in words for n in range(2, len(word) + 1)]
+    tokens = [*special, *"▁abcdefhimnoprstuwOTy,.", *begun, "##ing", "ing"]
+    vocab = {token: n for n, token in enumerate(dict.fromkeys(tokens))}
+    merges = [(token[:-1], token[-1]) for token in dict.fromkeys(begun)]
+    made = Library(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if DECODERS[decoder] is not None:
+        made.decoder = DECODERS[decoder]
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Foreign(json.loads(made.to_str()), "</s>", "<s>", "<s>")
+
+
+def spoken(tokenizer: Tokenizer, ids: Sequence[int], prompt: int = 0) -> list[str]:
+    """What is shown as the tokens come; each piece stands when the next is shown."""
+    text = Unfolding(tokenizer)
+    return [text.add(ids[:prompt]), *(text.add([i]) for i in ids[prompt:]), text.rest()]
+
+
 @given(st.lists(st.integers(0, 257)) | st.text().map(lambda text: list(text.encode())))
 def test_pieces_are_whole_characters_and_add_up(ids: list[int]) -> None:
-    tokenizer, waiting, pieces = Bytes(), list[int](), []
-    for token in ids:
-        waiting.append(token)
-        pieces.append(take_whole(tokenizer, waiting))
-        # what is shown will not change, whatever comes
-        assert tokenizer.decode(ids).startswith("".join(pieces))
-    assert "".join(pieces) + tokenizer.decode(waiting) == tokenizer.decode(ids)
+    tokenizer, shown = Bytes(), ""
+    for piece in spoken(tokenizer, ids):
+        shown += piece
+        assert tokenizer.decode(ids).startswith(shown)
+    assert shown == tokenizer.decode(ids)
 
 
 def test_a_character_waits_for_its_last_byte() -> None:
-    waiting, shown = list[int](), []
-    for byte in "é😀a".encode():
-        waiting.append(byte)
-        shown.append(take_whole(Bytes(), waiting))
-    assert shown == ["", "é", "", "", "", "😀", "a"]
+    assert spoken(Bytes(), list("é😀a".encode())) == ["", "", "é", "", "", "", "😀", "a", ""]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@given(data=st.data())
+def test_any_tokens_are_shown_as_they_are_decoded_together(
+    decoder: str, data: st.DataObject
+) -> None:
+    """Also bytes that spell nothing, and spaces at any place."""
+    tokenizer = llama_like(decoder)
+    spelled = [*range(1, 3), *map(int, (3 + 0xC3, 3 + 0xA9, 3 + 0xF0, 3 + 0x41))]
+    ids = st.sampled_from(spelled) | st.integers(259, tokenizer.vocab_size - 1)
+    drawn = data.draw(st.lists(ids, max_size=30))
+    prompt = data.draw(st.integers(0, len(drawn)))
+    assert "".join(spoken(tokenizer, drawn, prompt)) == tokenizer.decode(drawn)
+
+
+def test_words_behind_a_mark_keep_their_spaces() -> None:
+    tokenizer = llama_like()
+    ids = tokenizer.encode(STORY)
+    assert tokenizer.decode(ids) == STORY
+    pieces = spoken(tokenizer, ids)
+    assert "".join(pieces) == STORY
+    assert pieces[:6] == ["", "Once", " upon", " a", " time", ","]  # as they come
+    assert "👩\u200d🚀" in "".join(pieces)
+    page = Writer.__new__(Writer)
+    page.tokenizer = tokenizer
+    time, rocket = tokenizer.encode("a time")[1], tokenizer.encode("🚀")[1:]
+    assert page.spelled(time, tokenizer.encode("Once")) == "' time'"
+    assert page.spelled(time) == "'time'"  # as a text that begins with it
+    assert page.spelled(rocket[3], [time, *rocket[:3]]) == "'🚀'"
+    assert page.spelled(rocket[0], [time]) == "'\ufffd'"
+    assert page.spelled(tokenizer.eot_id) == "</s>"
 
 
 def test_a_lone_text_comes_token_by_token(

@@ -384,8 +384,9 @@ def test_training_is_a_plain_loop(tmp_path: Path, corpus: Path, cache: Path) -> 
 def test_the_micro_batch_is_no_part_of_the_experiment(
     tmp_path: Path, corpus: Path, cache: Path, precision: str, tolerance: float
 ) -> None:
+    """Nor of what dropout drops."""
     words = [f"train.precision={precision}", "train.batch_tokens=1024", "train.log_every=1"]
-    words += ["train.steps=15"]
+    words += ["train.steps=15", "model.dropout=0.2"]
     few = run(tmp_path / "4", cache, corpus, *words, "hardware.micro_batch_size=4")
     many = run(tmp_path / "32", cache, corpus, *words, "hardware.micro_batch_size=32")
     assert few.results["config_hash"] == many.results["config_hash"]

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from tinygpt.config import (
     DEFAULT_TOKENS,
     HORIZONS,
+    LLAMA3,
     SCALED_BY_WIDTH,
     SCALES,
     Config,
@@ -125,6 +126,18 @@ def check(config: Config) -> None:
         model.position != "rope" or model.d_model // model.n_heads % 2 == 0,
         f"model.n_heads={model.n_heads}: rope needs an even d_model / n_heads, "
         f"here {model.d_model} / {model.n_heads} = {model.d_model // model.n_heads}",
+    )
+    scaling = model.rope_scaling
+    require(
+        scaling is None
+        or (
+            model.position == "rope"
+            and scaling.keys() == set(LLAMA3)
+            and min(scaling.values()) > 0
+            and scaling["low_freq_factor"] < scaling["high_freq_factor"]
+        ),
+        f"model.rope_scaling={scaling}: must be null, or with position=rope numbers above 0 for "
+        f"{', '.join(LLAMA3)}, the low below the high",
     )
     _divides("model.max_seq_len", model.max_seq_len, "train.batch_tokens", train.batch_tokens)
     stride = data.stride or model.max_seq_len

@@ -38,6 +38,8 @@ S = TypeVar("S", bound=Settings)
 P = ParamSpec("P")
 
 CONF_DIR = explaining.CONF_DIR
+# Threads that wait must not spin: they would take the cores from those that others keep waiting.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
 
 
@@ -340,11 +342,14 @@ def read_text(key: str, place: str, newline: str | None = None) -> str:
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     """Turns what the user can mend into one line on stderr: ConfigError 2, RunError 1.
 
-    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.  Before torch is there it says, too, how
+    threads wait.
     """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name, value in WAITING.items():
+            os.environ.setdefault(name, value)
         try:
             return command(*args, **kwargs)
         except (RunError, OSError) as error:

@@ -19,6 +19,8 @@ HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # how a model on the hub can be called
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
+# The numbers of Llama 3's RoPE scaling.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SCALES = ("smoke", "laptop", "gpu")
 SCALED_BY_WIDTH = ("adamw", "adam", "lion")  # optimizers whose rate goes with 1/width
 
@@ -77,6 +79,7 @@ class ModelConfig:
     tie_weights: bool = True
     position: str = key("learned", among=("learned", "rope"))
     rope_theta: float = key(10000.0, above=0.0)
+    rope_scaling: Optional[dict[str, float]] = None  # Llama 3's factors for a longer context
     norm: str = key("layernorm", among=("layernorm", "rmsnorm"))
     norm_eps: float = key(1e-5, above=0.0)  # added to the variance
     activation: str = key("gelu", among=ACTIVATIONS)
@@ -330,7 +333,7 @@ class HardwareConfig:
     num_nodes: int = key(1, least=1)
     strategy: str = key("auto", among=("auto", "ddp", "fsdp"))  # auto: ddp for several devices
     micro_batch_size: Optional[int] = key(None, least=1)  # sequences; null: what fits well
-    threads: Optional[int] = key(None, least=1, most=4096)  # CPU threads; null: torch's own choice
+    threads: Optional[int] = key(None, least=1, most=4096)  # CPU threads; null: as many as pay
     compile: str = key("auto", among=("auto", "off", "regional", "whole", "graphs"))
     matmul: str = key("auto", among=("auto", "torch", "onednn"))  # on the CPU, in 32 bits
     allocator: str = key("keep", among=("keep", "system"))  # of memory on the CPU

@@ -80,6 +80,10 @@ def main() -> None:
         written += figures.draw(made, folder)
     scored = {one.scores["folder"] for one in made}
     table.show(made, [path for path in paths if str(path) in scored], console)
+    starts = {one.scores["run"]: one.scores["document_start"] for one in made}
+    for run, start in starts.items():
+        if start is not None:
+            print(f"note: {run}: documents start with {start}, as the tokenizer's folder does it")
     for path in without:
         print(f"note: {path} has no checkpoint")
     print(f"\n{', '.join([str(written[0]), *(path.name for path in written[1:])])}")

@@ -87,9 +87,10 @@ def export(run: TrainedRun, to: Path) -> None:
     from tinygpt.model.huggingface import to_hugging_face
 
     model, tokenizer = run.config.model, run.tokenizer
-    config = families.to_config(model, tokenizer.vocab_size, tokenizer.eot_id)
+    config = families.to_config(model, tokenizer.vocab_size, tokenizer.eot_id, tokenizer.start_id)
     weights = to_hugging_face(run.model)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot_id)
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    ids["pad_token_id"] = tokenizer.eot_id
     with fileio.replacing_folder(to.expanduser().resolve()) as folder:
         fileio.write_json(folder / "config.json", config)
         fileio.write_json(folder / "generation_config.json", ids)
@@ -107,6 +108,8 @@ def _show(run: TrainedRun, to: str) -> None:
     size = (Path(to).expanduser() / WEIGHTS).stat().st_size
     print(f"{run.path}, {run.checkpoint} (step {run.step:,}): {title}, {sizes.total:,} parameters")
     print(f"{to}: {', '.join(sorted(FILES))} ({size / 1e6:.1f} MB of weights)")
+    if run.tokenizer.convention:
+        print(run.tokenizer.convention)
     print("to load it, in Python:")
     print("\n".join(f"  {line}" for line in _loading(run, to)))
 
@@ -116,7 +119,7 @@ def _loading(run: TrainedRun, name: str) -> list[str]:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'tokens = tokenizer("{_end(run)}Once upon a time", return_tensors="pt")',
+        f'tokens = tokenizer("{_start(run)}Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))",
     ]
 
@@ -124,6 +127,11 @@ def _loading(run: TrainedRun, name: str) -> list[str]:
 def _end(run: TrainedRun) -> str:
     """The special token between texts."""
     return run.tokenizer.decode([run.tokenizer.eot_id])
+
+
+def _start(run: TrainedRun) -> str:
+    """What a prompt for transformers begins with; nothing where its tokenizer puts that there."""
+    return "" if run.tokenizer.convention else _end(run)
 
 
 # --- the model card
@@ -145,8 +153,8 @@ def model_card(run: TrainedRun, weights: dict[str, Tensor], name: str) -> str:
             *("---", *head, "---", f"# {config.run_name or run.path.name}", ""),
             f"A small {title}, trained {begun} by tinygpt {version}.",
             *("", "```python", *_loading(run, name), "```", ""),
-            "In training every text stood behind the end of another, so a prompt begins best with",
-            f"`{_end(run)}`, as above. The context is {config.model.max_seq_len:,} tokens.",
+            *_beginning(run),
+            f"The context is {config.model.max_seq_len:,} tokens.",
             "",
             f"In a text for transformers' tokenizer `{_end(run)}` and other special tokens become",
             "their special ids. tinygpt's reads them as ordinary characters, as does",
@@ -154,6 +162,15 @@ def model_card(run: TrainedRun, weights: dict[str, Tensor], name: str) -> str:
             *("", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows), ""),
         ]
     )
+
+
+def _beginning(run: TrainedRun) -> list[str]:
+    if run.tokenizer.convention:
+        return [f"In training {run.tokenizer.convention}, and so do prompts here."]
+    return [
+        "In training every text stood behind the end of another, so a prompt begins best with",
+        f"`{_end(run)}`, as above.",
+    ]
 
 
 def _name(init_from: str) -> str:

@@ -59,6 +59,8 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     for name in ("encoding", "delimiter", "header"):
         if values["data"].get(name, 0) is None:
             values["data"].pop(name)
+    if config.model.rope_scaling is None:
+        values["model"].pop("rope_scaling")
     return fileio.digest({**values, "content": content})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -101,6 +102,8 @@ def notes(run: TrainedRun, prompts: Sequence[str], begun: Sequence[Sequence[int]
         names = ", ".join(map(repr, characters))
         shown = run.tokenizer.decode([unknown])
         yield f"not in the alphabet of this run: {names}; read, and shown, as {shown}"
+    if run.tokenizer.convention:
+        yield run.tokenizer.convention
     context = run.model.config.max_seq_len
     longest = max(map(len, begun))
     if longest > context:
@@ -162,16 +165,15 @@ class Writer:
             self.put(self.tokenizer.decode([self.tokenizer.eot_id]) + "\n")
 
     def show(self, begun: Sequence[int], new: Iterable[int]) -> None:
-        """The text, as its tokens come; bytes that are no whole character yet wait for the rest."""
-        self.put(self.tokenizer.decode(begun[1:]), "bold")
-        waiting: list[int] = []
+        """The text, as its tokens come: what is shown of it will not change."""
+        spoken = Unfolding(self.tokenizer)
+        self.put(spoken.add(begun[1:]), "bold")
         token = None
         for token in new:
             if token == self.tokenizer.eot_id:
                 break
-            waiting.append(token)
-            self.put(take_whole(self.tokenizer, waiting))
-        self.put(self.tokenizer.decode(waiting))
+            self.put(spoken.add([token]))
+        self.put(spoken.rest())
         if self.console.is_terminal and token == self.tokenizer.eot_id:
             self.put(self.tokenizer.decode([token]), "dim")
         self.put("\n")
@@ -188,16 +190,16 @@ class Writer:
         ids = list(text.begun)
         for number, step in enumerate(self.steps([text]), start=1):
             if self.arguments.top:
-                before = self.tokenizer.decode(ids[1:][-SHOWN:])[-SHOWN:]
+                before = self.tokenizer.decode(ids[1:])[-SHOWN:]
                 where = f"  after {before!r}" if before else "  at the beginning"
                 self.console.print(Text.assemble((f"step {number}", "bold"), (where, "dim")))
-                self.console.print(self.table(step), Text())
+                self.console.print(self.table(step, ids[1:]), Text())
             ids.append(int(step.tokens))
             yield ids[-1]
             if ids[-1] == self.tokenizer.eot_id:
                 return
 
-    def table(self, step: Step) -> Table:
+    def table(self, step: Step, before: Sequence[int]) -> Table:
         """The likeliest tokens, the chosen one, all others: their shares add up to 1."""
         model, drawn = step.logits[0].float().softmax(-1), step.filtered[0].float().softmax(-1)
         chosen = int(step.tokens)
@@ -209,7 +211,12 @@ class Writer:
             table.add_column(name, justify="left" if name == "token" else "right")
         for token in shown:
             rank = 1 + int((model > model[token]).sum())
-            row = ["▶" if token == chosen else "", str(rank), self.spelled(token), str(token)]
+            row = [
+                "▶" if token == chosen else "",
+                str(rank),
+                self.spelled(token, before),
+                str(token),
+            ]
             row += [percent(model[token]), percent(drawn[token])]
             table.add_row(*map(Text, row), style="bold" if token == chosen else None)
         model[shown] = drawn[shown] = 0
@@ -217,24 +224,46 @@ class Writer:
         table.add_row(*row, percent(model.sum()), percent(drawn.sum()), style="dim")
         return table
 
-    def spelled(self, token: int) -> str:
-        """In quotes, with spaces and control characters to be seen; special tokens without."""
-        tokenizer, text = self.tokenizer, self.tokenizer.decode([token])
-        special = (tokenizer.eot_id, tokenizer.bos_id, tokenizer.unknown_id)
-        return text if token in special else repr(text)
+    def spelled(self, token: int, before: Sequence[int] = ()) -> str:
+        """What it adds to the text of ``before``, in quotes, with spaces and control characters to
+        be seen; special tokens without."""
+        tokenizer, alone = self.tokenizer, self.tokenizer.decode([token])
+        if token in (tokenizer.eot_id, tokenizer.bos_id, tokenizer.unknown_id):
+            return alone
+        text, longer = (tokenizer.decode([*before[-SHOWN:], *more]) for more in ([], [token]))
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, longer))  # noqa: B905
+        return repr(longer[len(list(same)) :] or alone)
 
 
 def percent(probability: Tensor) -> str:
     return f"{probability:.2%}" if probability > 0 else "–"
 
 
-def take_whole(tokenizer: Tokenizer, waiting: list[int]) -> str:
-    """The text of the tokens that wait, once it ends with a whole character; then none waits."""
-    text = tokenizer.decode(waiting)
-    if text.endswith("\ufffd"):
-        return ""
-    waiting.clear()
-    return text
+class Unfolding:
+    """The text of tokens that come one after another: what each of them adds, once it is sure.
+
+    Decoded are only the tokens since the last but one sure place: what a decoder makes of a token
+    may depend on the one before it (Llama's leaves out the space of the first).
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.sure = 0  # of these, how many were shown, with others behind them to be
+
+    def add(self, ids: Sequence[int]) -> str:
+        self.ids += ids
+        text = self.tokenizer.decode(self.ids)
+        return self._shown(text) if self.tokenizer.is_settled(self.ids, text) else ""
+
+    def rest(self) -> str:
+        """What the end of the text leaves as it is."""
+        return self._shown(self.tokenizer.decode(self.ids))
+
+    def _shown(self, text: str) -> str:
+        before = len(self.tokenizer.decode(self.ids[: self.sure]))
+        self.ids, self.sure = self.ids[self.sure :], len(self.ids) - self.sure
+        return text[before:]
 
 
 @cli.one_line_errors

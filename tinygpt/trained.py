@@ -64,8 +64,8 @@ class TrainedRun:
         return self.tokenizer.decode([*begun[1:], *new])
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """As training saw the beginning of a document: behind the end of another."""
-        return [self.tokenizer.eot_id, *self.tokenizer.encode(prompt)]
+        """As training saw the beginning of a document."""
+        return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
 
     def stream(
         self,
@@ -92,6 +92,7 @@ class TrainedRun:
             sampling,
             generators,
             stop_token=self.tokenizer.eot_id,
+            start_token=self.tokenizer.start_id,
             use_cache=use_cache,
         )
 

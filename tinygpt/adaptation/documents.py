@@ -210,7 +210,7 @@ def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Docu
         doc_id=doc_id,
         sha256=sha,
         context=shown,
-        context_ids=[tokenizer.eot_id, *context],
+        context_ids=[tokenizer.start_id, *context],
         split="",
         heldout=Heldout(
             *windows([rest[i : i + length + 1] for i in range(0, len(rest) - 1, length)])
@@ -283,7 +283,7 @@ def _fact(
     context, *others = (f"{opening} {statement}" for statement in said)
     questions = [
         Question(
-            [tokenizer.eot_id, *tokenizer.encode(f"{opening} {prompt}")],
+            [tokenizer.start_id, *tokenizer.encode(f"{opening} {prompt}")],
             _answer(tokenizer, answer),
             tree,
         )
@@ -296,7 +296,7 @@ def _fact(
         doc_id=f"{entity.name}-{relation}",
         sha256=hashlib.sha256(context.encode()).hexdigest(),
         context=context,
-        context_ids=[tokenizer.eot_id, *tokenizer.encode(context)],
+        context_ids=[tokenizer.start_id, *tokenizer.encode(context)],
         split="",
         heldout=Heldout(inputs, targets, questions),
         oracle=others,

@@ -179,7 +179,7 @@ def materialise(edit: SelfEdit, document: Document, tokenizer: Tokenizer, length
     copies = range(edit.n if edit.aug != "none" else 0)
     every = [_altered(edit.aug, *piece, tokenizer, rng) for _ in copies for piece in pieces]
     every += [ids for _, ids in pieces]
-    return [row for ids in every for row in _rows([tokenizer.eot_id, *ids], edit.mask, length)]
+    return [row for ids in every for row in _rows([tokenizer.start_id, *ids], edit.mask, length)]
 
 
 def _altered(

@@ -7,12 +7,13 @@ One difference no file can take away: in theirs a special token's literal text, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from tinygpt import fileio
@@ -48,22 +49,36 @@ class Foreign(Tokenizer):
 
     kind = "hf"
 
-    def __init__(self, content: dict[str, Any], eot: str, bos: str) -> None:
-        """``content`` is that of tokenizer.json.  Raises ValueError where it cannot be used."""
+    def __init__(
+        self,
+        content: dict[str, Any],
+        eot: str,
+        bos: str,
+        start: str | None = None,
+        ends: bool = False,
+    ) -> None:
+        """``content`` is that of tokenizer.json; ``start``: the token that it puts before a text,
+        ``ends``: ``eot`` behind it, too.  Raises ValueError where it cannot be used."""
         self.content, self.eot, self.bos = content, eot, bos
         self._inner = library_tokenizer(json.dumps(content))
         self._inner.no_truncation()
         self._inner.no_padding()
         self._inner.encode_special_tokens = True  # in a text they are ordinary characters
         vocab = self._inner.get_vocab(with_added_tokens=True)
-        for token in (eot, bos):
+        for token in (eot, bos, *([start] if start else [])):
             if token not in vocab:
                 raise ValueError(f"no token {token!r}")
         self.vocab_size = max(vocab.values()) + 1
         self.eot_id, self.bos_id = vocab[eot], vocab[bos]
+        self.start, self.ends = start, ends
+        if start is not None:
+            self.document_start = vocab[start]
+            self.unscored = [vocab[start]] if ends else [vocab[eot], vocab[start]]
         unknown = content["model"].get("unk_token")
         falls_back = content["model"].get("byte_fallback")
         self.unknown_id = vocab.get(unknown) if unknown and not falls_back else None
+        self._bytes = {i for token, i in vocab.items() if re.fullmatch("<0x[0-9A-F]{2}>", token)}
+        self._unfolds = _unfolds(content.get("decoder"))
         self.encode(UNHEARD_OF)
 
     def _encode(self, text: str) -> Ids:
@@ -81,8 +96,28 @@ class Foreign(Tokenizer):
             text: str = self._inner.decode(checked, skip_special_tokens=False)
         return text
 
+    def is_settled(self, ids: Sequence[int], text: str) -> bool:
+        """Bytes that spell no character, together, are none of them: they wait for their last."""
+        last = not ids or ids[-1] not in self._bytes
+        return self._unfolds and last and super().is_settled(ids, text)
+
     def _content(self) -> dict[str, Any]:
-        return {"kind": self.kind, "eot": self.eot, "bos": self.bos, "tokenizer": self.content}
+        start = {"start": self.start, "ends": self.ends} if self.start else {}
+        named = {"kind": self.kind, "eot": self.eot, "bos": self.bos}
+        return {**named, **start, "tokenizer": self.content}
+
+
+def _unfolds(decoder: dict[str, Any] | None) -> bool:
+    """Whether a decoder never changes what it made of some tokens when others follow, but for
+    characters that are not whole."""
+    kind = decoder["type"] if decoder else "Fuse"
+    if kind == "Sequence":
+        return all(map(_unfolds, decoder["decoders"]))  # type: ignore[index]
+    if kind == "Replace":  # of more than a character, it can join two tokens
+        return len(decoder["pattern"].get("String", "??")) == 1  # type: ignore[index]
+    return kind in ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece") or (
+        kind == "Strip" and decoder["stop"] == 0  # type: ignore[index]
+    )
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
@@ -118,7 +153,8 @@ def _with_special(made: HuggingFaceTokenizer, *tokens: str) -> HuggingFaceTokeni
 def tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
     """The content of tokenizer_config.json, for transformers 4 and 5.
 
-    A text begins after the end of another, as in training; <|bos|> was never seen.
+    A text begins as in training: after the end of another (<|bos|> was never seen), or after the
+    token that tokenizer.json puts there.
     """
     end, unknown = EOT, {"unk_token": UNKNOWN} if tokenizer.unknown_id is not None else {}
     if isinstance(tokenizer, Foreign):
@@ -130,7 +166,7 @@ def tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
         # else 4 also gives token types, whose embedding its GPT-2 adds to every token's
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "bos_token": end,
+        "bos_token": getattr(tokenizer, "start", None) or end,
         "eos_token": end,
         "pad_token": end,
         **unknown,
@@ -140,20 +176,79 @@ def tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder.  Raises ConfigError, naming what is missing."""
     ours = tokenizer_from_hugging_face(folder)
-    if ours is not None:
+    names = ("tokenizer_config.json", "special_tokens_map.json")
+    settings, special = (_settings(folder / name) for name in names)
+    eot, bos = (
+        _token(settings.get(key)) or _token(special.get(key)) for key in ("eos_token", "bos_token")
+    )
+    path, adds_bos = folder / "tokenizer.json", settings.get("add_bos_token") is True
+    if ours is not None and (not adds_bos or bos in (None, ours.decode([ours.eot_id]))):
         return ours
-    path = folder / "tokenizer.json"
     content = fileio.read_json(path)
-    settings = fileio.read_json(folder / "tokenizer_config.json")
-    eot = _token(settings.get("eos_token"))
-    if eot is None:
-        raise ConfigError(f"{folder}/tokenizer_config.json: no eos_token, which ends a document")
     try:
-        return Foreign(content, eot, _token(settings.get("bos_token")) or eot)
+        eot = eot or _by_number(folder, content)
+        if eot is None:
+            raise ConfigError(
+                f"{folder}: no eos_token, which ends a document, in {', '.join(names)}, "
+                "generation_config.json or config.json"
+            )
+        if adds_bos and bos not in (None, eot):
+            content = _with_start(content, str(bos), eot)
+        start, ends = _added(content, eot)
+        return Foreign(content, eot, start or _token(settings.get("bos_token")) or eot, start, ends)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
             f"{path}: not a tokenizer that can be used ({one_line(error)})"
         ) from error
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return dict(fileio.read_json(path)) if path.exists() else {}
+
+
+def _by_number(folder: Path, content: dict[str, Any]) -> str | None:
+    """The token that the settings of the model give as the end, the first of several."""
+    for name in ("generation_config.json", "config.json"):
+        number = _settings(folder / name).get("eos_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int):
+            return library_tokenizer(json.dumps(content)).id_to_token(number)
+    return None
+
+
+def _added(content: dict[str, Any], eot: str) -> tuple[str | None, bool]:
+    """The token that tokenizer.json puts before a text, unless it is ``eot``, which stands there
+    anyway; and whether it puts ``eot`` behind it.  Raises ValueError for more than that."""
+    library = library_tokenizer(json.dumps(content))
+    with library_errors():
+        words = sorted(library.get_vocab(with_added_tokens=False))
+        some = next((w for w in words if library.encode(w, add_special_tokens=False).ids), "")
+        found = library.encode(some)
+    text = [n for n, mask in enumerate(found.special_tokens_mask) if not mask] or [0]
+    before, behind = found.tokens[: text[0]], found.tokens[text[-1] + 1 :]
+    if not before or before == [eot]:
+        return None, behind == [eot]
+    if len(before) > 1 or behind not in ([], [eot]):
+        raise ValueError(
+            f"puts {' '.join(before)} before a text, {' '.join(behind) or 'nothing'} behind"
+        )
+    return before[0], bool(behind)
+
+
+def _with_start(content: dict[str, Any], bos: str, eot: str) -> dict[str, Any]:
+    """The same with ``bos`` before a text, where nothing is yet, as ``add_bos_token`` asks."""
+    before, ends = _added(content, eot)
+    if before is not None:
+        return content
+    library = library_tokenizer(json.dumps(content))
+    tokens = [bos, eot] if ends else [bos]
+    library.post_processor = processors.TemplateProcessing(
+        single=" ".join([bos, "$A", *tokens[1:]]),
+        special_tokens=[(token, library.token_to_id(token)) for token in tokens],
+    )
+    return dict(json.loads(library.to_str()))
 
 
 def _token(value: Any) -> str | None:

@@ -2,7 +2,8 @@
 
 The stages: documents → split → tokenizer → shards on disk (``train_00000.bin`` ...) with an
 ``index.json`` → windows of tokens.  A shard is ``eot d1 eot d2 eot ...``: every document's tokens
-and the end of text behind it are targets once, the first ``eot`` is context alone.
+and the end of text behind it are targets once, the first ``eot`` is context alone.  With a
+tokenizer that begins documents by itself it is ``bos d1 eot bos d2 eot bos ...``.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Split:
         offsets = np.load(folder / self.info["offsets"]["file"])
         counts = [entry["documents"] + 1 for entry in self.info["files"]]
         self.offsets = np.split(offsets, np.cumsum(counts)[:-1])  # per shard: (documents + 1,)
+        # tokens behind each document that are not scored: where there are, it is scored by itself
+        self.unscored = len(self.info.get("unscored_ids", ()))
 
     def gather(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
         """Tokens ``(B, length)`` from positions ``starts`` ``(B,)``; none crosses a shard."""
@@ -87,7 +90,8 @@ class Split:
         ``whole_documents``: a window begins where a document does and holds whole documents, as
         many as fit; the longest must fit.  Else windows begin ``stride`` apart (null: ``length``),
         and a target counts where it stands behind the most context: in a shard's first window all
-        do, in each later one those that no window before it holds.
+        do, in each later one those that no window before it holds.  Where documents begin with a
+        token of their own each is scored by itself, as ``transformers`` reads it.
         """
         starts, ends, counted = [], [], []
         base = 0
@@ -96,13 +100,19 @@ class Split:
                 cuts = np.array(_packed(offsets, length), dtype=np.int64)
                 first, last = cuts[:-1], cuts[1:]
             else:
-                step, total = stride or length, int(offsets[-1])
-                windows = 1 + max(0, -(-(total - length) // step))
-                first = np.arange(windows, dtype=np.int64) * step
-                last = np.minimum(first + length, total)
+                cuts = offsets if self.unscored else offsets[[0, -1]]
+                begin, end = cuts[:-1], cuts[1:] - self.unscored  # (D,): scored side by side
+                step, used = stride or length, end > begin
+                begin, end = begin[used], end[used]
+                windows = 1 + np.maximum(0, -(-(end - begin - length) // step))
+                which = np.repeat(np.arange(len(begin)), windows)  # (W,)
+                number = np.arange(len(which)) - (np.cumsum(windows) - windows)[which]
+                first = begin[which] + number * step
+                last = np.minimum(first + length, end[which])
+            seen = np.concatenate((first[:1], last[:-1]))
             starts.append(base + first)
             ends.append(base + last)
-            counted.append(base + np.concatenate((first[:1], last[:-1])))
+            counted.append(base + np.maximum(first, seen))
             base += len(shard)
         begin = np.concatenate(starts)
         return EvalWindows(begin, np.concatenate(ends) - begin, np.concatenate(counted) - begin)

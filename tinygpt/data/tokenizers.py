@@ -55,6 +55,32 @@ class Tokenizer(ABC):
     bos_id: int
     eot_id: int
     unknown_id: int | None = None  # char only; the caller counts it in the ids
+    # Where a Hugging Face folder puts a token of its own before a text: it, and those behind a
+    # document that are no part of it and are not scored.  Else a document follows the end of
+    # another, which is scored.
+    document_start: int | None = None
+    unscored: Sequence[int] = ()
+
+    @property
+    def start_id(self) -> int:
+        """The token that a document, and so a prompt, begins behind."""
+        return self.eot_id if self.document_start is None else self.document_start
+
+    @property
+    def separator(self) -> list[int]:
+        """What stands between two documents."""
+        return list(dict.fromkeys([self.eot_id, self.start_id]))
+
+    @property
+    def start_text(self) -> str | None:
+        """The text of ``document_start``."""
+        return None if self.document_start is None else self.decode([self.document_start])
+
+    @property
+    def convention(self) -> str | None:
+        """What begins a document, in a line; None where that is the end of another, as in ours."""
+        start = self.start_text
+        return start and f"documents start with {start}, as the tokenizer's folder does it"
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, without any special token."""
@@ -72,6 +98,11 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; special ids become their literal text, bytes that are not UTF-8
         U+FFFD.  Raises ConfigError for an id outside the vocabulary."""
+
+    def is_settled(self, ids: Sequence[int], text: str) -> bool:
+        """Whether ``text``, that of ``ids``, stays as it is whatever ids follow: it ends with a
+        whole character."""
+        return not text.endswith("\ufffd")
 
     @abstractmethod
     def _content(self) -> dict[str, Any]:
@@ -306,7 +337,8 @@ def _from_content(text: str, content: Any) -> Tokenizer:
     elif kind == "hf":
         from tinygpt.data.huggingface import Foreign
 
-        made = Foreign(content["tokenizer"], content["eot"], content["bos"])
+        start, ends = content.get("start"), content.get("ends", False)
+        made = Foreign(content["tokenizer"], content["eot"], content["bos"], start, ends)
     else:
         raise ValueError(f"kind {kind!r}")
     if made._content() != content:

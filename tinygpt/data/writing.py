@@ -270,7 +270,8 @@ class SplitWriter:
         if not self.pending:
             return
         documents, encoded = [list(side) for side in zip(*self.pending, strict=True)]
-        lengths = np.array([len(ids) + 1 for ids in encoded], dtype=np.int64)  # with end of text
+        end = len(self.tokenizer.separator)
+        lengths = np.array([len(ids) + end for ids in encoded], dtype=np.int64)
         kept = len(encoded)
         if self.limit is not None:
             within = np.cumsum(lengths) + self.info["tokens"] >= self.limit
@@ -282,13 +283,13 @@ class SplitWriter:
         self.pending, self.pending_characters = [], 0
 
     def _write(self, encoded: list[Any], lengths: NDArray[np.int64]) -> None:
-        end = np.array([self.tokenizer.eot_id], dtype=self.dtype)
+        end = np.array(self.tokenizer.separator, dtype=self.dtype)
         if not self.files or self.shard_tokens >= SHARD_TOKENS:
             self.files.append({"file": f"{self.name}_{len(self.files):05d}.bin", "documents": 0})
             self.shard_tokens = 0
         path = self.folder / self.files[-1]["file"]
         if self.shard_tokens == 0:
-            self._append(path, end)
+            self._append(path, end[-1:])
             self._append(self.offsets, np.zeros(1, dtype=np.int64))
         self._append(path, np.concatenate([part for ids in encoded for part in (ids, end)]))
         self._append(self.offsets, self.shard_tokens + np.cumsum(lengths))
@@ -327,9 +328,13 @@ class SplitWriter:
         with fileio.naming(self.folder / name):
             np.save(self.folder / name, offsets)
         tokens, nats = self.info["tokens"], self.nats
+        unscored = list(self.tokenizer.unscored)  # whose nats are not counted either
         return {
             **self.info,
-            "irreducible_loss_exact": nats / tokens if nats is not None and tokens else None,
+            **({"unscored_ids": unscored} if unscored else {}),
+            "irreducible_loss_exact": nats / tokens
+            if nats is not None and tokens and not unscored
+            else None,
             "fingerprint": fileio.digest([entry["sha256"] for entry in self.files]),
             "files": self.files,
             "offsets": {"file": name, **_check_values(self.folder / name)},

@@ -43,7 +43,7 @@ def score_facts(
             for n, (entity, relation) in enumerate(facts)
             for question, answer in [grammar.queries(entity, relation)[n % 2]]
         ]
-        prompts = [[tokenizer.eot_id, *prompt] for _, prompt, _ in asked]
+        prompts = [[tokenizer.start_id, *prompt] for _, prompt, _ in asked]
         chosen = likeliest(model, prompts, [trees[relation] for relation, _, _ in asked], machine)
         right = np.array([path == answer for path, (*_, answer) in zip(chosen, asked, strict=True)])
         of_facts = right.reshape(len(facts), -1).mean(axis=1).tolist()

@@ -248,6 +248,7 @@ class _Scorer:
             "checkpoint": trained.checkpoint,
             "variant": variant,
             "init_from": trained.config.init_from,
+            "document_start": trained.tokenizer.start_text,
             "step": trained.step,
             "train_tokens": trained.tokens,
             "text": self.text.name,

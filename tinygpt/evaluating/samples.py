@@ -44,7 +44,7 @@ def score_samples(
             f"samples={count}: {text.name} has {len(documents)} documents to compare with; take "
             "fewer"
         )
-    written = write(model, tokenizer.eot_id, count, seed, machine)
+    written = write(model, tokenizer, count, seed, machine)
     size = sum(map(len, written))
     real, rest = held_out(documents, size, text.length)
     if sum(map(len, real)) < size or not rest:
@@ -61,17 +61,24 @@ def score_samples(
     }
 
 
-def write(model: GPT, eot_id: int, count: int, seed: int, machine: Machine) -> list[Ints]:
+def write(model: GPT, tokenizer: Tokenizer, count: int, seed: int, machine: Machine) -> list[Ints]:
     """Samples, without the ends of text."""
     generator = torch.Generator().manual_seed(seed)
     length, found = model.config.max_seq_len, []
     for first in range(0, count, machine.rows(length)):
         rows = min(machine.rows(length), count - first)
-        prompt = torch.full((rows, 1), eot_id, device=machine.device)
+        prompt = torch.full((rows, 1), tokenizer.start_id, device=machine.device)
         with machine.autocast():
-            out = generate(model, prompt, length, generator=generator, stop_token=eot_id)
+            out = generate(
+                model,
+                prompt,
+                length,
+                generator=generator,
+                stop_token=tokenizer.eot_id,
+                start_token=tokenizer.start_id,
+            )
         for row in out[:, 1:].cpu().numpy():
-            ends = np.flatnonzero(row == eot_id)
+            ends = np.flatnonzero(row == tokenizer.eot_id)
             found.append(row[: ends[0]] if len(ends) else row)
     return found
 

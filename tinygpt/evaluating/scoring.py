@@ -112,6 +112,8 @@ class _Sums:
         counted = counted.cpu()
         self.near += int((near & counted).sum())
         self.targets += int(counted.sum())
+        if counted.shape[1] < len(self.loss):
+            return
         full = losses[counted.all(dim=1)].double()
         self.windows += len(full)
         self.loss += full.sum(0)

@@ -27,13 +27,13 @@ Pair = tuple[list[int], list[int]]  # tokens: what is read, what then follows
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> Pair:
-    """Prompt, behind the end of the text before it, and answer, encoded together and cut."""
+    """Prompt, as a document begins, and answer, encoded together and cut."""
     if prompt and not prompt[-1].isspace() and not answer[0].isspace():
         answer = " " + answer
     bare = prompt.rstrip()
     answer = prompt[len(bare) :] + answer
     before = tokenizer.encode(bare)
-    return [tokenizer.eot_id, *before], tokenizer.encode(bare + answer)[len(before) :]
+    return [tokenizer.start_id, *before], tokenizer.encode(bare + answer)[len(before) :]
 
 
 def score_task(model: GPT, tokenizer: Tokenizer, task: Task, machine: Machine) -> dict[str, Any]:

@@ -59,8 +59,9 @@ class Text:
 
     def documents(self) -> list[NDArray[np.int64]]:
         """The tokens of each, without the end of text."""
+        more = self.split.unscored > 0  # behind that the start of the next
         return [
-            np.asarray(shard[start + 1 : end], dtype=np.int64)
+            np.asarray(shard[start + 1 : end - more], dtype=np.int64)
             for shard, offsets in zip(self.split.shards, self.split.offsets, strict=True)
             for start, end in itertools.pairwise(offsets)
         ]

@@ -6,10 +6,10 @@ the two is none of theirs.  The weights are ``huggingface.py``'s.  Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tinygpt.config import ConfigError, ModelConfig
+from tinygpt.config import LLAMA3, ConfigError, ModelConfig
 from tinygpt.counting import resolved_d_ff
 
 TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
@@ -47,15 +47,17 @@ def family(model: ModelConfig) -> str:
     return name
 
 
-def to_config(model: ModelConfig, vocab_size: int, eot_id: int) -> dict[str, Any]:
-    """The content of config.json.  ``eot_id`` also begins a text, as in training.
+def to_config(
+    model: ModelConfig, vocab_size: int, eot_id: int, start_id: int | None = None
+) -> dict[str, Any]:
+    """The content of config.json.  ``start_id`` begins a text (null: ``eot_id``, as in training).
 
     There is no pad_token_id: Llama would never train that row.  GPT-2 always has biases; that
     ours has none, all of theirs being zero, stands under ``bias``, which transformers passes by.
     Raises ConfigError for a mixture without a family.
     """
     name = family(model)
-    ids = {"bos_token_id": eot_id, "eos_token_id": eot_id}
+    ids = {"bos_token_id": eot_id if start_id is None else start_id, "eos_token_id": eot_id}
     common = {
         "model_type": name,
         "dtype": "float32",
@@ -82,6 +84,11 @@ def to_config(model: ModelConfig, vocab_size: int, eot_id: int) -> dict[str, Any
             "resid_pdrop": model.dropout,
             "bias": model.bias,
         }
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_scaling:
+        original = int(model.rope_scaling["original_max_position_embeddings"])
+        rope = {"rope_type": "llama3", **model.rope_scaling}
+        rope["original_max_position_embeddings"] = original
     return {
         "architectures": ["LlamaForCausalLM"],
         **common,
@@ -95,7 +102,8 @@ def to_config(model: ModelConfig, vocab_size: int, eot_id: int) -> dict[str, Any
         "head_dim": model.d_model // model.n_heads,
         "rms_norm_eps": model.norm_eps,
         "rope_theta": model.rope_theta,  # where transformers 4 looks, the next where 5 does
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_parameters": {**rope, "rope_theta": model.rope_theta},
+        **({"rope_scaling": rope} if model.rope_scaling else {}),
         "attention_bias": model.bias,
         "mlp_bias": model.bias,
         "attention_dropout": model.dropout,
@@ -170,22 +178,45 @@ def _llama_shape(read: _Reader) -> dict[str, Any]:
         "bias": bias,
         "tie_weights": read.switch("tie_word_embeddings", False),
         "rope_theta": _rope_theta(read),
+        "rope_scaling": _rope_scaling(read),
         "norm_eps": read.positive("rms_norm_eps", 1e-6),
     }
 
 
-def _rope_theta(read: _Reader) -> float:
-    """transformers 4 has it as a key, beside ``rope_scaling``; 5 in ``rope_parameters``."""
-    theta = read.positive("rope_theta", 10000.0)
+def _rope_tables(read: _Reader) -> Iterator[_Reader]:
+    """transformers 4 has ``rope_scaling``, 5 ``rope_parameters``; a folder may have both."""
     for key in ("rope_scaling", "rope_parameters"):
         table = read.content.get(key) or {}
         read.require(isinstance(table, dict), f"{key}={table}: must be a table of RoPE's settings")
-        inside = _Reader(table, f"{read.where}: {key}")
-        inside.fixed("type", "default")
-        inside.fixed("rope_type", "default")
+        yield _Reader(table, f"{read.where}: {key}")
+
+
+def _rope_theta(read: _Reader) -> float:
+    """transformers 4 has it as a key, 5 in ``rope_parameters``."""
+    theta = read.positive("rope_theta", 10000.0)
+    for inside in _rope_tables(read):
         inside.fixed("partial_rotary_factor", 1.0)
         theta = inside.positive("rope_theta", theta)
     return theta
+
+
+def _rope_scaling(read: _Reader) -> dict[str, float] | None:
+    """The numbers of Llama 3's scaling; any other is refused."""
+    found = None
+    for inside in _rope_tables(read):
+        kind = inside.content.get("rope_type") or inside.content.get("type") or "default"
+        inside.require(
+            kind in ("default", "llama3"), f"rope_type={kind}: must be default or llama3"
+        )
+        if kind == "llama3":
+            found = {name: inside.positive(name) for name in LLAMA3[:3]}
+            context = read.number("max_position_embeddings", 2048)
+            found[LLAMA3[3]] = float(inside.number(LLAMA3[3], context))
+            low, high = found["low_freq_factor"], found["high_freq_factor"]
+            inside.require(
+                low < high, f"low_freq_factor={low}: must be below high_freq_factor={high}"
+            )
+    return found
 
 
 class _Reader:
@@ -212,7 +243,7 @@ class _Reader:
         )
         return int(value)
 
-    def positive(self, key: str, default: float) -> float:
+    def positive(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
         self.require(
             type(value) in (int, float) and 0 < value < 1e300,

@@ -122,6 +122,7 @@ def stream(
     generators: Sequence[torch.Generator],
     *,
     stop_token: int | None = None,
+    start_token: int | None = None,
     vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[Step]:
@@ -155,6 +156,8 @@ def stream(
             if look and broken.any():
                 raise RunError(NO_CHOICE)
             if stop_token is not None:
+                if start_token is not None:  # of another text
+                    new = new.masked_fill(new == start_token, stop_token)
                 new = new.masked_fill(ended, stop_token)
                 ended |= new == stop_token
             text[:, end] = new
@@ -175,12 +178,14 @@ def generate(
     repetition_penalty: float = 1.0,
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
+    start_token: int | None = None,
     vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Tensor:
     """The prompt (B, T0) and up to ``max_new_tokens`` more: (B, T0 + new).
 
-    A row that has produced ``stop_token`` is filled up with it; when all have, the text ends.
+    A row that has produced ``stop_token`` is filled up with it; when all have, the text ends.  So
+    does ``start_token``, which begins another text; it becomes a ``stop_token``.
     ``vocab_size`` limits what can be chosen (null: the model's own, without its padding).
     Sampling draws from ``generator`` (null: a new one with seed 0), never from torch's global
     state, so a training run is the same whether it prints samples or not.
@@ -198,6 +203,7 @@ def generate(
         sampling,
         [draws],
         stop_token=stop_token,
+        start_token=start_token,
         vocab_size=vocab_size,
         use_cache=use_cache,
     )

@@ -18,8 +18,9 @@ the logits at position t are about token t + 1, and whoever computes a loss give
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +32,7 @@ from tinygpt.model.linear import Linear
 from tinygpt.model.loss import mean_loss, token_scores
 
 INIT_STD = 0.02  # as GPT-2
+GOLDEN = 0x61C88647  # 2^32 over the golden ratio, negated: its multiples spread evenly
 MUP_HEAD_DIM = 16  # where scores are the same under µP: the default model's
 
 Rotary = tuple[Tensor, Tensor]  # cosines and sines, (T, D/2) each
@@ -43,9 +45,20 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 
-def rotary_tables(length: int, head_dim: int, theta: float) -> Rotary:
-    """Cosines and sines of the angles t · theta^(-2i/D): position t, pair i of D/2."""
+def rotary_tables(
+    length: int, head_dim: int, theta: float, scaling: Mapping[str, float] | None = None
+) -> Rotary:
+    """Cosines and sines of the angles t · theta^(-2i/D): position t, pair i of D/2.
+
+    With Llama 3.1's ``scaling`` wavelengths well beyond the original context are ``factor`` times
+    as long, those well within it as they are, and between the two it goes over smoothly.
+    """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2,)
+    if scaling is not None:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
     angles = torch.outer(torch.arange(length).float(), frequencies)  # (T, D/2)
     return angles.cos(), angles.sin()
 
@@ -66,20 +79,62 @@ def score_divisor(config: ModelConfig) -> float:
     return math.sqrt(head_dim)
 
 
+def dropout_seeds(seed: int, step: int, first: int, count: int) -> Tensor:
+    """Two numbers for each of ``count`` sequences from the ``first`` of a global batch on: (B, 2).
+
+    They say what dropout drops of a sequence, however the batch is cut up.
+    """
+    found = [
+        np.random.SeedSequence([seed, step, n]).generate_state(2)
+        for n in range(first, first + count)
+    ]
+    return torch.from_numpy(np.stack(found).view(np.int32))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Murmur3's last rounds (Appleby 2011): 32 bits of which each depends on all bits of ``x``."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -0x7A143595
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -0x3D4D51CB
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def drop(x: Tensor, p: float, seeds: Tensor | None, place: int = 0) -> Tensor:
+    """Dropout of ``x``, (B, ...), with probability ``p``.
+
+    With ``seeds``, (B, 2), what is dropped of a sequence is a function of its own two, the
+    ``place`` in the model and the number's position; else of torch's global state.
+    """
+    if p == 0:
+        return x
+    if seeds is None:
+        return F.dropout(x, p)
+    factor, more = seeds[:, :1] | 1, _mixed(seeds[:, 1:] + place * (GOLDEN >> 8))  # (B, 1)
+    count = torch.arange(x[0].numel(), dtype=torch.int32, device=x.device)
+    least = min(round(p * 2**32), 2**32 - 1) - 2**31
+    kept = _mixed(count * factor + more) >= least
+    return torch.where(kept.view(x.shape), x, 0.0) / (1 - p)
+
+
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     """(T, S): which of S keys each query sees, the queries being those of the last T tokens."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
 def manual_attention(
-    q: Tensor, k: Tensor, v: Tensor, dropout: float, divisor: float, causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float,
+    divisor: float,
+    causal: bool = True,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k' / divisor) v, where no position sees a later one: what SDPA computes."""
     scores = q @ k.transpose(-2, -1) / divisor  # (B, H, T, S): query, key
     if causal:
         seen = causal_mask(q.shape[-2], k.shape[-2], q.device)
         scores = scores.masked_fill(~seen, float("-inf"))
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v  # (B, H, T, D)
+    return drop(scores.softmax(dim=-1), dropout, seeds) @ v  # (B, H, T, D)
 
 
 class KVCache:
@@ -118,7 +173,6 @@ class Attention(nn.Module):
         width = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv = Linear(config.d_model, width, bias=config.bias)
         self.proj = Linear(config.d_model, config.d_model, bias=config.bias)
-        self.residual_dropout = nn.Dropout(config.dropout)
 
     def heads(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, T, D), keys and values (B, KV, T, D), turned where there is RoPE."""
@@ -131,7 +185,13 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         return q, k, v
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        cache: KVCache | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.heads(x, rotary)
         if cache is not None:
@@ -143,8 +203,8 @@ class Attention(nn.Module):
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
         dropout = self.dropout if self.training else 0.0
-        if self.manual:
-            y = manual_attention(q, k, v, dropout, self.divisor, causal=T > 1)
+        if self.manual or (dropout and seeds is not None):  # SDPA's own takes no seeds
+            y = manual_attention(q, k, v, dropout, self.divisor, causal=T > 1, seeds=seeds)
         else:
             S, scale = k.shape[2], 1 / self.divisor
             # SDPA's own causal mask is one for S == T
@@ -154,8 +214,7 @@ class Attention(nn.Module):
             )
         y = y.reshape(B, self.n_heads, T, self.head_dim).transpose(1, 2)
         y = y.reshape(B, T, C)  # the heads side by side again
-        out: Tensor = self.residual_dropout(self.proj(y))
-        return out
+        return drop(self.proj(y), dropout, seeds, place=1)
 
 
 def bend(h: Tensor, activation: str) -> Tensor:
@@ -176,16 +235,15 @@ class MLP(nn.Module):
             self.gate = Linear(config.d_model, d_ff, bias=config.bias)
         self.up = Linear(config.d_model, d_ff, bias=config.bias)
         self.down = Linear(d_ff, config.d_model, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
         h = self.up(x)  # (B, T, F)
         if self.activation == "swiglu":
             h = bend(self.gate(x), self.activation) * h
         else:
             h = bend(h, self.activation)
-        out: Tensor = self.dropout(self.down(h))
-        return out
+        return drop(self.down(h), self.dropout if self.training else 0.0, seeds, place=2)
 
 
 class Block(nn.Module):
@@ -198,9 +256,15 @@ class Block(nn.Module):
         self.norm_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attention(self.norm_1(x), rotary, cache)
-        out: Tensor = x + self.mlp(self.norm_2(x))
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary | None,
+        cache: KVCache | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.norm_1(x), rotary, cache, seeds)
+        out: Tensor = x + self.mlp(self.norm_2(x), seeds)
         return out
 
 
@@ -223,10 +287,10 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model)
         else:
             head_dim = config.d_model // config.n_heads
-            cos, sin = rotary_tables(config.max_seq_len, head_dim, config.rope_theta)
+            scaling = config.rope_scaling
+            cos, sin = rotary_tables(config.max_seq_len, head_dim, config.rope_theta, scaling)
             self.register_buffer("cos", cos, persistent=False)  # computed, so not in a checkpoint
             self.register_buffer("sin", sin, persistent=False)
-        self.embedding_dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
         self.norm_final = make_norm(config)
         if not config.tie_weights:
@@ -256,9 +320,15 @@ class GPT(nn.Module):
         """(V, C): the head's matrix; the token embedding where the two are tied."""
         return self.token_embedding.weight if self.config.tie_weights else self.head.weight
 
-    def hidden(self, tokens: Tensor, caches: Sequence[KVCache] | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        caches: Sequence[KVCache] | None = None,
+        seeds: Tensor | None = None,
+    ) -> Tensor:
         """What the head reads: (B, T) -> (B, T, C).  With a cache for each block the tokens go
-        on from those that it holds, and join them.  Raises ValueError beyond ``max_seq_len``."""
+        on from those that it holds, and join them; ``seeds`` (B, 2) are dropout's.  Raises
+        ValueError beyond ``max_seq_len``."""
         start = caches[0].length if caches else 0
         end = start + tokens.shape[1]
         if self.config.max_seq_len < end:
@@ -269,14 +339,15 @@ class GPT(nn.Module):
             x = x + self.position_embedding.weight[start:end]
         else:
             rotary = (self.cos[start:end], self.sin[start:end])
-        x = self.embedding_dropout(x)
+        x = drop(x, self.config.dropout if self.training else 0.0, seeds)
         each = caches if caches is not None else [None] * len(self.blocks)
-        for block, cache in zip(self.blocks, each, strict=True):
+        for number, (block, cache) in enumerate(zip(self.blocks, each, strict=True), start=1):
+            own = None if seeds is None else seeds + number * GOLDEN % 2**31
             if self.config.gradient_checkpointing and self.training and cache is None:
                 # keep only the block's input; the backward pass computes the rest anew
-                x = checkpoint(block, x, rotary, use_reentrant=False)
+                x = checkpoint(block, x, rotary, None, own, use_reentrant=False)
             else:
-                x = block(x, rotary, cache)
+                x = block(x, rotary, cache, own)
         out: Tensor = self.norm_final(x)
         return out
 
@@ -288,12 +359,19 @@ class GPT(nn.Module):
         """The head: (..., C) -> (..., V)."""
         return F.linear(self.scaled(hidden), self.output_weight)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, each: bool = False) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        each: bool = False,
+        seeds: Tensor | None = None,
+    ) -> Tensor:
         """The logits (B, T, V), or with ``targets`` (B, T) their mean loss, which costs less.
 
         ``each``: of every target its loss, and 1 where the likeliest token is it: (2, B·T).
+        ``seeds``: what dropout drops (``dropout_seeds``); null: torch's global state says it.
         """
-        hidden = self.hidden(tokens)
+        hidden = self.hidden(tokens, seeds=seeds)
         if targets is None:
             return self.logits(hidden)
         rows = self.scaled(hidden).flatten(0, 1), self.output_weight, targets.flatten()

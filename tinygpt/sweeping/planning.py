@@ -19,6 +19,7 @@ from tinygpt.sweeping.jobs import Job, flops_of
 from tinygpt.sweeping.stacking import could_stack
 from tinygpt.training.calibration import seconds_per_step
 from tinygpt.training.console import clock, short
+from tinygpt.training.hardware import choose_threads
 from tinygpt.training.session import open_machine
 
 CALIBRATION = 15.0  # seconds, for all sizes together
@@ -103,6 +104,7 @@ def estimate_seconds(jobs: Sequence[Job]) -> dict[Job, float]:
         plan, row = _plan(job), job.row
         flops = row["flops_per_token"] * row["batch_tokens"]
         device = open_machine(job.config)
+        choose_threads(job.config, row["vocab_size"], plan, device, {})
         shape = f"{job.config.model} {row['vocab_size']} {job.config.optim.kind} {plan.batch_size}"
         late = time.perf_counter() - begun > CALIBRATION
         if shape not in known and not (

@@ -58,19 +58,23 @@ def score(
 ) -> Scores:
     """Scores ``model`` on ``batches`` of inputs and targets, both ``(B, T)``.
 
-    ``info`` is the split's entry of the index: the nats of all its tokens, ends of text included,
-    are set against the bytes and characters of its documents.  ``reduced`` adds up the sums of
-    several processes, each of which scores some of the batches.  ``watch`` is shown, batch by
-    batch, what the model said of its targets and which of them count, ``(B, T)``.
+    ``info`` is the split's entry of the index: the nats of all its tokens that are scored, ends of
+    text included, are set against the bytes and characters of its documents.  ``reduced`` adds up
+    the sums of several processes, each of which scores some of the batches.  ``watch`` is shown,
+    batch by batch, what the model said of its targets and which of them count, ``(B, T)``.
     """
     was_training = model.training
     model.eval()
     # Plain sums, in 64 bits where the device has them: a NaN must show, and torchmetrics' mean
     # either drops it or rounds to 32 bits.
     dtype = torch.float32 if device.type == "mps" else torch.float64
+    unscored = len(info.get("unscored_ids", ())) * info["documents"]
     loss, right, count = torch.zeros(3, dtype=dtype, device=device)
     with autocast or nullcontext():
         for inputs, targets in batches:
+            if unscored:  # a document each: as wide as the longest
+                width = 1 + int((targets != IGNORED).any(0).nonzero().max())
+                inputs, targets = inputs[:, :width], targets[:, :width]
             inputs, targets = inputs.to(device), targets.to(device)
             scored = (targets != IGNORED).flatten()
             found = model.scores(inputs, targets.clamp(min=0))  # (B·T,) each
@@ -84,5 +88,5 @@ def score(
     if reduced is not None:
         loss, right, count = reduced(torch.stack((loss, right, count)))
     mean = float(loss / count)
-    bits = mean * info["tokens"] / math.log(2)
+    bits = mean * (info["tokens"] - unscored) / math.log(2)
     return Scores(mean, float(right / count), bits / info["bytes"], bits / info["characters"])

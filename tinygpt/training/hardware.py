@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
 import os
+import time
 from typing import Any
 
 import torch
 
-from tinygpt.config import Config, ConfigError, HardwareConfig
+from tinygpt.config import Config, ConfigError, HardwareConfig, ModelConfig
+from tinygpt.counting import count_parameters
 from tinygpt.horizon import Plan
-from tinygpt.model.gpt import GPT
+from tinygpt.model.gpt import GPT, Block, rotary_tables
 from tinygpt.model.linear import onednn_is_there, onednn_is_used, use_onednn
 from tinygpt.training.calibration import seconds_per_step
 from tinygpt.training.trainer import Device
@@ -18,6 +22,9 @@ from tinygpt.training.trainer import Device
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
 LARGEST = 2**25  # what glibc takes; a tensor beyond that is the system's as before
+SMALL = 2_000_000  # parameters: with fewer, one thread is enough
+GAIN = 1.2  # so many times as fast must more threads be
+TIMED = 2e9  # FLOPs of a block that is timed
 COMPILING_PAYS = 300.0  # seconds of training, uncompiled; compiling takes about a tenth of it
 
 
@@ -33,7 +40,9 @@ def set_up(hardware: HardwareConfig, device: Device) -> None:
 
 
 def set_threads(hardware: HardwareConfig, device: Device) -> None:
-    """CPU threads: what is asked for, else torch's choice, which processes side by side share."""
+    """CPU threads: what is asked for, else torch's choice, which processes side by side share;
+    alone, a run chooses for itself once its model is known."""
+    _most_threads()
     threads = hardware.threads
     if threads is None and device.devices > 1:
         share = max(1, (os.cpu_count() or 1) // device.devices)
@@ -42,6 +51,67 @@ def set_threads(hardware: HardwareConfig, device: Device) -> None:
         torch.set_num_threads(threads)
     if device.world_size > 1:
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else Lightning sets its own
+
+
+@functools.cache
+def _most_threads() -> int:
+    """What torch takes by itself; asked before a run has chosen."""
+    return torch.get_num_threads()
+
+
+def choose_threads(
+    config: Config, vocab_size: int, plan: Plan, device: Device, begun: dict[str, Any]
+) -> str | None:
+    """Sets the number of CPU threads where nobody gave it, and says in a line how it came about.
+
+    A run that is taken up, of which ``begun`` is the beginning, keeps its number.  A small model
+    takes one thread: more gain little, and wait for one another where others are at work.  Of a
+    larger one a block is timed on one, half and all of torch's threads; more must be worth it.
+    """
+    most, hardware = _most_threads(), config.hardware
+    if hardware.threads is not None or device.accelerator != "cpu" or device.world_size > 1:
+        return None
+    if "threads" in begun:
+        torch.set_num_threads(begun["threads"])
+        return f"{begun['threads']}, as it began"
+    if most == 1 or "OMP_NUM_THREADS" in os.environ:
+        return None
+    chosen, why = 1, "as the model is small"
+    if count_parameters(config.model, vocab_size).total >= SMALL:
+        key = f"{config.model} {plan.micro_batch_size}"  # the runs of a sweep choose once
+        seconds = _timed.setdefault(key, {})
+        for count in [n for n in sorted({1, most // 2, most}) if n not in seconds]:
+            torch.set_num_threads(count)
+            seconds[count] = _block_seconds(config.model, plan)
+        for count in sorted(seconds):
+            chosen = count if seconds[count] * GAIN < seconds[chosen] else chosen
+        why = ", ".join(f"{1000 * s:.3g} ms a block on {n}" for n, s in sorted(seconds.items()))
+    torch.set_num_threads(chosen)
+    return f"{chosen} of {most}: {why}"
+
+
+_timed: dict[str, dict[int, float]] = {}  # by model: seconds by the number of threads
+
+
+def _block_seconds(model: ModelConfig, plan: Plan) -> float:
+    """Of one pass through a block of ``model`` and back, over as much of a micro-batch as takes
+    some ten milliseconds; the mean over a while, as others at work slow some passes alone."""
+    with torch.random.fork_rng(devices=[]):
+        block = Block(dataclasses.replace(model, dropout=0.0))
+        size = sum(p.numel() for p in block.parameters())
+        tokens = int(min(plan.micro_batch_size * model.max_seq_len, max(16, TIMED / (6 * size))))
+        T = min(model.max_seq_len, tokens)
+        x = torch.randn(tokens // T, T, model.d_model)
+    rotary = None
+    if model.position == "rope":
+        rotary = rotary_tables(T, model.d_model // model.n_heads, model.rope_theta)
+    begun, passes = 0.0, -1
+    while passes < 2 or time.perf_counter() - begun < 0.05:
+        if passes == 0:  # the first is not timed
+            begun = time.perf_counter()
+        torch.autograd.backward(block(x, rotary).sum())
+        passes += 1
+    return (time.perf_counter() - begun) / passes
 
 
 def keep_freed_memory() -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from tinygpt.config import Config
 from tinygpt.horizon import Plan
-from tinygpt.model.gpt import GPT
+from tinygpt.model.gpt import GPT, dropout_seeds
 from tinygpt.training.optim import make_optimizer, rate_factor
 
 
@@ -72,11 +71,14 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch  # (B, T) each
+        seeds = None
         if self.config.model.dropout > 0:
-            # dropout too is a function of (seed, step), so a resumed run drops the same units
-            key = np.random.SeedSequence([self.config.seed, batch_idx, self.global_rank])
-            torch.manual_seed(int(key.generate_state(1)[0]))
-        loss: Tensor = self.model(inputs, targets)
+            # dropout too is a function of (seed, step) and of the sequence's place in the batch,
+            # so a resumed run drops the same units, and so does one on other hardware
+            step, pass_ = divmod(batch_idx, self.plan.accumulate)
+            first = (pass_ * self.trainer.world_size + self.global_rank) * len(inputs)
+            seeds = dropout_seeds(self.config.seed, step, first, len(inputs)).to(inputs.device)
+        loss: Tensor = self.model(inputs, targets, seeds=seeds)
         part = loss.detach().to(self.stretch.loss_sum) / self.plan.accumulate
         if self.config.train.skip_nonfinite:
             self._passes.append(part)

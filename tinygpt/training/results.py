@@ -121,10 +121,11 @@ def sizes_of(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
 
 
 def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict[str, Any]:
-    index = data.prepared.index
+    index, tokenizer = data.prepared.index, data.prepared.tokenizer
     return {
         "init_from": config.init_from,
         "tokenizer": data.prepared.tokenizer.kind,
+        "document_start": tokenizer.start_text,
         "dataset": corpora.describe(config.data),
         "data_fraction": config.data.fraction,
         "batch_tokens": config.train.batch_tokens,

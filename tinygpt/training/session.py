@@ -35,7 +35,7 @@ from tinygpt.training.console import (
 )
 from tinygpt.training.evaluation import Scores, score
 from tinygpt.training.folder import begin, failures_recorded, identify
-from tinygpt.training.hardware import compile_model, rounding, set_up
+from tinygpt.training.hardware import choose_threads, compile_model, rounding, set_up
 from tinygpt.training.loggers import Loggers, check_loggers
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
@@ -83,6 +83,7 @@ def train(
     data = open_data(config, prepared, device)
     assert data.plan is not None
     begun = fileio.read_json(run.environment) if run.last.exists() and not config.force else {}
+    chosen = choose_threads(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
     rounds = rounding(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
     initial = None if begun else initial_weights(config, prepared.tokenizer.vocab_size)
     made = functools.partial(
@@ -97,6 +98,8 @@ def train(
         elif found is not None:
             return report_finished(run, found, console)
         with logging_to(console, run):
+            if chosen is not None:
+                log.info("threads %s", chosen)
             resuming = begin(config, run, prepared, device, hash_, rounds, branch)
             results = made(branch.keep_at if branch else ()).train(resuming)
     print_summary(run, results, console)
@@ -262,6 +265,8 @@ class Run:
             log.info("note    the text is too short to learn a larger vocabulary from")
         if config.init_from is not None:
             log.info("from    %s, with its shape and its tokenizer", config.init_from)
+        if self.tokenizer.convention:
+            log.info("text    %s", self.tokenizer.convention)
         log.info("data    %s", corpora.describe(config.data))
         if index.get("survey"):
             for line in Survey.read(index["survey"]).lines():
@@ -328,7 +333,7 @@ class Run:
         if train.sample_tokens == 0 or not (self.writes or self.device.strategy == "fsdp"):
             return
         tokenizer = self.tokenizer
-        prompt = [tokenizer.eot_id, *tokenizer.encode(train.sample_prompt)]
+        prompt = [tokenizer.start_id, *tokenizer.encode(train.sample_prompt)]
         tokens = torch.tensor([prompt], device=self.module.device)
         generator = torch.Generator().manual_seed(self.config.seed)
         with self.trainer.precision_plugin.forward_context(), gathered(self.module.model):
@@ -340,8 +345,9 @@ class Run:
                 top_k=50,
                 generator=generator,
                 stop_token=tokenizer.eot_id,
+                start_token=tokenizer.start_id,
             )
-        ids = [i for i in out[0].tolist() if i != tokenizer.eot_id]
+        ids = [i for i in out[0].tolist() if i not in tokenizer.separator]
         self.samples[step] = tokenizer.decode(ids)
         if self.writes:
             texts = (

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.config import Config, ConfigError, RunError, is_out_of_memory
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import Batch
@@ -19,7 +19,7 @@ from tinygpt.trained import initial_weights
 from tinygpt.training.callbacks import STRETCH, Checkpoints, Interrupts, is_rest, step_ended
 from tinygpt.training.console import logging_to, preparing
 from tinygpt.training.folder import begin, identify, record_failure
-from tinygpt.training.hardware import rounding
+from tinygpt.training.hardware import choose_threads, rounding
 from tinygpt.training.module import Stretch
 from tinygpt.training.optim import rate_factor
 from tinygpt.training.session import Run, open_data, open_machine, train
@@ -316,6 +316,9 @@ class _Stack:
         assert self.data.plan is not None
         vocab_size = self.prepared.tokenizer.vocab_size
         self.initial = initial_weights(config, vocab_size)
+        first = asked[0].run
+        before = fileio.read_json(first.environment) if first.last.exists() else {}
+        choose_threads(config, vocab_size, self.data.plan, self.device, before)
         begun = {"compile": "off"}
         self.rounds = rounding(config, vocab_size, self.data.plan, self.device, begun)
 
