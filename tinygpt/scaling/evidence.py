@@ -313,6 +313,7 @@ def _certified(fit: Fit) -> Check:
         f"{basins}, gradient {found.gradient_norm:.1g}, "
         f"least eigenvalue {found.smallest_eigenvalue:.2g}{bound}"
     )
+    detail += "" if found.converged else "; not converged"
     passed = found.converged and found.smallest_eigenvalue > 0 and not found.at_bound
     if found.at_bound and set(found.at_bound) <= {"rn", "rd"}:
         return Check(name, None, f"{detail}: repetition of N or D is not shown by these runs")

@@ -158,6 +158,7 @@ def _method(fit: Fit) -> dict[str, Any]:
         "smallest_eigenvalue": found.smallest_eigenvalue,
         "converged": bool(found.converged),
         "at_bound": found.at_bound,
+        "bounds_met": fit.bounds_met,
     }
 
 
@@ -174,6 +175,7 @@ def _selection(candidates: list[Candidate]) -> list[dict[str, Any]]:
             "delta_aicc": one.aicc - candidates[0].aicc,
             "parameters": len(one.fit.optimum.law) if one.fit else None,
             "r_squared": one.fit.r_squared if one.fit else None,
+            "at_bound": one.fit.optimum.at_bound if one.fit else (),
             "held_out": _held_out(one.held_out),
             "not_fitted": one.reason or None,
         }

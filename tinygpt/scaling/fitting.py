@@ -13,6 +13,7 @@ from scipy import optimize, special
 from tinygpt.checks import did_you_mean
 from tinygpt.config import ConfigError
 from tinygpt.scaling.laws import LAWS, Array, Law
+from tinygpt.scaling.newton import bounds
 from tinygpt.scaling.optimum import Optimum, find_optimum
 from tinygpt.scaling.points import Points
 
@@ -62,6 +63,28 @@ class Fit:
     def residuals(self) -> Array:
         """log(measured) - log(fitted), (n,)."""
         return _residuals(self.points, self.optimum)
+
+    @property
+    def bounds_met(self) -> dict[str, str]:
+        """What is to be said of each parameter that lies at a bound, by its name."""
+        found = self.optimum
+        low = dict(zip(found.law.parameters, bounds(found.law, self.points)[0], strict=True))
+        theta = dict(zip(found.law.parameters, found.theta, strict=True))
+        met = {}
+        for name in found.at_bound:
+            least = name in theta and theta[name] <= low[name]
+            if name not in theta or (name in ("E", "A", "B") and name not in self.law.bounds):
+                met[name] = "went to zero, its natural bound: these data do not show that term"
+            elif name == "x1":
+                end = "smallest" if least else "largest"
+                met[name] = f"is the {end} x of the runs, its natural bound: they show no break"
+            elif least and self.law.bounds[name][0] == 0:
+                met[name] = "is at its natural bound: below zero the loss would rise"
+            else:
+                end = f"{'lower' if least else 'upper'} bound"
+                met[name] = f"is at its {end}: its value comes from the bound, not from the runs"
+        values = {name: f"{name} = {self.parameters[name]:.4g}" for name in met}
+        return {name: f"{values[name]} {words}" for name, words in met.items()}
 
     @property
     def degrees(self) -> int:

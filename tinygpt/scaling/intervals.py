@@ -143,10 +143,19 @@ def profile(fit: Fit, target: Target, level: float = LEVEL) -> Interval:
     value, gradient, _ = target.derivatives(theta)
     step = float(np.sqrt(gradient @ covariance(fit) @ gradient))
     allowed = fit.optimum.objective + _quantile(fit, level) ** 2 * _worth(fit)
-    if step == 0.0 and target.is_log:  # a term that is zero: it can only grow
-        start = theta + (FAINT - LEAST) * (gradient != 0)
+    if step == 0.0 and (term_mask(fit.optimum.law) & (gradient != 0)).any():
+        start = theta + (FAINT - LEAST) * (gradient != 0)  # a term that is zero can only grow
         high = _follow(fit, target, start, value + FAINT - LEAST, 1.0, allowed)
         return Interval(0.0, 0.0, target.report(high), level, "profile")
+    if step == 0.0:  # at a bound: only the other end is the data's
+        free = replace(fit, optimum=replace(fit.optimum, at_bound=()))
+        held = (theta <= bounds(fit.optimum.law, fit.points)[0]) & (gradient != 0)
+        inward = 1.0 if held.any() else -1.0
+        step = inward * float(np.sqrt(gradient @ covariance(free) @ gradient))
+        start = theta + 1e-6 * step * (gradient != 0)  # else it would be held at its bound
+        ends = sorted([-inward * np.inf, _follow(fit, target, start, value, step, allowed)])
+        low, high = map(target.report, ends)
+        return Interval(target.report(value), low, high, level, "profile")
     low, high = (
         target.report(_follow(fit, target, theta, value, sign * step, allowed))
         for sign in (-1.0, 1.0)

@@ -362,7 +362,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "c"),
             {"A": (("x", "alpha"),), "x1": (("x", 1.0),)},
             expression=_broken,
-            bounds={"f": (0.02, 10.0), "alpha": (0.0, 3.0), "c": (-3.0, 3.0)},
+            bounds={"f": (1e-3, 100.0), "alpha": (0.0, 10.0), "c": (-100.0, 100.0)},
         ),
         _powers(
             "chinchilla",
@@ -385,7 +385,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta", "gamma"),
             _A_B,
             expression=_coupled,
-            bounds={"gamma": (0.05, 20.0)},
+            bounds={"gamma": (0.01, 100.0)},
         ),
         Law(
             "kaplan_constant",
@@ -396,7 +396,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta"),
             {"Nc": (("N", 1.0),), "Dc": (("D", 1.0),)},
             expression=lambda p, x: _logaddexp(p["E"], _kaplan(p, x)),
-            bounds={"alpha": (0.005, 3.0), "beta": (0.005, 3.0)},
+            bounds={"alpha": (1e-3, 10.0), "beta": (1e-3, 10.0)},
         ),
         _powers(
             "chinchilla_zero",
@@ -413,7 +413,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta"),
             {"Nc": (("N", 1.0),), "Dc": (("D", 1.0),)},
             expression=_kaplan,
-            bounds={"alpha": (0.005, 3.0), "beta": (0.005, 3.0)},
+            bounds={"alpha": (1e-3, 10.0), "beta": (1e-3, 10.0)},
         ),
         Law(
             "data_constrained",
@@ -425,7 +425,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta"),
             _A_B,
             expression=_data_constrained,
-            bounds={"rn": (0.1, 1e4), "rd": (0.1, 1e4), "alpha": (0.01, 3.0), "beta": (0.01, 3.0)},
+            bounds={"rn": (1e-3, 1e4), "rd": (1e-3, 1e4), "alpha": (1e-3, 10), "beta": (1e-3, 10)},
         ),
     )
 }

@@ -92,7 +92,7 @@ def bounds(law: Law, points: Points) -> tuple[Array, Array]:
     """The least and the greatest each parameter can be, for centred variables."""
     low, high = np.full(len(law), -np.inf), np.full(len(law), np.inf)
     for j, name in enumerate(law.parameters):
-        if name in ("E", "A", "B"):
+        if name in (law.powers or ("E", "A", "B")):
             low[j] = points.y.min() + LEAST
         if name in law.bounds:
             ends = np.array(law.bounds[name])

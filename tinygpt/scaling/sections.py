@@ -161,10 +161,11 @@ def law(analysis: Analysis) -> Iterator[Block]:
     where = wording.variables(analysis.words)
     source = fit.law.source
     yield Paragraph(f"L: {loss_label(analysis)}; {where}. {source[0].upper()}{source[1:]}.")
-    if fit.optimum.at_bound:
-        ends = ", ".join(fit.optimum.at_bound)
-        gone = "went to zero: these data do not show that term"
-        yield Paragraph(f"{ends}: {gone if fit.law.powers else 'at the end of its range'}.")
+    met = list(fit.bounds_met.values())
+    if analysis.in_total:
+        met += [f"embeddings counted, {line}" for line in analysis.in_total.bounds_met.values()]
+    if met:
+        yield Paragraph(" ".join(f"{line}." for line in met))
     yield _parameters(analysis)
     if analysis.intervals:
         yield Paragraph(
@@ -233,7 +234,10 @@ def selection(analysis: Analysis) -> Iterator[Block]:
         ["law", "formula", "Δ AICc", "held-out error", "within 95 %"],
         [_candidate(one, analysis.candidates[0]) for one in analysis.candidates],
     )
-    yield Paragraph(_how_clear(analysis))
+    ends = {one.law: one.fit.optimum.at_bound for one in analysis.candidates if one.fit}
+    met = "; ".join(f"{law} ({', '.join(names)})" for law, names in ends.items() if names)
+    at_bound = f" At a bound of a parameter: {met}." if met else ""
+    yield Paragraph(f"{_how_clear(analysis)}{at_bound}")
 
 
 def _candidate(one: Candidate, best: Candidate) -> list[str]:
