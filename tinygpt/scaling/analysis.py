@@ -13,6 +13,7 @@ from tinygpt.config import ConfigError
 from tinygpt.scaling.columns import WORDS, Columns, choice, other_settings, question, varied
 from tinygpt.scaling.evidence import (
     Check,
+    Distance,
     check_design,
     check_finished,
     check_fit,
@@ -136,7 +137,8 @@ def analyse(
         "seed": seed,
         **variables,
     }
-    candidates = select(runs, laws, compute, **settings)
+    size, size_name = columns.size(runs, variables)
+    candidates = select(runs, laws, size, **settings)
     chosen = preferred(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
     best = chosen.fit
     if best is None:
@@ -152,13 +154,13 @@ def analyse(
     predictions = _predictions(best, compute, _budgets(best, columns, budgets))
     if cluster:
         predictions = [_of_replicas(one, drawn) for one in predictions]
-    place = predictions[0].place if predictions else _dearest(best, compute)
+    place = predictions[0].place if predictions else _largest(best, size)
     single = [] if cluster else single_runs(best, place, replicas(best, settled))
     ways = None
     if joint:
         per_token = recorded(best, compute)
         ways = frontier(best, compute, curves=curves, per_token=per_token, replicas=drawn)
-    named = columns.as_results(runs)
+    named = columns.as_results(runs).assign(flops_exact=compute)  # of 6 N D, too
     others = other_settings(runs, columns, variables.values())
     settings |= {"estimator": best.estimator}
     if best.estimator == "huber":
@@ -175,12 +177,12 @@ def analyse(
         *check_fit(
             best,
             chosen.held_out,
+            size_name,
             found,
             noise,
             shape,
             floor,
-            FURTHER if predictions else None,
-            _span(best, compute),
+            _distance(best, compute, predictions, budgets),
             candidates,
         ),
         *_ways_agree(ways),
@@ -214,9 +216,9 @@ def analyse(
     )
 
 
-def _dearest(fit: Fit, compute: Array) -> dict[str, float]:
-    """Where the run of the largest compute lies."""
-    row = int(np.argmax(compute))
+def _largest(fit: Fit, size: Array) -> dict[str, float]:
+    """Where the largest run lies."""
+    row = int(np.argmax(size))
     return {name: float(fit.table[column].iloc[row]) for name, column in fit.columns.items()}
 
 
@@ -345,10 +347,25 @@ def _predicted(best: Fit, place: dict[str, float], flops: float | None) -> Predi
     return Prediction(place, flops, law, run)
 
 
-def _span(best: Fit, compute: Array) -> float:
-    """Largest over smallest: of the x of a law in one variable, else of the compute."""
-    values = best.table[best.columns["x"]].to_numpy() if "x" in best.columns else compute
-    return float(values.max() / values.min())
+def _distance(
+    best: Fit, compute: Array, predictions: Sequence[Prediction], budgets: Sequence[float]
+) -> Distance | None:
+    """The furthest of what is predicted, measured by what the runs span: of the x of a law in one
+    variable, else of the compute, and of a place that was asked for also of each variable."""
+    if not predictions:
+        return None
+    names = dict(best.columns)
+    ranges = {name: best.table[column].to_numpy(dtype=float) for name, column in names.items()}
+    x = "x" if "x" in names else "C"
+    ranges.setdefault(x, compute)
+    places = [{x: FURTHER * ranges[x].max()}, *({x: flops} for flops in budgets)]
+    found = []
+    for place in places:
+        for name, value in place.items():
+            low, high = float(ranges[name].min()), float(ranges[name].max())
+            word = "" if name in ("x", "C") else f"{name} = {value:.3g} is "
+            found.append(Distance(max(value / high, low / value, 1.0), high / low, word))
+    return max(found, key=lambda one: one.beyond / one.span)
 
 
 def _next(best: Fit, compute: Array, predictions: Sequence[Prediction]) -> NextRun | None:

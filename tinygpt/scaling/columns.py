@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from tinygpt.checks import did_you_mean
 from tinygpt.config import ConfigError
+from tinygpt.scaling.isoflop import SAME_BUDGET
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.points import positive
 from tinygpt.scaling.runs import RATES, SETTINGS
@@ -62,6 +63,14 @@ class Columns:
             return 6.0 * positive(runs, where["N"]) * positive(runs, where["D"])
         return np.ones(len(runs))
 
+    def size(self, runs: pd.DataFrame, variables: Mapping[str, str]) -> tuple[Array, str]:
+        """What says which runs are the larger ones, (n,), and its name: the compute, or the x of
+        a law in one variable where the table does not have it or all runs share one budget."""
+        compute, x = self.compute(runs), variables.get("x")
+        if x is None or compute.max() > SAME_BUDGET * compute.min():
+            return compute, "compute"
+        return positive(runs, x), x
+
     def floor(self, runs: pd.DataFrame) -> float | None:
         """The entropy of the corpus, where it is known exactly and is that of all runs."""
         name = "irreducible_loss_exact"
@@ -86,6 +95,8 @@ class Columns:
             "train_tokens": self.d,
             "unique_train_tokens": self.u,
             "max_seq_len": self.t,
+            "flops_exact": self.c,
+            "final_val_loss": self.loss,
             "seed": self.seed,
         }
         names = {old: new for new, old in known.items() if old and old in runs and old != new}

@@ -307,7 +307,7 @@ def single_runs(analysis: Analysis) -> Iterator[Block]:
         yield Paragraph("Not left out one by one: too few of them, or several rows of a run.")
         return
     ends = [100 * one.moved for one in analysis.single]
-    where = "prediction below" if analysis.predictions else "loss at the dearest run"
+    where = "prediction below" if analysis.predictions else "loss at the largest run"
     text = f"Beside a law fitted without it, each run moves the {where}: by {min(ends):+.2f} to"
     text += f" {max(ends):+.2f} %."
     odd = [one for one in analysis.single if one.is_outlier]

@@ -24,15 +24,15 @@ HELD_OUT = 0.2  # at least so large a part of the settings, those of the largest
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How a law fitted below a cut in compute predicts the runs above it."""
+    """How a law fitted below a cut in size, as a rule compute, predicts the runs above it."""
 
     error: float  # mean |predicted - measured| / measured
     worst: float
     within: float  # share of the runs within their 95 % prediction interval
     half_width: float  # mean of those intervals, as a part of the loss predicted
     runs: int
-    cut: float  # the largest compute that was fitted
-    distance: float  # largest compute / cut
+    cut: float  # the largest size that was fitted
+    distance: float  # largest size / cut
     below: Fit  # the law fitted below the cut
     above: NDArray[np.bool_]  # (n,) bool: which of all runs were held out
 
@@ -54,7 +54,8 @@ def select(
 ) -> list[Candidate]:
     """Every law fitted to the same runs, the best first: by AICc.
 
-    ``compute`` is that of each run; ``settings`` are those of ``fit``.
+    ``compute`` is that of each run, or whatever else says which are the larger ones; ``settings``
+    are those of ``fit``.
     """
     settings, reason, squares = _one_estimator(runs, laws, settings)
     fitted = squares if settings["estimator"] == "least_squares" else {}
