@@ -269,7 +269,7 @@ def check_fit(
         _tested(held_out, noise),
         _unrivalled(fit, rivals),
         _shapeless(structure),
-        _no_lack_of_fit(noise),
+        _no_lack_of_fit(fit, noise),
         *_not_collinear(fit),
         *_falls(intervals),
         *_constant_identified(fit, intervals),
@@ -291,10 +291,11 @@ def _explains(fit: Fit, noise: Noise | None) -> Check:
         return Check(name, None, "it goes through every run")
     ceiling, share = 1.0, 0.0
     if noise:
-        total = float(np.sum((fit.points.y - fit.points.y.mean()) ** 2))
+        y = fit.points.response
+        total = float(np.sum((y - y.mean()) ** 2))
         ceiling = 1.0 - noise.scale**2 * noise.degrees / total
         share = noise.scale**2 * (len(fit.points) - 1) / total
-    detail = f"R² of log L {fit.r_squared:.4f}"
+    detail = f"R² of {fit.unit} {fit.r_squared:.4f}"
     if share >= MOSTLY_SEEDS:
         detail += f", of at most {ceiling:.2f} by any law: seeds differ as much as settings do; "
         return Check(name, False, f"{detail}more seeds or a wider range is needed")
@@ -360,12 +361,13 @@ def _shapeless(p: float | None) -> Check:
     return Check(name, p >= SIGNIFICANT, f"second and third powers of the logs: p = {p:.2g}")
 
 
-def _no_lack_of_fit(noise: Noise | None) -> Check:
+def _no_lack_of_fit(fit: Fit, noise: Noise | None) -> Check:
     name = "the law leaves no more than the seeds scatter"
     if noise is None or noise.lack_of_fit is None:
         return Check(name, None, "no two runs differ in their seed alone")
     detail = (
-        f"seeds scatter by {noise.scale:.2%} of the loss; lack of fit: p = {noise.lack_of_fit:.2g}"
+        f"seeds scatter by {fit.relative(noise.scale):.2%} of the loss; "
+        f"lack of fit: p = {noise.lack_of_fit:.2g}"
     )
     return Check(name, noise.lack_of_fit >= SIGNIFICANT, detail)
 

@@ -147,7 +147,7 @@ def _method(fit: Fit) -> dict[str, Any]:
     return {
         "estimator": fit.estimator,
         "reason": fit.reason,
-        "residuals": "log L",
+        "residuals": fit.unit,
         "threshold": found.threshold,  # None: of least squares there is none
         "objective": found.objective,
         "scale": fit.scale,

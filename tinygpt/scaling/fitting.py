@@ -18,6 +18,7 @@ from tinygpt.scaling.optimum import Optimum, find_optimum
 from tinygpt.scaling.points import Points
 
 ESTIMATORS = ("auto", "least_squares", "huber", "absolute", "likelihood")
+OBJECTIVES = ("log", "raw")
 UNITS = ("noise", "absolute")  # of Huber's threshold
 # Which column is which variable, unless the caller says otherwise.
 COLUMNS = {
@@ -49,7 +50,7 @@ class Fit:
     loss: str  # column
     estimator: str
     reason: str  # why this estimator
-    scale: float  # of the residuals of log L: a standard deviation, by the estimator's own measure
+    scale: float  # of the residuals: a standard deviation, by the estimator's own measure
 
     @cached_property
     def parameters(self) -> dict[str, float]:
@@ -61,8 +62,19 @@ class Fit:
 
     @cached_property
     def residuals(self) -> Array:
-        """log(measured) - log(fitted), (n,)."""
-        return _residuals(self.points, self.optimum)
+        """Measured - fitted, (n,): log losses, or losses if ``objective`` was ``raw``."""
+        return self.points.residuals(self.optimum.law, self.optimum.theta)
+
+    @property
+    def unit(self) -> str:
+        """What the residuals are of."""
+        return "L" if self.points.raw else "log L"
+
+    def relative(self, spread: float, loss: Any = None) -> Any:
+        """A spread of residuals as a part of ``loss``, by default of the mean of the runs."""
+        if not self.points.raw:
+            return spread
+        return spread / (np.exp(self.points.y.mean()) if loss is None else loss)
 
     @property
     def bounds_met(self) -> dict[str, str]:
@@ -93,8 +105,9 @@ class Fit:
 
     @property
     def r_squared(self) -> float:
-        """The share of the variance of log L that the law explains."""
-        total = float(np.sum((self.points.y - self.points.y.mean()) ** 2))
+        """The share of the variance of log L, or of L, that the law explains."""
+        y = self.points.response
+        total = float(np.sum((y - y.mean()) ** 2))
         return 1.0 - float(np.sum(self.residuals**2)) / total
 
     def predict(self, **values: Any) -> Array:
@@ -112,6 +125,7 @@ def fit(
     estimator: str = "auto",
     threshold: float | None = None,
     threshold_unit: str = "noise",
+    objective: str = "log",
     seed: int = 0,
     **columns: str,
 ) -> Fit:
@@ -122,8 +136,9 @@ def fit(
     default 1.345 times the noise; ``threshold_unit="absolute"`` for one in log L, as the 1e-3 of
     Hoffmann et al. 2022), ``absolute`` (least absolute deviations), ``likelihood`` (Huber's
     density with its scale as a parameter, ``threshold`` in units of it: Besiroglu et al. 2024),
-    or ``auto``: least squares unless the residuals speak against it.  ``seed`` is that of the
-    starts, where there are random ones.
+    or ``auto``: least squares unless the residuals speak against it.  ``objective`` says whether
+    residuals are those of log L (``log``) or of L (``raw``).  ``seed`` is that of the starts, where
+    there are random ones.
 
     Raises ConfigError, one line, where the table cannot carry the law.
     """
@@ -132,14 +147,16 @@ def fit(
         raise ConfigError(f"estimator={estimator}: must be one of {', '.join(ESTIMATORS)}")
     if threshold_unit not in UNITS:
         raise ConfigError(f"threshold_unit={threshold_unit}: must be one of {', '.join(UNITS)}")
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective={objective}: must be one of {', '.join(OBJECTIVES)}")
     if threshold is not None and not threshold > 0:
         raise ConfigError(f"threshold={threshold:g}: must be above zero")
     where = {name: {**COLUMNS, **columns}[name] for name in _plain(form)}
-    points = Points.read(table, form, where, loss)
+    points = Points.read(table, form, where, loss, raw=objective == "raw")
     reason = "asked for"
     squares = find_optimum(form, points, seed=seed)
     if estimator == "auto":
-        estimator, reason = judge(_residuals(points, squares))
+        estimator, reason = judge(points.residuals(squares.law, squares.theta))
     optimum = squares
     if estimator == "huber":
         limit = EFFICIENT if threshold is None else threshold
@@ -176,11 +193,6 @@ def _plain(law: Law) -> list[str]:
     return [name.removeprefix("log ") for name in law.variables]
 
 
-def _residuals(points: Points, optimum: Optimum) -> Array:
-    found: Array = points.y - optimum.law.log_loss(optimum.theta[None], points.x)[0]
-    return found
-
-
 def judge(residuals: Array) -> tuple[str, str]:
     """The estimator that residuals of least squares ask for, and why."""
     n = len(residuals)
@@ -202,7 +214,7 @@ def judge(residuals: Array) -> tuple[str, str]:
 
 def robust_scale(points: Points, optimum: Optimum) -> float:
     """From the median absolute residual, corrected for the fitted parameters."""
-    residuals = np.abs(_residuals(points, optimum))
+    residuals = np.abs(points.residuals(optimum.law, optimum.theta))
     degrees = max(1, len(points) - len(optimum.law))
     return float(np.median(residuals) / special.ndtri(0.75) * np.sqrt(len(points) / degrees))
 
@@ -213,7 +225,7 @@ def residual_scale(points: Points, optimum: Optimum) -> float:
     Where the threshold leaves hardly a residual inside, the estimator is the median's: its error
     is that of a mean times √(π/2).
     """
-    residuals = _residuals(points, optimum)
+    residuals = points.residuals(optimum.law, optimum.theta)
     if np.sum(np.abs(residuals) <= optimum.threshold) < 2 * len(optimum.law):
         return robust_scale(points, optimum) * float(np.sqrt(np.pi / 2))
     slope = np.clip(residuals, -optimum.threshold, optimum.threshold)
@@ -231,7 +243,7 @@ def _likelihood(law: Law, points: Points, squares: Optimum, unit: float, seed: i
     """Alternates the law, given the scale, and the scale, given the law, until both stand."""
     optimum, threshold = squares, np.inf
     for _ in range(100):
-        residuals = np.abs(_residuals(points, optimum))
+        residuals = np.abs(points.residuals(optimum.law, optimum.theta))
         new = unit * _density_scale(residuals, unit)
         if np.isfinite(threshold) and abs(new / threshold - 1) < 1e-6:
             break

@@ -35,7 +35,7 @@ class Optimum:
 
 
 def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int = 0) -> Optimum:
-    """The least sum of Huber's losses of the log residuals.
+    """The least sum of Huber's losses of the residuals.
 
     The threshold comes down from a sum of squares, a factor of √10 at a time: at each stage the
     minima of the last are the starts.
@@ -46,7 +46,7 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
         both = np.vstack([found.theta, without_constant(law, points, found.theta)])
         found = _distinct(polish(law, points, both))
     if np.isfinite(threshold):
-        residuals = law.log_loss(found.theta[:1], points.x)[0] - points.y
+        residuals = points.residuals(law, found.theta[0])
         for stage in stages(float(np.abs(residuals).max()), threshold):
             found = _distinct(polish(law, points, found.theta, stage))
     theta = found.theta[0]

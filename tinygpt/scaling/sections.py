@@ -172,12 +172,13 @@ def law(analysis: Analysis) -> Iterator[Block]:
             "The same numbers twice: with four digits above, which draw the curve together, and "
             "here rounded to what each interval supports."
         )
-    spread = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
+    spread = fit.relative(float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees))))
     left = f"The law leaves {wording.percent(spread)} of the loss (standard deviation)"
     if analysis.noise:
-        left += f"; runs that differ in their seed alone {wording.percent(analysis.noise.scale)}"
+        scatter = fit.relative(analysis.noise.scale)
+        left += f"; runs that differ in their seed alone {wording.percent(scatter)}"
     if fit.degrees > 0:
-        yield Paragraph(f"{left}. R² of log L: {fit.r_squared:.4f}.")
+        yield Paragraph(f"{left}. R² of {fit.unit}: {fit.r_squared:.4f}.")
     if not analysis.intervals:
         yield Paragraph("As many parameters as runs: there is nothing to judge an interval by.")
     yield from _floor(analysis)
@@ -409,9 +410,9 @@ def next_run(analysis: Analysis) -> Iterator[Block]:
 def method(analysis: Analysis) -> Iterator[Block]:
     fit, found = analysis.fit, analysis.fit.optimum
     yield Heading("How it was computed")
-    text = f"Estimator, of log L: {ESTIMATORS[fit.estimator]} ({fit.reason})."
+    text = f"Estimator, of {fit.unit}: {ESTIMATORS[fit.estimator]} ({fit.reason})."
     if np.isfinite(found.threshold):
-        text += f" Threshold {wording.number(found.threshold)} in log L."
+        text += f" Threshold {wording.number(found.threshold)} in {fit.unit}."
     methods = sorted({one.method for one in analysis.intervals.values()})
     if methods:
         text += f" Intervals of parameters: {', '.join(methods)}"

@@ -191,7 +191,7 @@ def hold_out(
 
 @dataclass(frozen=True)
 class Noise:
-    """The scatter of runs that differ in their seed alone: a standard deviation of log L."""
+    """The scatter of runs that differ in their seed alone: a standard deviation of log L, or L."""
 
     scale: float
     degrees: int
@@ -214,8 +214,9 @@ def seed_noise(fit: Fit, columns: Sequence[str] = ()) -> Noise | None:
     """
     labels = replicas(fit, columns)
     count = np.bincount(labels)
-    mean = np.bincount(labels, fit.points.y) / count
-    pure = float(np.sum((fit.points.y - mean[labels]) ** 2))
+    y = fit.points.response
+    mean = np.bincount(labels, y) / count
+    pure = float(np.sum((y - mean[labels]) ** 2))
     degrees = int(np.sum(count - 1))
     if degrees == 0 or pure == 0.0:
         return None
@@ -233,7 +234,7 @@ def structure(fit: Fit) -> float | None:
     An F test of what second and third powers of the log variables explain of them beyond the
     law's own derivatives (Ramsey 1969, as a score test).
     """
-    own = fit.optimum.law.derivatives(fit.optimum.theta[None], fit.points.x).gradient[0]
+    own = fit.points.derivatives(fit.optimum.law, fit.optimum.theta[None]).gradient[0]
     logs = list(fit.points.x.values())
     extra = [a * b for i, a in enumerate(logs) for b in logs[i:]]
     if len(fit.points) >= 4 * (len(extra) + own.shape[1]):
@@ -277,7 +278,8 @@ def next_run(fit: Fit, target: Target, places: dict[str, Array], costs: Array) -
     now = float(normal @ spread @ normal)
     shared = jacobian @ spread @ normal
     own = np.einsum("np,pq,nq->n", jacobian, spread, jacobian)
-    then = now - shared**2 / (fit.scale**2 + own)
+    scatter = fit.relative(fit.scale, fit.predict(**places))
+    then = now - shared**2 / (scatter**2 + own)
     best = int(np.argmin(then))
     reach = 2 * float(special.stdtrit(fit.degrees, 0.975))
     return NextRun(
