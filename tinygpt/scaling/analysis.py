@@ -10,7 +10,15 @@ import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.columns import WORDS, Columns, choice, other_settings, question, varied
+from tinygpt.scaling.columns import (
+    WORDS,
+    Columns,
+    choice,
+    other_settings,
+    places_of,
+    question,
+    varied,
+)
 from tinygpt.scaling.evidence import (
     Check,
     Distance,
@@ -22,6 +30,7 @@ from tinygpt.scaling.evidence import (
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
 from tinygpt.scaling.intervals import (
+    LEVEL,
     REPLICAS,
     Bootstrap,
     Interval,
@@ -62,6 +71,7 @@ class Prediction:
     flops: float | None
     loss: Interval  # of the law there
     run: Interval  # of a single run there
+    asked: bool = False  # for with ``predict=``
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class Analysis:
     single: list[SingleRun]  # every run left out in turn, what moves the prediction most first
     floor: float | None  # the entropy of the corpus where it is known exactly
     predictions: list[Prediction]
+    notes: list[str]  # on what was asked for and has no answer
     budgets: list[Budget]  # those that were asked for, at their best split
     frontier: Frontier | None
     next_run: NextRun | None
@@ -110,7 +121,10 @@ def analyse(
     threshold: float | None = None,
     threshold_unit: str = "noise",
     variable: str = "auto",
+    objective: str = "log",
     budgets: Sequence[float] = (),
+    places: Sequence[Mapping[str, float]] = (),
+    isoflop: str = "cubic",
     seed: int = 0,
     curves: pd.DataFrame | None = None,
     condition: str | None = None,
@@ -118,7 +132,10 @@ def analyse(
     """Fits every law that the runs can tell of, and judges the best, or the one asked for.
 
     ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
-    varies.  ``budgets`` are FLOPs to predict the loss at, split between N and D in the best way;
+    varies.  ``objective`` says whether residuals are those of log L or of L (``raw``).
+    ``budgets`` are FLOPs to predict the loss at, split between N and D in the best way, ``places``
+    values to predict it at, by letter (``{"N": 13e9, "D": 5e12}``); ``isoflop`` is the curve
+    through each budget;
     ``curves`` are those of the runs, for the frontier; ``condition`` is that of ``where=``, by
     which the runs were chosen.  Raises ConfigError where nothing can be
     fitted.
@@ -126,6 +143,9 @@ def analyse(
     where = columns.where(runs)
     differing = varied(runs, where)
     laws, variables, words = choice(law, variable, differing, where)
+    asked, note = places_of(places, variables, where)
+    if isoflop != "cubic" and "x" in variables:
+        raise ConfigError(f"isoflop={isoflop}: needs a law in N and D")
     if columns.n != Columns.n:  # of a table from elsewhere nobody says which count it is
         words = {name: word.replace(WORDS["N"], "parameters") for name, word in words.items()}
     compute = columns.compute(runs)
@@ -134,6 +154,7 @@ def analyse(
         "estimator": estimator,
         "threshold": threshold,
         "threshold_unit": threshold_unit,
+        "objective": objective,
         "seed": seed,
         **variables,
     }
@@ -152,6 +173,7 @@ def analyse(
     floor = columns.floor(runs)
     joint = {"N", "D"} <= set(best.columns) and not _collinear(best)
     predictions = _predictions(best, compute, _budgets(best, columns, budgets))
+    predictions += [_asked(best, compute, one) for one in asked]
     if cluster:
         predictions = [_of_replicas(one, drawn) for one in predictions]
     place = predictions[0].place if predictions else _largest(best, size)
@@ -159,7 +181,9 @@ def analyse(
     ways = None
     if joint:
         per_token = recorded(best, compute)
-        ways = frontier(best, compute, curves=curves, per_token=per_token, replicas=drawn)
+        ways = frontier(
+            best, compute, curves=curves, method=isoflop, per_token=per_token, replicas=drawn
+        )
     named = columns.as_results(runs).assign(flops_exact=compute)  # of 6 N D, too
     others = other_settings(runs, columns, variables.values())
     settings |= {"estimator": best.estimator}
@@ -209,6 +233,7 @@ def analyse(
         single,
         floor,
         predictions,
+        [one for one in (note, _unanswered(best, budgets)) if one],
         [predict(best, flops, per_token=per_token, replicas=drawn) for flops in budgets if joint],
         ways,
         _next(best, compute, predictions),
@@ -324,6 +349,14 @@ def _budgets(best: Fit, columns: Columns, budgets: Sequence[float]) -> Sequence[
     return budgets
 
 
+def _unanswered(best: Fit, budgets: Sequence[float]) -> str:
+    """Why there is nothing to say of ``budgets``; empty if there is."""
+    if not budgets or not (_collinear(best) or ("x" in best.columns and best.degrees < 1)):
+        return ""
+    reason = "D goes with N" if _collinear(best) else "there are as many parameters as runs"
+    return f"`budgets=` has no answer: {reason}."
+
+
 def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Prediction]:
     """At ten times the largest compute, or the largest x; of a law of C also for each budget."""
     if best.degrees < 1 or _collinear(best):
@@ -340,6 +373,18 @@ def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Pr
     (name,) = best.columns
     values = dict.fromkeys([FURTHER * float(best.table[best.columns[name]].max()), *budgets])
     return [_predicted(best, {name: value}, None) for value in values]
+
+
+def _asked(best: Fit, compute: Array, place: dict[str, float]) -> Prediction:
+    """At a place that was asked for; without degrees of freedom no interval is known."""
+    flops = None
+    if {"N", "D"} <= set(place):
+        flops = float(recorded(best, compute)(np.array([place["N"]]))[0]) * place["D"]
+    if best.degrees < 1:
+        nan = float("nan")
+        none = Interval(float(best.predict(**place)[0]), nan, nan, LEVEL, "none")
+        return Prediction(place, flops, none, none, asked=True)
+    return replace(_predicted(best, place, flops), asked=True)
 
 
 def _predicted(best: Fit, place: dict[str, float], flops: float | None) -> Prediction:
@@ -359,6 +404,9 @@ def _distance(
     x = "x" if "x" in names else "C"
     ranges.setdefault(x, compute)
     places = [{x: FURTHER * ranges[x].max()}, *({x: flops} for flops in budgets)]
+    for one in predictions:
+        if one.asked:
+            places.append(one.place | ({"C": one.flops} if one.flops else {}))
     found = []
     for place in places:
         for name, value in place.items():

@@ -58,6 +58,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "checks": [_check(check) for check in analysis.checks],
         "single_runs": [_single_run(analysis, one) for one in analysis.single],
         "predictions": [_prediction(one) for one in analysis.predictions],
+        "notes": analysis.notes,
         "budgets": [_budget(one) for one in analysis.budgets],
         "frontier": _frontier(analysis.frontier),
         "next_run": vars(analysis.next_run) if analysis.next_run else None,
@@ -199,6 +200,7 @@ def _prediction(one: Prediction) -> dict[str, Any]:
     return {
         "place": one.place,
         "flops": one.flops,
+        "asked": one.asked,
         "loss": one.loss.estimate,
         "interval": _interval(one.loss),
         "interval_of_a_run": _interval(one.run),
@@ -217,6 +219,7 @@ def _frontier(path: Frontier | None) -> dict[str, Any] | None:
             {
                 "budget": one.budget,
                 "best": one.best,
+                "method": one.method,
                 "n_by_parabola": one.parabola,
                 "reason": one.reason,
             }

@@ -40,7 +40,8 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
     The threshold comes down from a sum of squares, a factor of √10 at a time: at each stage the
     minima of the last are the starts.
     """
-    starts = grid_starts(law, points) if law.powers else spread_starts(law, points, seed)
+    grid = law.powers and max(map(len, law.powers.values())) == 1 and len(law.exponents) <= 3
+    starts = grid_starts(law, points) if grid else spread_starts(law, points, seed)
     found = _distinct(polish(law, points, starts))
     if "E" in law.parameters and not (law.powers and found.converged[0]):
         both = np.vstack([found.theta, without_constant(law, points, found.theta)])

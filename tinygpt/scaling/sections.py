@@ -50,7 +50,7 @@ CAPTIONS = {
     ),
     "extrapolation": "The law fitted to the smaller runs predicts the larger ones, held out.",
     "isoflop": (
-        "Loss against size at equal compute, a cubic through each budget; stars: minima. Without a "
+        "Loss against size at equal compute, a curve through each budget; stars: minima. Without a "
         "star there is none that stands; `fit.json` says why."
     ),
     "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
@@ -341,6 +341,8 @@ def _single_run(analysis: Analysis, one: SingleRun) -> list[str]:
 
 def predictions(analysis: Analysis) -> Iterator[Block]:
     yield Heading("Prediction")
+    if analysis.notes:
+        yield Paragraph(" ".join(analysis.notes))
     if not analysis.predictions:
         yield Paragraph("None: these runs cannot say how far it could be trusted.")
         return

@@ -17,8 +17,6 @@ from tinygpt.scaling.fitting import EFFICIENT, Fit, fit, judge, robust_scale
 from tinygpt.scaling.intervals import Target, covariance, delta, of_loss
 from tinygpt.scaling.laws import LAWS, Array
 
-ONE_VARIABLE = [name for name, law in LAWS.items() if len(law.variables) == 1]
-JOINT = [name for name, law in LAWS.items() if law.variables == ("N", "D")]
 HELD_OUT = 0.2  # at least so large a part of the settings, those of the largest compute
 
 
