@@ -386,7 +386,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta", "gamma"),
             _A_B,
             expression=_coupled,
-            bounds={"gamma": (0.01, 100.0)},
+            bounds={"gamma": (0.05, 20.0)},
         ),
         Law(
             "kaplan_constant",
