@@ -109,7 +109,8 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
     found = [v for v in "NDT" if where.get(v) in runs and _spread(runs[where[v]]) > SAME]
     if where.get("U") in runs:
         unique = runs[where["U"]]
-        repeated = (runs[where["D"]] > 1.001 * unique).any()
+        tokens = runs[where["D"]] if "D" in where else np.inf
+        repeated = (tokens > 1.001 * unique).any()
         if unique.nunique() > 1 and repeated:
             found.append("U")
     if "T" in found and len(found) > 1 and "N" not in found:
@@ -201,7 +202,11 @@ def read_places(text: str) -> list[dict[str, float]]:
     except yaml.YAMLError as error:
         raise ConfigError(f"predict={text}: {allowed}") from error
     rows = [found] if isinstance(found, dict) else found
-    if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) and r for r in rows):
+    if (
+        not isinstance(rows, list)
+        or not rows
+        or not all(isinstance(row, dict) and row and None not in row.values() for row in rows)
+    ):
         raise ConfigError(f"predict={text}: {allowed}")
     places = []
     for row in rows:
