@@ -28,7 +28,8 @@ table=FILE              instead: a .csv or .parquet with a row a run; its column
 where=CONDITION         only these runs, as 'params > 1e6' or 'outlier == 0'; the others are listed
 law=auto                the best by AICc, or the name of one: power power_constant log_power broken
                         chinchilla chinchilla_tied chinchilla_zero kaplan kaplan_constant coupled
-                        data_constrained; or FILE.py:NAME, a law of your own (docs/laws.md)
+                        data_constrained
+                        or FILE.py:NAME, one of your own (docs/laws.md)
 variable=auto           what a law in one variable goes by: N D U T C
 loss=final_val_loss     the column of the loss; final_val_bits_per_byte compares tokenizers
 estimator=auto          least_squares huber absolute likelihood
