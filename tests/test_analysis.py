@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,21 @@ import pandas as pd
 import pytest
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling import Analysis, Columns, analyse, fit
+from tinygpt.scaling import (
+    LAWS,
+    Analysis,
+    Columns,
+    Law,
+    analyse,
+    best_split,
+    fit,
+    logaddexp,
+    register,
+    sum_of_powers,
+)
+from tinygpt.scaling.columns import places_of, read_places
 from tinygpt.scaling.evidence import check_design, check_finished
+from tinygpt.scaling.intervals import predict_interval
 from tinygpt.scaling.runs import SETTINGS, comparable
 from tinygpt.scaling.selection import replicas, split_by_compute
 from tinygpt.scaling.single import single_runs
@@ -541,3 +555,306 @@ def test_epochs_are_counted_in_words(tokens: int, words: str) -> None:
     runs = pd.DataFrame({"train_tokens": [10, tokens], "unique_train_tokens": [100, 100]})
     details = [check.detail for check in check_design(runs)]
     assert f"up to {words}" in details
+
+
+# --- one variable, roles of columns, distance
+
+
+@pytest.mark.parametrize("letter", ["n", "d", "u", "t", "c"])
+def test_runs_of_the_largest_x_are_held_out(letter: str) -> None:
+    """Whatever is the one variable of the table; the law fitted below foretells them."""
+    x = np.repeat(np.geomspace(1e5, 1e9, 10), 2)
+    noise = 0.002 * np.random.default_rng(5).normal(size=20)
+    losses = (1.5 + 40 / x**0.3) * np.exp(noise)
+    runs = pd.DataFrame({"mine": x, "loss": losses, "seed": [1, 2] * 10})
+    none: dict[str, Any] = {"n": "no n", "d": "no d", "u": None, "t": None, "c": None}
+    columns = dataclasses.replace(TABLE, **{**none, letter: "mine"})
+    found = analyse(*comparable(runs, "loss"), columns, variable=letter.upper())
+    held = found.chosen.held_out
+    assert held is not None
+    assert held.above.tolist() == [False] * 16 + [True] * 4
+    assert held.cut == pytest.approx(x[15])
+    assert held.error < 0.01
+    (line,) = [c for c in found.checks if "held out, are predicted" in c.name]
+    assert line.passed is True
+    assert ("in mine: off by" in line.detail) == (letter != "c")
+
+
+def test_one_budget_holds_out_by_x() -> None:
+    """Runs of one N and D, and so of one compute, that differ in their unique tokens."""
+    unique = np.geomspace(1e5, 1e8, 12)
+    runs = pd.DataFrame({"N": 1e6, "D": 1e8, "U": unique, "loss": 1.5 + 40 / unique**0.3})
+    columns = dataclasses.replace(TABLE, u="U")
+    held = analyse(*comparable(runs, "loss"), columns, variable="U").chosen.held_out
+    assert held is not None
+    assert held.above.tolist() == [False] * 9 + [True] * 3
+
+
+def isoflop_runs() -> pd.DataFrame:
+    random = np.random.default_rng(2)
+    rows = [
+        {"N": n, "D": c / 6 / n, "seed": seed, "flops_exact": c, "learning_rate": rate,
+         "loss": chinchilla(n, c / 6 / n) * np.exp(0.003 * random.normal())}
+        for c in np.geomspace(1e13, 1e17, 5)
+        for n in np.sqrt(c / 120) * np.geomspace(0.25, 4, 5)
+        for seed, rate in ((1, 0.1), (2, 0.1))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_verdict_hangs_on_no_name() -> None:
+    """Compute, loss and size are what ``columns`` says, whatever they are called."""
+    runs = isoflop_runs()
+
+    def checks(**names: str) -> list[tuple[str, bool | None, str]]:
+        renamed = runs.rename(columns=names)
+        c, loss, n = (names.get(name, name) for name in ("flops_exact", "loss", "N"))
+        columns = dataclasses.replace(TABLE, c=c, loss=loss, n=n)
+        found = analyse(*comparable(renamed, loss), columns, law="chinchilla")
+        return [(one.name, one.passed, one.detail) for one in found.checks]
+
+    one = checks()
+    assert one == checks(flops_exact="flops") == checks(flops_exact="C (FLOPs)")
+    assert one == checks(loss="final_val_loss") == checks(N="parameters_non_embedding")
+    verdicts = {name: (passed, detail) for name, passed, detail in one}
+    isoflop = (None, "equal compute instead: sizes along budgets")
+    assert verdicts["equal training tokens for all sizes"] == isoflop
+    assert verdicts["at least two seeds of every setting"] == (True, "2")
+    assert verdicts["the best learning rate is not at the edge of its sweep"][0] is None
+    plain = dataclasses.replace(TABLE, c=None)  # 6 N D says the same
+    found = analyse(*comparable(runs.drop(columns="flops_exact"), "loss"), plain, law="chinchilla")
+    equal = next(c for c in found.checks if c.name == "equal training tokens for all sizes")
+    assert (equal.passed, equal.detail) == isoflop
+
+
+def test_seeds_are_counted_for_each_size() -> None:
+    runs = pd.DataFrame({"parameters_non_embedding": [1e4, 1e5, 1e6], "seed": [1, 2, 3]})
+    runs["train_tokens"] = 1e6  # three seeds of one length, but one of each size
+    assert verdict(runs, "at least two seeds of every setting") is False
+
+
+def test_a_swept_rate_needs_no_other_column() -> None:
+    runs = pd.DataFrame({"learning_rate": [0.1, 0.2, 0.4], "final_val_loss": [3.0, 2.0, 1.0]})
+    name = "the best learning rate is not at the edge of its sweep"
+    (check,) = [one for one in check_finished(runs, runs) if one.name == name]
+    assert (check.passed, check.detail) == (False, "the best is at the edge for 1 of 1 settings")
+
+
+@pytest.mark.parametrize(
+    ("asked", "passed", "detail"),
+    [
+        ({"budgets": [1e18]}, True, "×10 beyond; the runs span ×10,000"),
+        ({"budgets": [1e18, 1e25]}, False, "×100,000,000 beyond; the runs span ×10,000"),
+        ({"places": [{"N": 1e9, "D": 1e10}]}, True, "beyond; the runs span"),
+        ({"places": [{"N": 1e18, "D": 1e3}]}, False, "N = 1e+18 is ×"),
+        ({"places": [{"N": 1e6, "D": 1e-3}]}, False, "D = 0.001 is ×"),
+        ({"places": [{"N": 1e12, "D": 1e13}]}, False, "beyond; the runs span"),
+    ],
+)
+def test_what_is_asked_for_counts_for_the_distance(
+    asked: dict[str, Any], passed: bool, detail: str
+) -> None:
+    columns = dataclasses.replace(TABLE, c="flops_exact")
+    found = analyse(*comparable(isoflop_runs(), "loss"), columns, law="chinchilla", **asked)
+    (line,) = [c for c in found.checks if c.name.startswith("the prediction lies no further")]
+    assert line.passed is passed
+    assert detail in line.detail
+
+
+def test_a_budget_of_a_law_of_compute_counts_too() -> None:
+    flops = np.geomspace(1e15, 1e19, 12)
+    runs = pd.DataFrame({"C": flops, "loss": 1.5 + 1e4 / flops**0.25})
+    columns = dataclasses.replace(TABLE, n="no n", d="no d", c="C")
+    for budget, passed in ((1e20, True), (1e25, False)):
+        settings: dict[str, Any] = {"variable": "C", "budgets": [budget]}
+        found = analyse(*comparable(runs, "loss"), columns, **settings)
+        assert [c.passed for c in found.checks if "no further beyond" in c.name] == [passed]
+
+
+# --- places that are asked for
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{n: 13e9, d: 5e12}]",
+        "{n:13e9,d:5e12}",
+        "[{N: 13_000_000_000, D: 5.0e12}]",
+        "n=13e9,d=5e12",
+    ],
+)
+def test_places_are_read_as_people_write_them(text: str) -> None:
+    assert read_places(text) == [{"N": 13e9, "D": 5e12}]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "must be as [{n: 13e9, d: 5e12}]"),
+        ("13e9", "must be as [{n: 13e9, d: 5e12}]"),
+        ("[13e9, 5e12]", "must be as [{n: 13e9, d: 5e12}]"),
+        ("[{n: 13e9, d: 5e12]", "must be as [{n: 13e9, d: 5e12}]"),
+        ("{k: 1}", "k: must be one of n, d, u, t, c"),
+        ("{n: many}", "n=many: must be a number above zero"),
+        ("{n: -1}", "n=-1: must be a number above zero"),
+        ("{n: .inf}", "n=inf: must be a number above zero"),
+        ("{n: true}", "n=True: must be a number above zero"),
+    ],
+)
+def test_places_that_are_none(text: str, line: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read_places(text)
+    assert str(raised.value) == f"predict={text}: {line}"
+
+
+def test_a_place_is_predicted_as_the_library_does() -> None:
+    runs = table(chinchilla, 0.003)
+    place = {"N": 13e6, "D": 5e8}
+    found = analysed(runs, law="chinchilla", places=[place])
+    (one,) = [p for p in found.predictions if p.asked]
+    assert one.place == place
+    assert one.flops == pytest.approx(6 * 13e6 * 5e8)
+    law = fit(runs, "chinchilla", loss="loss", N="N", D="D", estimator="least_squares")
+    assert one.loss.estimate == pytest.approx(float(law.predict(**place)[0]), rel=1e-9)
+    alone = predict_interval(law, N=13e6, D=5e8)
+    assert (one.loss.low, one.loss.high) == pytest.approx((alone.low, alone.high), rel=1e-6)
+    assert chinchilla(n=13e6, d=5e8) in one.loss
+    for wrong, line in (
+        ({"N": 1e9}, "predict: d is missing: the law goes by n and d"),
+        ({"N": 1e9, "D": 1e9, "T": 8}, "predict: t is none: the law goes by n and d"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{line}$"):
+            analysed(runs, law="chinchilla", places=[wrong])
+
+
+def test_a_law_in_one_variable_takes_its_own() -> None:
+    tokens = np.geomspace(1e5, 1e9, 12)
+    runs = pd.DataFrame({"N": 1e5, "D": tokens, "loss": 1.5 + 40 / tokens**0.3})
+    found = analysed(runs, places=[{"N": 7e9, "D": 1e10}])
+    (one,) = [p for p in found.predictions if p.asked]
+    assert one.place == {"x": 1e10}
+    assert one.loss.estimate == pytest.approx(1.5 + 40 / 1e10**0.3, rel=1e-4)
+    assert found.notes == ["Of what `predict=` gave, the law has no use for n."]
+    with pytest.raises(ConfigError, match=r"^predict: d is missing: the law goes by d$"):
+        analysed(runs, places=[{"N": 7e9}])
+
+
+def test_unique_tokens_are_all_where_none_are_given() -> None:
+    places, note = places_of([{"N": 1e9, "D": 1e10}], {v: v for v in "NDU"}, {})
+    assert (places, note) == ([{"N": 1e9, "D": 1e10, "U": 1e10}], "")
+
+
+def test_what_has_no_answer_is_said() -> None:
+    sizes = np.geomspace(1e6, 1e10, 8)
+    losses = chinchilla(sizes, 20 * sizes)
+    runs = pd.DataFrame({"N": sizes, "D": 20 * sizes, "loss": losses})
+    found = analysed(runs, law="chinchilla", budgets=[1e20])
+    assert found.notes == ["`budgets=` has no answer: D goes with N."]
+    with pytest.raises(ConfigError, match=r"^variable=N: law=chinchilla goes by N and D$"):
+        analysed(runs, law="chinchilla", variable="N")
+    with pytest.raises(ConfigError, match=r"^law=chinchilla: goes by D; name columns\.d=$"):
+        analysed(runs.drop(columns="D"), law="chinchilla")
+    with pytest.raises(ConfigError, match=r"^isoflop=akima: needs a law in N and D$"):
+        analysed(runs, law="power", variable="N", isoflop="akima")
+
+
+def test_the_curve_through_a_budget_is_the_one_asked_for() -> None:
+    columns = dataclasses.replace(TABLE, c="flops_exact")
+    best = {}
+    for method in ("cubic", "akima", "parabola"):
+        settings: dict[str, Any] = {"law": "chinchilla", "isoflop": method}
+        found = analyse(*comparable(isoflop_runs(), "loss"), columns, **settings)
+        assert found.frontier is not None
+        profiles = found.frontier.isoflop.profiles
+        assert {one.method for one in profiles} == {method}
+        best[method] = [one.best[1] for one in profiles if one.best]
+    assert best["parabola"] == [one.parabola for one in profiles]
+    assert len({tuple(sizes) for sizes in best.values()}) == 3
+
+
+def test_raw_losses_are_judged_as_such() -> None:
+    random = np.random.default_rng(1)
+    runs = table(chinchilla, 0.0)
+    runs["loss"] += 0.02 * random.normal(size=len(runs))
+    found = analysed(runs, law="chinchilla", objective="raw")
+    assert found.fit.unit == "L"
+    assert found.noise is not None
+    assert found.noise.scale == pytest.approx(0.02, rel=0.25)  # of the loss itself, everywhere
+    assert next(c for c in found.checks if "explains" in c.name).detail.startswith("R² of L ")
+    assert "the law leaves no more than the seeds scatter" not in failing(found)
+    assert found.chosen.held_out is not None
+    assert found.chosen.held_out.within > 0.8
+
+
+# --- a law of one's own
+
+
+def shifted(**change: Any) -> Law:
+    law = Law(
+        "shifted",
+        "L = E + A / (x + x0)^alpha",
+        "a power law with a head start",
+        ("x",),
+        ("E", "A", "x0"),
+        ("alpha",),
+        {"A": (("x", "alpha"),), "x0": (("x", 1.0),)},
+        expression=lambda p, x: logaddexp(p["E"], p["A"] - p["alpha"] * logaddexp(p["x0"], x["x"])),
+    )
+    return dataclasses.replace(law, **change)
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    before = dict(LAWS)
+    yield
+    LAWS.clear()
+    LAWS.update(before)
+
+
+def test_a_law_of_one_s_own_is_compared(forget: None) -> None:
+    tokens = np.geomspace(1e5, 1e8, 12).repeat(2)
+    noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(24))
+    runs = pd.DataFrame({"D": tokens, "loss": (1.2 + 40 / (tokens + 2e6) ** 0.3) * noise})
+    columns = dataclasses.replace(TABLE, n="no n", seed=None)
+    register(shifted())
+    asked: dict[str, Any] = {"law": "shifted", "places": [{"D": 1e9}]}
+    found = analyse(*comparable(runs, "loss"), columns, **asked)
+    assert found.candidates[0].law in ("broken", "shifted")
+    assert 1.2 in found.intervals["E"]
+    assert 2e6 in found.intervals["x0"]
+    assert {c.law for c in found.candidates} == {
+        name for name, law in LAWS.items() if len(law.variables) == 1
+    }
+    assert 1.2 + 40 / (1e9 + 2e6) ** 0.3 in found.predictions[-1].loss
+    alone = fit(runs, shifted(bounds={"x0": (1e-3, 1e3)}), loss="loss", x="D")
+    assert alone.parameters == pytest.approx(found.fit.parameters, rel=1e-4)
+
+
+def test_a_sum_of_powers_of_one_s_own_splits_a_budget(forget: None) -> None:
+    """A term of both variables, other names: by search, where there is no closed form."""
+    powers = {"E": {}, "K": {"N": "a"}, "M": {"D": "b"}, "P": {"N": "g", "D": "g"}}
+    law = register(sum_of_powers("mixed", "L = E + K/N^a + M/D^b + P/(N D)^g", "mine", powers))
+    runs = table(chinchilla, 0.0)
+    runs["loss"] = chinchilla(runs["N"], runs["D"]) + 30 / (runs["N"] * runs["D"]) ** 0.15
+    found = fit(runs, law, loss="loss", N="N", D="D")
+    assert np.abs(found.residuals).max() < 1e-4
+    n, d = best_split(found, 1e14)
+    assert 6 * n * d == pytest.approx(1e14, rel=1e-6)
+    sizes = np.geomspace(n / 3, n * 3, 201)
+    losses = found.predict(N=sizes, D=1e14 / 6 / sizes)
+    assert sizes[np.argmin(losses)] == pytest.approx(n, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"name": "power"}, "law=power: is one of tinygpt's own; choose another name"),
+        ({"variables": ("N", "T")}, "law=shifted: variables=('N', 'T'): must be one of ('x',), "),
+        ({"expression": None}, "law=shifted: give it either powers or an expression"),
+    ],
+)
+def test_a_law_that_cannot_be_one(change: dict[str, Any], line: str, forget: None) -> None:
+    with pytest.raises(ConfigError) as raised:
+        register(shifted(**change))
+    assert str(raised.value).startswith(line)
+    assert "shifted" not in LAWS

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +17,9 @@ import pandas as pd
 import pytest
 
 from tests.conftest import Command, tiny
-from tinygpt import fileio, fit, rundir
+from tinygpt import fileio, fit, rundir, scaling
+from tinygpt.scaling import own_laws, plots
+from tinygpt.scaling.intervals import predict_interval
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.runs import curves_of, load_runs
 
@@ -36,7 +40,7 @@ def table(sizes: int = 6, seeds: int = 2) -> pd.DataFrame:
 
 
 def test_the_help_names_every_law() -> None:
-    assert set(LAWS) <= set(fit.USAGE.split())
+    assert set(own_laws.BUILT_IN) <= set(fit.USAGE.split())
 
 
 def results(row: dict[str, Any], width: int) -> dict[str, Any]:
@@ -229,6 +233,83 @@ def test_the_nearest_name_is_said(
     with pytest.raises(SystemExit):
         fit.main()
     assert f"; did you mean {nearest}" in capsys.readouterr().err
+
+
+def test_predicted_from_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The library's numbers, with a law of one's own from the example of docs/laws.md."""
+    page = (Path(__file__).parents[1] / "docs" / "laws.md").read_text()
+    (example,) = re.findall(
+        r"^```python\n(from tinygpt.scaling import Law.*?)^```", page, re.S | re.M
+    )
+    (tmp_path / "my_laws.py").write_text(example)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "draw", lambda *_: [])
+    x = np.geomspace(1e5, 1e8, 24)
+    noise = 0.01 * np.random.default_rng(0).standard_normal(24)
+    runs = pd.DataFrame({"tokens": x, "loss": 1.2 + 40 / (x + 2e6) ** 0.3 + noise})
+    runs.to_csv("mine.csv", index=False)
+    words = ["table=mine.csv", "columns.d=tokens", "loss=loss", "objective=raw"]
+    words += ["law=my_laws.py:shifted", "predict=[{d: 1e9}, {d: 5e12}]"]
+    before = dict(LAWS)
+    try:
+        monkeypatch.setattr(sys, "argv", ["fit", *words])
+        fit.main()
+    finally:
+        LAWS.clear()
+        LAWS.update(before)
+    said = " ".join(capsys.readouterr().out.split())
+    found = json.loads((tmp_path / "outputs/fit-mine/fit.json").read_text())
+    assert (found["law"], found["method"]["residuals"]) == ("shifted", "L")
+    mine = runpy.run_path("my_laws.py")["shifted"]
+    kind = {"objective": "raw", "estimator": found["method"]["estimator"]}
+    alone = scaling.fit(runs, mine, loss="loss", x="tokens", **kind)
+    asked = [one for one in found["predictions"] if one["asked"]]
+    assert [one["place"] for one in asked] == [{"x": 1e9}, {"x": 5e12}]
+    for one in asked:
+        interval = predict_interval(alone, **one["place"])
+        assert one["loss"] == pytest.approx(interval.estimate, rel=1e-6)
+        ends = (one["interval"]["low"], one["interval"]["high"])
+        assert ends == pytest.approx((interval.low, interval.high), rel=1e-4)
+    assert f"5.00e12 {asked[1]['loss']:.2f}" in said
+    distance = next(c for c in found["checks"] if "no further beyond" in c["name"])
+    assert (distance["passed"], distance["detail"][:8]) == (False, "×50,000 ")
+    assert "×50,000 beyond; the runs span ×1,000" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("predict=13e9", "predict=13e9: must be as [{n: 13e9, d: 5e12}]"),
+        ("predict=[{d: 5e12}]", "predict: n is missing: the law goes by n"),
+        ("objective=nats", "objective=nats: must be one of log, raw"),
+        ("isoflop=spline", "isoflop=spline: must be one of cubic, akima, parabola"),
+        ("isoflop=akima", "isoflop=akima: needs a law in N and D"),
+        ("law=none.py:mine", "law=none.py:mine: none.py: [Errno 2] No such file"),
+        ("law=laws.py:mine", "law=laws.py:mine: laws.py defines no Law called mine"),
+        ("law=bad.py:mine", "law=bad.py:mine: bad.py: boom"),
+    ],
+)
+def test_a_question_that_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    word: str,
+    line: str,
+) -> None:
+    table().to_csv(tmp_path / "t.csv", index=False)
+    (tmp_path / "laws.py").write_text("mine = 1\n")
+    (tmp_path / "bad.py").write_text("raise ValueError('boom')\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["table=t.csv", "loss=loss", "columns.n=params", word]
+    monkeypatch.setattr(sys, "argv", ["fit", *words])
+    with pytest.raises(SystemExit) as left:
+        fit.main()
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {line}")
+    assert (left.value.code, said.count("\n")) == (2, 1)
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_tokens_from_the_compute(tinygpt: Command, tmp_path: Path) -> None:

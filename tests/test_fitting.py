@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -12,10 +13,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize
+from scipy import optimize, special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import HUBER_DENSITY, Fit, fit
+from tinygpt.scaling.intervals import covariance, intervals, predict_interval
 from tinygpt.scaling.laws import LAWS, Law
 from tinygpt.scaling.newton import bounds, huber, polish
 
@@ -304,6 +306,101 @@ def test_a_step_made_small_by_damping_is_no_convergence() -> None:
     assert np.abs(found.gradient).max() < 1e-9 or not found.converged[0]
 
 
+# --- bounds
+
+
+def broken(noise: float, **natural: float) -> pd.DataFrame:
+    return table(LAWS["broken"], natural, noise)
+
+
+@pytest.mark.parametrize(("c", "alpha"), [(5.69, 0.05), (12.0, 0.01), (-4.5, 0.9)])
+def test_a_sharp_break_is_found(c: float, alpha: float) -> None:
+    """Published curves need slopes of several; where |c| stopped at 3 the law was off by 10 %."""
+    truth = {"E": 0.02 if c > 0 else 0.5, "A": 3.0 if c > 0 else 1e4, "x1": 1e8, "f": 0.3}
+    truth |= {"alpha": alpha, "c": c}
+    exact = fitted(broken(0.0, **truth), "broken", estimator="least_squares")
+    assert exact.parameters == pytest.approx(truth, rel=1e-3)
+    assert exact.bounds_met == {}
+    noisy = fitted(broken(0.01, **truth), "broken", estimator="least_squares")
+    assert np.sqrt(np.mean(noisy.residuals**2)) < 0.0105
+
+
+BOUNDED = [(law, p) for law, form in LAWS.items() for p in form.bounds if p not in form.units]
+
+
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize(("law", "name"), BOUNDED)
+def test_a_bound_that_binds_is_named(law: str, name: str, end: int) -> None:
+    """Each of each law, moved to where it leaves the truth out."""
+    form, natural = LAWS[law], truth(LAWS[law])
+    size = abs(natural[name])
+    ends = (natural[name] + 0.3 * size, 1e5) if end == 0 else (-1e5, natural[name] - 0.3 * size)
+    ends = ends if name in form.exponents else (max(ends[0], 1e-3), ends[1])
+    tight = dataclasses.replace(form, bounds={**form.bounds, name: ends})
+    runs = table(form, natural)
+    settings: dict[str, Any] = {v: v for v in form.variables}
+    found = fit(runs, tight, loss="loss", estimator="least_squares", **settings)
+    line = found.bounds_met[name]
+    assert line.startswith(f"{name} = {ends[end]:.4g} is at its {('lower', 'upper')[end]} bound: ")
+    assert line.endswith("its value comes from the bound, not from the runs")
+    one = intervals(found, [name])[name]
+    assert not one.identified  # that end is not the data's
+    assert one.estimate == pytest.approx(ends[end])
+    assert (one.low in (0.0, -np.inf)) if end == 0 else one.high == np.inf
+
+
+def test_a_natural_bound_is_said_to_be_one() -> None:
+    flat = {"E": 1e-3, "A": 1.0, "x1": 3e8, "f": 1.2, "alpha": 0.0, "c": 5.69}
+    found = fitted(broken(0.01, **flat), "broken")
+    assert found.bounds_met == {
+        "alpha": "alpha = 0 is at its natural bound: below zero the loss would rise"
+    }
+    one = intervals(found, ["alpha"])["alpha"]
+    assert one.low == -np.inf
+    assert 0 < one.high < 0.05
+    smooth = {"E": 1e-4, "A": 60.0, "x1": 1e8, "f": 15.0, "alpha": 0.01, "c": 0.9}
+    met = fitted(broken(0.01, **smooth), "broken").bounds_met
+    end = "is the smallest x of the runs, its natural bound: they show no break"
+    assert met == {"x1": f"x1 = 1e+06 {end}"}
+    zero = table(LAWS["power"], truth(LAWS["power"]))
+    gone = fitted(zero, "power_constant").bounds_met["E"]
+    assert gone == "E = 0 went to zero, its natural bound: these data do not show that term"
+
+
+# --- residuals of the loss itself
+
+
+@pytest.mark.parametrize("law", ["power_constant", "chinchilla", "coupled"])
+def test_raw_residuals_are_those_of_scipy(law: str) -> None:
+    form = LAWS[law]
+    runs = table(form, truth(form))
+    runs["loss"] += 0.02 * np.random.default_rng(3).standard_normal(len(runs))
+    found = fitted(runs, law, objective="raw", estimator="least_squares")
+    logs = found.points.x
+
+    def model(_: Any, *theta: float) -> np.ndarray:
+        fitted: np.ndarray = np.exp(form.log_loss(np.array(theta)[None], logs)[0])
+        return fitted
+
+    start = form.internal(truth(form), found.points.centres)
+    exact: dict[str, Any] = {"xtol": 1e-14, "ftol": 1e-14}
+    y = runs["loss"].to_numpy()
+    theta, spread = optimize.curve_fit(model, np.arange(len(y)), y, start, **exact)
+    assert found.parameters == pytest.approx(form.natural(theta, found.points.centres), rel=1e-4)
+    expected = runs["loss"].to_numpy() - model(None, *theta)
+    np.testing.assert_allclose(found.residuals, expected, atol=1e-6)
+    np.testing.assert_allclose(np.diag(covariance(found)), np.diag(spread), rtol=1e-3)
+    assert found.unit == "L"
+    assert found.scale == pytest.approx(np.sqrt(np.sum(expected**2) / found.degrees))
+    logged = fitted(runs, law, estimator="least_squares")
+    assert logged.unit == "log L"
+    assert logged.parameters != pytest.approx(found.parameters, rel=1e-4)
+    place = {v: float(runs[v].max()) for v in form.variables}
+    one = predict_interval(found, new_run=True, **place)  # a run scatters by 0.02 everywhere
+    reach = (one.high - one.low) / 2
+    assert reach == pytest.approx(special.stdtrit(found.degrees, 0.975) * found.scale, rel=0.25)
+
+
 # --- errors
 
 
@@ -319,6 +416,7 @@ def test_a_step_made_small_by_damping_is_no_convergence() -> None:
         (lambda r: r, {"law": "chinchila"}, ["law=chinchila", "chinchilla_tied"]),
         (lambda r: r, {"estimator": "median"}, ["estimator=median", "absolute"]),
         (lambda r: r, {"estimator": "huber", "threshold": -1.0}, ["threshold=-1", "above zero"]),
+        (lambda r: r, {"objective": "nats"}, ["objective=nats", "log, raw"]),
         (lambda r: r, {"threshold_unit": "nats"}, ["threshold_unit=nats", "noise"]),
     ],
 )

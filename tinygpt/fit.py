@@ -29,11 +29,16 @@ where=CONDITION         only these runs, as 'params > 1e6' or 'outlier == 0'; th
 law=auto                the best by AICc, or the name of one: power power_constant log_power broken
                         chinchilla chinchilla_tied chinchilla_zero kaplan kaplan_constant coupled
                         data_constrained
+                        or FILE.py:NAME, one of your own (docs/laws.md)
 variable=auto           what a law in one variable goes by: N D U T C
 loss=final_val_loss     the column of the loss; final_val_bits_per_byte compares tokenizers
 estimator=auto          least_squares huber absolute likelihood
 threshold=NUMBER        of huber, in units of the noise; threshold_unit=absolute: in log L
+objective=log           raw: residuals of the loss itself, not of its logarithm
 budgets=1e15,1e16       FLOPs to split between parameters and tokens
+predict=PLACES          the loss, with its interval, at '[{n: 13e9, d: 5e12}, {n: 7e9, d: 2e12}]';
+                        a law in one variable takes n, d, u, t or c alone
+isoflop=cubic           the curve through the runs of a budget: cubic akima parabola
 seed=0                  of the bootstrap and of random starts
 output_dir=FOLDER       where to put a folder fit-<name>; default: fit/ in the first folder of runs,
                         outputs/fit-<name> for a table
@@ -66,7 +71,10 @@ class Arguments:
     estimator: str = "auto"
     threshold: Optional[float] = key(None, above=0.0)
     threshold_unit: str = key("noise", among=("noise", "absolute"))
+    objective: str = key("log", among=("log", "raw"))
     budgets: list[float] = field(default_factory=list)
+    predict: Optional[str] = None
+    isoflop: str = key("cubic", among=("cubic", "akima", "parabola"))
     seed: int = key(0, least=0)
     output_dir: Optional[str] = None
 
@@ -81,6 +89,11 @@ def main() -> None:
 
         adaptation_report.make(arguments.runs, _folder(arguments), arguments.seed)
         return
+    from tinygpt.scaling import own_laws
+    from tinygpt.scaling.columns import read_places
+
+    places = [] if arguments.predict is None else read_places(arguments.predict)
+    law = own_laws.load(arguments.law) if ".py:" in arguments.law else arguments.law
     table, columns, folder = _read(arguments)
     from tinygpt.scaling import report  # scipy and matplotlib: once there is something to fit
     from tinygpt.scaling.analysis import analyse
@@ -91,12 +104,15 @@ def main() -> None:
         used,
         left_out,
         columns,
-        law=arguments.law,
+        law=law,
         variable=arguments.variable,
         estimator=arguments.estimator,
         threshold=arguments.threshold,
         threshold_unit=arguments.threshold_unit,
+        objective=arguments.objective,
         budgets=arguments.budgets,
+        places=places,
+        isoflop=arguments.isoflop,
         seed=arguments.seed,
         curves=curves_of(table) if arguments.runs else None,
         condition=arguments.where,

@@ -13,7 +13,8 @@ from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
 from tinygpt.scaling.intervals import Interval, bootstrap, delta, intervals, of_loss, profile
 from tinygpt.scaling.isoflop import Envelope, IsoFlop, envelope, isoflop
-from tinygpt.scaling.laws import LAWS, Law
+from tinygpt.scaling.laws import LAWS, Law, logaddexp, sum_of_powers
+from tinygpt.scaling.own_laws import register
 from tinygpt.scaling.runs import load_curves, load_runs, read_table
 from tinygpt.scaling.split import best_split, by_law, flops_per_token, recorded
 
@@ -44,9 +45,12 @@ __all__ = [
     "load_curves",
     "load_records",
     "load_runs",
+    "logaddexp",
     "of_loss",
     "predict",
     "profile",
     "read_table",
     "recorded",
+    "register",
+    "sum_of_powers",
 ]

@@ -47,6 +47,7 @@ ADVICE = {
     "runs of larger compute, held out, are predicted": (
         "Add runs at larger compute: the law does not yet hold there."
     ),
+    "runs of larger x, held out, are predicted": "Add larger runs: it does not hold there yet.",
     "the residuals have no structure": (
         "Try another law, or look at a narrower range: this one is bent."
     ),

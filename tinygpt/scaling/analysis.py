@@ -10,9 +10,18 @@ import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.columns import WORDS, Columns, choice, other_settings, question, varied
+from tinygpt.scaling.columns import (
+    WORDS,
+    Columns,
+    choice,
+    other_settings,
+    places_of,
+    question,
+    varied,
+)
 from tinygpt.scaling.evidence import (
     Check,
+    Distance,
     check_design,
     check_finished,
     check_fit,
@@ -21,6 +30,7 @@ from tinygpt.scaling.evidence import (
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
 from tinygpt.scaling.intervals import (
+    LEVEL,
     REPLICAS,
     Bootstrap,
     Interval,
@@ -61,6 +71,7 @@ class Prediction:
     flops: float | None
     loss: Interval  # of the law there
     run: Interval  # of a single run there
+    asked: bool = False  # for with ``predict=``
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ class Analysis:
     single: list[SingleRun]  # every run left out in turn, what moves the prediction most first
     floor: float | None  # the entropy of the corpus where it is known exactly
     predictions: list[Prediction]
+    notes: list[str]  # on what was asked for and has no answer
     budgets: list[Budget]  # those that were asked for, at their best split
     frontier: Frontier | None
     next_run: NextRun | None
@@ -109,7 +121,10 @@ def analyse(
     threshold: float | None = None,
     threshold_unit: str = "noise",
     variable: str = "auto",
+    objective: str = "log",
     budgets: Sequence[float] = (),
+    places: Sequence[Mapping[str, float]] = (),
+    isoflop: str = "cubic",
     seed: int = 0,
     curves: pd.DataFrame | None = None,
     condition: str | None = None,
@@ -117,7 +132,10 @@ def analyse(
     """Fits every law that the runs can tell of, and judges the best, or the one asked for.
 
     ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
-    varies.  ``budgets`` are FLOPs to predict the loss at, split between N and D in the best way;
+    varies.  ``objective`` says whether residuals are those of log L or of L (``raw``).
+    ``budgets`` are FLOPs to predict the loss at, split between N and D in the best way, ``places``
+    values to predict it at, by letter (``{"N": 13e9, "D": 5e12}``); ``isoflop`` is the curve
+    through each budget;
     ``curves`` are those of the runs, for the frontier; ``condition`` is that of ``where=``, by
     which the runs were chosen.  Raises ConfigError where nothing can be
     fitted.
@@ -125,6 +143,9 @@ def analyse(
     where = columns.where(runs)
     differing = varied(runs, where)
     laws, variables, words = choice(law, variable, differing, where)
+    asked, note = places_of(places, variables, where)
+    if isoflop != "cubic" and "x" in variables:
+        raise ConfigError(f"isoflop={isoflop}: needs a law in N and D")
     if columns.n != Columns.n:  # of a table from elsewhere nobody says which count it is
         words = {name: word.replace(WORDS["N"], "parameters") for name, word in words.items()}
     compute = columns.compute(runs)
@@ -133,10 +154,12 @@ def analyse(
         "estimator": estimator,
         "threshold": threshold,
         "threshold_unit": threshold_unit,
+        "objective": objective,
         "seed": seed,
         **variables,
     }
-    candidates = select(runs, laws, compute, **settings)
+    size, size_name = columns.size(runs, variables)
+    candidates = select(runs, laws, size, **settings)
     chosen = preferred(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
     best = chosen.fit
     if best is None:
@@ -150,15 +173,18 @@ def analyse(
     floor = columns.floor(runs)
     joint = {"N", "D"} <= set(best.columns) and not _collinear(best)
     predictions = _predictions(best, compute, _budgets(best, columns, budgets))
+    predictions += [_asked(best, compute, one) for one in asked]
     if cluster:
         predictions = [_of_replicas(one, drawn) for one in predictions]
-    place = predictions[0].place if predictions else _dearest(best, compute)
+    place = predictions[0].place if predictions else _largest(best, size)
     single = [] if cluster else single_runs(best, place, replicas(best, settled))
     ways = None
     if joint:
         per_token = recorded(best, compute)
-        ways = frontier(best, compute, curves=curves, per_token=per_token, replicas=drawn)
-    named = columns.as_results(runs)
+        ways = frontier(
+            best, compute, curves=curves, method=isoflop, per_token=per_token, replicas=drawn
+        )
+    named = columns.as_results(runs).assign(flops_exact=compute)  # of 6 N D, too
     others = other_settings(runs, columns, variables.values())
     settings |= {"estimator": best.estimator}
     if best.estimator == "huber":
@@ -175,12 +201,12 @@ def analyse(
         *check_fit(
             best,
             chosen.held_out,
+            size_name,
             found,
             noise,
             shape,
             floor,
-            FURTHER if predictions else None,
-            _span(best, compute),
+            _distance(best, compute, predictions, budgets),
             candidates,
         ),
         *_ways_agree(ways),
@@ -207,6 +233,7 @@ def analyse(
         single,
         floor,
         predictions,
+        [one for one in (note, _unanswered(best, budgets)) if one],
         [predict(best, flops, per_token=per_token, replicas=drawn) for flops in budgets if joint],
         ways,
         _next(best, compute, predictions),
@@ -214,9 +241,9 @@ def analyse(
     )
 
 
-def _dearest(fit: Fit, compute: Array) -> dict[str, float]:
-    """Where the run of the largest compute lies."""
-    row = int(np.argmax(compute))
+def _largest(fit: Fit, size: Array) -> dict[str, float]:
+    """Where the largest run lies."""
+    row = int(np.argmax(size))
     return {name: float(fit.table[column].iloc[row]) for name, column in fit.columns.items()}
 
 
@@ -322,6 +349,14 @@ def _budgets(best: Fit, columns: Columns, budgets: Sequence[float]) -> Sequence[
     return budgets
 
 
+def _unanswered(best: Fit, budgets: Sequence[float]) -> str:
+    """Why there is nothing to say of ``budgets``; empty if there is."""
+    if not budgets or not (_collinear(best) or ("x" in best.columns and best.degrees < 1)):
+        return ""
+    reason = "D goes with N" if _collinear(best) else "there are as many parameters as runs"
+    return f"`budgets=` has no answer: {reason}."
+
+
 def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Prediction]:
     """At ten times the largest compute, or the largest x; of a law of C also for each budget."""
     if best.degrees < 1 or _collinear(best):
@@ -340,15 +375,45 @@ def _predictions(best: Fit, compute: Array, budgets: Sequence[float]) -> list[Pr
     return [_predicted(best, {name: value}, None) for value in values]
 
 
+def _asked(best: Fit, compute: Array, place: dict[str, float]) -> Prediction:
+    """At a place that was asked for; without degrees of freedom no interval is known."""
+    flops = None
+    if {"N", "D"} <= set(place):
+        flops = float(recorded(best, compute)(np.array([place["N"]]))[0]) * place["D"]
+    if best.degrees < 1:
+        nan = float("nan")
+        none = Interval(float(best.predict(**place)[0]), nan, nan, LEVEL, "none")
+        return Prediction(place, flops, none, none, asked=True)
+    return replace(_predicted(best, place, flops), asked=True)
+
+
 def _predicted(best: Fit, place: dict[str, float], flops: float | None) -> Prediction:
     law, run = (predict_interval(best, new_run=new_run, **place) for new_run in (False, True))
     return Prediction(place, flops, law, run)
 
 
-def _span(best: Fit, compute: Array) -> float:
-    """Largest over smallest: of the x of a law in one variable, else of the compute."""
-    values = best.table[best.columns["x"]].to_numpy() if "x" in best.columns else compute
-    return float(values.max() / values.min())
+def _distance(
+    best: Fit, compute: Array, predictions: Sequence[Prediction], budgets: Sequence[float]
+) -> Distance | None:
+    """The furthest of what is predicted, measured by what the runs span: of the x of a law in one
+    variable, else of the compute, and of a place that was asked for also of each variable."""
+    if not predictions:
+        return None
+    names = dict(best.columns)
+    ranges = {name: best.table[column].to_numpy(dtype=float) for name, column in names.items()}
+    x = "x" if "x" in names else "C"
+    ranges.setdefault(x, compute)
+    places = [{x: FURTHER * ranges[x].max()}, *({x: flops} for flops in budgets)]
+    for one in predictions:
+        if one.asked:
+            places.append(one.place | ({"C": one.flops} if one.flops else {}))
+    found = []
+    for place in places:
+        for name, value in place.items():
+            low, high = float(ranges[name].min()), float(ranges[name].max())
+            word = "" if name in ("x", "C") else f"{name} = {value:.3g} is "
+            found.append(Distance(max(value / high, low / value, 1.0), high / low, word))
+    return max(found, key=lambda one: one.beyond / one.span)
 
 
 def _next(best: Fit, compute: Array, predictions: Sequence[Prediction]) -> NextRun | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from tinygpt.checks import did_you_mean
 from tinygpt.config import ConfigError
+from tinygpt.scaling.isoflop import SAME_BUDGET
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.points import positive
 from tinygpt.scaling.runs import RATES, SETTINGS
-from tinygpt.scaling.selection import JOINT, ONE_VARIABLE
 
 SAME = 1.1  # sizes or tokens that differ by less than this factor were not varied
 # What makes a size, what makes a length: the law has them in its variables.
@@ -62,6 +64,14 @@ class Columns:
             return 6.0 * positive(runs, where["N"]) * positive(runs, where["D"])
         return np.ones(len(runs))
 
+    def size(self, runs: pd.DataFrame, variables: Mapping[str, str]) -> tuple[Array, str]:
+        """What says which runs are the larger ones, (n,), and its name: the compute, or the x of
+        a law in one variable where the table does not have it or all runs share one budget."""
+        compute, x = self.compute(runs), variables.get("x")
+        if x is None or compute.max() > SAME_BUDGET * compute.min():
+            return compute, "compute"
+        return positive(runs, x), x
+
     def floor(self, runs: pd.DataFrame) -> float | None:
         """The entropy of the corpus, where it is known exactly and is that of all runs."""
         name = "irreducible_loss_exact"
@@ -86,6 +96,8 @@ class Columns:
             "train_tokens": self.d,
             "unique_train_tokens": self.u,
             "max_seq_len": self.t,
+            "flops_exact": self.c,
+            "final_val_loss": self.loss,
             "seed": self.seed,
         }
         names = {old: new for new, old in known.items() if old and old in runs and old != new}
@@ -97,7 +109,8 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
     found = [v for v in "NDT" if where.get(v) in runs and _spread(runs[where[v]]) > SAME]
     if where.get("U") in runs:
         unique = runs[where["U"]]
-        repeated = (runs[where["D"]] > 1.001 * unique).any()
+        tokens = runs[where["D"]] if "D" in where else np.inf
+        repeated = (tokens > 1.001 * unique).any()
         if unique.nunique() > 1 and repeated:
             found.append("U")
     if "T" in found and len(found) > 1 and "N" not in found:
@@ -165,16 +178,75 @@ def choice(
         raise ConfigError(
             "these runs have one size, one number of tokens and one context: there is no law to fit"
         )
-    joint = law in (*JOINT, "data_constrained") or (law == "auto" and {"N", "D"} <= set(varied))
-    if joint:
-        names = ["N", "D", "U"] if law == "data_constrained" or "U" in varied else ["N", "D"]
-        laws: Sequence[str] = [*JOINT, *(["data_constrained"] if "U" in names else [])]
-    else:
-        names, laws = [varied[0]], ONE_VARIABLE
-    words = {name: WORDS[name] for name in names}
-    if len(names) == 1 and not joint:
-        return laws, {"x": where[names[0]]}, {"x": words[names[0]]}
-    return laws, {name: where[name] for name in names}, words
+    wanted = LAWS[law].variables if law != "auto" else ()
+    if len(wanted) < 2 and (wanted or not {"N", "D"} <= set(varied)):
+        laws = [name for name, one in LAWS.items() if len(one.variables) == 1]
+        return laws, {"x": where[varied[0]]}, {"x": WORDS[varied[0]]}
+    if variable != "auto":
+        raise ConfigError(f"variable={variable}: law={law} goes by {' and '.join(wanted)}")
+    names = ["N", "D", "U"] if "U" in (*wanted, *varied) else ["N", "D"]
+    missing = [name for name in names if name not in where]
+    if missing:
+        raise ConfigError(f"law={law}: goes by {missing[0]}; name columns.{missing[0].lower()}=")
+    laws = [n for n, one in LAWS.items() if {"N", "D"} <= set(one.variables) <= set(names)]
+    return laws, {name: where[name] for name in names}, {name: WORDS[name] for name in names}
+
+
+def read_places(text: str) -> list[dict[str, float]]:
+    """Return what ``predict=`` asks for, as ``[{n: 13e9, d: 5e12}]`` or ``n=13e9,d=5e12``: by
+    letter, in capitals.  Raises ConfigError."""
+    allowed = "must be as [{n: 13e9, d: 5e12}]"
+    plain = text.strip() if text.strip()[:1] in ("[", "{") else f"{{{text}}}"
+    try:
+        found = yaml.safe_load(re.sub(r"([A-Za-z])\s*[:=]\s*", r"\1: ", plain))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"predict={text}: {allowed}") from error
+    rows = [found] if isinstance(found, dict) else found
+    if (
+        not isinstance(rows, list)
+        or not rows
+        or not all(isinstance(row, dict) and row and None not in row.values() for row in rows)
+    ):
+        raise ConfigError(f"predict={text}: {allowed}")
+    places = []
+    for row in rows:
+        place = {}
+        for name, value in row.items():
+            if str(name).upper() not in WORDS:
+                raise ConfigError(f"predict={text}: {name}: must be one of n, d, u, t, c")
+            try:
+                place[str(name).upper()] = number = float(str(value))
+            except ValueError:
+                number = float("nan")
+            if not 0 < number < float("inf"):
+                raise ConfigError(f"predict={text}: {name}={value}: must be a number above zero")
+        places.append(place)
+    return places
+
+
+def places_of(
+    asked: Sequence[Mapping[str, float]], variables: Mapping[str, str], where: Mapping[str, str]
+) -> tuple[list[dict[str, float]], str]:
+    """Return places by the variables of the law, and a note on the letters it has no use for.
+
+    Unique tokens that are not given are all of D.  Raises ConfigError for what is missing, and
+    for a letter that a law in N and D does not have.
+    """
+    letter = next((v for v, column in where.items() if column == variables.get("x")), "")
+    letters = {name: letter if name == "x" else name for name in variables}
+    goes_by = " and ".join(one.lower() for one in letters.values())
+    places, unused = [], dict[str, None]()
+    for one in asked:
+        given = {"U": one["D"], **one} if "U" in letters.values() and "D" in one else dict(one)
+        missing = [v for v in letters.values() if v not in given]
+        more = [v for v in given if v not in letters.values()]
+        if missing or (more and not letter):
+            wrong = f"{missing[0].lower()} is missing" if missing else f"{more[0].lower()} is none"
+            raise ConfigError(f"predict: {wrong}: the law goes by {goes_by}")
+        unused |= dict.fromkeys(more)
+        places.append({name: float(given[v]) for name, v in letters.items()})
+    listed = ", ".join(unused).lower()
+    return places, f"Of what `predict=` gave, the law has no use for {listed}." if unused else ""
 
 
 def question(words: dict[str, str]) -> str:

@@ -123,7 +123,8 @@ def reach(fit: Fit, places: Mapping[str, Array], new_run: bool = False) -> Array
         return np.zeros_like(law.log_loss(theta, x)[0])
     gradient = law.derivatives(theta, x).gradient[0]
     variance = np.einsum("np,pq,nq->n", gradient, covariance(fit), gradient)
-    variance = np.maximum(variance, 0.0) + (fit.scale**2 if new_run else 0.0)
+    scatter = fit.relative(fit.scale, fit.predict(**places)) if new_run else 0.0
+    variance = np.maximum(variance, 0.0) + scatter**2
     found: Array = special.stdtrit(fit.degrees, 0.5 + LEVEL / 2) * np.sqrt(variance)
     return found
 

@@ -46,6 +46,15 @@ class Check:
     detail: str
 
 
+@dataclass(frozen=True)
+class Distance:
+    """How far a prediction lies beyond the runs, beside what they span: both are factors."""
+
+    beyond: float
+    span: float
+    what: str = ""  # "N = 1e12 is ", of one variable of several
+
+
 def check_design(runs: pd.DataFrame) -> list[Check]:
     """The checklist of ``runs``: a row a run, columns named as in ``results.json``."""
     spreads = [_spread(runs, name) for name in VARIABLES if _varies(runs, name)]
@@ -113,7 +122,7 @@ def _is_isoflop(runs: pd.DataFrame) -> bool:
 
 
 def _seeds(runs: pd.DataFrame) -> Verdict:
-    settings = [name for name in SETTINGS if name in runs]
+    settings = [name for name in (*SETTINGS, *VARIABLES) if name in runs]
     if not settings:
         return None, "the table does not say what else differs"
     least = int(runs.groupby(settings, dropna=False)["seed"].nunique().min())
@@ -156,7 +165,9 @@ def _fair_rate(runs: pd.DataFrame) -> Verdict:
 def _rate_inside(runs: pd.DataFrame) -> Verdict:
     """Of sizes at which several rates were tried: whether the best is not the last one tried."""
     swept, edge = 0, 0
-    for _, group in runs.groupby(["parameters_non_embedding", "train_tokens", "optimizer"]):
+    names = ["parameters_non_embedding", "train_tokens", "optimizer"]
+    settings = [name for name in names if name in runs]
+    for _, group in runs.groupby(settings) if settings else [((), runs)]:
         mean = group.groupby("learning_rate")["final_val_loss"].mean()
         if len(mean) > 2:
             swept += 1
@@ -219,7 +230,7 @@ _OF_ALL: Sequence[Rule] = (
     ("all runs came to their end", ("status",), _all_ended),
     (
         "the best learning rate is not at the edge of its sweep",
-        ("learning_rate", "final_val_loss", "optimizer"),
+        ("learning_rate", "final_val_loss"),
         _rate_inside,
     ),
 )
@@ -237,19 +248,19 @@ _OF_FITTED: Sequence[Rule] = (
 def check_fit(
     fit: Fit,
     held_out: HeldOut | None,
+    size: str,
     intervals: Mapping[str, Interval],
     noise: Noise | None,
     structure: float | None,
     floor: float | None,
-    distance: float | None,
-    span: float,
+    distance: Distance | None,
     rivals: Sequence[Candidate],
 ) -> list[Check]:
     """The checklist of a law.
 
-    ``structure`` is the p-value of there being none in the residuals, ``floor`` the exact entropy
-    of the corpus, ``distance`` how many times beyond the runs the prediction lies, ``span`` the
-    largest compute (or x) of the runs over the smallest, ``rivals`` all laws that were tried.
+    ``size`` is what runs were held out by, ``structure`` the p-value of there being none in the
+    residuals, ``floor`` the exact entropy of the corpus, ``distance`` how far beyond the runs the
+    predictions lie, ``rivals`` all laws that were tried.
     """
     return [
         _certified(fit),
@@ -258,13 +269,13 @@ def check_fit(
         _tested(held_out, noise),
         _unrivalled(fit, rivals),
         _shapeless(structure),
-        _no_lack_of_fit(noise),
+        _no_lack_of_fit(fit, noise),
         *_not_collinear(fit),
         *_falls(intervals),
         *_constant_identified(fit, intervals),
-        *_predicts(held_out),
+        _predicts(held_out, size),
         *_meets_floor(fit, intervals, floor),
-        _distance(distance, span),
+        _distance(distance),
     ]
 
 
@@ -280,10 +291,11 @@ def _explains(fit: Fit, noise: Noise | None) -> Check:
         return Check(name, None, "it goes through every run")
     ceiling, share = 1.0, 0.0
     if noise:
-        total = float(np.sum((fit.points.y - fit.points.y.mean()) ** 2))
+        y = fit.points.response
+        total = float(np.sum((y - y.mean()) ** 2))
         ceiling = 1.0 - noise.scale**2 * noise.degrees / total
         share = noise.scale**2 * (len(fit.points) - 1) / total
-    detail = f"R² of log L {fit.r_squared:.4f}"
+    detail = f"R² of {fit.unit} {fit.r_squared:.4f}"
     if share >= MOSTLY_SEEDS:
         detail += f", of at most {ceiling:.2f} by any law: seeds differ as much as settings do; "
         return Check(name, False, f"{detail}more seeds or a wider range is needed")
@@ -313,6 +325,7 @@ def _certified(fit: Fit) -> Check:
         f"{basins}, gradient {found.gradient_norm:.1g}, "
         f"least eigenvalue {found.smallest_eigenvalue:.2g}{bound}"
     )
+    detail += "" if found.converged else "; not converged"
     passed = found.converged and found.smallest_eigenvalue > 0 and not found.at_bound
     if found.at_bound and set(found.at_bound) <= {"rn", "rd"}:
         return Check(name, None, f"{detail}: repetition of N or D is not shown by these runs")
@@ -348,12 +361,13 @@ def _shapeless(p: float | None) -> Check:
     return Check(name, p >= SIGNIFICANT, f"second and third powers of the logs: p = {p:.2g}")
 
 
-def _no_lack_of_fit(noise: Noise | None) -> Check:
+def _no_lack_of_fit(fit: Fit, noise: Noise | None) -> Check:
     name = "the law leaves no more than the seeds scatter"
     if noise is None or noise.lack_of_fit is None:
         return Check(name, None, "no two runs differ in their seed alone")
     detail = (
-        f"seeds scatter by {noise.scale:.2%} of the loss; lack of fit: p = {noise.lack_of_fit:.2g}"
+        f"seeds scatter by {fit.relative(noise.scale):.2%} of the loss; "
+        f"lack of fit: p = {noise.lack_of_fit:.2g}"
     )
     return Check(name, noise.lack_of_fit >= SIGNIFICANT, detail)
 
@@ -398,19 +412,20 @@ def _constant_identified(fit: Fit, intervals: Mapping[str, Interval]) -> Iterato
         yield Check(name, one.identified and not wide, _reach(one))
 
 
-def _predicts(held_out: HeldOut | None) -> Iterator[Check]:
-    name = "runs of larger compute, held out, are predicted"
+def _predicts(held_out: HeldOut | None, size: str) -> Check:
+    by_compute = size == "compute"
+    name = f"runs of larger {'compute' if by_compute else 'x'}, held out, are predicted"
     if held_out is None:
-        yield Check(name, None, "too few runs to hold any out")
-        return
+        return Check(name, None, "too few runs to hold any out")
     detail = (
-        f"{held_out.runs} runs up to {_times(held_out.distance)} beyond the rest: off by "
+        f"{held_out.runs} runs up to {_times(held_out.distance)} beyond the rest"
+        f"{'' if by_compute else f' in {size}'}: off by "
         f"{held_out.error:.2%}, at most {held_out.worst:.2%}; {held_out.within:.0%} of them in "
         f"their 95 % interval (±{held_out.half_width:.1%} on average)"
     )
     inside = round(held_out.within * held_out.runs)
     p = float(special.bdtr(inside, held_out.runs, LEVEL))
-    yield Check(name, p >= SIGNIFICANT, detail)
+    return Check(name, p >= SIGNIFICANT, detail)
 
 
 def _meets_floor(
@@ -431,8 +446,9 @@ def _meets_floor(
     yield Check(name, abs(off) <= NEAR_FLOOR, detail)
 
 
-def _distance(distance: float | None, span: float) -> Check:
+def _distance(one: Distance | None) -> Check:
     name = "the prediction lies no further beyond the runs than they span"
-    if distance is None:
+    if one is None:
         return Check(name, None, "nothing can be predicted")
-    return Check(name, distance <= span, f"{_times(distance)} beyond; the runs span {_times(span)}")
+    detail = f"{one.what}{_times(one.beyond)} beyond; the runs span {_times(one.span)}"
+    return Check(name, bool(one.beyond <= one.span), detail)

@@ -58,6 +58,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "checks": [_check(check) for check in analysis.checks],
         "single_runs": [_single_run(analysis, one) for one in analysis.single],
         "predictions": [_prediction(one) for one in analysis.predictions],
+        "notes": analysis.notes,
         "budgets": [_budget(one) for one in analysis.budgets],
         "frontier": _frontier(analysis.frontier),
         "next_run": vars(analysis.next_run) if analysis.next_run else None,
@@ -147,7 +148,7 @@ def _method(fit: Fit) -> dict[str, Any]:
     return {
         "estimator": fit.estimator,
         "reason": fit.reason,
-        "residuals": "log L",
+        "residuals": fit.unit,
         "threshold": found.threshold,  # None: of least squares there is none
         "objective": found.objective,
         "scale": fit.scale,
@@ -158,6 +159,7 @@ def _method(fit: Fit) -> dict[str, Any]:
         "smallest_eigenvalue": found.smallest_eigenvalue,
         "converged": bool(found.converged),
         "at_bound": found.at_bound,
+        "bounds_met": fit.bounds_met,
     }
 
 
@@ -174,6 +176,7 @@ def _selection(candidates: list[Candidate]) -> list[dict[str, Any]]:
             "delta_aicc": one.aicc - candidates[0].aicc,
             "parameters": len(one.fit.optimum.law) if one.fit else None,
             "r_squared": one.fit.r_squared if one.fit else None,
+            "at_bound": one.fit.optimum.at_bound if one.fit else (),
             "held_out": _held_out(one.held_out),
             "not_fitted": one.reason or None,
         }
@@ -197,6 +200,7 @@ def _prediction(one: Prediction) -> dict[str, Any]:
     return {
         "place": one.place,
         "flops": one.flops,
+        "asked": one.asked,
         "loss": one.loss.estimate,
         "interval": _interval(one.loss),
         "interval_of_a_run": _interval(one.run),
@@ -215,6 +219,7 @@ def _frontier(path: Frontier | None) -> dict[str, Any] | None:
             {
                 "budget": one.budget,
                 "best": one.best,
+                "method": one.method,
                 "n_by_parabola": one.parabola,
                 "reason": one.reason,
             }

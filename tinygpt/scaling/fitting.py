@@ -13,10 +13,12 @@ from scipy import optimize, special
 from tinygpt.checks import did_you_mean
 from tinygpt.config import ConfigError
 from tinygpt.scaling.laws import LAWS, Array, Law
+from tinygpt.scaling.newton import bounds
 from tinygpt.scaling.optimum import Optimum, find_optimum
 from tinygpt.scaling.points import Points
 
 ESTIMATORS = ("auto", "least_squares", "huber", "absolute", "likelihood")
+OBJECTIVES = ("log", "raw")
 UNITS = ("noise", "absolute")  # of Huber's threshold
 # Which column is which variable, unless the caller says otherwise.
 COLUMNS = {
@@ -48,7 +50,7 @@ class Fit:
     loss: str  # column
     estimator: str
     reason: str  # why this estimator
-    scale: float  # of the residuals of log L: a standard deviation, by the estimator's own measure
+    scale: float  # of the residuals: a standard deviation, by the estimator's own measure
 
     @cached_property
     def parameters(self) -> dict[str, float]:
@@ -60,8 +62,41 @@ class Fit:
 
     @cached_property
     def residuals(self) -> Array:
-        """log(measured) - log(fitted), (n,)."""
-        return _residuals(self.points, self.optimum)
+        """Measured - fitted, (n,): log losses, or losses if ``objective`` was ``raw``."""
+        return self.points.residuals(self.optimum.law, self.optimum.theta)
+
+    @property
+    def unit(self) -> str:
+        """What the residuals are of."""
+        return "L" if self.points.raw else "log L"
+
+    def relative(self, spread: float, loss: Any = None) -> Any:
+        """A spread of residuals as a part of ``loss``, by default of the mean of the runs."""
+        if not self.points.raw:
+            return spread
+        return spread / (np.exp(self.points.y.mean()) if loss is None else loss)
+
+    @property
+    def bounds_met(self) -> dict[str, str]:
+        """What is to be said of each parameter that lies at a bound, by its name."""
+        found = self.optimum
+        low = dict(zip(found.law.parameters, bounds(found.law, self.points)[0], strict=True))
+        theta = dict(zip(found.law.parameters, found.theta, strict=True))
+        met = {}
+        for name in found.at_bound:
+            least = name in theta and theta[name] <= low[name]
+            if name not in theta or (name in ("E", "A", "B") and name not in self.law.bounds):
+                met[name] = "went to zero, its natural bound: these data do not show that term"
+            elif name == "x1":
+                end = "smallest" if least else "largest"
+                met[name] = f"is the {end} x of the runs, its natural bound: they show no break"
+            elif least and self.law.bounds[name][0] == 0:
+                met[name] = "is at its natural bound: below zero the loss would rise"
+            else:
+                end = f"{'lower' if least else 'upper'} bound"
+                met[name] = f"is at its {end}: its value comes from the bound, not from the runs"
+        values = {name: f"{name} = {self.parameters[name]:.4g}" for name in met}
+        return {name: f"{values[name]} {words}" for name, words in met.items()}
 
     @property
     def degrees(self) -> int:
@@ -70,8 +105,9 @@ class Fit:
 
     @property
     def r_squared(self) -> float:
-        """The share of the variance of log L that the law explains."""
-        total = float(np.sum((self.points.y - self.points.y.mean()) ** 2))
+        """The share of the variance of log L, or of L, that the law explains."""
+        y = self.points.response
+        total = float(np.sum((y - y.mean()) ** 2))
         return 1.0 - float(np.sum(self.residuals**2)) / total
 
     def predict(self, **values: Any) -> Array:
@@ -89,6 +125,7 @@ def fit(
     estimator: str = "auto",
     threshold: float | None = None,
     threshold_unit: str = "noise",
+    objective: str = "log",
     seed: int = 0,
     **columns: str,
 ) -> Fit:
@@ -99,8 +136,9 @@ def fit(
     default 1.345 times the noise; ``threshold_unit="absolute"`` for one in log L, as the 1e-3 of
     Hoffmann et al. 2022), ``absolute`` (least absolute deviations), ``likelihood`` (Huber's
     density with its scale as a parameter, ``threshold`` in units of it: Besiroglu et al. 2024),
-    or ``auto``: least squares unless the residuals speak against it.  ``seed`` is that of the
-    starts, where there are random ones.
+    or ``auto``: least squares unless the residuals speak against it.  ``objective`` says whether
+    residuals are those of log L (``log``) or of L (``raw``).  ``seed`` is that of the starts, where
+    there are random ones.
 
     Raises ConfigError, one line, where the table cannot carry the law.
     """
@@ -109,14 +147,16 @@ def fit(
         raise ConfigError(f"estimator={estimator}: must be one of {', '.join(ESTIMATORS)}")
     if threshold_unit not in UNITS:
         raise ConfigError(f"threshold_unit={threshold_unit}: must be one of {', '.join(UNITS)}")
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective={objective}: must be one of {', '.join(OBJECTIVES)}")
     if threshold is not None and not threshold > 0:
         raise ConfigError(f"threshold={threshold:g}: must be above zero")
     where = {name: {**COLUMNS, **columns}[name] for name in _plain(form)}
-    points = Points.read(table, form, where, loss)
+    points = Points.read(table, form, where, loss, raw=objective == "raw")
     reason = "asked for"
     squares = find_optimum(form, points, seed=seed)
     if estimator == "auto":
-        estimator, reason = judge(_residuals(points, squares))
+        estimator, reason = judge(points.residuals(squares.law, squares.theta))
     optimum = squares
     if estimator == "huber":
         limit = EFFICIENT if threshold is None else threshold
@@ -153,11 +193,6 @@ def _plain(law: Law) -> list[str]:
     return [name.removeprefix("log ") for name in law.variables]
 
 
-def _residuals(points: Points, optimum: Optimum) -> Array:
-    found: Array = points.y - optimum.law.log_loss(optimum.theta[None], points.x)[0]
-    return found
-
-
 def judge(residuals: Array) -> tuple[str, str]:
     """The estimator that residuals of least squares ask for, and why."""
     n = len(residuals)
@@ -179,7 +214,7 @@ def judge(residuals: Array) -> tuple[str, str]:
 
 def robust_scale(points: Points, optimum: Optimum) -> float:
     """From the median absolute residual, corrected for the fitted parameters."""
-    residuals = np.abs(_residuals(points, optimum))
+    residuals = np.abs(points.residuals(optimum.law, optimum.theta))
     degrees = max(1, len(points) - len(optimum.law))
     return float(np.median(residuals) / special.ndtri(0.75) * np.sqrt(len(points) / degrees))
 
@@ -190,7 +225,7 @@ def residual_scale(points: Points, optimum: Optimum) -> float:
     Where the threshold leaves hardly a residual inside, the estimator is the median's: its error
     is that of a mean times √(π/2).
     """
-    residuals = _residuals(points, optimum)
+    residuals = points.residuals(optimum.law, optimum.theta)
     if np.sum(np.abs(residuals) <= optimum.threshold) < 2 * len(optimum.law):
         return robust_scale(points, optimum) * float(np.sqrt(np.pi / 2))
     slope = np.clip(residuals, -optimum.threshold, optimum.threshold)
@@ -208,7 +243,7 @@ def _likelihood(law: Law, points: Points, squares: Optimum, unit: float, seed: i
     """Alternates the law, given the scale, and the scale, given the law, until both stand."""
     optimum, threshold = squares, np.inf
     for _ in range(100):
-        residuals = np.abs(_residuals(points, optimum))
+        residuals = np.abs(points.residuals(optimum.law, optimum.theta))
         new = unit * _density_scale(residuals, unit)
         if np.isfinite(threshold) and abs(new / threshold - 1) < 1e-6:
             break

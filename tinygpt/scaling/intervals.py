@@ -102,7 +102,7 @@ def covariance(fit: Fit) -> Array:
     the standard error of the residuals.  A parameter at its bound does not vary.
     """
     law = fit.optimum.law
-    jacobian = law.derivatives(fit.optimum.theta[None], fit.points.x).gradient[0]
+    jacobian = fit.points.derivatives(law, fit.optimum.theta[None]).gradient[0]
     free = np.array([name not in fit.optimum.at_bound for name in law.parameters])
     found = np.zeros((len(law), len(law)))
     found[np.ix_(free, free)] = fit.scale**2 * np.linalg.pinv(
@@ -114,7 +114,8 @@ def covariance(fit: Fit) -> Array:
 def delta(fit: Fit, target: Target, level: float = LEVEL, new_run: bool = False) -> Interval:
     """The delta method with a t quantile; ``new_run`` adds the scatter of a single run."""
     value, gradient, _ = target.derivatives(fit.optimum.theta)
-    variance = float(gradient @ covariance(fit) @ gradient) + (fit.scale**2 if new_run else 0.0)
+    variance = float(gradient @ covariance(fit) @ gradient)
+    variance += fit.relative(fit.scale, target.report(value)) ** 2 if new_run else 0.0
     reach = _quantile(fit, level) * float(np.sqrt(max(variance, 0.0)))
     low, high = target.report(value - reach), target.report(value + reach)
     return Interval(target.report(value), low, high, level, "delta")
@@ -143,10 +144,19 @@ def profile(fit: Fit, target: Target, level: float = LEVEL) -> Interval:
     value, gradient, _ = target.derivatives(theta)
     step = float(np.sqrt(gradient @ covariance(fit) @ gradient))
     allowed = fit.optimum.objective + _quantile(fit, level) ** 2 * _worth(fit)
-    if step == 0.0 and target.is_log:  # a term that is zero: it can only grow
-        start = theta + (FAINT - LEAST) * (gradient != 0)
+    if step == 0.0 and (term_mask(fit.optimum.law) & (gradient != 0)).any():
+        start = theta + (FAINT - LEAST) * (gradient != 0)  # a term that is zero can only grow
         high = _follow(fit, target, start, value + FAINT - LEAST, 1.0, allowed)
         return Interval(0.0, 0.0, target.report(high), level, "profile")
+    if step == 0.0:  # at a bound: only the other end is the data's
+        free = replace(fit, optimum=replace(fit.optimum, at_bound=()))
+        held = (theta <= bounds(fit.optimum.law, fit.points)[0]) & (gradient != 0)
+        inward = 1.0 if held.any() else -1.0
+        step = inward * float(np.sqrt(gradient @ covariance(free) @ gradient))
+        start = theta + 1e-6 * step * (gradient != 0)  # else it would be held at its bound
+        ends = sorted([-inward * np.inf, _follow(fit, target, start, value, step, allowed)])
+        low, high = map(target.report, ends)
+        return Interval(target.report(value), low, high, level, "profile")
     low, high = (
         target.report(_follow(fit, target, theta, value, sign * step, allowed))
         for sign in (-1.0, 1.0)
@@ -197,7 +207,7 @@ def _crossing(
 
 
 def _value(fit: Fit, theta: Array) -> float:
-    found = fit.optimum.law.log_loss(theta[None], fit.points.x)[0] - fit.points.y
+    found = fit.points.residuals(fit.optimum.law, theta)
     return float(huber(found, fit.optimum.threshold).sum())
 
 
@@ -214,7 +224,7 @@ def _held(fit: Fit, target: Target, theta: Array, value: float) -> tuple[Array, 
     terms = term_mask(law)
 
     def at(theta: Array) -> tuple[Array, Array, Array, float, Array, Array]:
-        found = objective(law, points, points.y[None], theta[None], limit, None)
+        found = objective(law, points, points.response[None], theta[None], limit, None)
         return (*(part[0] for part in found), *target.derivatives(theta))
 
     here, multiplier, price, length = at(theta), 0.0, 0.0, 1.0
@@ -344,8 +354,9 @@ def bootstrap(
         weights = drawn[:, groups].astype(float)
     else:
         signs = random.choice([-1.0, 1.0], size=(n, count))[:, groups]
-        fitted = points.y - fit.residuals
+        fitted = points.response - fit.residuals
         lost = fitted + signs * fit.residuals / np.maximum(1 - _leverages(fit), 1e-3)
+        lost = np.log(np.maximum(lost, 1e-3 * fitted)) if points.raw else lost
         points, weights = points.with_losses(lost), None
     found = polish(law, points, start, fit.optimum.threshold, weights)
     good = found.converged & np.isfinite(found.theta).all(axis=1)
@@ -361,7 +372,7 @@ def _groups(fit: Fit, cluster: str | None) -> np.ndarray[Any, np.dtype[np.intp]]
 
 
 def _leverages(fit: Fit) -> Array:
-    jacobian = fit.optimum.law.derivatives(fit.optimum.theta[None], fit.points.x).gradient[0]
+    jacobian = fit.points.derivatives(fit.optimum.law, fit.optimum.theta[None]).gradient[0]
     basis, _ = np.linalg.qr(jacobian)
     found: Array = np.sum(basis**2, axis=1)
     return found
@@ -401,7 +412,7 @@ def predict_interval(
         found = bootstrap(fit, REPLICAS).of_loss(level, **place)
     if not new_run:
         return found
-    scatter = _quantile(fit, level) * fit.scale
+    scatter = _quantile(fit, level) * fit.relative(fit.scale, found.estimate)
     with np.errstate(divide="ignore"):
         below, above = np.log([found.estimate, found.high]) - np.log([found.low, found.estimate])
     low = found.estimate * float(np.exp(-np.hypot(below, scatter)))

@@ -62,7 +62,7 @@ class Law:
         expression, which costs more than copies of what came out, is evaluated at those alone.
         """
         if self.powers is not None:
-            return _sum_of_powers(self.design(x), theta)
+            return _log_of_sum(self.design(x), theta)
         assert self.expression is not None
         count = len(next(iter(x.values())))
         first, which = places or (slice(None), slice(None))
@@ -150,7 +150,7 @@ class Law:
         )
 
 
-def _sum_of_powers(terms: Array, theta: Array) -> Derivatives:
+def _log_of_sum(terms: Array, theta: Array) -> Derivatives:
     """log Σ exp(term), where the terms (K, n, P) are linear in the parameters."""
     kinds, n, size = terms.shape
     batch = len(theta)
@@ -263,7 +263,7 @@ def _where(condition: NDArray[np.bool_], one: Jet, other: Jet) -> Jet:
     )
 
 
-def _logaddexp(one: Jet, other: Jet | Array) -> Jet:
+def logaddexp(one: Jet, other: Jet | Array) -> Jet:
     """log(exp(one) + exp(other)) = other + softplus(one - other)."""
     difference = one - other
     share = 0.5 * (1 + np.tanh(difference.value / 2))
@@ -272,18 +272,18 @@ def _logaddexp(one: Jet, other: Jet | Array) -> Jet:
 
 def _kaplan(p: Mapping[str, Jet], x: Mapping[str, Array]) -> Jet:
     size = (p["Nc"] - x["N"]) * p["alpha"] / p["beta"]
-    return p["beta"] * _logaddexp(size, p["Dc"] - x["D"])
+    return p["beta"] * logaddexp(size, p["Dc"] - x["D"])
 
 
 def _coupled(p: Mapping[str, Jet], x: Mapping[str, Array]) -> Jet:
     size, data = p["A"] - p["alpha"] * x["N"], p["B"] - p["beta"] * x["D"]
-    return _logaddexp(p["E"], p["gamma"] * _logaddexp(size, data))
+    return logaddexp(p["E"], p["gamma"] * logaddexp(size, data))
 
 
 def _broken(p: Mapping[str, Jet], x: Mapping[str, Array]) -> Jet:
     sharpness = p["f"].exp()
-    bend = _logaddexp((x["x"] - p["x1"]) / sharpness, p["E"] * 0.0)
-    return _logaddexp(p["E"], p["A"] - p["alpha"] * x["x"] - p["c"] * sharpness * bend)
+    bend = logaddexp((x["x"] - p["x1"]) / sharpness, p["E"] * 0.0)
+    return logaddexp(p["E"], p["A"] - p["alpha"] * x["x"] - p["c"] * sharpness * bend)
 
 
 def _data_constrained(p: Mapping[str, Jet], x: Mapping[str, Array]) -> Jet:
@@ -295,7 +295,7 @@ def _data_constrained(p: Mapping[str, Jet], x: Mapping[str, Array]) -> Jet:
     unique = _where(excess, wanted, p["E"] * 0.0 + x["N"])
     size = unique + _worth(x["N"] - unique, p["rn"])
     data = fresh + _worth(p["E"] * 0.0 + (x["D"] - fresh), p["rd"])
-    return _logaddexp(p["E"], _logaddexp(p["A"] - alpha * size, p["B"] - beta * data))
+    return logaddexp(p["E"], logaddexp(p["A"] - alpha * size, p["B"] - beta * data))
 
 
 def _worth(log_ratio: Jet, log_star: Jet) -> Jet:
@@ -310,12 +310,13 @@ _KAPLAN = "Kaplan et al. 2020, eq. 1.5 (arXiv:2001.08361)"
 _A_B = {"A": (("N", "alpha"),), "B": (("D", "beta"),)}
 
 
-def _powers(
+def sum_of_powers(
     name: str,
     formula: str,
     source: str,
     powers: Mapping[str, Mapping[str, str]],
 ) -> Law:
+    """Return a law that is a sum of terms, each a coefficient over powers of variables."""
     variables = dict.fromkeys(v for term in powers.values() for v in term)
     exponents = dict.fromkeys(e for term in powers.values() for e in term.values())
     return Law(
@@ -335,19 +336,19 @@ def _powers(
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (
-        _powers(
+        sum_of_powers(
             "power_constant",
             "L = E + A / x^alpha",
             "Henighan et al. 2020, eq. 1.1 (arXiv:2010.14701)",
             {"E": {}, "A": {"x": "alpha"}},
         ),
-        _powers(
+        sum_of_powers(
             "power",
             "L = A / x^alpha",
             "Hestness et al. 2017 (arXiv:1712.00409)",
             {"A": {"x": "alpha"}},
         ),
-        _powers(
+        sum_of_powers(
             "log_power",
             "L = A / (ln x)^alpha",
             "a power law in the logarithm; falls more slowly than any power of x",
@@ -362,15 +363,15 @@ LAWS: dict[str, Law] = {
             ("alpha", "c"),
             {"A": (("x", "alpha"),), "x1": (("x", 1.0),)},
             expression=_broken,
-            bounds={"f": (0.02, 10.0), "alpha": (0.0, 3.0), "c": (-3.0, 3.0)},
+            bounds={"f": (1e-3, 100.0), "alpha": (0.0, 10.0), "c": (-100.0, 100.0)},
         ),
-        _powers(
+        sum_of_powers(
             "chinchilla",
             "L = E + A / N^alpha + B / D^beta",
             _HOFFMANN,
             {"E": {}, "A": {"N": "alpha"}, "B": {"D": "beta"}},
         ),
-        _powers(
+        sum_of_powers(
             "chinchilla_tied",
             "L = E + A / N^alpha + B / D^alpha",
             "Muennighoff et al. 2023, section 6 (arXiv:2305.16264)",
@@ -395,10 +396,10 @@ LAWS: dict[str, Law] = {
             ("E", "Nc", "Dc"),
             ("alpha", "beta"),
             {"Nc": (("N", 1.0),), "Dc": (("D", 1.0),)},
-            expression=lambda p, x: _logaddexp(p["E"], _kaplan(p, x)),
-            bounds={"alpha": (0.005, 3.0), "beta": (0.005, 3.0)},
+            expression=lambda p, x: logaddexp(p["E"], _kaplan(p, x)),
+            bounds={"alpha": (1e-3, 10.0), "beta": (1e-3, 10.0)},
         ),
-        _powers(
+        sum_of_powers(
             "chinchilla_zero",
             "L = A / N^alpha + B / D^beta",
             f"{_HOFFMANN} with E = 0",
@@ -413,7 +414,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta"),
             {"Nc": (("N", 1.0),), "Dc": (("D", 1.0),)},
             expression=_kaplan,
-            bounds={"alpha": (0.005, 3.0), "beta": (0.005, 3.0)},
+            bounds={"alpha": (1e-3, 10.0), "beta": (1e-3, 10.0)},
         ),
         Law(
             "data_constrained",
@@ -425,7 +426,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta"),
             _A_B,
             expression=_data_constrained,
-            bounds={"rn": (0.1, 1e4), "rd": (0.1, 1e4), "alpha": (0.01, 3.0), "beta": (0.01, 3.0)},
+            bounds={"rn": (1e-3, 1e4), "rd": (1e-3, 1e4), "alpha": (1e-3, 10), "beta": (1e-3, 10)},
         ),
     )
 }

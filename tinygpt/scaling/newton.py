@@ -1,4 +1,4 @@
-"""The sum of Huber's losses of the log residuals, and a batched method that makes it small.
+"""The sum of Huber's losses of the residuals, and a batched method that makes it small.
 
 All starts of a fit, and all refits of a bootstrap, go through ``polish`` together.
 """
@@ -64,7 +64,7 @@ def polish(
     batch, size = theta.shape
     ends = bounds(law, points)
     threshold = np.broadcast_to(np.asarray(threshold, dtype=float), batch).copy()
-    y = np.broadcast_to(points.y, (batch, len(points)))
+    y = np.broadcast_to(points.response, (batch, len(points)))
     result = Polished(
         theta,
         np.empty(batch),
@@ -92,7 +92,7 @@ def bounds(law: Law, points: Points) -> tuple[Array, Array]:
     """The least and the greatest each parameter can be, for centred variables."""
     low, high = np.full(len(law), -np.inf), np.full(len(law), np.inf)
     for j, name in enumerate(law.parameters):
-        if name in ("E", "A", "B"):
+        if name in (law.powers or ("E", "A", "B")):
             low[j] = points.y.min() + LEAST
         if name in law.bounds:
             ends = np.array(law.bounds[name])
@@ -119,7 +119,8 @@ def _polish_chunk(
     damping = np.zeros(len(rows))
     live = np.arange(len(rows))
     terms = term_mask(law)
-    rounding = y.shape[1] * ROUNDING**2  # no sum of squares is known better
+    unit = float(y.max()) if points.raw else 1.0
+    rounding = y.shape[1] * (ROUNDING * unit) ** 2  # no sum of squares is known better
     for _ in range(most_steps):
         if not len(live):
             break
@@ -204,8 +205,8 @@ def objective(
     threshold: Array,
     weights: Array | None,
 ) -> tuple[Array, Array, Array]:
-    """Value, gradient and Hessian, for each row of ``theta``."""
-    found = law.derivatives(theta, points.x, points.places)
+    """Value, gradient and Hessian, for each row of ``theta``; ``y`` as ``points.response``."""
+    found = points.derivatives(law, theta)
     residuals = found.value - y
     limit = threshold[:, None]
     slope = np.clip(residuals, -limit, limit)

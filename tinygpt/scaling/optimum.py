@@ -35,18 +35,19 @@ class Optimum:
 
 
 def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int = 0) -> Optimum:
-    """The least sum of Huber's losses of the log residuals.
+    """The least sum of Huber's losses of the residuals.
 
     The threshold comes down from a sum of squares, a factor of √10 at a time: at each stage the
     minima of the last are the starts.
     """
-    starts = grid_starts(law, points) if law.powers else spread_starts(law, points, seed)
+    grid = law.powers and max(map(len, law.powers.values())) == 1 and len(law.exponents) <= 3
+    starts = grid_starts(law, points) if grid else spread_starts(law, points, seed)
     found = _distinct(polish(law, points, starts))
     if "E" in law.parameters and not (law.powers and found.converged[0]):
         both = np.vstack([found.theta, without_constant(law, points, found.theta)])
         found = _distinct(polish(law, points, both))
     if np.isfinite(threshold):
-        residuals = law.log_loss(found.theta[:1], points.x)[0] - points.y
+        residuals = points.residuals(law, found.theta[0])
         for stage in stages(float(np.abs(residuals).max()), threshold):
             found = _distinct(polish(law, points, found.theta, stage))
     theta = found.theta[0]

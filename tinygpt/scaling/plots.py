@@ -170,9 +170,10 @@ def _levels_of_loss(analysis: Analysis) -> Array:
 def residuals(analysis: Analysis) -> Figure:
     """What the law leaves, against each variable."""
     fit, names = analysis.fit, list(analysis.variables)
-    left = 100 * (np.exp(fit.residuals) - 1)
+    fitted = fit.predict(**{name: values(analysis, name) for name in names})
+    left = 100 * (losses(analysis) / fitted - 1)
     spread = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
-    noise = analysis.noise.scale if analysis.noise else spread
+    noise = fit.relative(analysis.noise.scale if analysis.noise else spread)
     word = "± 1 sd between seeds" if analysis.noise else "± 1 sd of the residuals"
     figure, panels = side_by_side(len(names))
     for name, axes in zip(names, panels, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.laws import Array, Law, Rows
+from tinygpt.scaling.laws import Array, Derivatives, Law, Rows
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,31 @@ class Points:
     x: dict[str, Array]  # by variable of the law, (n,)
     y: Array  # (n,), or (B, n) for a batch of different losses
     centres: dict[str, float]
+    raw: bool = False  # whether residuals are those of the loss itself, not of its logarithm
+
+    @property
+    def response(self) -> Array:
+        """What residuals are differences of, shaped as ``y``: log losses, or losses."""
+        return np.exp(self.y) if self.raw else self.y
+
+    def residuals(self, law: Law, theta: Array) -> Array:
+        """Return measured - fitted, (n,), for one parameter vector."""
+        fitted = law.log_loss(theta[None], self.x)[0]
+        found: Array = self.response - (np.exp(fitted) if self.raw else fitted)
+        return found
+
+    def derivatives(self, law: Law, theta: Array) -> Derivatives:
+        """Return those of the fitted response at these points, for (B, P) parameters."""
+        found = law.derivatives(theta, self.x, self.places)
+        if not self.raw:
+            return found
+        value, slope = np.exp(found.value), found.gradient
+
+        def curvature(weights: Array) -> Array:
+            outer = np.swapaxes(slope * (weights * value)[..., None], 1, 2) @ slope
+            return found.curvature(weights * value) + outer
+
+        return Derivatives(value, slope * value[..., None], curvature)
 
     @cached_property
     def places(self) -> tuple[Rows, Rows]:
@@ -33,7 +58,14 @@ class Points:
         return int(self.y.shape[-1])
 
     @classmethod
-    def read(cls, table: pd.DataFrame, law: Law, columns: Mapping[str, str], loss: str) -> Points:
+    def read(
+        cls,
+        table: pd.DataFrame,
+        law: Law,
+        columns: Mapping[str, str],
+        loss: str,
+        raw: bool = False,
+    ) -> Points:
         """Raises ConfigError for a column that is absent, values no law can take, too few rows."""
         x, centres = {}, {}
         for variable in law.variables:
@@ -52,7 +84,7 @@ class Points:
         if "U" in centres:  # unique and all tokens are counted in one unit
             centres["U"] = shared
         x = {name: logs - centres[name] for name, logs in x.items()}
-        points = cls(x, np.log(positive(table, loss)), centres)
+        points = cls(x, np.log(positive(table, loss)), centres, raw)
         distinct = len({tuple(row) for row in np.stack(list(x.values()), axis=1).round(12)})
         if distinct < len(law):
             raise ConfigError(
@@ -63,7 +95,7 @@ class Points:
 
     def with_losses(self, y: Array) -> Points:
         """Other log losses, (B, n), at the same places."""
-        return Points(self.x, y, self.centres)
+        return replace(self, y=y)
 
     def at(self, values: Mapping[str, Any]) -> dict[str, Array]:
         """New values of the variables, as the law wants them."""

@@ -50,7 +50,7 @@ CAPTIONS = {
     ),
     "extrapolation": "The law fitted to the smaller runs predicts the larger ones, held out.",
     "isoflop": (
-        "Loss against size at equal compute, a cubic through each budget; stars: minima. Without a "
+        "Loss against size at equal compute, a curve through each budget; stars: minima. Without a "
         "star there is none that stands; `fit.json` says why."
     ),
     "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
@@ -161,22 +161,24 @@ def law(analysis: Analysis) -> Iterator[Block]:
     where = wording.variables(analysis.words)
     source = fit.law.source
     yield Paragraph(f"L: {loss_label(analysis)}; {where}. {source[0].upper()}{source[1:]}.")
-    if fit.optimum.at_bound:
-        ends = ", ".join(fit.optimum.at_bound)
-        gone = "went to zero: these data do not show that term"
-        yield Paragraph(f"{ends}: {gone if fit.law.powers else 'at the end of its range'}.")
+    met = list(fit.bounds_met.values())
+    if analysis.in_total:
+        met += [f"embeddings counted, {line}" for line in analysis.in_total.bounds_met.values()]
+    if met:
+        yield Paragraph(" ".join(f"{line}." for line in met))
     yield _parameters(analysis)
     if analysis.intervals:
         yield Paragraph(
             "The same numbers twice: with four digits above, which draw the curve together, and "
             "here rounded to what each interval supports."
         )
-    spread = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
+    spread = fit.relative(float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees))))
     left = f"The law leaves {wording.percent(spread)} of the loss (standard deviation)"
     if analysis.noise:
-        left += f"; runs that differ in their seed alone {wording.percent(analysis.noise.scale)}"
+        scatter = fit.relative(analysis.noise.scale)
+        left += f"; runs that differ in their seed alone {wording.percent(scatter)}"
     if fit.degrees > 0:
-        yield Paragraph(f"{left}. R² of log L: {fit.r_squared:.4f}.")
+        yield Paragraph(f"{left}. R² of {fit.unit}: {fit.r_squared:.4f}.")
     if not analysis.intervals:
         yield Paragraph("As many parameters as runs: there is nothing to judge an interval by.")
     yield from _floor(analysis)
@@ -233,7 +235,10 @@ def selection(analysis: Analysis) -> Iterator[Block]:
         ["law", "formula", "Δ AICc", "held-out error", "within 95 %"],
         [_candidate(one, analysis.candidates[0]) for one in analysis.candidates],
     )
-    yield Paragraph(_how_clear(analysis))
+    ends = {one.law: one.fit.optimum.at_bound for one in analysis.candidates if one.fit}
+    met = "; ".join(f"{law} ({', '.join(names)})" for law, names in ends.items() if names)
+    at_bound = f" At a bound of a parameter: {met}." if met else ""
+    yield Paragraph(f"{_how_clear(analysis)}{at_bound}")
 
 
 def _candidate(one: Candidate, best: Candidate) -> list[str]:
@@ -303,7 +308,7 @@ def single_runs(analysis: Analysis) -> Iterator[Block]:
         yield Paragraph("Not left out one by one: too few of them, or several rows of a run.")
         return
     ends = [100 * one.moved for one in analysis.single]
-    where = "prediction below" if analysis.predictions else "loss at the dearest run"
+    where = "prediction below" if analysis.predictions else "loss at the largest run"
     text = f"Beside a law fitted without it, each run moves the {where}: by {min(ends):+.2f} to"
     text += f" {max(ends):+.2f} %."
     odd = [one for one in analysis.single if one.is_outlier]
@@ -336,6 +341,8 @@ def _single_run(analysis: Analysis, one: SingleRun) -> list[str]:
 
 def predictions(analysis: Analysis) -> Iterator[Block]:
     yield Heading("Prediction")
+    if analysis.notes:
+        yield Paragraph(" ".join(analysis.notes))
     if not analysis.predictions:
         yield Paragraph("None: these runs cannot say how far it could be trusted.")
         return
@@ -405,9 +412,9 @@ def next_run(analysis: Analysis) -> Iterator[Block]:
 def method(analysis: Analysis) -> Iterator[Block]:
     fit, found = analysis.fit, analysis.fit.optimum
     yield Heading("How it was computed")
-    text = f"Estimator, of log L: {ESTIMATORS[fit.estimator]} ({fit.reason})."
+    text = f"Estimator, of {fit.unit}: {ESTIMATORS[fit.estimator]} ({fit.reason})."
     if np.isfinite(found.threshold):
-        text += f" Threshold {wording.number(found.threshold)} in log L."
+        text += f" Threshold {wording.number(found.threshold)} in {fit.unit}."
     methods = sorted({one.method for one in analysis.intervals.values()})
     if methods:
         text += f" Intervals of parameters: {', '.join(methods)}"

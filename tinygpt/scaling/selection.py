@@ -17,22 +17,20 @@ from tinygpt.scaling.fitting import EFFICIENT, Fit, fit, judge, robust_scale
 from tinygpt.scaling.intervals import Target, covariance, delta, of_loss
 from tinygpt.scaling.laws import LAWS, Array
 
-ONE_VARIABLE = [name for name, law in LAWS.items() if len(law.variables) == 1]
-JOINT = [name for name, law in LAWS.items() if law.variables == ("N", "D")]
 HELD_OUT = 0.2  # at least so large a part of the settings, those of the largest compute
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How a law fitted below a cut in compute predicts the runs above it."""
+    """How a law fitted below a cut in size, as a rule compute, predicts the runs above it."""
 
     error: float  # mean |predicted - measured| / measured
     worst: float
     within: float  # share of the runs within their 95 % prediction interval
     half_width: float  # mean of those intervals, as a part of the loss predicted
     runs: int
-    cut: float  # the largest compute that was fitted
-    distance: float  # largest compute / cut
+    cut: float  # the largest size that was fitted
+    distance: float  # largest size / cut
     below: Fit  # the law fitted below the cut
     above: NDArray[np.bool_]  # (n,) bool: which of all runs were held out
 
@@ -54,7 +52,8 @@ def select(
 ) -> list[Candidate]:
     """Every law fitted to the same runs, the best first: by AICc.
 
-    ``compute`` is that of each run; ``settings`` are those of ``fit``.
+    ``compute`` is that of each run, or whatever else says which are the larger ones; ``settings``
+    are those of ``fit``.
     """
     settings, reason, squares = _one_estimator(runs, laws, settings)
     fitted = squares if settings["estimator"] == "least_squares" else {}
@@ -190,7 +189,7 @@ def hold_out(
 
 @dataclass(frozen=True)
 class Noise:
-    """The scatter of runs that differ in their seed alone: a standard deviation of log L."""
+    """The scatter of runs that differ in their seed alone: a standard deviation of log L, or L."""
 
     scale: float
     degrees: int
@@ -213,8 +212,9 @@ def seed_noise(fit: Fit, columns: Sequence[str] = ()) -> Noise | None:
     """
     labels = replicas(fit, columns)
     count = np.bincount(labels)
-    mean = np.bincount(labels, fit.points.y) / count
-    pure = float(np.sum((fit.points.y - mean[labels]) ** 2))
+    y = fit.points.response
+    mean = np.bincount(labels, y) / count
+    pure = float(np.sum((y - mean[labels]) ** 2))
     degrees = int(np.sum(count - 1))
     if degrees == 0 or pure == 0.0:
         return None
@@ -232,7 +232,7 @@ def structure(fit: Fit) -> float | None:
     An F test of what second and third powers of the log variables explain of them beyond the
     law's own derivatives (Ramsey 1969, as a score test).
     """
-    own = fit.optimum.law.derivatives(fit.optimum.theta[None], fit.points.x).gradient[0]
+    own = fit.points.derivatives(fit.optimum.law, fit.optimum.theta[None]).gradient[0]
     logs = list(fit.points.x.values())
     extra = [a * b for i, a in enumerate(logs) for b in logs[i:]]
     if len(fit.points) >= 4 * (len(extra) + own.shape[1]):
@@ -276,7 +276,8 @@ def next_run(fit: Fit, target: Target, places: dict[str, Array], costs: Array) -
     now = float(normal @ spread @ normal)
     shared = jacobian @ spread @ normal
     own = np.einsum("np,pq,nq->n", jacobian, spread, jacobian)
-    then = now - shared**2 / (fit.scale**2 + own)
+    scatter = fit.relative(fit.scale, fit.predict(**places))
+    then = now - shared**2 / (scatter**2 + own)
     best = int(np.argmin(then))
     reach = 2 * float(special.stdtrit(fit.degrees, 0.975))
     return NextRun(

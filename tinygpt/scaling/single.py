@@ -15,7 +15,6 @@ from tinygpt.scaling.intervals import covariance, of_loss, with_constant
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.newton import polish
 from tinygpt.scaling.optimum import find_optimum
-from tinygpt.scaling.points import Points
 
 ROUNDING = 1e-9  # of a log loss: what is less is no scatter
 
@@ -111,7 +110,8 @@ def _left_out(fit: Fit, place: Mapping[str, float]) -> tuple[Array, Array, Array
     for row in range(n):
         theta = ends[best[row]].theta[row]
         stay = np.arange(n) != row
-        others = Points({k: v[stay] for k, v in points.x.items()}, points.y[stay], points.centres)
+        kept = {name: logs[stay] for name, logs in points.x.items()}
+        others = replace(points, x=kept, y=points.y[stay])
         optimum = replace(
             whole.optimum, theta=theta, threshold=fit.optimum.threshold, at_bound=held
         )
@@ -121,7 +121,8 @@ def _left_out(fit: Fit, place: Mapping[str, float]) -> tuple[Array, Array, Array
         here = law.derivatives(theta[None], {k: v[row : row + 1] for k, v in points.x.items()})
         off = float(points.y[row] - here.value[0, 0])
         own = here.gradient[0, 0]
-        error = max(float(np.sqrt(less.scale**2 + own @ spread @ own)), ROUNDING)
+        scatter = less.relative(less.scale, np.exp(here.value[0, 0]))
+        error = max(float(np.sqrt(scatter**2 + own @ spread @ own)), ROUNDING)
         there = max(float(np.sqrt(slope @ spread @ slope)), ROUNDING)
         found[:, row] = value, there, off, off / error
     return found[0], found[1], found[2], found[3]

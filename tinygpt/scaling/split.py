@@ -126,10 +126,12 @@ def splits(
 ) -> tuple[Array, Array, Array]:
     """N, D and L for parameter vectors (B, P) at budgets (G,), each (B, G); nan: no minimum."""
     law, centres = fit.optimum.law, fit.points.centres
-    if per_token is six_n and law.powers is not None and "U" not in law.variables:
+    terms = {name: set(powers) for name, powers in (law.powers or {}).items() if powers}
+    if per_token is six_n and terms == {"A": {"N"}, "B": {"D"}}:
         affine = law.shift(centres)
         plain = theta @ affine[:, :-1].T + affine[:, -1]
         value = {name: plain[:, j : j + 1] for j, name in enumerate(law.parameters)}
+        assert law.powers is not None
         alpha, beta = value[law.powers["A"]["N"]], value[law.powers["B"]["D"]]
         with np.errstate(invalid="ignore"):  # exponents below zero: no minimum
             n, d = closed_form(np.exp(value["A"]), np.exp(value["B"]), alpha, beta, flops)

@@ -116,11 +116,11 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # balance needs no power of two here
         unit = qmc.Sobol(len(names), seed=seed).random(N_STARTS)
-    ends = np.array([LIKELY[name] for name in names])
+    ends = np.array([LIKELY.get(name) or _likely(law, name) for name in names])
     starts = ends[:, 0] + unit * (ends[:, 1] - ends[:, 0])
     least = points.y.min()
     for j, name in enumerate(names):
-        if name in ("E", "A", "B"):
+        if name in (law.powers or ("E", "A", "B")):
             starts[:, j] += least
         if name in ("Nc", "Dc"):  # its power is what is about as large as the loss
             exponent = starts[:, names.index("alpha" if name == "Nc" else "beta")]
@@ -132,6 +132,17 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
         found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
     best: Array = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
     return best
+
+
+def _likely(law: Law, name: str) -> tuple[float, float]:
+    """Where to look for a parameter of a law of the user's: within its bounds, if it has any."""
+    if name in law.bounds:
+        ends = np.array(law.bounds[name], dtype=float)
+        with np.errstate(divide="ignore"):
+            ends = np.log(ends) if name in law.coefficients else ends
+        low, high = np.clip(ends, -10.0, 10.0).tolist()
+        return low, high
+    return (-4.0, 2.0) if name in law.coefficients else (0.03, 1.0)
 
 
 def without_constant(law: Law, points: Points, starts: Array) -> Array:
