@@ -14,8 +14,9 @@ from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
 from tinygpt.scaling.intervals import Interval, bootstrap, delta, intervals, of_loss, profile
 from tinygpt.scaling.isoflop import Envelope, IsoFlop, envelope, isoflop
 from tinygpt.scaling.laws import LAWS, Law
-from tinygpt.scaling.runs import load_curves, load_runs, read_table
+from tinygpt.scaling.runs import load_curves, load_runs
 from tinygpt.scaling.split import best_split, by_law, flops_per_token, recorded
+from tinygpt.scaling.tables import read_table
 
 __all__ = [
     "LAWS",

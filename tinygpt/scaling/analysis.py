@@ -30,7 +30,7 @@ from tinygpt.scaling.intervals import (
     predict_interval,
 )
 from tinygpt.scaling.laws import Array
-from tinygpt.scaling.runs import SETTINGS
+from tinygpt.scaling.runs import SETTINGS, left_out_lines
 from tinygpt.scaling.selection import (
     Candidate,
     NextRun,
@@ -92,6 +92,7 @@ class Analysis:
     frontier: Frontier | None
     next_run: NextRun | None
     seed: int  # of random starts
+    notes: list[str]  # what was assumed, and what was left out, a line each
 
     @property
     def is_evidence(self) -> bool:
@@ -113,14 +114,15 @@ def analyse(
     seed: int = 0,
     curves: pd.DataFrame | None = None,
     condition: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Analysis:
     """Fits every law that the runs can tell of, and judges the best, or the one asked for.
 
     ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
     varies.  ``budgets`` are FLOPs to predict the loss at, split between N and D in the best way;
     ``curves`` are those of the runs, for the frontier; ``condition`` is that of ``where=``, by
-    which the runs were chosen.  Raises ConfigError where nothing can be
-    fitted.
+    which the runs were chosen; ``notes`` say how they were read.  Raises ConfigError where
+    nothing can be fitted.
     """
     where = columns.where(runs)
     differing = varied(runs, where)
@@ -211,6 +213,7 @@ def analyse(
         ways,
         _next(best, compute, predictions),
         seed,
+        [*notes, *left_out_lines(left_out, len(runs) + len(left_out))],
     )
 
 

@@ -47,6 +47,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
             for setting, values in analysis.others.items()
         },
         "left_out": len(analysis.left_out),
+        "notes": analysis.notes,
         "shared_trunks": vars(shared) if (shared := shared_trunks(analysis.runs)) else None,
         "data_hash": data_hash(analysis),
         "seed": analysis.seed,
