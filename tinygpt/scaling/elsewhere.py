@@ -95,7 +95,7 @@ def read(path: str | Path, asked: Reading) -> Table:
     named = [given[name] for name in "nduct" if name in given] + ([rate] if rate else [])
     table = with_numbers(cells, {columns.loss}, named, asked.decimal, notes)
     notes.append(_said(table, columns, rate))
-    place = [c for c in (columns.n, columns.d, columns.u, columns.t) if c in table]
+    place = [c for c in (columns.n, columns.d, columns.u, columns.t) if c and c in table]
     place = place if {columns.n, columns.d} & set(table) else [*place, str(columns.c)]
     if columns.c in table and not {columns.n, columns.d} <= set(table):
         place = list(dict.fromkeys([*place, str(columns.c)]))
@@ -105,11 +105,12 @@ def read(path: str | Path, asked: Reading) -> Table:
     table, reason = _averaged(table, columns, asked.last, reason, notes)
     used = table[reason == ""]
     if "config_hash" not in table:  # a run of our own says its settings, and they are named
-        _refuse_varying(used, columns, place, rate, Path(path), notes)
+        _refuse_varying(used, columns, place, rate, Path(path))
     refuse_several(used, columns.loss, columns.seed)
     if rate:
         reason = best_rates(table, columns.loss, reason, rate, place)
     used = table[reason == ""]
+    _note_seeds(used, columns, place, notes)
     table, columns = _in_units(table, used, columns, given, asked, notes)
     left = table[reason != ""].assign(reason=reason[reason != ""])
     return Table(table[reason == ""], left, columns, notes)
@@ -136,7 +137,7 @@ def find_columns(
         raise ConfigError(f"loss={loss}: {_there_are(table, loss)}")
     rate = given.get("learning_rate") or next(iter(_called(table, RATES)), None)
     seed = next(iter(_called(table, SEEDS)), None) or next(
-        (name for name in table if "seed" in words_of(name)), None
+        (name for name in map(str, table) if "seed" in words_of(name)), None
     )
     default = {**dataclasses.asdict(Columns(loss=loss)), "seed": seed}
     optional = {k: v if v in table else None for k, v in default.items() if k not in ("n", "d")}
@@ -144,7 +145,8 @@ def find_columns(
     columns = Columns(**{**default, **optional, "loss_unit": default["loss_unit"], **named})
     if "n" in given:
         columns = dataclasses.replace(columns, n_total=None)
-    columns = dataclasses.replace(columns, **dict.fromkeys(off & {"u", "t", "c", "seed", "run"}))
+    nothing: dict[str, Any] = dict.fromkeys(off & {"u", "t", "c", "seed", "run"})
+    columns = dataclasses.replace(columns, **nothing)
     if not {columns.n, columns.d, columns.t, columns.c} & set(table):
         raise ConfigError(
             f"columns.n: name the column of the parameters (columns.d: of the tokens); "
@@ -160,7 +162,7 @@ def _called(table: pd.DataFrame, names: Sequence[str]) -> list[str]:
     was measured (metrics.lr) is not meant.
     """
     found = []
-    for column in table:
+    for column in map(str, table):
         before, _, last = re.sub(r"[/]", ".", column).rpartition(".")
         last = re.sub(r"\W+", "_", last.strip().casefold())
         if last in names and not {"metrics", "summary", "system"} & set(words_of(before)):
@@ -193,7 +195,7 @@ def _with_runs(
     along = next((c for c in (columns.d, columns.c, "step", "_step") if c in table), None)
     for name in _called(table, RUNS):
         groups = used.groupby(name)
-        fixed = [c for c in (columns.n, columns.seed) if c in table]
+        fixed = [c for c in (columns.n, columns.seed) if c and c in table]
         repeated = used[name].duplicated().any() and along is not None
         if not repeated or any((groups[c].nunique() > 1).any() for c in fixed):
             continue
@@ -238,16 +240,15 @@ def _averaged(
 
 
 def _refuse_varying(
-    used: pd.DataFrame, columns: Columns, place: list[str], rate: str | None, path: Path,
-    notes: list[str],
-) -> None:  # fmt: skip
+    used: pd.DataFrame, columns: Columns, place: list[str], rate: str | None, path: Path
+) -> None:
     """Raises ConfigError where runs at one place differ in a setting: it is no seed."""
     size = used.groupby(place)[columns.loss].transform("size")
     shared = used[size > 1]
     if not len(shared):
         return
     known = {*place, columns.c, columns.loss, columns.seed, columns.run, rate}
-    skipped = [name for name in used if "seed" in words_of(name) or name in known]
+    skipped = [name for name in map(str, used) if "seed" in words_of(name) or name in known]
     differing = [
         name
         for name in used.columns.difference(skipped, sort=False)
@@ -262,13 +263,17 @@ def _refuse_varying(
         raise ConfigError(
             f"table={path}: {name} differs between runs of the same "
             f'{" and ".join(place)}: {values}{also}; where="{_name(name)} == '
-            f'{counts.index[0]!r}" chooses, columns.seed={name} takes it for a seed'
+            f'{counts.index.tolist()[0]!r}" chooses, columns.seed={name} takes it for a seed'
         )
-    if columns.seed is None and not columns.cluster(used):
-        away = f", which differ in {', '.join(differing[:4])}" if differing else ""
+
+
+def _note_seeds(used: pd.DataFrame, columns: Columns, place: list[str], notes: list[str]) -> None:
+    """Says that runs at one place are taken for seeds where no column tells."""
+    shared = int(used.duplicated(place, keep=False).sum())
+    if shared and columns.seed is None:
         notes.append(
-            f"seeds: {len(shared)} rows share {' and '.join(place)} with another{away}; they are "
-            "taken for runs of different seeds"
+            f"seeds: {shared} rows share {' and '.join(place)} with another; they are taken for "
+            "runs of different seeds"
         )
 
 
@@ -293,10 +298,9 @@ def _is_setting(
         return True
     if not pd.api.types.is_numeric_dtype(values):
         return bool(2 * values.nunique() <= len(values))
-    sets = shared.groupby(place)[name].agg(lambda v: tuple(sorted(set(v))))
-    sets = sets[sets.map(len) > 1]
+    sets = shared.groupby(place)[name].agg(lambda v: repr(sorted(set(v))))
     if len(sets) == 1:
-        return bool(values.isin(sets.iloc[0]).sum() >= 2 * len(sets.iloc[0]))
+        return bool(values.isin(shared[name]).sum() >= 2 * shared[name].nunique())
     return bool(sets.value_counts().iloc[0] >= 0.5 * len(sets))
 
 
@@ -358,7 +362,7 @@ def _units(
             for k in named
         ]
         found = [dict(zip(named, one, strict=True)) for one in itertools.product(*choices)]
-        found = [one for one in found if _plausible(used, named, one, stated)]
+        found = [one for one in found if _plausible(used, named, one, stated, 3)]
         changes = [sum(unit != 1 for unit in one.values()) for one in found]
         ways = [w for w, n in zip(found, changes, strict=True) if n == min(changes)]
     if len(ways) == 1:
@@ -374,8 +378,10 @@ def _plausible(
     named: Mapping[str, str],
     units: Mapping[str, float],
     stated: Mapping[str, float],
+    factor: float = 30,
 ) -> bool:
-    """Whether these are counts of parameters, tokens and FLOPs that go together."""
+    """Whether these are counts of parameters, tokens and FLOPs that go together, C with 6 N D to
+    a factor."""
     value = {key: used[column].astype(float) * units[key] for key, column in named.items()}
     for key, least in (("n", 1e3), ("d", 1e3), ("c", 1e6)):
         if key in value and key not in stated and value[key].median() < least:
@@ -387,7 +393,7 @@ def _plausible(
         if not 0.1 <= ratio <= 1e4:
             return False
     if len(named) == 3 and "c" not in stated:
-        return bool(1 / 30 <= _beside_6nd(value) <= 30)
+        return bool(1 / factor <= _beside_6nd(value) <= factor)
     return True
 
 

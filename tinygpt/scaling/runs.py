@@ -223,10 +223,11 @@ def best_rates(
         return reason
     for _, group in runs.groupby(settings, dropna=False):
         mean = group.groupby(rate, dropna=False)[loss].mean()
-        if len(mean) > 1:
-            best = mean.idxmin()
-            same = group[rate].isna() if pd.isna(best) else group[rate] == best
-            reason[group.index[~same]] = f"{rate} {best:g} is better there"
+        if len(mean) < 2:
+            continue
+        best: Any = mean.idxmin()
+        same = group[rate].isna() if pd.isna(best) else group[rate] == best
+        reason[group.index[~same]] = f"{rate} {best:g} is better there"
     return reason
 
 
@@ -241,10 +242,11 @@ def _mark_twice(table: pd.DataFrame, reason: pd.Series) -> None:
         return
     rows = table[reason == ""]
     rows = rows[[name for name in rows if not str(name).startswith("Unnamed: ")]]
+    if not rows.duplicated().any():
+        return
     first: dict[int, Any] = {}
-    again = rows.duplicated()
-    labels = rows.groupby(list(rows), dropna=False, sort=False).ngroup() if again.any() else []
-    for row, label in zip(rows.index, labels, strict=False):
+    labels = rows.groupby(list(rows), dropna=False, sort=False).ngroup()
+    for row, label in labels.items():
         if first.setdefault(label, row) != row:
             reason[row] = f"same as row {first[label]}"
 

@@ -38,7 +38,7 @@ MISSING = {*("", "-", "–", "—", "nan", "-nan", "na", "n/a", "#n/a", "#na", "
 def read_table(path: str | Path) -> pd.DataFrame:
     """Return a table of runs from elsewhere.  Raises ConfigError if it cannot be read."""
     cells = read_cells(Path(path), [])
-    losses = {name for name in cells if {"loss", "nll"} & set(words_of(name))}
+    losses = {name for name in map(str, cells) if {"loss", "nll"} & set(words_of(name))}
     return with_numbers(cells, losses, [], None, [])
 
 
@@ -204,7 +204,7 @@ def _json_table(text: str) -> pd.DataFrame:
 def _sheet(data: bytes) -> tuple[pd.DataFrame, str]:
     """The first sheet of a workbook that has rows."""
     try:
-        import openpyxl
+        import openpyxl  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError("needs openpyxl: pip install 'tinygpt[excel]'") from error
     book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
@@ -316,7 +316,7 @@ def with_numbers(
     """
     losses = [name for name in losses if name in table]
     texts: dict[str, pd.Series] = {}
-    for name in table:
+    for name in map(str, table):
         if not pd.api.types.is_numeric_dtype(table[name]):
             cells = table[name].map(lambda v: v.strip() if isinstance(v, str) else v)
             texts[name] = cells[~cells.map(_is_missing)]
@@ -362,7 +362,7 @@ def _decide(
     if decimal or not (own or "?" in set(marks)):
         return decimal or ("," if of_file == {","} and not is_loss else ".")
     if len(own) == 1:
-        return own.pop()
+        return str(own.pop())
     if own:
         rows = [
             f"{cells[marks == mark].iloc[0]} (row {marks.index[marks == mark][0]})" for mark in ",."
@@ -395,7 +395,7 @@ def _numbers(index: pd.Index, cells: pd.Series, read: Sequence[float | None]) ->
     plain = all(isinstance(v, int) or re.fullmatch(r"[+-]?\d{1,18}", str(v)) for v in cells)
     if plain and len(cells) == len(index) > 0:
         return pd.Series([int(v) for v in cells], index=index)
-    return pd.Series(read, index=cells.index, dtype=float).reindex(index)
+    return pd.Series(np.array(read, dtype=float), index=cells.index).reindex(index)
 
 
 def _plain(column: pd.Series, cells: pd.Series) -> pd.Series:
