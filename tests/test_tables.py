@@ -192,8 +192,8 @@ def test_kinds_of_files(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(found[list(runs)], runs)
     nested = [{"config": {"n": 1e6, "d": 2e7, "lr": 0.1 * i}, "loss": 3.0 + i} for i in range(3)]
     (tmp_path / "n.json").write_text(json.dumps(nested))
-    found = read(tmp_path / "n.json", columns_n="config.n", columns_d="config.d")
-    assert len(found.runs) == 1  # its rate is found in config.lr
+    one = read(tmp_path / "n.json", columns_n="config.n", columns_d="config.d")
+    assert len(one.runs) == 1  # its rate is found in config.lr
     latin = tmp_path / "l.csv"
     latin.write_bytes("größe,params".encode("latin-1"))
     assert refused(latin) == f"table={latin}: not UTF-8 text (byte 2); save it so"

@@ -356,7 +356,9 @@ def _units(
     by_name = {k: stated.get(k) or _unit_of(k, column) or 1.0 for k, column in named.items()}
     ways = [by_name] if _plausible(used, named, by_name, stated) else []
     if not ways and set(named) == {"n", "d", "c"}:
-        counts, flops = (1.0, 1e3, 1e6, 1e9, 1e12), (1.0, *COMPUTE)
+        alone = {key: column for key, column in named.items() if key != "c"}
+        sound = _plausible(used, alone, plain, stated)  # then only the compute is in question
+        counts, flops = (1.0,) if sound else (1.0, 1e3, 1e6, 1e9, 1e12), (1.0, *COMPUTE)
         choices = [
             [stated[k]] if k in stated else flops if k == "c" else counts[: 4 + (k == "d")]
             for k in named

@@ -246,7 +246,7 @@ def _mark_twice(table: pd.DataFrame, reason: pd.Series) -> None:
         return
     first: dict[int, Any] = {}
     labels = rows.groupby(list(rows), dropna=False, sort=False).ngroup()
-    for row, label in labels.items():
+    for row, label in zip(rows.index, labels, strict=True):
         if first.setdefault(label, row) != row:
             reason[row] = f"same as row {first[label]}"
 
