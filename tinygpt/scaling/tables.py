@@ -380,19 +380,15 @@ def _decide(
 
 
 def _as_number(value: Any) -> float | None:
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    return (
-        float(value)
-        if is_number and np.isfinite(float(value))
-        else float("nan")
-        if is_number
-        else None
-    )
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return None
+    found = abs(value) < 1e300  # what is not finite is missing, and whole numbers have no end
+    return float(value) if found else float("nan")
 
 
 def _numbers(index: pd.Index, cells: pd.Series, read: Sequence[float | None]) -> pd.Series:
     """As pandas has them: whole where all are written so and none is missing."""
-    plain = all(isinstance(v, int) or re.fullmatch(r"[+-]?\d{1,18}", str(v)) for v in cells)
+    plain = all(re.fullmatch(r"[+-]?[0-9]{1,18}", str(v)) for v in cells)
     if plain and len(cells) == len(index) > 0:
         return pd.Series([int(v) for v in cells], index=index)
     return pd.Series(np.array(read, dtype=float), index=cells.index).reindex(index)
