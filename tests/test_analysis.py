@@ -367,10 +367,11 @@ def test_nothing_varies() -> None:
         analysed(runs)
 
 
-def test_a_table_of_the_same_row_twice_is_refused() -> None:
+def test_the_same_row_twice_is_left_out() -> None:
     runs = table(chinchilla, 0.01)
-    with pytest.raises(ConfigError, match="table: rows 0 and 72 are the same; give it once"):
-        comparable(pd.concat([runs, runs[:1]], ignore_index=True), "loss")
+    used, left = comparable(pd.concat([runs, runs[:1]], ignore_index=True), "loss")
+    assert len(used) == len(runs)
+    assert left["reason"].to_dict() == {72: "same as row 0"}
 
 
 # --- the checklist
@@ -477,7 +478,7 @@ def test_reads_a_table(tmp_path: Path) -> None:
     runs.to_parquet(tmp_path / "runs.parquet")
     for name in ("runs.csv", "runs.parquet"):
         assert np.allclose(read_table(tmp_path / name), runs)
-    for name, text in (("no.csv", None), ("runs.txt", "a"), ("empty.csv", "a,b\n")):
+    for name, text in (("no.csv", None), ("runs.pdf", "a"), ("empty.csv", "a,b\n")):
         if text:
             (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=f"table=.*{name}: "):

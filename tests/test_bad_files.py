@@ -22,7 +22,7 @@ import torch
 
 from tests.conftest import Command
 from tests.fuzz.harness import Harness
-from tests.fuzz.tables import points, read
+from tests.fuzz.tables import read
 from tests.test_fuzz import HARNESSES
 from tinygpt import cli, fileio
 from tinygpt.adaptation import prompted
@@ -30,7 +30,8 @@ from tinygpt.adaptation.file_policy import ReplayPolicy
 from tinygpt.config import ConfigError, CustomData
 from tinygpt.data.corpora import open_corpus, split_documents
 from tinygpt.data.huggingface import read_tokenizer
-from tinygpt.scaling.runs import comparable, load_runs, read_table
+from tinygpt.scaling.runs import comparable, load_runs
+from tinygpt.scaling.tables import read_table
 from tinygpt.trained import load_run
 
 NAMED: dict[str, Harness] = {harness.name: harness for harness in HARNESSES}
@@ -308,9 +309,9 @@ STRANGE = {
     "lists": ({"x": [[1], [2], [3]]}, "x holds lists or tables, no numbers or texts"),
     "tables": ({"status": [{"a": 1}] * 3}, "status holds lists or tables, no numbers or texts"),
     "a list is a loss": ({"loss": [[1], [2], [3]]}, "loss holds lists or tables"),
-    "a rate in words": ({"learning_rate": ["a", "1", "2"]}, "learning_rate=a: row 0: must be a nu"),
-    "a date is a size": ({"params": [datetime.date(2020, 1, 1)] * 3}, "params=2020-01-01: row 0"),
-    "a long number": ({"params": ["9" * 5000] * 3}, f"params={'9' * 40}: row 0: must be a number"),
+    "a rate in words": ({"learning_rate": ["a", "1", "2"]}, "learning_rate=a: row 1: must be a nu"),
+    "a date is a size": ({"params": [datetime.date(2020, 1, 1)] * 3}, "params=2020-01-01: row 1"),
+    "a long number": ({"params": ["9" * 5000] * 3}, f"params={'9' * 40}: row 1: must be a number"),
     "tokenizers": ({"tokenizer_fingerprint": ["a", "b", "b"]}, "runs: several tokenizers (a, b)"),
     "columns": ({f"c{n}": [1] * 3 for n in range(10_000)}, "has 10003 columns; at most 10000 are"),
 }
@@ -320,7 +321,7 @@ STRANGE = {
 def test_a_table_of_strange_columns(columns: dict[str, Any], line: str, tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({**ROWS, **columns}), path)
-    said = refused(lambda: points(*read(".parquet", path.read_bytes())))
+    said = refused(lambda: read(".parquet", path.read_bytes()))
     assert line in said
     assert "\n" not in said
 
@@ -401,7 +402,7 @@ def test_what_a_file_says_moves_no_cursor(tmp_path: Path, tinygpt: Command) -> N
     columns = ("columns.n=params", "columns.d=tokens", "columns.loss=loss")
     done = tinygpt("fit", f"table={path}", *columns)
     assert done.returncode == 2
-    assert done.stderr == "error: tokens=\\x1b[2J\\x07: row 0: must be a number\n"
+    assert done.stderr == "error: tokens=\\x1b[2J\\x07: row 1: must be a number\n"
 
 
 @pytest.mark.parametrize("value", ["many", [1], -1, 1e9])

@@ -196,7 +196,7 @@ def test_an_older_run_in_the_folder_is_named(tinygpt: Command, tmp_path: Path) -
         (["table=t.csv", "loss=loss", "columns.n=params", "law=cubic"], "law=cubic: must be one"),
         (["run=a"], "run: no such key; did you mean runs or columns.run?"),
         (["table=t.csv", "loss=loss", "columns.n=params", "budgets=1e15"], "budgets=1e+15: needs"),
-        (["table=t.csv", "loss=loss", "columns.n=tokens"], "these runs have one size"),
+        (["table=t.csv", "loss=loss", "columns.n=tokens"], "table=t.csv: params differs"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from tinygpt import checks, cli, rundir
+from tinygpt import cli, rundir
 from tinygpt.config import ConfigError, key
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from tinygpt.scaling.columns import Columns
+    from tinygpt.scaling.elsewhere import Table
 
 USAGE = """\
 python -m tinygpt.fit runs=outputs/width [key=value ...]
 
 runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole; of adaptation (adapt.jsonl) with
                         seed= and output_dir= alone
-table=FILE              instead: a .csv or .parquet with a row a run; its columns are named by
-                        columns.n= d= u= t= c= loss= seed= run=
-                        (parameters, tokens, unique tokens, context, FLOPs, loss, seed, name)
+table=FILE              instead: a table with a row a run (docs/laws.md: files, dialects, numbers);
+                        its columns are named by
+                        columns.n= d= u= t= c= loss= seed= run= learning_rate=
+                        (parameters, tokens, unique tokens, context, FLOPs, loss, seed, name);
+                        the last three are found by their usual names, none is said by =none
+units.n=1e6             what a table counts in: units.n= d= u= c= (units.c=8.64e19: PFLOP-days)
+loss_unit=TEXT          of a table's loss, as 'nats per token'; perplexity: its logarithm is fitted
+decimal=,               the decimal mark of a table in which a comma could be either
+last=5                  of a table of checkpoints: a run is one row, its loss that of its last 5
 where=CONDITION         only these runs, as 'params > 1e6' or 'outlier == 0'; the others are listed
 law=auto                the best by AICc, or the name of one: power power_constant log_power broken
                         chinchilla chinchilla_tied chinchilla_zero kaplan kaplan_constant coupled
@@ -57,6 +62,17 @@ class TableColumns:
     loss: Optional[str] = None
     seed: Optional[str] = None
     run: Optional[str] = None
+    learning_rate: Optional[str] = None
+
+
+@dataclass
+class TableUnits:
+    """How many parameters, tokens and FLOPs one is, in a table from elsewhere."""
+
+    n: Optional[float] = key(None, above=0.0)
+    d: Optional[float] = key(None, above=0.0)
+    u: Optional[float] = key(None, above=0.0)
+    c: Optional[float] = key(None, above=0.0)
 
 
 @dataclass
@@ -64,6 +80,10 @@ class Arguments:
     runs: list[str] = field(default_factory=list)
     table: Optional[str] = None
     columns: TableColumns = field(default_factory=TableColumns)
+    units: TableUnits = field(default_factory=TableUnits)
+    loss_unit: Optional[str] = None
+    decimal: Optional[str] = key(None, among=(",", "."))
+    last: Optional[int] = key(None, least=1)
     where: Optional[str] = None
     law: str = "auto"
     variable: str = "auto"
@@ -89,21 +109,23 @@ def main() -> None:
 
         adaptation_report.make(arguments.runs, _folder(arguments), arguments.seed)
         return
+    _check_table_keys(arguments)
     from tinygpt.scaling import own_laws
     from tinygpt.scaling.columns import read_places
 
     places = [] if arguments.predict is None else read_places(arguments.predict)
     law = own_laws.load(arguments.law) if ".py:" in arguments.law else arguments.law
-    table, columns, folder = _read(arguments)
+    table, folder = _read(arguments)
+    import pandas as pd
+
     from tinygpt.scaling import report  # scipy and matplotlib: once there is something to fit
     from tinygpt.scaling.analysis import analyse
-    from tinygpt.scaling.runs import comparable, curves_of
+    from tinygpt.scaling.runs import curves_of
 
-    used, left_out = comparable(table, columns.loss, arguments.where)
     analysis = analyse(
-        used,
-        left_out,
-        columns,
+        table.runs,
+        table.left_out,
+        table.columns,
         law=law,
         variable=arguments.variable,
         estimator=arguments.estimator,
@@ -114,8 +136,11 @@ def main() -> None:
         places=places,
         isoflop=arguments.isoflop,
         seed=arguments.seed,
-        curves=curves_of(table) if arguments.runs else None,
+        curves=curves_of(pd.concat([table.runs, table.left_out]).sort_index())
+        if arguments.runs
+        else None,
         condition=arguments.where,
+        notes=table.notes,
     )
     report.write(analysis, folder)
     report.show(analysis, folder)
@@ -157,89 +182,44 @@ def _folder(arguments: Arguments) -> Path:
     return first / "fit"
 
 
-def _read(arguments: Arguments) -> tuple[pd.DataFrame, Columns, Path]:
-    """The runs, where they say what, and the folder for the report."""
-    from tinygpt.scaling.runs import load_runs, read_table
+def _check_table_keys(arguments: Arguments) -> None:
+    """Raises ConfigError for what only a table can use."""
+    given, rate = dataclasses.asdict(arguments), arguments.columns.learning_rate
+    keys = [f"units.{name}" for name, unit in given["units"].items() if unit is not None]
+    keys += [name for name in ("loss_unit", "decimal", "last") if given[name] is not None]
+    keys += ["columns.learning_rate"] if rate is not None else []
+    if keys and not arguments.table:
+        raise ConfigError(f"{keys[0]}: for table= only; a run's own folder says it")
 
+
+def _read(arguments: Arguments) -> tuple[Table, Path]:
+    """The runs, where they say what, and the folder for the report."""
+    from tinygpt.scaling.elsewhere import Reading, Table, find_columns, read
+    from tinygpt.scaling.runs import comparable, load_runs
+
+    named = dataclasses.asdict(arguments.columns)
     if arguments.table:
-        table, source = read_table(arguments.table), Path(arguments.table)
-        table = _with_tokens(_in_numbers(table, arguments), arguments.columns)
-        folder = Path(arguments.output_dir or "outputs") / f"fit-{source.stem}"
-        return table, _columns(table, arguments), folder
+        units = dataclasses.asdict(arguments.units)
+        asked = Reading(
+            named,
+            arguments.loss,
+            units,
+            arguments.loss_unit,
+            arguments.decimal,
+            arguments.last,
+            arguments.where,
+        )
+        packed = r"(\.\w+)?\.(gz|bz2|xz|zst|zip)$|\.\w+$"
+        stem = re.sub(packed, "", Path(arguments.table).name, flags=re.IGNORECASE)
+        folder = Path(arguments.output_dir or "outputs") / f"fit-{stem}"
+        return read(arguments.table, asked), folder
     table = load_runs(*arguments.runs)
     if table.empty:
         raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there")
-    return table, _columns(table, arguments), _folder(arguments)
-
-
-def _in_numbers(table: pd.DataFrame, arguments: Arguments) -> pd.DataFrame:
-    """The named columns and the rates as numbers, thousands separated or not.  Raises
-    ConfigError."""
-    import pandas as pd
-
-    named = dataclasses.asdict(arguments.columns)
-    wanted = [named[name] for name in ("n", "d", "u", "t", "c")]
-    for column in [*wanted, named["loss"] or arguments.loss, "learning_rate"]:
-        if column not in table or pd.api.types.is_numeric_dtype(table[column]):
-            continue
-        found = pd.to_numeric(table[column].astype(str).str.replace(",", ""), errors="coerce")
-        bad = found.isna() & table[column].notna()
-        if bad.any():
-            row = table.index[bad][0]
-            value = f"{table[column][row]!s:.40}"
-            raise ConfigError(f"{column}={value}: row {row}: must be a number")
-        table = table.assign(**{column: found})
-    return table
-
-
-def _with_tokens(table: pd.DataFrame, columns: TableColumns) -> pd.DataFrame:
-    """Of a table that gives parameters and FLOPs alone, the tokens by C = 6·N·D."""
-    from tinygpt.scaling.fitting import COLUMNS
-
-    n, c = columns.n, columns.c
-    if columns.d is not None or COLUMNS["D"] in table or n not in table or c not in table:
-        return table
-    columns.d = f"{c} / (6 {n})"
-    if (table[c] / (6 * table[n] ** 2)).median() > 1e5:
-        raise ConfigError(
-            f"columns.n={n}: with C = 6 N D there would be more than 100,000 tokens to a "
-            "parameter; give parameters, not thousands or millions of them, or columns.d="
-        )
-    return table.assign(**{columns.d: (table[c] / (6 * table[n])).round()})
-
-
-def _columns(table: pd.DataFrame, arguments: Arguments) -> Columns:
-    """The columns that were named, and of the others those of ``results.json`` that are there.
-
-    Raises ConfigError for a name that the table has not.
-    """
-    from tinygpt.scaling.columns import Columns
-
-    given = {k: v for k, v in dataclasses.asdict(arguments.columns).items() if v is not None}
-    for name, column in given.items():
-        if column not in table:
-            raise ConfigError(f"columns.{name}={column}: {_there_are(table, column)}")
-    loss = given.get("loss", arguments.loss)
-    if loss not in table:
-        raise ConfigError(f"loss={loss}: {_there_are(table, loss)}")
-    default = dataclasses.asdict(Columns(loss=loss))
-    optional = {k: v if v in table else None for k, v in default.items() if k not in ("n", "d")}
-    found = Columns(**{**default, **optional, **given})
-    if "n" in given:
-        found = dataclasses.replace(found, n_total=None)
-    if not {found.n, found.d, found.t, found.c} & set(table):
-        raise ConfigError(
-            f"columns.n: name the column of the parameters (columns.d: of the tokens); "
-            f"{_there_are(table)}"
-        )
-    return found
-
-
-def _there_are(table: pd.DataFrame, meant: str = "") -> str:
-    names = [str(name) for name in table]
-    more = ", ..." if len(names) > 12 else ""
-    near = checks.did_you_mean(meant, names) if meant else ""
-    return f"no such column; there are {', '.join(names[:12])}{more}{near}"
+    given = {name: column for name, column in named.items() if column is not None}
+    columns, _ = find_columns(table, given, arguments.loss)
+    used, left_out = comparable(table, columns.loss, arguments.where)
+    return Table(used, left_out, columns, []), _folder(arguments)
 
 
 if __name__ == "__main__":

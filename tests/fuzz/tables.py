@@ -12,35 +12,43 @@ from tinygpt import fit
 from tinygpt.adaptation.records import RecordsFile
 from tinygpt.scaling import adaptation_records
 from tinygpt.scaling.columns import Columns
+from tinygpt.scaling.elsewhere import Table
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.points import Points
 from tinygpt.scaling.runs import comparable
 
 
-def read(suffix: str, data: bytes) -> tuple[pd.DataFrame, Columns]:
+def read(suffix: str, data: bytes) -> Table:
     named = fit.TableColumns(n="params", d="tokens", loss="loss")
+    units = fit.TableUnits(n=1.0, d=1.0)  # damaged counts are to reach the law
     path = str(file_of(f"table{suffix}", data))
-    table, columns, _ = fit._read(fit.Arguments(table=path, columns=named))
-    return table, columns
+    return fit._read(fit.Arguments(table=path, columns=named, units=units))[0]
 
 
-def points(table: pd.DataFrame, columns: Columns, where: str | None = None) -> None:
+def points(table: pd.DataFrame, columns: Columns) -> None:
     """What a law goes through."""
-    used, _ = comparable(table, columns.loss, where)
-    Points.read(used, LAWS["chinchilla"], {"N": columns.n, "D": columns.d}, columns.loss)
+    Points.read(table, LAWS["chinchilla"], {"N": columns.n, "D": columns.d}, columns.loss)
 
 
 def table(data: bytes) -> None:
-    points(*read(".csv", data))
+    found = read(".csv", data)
+    points(found.runs, found.columns)
+
+
+def units(data: bytes) -> None:
+    """Whether the values are plain counts."""
+    named = fit.TableColumns(n="params", d="tokens", loss="loss")
+    fit._read(fit.Arguments(table=str(file_of("table.csv", data)), columns=named))
 
 
 @functools.cache
-def valid() -> tuple[pd.DataFrame, Columns]:
+def valid() -> Table:
     return read(".csv", (SEEDS / "table_csv" / "valid").read_bytes())
 
 
 def where(data: bytes) -> None:
-    points(*valid(), data.decode("utf-8", "surrogateescape"))
+    condition = data.decode("utf-8", "surrogateescape")
+    comparable(valid().runs, valid().columns.loss, condition)
 
 
 def lines_of_records(data: bytes) -> None:
@@ -63,6 +71,9 @@ def records_to_go_on_with(data: bytes) -> None:
 HARNESSES = [
     Harness("table_csv", "csv", partial(read, ".csv")),
     Harness("table_parquet", "bytes", partial(read, ".parquet")),
+    Harness("table_jsonl", "jsonl", partial(read, ".jsonl")),
+    Harness("table_xlsx", "zip", partial(read, ".xlsx")),
+    Harness("table_units", "csv", units, seeds_of="table_csv"),
     Harness("table_points", "csv", table, seeds_of="table_csv"),
     Harness("table_where", "bytes", where),
     Harness("records", "jsonl", lines_of_records),

@@ -15,8 +15,9 @@ from tinygpt.scaling.intervals import Interval, bootstrap, delta, intervals, of_
 from tinygpt.scaling.isoflop import Envelope, IsoFlop, envelope, isoflop
 from tinygpt.scaling.laws import LAWS, Law, logaddexp, sum_of_powers
 from tinygpt.scaling.own_laws import register
-from tinygpt.scaling.runs import load_curves, load_runs, read_table
+from tinygpt.scaling.runs import load_curves, load_runs
 from tinygpt.scaling.split import best_split, by_law, flops_per_token, recorded
+from tinygpt.scaling.tables import read_table
 
 __all__ = [
     "LAWS",

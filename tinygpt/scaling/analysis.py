@@ -40,7 +40,7 @@ from tinygpt.scaling.intervals import (
     predict_interval,
 )
 from tinygpt.scaling.laws import Array
-from tinygpt.scaling.runs import SETTINGS
+from tinygpt.scaling.runs import SETTINGS, left_out_lines
 from tinygpt.scaling.selection import (
     Candidate,
     NextRun,
@@ -99,11 +99,12 @@ class Analysis:
     single: list[SingleRun]  # every run left out in turn, what moves the prediction most first
     floor: float | None  # the entropy of the corpus where it is known exactly
     predictions: list[Prediction]
-    notes: list[str]  # on what was asked for and has no answer
+    unanswered: list[str]  # why what was asked for has no answer
     budgets: list[Budget]  # those that were asked for, at their best split
     frontier: Frontier | None
     next_run: NextRun | None
     seed: int  # of random starts
+    notes: list[str]  # what was assumed, and what was left out, a line each
 
     @property
     def is_evidence(self) -> bool:
@@ -128,6 +129,7 @@ def analyse(
     seed: int = 0,
     curves: pd.DataFrame | None = None,
     condition: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Analysis:
     """Fits every law that the runs can tell of, and judges the best, or the one asked for.
 
@@ -137,8 +139,8 @@ def analyse(
     values to predict it at, by letter (``{"N": 13e9, "D": 5e12}``); ``isoflop`` is the curve
     through each budget;
     ``curves`` are those of the runs, for the frontier; ``condition`` is that of ``where=``, by
-    which the runs were chosen.  Raises ConfigError where nothing can be
-    fitted.
+    which the runs were chosen; ``notes`` say how they were read.  Raises ConfigError where
+    nothing can be fitted.
     """
     where = columns.where(runs)
     differing = varied(runs, where)
@@ -238,6 +240,7 @@ def analyse(
         ways,
         _next(best, compute, predictions),
         seed,
+        [*notes, *left_out_lines(left_out, len(runs) + len(left_out))],
     )
 
 

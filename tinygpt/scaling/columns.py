@@ -27,6 +27,11 @@ LENGTH = (
     *(f"config.train.{key}" for key in ("tokens", "steps", "epochs", "tokens_per_param", "flops")),
 )
 FINGERPRINTS = ("tokenizer_fingerprint", "data_fingerprint", "validation_fingerprint")
+UNITS = {  # of a loss by its name: those of results.json, and bits
+    "bits_per_byte": "bits per byte",
+    "bits_per_char": "bits per character",
+    **dict.fromkeys(("final_val_loss", "best_val_loss", "test_loss"), "nats per token"),
+}
 WORDS = {
     "N": "parameters without embeddings",
     "D": "training tokens",
@@ -49,6 +54,13 @@ class Columns:
     loss: str = "final_val_loss"
     seed: str | None = "seed"
     run: str | None = "folder"
+    loss_unit: str | None = None  # said beside the loss; of our own and of bits it is known
+
+    @property
+    def loss_label(self) -> str:
+        """What an axis of the loss says."""
+        unit = self.loss_unit or next((u for words, u in UNITS.items() if words in self.loss), "")
+        return f"loss ({unit})" if unit else "loss"
 
     def where(self, runs: pd.DataFrame) -> dict[str, str]:
         """Variable -> column, of those that the table has."""
@@ -115,6 +127,8 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
             found.append("U")
     if "T" in found and len(found) > 1 and "N" not in found:
         found.remove("T")
+    if not {"N", "D"} & set(where) and where.get("C") in runs and not found:
+        found += ["C"] if _spread(runs[where["C"]]) > SAME else []
     return found
 
 

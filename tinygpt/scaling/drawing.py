@@ -95,10 +95,7 @@ def label(analysis: Analysis, name: str) -> str:
 
 
 def loss_label(analysis: Analysis) -> str:
-    column = analysis.fit.loss
-    unit = "bits per byte" if "bits_per_byte" in column else "nats per token"
-    unit = "bits per character" if "bits_per_char" in column else unit
-    return f"loss ({unit})"
+    return analysis.columns.loss_label
 
 
 def values(analysis: Analysis, name: str) -> Array:

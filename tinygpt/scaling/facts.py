@@ -47,6 +47,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
             for setting, values in analysis.others.items()
         },
         "left_out": len(analysis.left_out),
+        "notes": analysis.notes,
         "shared_trunks": vars(shared) if (shared := shared_trunks(analysis.runs)) else None,
         "data_hash": data_hash(analysis),
         "seed": analysis.seed,
@@ -58,7 +59,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "checks": [_check(check) for check in analysis.checks],
         "single_runs": [_single_run(analysis, one) for one in analysis.single],
         "predictions": [_prediction(one) for one in analysis.predictions],
-        "notes": analysis.notes,
+        "unanswered": analysis.unanswered,
         "budgets": [_budget(one) for one in analysis.budgets],
         "frontier": _frontier(analysis.frontier),
         "next_run": vars(analysis.next_run) if analysis.next_run else None,

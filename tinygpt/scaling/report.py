@@ -45,6 +45,7 @@ def show(analysis: Analysis, folder: Path, console: Console | None = None) -> No
         [
             *sections.title(analysis),
             *sections.answer(analysis),
+            *sections.notes(analysis),
             *sections.warning(analysis),
             *sections.law(analysis),
             *sections.selection(analysis),
@@ -63,6 +64,7 @@ def compose(analysis: Analysis, figures: Sequence[str]) -> Iterator[Block]:
     yield from sections.title(analysis)
     yield from sections.answer(analysis)
     yield from sections.warning(analysis)
+    yield from sections.notes(analysis)
     yield from sections.runs(analysis)
     yield from sections.law(analysis)
     yield from sections.pictures(analysis, figures, "scaling", "residuals")

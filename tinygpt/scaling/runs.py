@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from tinygpt import fileio, rundir
@@ -22,7 +21,7 @@ SETTINGS = (
     *("vocab_size", "tokenizer", "dataset", "data_fraction", "train_tokens", "batch_tokens"),
     *("weight_decay", "optimizer", "schedule", "init_from", *RATES),
 )
-MOST_COLUMNS = 10_000  # of a table from elsewhere
+PLACE = ("parameters_non_embedding", "train_tokens")
 # What results.json has for every run, and a law or a plot computes with or goes by.
 TEXTS = ("status", "config_hash", "tokenizer", "tokenizer_fingerprint", "dataset")
 NUMBERS = (
@@ -79,32 +78,6 @@ def _numbers(columns: Sequence[Sequence[str]]) -> list[float]:
     return [float(value or "nan") for column in columns for value in column]
 
 
-def read_table(path: str | Path) -> pd.DataFrame:
-    """A table of runs from elsewhere, CSV or parquet.  Raises ConfigError if it cannot be read."""
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind not in (".csv", ".parquet"):
-        raise ConfigError(f"table={path}: must be a .csv or a .parquet file")
-    try:
-        found = pd.read_parquet(path) if kind == ".parquet" else pd.read_csv(path)
-        words = {name: list(found[name]) for name in found if found[name].dtype.kind == "O"}
-    except Exception as error:  # whatever broken bytes lead the libraries to
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ConfigError(f"table={path}: cannot be read ({reason})") from error
-    if kind == ".csv" and not isinstance(found.index, pd.RangeIndex):  # pandas shifts the columns
-        raise ConfigError(f"table={path}: has more values in a row than columns in its first line")
-    if found.empty:
-        raise ConfigError(f"table={path}: has no rows")
-    if len(found.columns) > MOST_COLUMNS:
-        raise ConfigError(
-            f"table={path}: has {len(found.columns)} columns; at most {MOST_COLUMNS} are read"
-        )
-    for name, values in words.items():
-        if any(isinstance(value, list | dict | np.ndarray) for value in values):
-            raise ConfigError(f"table={path}: {name} holds lists or tables, no numbers or texts")
-    return found
-
-
 def comparable(
     table: pd.DataFrame, loss: str, where: str | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -115,31 +88,100 @@ def comparable(
     is there twice, and for losses that do not compare: nats per token of several tokenizers or
     corpora (bits per byte do).
     """
+    reason = entering(table, loss, where)
+    refuse_several(table[reason == ""], loss)
+    if "learning_rate" in table:
+        reason = best_rates(table, loss, reason, "learning_rate")
+    return table[reason == ""], table[reason != ""].assign(reason=reason[reason != ""])
+
+
+def entering(
+    table: pd.DataFrame,
+    loss: str,
+    where: str | None = None,
+    needed: Sequence[str] = (),
+    notes: list[str] | None = None,
+) -> pd.Series:
+    """Return for each row why it cannot enter a law; empty where it can.
+
+    ``needed`` are columns that must be above zero besides the loss.
+    """
     reason = pd.Series("", index=table.index)
     if where is not None:
         reason[~_meets(table, where)] = f"not {where}"
-    _refuse_twice(table[reason == ""])
-    if "status" in table:
-        ended = table["status"].isin(["finished", "stopped_early"])
-        reason[~ended & (reason == "")] = table["status"][~ended].astype(str)
-    if loss in table:
-        reason[(reason == "") & table[loss].isna()] = "no loss"
-    used, left = table[reason == ""], table[reason != ""]
-    if not len(used):
-        raise ConfigError(f"none of these {len(table)} runs has a final loss")
+    _mark_twice(table, reason)
+    for name in table:
+        if str(name).casefold() in ("status", "state"):
+            _mark_status(table[name], reason, [] if notes is None else notes)
+    for name in dict.fromkeys([loss, *needed]):
+        if name not in table:
+            continue
+        reason[(reason == "") & table[name].isna()] = "no loss" if name == loss else f"no {name}"
+        below = (reason == "") & (table[name] <= 0) if needed else pd.Series(False, table.index)
+        if 2 * below.sum() <= (reason == "").sum():  # else it is no such column, and is refused
+            reason[below] = f"{name} is not above zero"
+    if not (reason == "").any():
+        kinds = ", ".join(f"{count} {one}" for one, count in reason.value_counts().items())
+        raise ConfigError(f"none of these {len(table)} runs has a final loss ({kinds})")
+    return reason
+
+
+FINISHED = {*("finished", "stopped_early", "completed", "complete", "done", "success")}
+FINISHED |= {"succeeded", "ok"}
+UNFINISHED = {*("unfinished", "running", "failed", "crashed", "killed", "diverged", "preempted")}
+UNFINISHED |= {"preempting", "error", "errored", "aborted", "cancelled", "canceled", "timeout"}
+UNFINISHED |= {"oom", "pending", "queued", "scheduled", "interrupted", "stopped", "failure"}
+
+
+def _mark_status(column: pd.Series, reason: pd.Series, notes: list[str]) -> None:
+    """Leaves out what has not finished, in the words of W&B, MLflow and our own."""
+    words = column.astype(str).str.strip().str.casefold()
+    if not words.isin(FINISHED | UNFINISHED).any():
+        kinds = ", ".join(map(str, column.dropna().unique()[:4]))
+        notes.append(f"status: {column.name} says nothing of how a run ended ({kinds}); all enter")
+        return
+    unknown = sorted(set(column[column.notna() & ~words.isin(FINISHED | UNFINISHED)].astype(str)))
+    if unknown:
+        notes.append(f"status: {', '.join(unknown[:4])} ({column.name}) is not known as finished")
+    ended = words.isin(FINISHED)
+    stated = column.astype(str).str.strip().where(column.notna(), f"no {column.name}")
+    reason[~ended & (reason == "")] = stated[~ended]
+
+
+def refuse_several(used: pd.DataFrame, loss: str, seed: str | None = None) -> None:
+    """Raises ConfigError for losses of several tokenizers or corpora."""
     for name in ("tokenizer_fingerprint", "dataset"):
-        if name in used and used[name].nunique() > 1 and "bits_per" not in loss:
+        if name in used and used[name].nunique() > 1 and "bits_per" not in loss and name != seed:
             shown = name.split("_")[0] if name.split("_")[0] in used else name
-            kinds = ", ".join(sorted(map(str, used[shown].unique())))
+            kinds = ", ".join(sorted(map(str, used[shown].dropna().unique())))
+            way = "loss=final_val_bits_per_byte does"
+            if "final_val_bits_per_byte" not in used:
+                way = f'where="{shown} == {used[shown].dropna().iloc[0]!r}" chooses one'
             raise ConfigError(
                 f"runs: several {name.split('_')[0]}s ({kinds}): nats per token do not compare; "
-                "loss=final_val_bits_per_byte does"
+                f"{way}"
             )
-    reason = reason.mask(
-        reason == "", _slower_rates(used, loss).reindex(table.index, fill_value="")
+
+
+def left_out_lines(left: pd.DataFrame, total: int) -> list[str]:
+    """What was left out of a table, a line a reason, with the rows or the folders."""
+    lines = []
+    kinds = left["reason"].str.replace(
+        r"^(\S.*) \S+ is better there$", r"another \1 is better at the same place", regex=True
     )
-    used, left = table[reason == ""], table[reason != ""]
-    return used, left.assign(reason=reason[reason != ""])
+    kinds = kinds.str.replace(r"^same as row .*$", "the same as an earlier row", regex=True)
+    for kind, rows in left.groupby(kinds, sort=False):
+        found = list(map(str, rows.get("folder", rows.index)))
+        named = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if found[12:] else "")
+        word = "" if "folder" in rows else "row " if len(found) == 1 else "rows "
+        lines.append(f"left out: {len(found)} of {total} ({kind}): {word}{named}")
+    return lines
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a column's name behind its last point or slash, in lower case."""
+    last = re.split(r"[./]", name)[-1]
+    return re.findall(r"[a-z]+[0-9]*", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", last).casefold())
 
 
 # In a condition nothing is called but what looks at a column; strings and names are set aside.
@@ -169,33 +211,44 @@ def _meets(table: pd.DataFrame, where: str) -> pd.Series:
     return met
 
 
-def _slower_rates(runs: pd.DataFrame, loss: str) -> pd.Series:
-    """Where several learning rates were tried in one setting the best is its run, by its mean."""
-    reason = pd.Series("", index=runs.index)
-    settings = [name for name in SETTINGS if name in runs and name not in RATES]
-    if "learning_rate" not in runs or loss not in runs or not settings:
+def best_rates(
+    table: pd.DataFrame, loss: str, reason: pd.Series, rate: str, place: Sequence[str] = PLACE
+) -> pd.Series:
+    """Where several learning rates were tried at one ``place`` and in one setting the best, by
+    its mean loss, is the run; return the reasons with those of the others."""
+    runs, reason = table[reason == ""], reason.copy()
+    settings = [*place, *(name for name in SETTINGS if name not in RATES)]
+    settings = [name for name in dict.fromkeys(settings) if name in runs and name != rate]
+    if loss not in runs or not settings:
         return reason
     for _, group in runs.groupby(settings, dropna=False):
-        mean = group.groupby("learning_rate")[loss].mean()
-        if len(mean) > 1:  # none is known of a run from elsewhere
-            best = mean.idxmin()
-            others = group.index[group["learning_rate"] != best]
-            reason[others] = f"learning_rate {best:g} is better there"
+        mean = group.groupby(rate, dropna=False)[loss].mean()
+        if len(mean) < 2:
+            continue
+        best: Any = mean.idxmin()
+        same = group[rate].isna() if pd.isna(best) else group[rate] == best
+        reason[group.index[~same]] = f"{rate} {best:g} is better there"
     return reason
 
 
-def _refuse_twice(table: pd.DataFrame) -> None:
+def _mark_twice(table: pd.DataFrame, reason: pd.Series) -> None:
+    """Leaves out a row that is there already.  Raises ConfigError for a run in two folders."""
     if {"config_hash", "folder"} <= set(table):
-        known = table[table["config_hash"].notna()]
+        known = table[table["config_hash"].notna() & (reason == "")]
         twice = known[known["config_hash"].duplicated(keep=False)]
         if len(twice):
             one, other = twice[twice["config_hash"] == twice["config_hash"].iloc[0]]["folder"][:2]
             raise ConfigError(f"runs: {one} and {other} are the same run; give it once")
-    else:
-        twice = table[table.duplicated(keep=False)]
-        if len(twice):
-            rows = [str(i) for i in twice.index[(twice == twice.iloc[0]).all(axis=1)][:2]]
-            raise ConfigError(f"table: rows {' and '.join(rows)} are the same; give it once")
+        return
+    rows = table[reason == ""]
+    rows = rows[[name for name in rows if not str(name).startswith("Unnamed: ")]]
+    if not rows.duplicated().any():
+        return
+    first: dict[int, Any] = {}
+    labels = rows.groupby(list(rows), dropna=False, sort=False).ngroup()
+    for row, label in zip(rows.index, labels, strict=True):
+        if first.setdefault(label, row) != row:
+            reason[row] = f"same as row {first[label]}"
 
 
 def read_rows(

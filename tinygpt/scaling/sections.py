@@ -141,9 +141,14 @@ def runs(analysis: Analysis) -> Iterator[Block]:
             f"{saved} ({wording.percent(shared.saved)}) against independent runs."
         )
     if len(analysis.left_out):
-        kinds = analysis.left_out["reason"].value_counts().sort_index()
-        each = ", ".join(f"{number} {reason}" for reason, number in kinds.items())
-        yield Paragraph(f"Left out: {each}; see `left_out.csv`.")
+        yield Paragraph("The runs that were left out, and why, are in `left_out.csv`.")
+
+
+def notes(analysis: Analysis) -> Iterator[Block]:
+    """What was assumed and left out as the runs were read."""
+    if analysis.notes:
+        yield Heading("As the runs were read")
+        yield Items(analysis.notes)
 
 
 def _span(values: pd.Series) -> list[str]:
@@ -341,8 +346,8 @@ def _single_run(analysis: Analysis, one: SingleRun) -> list[str]:
 
 def predictions(analysis: Analysis) -> Iterator[Block]:
     yield Heading("Prediction")
-    if analysis.notes:
-        yield Paragraph(" ".join(analysis.notes))
+    if analysis.unanswered:
+        yield Paragraph(" ".join(analysis.unanswered))
     if not analysis.predictions:
         yield Paragraph("None: these runs cannot say how far it could be trusted.")
         return
