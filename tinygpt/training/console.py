@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio, rundir, signals
 
 log = logging.getLogger("tinygpt")
 
@@ -72,7 +72,7 @@ class _LogFile(logging.FileHandler):
 @contextlib.contextmanager
 def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
     """What is said goes to the console and, with the time, to run.log."""
-    file = _LogFile(run.log, encoding="utf-8")
+    file = _LogFile(run.log, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), file]
     log.setLevel(logging.INFO)
@@ -84,6 +84,10 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
     except Exception:  # who called says it in a line; the log has the whole of it
         with contextlib.suppress(OSError), run.log.open("a", encoding="utf-8") as trace:
             trace.write(traceback.format_exc())
+        raise
+    except signals.Stopped as stopped:  # the same
+        log.removeHandler(handlers[0])
+        log.info(stopped.line)
         raise
     finally:
         for handler in handlers:
