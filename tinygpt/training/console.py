@@ -130,6 +130,21 @@ def report_finished(
     return results
 
 
+def _best(run: rundir.RunDir, results: dict[str, Any]) -> dict[str, str]:
+    """Return a line about the best checkpoint of a run that ended behind it."""
+    step, last, path = (
+        results["best_val_step"],
+        results["total_steps"],
+        run.checkpoints / "best.ckpt",
+    )
+    loss = f"val loss {_number(results['best_val_loss'])} at step {step}"
+    if step is None or step >= last:
+        return {}
+    if not path.exists():
+        return {"best": f"{loss}, before training"} if step == 0 else {}
+    return {"best": f"{path}: {loss}; final.ckpt is of step {last}"}
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
@@ -152,6 +167,7 @@ def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console)
         f"{_number(results['final_val_accuracy'])}, bits per byte "
         f"{_number(results['final_val_bits_per_byte'])}",
         "test loss": _number(results["test_loss"]),
+        **_best(run, results),
         "files": str(run.path),
         "next": f"tensorboard --logdir {run.path.parent.parent}",
     }
