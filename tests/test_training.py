@@ -523,6 +523,9 @@ def test_a_folder_of_another_configuration_is_never_overwritten(
     differs = "holds a run of another configuration; it has seed=42, not 1; choose another run_name"
     with pytest.raises(ConfigError, match=f"run_name=r: .* {differs}"):
         trained.go("seed=1", "train.log_every=3")
+    longer = f"train.steps=12, not 32; init_from={trained.path} with another run_name trains on"
+    with pytest.raises(ConfigError, match=re.escape(longer)):
+        trained.go("train.steps=32")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -629,13 +632,14 @@ def test_the_closing_lines_of_an_early_stopped_run_name_its_best_checkpoint(
     tmp_path: Path, corpus: Path, cache: Path
 ) -> None:
     trained = run(tmp_path, cache, corpus, *STANDING_STILL)
-    best = trained.results["best_val_loss"]
-    assert f"best       val loss {best:.4f} at step 0, before training" in trained.said
-    path, out = trained.path / "checkpoints/best.ckpt", io.StringIO()
-    path.touch()
-    results = {**trained.results, "best_val_loss": 1.5, "best_val_step": 6}
+    path, best = trained.path / "checkpoints/best.ckpt", trained.results["best_val_loss"]
+    assert trained.results["best_val_step"] == trained.checkpoint("best")["global_step"] == 2
+    line = f"best       {path}: val loss {best:.4f} at step 2; final.ckpt is of step 8"
+    assert line in trained.said.splitlines()
+    path.unlink()
+    out, results = io.StringIO(), {**trained.results, "best_val_step": 0}
     print_summary(rundir.RunDir(trained.path), results, Console(file=out, width=40))
-    line = f"best       {path}: val loss 1.5000 at step 6; final.ckpt is of step 8"
+    line = f"best       val loss {best:.4f} at step 0, before training"
     assert line in out.getvalue().splitlines()
 
 

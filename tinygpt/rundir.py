@@ -335,6 +335,8 @@ class RunDir:
         if not same_content and not any(key.startswith(("data.", "tokenizer.")) for key in changed):
             shown.append("another text or tokenizer behind the same keys")
         more = f" and {len(shown) - 4} more keys" if len(shown) > 4 else ""
+        if set(changed) - free <= {f"train.{name}" for name in HORIZONS}:
+            more = f"; init_from={self.path} with another run_name trains on from its weights"
         raise self._another(f"; it has {', '.join(shown[:4])}{more}")
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
