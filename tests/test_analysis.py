@@ -735,7 +735,7 @@ def test_a_law_in_one_variable_takes_its_own() -> None:
     (one,) = [p for p in found.predictions if p.asked]
     assert one.place == {"x": 1e10}
     assert one.loss.estimate == pytest.approx(1.5 + 40 / 1e10**0.3, rel=1e-4)
-    assert found.notes == ["Of what `predict=` gave, the law has no use for n."]
+    assert found.unanswered == ["Of what `predict=` gave, the law has no use for n."]
     with pytest.raises(ConfigError, match=r"^predict: d is missing: the law goes by d$"):
         analysed(runs, places=[{"N": 7e9}])
 
@@ -750,7 +750,7 @@ def test_what_has_no_answer_is_said() -> None:
     losses = chinchilla(sizes, 20 * sizes)
     runs = pd.DataFrame({"N": sizes, "D": 20 * sizes, "loss": losses})
     found = analysed(runs, law="chinchilla", budgets=[1e20])
-    assert found.notes == ["`budgets=` has no answer: D goes with N."]
+    assert found.unanswered == ["`budgets=` has no answer: D goes with N."]
     with pytest.raises(ConfigError, match=r"^variable=N: law=chinchilla goes by N and D$"):
         analysed(runs, law="chinchilla", variable="N")
     with pytest.raises(ConfigError, match=r"^law=chinchilla: goes by D; name columns\.d=$"):

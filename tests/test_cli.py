@@ -165,7 +165,7 @@ def test_help_is_the_usage(word: str, capsys: pytest.CaptureFixture[str]) -> Non
         (RunError("it broke"), 1, "error: it broke\n"),
         (OSError(28, "No space left on device", "/x/y"), 1, "error: /x/y: No space left on "),
         (OSError(28, "No space left on device"), 1, "error: No space left on device\n"),
-        (KeyboardInterrupt(), 130, "interrupted; a run goes on from its last checkpoint"),
+        (KeyboardInterrupt(), 130, "stopped by SIGINT; the same command goes on from what is "),
         (MemoryError("no room"), 1, "error: out of memory: no room"),
         (RuntimeError("you tried to allocate 9 bytes"), 1, "error: out of memory: you tried"),
     ],
@@ -199,7 +199,8 @@ def test_an_interrupt_that_a_clean_up_stumbles_over_is_one(
     with pytest.raises(SystemExit) as left:
         command()
     assert left.value.code == 130
-    assert capsys.readouterr().err == "interrupted; a run goes on from its last checkpoint\n"
+    line = "stopped by SIGINT; the same command goes on from what is saved\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def test_ten_kills_change_nothing(
     assert not list(run.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(
     tmp_path: Path, corpus: Path, cache: Path, tinygpt: Command, number: signal.Signals
 ) -> None:
@@ -141,8 +141,10 @@ def test_a_signal_saves_and_says_how_to_go_on(
     while process.poll() is None and not _has_steps(run / "metrics.csv"):
         time.sleep(0.02)
     process.send_signal(number)
-    process.communicate()
+    _, said = process.communicate()
     assert process.returncode == 128 + number
+    assert said.startswith(f"stopped by {number.name} at step ")
+    assert said.count("\n") == 1
     assert "the same command goes on" in (run / "run.log").read_text()
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] > 0

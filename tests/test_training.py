@@ -30,6 +30,7 @@ from tinygpt.data.tokenizers import load_tokenizer
 from tinygpt.horizon import derive
 from tinygpt.model.gpt import GPT
 from tinygpt.training.callbacks import Journal
+from tinygpt.training.console import print_summary
 from tinygpt.training.optim import rate_factor
 from tinygpt.training.session import train
 from tinygpt.training.trainer import AtomicCheckpoints
@@ -520,9 +521,30 @@ def test_a_folder_of_another_configuration_is_never_overwritten(
 ) -> None:
     trained = run(tmp_path, cache, corpus)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(ConfigError, match=r"run_name=r: .* holds a run of another configuration"):
-        trained.go("seed=1")
+    differs = "holds a run of another configuration; it has seed=42, not 1; choose another run_name"
+    with pytest.raises(ConfigError, match=f"run_name=r: .* {differs}"):
+        trained.go("seed=1", "train.log_every=3")
+    longer = f"train.steps=12, not 32; init_from={trained.path} with another run_name trains on"
+    with pytest.raises(ConfigError, match=re.escape(longer)):
+        trained.go("train.steps=32")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_keys_that_change_no_weight_do_not_lock_a_run(
+    tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    words = ["train.eval_every=1024", "train.checkpoint_every=1024"]
+    trained = run(tmp_path, cache, corpus, *words)
+    hash_, weights = trained.results["config_hash"], trained.weights()
+    others = ["log_every=3", "checkpoint_every=512", "keep_every=512"]
+    others = [f"train.{other}" for other in (*others, "sample_tokens=7", "sample_prompt=Hm")]
+    trained.go(*others)
+    assert trained.said.startswith("already finished")
+    (trained.path / "results.json").unlink()
+    (trained.path / "checkpoints/last.ckpt").unlink()
+    assert trained.go(*others).results["config_hash"] == hash_
+    assert 3 in trained.steps("train_loss")
+    assert same_weights(trained.weights(), weights)
 
 
 def test_force_does_not_overwrite_another_configuration(
@@ -605,6 +627,21 @@ def test_early_stopping_stops_and_says_so(tmp_path: Path, corpus: Path, cache: P
     }
     assert trained.rows() == rows
     assert trained.checkpoint()["global_step"] == 8
+
+
+def test_the_closing_lines_of_an_early_stopped_run_name_its_best_checkpoint(
+    tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    trained = run(tmp_path, cache, corpus, *STANDING_STILL)
+    path, best = trained.path / "checkpoints/best.ckpt", trained.results["best_val_loss"]
+    assert trained.results["best_val_step"] == trained.checkpoint("best")["global_step"] == 2
+    line = f"best       {path}: val loss {best:.4f} at step 2; final.ckpt is of step 8"
+    assert line in trained.said.splitlines()
+    path.unlink()
+    out, results = io.StringIO(), {**trained.results, "best_val_step": 0}
+    print_summary(rundir.RunDir(trained.path), results, Console(file=out, width=40))
+    line = f"best       val loss {best:.4f} at step 0, before training"
+    assert line in out.getvalue().splitlines()
 
 
 def test_no_early_stopping_while_there_is_progress(

@@ -8,6 +8,7 @@ import functools
 import operator
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from tinygpt import checks, explaining, fileio
+from tinygpt import checks, explaining, fileio, signals, streams
 from tinygpt import config as schema
 from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig
@@ -340,7 +341,8 @@ def read_text(key: str, place: str, newline: str | None = None) -> str:
 
 
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
-    """Turns what the user can mend into one line on stderr: ConfigError 2, RunError 1.
+    """Turns what the user can mend into one line on stderr: ConfigError 2, RunError 1, a signal
+    128 and its number.
 
     ``HYDRA_FULL_ERROR=1`` shows the traceback instead.  Before torch is there it says, too, how
     threads wait.
@@ -350,14 +352,18 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         for name, value in WAITING.items():
             os.environ.setdefault(name, value)
+        streams.survive()
         try:
-            return command(*args, **kwargs)
-        except (RunError, OSError) as error:
-            _leave(error, 1)
-        except (Exception, KeyboardInterrupt) as error:
-            if _is_interrupt(error):
-                print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
-                raise SystemExit(130) from None
+            # a shell starts what stands before an & with SIGINT ignored; who sends it means it
+            with signals.obeyed(also=(signal.SIGINT,)):
+                return command(*args, **kwargs)
+        except (Exception, KeyboardInterrupt, signals.Stopped) as error:
+            if (stopped := _stopped_by(error)) is not None:
+                if signals.PARENT not in os.environ:  # which says it
+                    print(stopped.line, file=sys.stderr)
+                raise SystemExit(stopped.code) from None
+            if isinstance(error, RunError | OSError):
+                _leave(error, 1)
             if isinstance(error, ConfigError):
                 _leave(error, 2)
             if is_out_of_memory(error):
@@ -367,11 +373,12 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
     return run
 
 
-def _is_interrupt(error: BaseException | None) -> bool:
-    """A library's clean-up may have stumbled over what the interrupt left half done."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def _stopped_by(error: BaseException | None) -> signals.Stopped | None:
+    """Return the signal behind ``error``: a library's clean-up may have stumbled over what it
+    left half done."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | signals.Stopped):
         error = error.__context__
-    return error is not None
+    return signals.Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else error
 
 
 def _leave(error: Exception, code: int) -> NoReturn:

@@ -39,6 +39,8 @@ NOT_SCIENCE = {
     *("hardware", "logger", "launcher", "sweep", "scale", "plan", "fit", "experiment"),
     *("output_dir", "cache_dir", "study", "run_name", "force"),
 }
+# Keys of ``train`` that change no weight: a run goes on with others than it began with.
+FREE = ("log_every", "checkpoint_every", "keep_every", "sample_tokens", "sample_prompt")
 DATA_PLACES = ("path", "val_file", "test_file", "repo")  # keys for which what lies there stands
 
 
@@ -88,6 +90,18 @@ def effective_hash(config: Config, content: dict[str, str]) -> str:
     if train.early_stopping_patience is None:
         train.eval_every = None
     return config_hash(config, content)
+
+
+def _changed(theirs: Any, ours: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the keys of two configurations whose values differ, with both values."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for key in dict.fromkeys([*theirs, *ours]):
+        old, new = theirs.get(key), ours.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed |= _changed(old, new, f"{name}{key}.")
+        elif old != new and (name or key not in NOT_SCIENCE):
+            changed[name + key] = old, new
+    return changed
 
 
 def run_name(overrides: Sequence[str], config_hash: str) -> str:
@@ -293,11 +307,42 @@ class RunDir:
     def _owned(self, path: Path, config_hash: str) -> Any:
         values = fileio.read_json(path)
         if values.get("config_hash") != config_hash:
-            raise ConfigError(
-                f"run_name={self.path.name}: {self.path} holds a run of another configuration; "
-                "choose another run_name or study, or remove that folder"
-            )
+            raise self._another("")
         return values
+
+    def _another(self, differs: str) -> ConfigError:
+        return ConfigError(
+            f"run_name={self.path.name}: {self.path} holds a run of another configuration"
+            f"{differs}; choose another run_name or study, give the values of before, or remove "
+            "that folder"
+        )
+
+    def hash_in(self, config: Config, content: dict[str, str]) -> str:
+        """Return the hash of ``config``, or of the run that is here where it differs from it only
+        in keys that change no weight.
+
+        Raises ConfigError, naming the keys that differ, for any other run.
+        """
+        asked = config_hash(config, content)
+        begun = next((path for path in (self.results, self.environment) if path.exists()), None)
+        stored = fileio.read_json(begun).get("config_hash") if begun else None
+        if stored in (None, asked) or not self.config.exists() or is_adaptation(self.path):
+            return asked
+        theirs = read_config(self.config)
+        changed = _changed(dataclasses.asdict(theirs), dataclasses.asdict(config))
+        free = {f"train.{name}" for name in FREE}
+        same_content = config_hash(theirs, content) == stored
+        if same_content and set(changed) <= free:
+            return str(stored)
+        shown = [
+            f"{key}={old}, not {new}" for key, (old, new) in changed.items() if key not in free
+        ]
+        if not same_content and not any(key.startswith(("data.", "tokenizer.")) for key in changed):
+            shown.append("another text or tokenizer behind the same keys")
+        more = f" and {len(shown) - 4} more keys" if len(shown) > 4 else ""
+        if set(changed) - free <= {f"train.{name}" for name in HORIZONS}:
+            more = f"; init_from={self.path} with another run_name trains on from its weights"
+        raise self._another(f"; it has {', '.join(shown[:4])}{more}")
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keeps a second process out of this folder.  Raises ConfigError if one is there."""

@@ -16,7 +16,7 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
-from tinygpt import cli, rundir
+from tinygpt import cli, rundir, signals, streams
 from tinygpt.config import ConfigError, Sampling, key
 
 if TYPE_CHECKING:
@@ -184,6 +184,8 @@ class Writer:
             text = CONTROL.sub(lambda found: rf"\x{ord(found[0]):02x}", text)
         segment = Segment(text, self.console.get_style(style))
         self.console.print(Segments([segment]), soft_wrap=True, end="")
+        if sys.stdout in streams.gone:
+            raise SystemExit(0)
 
     def tokens(self, text: Wanted) -> Iterator[int]:
         """Of one text, as they come; with ``top`` it shows what each was drawn from."""
@@ -278,14 +280,14 @@ def main() -> None:
     for note in notes(run, prompts, begun):
         print(f"note: {note}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # as text is read
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # as text is read
     writer = Writer(run, arguments, Console(highlight=False))
     texts = [Wanted(ids, arguments.seed + i) for ids in begun for i in range(arguments.n)]
     try:
         writer.write(texts)
-    except KeyboardInterrupt:
+    except signals.Stopped as stopped:
         writer.put("\n")
-        raise SystemExit(130) from None
+        raise signals.Stopped(stopped.number, stopped.line.partition(";")[0]) from None
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ import contextlib
 import functools
 import logging
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,7 +51,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
     with preparing(console) as progress:
         documents, base = open_study(config, base_run, progress)
     policy = make_policy(config, base_run, documents.used)
-    with run.locked(), failures_recorded(run), stopping():
+    with run.locked(), failures_recorded(run):
         if (found := _finished(config, run, hash_, console)) is not None:
             return found
         if config.force:
@@ -121,23 +119,6 @@ def _clear(run: rundir.RunDir) -> None:
         path.unlink(missing_ok=True)
     for name in ("policies", "fit"):
         shutil.rmtree(run.path / name, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[None]:
-    """SIGTERM leaves as an interrupt does, so that a sweep is told; records are whole anyway."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ other; a process that is killed takes its whole group with it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tinygpt import signals, streams
 from tinygpt.config import (
     ConfigError,
     LauncherConfig,
@@ -97,9 +99,11 @@ def train_group(group: Group) -> list[Outcome]:
     if _interrupted:
         return [Outcome("interrupted", reason="not begun")] * len(group)
     ends: list[End]
-    with open(os.devnull, "w") as nowhere:
+    streams.survive()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         try:
-            ends = group[0].do(group, Console(file=nowhere))
+            with signals.obeyed():
+                ends = group[0].do(group, Console(file=nowhere))
         except (KeyboardInterrupt, SystemExit) as stop:
             _interrupted.append(True)
             number = stop.code if isinstance(stop, SystemExit) else 130
@@ -204,7 +208,7 @@ def run_local(groups: Sequence[Group], launcher: LocalLauncher, folder: Path) ->
 def _in_pool(
     groups: Sequence[Group], n_jobs: int, gpus: int, folder: Path
 ) -> Iterator[tuple[Group, list[Outcome]]]:
-    """SIGTERM and SIGINT reach the workers, which save and stop; what waits is not begun."""
+    """A signal reaches the workers as SIGTERM: they save and stop; what waits is not begun."""
     from concurrent.futures import CancelledError, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
@@ -216,28 +220,27 @@ def _in_pool(
     futures = {pool.submit(train_group, group): group for group in groups}
     stopped = []
 
-    def stop(number: int, frame: Any) -> None:
+    def stop(number: int) -> None:
         stopped.append(number)
         for future in futures:
             future.cancel()
         for process in list(pool._processes.values()):
-            os.kill(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        for future in as_completed(futures):
-            group = futures[future]
-            try:
-                outcomes = future.result()
-            except (BrokenProcessPool, CancelledError) as error:
-                outcomes = lost(group, "killed", _killed(error))
-            if stopped:
-                told = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
-                outcomes = [told if outcome.failed else outcome for outcome in outcomes]
-            yield group, outcomes
+        with signals.handled(stop):
+            for future in as_completed(futures):
+                group = futures[future]
+                try:
+                    outcomes = future.result()
+                except (BrokenProcessPool, CancelledError) as error:
+                    outcomes = lost(group, "killed", _killed(error))
+                if stopped:
+                    told = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
+                    outcomes = [told if outcome.failed else outcome for outcome in outcomes]
+                yield group, outcomes
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         pool.shutdown(wait=True, kill_workers=True)
 
 
@@ -257,6 +260,10 @@ def _gpus(config: Settings) -> int:
 
 def _begin_worker(parent: int, gpus: int, folder: Path) -> None:
     _claim_gpu(gpus, folder)  # before torch is imported
+    for number in signals.STOPPING:  # a terminal's reach the study too, which sends SIGTERM
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _WORKER.enter_context(signals.handled(lambda number: _interrupted.append(True)))
 
     from tinygpt.training.trainer import leave_with_parent
 
@@ -279,6 +286,7 @@ def _claim_gpu(gpus: int, folder: Path) -> None:
 
 
 _CLAIMED: list[Any] = []  # a lock that is collected is released
+_WORKER = contextlib.ExitStack()  # how a worker that waits for a job takes a signal
 
 
 class _SlurmJob:

@@ -334,6 +334,8 @@ def compose_jobs(
             word.split("=")[0].rsplit(".", 1)[-1] + word[word.index("=") :] for word in words
         )
         run = rundir.RunDir(folder)
+        if isinstance(config, Config):
+            hash_ = run.hash_in(config, contents[source])
         jobs.append(
             kind(tuple(overrides), config, label or folder.name, contents[source], hash_, run)
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from tinygpt import fileio
+from tinygpt import fileio, signals
 from tinygpt.sweeping import summary
 from tinygpt.sweeping.adaptations import AdaptationJob
 from tinygpt.sweeping.engines import Engine, Outcome, make_engine, outcome_of
@@ -21,8 +22,8 @@ KINDS: dict[str, type[StudyJob]] = {kind.command.file: kind for kind in (Job, Ad
 def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job) -> list[Outcome]:
     """Does what is not finished of these jobs; the outcome of each, in their order.
 
-    Raises ConfigError for a mistake in any job before one of them begins, SystemExit(130) where
-    the study was interrupted.
+    Raises ConfigError for a mistake in any job before one of them begins, Stopped where the study
+    was interrupted.
     """
     console = Console()
     jobs = compose_jobs(job_overrides, kind)
@@ -48,8 +49,7 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
             summary.write(folder, kind)
         summary.print_table(jobs, outcomes, console)
         if len(outcomes) < len(jobs) or _is_interrupted(outcomes):
-            console.print("interrupted; the same command goes on from there", highlight=False)
-            raise SystemExit(130)
+            raise signals.Stopped(signals.received() or signal.SIGINT)
         if settings.fit and len(jobs) > 1:
             for folder in folders:
                 made = not pending and _is_fitted(folder / "fit" / kind.report, folder)

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +20,7 @@ import psutil
 import torch
 from rich.progress import Progress, TaskID
 
-from tinygpt import rundir
+from tinygpt import rundir, signals
 from tinygpt.config import Config
 from tinygpt.horizon import Plan
 from tinygpt.training.console import clock, short
@@ -312,7 +310,7 @@ class Checkpoints(pl.Callback):
 
 
 class Interrupts(pl.Callback):
-    """SIGINT and SIGTERM: finish the step, ``save``, stop.  A second SIGINT stops at once.
+    """A signal asks to stop: finish the step, ``save``, stop.
 
     Several processes finish the steps until the next rest, where they learn of each other's
     signals, and stop together.
@@ -320,19 +318,9 @@ class Interrupts(pl.Callback):
 
     def __init__(self, save: Callable[[], None], config: Config, plan: Plan) -> None:
         self.save, self.config, self.plan = save, config, plan
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
+        self.received = signals.received()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        except ValueError:
-            log.debug("not in the main thread: signals are not handled here")
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+    def note(self, number: int) -> None:
         self.received = number
 
     def on_train_batch_end(
@@ -362,19 +350,6 @@ class Interrupts(pl.Callback):
         received = int(trainer.strategy.reduce(number, reduce_op="max"))
         self.received = received or self.received
         return received > 0
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.restore()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        self.restore()
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
 
 
 class ProgressBar(pl.Callback):

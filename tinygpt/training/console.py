@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio, rundir, signals
 
 log = logging.getLogger("tinygpt")
 
@@ -72,7 +72,7 @@ class _LogFile(logging.FileHandler):
 @contextlib.contextmanager
 def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
     """What is said goes to the console and, with the time, to run.log."""
-    file = _LogFile(run.log, encoding="utf-8")
+    file = _LogFile(run.log, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), file]
     log.setLevel(logging.INFO)
@@ -84,6 +84,10 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
     except Exception:  # who called says it in a line; the log has the whole of it
         with contextlib.suppress(OSError), run.log.open("a", encoding="utf-8") as trace:
             trace.write(traceback.format_exc())
+        raise
+    except signals.Stopped as stopped:  # the same
+        log.removeHandler(handlers[0])
+        log.info(stopped.line)
         raise
     finally:
         for handler in handlers:
@@ -126,6 +130,21 @@ def report_finished(
     return results
 
 
+def _best(run: rundir.RunDir, results: dict[str, Any]) -> dict[str, str]:
+    """Return a line about the best checkpoint of a run that ended behind it."""
+    step, last, path = (
+        results["best_val_step"],
+        results["total_steps"],
+        run.checkpoints / "best.ckpt",
+    )
+    loss = f"val loss {_number(results['best_val_loss'])} at step {step}"
+    if step is None or step >= last:
+        return {}
+    if not path.exists():
+        return {"best": f"{loss}, before training"} if step == 0 else {}
+    return {"best": f"{path}: {loss}; final.ckpt is of step {last}"}
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
@@ -148,6 +167,7 @@ def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console)
         f"{_number(results['final_val_accuracy'])}, bits per byte "
         f"{_number(results['final_val_bits_per_byte'])}",
         "test loss": _number(results["test_loss"]),
+        **_best(run, results),
         "files": str(run.path),
         "next": f"tensorboard --logdir {run.path.parent.parent}",
     }

@@ -20,11 +20,11 @@ def identify(
     config: Config, overrides: list[str], corpus: corpora.Corpus
 ) -> tuple[str, rundir.RunDir]:
     """The configuration's hash and folder; fills in ``study`` and ``run_name``."""
-    hash_ = rundir.config_hash(config, pretrained.contents(corpus, config))
+    content = pretrained.contents(corpus, config)
     config.study = config.study or "runs"
-    folder = rundir.folder_of(config, overrides, hash_)
-    config.run_name = folder.name
-    return hash_, rundir.RunDir(folder)
+    run = rundir.RunDir(rundir.folder_of(config, overrides, rundir.config_hash(config, content)))
+    config.run_name = run.path.name
+    return run.hash_in(config, content), run
 
 
 def begin(
@@ -43,6 +43,10 @@ def begin(
     if run.last.exists():
         mend(run)
         _check_begun(config, run, device, rounds)
+        before = rundir.read_config(run.config)
+        for name in rundir.FREE:
+            if (old := getattr(before.train, name)) != (new := getattr(config.train, name)):
+                log.info("note    train.%s=%s from here on, %s before", name, new, old)
         return True
     branching = branch is not None and branch.is_ready()
     # first, as it says whose folder this is

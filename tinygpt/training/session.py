@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from rich.console import Console
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio, rundir, signals
 from tinygpt.config import Config
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora, shards
@@ -41,7 +41,6 @@ from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
 from tinygpt.training.results import make_results, sizes_of
 from tinygpt.training.trainer import (
-    PARENT,
     PASS_TOKENS,
     AtomicCheckpoints,
     Device,
@@ -70,8 +69,8 @@ def train(
     device = open_machine(config)
     if device.rank > 0:
         console = Console(quiet=True)
-        if PARENT in os.environ:
-            leave_with_parent(int(os.environ[PARENT]))
+        if signals.PARENT in os.environ:
+            leave_with_parent(int(os.environ[signals.PARENT]))
     corpus = corpora.open_corpus(config.data)
     cache = shards.cache_root(config.cache_dir)
     with preparing(console) as progress:
@@ -201,7 +200,7 @@ class Run:
         compile_model(self.module.model, self.compiled)
         ckpt_path = str(self.run.last) if resuming else None
         with ending_together(self.trainer), quiet_lightning():
-            fit(self.trainer, self.module, self.data, ckpt_path)
+            fit(self.trainer, self.module, self.data, self.interrupts.note, ckpt_path)
             self.module.to(self.trainer.strategy.root_device)  # Lightning puts it on the CPU
             self.interrupts.agreed(self.trainer)
             final, test = self.final_scores()
@@ -359,13 +358,11 @@ class Run:
             self.loggers.log_text(self.samples[step])
 
     def leave_interrupted(self, number: int) -> None:
-        log.info(
-            "stopped by %s at step %d of %d; the same command goes on from there",
-            signal.Signals(number).name,
-            self.trainer.global_step,
-            self.plan.total_steps,
+        name, step = signal.Signals(number).name, self.trainer.global_step
+        at = f"at step {step} of {self.plan.total_steps}"
+        raise signals.Stopped(
+            number, f"stopped by {name} {at}; the same command goes on from there"
         )
-        raise SystemExit(128 + number)
 
     def final_scores(self) -> tuple[Scores | None, Scores | None]:
         """Of validation and test, where the run came to its end; with a last sample."""

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio, rundir, signals
 from tinygpt.config import Config, ConfigError, RunError, is_out_of_memory
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import Batch
@@ -297,10 +297,10 @@ class _Members(pl.Callback):
 
     def leave(self, number: int) -> None:
         for member in self.active:
-            quietly = contextlib.suppress(SystemExit)
-            with logging_to(self.console, member.one.run), quietly, member.run.loggers:
+            quietly = contextlib.suppress(signals.Stopped)
+            with quietly, logging_to(self.console, member.one.run), member.run.loggers:
                 member.run.leave_interrupted(number)
-        raise SystemExit(128 + number)
+        raise signals.Stopped(number)
 
 
 class _Stack:
@@ -373,7 +373,7 @@ class _Stack:
             trainer.fit_loop.load_state_dict(lead.loops)
         try:
             with quiet_lightning():
-                fit(trainer, module, self.data)
+                fit(trainer, module, self.data, interrupts.note)
         except Exception as error:
             callback.fail(_explained(error))
         if interrupts.received is not None:

@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import (
     Strategy,
 )
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio, rundir, signals
 from tinygpt.config import ConfigError, HardwareConfig, RunError
 from tinygpt.horizon import Plan
 from tinygpt.trained import check_sums, usable_device
@@ -210,6 +210,8 @@ def make_trainer(
     # Lightning would broadcast at each pass, and wait for it, whether a SIGTERM came; Interrupts
     # ask that where the processes rest anyway.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    # Its own handler of SIGTERM leaves with code 0 and saves nothing.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
@@ -217,20 +219,12 @@ def fit(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     data: pl.LightningDataModule,
+    note: signals.Note,
     ckpt_path: str | None = None,
 ) -> None:
-    """Raises KeyboardInterrupt where the user interrupts.
-
-    Lightning makes that an exit with code 1 and no word, and ignores any further interrupt.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    try:
+    """Train, while ``note`` is told of a signal; of SIGTERM even where submitit ignores it."""
+    with signals.handled(note, also=(signal.SIGTERM,)):
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    except SystemExit as stop:
-        if not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        signal.signal(signal.SIGINT, before)
-        raise stop.__context__ from None
 
 
 @contextlib.contextmanager
@@ -241,9 +235,6 @@ def gathered(model: Any) -> Iterator[None]:
     yield
     if hasattr(model, "reshard"):
         model.reshard()
-
-
-PARENT = "TINYGPT_PARENT"  # environment variable: the process that launched this one
 
 
 def leave_with_parent(parent: int) -> None:
@@ -260,18 +251,18 @@ def leave_with_parent(parent: int) -> None:
 @contextlib.contextmanager
 def ending_together(trainer: pl.Trainer) -> Iterator[None]:
     """No process that Lightning launches inside outlives the block, however that ends."""
-    os.environ[PARENT] = str(os.getpid())
+    os.environ[signals.PARENT] = str(os.getpid())
     try:
         yield
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, signals.Stopped) as error:
         # where another process fails this one loses its connection, a RuntimeError
         if _end_launched(trainer, patience=5 if isinstance(error, RuntimeError) else 0):
             raise RunError("another process of this run failed, as said above") from error
         raise
     finally:
-        del os.environ[PARENT]
+        del os.environ[signals.PARENT]
         _end_launched(trainer, patience=60)
 
 
