@@ -26,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from tinygpt import checks, explaining, fileio
+from tinygpt import checks, explaining, fileio, words
 from tinygpt import config as schema
 from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig
@@ -62,6 +62,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 def compose_for(command: Command[S], overrides: Sequence[str]) -> S:
     """The checked configuration that ``overrides`` ask for.  Raises ConfigError, one line."""
+    overrides = words.as_meant(overrides, command)
     with in_one_line(overrides, command):
         _check_experiment(overrides, command)
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -125,17 +126,16 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
     single run here, those of a sweep's jobs by sweeping.
     """
     parser = get_args_parser()
-    parser.error = _unknown_option  # type: ignore[method-assign]
+    parser.error = functools.partial(_unknown_option, command)  # type: ignore[method-assign]
     # it may stand anywhere; argparse wants options before or behind the overrides
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("--multirun", "-m"))
+    sys.argv[1:] = words.as_meant(sys.argv[1:], command)
     arguments = parser.parse_args(sys.argv[1:])
     overrides = arguments.overrides
     if arguments.help:
         print(help_text(command))
         return
-    for name in ("config_path", "config_name", "config_dir", "experimental_rerun"):
-        if getattr(arguments, name) is not None:  # others' configurations; a pickle
-            _unknown_option(f"--{name.replace('_', '-')}")
+    words.check_options(vars(arguments))
     register_schemas()
     if not any((arguments.hydra_help, arguments.info, arguments.shell_completion)):
         if not sweeps(command, overrides, arguments.multirun):
@@ -145,8 +145,8 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
     job()
 
 
-def _unknown_option(message: str) -> NoReturn:
-    raise ConfigError(f"{message.rpartition(': ')[2]}: no such option; --help shows what there is")
+def _unknown_option(command: Command[S], message: str) -> NoReturn:
+    raise ConfigError(words.explain_option(sys.argv[1:], message, command))
 
 
 def check_single(config: Settings, overrides: Sequence[str]) -> None:
@@ -167,8 +167,11 @@ def sweep_name(command: Command[S], overrides: Sequence[str]) -> str:
 
 
 def _check_experiment(overrides: Sequence[str], command: Command[S]) -> None:
-    """Raises ConfigError for an experiment of another command, by the keys that it sets."""
+    """Raises ConfigError for an experiment of another command, by the keys that it sets, and for
+    several at once, of which the last alone would be done."""
     names = [item.partition("=")[2] for item in overrides if item.startswith("experiment=")]
+    if names and re.search(r"[\[,(]", names[-1]):
+        raise ConfigError(f"experiment={names[-1]}: takes one experiment; give a command to each")
     path = Path(CONF_DIR, "experiment", f"{names[-1] if names else ''}.yaml")
     if not path.is_file():
         return
@@ -241,6 +244,7 @@ def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]
     """Raises as a ConfigError, one line, what Hydra and OmegaConf raise."""
     register_schemas()
     _check_words(overrides)
+    words.check(overrides, command)
     try:
         yield
     except ConfigError:

@@ -29,7 +29,7 @@ _HERE = Path(__file__).resolve().parent
 CONF_DIR = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir()))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Command(Generic[S]):
     """A command whose configuration Hydra composes."""
 
