@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from omegaconf import MISSING
 
 from tests.conftest import ROOT
-from tinygpt import cli, words
+from tinygpt import cli, fit, words
 from tinygpt.cli import compose_config, read_arguments
 from tinygpt.config import DEFAULT_TOKENS, HORIZONS, Config, ConfigError, RunError, key
+from tinygpt.data.shards import cache_root
 from tinygpt.rundir import config_hash, run_name
 
 USAGE = "usage: python -m tinygpt.test prompt=TEXT"
@@ -608,3 +609,51 @@ def test_optuna_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_name_has_no_quotes() -> None:
     names = ["data.path='1.10'", "train.sample_prompt='1.1'"]
     assert run_name(names, HASH) == "path-1.10_sample_prompt-1.1-3f9a2c"
+
+
+def test_paths_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for typed in ("~/o", "'~/o'", '"~/o"'):
+        assert compose_config([f"output_dir={typed}"]).output_dir == str(tmp_path / "o")
+    config = compose_config(["init_from=null", "cache_dir=~/c", "train.sample_prompt=~"])
+    assert (config.cache_dir, config.train.sample_prompt) == ("~/c", "~")
+    assert cache_root(config.cache_dir) == tmp_path / "c"
+    found = read_arguments(fit.Arguments, ["runs=~/a,~/b", "table=~/t.csv", "output_dir=~/o"], "")
+    assert found.runs == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert (found.table, found.output_dir) == (str(tmp_path / "t.csv"), str(tmp_path / "o"))
+
+
+def test_no_home_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @cli.one_line_errors
+    def command() -> None:
+        cache_root(None)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("TINYGPT_CACHE", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user with no entry
+    with pytest.raises(SystemExit, match=r"^2$"):
+        command()
+    assert capsys.readouterr().err == (
+        "error: ~: no home folder is known; set HOME, or give cache_dir=\n"
+    )
+    assert compose_config(["output_dir=~/o"]).output_dir == "~/o"
+
+
+def test_a_path_with_its_comma_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "c", "[d]"):
+        Path(name).mkdir()
+    assert words.files("a,b") == ["a,b"]
+    assert words.files("c,a,b,no") == ["c", "a,b", "no"]
+    assert words.files("[c,a,b]") == ["c", "a,b"]
+    assert words.files("[d]") == ["[d]"]
+    assert words.files("") == []
+
+
+def test_no_console_of_a_command_reads_markup() -> None:
+    made = re.compile(r"\bConsole\(([^)]*)\)")
+    for path in sorted((ROOT / "tinygpt").rglob("*.py")):
+        for given_ in made.findall(path.read_text()):
+            assert "markup=False" in given_ or "quiet=True" in given_, path

@@ -11,6 +11,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -38,6 +39,7 @@ S = TypeVar("S", bound=Settings)
 P = ParamSpec("P")
 
 CONF_DIR = explaining.CONF_DIR
+PATHS = ("runs", "table", "output_dir", "baseline")  # of the commands without Hydra
 LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
 
 
@@ -287,6 +289,8 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
         if name not in names:
             raise ConfigError(checks.unknown_key(name, names))
         read = _read(value, kinds[name])
+        if name in PATHS:
+            read = words.files(value) if isinstance(read, list) else read and expanduser(read)
         if read is not None and str in (kinds[name], *typing.get_args(kinds[name])):
             verbatim[name], read = read, type(read)()
         section, _, last = name.rpartition(".")
@@ -342,6 +346,8 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
                 raise SystemExit(130) from None
             if isinstance(error, ConfigError):
                 _leave(error, 2)
+            if "determine home directory" in str(error):
+                _leave(ConfigError("~: no home folder is known; set HOME, or give cache_dir="), 2)
             if is_out_of_memory(error):
                 _leave(RunError(f"out of memory: {error}"), 1)
             raise

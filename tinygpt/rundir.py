@@ -114,7 +114,12 @@ def folder_of(config: Settings, named: Sequence[str], config_hash: str) -> Path:
     study = Path(config.output_dir) / (config.study or "runs")
     if config.run_name is not None:
         return study / config.run_name
-    for path in study.glob(f"*-{config_hash[:6]}"):
+    try:
+        known = list(study.glob(f"*-{config_hash[:6]}"))
+    except OSError as error:  # a name too long
+        line = f"output_dir={config.output_dir:.60}: cannot be written ({error.strerror})"
+        raise ConfigError(line) from error
+    for path in known:
         with contextlib.suppress(ConfigError, AttributeError):
             if fileio.read_json(path / "environment.json").get("config_hash") == config_hash:
                 return path

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -103,21 +104,23 @@ def _leaves(kind: Any) -> set[Any]:
 def as_meant(overrides: Sequence[str], command: Command[Any]) -> list[str]:
     """Return the overrides with numbers written as the schema needs them, for Hydra to read.
 
-    It takes 1.10 for the number 1.1, whatever the key: for a text it is put into quotes.  1e6 is
-    a float, which no integer may be: it is written out.
+    It takes 1.10 for the number 1.1, whatever the key, and cannot read ~: a text gets quotes.
+    1e6 is a float, which no integer may be: it is written out.
     """
     found = []
     for item in overrides:
         types = _types(command).get(item.partition("=")[0].lstrip("+"), set())
         if types in ({str}, {int}) and not _RANGES.search(item):
             item = _WORD.sub(_as_text if types == {str} else _as_whole, item)
+        if match := re.match(r"(\+*output_dir=['\"])(~[^'\"]*)", item):  # Hydra makes it too
+            item = match[1] + os.path.expanduser(match[2]) + item[match.end() :]
         found.append(item)
     return found
 
 
 def _as_text(match: re.Match[str]) -> str:
     space, word = match[1], match[2]
-    return f"{space}'{word}'" if word and _is_literal(word) else match[0]
+    return f"{space}'{word}'" if word and (_is_literal(word) or word[0] == "~") else match[0]
 
 
 def _as_whole(match: re.Match[str]) -> str:
@@ -134,6 +137,20 @@ def _is_literal(word: str) -> bool:
         return word.lower() in ("true", "false") or float(word) is not None
     except ValueError:
         return False
+
+
+def files(text: str) -> list[str]:
+    """Return the paths of ``a,b`` or ``[a,b]``; one that exists may have commas in its name."""
+    if text.startswith("[") and text.endswith("]") and not os.path.exists(text):
+        text = text[1:-1]
+    pieces, found = text.split(",") if text else [], []
+    while pieces:
+        ends = range(len(pieces), 1, -1)
+        paths = ((end, os.path.expanduser(",".join(pieces[:end]))) for end in ends)
+        end = next((end for end, path in paths if os.path.exists(path)), 1)
+        found.append(os.path.expanduser(",".join(pieces[:end])))
+        del pieces[:end]
+    return found
 
 
 def check(overrides: Sequence[str], command: Command[Any]) -> None:

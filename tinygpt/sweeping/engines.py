@@ -99,7 +99,7 @@ def train_group(group: Group) -> list[Outcome]:
     ends: list[End]
     with open(os.devnull, "w") as nowhere:
         try:
-            ends = group[0].do(group, Console(file=nowhere))
+            ends = group[0].do(group, Console(file=nowhere, markup=False))
         except (KeyboardInterrupt, SystemExit) as stop:
             _interrupted.append(True)
             number = stop.code if isinstance(stop, SystemExit) else 130
