@@ -11,6 +11,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from importlib import metadata
 from typing import Any
 
 from tinygpt.checks import did_you_mean
@@ -174,6 +175,17 @@ def _has_optuna() -> bool:
         return importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is not None
     except ImportError:
         return False
+
+
+def check_storage(storage: str | None) -> None:
+    """Raise ConfigError for a database where the Optuna that is installed can open none."""
+    found = {name: metadata.version(name) for name in ("optuna", "sqlalchemy")}
+    if storage and int(found["optuna"].split(".")[0]) < 3 <= 1 + int(found["sqlalchemy"][0]):
+        raise ConfigError(
+            f"hydra.sweeper.storage={storage}: Optuna {found['optuna']} cannot use SQLAlchemy "
+            f"{found['sqlalchemy']}; `pip install 'sqlalchemy<2'`, or leave storage out: the same "
+            "command takes finished runs over"
+        )
 
 
 def _synonym(name: str, value: str, command: Command[Any]) -> str:
