@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import operator
 import random
 import re
 import subprocess
@@ -21,9 +22,10 @@ from hypothesis import strategies as st
 from omegaconf import MISSING
 
 from tests.conftest import ROOT
-from tinygpt import cli
+from tinygpt import cli, fit, words
 from tinygpt.cli import compose_config, read_arguments
 from tinygpt.config import DEFAULT_TOKENS, HORIZONS, Config, ConfigError, RunError, key
+from tinygpt.data.shards import cache_root
 from tinygpt.rundir import config_hash, run_name
 
 USAGE = "usage: python -m tinygpt.test prompt=TEXT"
@@ -472,3 +474,187 @@ def test_the_way_a_value_is_written_is_not_in_the_hash() -> None:
 
 def test_conf_is_found_wherever_one_stands() -> None:
     assert Path(cli.CONF_DIR) == ROOT / "conf"
+
+
+# --- text stays text, whole numbers are whole, other programs' words are answered
+
+TEXTS = ["2024_05_01", "1.10", "1e5", "007", "1_000", "true", "0x10", "1:30", "-1", "inf", "1."]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_key_takes_what_is_typed(text: str) -> None:
+    keys = ["train.sample_prompt", "output_dir", "logger.wandb.project", "data.path"]
+    keys += ["run_name", "study"] if ":" not in text else []  # which name a folder
+    given = [f"{name}={text}" for name in keys]
+    config = compose_config(["logger=wandb", "data=custom", *given])
+    assert {name: operator.attrgetter(name)(config) for name in keys} == dict.fromkeys(keys, text)
+
+
+def test_null_and_quotes_mean_what_they_did() -> None:
+    config = compose_config(["run_name=null", "study='1.10'", 'train.sample_prompt="a, 1.10"'])
+    assert (config.run_name, config.study) == (None, "1.10")
+    assert config.train.sample_prompt == "a, 1.10"
+    assert compose_config(["train.precision=32"]).train.precision == "32"
+    with pytest.raises(ConfigError, match=r"^output_dir=null: must not be null$"):
+        compose_config(["output_dir=null"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [
+        ("run_name=1.10,1.1", "run_name='1.10','1.1'"),
+        ("run_name=choice(1.10, x)", "run_name=choice('1.10', x)"),
+        ("run_name=[1e5,[true]]", "run_name=['1e5',['true']]"),
+        ("run_name='1.10',1.1", "run_name='1.10','1.1'"),
+        ("run_name=null,1", "run_name=null,'1'"),
+        ("seed=1.10", "seed=1.10"),
+        ("optim.learning_rate=1e-3", "optim.learning_rate=1e-3"),
+        ("train.tokens=1e6,2_000_000,2.5e6", "train.tokens=1000000,2_000_000,2500000"),
+        ("train.tokens=range(1e3,2e3)", "train.tokens=range(1e3,2e3)"),
+    ],
+)
+def test_values_are_rewritten_for_hydra_alone(typed: str, read: str) -> None:
+    assert words.as_meant([typed], cli.RUN) == [read]
+    assert words.as_meant([read], cli.RUN) == [read]
+
+
+@pytest.mark.parametrize("text", ["1e6", "1_000_000", "1000000.0", "+1e6", "10E5"])
+def test_a_whole_number_may_be_written_as_a_float(text: str) -> None:
+    tokens = compose_config([f"train.tokens={text}"]).train.tokens
+    assert (tokens, type(tokens)) == (1_000_000, int)
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "nan", "1e400", "true"])
+def test_an_integer_is_whole(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^train.tokens={text}: must be an integer$"):
+        compose_config([f"train.tokens={text}"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        *((f"{name}=3e-4", "optim.learning_rate=3e-4") for name in ("lr", "learning_rate")),
+        ("train.lr=3e-4", "optim.learning_rate=3e-4"),
+        ("+lr=3e-4", "optim.learning_rate=3e-4"),
+        ("n_embd=32", "model.d_model=32"),
+        ("n_layer=3", "model.n_layers=3"),
+        ("n_head=2", "model.n_heads=2"),
+        ("block_size=64", "model.max_seq_len=64"),
+        ("model.block_size=64", "model.max_seq_len=64"),
+        ("context_length=64", "model.max_seq_len=64"),
+        ("batch_size=32", "train.batch_tokens=32*L with L=model.max_seq_len"),
+        ("max_steps=9", "train.steps=9"),
+        ("max_iters=9", "train.steps=9"),
+        ("epochs=2", "train.epochs=2"),
+        ("dropout=.1", "model.dropout=.1"),
+        ("device=cuda:0", "hardware=cuda"),
+        ("accumulate_grad_batches=4", "hardware.micro_batch_size=B/4"),
+        ("gradient_accumulation_steps=4", "hardware.micro_batch_size=B/4"),
+        ("hardware=gpu", "hardware=cuda"),
+        ("hydra/launcher=joblib", "launcher=local"),
+        ("hydra/launcher=submitit_slurm", "launcher=slurm"),
+    ],
+)
+def test_what_people_type_is_answered_with_the_key(typed: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose_config([typed])
+    assert str(raised.value).startswith(f"{typed.lstrip('+')}: no such ")
+    assert f"; did you mean {meant}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("--multirun --cfg job", "--multirun --cfg: only one of them"),
+        ("-m --info", "--multirun --info: only one of them"),
+        ("--resolve", "--resolve: needs --cfg job"),
+        ("--package model", "--package: needs --cfg job"),
+        ("--config-name other", "--config-name: a command has one configuration; use experiment="),
+        ("--learning_rate 1e-3", "--learning_rate: no such option; did you mean optim.learning_r"),
+        ("--lr=1e-3", "--lr=1e-3: no such option; did you mean optim.learning_rate=1e-3?"),
+        ("--max-steps 5 seed=1", "--max-steps: no such option; did you mean train.steps=5?"),
+        ("--seed=3", "--seed=3: no such option; did you mean seed=3?"),
+        ("--cfg foo", "--cfg/-c: invalid choice: 'foo'"),
+        ("hydra.run.dir=X", "hydra.run.dir=X: a run's folder is output_dir/study/run_name; use o"),
+        ("-m hydra.sweep.dir=X seed=1,2", "hydra.sweep.dir=X: a study's folder is output_dir/stud"),
+        ("hydra.job.chdir=true", "hydra.job.chdir=true: commands stay in the folder"),
+        ("experiment=[width,depth]", "experiment=[width,depth]: takes one experiment"),
+        ("-m experiment=width,depth", "experiment=width,depth: takes one experiment"),
+        ("lr=1e-3 --cfg job", "lr=1e-3: no such key; did you mean optim.learning_rate=1e-3?"),
+    ],
+)
+def test_hydras_options_are_one_line_where_they_lead_nowhere(
+    typed: str, line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", *typed.split()])
+    with pytest.raises(ConfigError) as raised:
+        cli.start(cli.RUN, lambda: pytest.fail("it began"))
+    assert str(raised.value).startswith(line)
+    assert "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hydra_is_handed_texts_in_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "-m", "run_name=1.10,1.1", "train.tokens=1e6"])
+    cli.start(cli.RUN, lambda: None)
+    assert sys.argv[2:4] == ["run_name='1.10','1.1'", "train.tokens=1000000"]
+
+
+def test_optuna_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "_has_optuna", lambda: False)
+    with pytest.raises(ConfigError, match=r"^hydra/sweeper=optuna: is not installed; `pip install"):
+        compose_config(["hydra/sweeper=optuna"])
+
+
+def test_a_name_has_no_quotes() -> None:
+    names = ["data.path='1.10'", "train.sample_prompt='1.1'"]
+    assert run_name(names, HASH) == "path-1.10_sample_prompt-1.1-3f9a2c"
+
+
+def test_paths_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for typed in ("~/o", "'~/o'", '"~/o"'):
+        assert compose_config([f"output_dir={typed}"]).output_dir == str(tmp_path / "o")
+    config = compose_config(["init_from=null", "cache_dir=~/c", "train.sample_prompt=~"])
+    assert (config.cache_dir, config.train.sample_prompt) == ("~/c", "~")
+    assert cache_root(config.cache_dir) == tmp_path / "c"
+    found = read_arguments(fit.Arguments, ["runs=~/a,~/b", "table=~/t.csv", "output_dir=~/o"], "")
+    assert found.runs == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert (found.table, found.output_dir) == (str(tmp_path / "t.csv"), str(tmp_path / "o"))
+
+
+def test_no_home_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @cli.one_line_errors
+    def command() -> None:
+        cache_root(None)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("TINYGPT_CACHE", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user with no entry
+    with pytest.raises(SystemExit, match=r"^2$"):
+        command()
+    assert capsys.readouterr().err == (
+        "error: ~: no home folder is known; set HOME, or give cache_dir=\n"
+    )
+    assert compose_config(["output_dir=~/o"]).output_dir == "~/o"
+
+
+def test_a_path_with_its_comma_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "c", "[d]"):
+        Path(name).mkdir()
+    assert words.files("a,b") == ["a,b"]
+    assert words.files("c,a,b,no") == ["c", "a,b", "no"]
+    assert words.files("[c,a,b]") == ["c", "a,b"]
+    assert words.files("[d]") == ["[d]"]
+    assert words.files("") == []
+
+
+def test_no_console_of_a_command_reads_markup() -> None:
+    made = re.compile(r"\bConsole\(([^)]*)\)")
+    for path in sorted((ROOT / "tinygpt").rglob("*.py")):
+        for given_ in made.findall(path.read_text()):
+            assert "markup=False" in given_ or "quiet=True" in given_, path

@@ -39,14 +39,15 @@ ALLOWED: dict[str, set[str]] = {
     "adaptation": {"training", "model", "data", "trained"},
     "scaling": set(),
     "explaining": set(),
-    "cli": BELOW | {"explaining"},
-    "sweeping": BELOW | {"cli", "explaining"},
+    "words": {"explaining"},
+    "cli": BELOW | {"explaining", "words"},
+    "sweeping": BELOW | {"cli", "explaining", "words"},
     "measuring": BELOW | {"cli"},
     "evaluating": {"data", "model", "trained", "training", "scaling"},
     **{command: BELOW | {"cli", "sweeping", "measuring", "evaluating"} for command in COMMANDS},
 }
 TORCH = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
-TORCH_FREE = {"pretrained", "cli", "explaining", "scaling", *SHARED}
+TORCH_FREE = {"pretrained", "cli", "explaining", "words", "scaling", *SHARED}
 USES_HYDRA = COMMANDS | {"cli", "explaining", "sweeping"}
 FILES = sorted(set(PACKAGE.rglob("*.py")) - {PACKAGE / "__init__.py"})  # that has its own test
 

@@ -53,6 +53,18 @@ def test_every_combination_the_last_key_fastest() -> None:
     assert [job.label for job in jobs[:2]] == ["d_model=16 seed=1", "d_model=16 seed=2"]
 
 
+def test_texts_and_whole_numbers_of_a_sweep_stay_apart() -> None:
+    named = expand({}, ["run_name=1.10,1.1,007", "study=1e5"])
+    words = [[*job, f"seed={seed}"] for seed, job in enumerate(named)]
+    jobs = compose_jobs(words)
+    assert [job.run.path.name for job in jobs] == ["1.10", "1.1", "007"]
+    assert {job.run.path.parent.name for job in jobs} == {"1e5"}
+    assert jobs[0].label == "run_name=1.10 seed=0"
+    lengths = sweep("train.tokens=1e6,2_000_000")
+    assert [job.config.train.tokens for job in lengths] == [1_000_000, 2_000_000]
+    assert lengths[0].run.path.name.startswith("tokens-1000000-")
+
+
 def test_tables_of_keys_that_go_together() -> None:
     rows = [{"model.d_model": 16, "model.n_heads": 1}, {"model.d_model": [32, 64]}]
     jobs = sweep(params={"seed": [1, 2], "together": rows, "train.steps": 3})

@@ -33,7 +33,7 @@ def job(composed: DictConfig) -> None:
 
     from tinygpt.adaptation.study import adapt
 
-    console = Console()
+    console = Console(markup=False)
     adapt(config, overrides, console)
     assert config.run_name is not None
     folder = Path(config.output_dir, config.study, config.run_name)

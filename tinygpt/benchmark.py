@@ -222,7 +222,7 @@ def main() -> None:
         if not getattr(arguments, name):
             raise ConfigError(f"{name}=: give at least one")
     baseline = results.read_baseline(Path(arguments.baseline)) if arguments.baseline else []
-    console, folder = Console(), Path(arguments.output_dir)
+    console, folder = Console(markup=False), Path(arguments.output_dir)
     rows = measure(arguments, console)
     ratios = results.against(rows, baseline)
     results.write(rows, folder, vars(arguments), ratios)

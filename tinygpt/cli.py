@@ -12,6 +12,7 @@ import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -27,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from tinygpt import checks, explaining, fileio, signals, streams
+from tinygpt import checks, explaining, fileio, signals, streams, words
 from tinygpt import config as schema
 from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig
@@ -41,6 +42,7 @@ P = ParamSpec("P")
 CONF_DIR = explaining.CONF_DIR
 # Threads that wait must not spin: they would take the cores from those that others keep waiting.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+PATHS = ("runs", "table", "output_dir", "baseline")  # of the commands without Hydra
 LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
 
 
@@ -65,7 +67,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 def compose_for(command: Command[S], overrides: Sequence[str]) -> S:
     """The checked configuration that ``overrides`` ask for.  Raises ConfigError, one line."""
-    overrides = with_lists(overrides)
+    overrides = words.as_meant(with_lists(overrides), command)
     with in_one_line(overrides, command):
         _check_experiment(overrides, command)
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -129,29 +131,32 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
     single run here, those of a sweep's jobs by sweeping.
     """
     parser = get_args_parser()
-    parser.error = _unknown_option  # type: ignore[method-assign]
+    parser.error = functools.partial(_unknown_option, command)  # type: ignore[method-assign]
     # it may stand anywhere; argparse wants options before or behind the overrides
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("--multirun", "-m"))
-    sys.argv[1:] = with_lists(sys.argv[1:])
+    sys.argv[1:] = words.as_meant(with_lists(sys.argv[1:]), command)
     arguments = parser.parse_args(sys.argv[1:])
     overrides = arguments.overrides
     if arguments.help:
         print(help_text(command))
         return
-    for name in ("config_path", "config_name", "config_dir", "experimental_rerun"):
-        if getattr(arguments, name) is not None:  # others' configurations; a pickle
-            _unknown_option(f"--{name.replace('_', '-')}")
+    words.check_options(vars(arguments))
     register_schemas()
     if not any((arguments.hydra_help, arguments.info, arguments.shell_completion)):
+        optimises = "hydra/sweeper=optuna" in overrides
+        if optimises:
+            sys.argv.append("hydra.sweeper._target_=hydra_plugins.tinygpt_study.OptunaStudy")
         if not sweeps(command, overrides, arguments.multirun):
+            if optimises:
+                raise ConfigError("hydra/sweeper=optuna: needs --multirun")
             check_single(compose_for(command, overrides), overrides)
         elif not {item.split("=")[0] for item in overrides} & {"study", "experiment"}:
             sys.argv.append(f"study={sweep_name(command, overrides)}")
     job()
 
 
-def _unknown_option(message: str) -> NoReturn:
-    raise ConfigError(f"{message.rpartition(': ')[2]}: no such option; --help shows what there is")
+def _unknown_option(command: Command[S], message: str) -> NoReturn:
+    raise ConfigError(words.explain_option(sys.argv[1:], message, command))
 
 
 def check_single(config: Settings, overrides: Sequence[str]) -> None:
@@ -172,8 +177,11 @@ def sweep_name(command: Command[S], overrides: Sequence[str]) -> str:
 
 
 def _check_experiment(overrides: Sequence[str], command: Command[S]) -> None:
-    """Raises ConfigError for an experiment of another command, by the keys that it sets."""
+    """Raises ConfigError for an experiment of another command, by the keys that it sets, and for
+    several at once, of which the last alone would be done."""
     names = [item.partition("=")[2] for item in overrides if item.startswith("experiment=")]
+    if names and re.search(r"[\[,(]", names[-1]):
+        raise ConfigError(f"experiment={names[-1]}: takes one experiment; give a command to each")
     path = Path(CONF_DIR, "experiment", f"{names[-1] if names else ''}.yaml")
     if not path.is_file():
         return
@@ -246,6 +254,7 @@ def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]
     """Raises as a ConfigError, one line, what Hydra and OmegaConf raise."""
     register_schemas()
     _check_words(overrides)
+    words.check(overrides, command)
     try:
         yield
     except ConfigError:
@@ -299,6 +308,8 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
         if name not in names:
             raise ConfigError(checks.unknown_key(name, names))
         read = _read(value, kinds[name])
+        if name in PATHS:
+            read = words.files(value) if isinstance(read, list) else read and expanduser(read)
         if read is not None and str in (kinds[name], *typing.get_args(kinds[name])):
             verbatim[name], read = read, type(read)()
         section, _, last = name.rpartition(".")
@@ -366,6 +377,8 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
                 _leave(error, 1)
             if isinstance(error, ConfigError):
                 _leave(error, 2)
+            if "determine home directory" in str(error):
+                _leave(ConfigError("~: no home folder is known; set HOME, or give cache_dir="), 2)
             if is_out_of_memory(error):
                 _leave(RunError(f"out of memory: {error}"), 1)
             raise

@@ -68,7 +68,7 @@ def main() -> None:
     paths, without = find(arguments.runs)
     text = text_name(arguments.split, arguments.data.path)
     folder = folder_for(paths, arguments.output_dir, text)
-    console = Console()
+    console = Console(markup=False)
     with console.status("starting") as status:
         from tinygpt.evaluating import figures, results, runs, table  # torch
 

@@ -33,7 +33,7 @@ FILES = ("data.path", "data.val_file", "data.test_file")  # keys of one path, or
 LISTS = (*FILES, "data.text_column")  # that a configuration keeps as one text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Command(Generic[S]):
     """A command whose configuration Hydra composes."""
 

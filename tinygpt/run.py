@@ -29,7 +29,7 @@ def job(composed: DictConfig) -> float:
 
     from tinygpt.training.session import train
 
-    results = train(config, overrides, Console())
+    results = train(config, overrides, Console(markup=False))
     loss = results["final_val_loss"]
     if results["status"] == "diverged":
         raise SystemExit(1)

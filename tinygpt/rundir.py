@@ -112,11 +112,17 @@ def run_name(overrides: Sequence[str], config_hash: str) -> str:
         group = key.split(".")[0]
         is_cleared = key.startswith("train.") and key[6:] in HORIZONS and value == "null"
         if group not in NOT_SCIENCE and not group.startswith("hydra") and not is_cleared:
-            named[key] = value.rstrip("/").rsplit("/", 1)[-1]
+            named[key] = unquoted(value).rstrip("/").rsplit("/", 1)[-1]
     words = sorted(f"{key.rsplit('.', 1)[-1]}-{value}" for key, value in named.items())
     text = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words))
     text = re.sub(r"-{2,}", "-", text).strip("-._")[:100].strip("-._")
     return f"{text or 'default'}-{config_hash[:6]}"
+
+
+def unquoted(value: str) -> str:
+    """Return the value of an override for a name: what is in its quotes, where it is in some."""
+    match = re.fullmatch(r"'([^'\\]*)'|\"([^\"\\]*)\"", value)
+    return (match[1] or match[2] or "") if match else value
 
 
 def folder_of(config: Settings, named: Sequence[str], config_hash: str) -> Path:
@@ -127,7 +133,12 @@ def folder_of(config: Settings, named: Sequence[str], config_hash: str) -> Path:
     study = Path(config.output_dir) / (config.study or "runs")
     if config.run_name is not None:
         return study / config.run_name
-    for path in study.glob(f"*-{config_hash[:6]}"):
+    try:
+        known = list(study.glob(f"*-{config_hash[:6]}"))
+    except OSError as error:  # a name too long
+        line = f"output_dir={config.output_dir:.60}: cannot be written ({error.strerror})"
+        raise ConfigError(line) from error
+    for path in known:
         with contextlib.suppress(ConfigError, AttributeError):
             if fileio.read_json(path / "environment.json").get("config_hash") == config_hash:
                 return path

@@ -281,7 +281,7 @@ def main() -> None:
         print(f"note: {note}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # as text is read
-    writer = Writer(run, arguments, Console(highlight=False))
+    writer = Writer(run, arguments, Console(highlight=False, markup=False))
     texts = [Wanted(ids, arguments.seed + i) for ids in begun for i in range(arguments.n)]
     try:
         writer.write(texts)

@@ -163,7 +163,7 @@ def write(blocks: Sequence[Block], folder: Path) -> list[str]:
 
 def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) -> None:
     """On a terminal, figures left out; then where the report lies."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     console.width = min(console.width, WIDTH)
     for block in blocks:
         match block:

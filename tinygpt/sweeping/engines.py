@@ -103,7 +103,7 @@ def train_group(group: Group) -> list[Outcome]:
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         try:
             with signals.obeyed():
-                ends = group[0].do(group, Console(file=nowhere))
+                ends = group[0].do(group, Console(file=nowhere, markup=False))
         except (KeyboardInterrupt, SystemExit) as stop:
             _interrupted.append(True)
             number = stop.code if isinstance(stop, SystemExit) else 130

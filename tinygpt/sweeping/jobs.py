@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from tinygpt import cli, rundir
+from tinygpt import cli, rundir, words
 from tinygpt.checks import check_sweepable
 from tinygpt.config import HORIZONS, Config, ConfigError, Settings
 from tinygpt.explaining import Command
@@ -276,6 +276,7 @@ def _check_together(
 
 def _values_given(arguments: Sequence[str], loader: ConfigLoader | None) -> dict[str, list[str]]:
     given = {}
+    arguments = words.as_meant(arguments, cli.RUN)
     with cli.in_one_line(arguments, cli.RUN):  # of any command, as far as it is read here
         items = OverridesParser.create(loader).parse_overrides(list(arguments))
     for item in items:
@@ -329,9 +330,8 @@ def compose_jobs(
         config.study = config.study or study_name(config, overrides, kind.study)
         folder = rundir.folder_of(config, swept or overrides, hash_)
         config.run_name = folder.name
-        words = [o.lstrip("+") for o in swept]
         label = " ".join(
-            word.split("=")[0].rsplit(".", 1)[-1] + word[word.index("=") :] for word in words
+            f"{_key(o).rsplit('.', 1)[-1]}={rundir.unquoted(o.split('=', 1)[1])}" for o in swept
         )
         run = rundir.RunDir(folder)
         if isinstance(config, Config):

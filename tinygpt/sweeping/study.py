@@ -25,7 +25,7 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
     Raises ConfigError for a mistake in any job before one of them begins, Stopped where the study
     was interrupted.
     """
-    console = Console()
+    console = Console(markup=False)
     jobs = compose_jobs(job_overrides, kind)
     settings = jobs[0].config
     outcomes: dict[StudyJob, Outcome] = {job: found for job in jobs if (found := _finished(job))}

@@ -42,10 +42,10 @@ def clock(seconds: float) -> str:
 def make_bar(console: Console) -> Progress:
     """Redrawn four times a second by its own thread, whatever the speed of the steps."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
+        TextColumn("{task.fields[loss]}  {task.fields[speed]}", markup=False),
         TimeRemainingColumn(),
         console=console,
         transient=True,
@@ -101,7 +101,7 @@ def preparing(console: Console) -> Iterator[Callable[[str, int, int | None], Non
     """A bar while the corpus is read; nothing where it comes from the cache."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
