@@ -21,6 +21,8 @@ SHARED = {
     "counting",
     "fileio",
     "rundir",
+    "signals",
+    "streams",
 }  # everything may import these
 BELOW = SHARED | {"data", "pretrained", "model", "training", "trained", "adaptation", "scaling"}
 # What of our own each part may import besides SHARED and itself.
@@ -31,6 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "counting": set(),
     "fileio": set(),
     "rundir": set(),
+    "signals": set(),
+    "streams": set(),
     "data": set(),
     "model": set(),
     "training": {"data", "model", "trained", "pretrained"},
