@@ -24,7 +24,6 @@ from tinygpt.config import (
     SCALES,
     Config,
     ConfigError,
-    DataConfig,
     Settings,
     SgdOptim,
     rate_is_scaled,
@@ -241,7 +240,7 @@ def check_bounds(section: Any, prefix: str = "") -> None:
                 _check_value(name, one, **bounds)
 
 
-def check_text(data: DataConfig) -> None:
+def check_text(data: object) -> None:
     """Raise ConfigError for what no text can be read by."""
     line = "data.separator='': must be auto, none or a text that separates documents"
     require(getattr(data, "separator", "auto") != "", line)

@@ -293,8 +293,12 @@ def _records(
     """Yield each record of a CSV text with the number of the line it ends in."""
     csv.field_size_limit(sys.maxsize)
     lines = (line + "\n" for line in split_at(chunks, "\n"))
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.reader(
+        lines,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        strict=True,
+    )
     for record in reader:
         yield reader.line_num, record
 

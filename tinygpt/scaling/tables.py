@@ -380,7 +380,7 @@ def _decide(
 
 
 def _as_number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return None
     found = abs(value) < 1e300  # what is not finite is missing, and whole numbers have no end
     return float(value) if found else float("nan")
