@@ -5,6 +5,7 @@ Hydra finds its plugins in the package ``hydra_plugins`` only.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Sequence
@@ -79,7 +80,9 @@ class StudyLauncher(Launcher):
     def _told(self, overrides: list[str], outcome: Any) -> JobReturn:
         """Return what Hydra's sweeper is told: Optuna's fails a trial for a word as its value."""
         status, value = JobStatus.COMPLETED, outcome.value
-        if outcome.failed:
+        if outcome.status == "planned" and self.optimises:
+            value = "planned"
+        elif outcome.failed:
             status = status if self.optimises else JobStatus.FAILED
             value = outcome.reason if self.optimises else RuntimeError(outcome.reason)
         return JobReturn(overrides=overrides, status=status, _return_value=value)
@@ -105,10 +108,9 @@ class OptunaStudy(Sweeper):
     """Hydra's sweeper for Optuna, with a study's folder for its results and the best trial told."""
 
     def __init__(self, **settings: Any) -> None:
-        from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
-
+        plugin: Any = importlib.import_module("hydra_plugins.hydra_optuna_sweeper.optuna_sweeper")
         self.storage = settings["storage"]
-        self.inner = OptunaSweeper(**{**settings, "max_failure_rate": 1.0})
+        self.inner = plugin.OptunaSweeper(**{**settings, "max_failure_rate": 1.0})
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig

@@ -180,11 +180,12 @@ def _has_optuna() -> bool:
 def check_storage(storage: str | None) -> None:
     """Raise ConfigError for a database where the Optuna that is installed can open none."""
     found = {name: metadata.version(name) for name in ("optuna", "sqlalchemy")}
-    if storage and int(found["optuna"].split(".")[0]) < 3 <= 1 + int(found["sqlalchemy"][0]):
+    optuna, sqlalchemy = (int(version.split(".")[0]) for version in found.values())
+    if storage and optuna < 3 and sqlalchemy >= 2:
         raise ConfigError(
             f"hydra.sweeper.storage={storage}: Optuna {found['optuna']} cannot use SQLAlchemy "
-            f"{found['sqlalchemy']}; `pip install 'sqlalchemy<2'`, or leave storage out: the same "
-            "command takes finished runs over"
+            f"{found['sqlalchemy']}; `pip install 'sqlalchemy<2'`, or leave storage out: with "
+            "hydra.sweeper.sampler.seed=1 the same command finds its finished runs"
         )
 
 
