@@ -150,10 +150,11 @@ class OptunaStudy(Sweeper):
         if settings.plan:
             return
         ended = [(job, outcome) for job, outcome in launcher.returned if not outcome.failed]
-        best, outcome = min(ended, key=lambda pair: pair[1].value, default=(None, None))
-        if best is None or not math.isfinite(outcome.value):
+        ended = [(job, outcome) for job, outcome in ended if math.isfinite(outcome.value)]
+        if not ended:
             reasons = {outcome.reason or outcome.status for _, outcome in launcher.returned}
             raise RunError(f"no trial came to a result: {'; '.join(sorted(reasons))}")
+        best, outcome = min(ended, key=lambda pair: float(pair[1].value))
         path = compose_jobs([best], KINDS[launcher.file])[0].run.path
         params = read_yaml(folder / "optimization_results.yaml")["best_params"]
         swept = [word for word in best if word.split("=")[0] in params]

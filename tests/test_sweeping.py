@@ -654,7 +654,7 @@ def test_a_database_that_optuna_cannot_open_is_refused(
     monkeypatch: pytest.MonkeyPatch, optuna: str, sqlalchemy: str, fits: bool
 ) -> None:
     found = {"optuna": optuna, "sqlalchemy": sqlalchemy}
-    monkeypatch.setattr(words.metadata, "version", found.__getitem__)
+    monkeypatch.setattr("importlib.metadata.version", found.__getitem__)
     words.check_storage(None)
     if fits:
         words.check_storage("sqlite:///x.db")
