@@ -65,7 +65,6 @@ CHOICES = {
     "hydra/launcher=submitit_local": "launcher=local",
     "hydra/launcher=submitit_slurm": "launcher=slurm",
     "hydra/launcher=ray": "launcher=ray",
-    "hydra/launcher=basic": "launcher=serial",
 }
 # What Hydra would do with its own folders; here a run has its own.
 FOLDERS = {
