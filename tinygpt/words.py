@@ -28,15 +28,11 @@ _RANGES = re.compile(r"=\s*(?:tag\(.*)?(?:range|interval|glob|int|float|bool)\("
 SYNONYMS = {
     **dict.fromkeys(("lr", "learning_rate", "max_lr", "peak_lr"), "optim.learning_rate={}"),
     **dict.fromkeys(("wd", "weight_decay"), "optim.weight_decay={}"),
-    **dict.fromkeys(("n_embd", "embed_dim", "hidden_size", "dim", "d_model"), "model.d_model={}"),
+    **dict.fromkeys(("n_embd", "embed_dim", "hidden_size", "dim"), "model.d_model={}"),
+    **dict.fromkeys(("n_layer", "num_layers", "num_hidden_layers", "layers"), "model.n_layers={}"),
+    **dict.fromkeys(("n_head", "num_heads", "num_attention_heads", "heads"), "model.n_heads={}"),
     **dict.fromkeys(
-        ("n_layer", "n_layers", "num_layers", "num_hidden_layers", "layers"), "model.n_layers={}"
-    ),
-    **dict.fromkeys(
-        ("n_head", "n_heads", "num_heads", "num_attention_heads", "heads"), "model.n_heads={}"
-    ),
-    **dict.fromkeys(
-        ("block_size", "context_length", "context_size", "seq_len", "max_seq_len", "max_length"),
+        ("block_size", "context_length", "context_size", "seq_len", "max_length"),
         "model.max_seq_len={}",
     ),
     "dropout": "model.dropout={}",
