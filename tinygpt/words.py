@@ -30,7 +30,7 @@ SYNONYMS = {
     **dict.fromkeys(("wd", "weight_decay"), "optim.weight_decay={}"),
     **dict.fromkeys(("n_embd", "embed_dim", "hidden_size", "dim"), "model.d_model={}"),
     **dict.fromkeys(("n_layer", "num_layers", "num_hidden_layers", "layers"), "model.n_layers={}"),
-    **dict.fromkeys(("n_head", "num_heads", "num_attention_heads", "heads"), "model.n_heads={}"),
+    **dict.fromkeys(("n_head", "num_heads", "num_attention_heads"), "model.n_heads={}"),
     **dict.fromkeys(
         ("block_size", "context_length", "context_size", "seq_len", "max_length"),
         "model.max_seq_len={}",
@@ -53,7 +53,7 @@ SYNONYMS = {
     **dict.fromkeys(("grad_clip", "gradient_clip_val", "max_grad_norm"), "train.grad_clip_norm={}"),
     **dict.fromkeys(("warmup", "warmup_iters", "warmup_steps"), "schedule.warmup_steps={}"),
 }
-DEVICES = {"gpu": "cuda", "nvidia": "cuda", "cuda:0": "cuda", "metal": "mps", "tpu": "auto"}
+DEVICES = {"gpu": "cuda", "nvidia": "cuda", "cuda:0": "cuda", "metal": "mps"}
 # Choices that Hydra's plugins have, or that other programs know, and what to say instead.
 CHOICES = {
     **{f"hardware={word}": f"hardware={ours}" for word, ours in DEVICES.items()},
