@@ -5,6 +5,7 @@ Hydra finds its plugins in the package ``hydra_plugins`` only.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Sequence
@@ -79,7 +80,9 @@ class StudyLauncher(Launcher):
     def _told(self, overrides: list[str], outcome: Any) -> JobReturn:
         """Return what Hydra's sweeper is told: Optuna's fails a trial for a word as its value."""
         status, value = JobStatus.COMPLETED, outcome.value
-        if outcome.failed:
+        if outcome.status == "planned" and self.optimises:
+            value = "planned"
+        elif outcome.failed:
             status = status if self.optimises else JobStatus.FAILED
             value = outcome.reason if self.optimises else RuntimeError(outcome.reason)
         return JobReturn(overrides=overrides, status=status, _return_value=value)
@@ -105,10 +108,9 @@ class OptunaStudy(Sweeper):
     """Hydra's sweeper for Optuna, with a study's folder for its results and the best trial told."""
 
     def __init__(self, **settings: Any) -> None:
-        from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
-
+        plugin: Any = importlib.import_module("hydra_plugins.hydra_optuna_sweeper.optuna_sweeper")
         self.storage = settings["storage"]
-        self.inner = OptunaSweeper(**{**settings, "max_failure_rate": 1.0})
+        self.inner = plugin.OptunaSweeper(**{**settings, "max_failure_rate": 1.0})
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -148,10 +150,11 @@ class OptunaStudy(Sweeper):
         if settings.plan:
             return
         ended = [(job, outcome) for job, outcome in launcher.returned if not outcome.failed]
-        best, outcome = min(ended, key=lambda pair: pair[1].value, default=(None, None))
-        if best is None or not math.isfinite(outcome.value):
+        ended = [(job, outcome) for job, outcome in ended if math.isfinite(outcome.value)]
+        if not ended:
             reasons = {outcome.reason or outcome.status for _, outcome in launcher.returned}
             raise RunError(f"no trial came to a result: {'; '.join(sorted(reasons))}")
+        best, outcome = min(ended, key=lambda pair: float(pair[1].value))
         path = compose_jobs([best], KINDS[launcher.file])[0].run.path
         params = read_yaml(folder / "optimization_results.yaml")["best_params"]
         swept = [word for word in best if word.split("=")[0] in params]

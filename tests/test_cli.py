@@ -26,7 +26,8 @@ from tinygpt import cli, fit, words
 from tinygpt.cli import compose_config, read_arguments
 from tinygpt.config import DEFAULT_TOKENS, HORIZONS, Config, ConfigError, RunError, key
 from tinygpt.data.shards import cache_root
-from tinygpt.rundir import config_hash, run_name
+from tinygpt.fileio import locked
+from tinygpt.rundir import config_hash, folder_of, run_name
 
 USAGE = "usage: python -m tinygpt.test prompt=TEXT"
 
@@ -658,3 +659,15 @@ def test_no_console_of_a_command_reads_markup() -> None:
     for path in sorted((ROOT / "tinygpt").rglob("*.py")):
         for given_ in made.findall(path.read_text()):
             assert "markup=False" in given_ or "quiet=True" in given_, path
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"^output_dir=.*: cannot be written \(File name"):
+        folder_of(compose_config([f"output_dir={'a' * 300}"]), [], HASH)
+    inside = folder_of(compose_config([f"output_dir={tmp_path}/file"]), [], HASH)
+    with (
+        pytest.raises(ConfigError, match=r"^output_dir=.*file: cannot be written \(Not a dir"),
+        locked(inside, tmp_path / "file", "run"),
+    ):
+        pass

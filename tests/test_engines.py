@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -293,3 +294,12 @@ def test_a_study_killed_five_times_ends_as_if_undisturbed(
     assert one == other
     assert len(one) == 4
     assert re.search(r"4 runs: .*finished", done.stdout)
+
+
+def test_missing_shared_memory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(engines, "SHARED_MEMORY", str(tmp_path / "shm"))
+    with pytest.raises(ConfigError, match=r"^launcher=local: its processes need .*shm, which"):
+        engines.make_engine(LocalLauncher())
+    (tmp_path / "shm").mkdir()
+    engines.make_engine(LocalLauncher())

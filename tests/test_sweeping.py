@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -15,15 +16,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from tests.conftest import ROOT, Command, tiny
-from tinygpt import cli, rundir
+from tinygpt import cli, rundir, words
 from tinygpt.config import ConfigError, WsdSchedule
 from tinygpt.scaling.runs import load_runs
 from tinygpt.sweeping.engines import Outcome
@@ -554,3 +557,108 @@ def test_sigterm_saves_and_stops_a_study(
     for row in (*one, *other):
         row.pop("study")
     assert one == other
+
+
+# --- a sweeper that optimises
+
+
+def optimiser(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, trials: Sequence[Sequence[str]], *more: str
+) -> tuple[Any, Any]:
+    """Hydra's sweeper for Optuna as far as it is asked for anything: it tries ``trials``."""
+
+    def run_study(jobs: Sequence[Sequence[str]], kind: Any) -> list[Outcome]:
+        found = compose_jobs(jobs, kind)
+        rates = [job.config.optim.learning_rate for job in found]
+        if found[0].config.plan:
+            return [Outcome("planned")] * len(found)
+        return [Outcome("diverged") if x > 1 else Outcome("finished", 100 * x) for x in rates]
+
+    monkeypatch.setattr("tinygpt.sweeping.study.run_study", run_study)
+    plugin: Any = importlib.import_module("hydra_plugins.tinygpt_study")
+    launcher, study = plugin.StudyLauncher(), object.__new__(plugin.OptunaStudy)
+    composed = OmegaConf.create({"hydra": {"sweep": {"dir": "."}, "sweeper": {"_target_": ""}}})
+    composed.hydra.sweeper._target_ = "hydra_plugins.tinygpt_study.OptunaStudy"
+    OmegaConf.update(composed, "hydra.job", {"config_name": "config"})
+    composed.update({"output_dir": str(folder), "study": "tuned", "plan": "plan=true" in more})
+    launcher.setup(hydra_context=None, task_function=lambda _: None, config=composed)
+
+    def sweep(arguments: Sequence[str]) -> None:
+        jobs = [[*arguments, *trial] for trial in trials]
+        values = [job.return_value for job in launcher.launch(jobs, 0)]
+        numbers = [value for value in values if isinstance(value, float)]
+        if not numbers:
+            raise ValueError("No trials are completed yet.")
+        place = Path(composed.hydra.sweep.dir)
+        place.mkdir(parents=True, exist_ok=True)
+        best = {"best_params": {"optim.learning_rate": 0, "model.n_heads": 0}}
+        (place / "optimization_results.yaml").write_text(json.dumps(best))
+
+    study.storage, study.settings = None, composed
+    study.inner = SimpleNamespace(
+        sweeper=SimpleNamespace(sweep=sweep, launcher=launcher, n_trials=9)
+    )
+    monkeypatch.setattr(words, "check_storage", lambda storage: None)
+    study.sweep([f"output_dir={folder}", "study=tuned", *more])
+    return study, launcher
+
+
+def test_an_impossible_trial_fails_alone_and_the_best_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trials = [["model.n_heads=4", "optim.learning_rate=0.02"], ["model.n_heads=3"]]
+    trials += [["model.n_heads=2", "optim.learning_rate=0.01"], ["optim.learning_rate=5"]]
+    _, launcher = optimiser(monkeypatch, tmp_path, trials)
+    statuses = [outcome.status for _, outcome in launcher.returned]
+    assert statuses == ["finished", "failed", "finished", "diverged"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "failed     model.n_heads=3: must divide model.d_model=64"
+    assert lines[1] == "best       model.n_heads=2 optim.learning_rate=0.01  1.0000"
+    assert lines[2].startswith(f"folder     {tmp_path}/tuned/")
+    assert (tmp_path / "tuned" / "optimization_results.yaml").exists()
+
+
+def test_a_plan_of_trials_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, _ = optimiser(monkeypatch, tmp_path, [["seed=1"]], "plan=true")
+    assert study.inner.sweeper.n_trials == 1
+    assert capsys.readouterr().out == "9 trials, as this one\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("trial", "why"),
+    [
+        ("model.n_heads=3", "model.n_heads=3: must divide model.d_model=64"),
+        ("optim.learning_rate=5", "diverged"),
+    ],
+)
+def test_no_trial_with_a_result_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    trial: str,
+    why: str,
+) -> None:
+    with pytest.raises(SystemExit, match=r"^1$"):
+        optimiser(monkeypatch, tmp_path, [[trial]])
+    assert capsys.readouterr().err == f"error: no trial came to a result: {why}\n"
+
+
+@pytest.mark.parametrize(
+    ("optuna", "sqlalchemy", "fits"),
+    [("2.10.1", "2.1.9", False), ("2.10.1", "1.4.54", True), ("3.6.1", "2.1.9", True)],
+)
+def test_a_database_that_optuna_cannot_open_is_refused(
+    monkeypatch: pytest.MonkeyPatch, optuna: str, sqlalchemy: str, fits: bool
+) -> None:
+    found = {"optuna": optuna, "sqlalchemy": sqlalchemy}
+    monkeypatch.setattr("importlib.metadata.version", found.__getitem__)
+    words.check_storage(None)
+    if fits:
+        words.check_storage("sqlite:///x.db")
+    else:
+        line = r"^hydra.sweeper.storage=sqlite:///x.db: Optuna 2.10.1 cannot use SQLAlchemy 2.1.9; "
+        with pytest.raises(ConfigError, match=line):
+            words.check_storage("sqlite:///x.db")

@@ -28,15 +28,11 @@ _RANGES = re.compile(r"=\s*(?:tag\(.*)?(?:range|interval|glob|int|float|bool)\("
 SYNONYMS = {
     **dict.fromkeys(("lr", "learning_rate", "max_lr", "peak_lr"), "optim.learning_rate={}"),
     **dict.fromkeys(("wd", "weight_decay"), "optim.weight_decay={}"),
-    **dict.fromkeys(("n_embd", "embed_dim", "hidden_size", "dim", "d_model"), "model.d_model={}"),
+    **dict.fromkeys(("n_embd", "embed_dim", "hidden_size", "dim"), "model.d_model={}"),
+    **dict.fromkeys(("n_layer", "num_layers", "num_hidden_layers", "layers"), "model.n_layers={}"),
+    **dict.fromkeys(("n_head", "num_heads", "num_attention_heads"), "model.n_heads={}"),
     **dict.fromkeys(
-        ("n_layer", "n_layers", "num_layers", "num_hidden_layers", "layers"), "model.n_layers={}"
-    ),
-    **dict.fromkeys(
-        ("n_head", "n_heads", "num_heads", "num_attention_heads", "heads"), "model.n_heads={}"
-    ),
-    **dict.fromkeys(
-        ("block_size", "context_length", "context_size", "seq_len", "max_seq_len", "max_length"),
+        ("block_size", "context_length", "context_size", "seq_len", "max_length"),
         "model.max_seq_len={}",
     ),
     "dropout": "model.dropout={}",
@@ -57,7 +53,7 @@ SYNONYMS = {
     **dict.fromkeys(("grad_clip", "gradient_clip_val", "max_grad_norm"), "train.grad_clip_norm={}"),
     **dict.fromkeys(("warmup", "warmup_iters", "warmup_steps"), "schedule.warmup_steps={}"),
 }
-DEVICES = {"gpu": "cuda", "nvidia": "cuda", "cuda:0": "cuda", "metal": "mps", "tpu": "auto"}
+DEVICES = {"gpu": "cuda", "nvidia": "cuda", "cuda:0": "cuda", "metal": "mps"}
 # Choices that Hydra's plugins have, or that other programs know, and what to say instead.
 CHOICES = {
     **{f"hardware={word}": f"hardware={ours}" for word, ours in DEVICES.items()},
@@ -179,11 +175,12 @@ def _has_optuna() -> bool:
 def check_storage(storage: str | None) -> None:
     """Raise ConfigError for a database where the Optuna that is installed can open none."""
     found = {name: metadata.version(name) for name in ("optuna", "sqlalchemy")}
-    if storage and int(found["optuna"].split(".")[0]) < 3 <= 1 + int(found["sqlalchemy"][0]):
+    optuna, sqlalchemy = (int(version.split(".")[0]) for version in found.values())
+    if storage and optuna < 3 and sqlalchemy >= 2:
         raise ConfigError(
             f"hydra.sweeper.storage={storage}: Optuna {found['optuna']} cannot use SQLAlchemy "
-            f"{found['sqlalchemy']}; `pip install 'sqlalchemy<2'`, or leave storage out: the same "
-            "command takes finished runs over"
+            f"{found['sqlalchemy']}; `pip install 'sqlalchemy<2'`, or leave storage out: with "
+            "hydra.sweeper.sampler.seed=1 the same command finds its finished runs"
         )
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +65,20 @@ Results = Iterator[tuple[StudyJob, Outcome]]
 Engine = Callable[[Sequence[Group], Path], Results]
 
 
+SHARED_MEMORY = "/dev/shm"
+
+
 def make_engine(launcher: LauncherConfig) -> Engine:
     """The engine that ``launcher=`` names; it is given groups and a folder for its own files.
 
     Raises ConfigError where what an engine needs is missing.
     """
     if isinstance(launcher, LocalLauncher):
+        if sys.platform == "linux" and not os.access(SHARED_MEMORY, os.W_OK):
+            raise ConfigError(
+                f"launcher=local: its processes need {SHARED_MEMORY}, which is missing or cannot "
+                "be written here; use launcher=serial"
+            )
         return lambda groups, folder: run_local(groups, launcher, folder)
     if isinstance(launcher, SlurmLauncher):
         _require("submitit", "slurm")
