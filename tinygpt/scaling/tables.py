@@ -382,8 +382,11 @@ def _decide(
 def _as_number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return None
-    found = abs(value) < 1e300  # what is not finite is missing, and whole numbers have no end
-    return float(value) if found else float("nan")
+    try:
+        found = float(value)
+    except OverflowError:  # whole numbers have no end
+        return float("nan")
+    return found if abs(found) < 1e300 else float("nan")  # what is not finite is missing
 
 
 def _numbers(index: pd.Index, cells: pd.Series, read: Sequence[float | None]) -> pd.Series:
