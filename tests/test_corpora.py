@@ -277,7 +277,7 @@ def test_csv_with_all_that_quotes_allow(tmp_path: Path) -> None:
         writer.writerow(["id", "text"])
         writer.writerows(enumerate(rows))
     assert texts(custom(path)) == rows
-    written(path, "id,text\r\n1,one\r\n2\r\n3,three,,\r\n\r\n")
+    written(path, "id,text\r\n1,one\r\n2,\r\n3,three,,\r\n\r\n")
     assert texts(custom(path)) == ["one", "", "three"]
     written(path, "id,text\r\n1,one\r\n2,two, more\r\n")
     with pytest.raises(ConfigError, match=r"line 3 has 3 values for 2 columns"):

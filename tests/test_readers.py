@@ -373,3 +373,72 @@ def test_what_was_made_from_other_documents_is_not_taken_for_this(tmp_path: Path
         other.fingerprint()
         != hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
     )
+
+
+# --- what was once read wrongly without a word
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "line"),
+    [
+        ("a.csv", "n,body\n1,one two\n2,half\nother half\n3,four", "line 4 has 1 values for 2"),
+        ("a.csv", "text,text\none two,three four\nfive six,seven", "line 1 names the column text"),
+        ("a.json", '[{"t": "a b"}]\nmore', "line 2 is not JSON"),
+        ("a.json", '[{"t": "a b"}\n {"t": "c d"}]', "line 2 is not JSON"),
+        ("a.json", '[{"t": "a b"},\n', "the array has no end"),
+        ("a.json", '[{"t": "a b"},\n 5]', "line 2 is not a JSON object"),
+        ("a.json", '{"x": [{"t": "a b"}], "y": [{"t": "c d"}]}', "2 lists of rows (x, y)"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_line(
+    name: str, data: str, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(data)
+    assert line in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("id,text,\n1,one two,\n2,three four,\n", ["one two", "three four"]),
+        ("id,Text\n1,one two\nid,Text\n2,three four\n", ["one two", "three four"]),
+        ("text\none two\nthree, four, and, five\nsix, seven\n", None),
+        ("http://x/1,one two\nhttp://y/2,three four\n", ["one two", "three four"]),
+        ("a-01,one two\na-02,three four\na-03,five\n", ["one two", "three four", "five"]),
+        ('5,"A lonely row, here."\n', ["A lonely row, here."]),
+    ],
+    ids=["blank name", "header again", "one column of prose", "links", "ids", "one row"],
+)
+def test_headers_and_single_columns(data: str, expected: list[str] | None, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(data)
+    assert read(tmp_path / "a.csv")[0] == (expected or data.splitlines()[1:])
+
+
+def test_templates_and_few_labels_of_two_words_are_not_text() -> None:
+    long = [
+        "Please put the following passage into plain French for a child, if you can, ",
+        "Sum up ",
+    ]
+    rows = [{"prompt": long[n % 2] * 3, "answer": text} for n, text in enumerate(PROSE)]
+    assert chosen(rows) == ["answer"]
+    with pytest.raises(ConfigError, match="has no column of text"):
+        chosen([{"id": f"r{n}", "mood": ("very good", "very bad")[n % 2]} for n in range(9)])
+
+
+def test_a_chat_may_be_a_list_of_roles_and_one_of_contents(tmp_path: Path) -> None:
+    said = {"role": ["user", "assistant"], "content": ["How far?", "Not far."]}
+    lines(tmp_path / "a.jsonl", [{"id": "a1", "chat": said}])
+    assert "give data.text_column=chat" in refused(tmp_path / "a.jsonl")
+    texts, _ = read(tmp_path / "a.jsonl", text_column="chat")
+    assert texts == ["user: How far?\n\nassistant: Not far."]
+    (tmp_path / "b.json").write_text(json.dumps({"id": "a1", "messages": CHAT}))
+    assert "give data.text_column=messages" in refused(tmp_path / "b.json")
+
+
+def test_files_of_one_corpus_are_read_by_one_column(tmp_path: Path) -> None:
+    lines(tmp_path / "a.jsonl", [{"story": t, "title": t[:7]} for t in PROSE])
+    more = {"title": "A much longer title than any story, and then some more of it. ", "n": 1}
+    lines(tmp_path / "b.jsonl", [{"story": t, **more, "of": t * 2} for t in PROSE])
+    texts, survey = read(tmp_path)
+    assert survey.text_column == "story"
+    assert texts == PROSE * 2

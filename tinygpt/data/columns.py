@@ -46,12 +46,13 @@ def head_of(rows: Iterator[Row], asked: str = "auto") -> list[Row]:
     return head
 
 
-def choose(head: Sequence[Row], asked: str, where: str) -> Choice:
+def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = None) -> Choice:
     """Return the column that ``asked`` names, or for ``auto`` the one that holds the text.
 
     That is ``text`` in any case, else the column of prose with the most characters; labels, ids,
     links, numbers and what never varies are no prose.  Raises ConfigError where lists, structs or
-    chats hold more text than any such column, and where there is none.
+    chats hold more text than any such column, and where there is none.  What was chosen ``first``,
+    in another file, is chosen where it holds text here too.
     """
     if not head:
         return Choice(_asked(asked), [])
@@ -63,6 +64,8 @@ def choose(head: Sequence[Row], asked: str, where: str) -> Choice:
         for column in columns:
             _check(column, head, names, where)
         return Choice(columns, [name for name in lengths if name not in columns])
+    if first is not None and all(texts.get(name) for name in first.columns):
+        return Choice(first.columns, [name for name in lengths if name not in first.columns])
     by_name = [n for n in names if n.casefold() == "text" and (texts[n] or _is_empty(head, n))]
     if by_name:
         found = "text" if "text" in by_name else by_name[0]
@@ -125,7 +128,8 @@ def _is_prose(values: list[str]) -> bool:
     if len(values) > 1 and len(set(values)) == 1:
         return False
     size = sum(map(len, values)) / len(values)
-    if len(values) >= 20 and len(set(values)) <= len(values) / 10 and size < 40:
+    few = len(values) / (2 if size < 40 else 20)
+    if len(values) >= (6 if size < 40 else 20) and len(set(values)) <= few:
         return False
     wordy = sum(_is_wordy(value) for value in values if value.strip())
     return wordy >= WORDY * sum(bool(value.strip()) for value in values) > 0
@@ -145,7 +149,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, int]]:
 
     A chat or a list counts as one part, a struct as its fields.
     """
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not _turns(value):
         for key, inner in value.items():
             if isinstance(inner, str):
                 yield f"{name}.{key}", len(inner) if _is_wordy(inner) else 0
@@ -225,6 +229,8 @@ def _text(value: Any, key: str, number: int) -> str | None:
         except UnicodeDecodeError as error:
             raise ConfigError(f"{key}: row {number} holds bytes that are not UTF-8") from error
     if isinstance(value, dict):
+        if turns := _turns(value):
+            return "\n\n".join(said for turn in turns if (said := _message(turn)))
         if (said := _message(value)) is not None:
             return said
         leaves = [leaf for leaf, size in _leaves("", value) if size]
@@ -236,7 +242,9 @@ def _text(value: Any, key: str, number: int) -> str | None:
     if isinstance(value, list | tuple):
         parts = [part for one in value if (part := _part(one, key, number)) is not None]
         is_chat = any(isinstance(one, dict) for one in value)
-        return ("\n\n" if is_chat else "\n").join(parts) if parts or not value else None
+        if is_chat:
+            return "\n\n".join(part for part in parts if part)
+        return "\n".join(parts) if parts or not value else None
     return None
 
 
@@ -244,6 +252,15 @@ def _part(value: Any, key: str, number: int) -> str | None:
     if value is None or value is _MISSING or (isinstance(value, float) and math.isnan(value)):
         return None
     return _text(value, key, number)
+
+
+def _turns(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the turns of a chat that is kept as a list of roles and one of contents."""
+    for names in (("role", "content"), ("from", "value")):
+        lists = [value.get(name) for name in names]
+        if all(isinstance(one, list) for one in lists):
+            return [dict(zip(names, turn, strict=False)) for turn in zip(*lists, strict=False)]
+    return []
 
 
 def _message(value: dict[str, Any]) -> str | None:
@@ -254,7 +271,8 @@ def _message(value: dict[str, Any]) -> str | None:
             if isinstance(said, list):  # of parts, {type: text, text: ...}
                 pieces = [one.get("text") if isinstance(one, dict) else one for one in said]
                 said = "\n".join(piece for piece in pieces if isinstance(piece, str))
-            return f"{value[role]}: {said or ''}".rstrip()
+            if said is None or isinstance(said, str):
+                return f"{value[role]}: {said or ''}".rstrip()
     if value.get("type") == "text" and isinstance(value.get("text"), str):
         return str(value["text"])
     return None

@@ -234,7 +234,8 @@ class FileCorpus:
             head = columns.head_of(rows.read({}), self.config.text_column)
             names = frozenset(name for row in head for name in row)
             if names not in alike:
-                alike[names] = columns.choose(head, self.config.text_column, str(path))
+                first = next(iter(found.values()), None)
+                alike[names] = columns.choose(head, self.config.text_column, str(path), first)
             found[path] = alike[names]
             self.heads_alike[path] = columns.chosen_before(head, self.config) == str(found[path])
         every = list(found.values())

@@ -42,6 +42,7 @@ MARKS = {
 }
 HEAD_ROWS, HEAD_CHARACTERS = 2000, 1 << 22  # that are looked at to choose dialect and column
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+NOWHERE = "\x1f"  # between the values of a table of one column, whose commas are text
 
 
 def packing(path: Path) -> str:
@@ -78,6 +79,8 @@ def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
             f"data.path={path}: a .zip must hold one file, this one has {len(found)}; unpack it "
             "and give the folder"
         )
+    if found[0].flag_bits & 1:
+        raise ConfigError(f"data.path={path}: this .zip is encrypted; unpack it")
     return found[0]
 
 
@@ -148,7 +151,7 @@ def text_chunks(path: Path, read: dict[Path, int], encoding: str | None = None) 
             lines += text.count("\n")
             read[path] = raw.tell()
             if text:
-                yield text
+                yield text if encoding is None else _unicode(text)
 
 
 def _encoding(first: bytes, asked: str | None) -> str:
@@ -198,7 +201,7 @@ class Dialect:
         return (self.delimiter, self.quoted, self.header) == (",", True, True)
 
     def __str__(self) -> str:
-        between = DELIMITERS.get(self.delimiter, repr(self.delimiter))
+        between = {**DELIMITERS, NOWHERE: "one column"}.get(self.delimiter, repr(self.delimiter))
         names = "a header" if self.header else "no header (columns are column_1, column_2, ...)"
         return f"CSV with {between}, {names}{'' if self.quoted else ', quotes are text'}"
 
@@ -236,17 +239,19 @@ class Rows:
                 if not record:
                     continue
                 if not names:
-                    names = _names(record, dialect.header)
+                    names, first = _names(record, dialect.header, line), record
                     if dialect.header:
                         continue
-                if any(record[len(names) :]):
-                    # a text with a comma, unquoted: its end is not dropped
+                elif dialect.header and record == first:
+                    continue  # files put behind each other
+                if len(record) < len(names) or any(record[len(names) :]):
+                    # a text with a comma or a line break, unquoted: no part of it is dropped
                     raise csv.Error(
                         f"line {line:,} has {len(record)} values for {len(names)} columns; "
                         "data.delimiter= names what stands between values, and a value that has "
-                        "it must be in quotes"
+                        "it or a line break must be in quotes"
                     )
-                yield dict(itertools.zip_longest(names, record[: len(names)]))
+                yield dict(zip(names, record, strict=False))
         except csv.Error as error:
             where = "" if str(error).startswith("line") else f"behind line {line:,}: "
             raise ConfigError(
@@ -275,7 +280,12 @@ class Rows:
                     found.append((share, quoted, -place, delimiter))
         best = max(found, default=(0.0, True, 0, delimiters[0]))
         if best[0] < 0.9 and config.delimiter is None:
-            best = (0.0, True, 0, usual)
+            is_prose = (
+                not found
+                and _consistency(text, usual, True, ended)[0] < 1
+                and not any(_is_table(text, mark) for mark in DELIMITERS)
+            )
+            best = (0.0, True, 0, NOWHERE if is_prose else usual)
         _, quoted, _, delimiter = best
         header = config.header
         if header is None:
@@ -319,31 +329,50 @@ def _consistency(text: str, delimiter: str, quoted: bool, ended: bool) -> tuple[
     return widths.count(widths[0]) / len(widths), widths[0]
 
 
+def _is_table(text: str, delimiter: str) -> bool:
+    """Return whether most records behind the first, a title perhaps, have as many values."""
+    with contextlib.suppress(csv.Error):
+        records = itertools.islice(_records([text], delimiter, True), 1, 500)
+        widths = [len(record) for _, record in records if record]
+        usual = max(set(widths), key=widths.count, default=1)
+        return usual > 1 and widths.count(usual) * 2 > len(widths)
+    return True
+
+
 def _has_header(records: list[list[str]]) -> bool:
-    """Return whether the first record names columns: short, all different, none a number, and
-    none of them a value further down."""
-    if len(records) < 2:
+    """Return whether the first record names columns: short, none a number or a link, and none a
+    value further down or, but for its digits, like most of those."""
+    if not records:
         return True
     first, *others = records
-    names = [cell.strip() for cell in first]
-    if len(set(names)) < len(names):
-        return False
-    for place, name in enumerate(names):
-        below = {record[place].strip() for record in others if len(record) > place}
-        is_value = name in below or (name and len(name.split()) > 4)
-        if is_value or _is_number(name) or re.search(r"[.!?。！？]\W*$", name):
+    if len(first) > 1:
+        others = [record for record in others if record != first]  # files put behind each other
+    for place, name in enumerate(cell.strip() for cell in first):
+        below = [record[place].strip() for record in others if len(record) > place]
+        alike = [re.sub(r"\d+", "0", value) for value in below].count(re.sub(r"\d+", "0", name))
+        is_value = name in below or "://" in name or alike * 2 > len(below)
+        if name and (is_value or len(name.split()) > 4 or _is_number(name)):
             return False
-    return any(names)
+        if re.search(r"[.!?。！？]\W*$", name):
+            return False
+    return any(cell.strip() for cell in first)
 
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"[-+]?[\d., :/-]*\d[\d., :/-]*", text) is not None
 
 
-def _names(record: list[str], header: bool) -> list[str]:
+def _names(record: list[str], header: bool, line: int) -> list[str]:
+    """Return the names of the columns.  Raises csv.Error for one that stands twice."""
     if not header:
         return [f"column_{n}" for n in range(1, len(record) + 1)]
-    return [name.strip() for name in record]
+    names = [name.strip() for name in record]
+    for name in names:
+        if name and names.count(name) > 1:
+            raise csv.Error(
+                f"line {line:,} names the column {name} twice; data.header=false: it is a row"
+            )
+    return names
 
 
 def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[dict[str, Any]]:
@@ -383,41 +412,74 @@ def _is_lines(head: str) -> bool:
 
 
 def _json_values(path: Path, chunks: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """Yield the objects of an array one by one, or those of the only list in an object."""
-    decoder, buffer = json.JSONDecoder(), next(chunks).lstrip()
-    is_array = buffer.startswith("[")
-    buffer = buffer[is_array:]
-    count = 0
+    """Yield the objects of an array or of a stream one by one, or those of the list in a lone
+    object.  Raises ConfigError, naming the line."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    buffer, at, line, count = "", 0, 1, 0
+    state, is_array, lone = "begin", False, None
     while True:
-        buffer = buffer.lstrip(" \t\r\n," if is_array else " \t\r\n")
-        if (is_array and buffer.startswith("]")) or (not buffer and count and not is_array):
-            return
-        try:
-            value, end = decoder.raw_decode(buffer)
-        except RecursionError as error:
-            raise ConfigError(f"data.path={path}: not JSON (nested too deeply)") from error
-        except ValueError as error:
-            more = "".join(itertools.islice(chunks, max(1, len(buffer) // CHUNK)))
-            if more:
-                buffer += more
+        start, at = at, space.match(buffer, at).end()  # type: ignore[union-attr]
+        line += buffer.count("\n", start, at)
+        if at == len(buffer):
+            buffer, at = next(chunks, ""), 0
+            if buffer:
                 continue
-            raise ConfigError(f"data.path={path}: not JSON ({error})") from error
-        buffer, count = buffer[end:], count + 1
-        rows = [value]
-        if not is_array and isinstance(value, dict):
-            lists = [v for v in value.values() if isinstance(v, list) and v]
-            tables = [rows for rows in lists if all(isinstance(row, dict) for row in rows)]
-            if len(tables) == 1 and count == 1:
-                rows = tables[0]
-            elif count == 1 and (all(isinstance(v, dict | list) for v in value.values())):
-                raise ConfigError(
-                    f"data.path={path}: one JSON object without a list of rows; an array of "
-                    "objects is read, or an object a line"
-                )
-        for row in rows:
-            if not isinstance(row, dict):
-                raise ConfigError(f"data.path={path}: value {count} is not a JSON object")
-            yield _unicode(row)
+            break
+        mark, where = buffer[at], f"data.path={path}: line {line:,}"
+        if state == "begin":
+            is_array, state = mark == "[", "value"
+            at += is_array
+        elif is_array and mark == "]" and state != "end":
+            at, state = at + 1, "end"
+        elif state == "comma" and mark == ",":
+            at, state = at + 1, "value"
+        elif state != "value":
+            expected = "nothing behind the array" if state == "end" else "',' or ']'"
+            raise ConfigError(f"{where} is not JSON (must be {expected})")
+        else:
+            try:
+                value, end = decoder.raw_decode(buffer, at)
+            except RecursionError as error:
+                raise ConfigError(f"{where} is not JSON (nested too deeply)") from error
+            except ValueError as error:
+                more = "".join(itertools.islice(chunks, max(1, len(buffer) // CHUNK)))
+                if more:
+                    buffer, at = buffer[at:] + more, 0
+                    continue
+                raise ConfigError(f"{where} begins what is not JSON ({error})") from error
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where} is not a JSON object")
+            line += buffer.count("\n", at, end)
+            at, count = end, count + 1
+            state = "comma" if is_array else "value"
+            if count == 1 and not is_array:
+                lone = value
+                continue
+            if lone is not None:
+                yield _unicode(lone)
+                lone = None
+            yield _unicode(value)
+    if is_array and state != "end":
+        raise ConfigError(f"data.path={path}: line {line:,} is not JSON (the array has no end)")
+    if lone is not None:
+        yield from map(_unicode, _lone_rows(path, lone))
+
+
+def _lone_rows(path: Path, value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows in the only object of a file: its list of rows, else itself."""
+    lists = {name: rows for name, rows in value.items() if isinstance(rows, list) and rows}
+    tables = [name for name, rows in lists.items() if all(isinstance(row, dict) for row in rows)]
+    chats = [name for name in tables if all({"role", "from"} & set(row) for row in lists[name])]
+    tables = [name for name in tables if name not in chats]
+    if len(tables) == 1:
+        return lists[tables[0]]
+    if tables or (not chats and all(isinstance(one, dict | list) for one in value.values())):
+        found = f"{len(tables)} lists of rows ({', '.join(tables[:12])})" if tables else "no list"
+        raise ConfigError(
+            f"data.path={path}: one JSON object with {found}; an array of objects is read, an "
+            "object a line, or one object with one list of objects"
+        )
+    return [value]
 
 
 def _unicode(value: Any) -> Any:
