@@ -57,8 +57,13 @@ def test_a_folder_is_read_without_what_nobody_wrote(tmp_path: Path) -> None:
     assert found == [f"text of {name}" for name in names]
     assert corpus.survey.files == 5
     assert corpus.survey.skipped == {
-        "hidden file": 2, "hidden folder": 4, "empty file": 1, ".png": 1, "without suffix": 1,
-        "binary file": 1, "broken link": 1,
+        "hidden file": 2,
+        "hidden folder": 4,
+        "empty file": 1,
+        ".png": 1,
+        "without suffix": 1,
+        "binary file": 1,
+        "broken link": 1,
     }
 
 
