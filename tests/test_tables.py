@@ -446,6 +446,13 @@ def test_the_last_evaluations_of_a_run(tmp_path: Path) -> None:
     assert refused(grid(), tmp_path, last=5).startswith("last=5: needs columns.run=")
 
 
+def test_rows_that_may_be_checkpoints_are_said_to_be_taken_for_runs(tmp_path: Path) -> None:
+    table = grid().assign(model=lambda rows: "m" + (rows["params"] // 1_000_000).astype(str))
+    line = note(read(table, tmp_path), "runs:")
+    assert line.endswith("if the rows of one model are checkpoints, columns.run=model")
+    assert read(table, tmp_path, columns_run="model").columns.run == "model"
+
+
 def test_a_name_of_a_size_is_no_run(tmp_path: Path) -> None:
     runs = grid(seeds=2).assign(name=lambda t: t["params"].astype(str))
     assert read(runs, tmp_path).columns.run is None

@@ -193,14 +193,22 @@ def _with_runs(
     if columns.run in table or given.get("run") == "none":
         return columns
     along = next((c for c in (columns.d, columns.c, "step", "_step") if c in table), None)
-    for name in _called(table, RUNS):
+    fixed = [c for c in (columns.n, columns.seed) if c and c in table]
+    texts = [c for c in table if not pd.api.types.is_numeric_dtype(table[c])]
+    called = _called(table, RUNS)
+    for name in [*called, *(c for c in texts if c not in called)]:
         groups = used.groupby(name)
-        fixed = [c for c in (columns.n, columns.seed) if c and c in table]
         repeated = used[name].duplicated().any() and along is not None
         if not repeated or any((groups[c].nunique() > 1).any() for c in fixed):
             continue
         if used.duplicated([name, along]).any():
             continue
+        if name not in called:
+            notes.append(
+                f"runs: every row is taken for a run; if the rows of one {name} are checkpoints, "
+                f"columns.run={name}"
+            )
+            break
         count = used[name].nunique()
         notes.append(
             f"runs: {len(used)} rows of {count} runs, by {name}: rows of one run are its "
