@@ -280,7 +280,7 @@ class Run:
             )
         log.info(
             "train   %s tokens (%.2g epochs of %s) in %s steps of %s; "
-            "%s%s, %s threads, precision %s",
+            "%s%s, %s, precision %s",
             short(plan.train_tokens),
             plan.train_tokens / max(1, self.data.windows.used_tokens),
             short(self.data.windows.used_tokens),
@@ -288,7 +288,7 @@ class Run:
             f"{config.train.batch_tokens:,}",
             self.device.accelerator,
             f" on {self.device.world_size} devices" if self.device.world_size > 1 else "",
-            torch.get_num_threads(),
+            "1 thread" if torch.get_num_threads() == 1 else f"{torch.get_num_threads()} threads",
             self.device.precision,
         )
         log.info("folder  %s%s", self.run.path, ", going on where it stopped" if resuming else "")
