@@ -540,6 +540,9 @@ PLACES = {  # of what stands in the hash by its content
     "init_from": "test_the_weights_stand_in_the_hash_and_the_path_does_not",
     "tokenizer.path": "test_a_saved_tokenizer_serves_a_new_run",
     "tokenizer.vocab_dir": "test_vocab_dir_is_where_gpt2_is_read",
+    "data.encoding": "test_another_encoding_is_named_never_guessed",
+    **dict.fromkeys(("data.delimiter", "data.header"), "test_delimiter_and_header_can_be_given"),
+    "model.rope_scaling": "test_documents_start_as_their_tokenizers_folder_does_it",
 }
 BY_CONTENT = {"data.path", "data.repo", "data.val_file", "data.test_file", "tokenizer.vocab_dir"}
 
@@ -573,6 +576,7 @@ def test_no_key_is_left_out() -> None:
         "pretrained",
         "lora",
         "guards",
+        "readers",
     )
     text = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in files)
     assert all(

@@ -172,6 +172,7 @@ def test_windows_of_any_stride_share_out_the_targets(
 ) -> None:
     stride = data.draw(st.integers(1, length))
     split = Split.__new__(Split)
+    split.unscored = 0
     split.shards = [np.zeros(size + 1) for size in sizes]  # type: ignore[misc]
     split.offsets = [np.array([0, size]) for size in sizes]
     windows = split.eval_windows(length, False, stride)

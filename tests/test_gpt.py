@@ -369,7 +369,7 @@ def test_keys_that_change_the_function(base: dict[str, Any], changes: dict[str, 
 
 def test_every_key_is_tested() -> None:
     elsewhere = {"n_heads", "rope_theta", "dropout", "attention", "gradient_checkpointing"}
-    elsewhere |= {"parametrization", "mup_base_width", "norm_eps"}
+    elsewhere |= {"parametrization", "mup_base_width", "norm_eps", "rope_scaling"}
     assert {f.name for f in dataclasses.fields(ModelConfig)} == {*PARAMETER_KEYS, *elsewhere}
 
 

@@ -26,6 +26,7 @@ Note = Callable[[int], None]
 _notes: list[Note] = []  # the innermost one is told
 _received: list[tuple[int, float]] = []  # the first signal and when it came
 _heard = threading.Event()
+_leaving = threading.Lock()  # by the main thread or by the one that watches, not by both
 
 
 class Stopped(SystemExit):
@@ -103,6 +104,8 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int) -> NoReturn:
     """End the process as it is; what is half written is removed when the run goes on."""
+    if not _leaving.acquire(timeout=1.0):
+        os._exit(128 + number)
     with contextlib.suppress(OSError):
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # a progress bar had hidden the cursor

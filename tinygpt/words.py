@@ -158,7 +158,7 @@ def check(overrides: Sequence[str], command: Command[Any]) -> None:
         if item in CHOICES:
             raise ConfigError(f"{item}: no such choice; did you mean {CHOICES[item]}?")
         is_default = name == "hydra.job.chdir" and value.lower() in ("false", "null")
-        if name in FOLDERS and not is_default:
+        if name in FOLDERS and not is_default and "LOCAL_RANK" not in os.environ:
             raise ConfigError(f"{item}: {FOLDERS[name].format(value)}")
         meant = name not in _types(command) and _synonym(name, value, command)
         if meant:

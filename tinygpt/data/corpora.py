@@ -157,6 +157,7 @@ class FileCorpus:
         }
         self.tables = {path: Rows(path, config) for path in self.scans if format_of(path) != "text"}
         self.choices = self._choose()
+        self.separators = self._separators()
 
         self.read: dict[Path, int] = {}  # bytes
 
@@ -203,8 +204,7 @@ class FileCorpus:
         )
         return [known.sha256, "", 2] if is_new else [known.sha256, ""]
 
-    @functools.cached_property
-    def separators(self) -> dict[Path, str]:
+    def _separators(self) -> dict[Path, str]:
         """Where each text is cut: ``separator``, or what ``auto`` finds."""
         found = {}
         for path, known in self.scans.items():

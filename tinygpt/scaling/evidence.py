@@ -414,7 +414,9 @@ def _constant_identified(fit: Fit, intervals: Mapping[str, Interval]) -> Iterato
 
 def _predicts(held_out: HeldOut | None, size: str) -> Check:
     by_compute = size == "compute"
-    name = f"runs of larger {'compute' if by_compute else 'x'}, held out, are predicted"
+    name = "runs of larger x, held out, are predicted"
+    if by_compute:
+        name = "runs of larger compute, held out, are predicted"
     if held_out is None:
         return Check(name, None, "too few runs to hold any out")
     detail = (

@@ -401,6 +401,8 @@ def _plain(column: pd.Series, cells: pd.Series) -> pd.Series:
     """Truths as such, texts as they are; what is missing is None."""
     if len(cells) == len(column) and all(str(v).casefold() in ("true", "false") for v in cells):
         return column.map(lambda v: str(v).strip().casefold() == "true").astype(bool)
+    if cells.empty:
+        return pd.Series(np.nan, index=column.index)
     return cells.reindex(column.index).infer_objects()
 
 

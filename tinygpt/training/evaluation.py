@@ -68,7 +68,7 @@ def score(
     # Plain sums, in 64 bits where the device has them: a NaN must show, and torchmetrics' mean
     # either drops it or rounds to 32 bits.
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    unscored = len(info.get("unscored_ids", ())) * info["documents"]
+    unscored = len(info["unscored_ids"]) * info["documents"] if "unscored_ids" in info else 0
     loss, right, count = torch.zeros(3, dtype=dtype, device=device)
     with autocast or nullcontext():
         for inputs, targets in batches:

@@ -279,8 +279,7 @@ class Run:
                 index["duplicates_of_validation_or_test"],
             )
         log.info(
-            "train   %s tokens (%.2g epochs of %s) in %s steps of %s; "
-            "%s%s, %s, precision %s",
+            "train   %s tokens (%.2g epochs of %s) in %s steps of %s; %s%s, %s, precision %s",
             short(plan.train_tokens),
             plan.train_tokens / max(1, self.data.windows.used_tokens),
             short(self.data.windows.used_tokens),
