@@ -19,10 +19,10 @@ HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # how a model on the hub can be called
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
-# The numbers of Llama 3's RoPE scaling.
-LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SCALES = ("smoke", "laptop", "gpu")
 SCALED_BY_WIDTH = ("adamw", "adam", "lion")  # optimizers whose rate goes with 1/width
+# The numbers of Llama 3's RoPE scaling.
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class ConfigError(ValueError):

@@ -194,7 +194,7 @@ def _with_runs(
         return columns
     along = next((c for c in (columns.d, columns.c, "step", "_step") if c in table), None)
     fixed = [c for c in (columns.n, columns.seed) if c and c in table]
-    texts = [c for c in table if not pd.api.types.is_numeric_dtype(table[c])]
+    texts = [str(c) for c in table if not pd.api.types.is_numeric_dtype(table[c])]
     called = _called(table, RUNS)
     for name in [*called, *(c for c in texts if c not in called)]:
         groups = used.groupby(name)
