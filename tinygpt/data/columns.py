@@ -23,7 +23,10 @@ class Choice:
     """The columns that are the text; several are joined by blank lines."""
 
     columns: list[str]
-    others: list[str]  # of text, not chosen
+    others: list[str]  # of text, not chosen; the first of many
+
+    def __post_init__(self) -> None:
+        del self.others[SHOWN:]
 
     def __str__(self) -> str:
         return " + ".join(self.columns)

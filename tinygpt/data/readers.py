@@ -367,11 +367,13 @@ def _names(record: list[str], header: bool, line: int) -> list[str]:
     if not header:
         return [f"column_{n}" for n in range(1, len(record) + 1)]
     names = [name.strip() for name in record]
+    seen = {""}
     for name in names:
-        if name and names.count(name) > 1:
+        if name in seen and name:
             raise csv.Error(
                 f"line {line:,} names the column {name} twice; data.header=false: it is a row"
             )
+        seen.add(name)
     return names
 
 
