@@ -205,7 +205,7 @@ class FileCorpus:
         return [known.sha256, "", 2] if is_new else [known.sha256, ""]
 
     def _separators(self) -> dict[Path, str]:
-        """Where each text is cut: ``separator``, or what ``auto`` finds."""
+        """Return where each text is cut: ``separator``, or what ``auto`` finds."""
         found = {}
         for path, known in self.scans.items():
             found[path] = self.config.separator

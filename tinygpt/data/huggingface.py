@@ -108,8 +108,8 @@ class Foreign(Tokenizer):
 
 
 def _unfolds(decoder: dict[str, Any] | None) -> bool:
-    """Whether a decoder never changes what it made of some tokens when others follow, but for
-    characters that are not whole."""
+    """Return whether a decoder never changes what it made of some tokens when others follow, but
+    for characters that are not whole."""
     kind = decoder["type"] if decoder else "Fuse"
     if kind == "Sequence":
         return all(map(_unfolds, decoder["decoders"]))  # type: ignore[index]
@@ -238,7 +238,7 @@ def _added(content: dict[str, Any], eot: str) -> tuple[str | None, bool]:
 
 
 def _with_start(content: dict[str, Any], bos: str, eot: str) -> dict[str, Any]:
-    """The same with ``bos`` before a text, where nothing is yet, as ``add_bos_token`` asks."""
+    """Return the same with ``bos`` before a text that has none, as ``add_bos_token`` asks."""
     before, ends = _added(content, eot)
     if before is not None:
         return content

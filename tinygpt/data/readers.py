@@ -190,7 +190,7 @@ def split_at(chunks: Iterable[str], separator: str) -> Iterator[str]:
 
 @dataclass
 class Dialect:
-    """How a CSV file is written: what stands between values, whether in quotes, the names."""
+    """Say how a CSV file is written: its delimiter, whether quotes quote, whether it has names."""
 
     delimiter: str
     quoted: bool

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinygpt.config import ConfigError
-from tinygpt.data.readers import CHUNK, MARKS, PACKED, format_of, packing, split_at, text_chunks
+from tinygpt.data.readers import (
+    CHUNK,
+    MARKS,
+    PACKED,
+    format_of,
+    inner_suffix,
+    packing,
+    split_at,
+    text_chunks,
+)
 from tinygpt.data.survey import Survey, counted
 
 END_OF_TEXT = "<|endoftext|>"
@@ -73,11 +82,11 @@ def _places(value: str | Sequence[str]) -> Sequence[str]:
 def _found(key: str, value: str, path: Path, skipped: Counter[str]) -> list[Path]:
     if path.is_dir():
         there = _walk(path, skipped)
-        suffixes = {suffix for file in there if (suffix := _suffix(file)) in FOLDER_SUFFIXES}
+        suffixes = {suffix for file in there if (suffix := inner_suffix(file)) in FOLDER_SUFFIXES}
         if suffixes != {".json"}:  # beside text, .json holds settings
             suffixes.discard(".json")
-        files = [file for file in there if _suffix(file) in suffixes]
-        skipped.update(_shown_suffix(file) for file in there if _suffix(file) not in suffixes)
+        files = [file for file in there if inner_suffix(file) in suffixes]
+        skipped.update(_shown_suffix(file) for file in there if inner_suffix(file) not in suffixes)
     elif path.exists():
         if not path.is_file():
             raise ConfigError(f"{key}={value}: not a file")
@@ -142,15 +151,9 @@ def _depth(path: Path) -> tuple[int, Path]:
     return len(path.parts), path
 
 
-def _suffix(path: Path) -> str:
-    """Return the suffix that says what a file holds, in lower case: of ``a.TXT.gz`` it is .txt."""
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in PACKED else suffix
-
-
 def _shown_suffix(path: Path) -> str:
     suffix = path.suffix.lower()
-    return (_suffix(path) + suffix if suffix in PACKED else suffix) or "without suffix"
+    return (inner_suffix(path) + suffix if suffix in PACKED else suffix) or "without suffix"
 
 
 def _reason_to_skip(key: str, path: Path) -> str | None:
