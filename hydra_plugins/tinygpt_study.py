@@ -5,11 +5,7 @@ Hydra finds its plugins in the package ``hydra_plugins`` only.
 
 from __future__ import annotations
 
-import importlib
-import logging
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -52,118 +48,59 @@ class StudySweeper(Sweeper):
 
 
 class StudyLauncher(Launcher):
-    """Does the jobs that a sweeper asks for, by the engine that ``launcher=`` names.
-
-    A training returns its final validation loss, which a sweeper that optimises makes small.
-    """
+    """Does the jobs that a sweeper asks for, by the engine that ``launcher=`` names."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         self.file = str(config.hydra.job.config_name)
-        self.optimises = str(config.hydra.sweeper._target_).endswith(OptunaStudy.__name__)
-        self.returned: list[tuple[list[str], Any]] = []  # the overrides and outcome of every job
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from tinygpt.cli import one_line_errors
-
-        outcomes = one_line_errors(self._do)(job_overrides)
-        done = [
-            (list(overrides), outcome)
-            for overrides, outcome in zip(job_overrides, outcomes, strict=True)
-        ]
-        self.returned += done
-        return [self._told(overrides, outcome) for overrides, outcome in done]
-
-    def _told(self, overrides: list[str], outcome: Any) -> JobReturn:
-        """Return what Hydra's sweeper is told: Optuna's fails a trial for a word as its value."""
-        status, value = JobStatus.COMPLETED, outcome.value
-        if outcome.status == "planned" and self.optimises:
-            value = "planned"
-        elif outcome.failed:
-            status = status if self.optimises else JobStatus.FAILED
-            value = outcome.reason if self.optimises else RuntimeError(outcome.reason)
-        return JobReturn(overrides=overrides, status=status, _return_value=value)
-
-    def _do(self, jobs: Sequence[Sequence[str]]) -> list[Any]:
-        """Return the outcomes; what an optimiser asks for may be impossible, and alone fails."""
-        from tinygpt.config import ConfigError
-        from tinygpt.sweeping.engines import Outcome
         from tinygpt.sweeping.study import KINDS, run_study
 
-        try:
-            return list(run_study(jobs, KINDS[self.file]))
-        except ConfigError as error:
-            if not self.optimises:
-                raise
-            if len(jobs) > 1:
-                return [outcome for job in jobs for outcome in self._do([job])]
-            print(f"failed     {error}")
-            return [Outcome("failed", reason=str(error))]
+        outcomes = one_line_errors(run_study)(job_overrides, KINDS[self.file])
+        return [
+            JobReturn(
+                overrides=overrides,
+                status=JobStatus.FAILED if outcome.failed else JobStatus.COMPLETED,
+                _return_value=RuntimeError(outcome.reason) if outcome.failed else outcome.value,
+            )
+            for overrides, outcome in zip(job_overrides, outcomes, strict=True)
+        ]
 
 
-class OptunaStudy(Sweeper):
-    """Hydra's sweeper for Optuna, with a study's folder for its results and the best trial told."""
+class OptunaSweeper(Sweeper):
+    """Asks Optuna which runs to make, and minimizes their final validation loss."""
 
     def __init__(self, **settings: Any) -> None:
-        plugin: Any = importlib.import_module("hydra_plugins.hydra_optuna_sweeper.optuna_sweeper")
-        self.storage = settings["storage"]
-        self.inner = plugin.OptunaSweeper(**{**settings, "max_failure_rate": 1.0})
+        self.settings = settings
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.settings = config.copy()
-        self.inner.setup(
-            hydra_context=hydra_context, task_function=task_function, config=self.settings
-        )
+        self.loader, self.config = hydra_context.config_loader, config
 
     def sweep(self, arguments: list[str]) -> None:
         from tinygpt.cli import one_line_errors
+        from tinygpt.sweeping.search import search
 
-        one_line_errors(self._sweep)(arguments)
-
-    def _sweep(self, arguments: list[str]) -> None:
-        from tinygpt import words
-        from tinygpt.config import RunError
-        from tinygpt.fileio import read_yaml
-        from tinygpt.sweeping.jobs import compose_jobs, study_name
-        from tinygpt.sweeping.study import KINDS
-
-        words.check_storage(self.storage)
-        settings, sweeper = self.settings, self.inner.sweeper
-        launcher = sweeper.launcher
-        folder = Path(settings.output_dir, settings.study or study_name(settings, arguments))
-        OmegaConf.set_readonly(settings, False)
-        OmegaConf.update(settings, "hydra.sweep.dir", str(folder))
-        if settings.plan:
-            print(f"{sweeper.n_trials} trials, as this one")
-            sweeper.n_trials = 1
-        logging.getLogger("hydra_plugins.hydra_optuna_sweeper").setLevel(logging.ERROR)
-        try:
-            sweeper.sweep(arguments)
-        except ValueError as error:
-            if "No trials" not in str(error):
-                raise
-        if settings.plan:
-            return
-        ended = [(job, outcome) for job, outcome in launcher.returned if not outcome.failed]
-        ended = [(job, outcome) for job, outcome in ended if math.isfinite(outcome.value)]
-        if not ended:
-            reasons = {outcome.reason or outcome.status for _, outcome in launcher.returned}
-            raise RunError(f"no trial came to a result: {'; '.join(sorted(reasons))}")
-        best, outcome = min(ended, key=lambda pair: float(pair[1].value))
-        path = compose_jobs([best], KINDS[launcher.file])[0].run.path
-        params = read_yaml(folder / "optimization_results.yaml")["best_params"]
-        swept = [word for word in best if word.split("=")[0] in params]
-        print(f"best       {' '.join(swept)}  {outcome.shown}\nfolder     {path}")
+        one_line_errors(search)(self.config, self.settings, arguments, self.loader)
 
 
 # Hydra loads plugins in a way that dataclasses do not survive: plain dictionaries.
-for group, node in (
-    ("sweeper", {"_target_": "hydra_plugins.tinygpt_study.StudySweeper", "params": {}}),
-    ("launcher", {"_target_": "hydra_plugins.tinygpt_study.StudyLauncher"}),
-):
-    ConfigStore.instance().store(group=f"hydra/{group}", name="tinygpt", node=node)
+OPTUNA = {"n_trials": 20, "n_jobs": 1, "direction": "minimize", "params": {}}
+OPTUNA |= {"storage": None, "study_name": None, "defaults": [{"sampler": "tpe"}, "_self_"]}
+OPTUNA |= {"_recursive_": False}
+SAMPLERS = {"tpe": "TPESampler", "random": "RandomSampler"}
+nodes: list[tuple[str, str, dict[str, Any]]] = [
+    ("sweeper", "tinygpt", {"_target_": f"{__name__}.StudySweeper", "params": {}}),
+    ("launcher", "tinygpt", {"_target_": f"{__name__}.StudyLauncher"}),
+    ("sweeper", "optuna", {"_target_": f"{__name__}.OptunaSweeper", **OPTUNA}),
+]
+for name, sampler in SAMPLERS.items():
+    nodes += [("sweeper/sampler", name, {"_target_": f"optuna.samplers.{sampler}", "seed": 0})]
+for group, name, node in nodes:
+    ConfigStore.instance().store(group=f"hydra/{group}", name=name, node=node)

@@ -603,7 +603,7 @@ def test_hydra_is_handed_texts_in_quotes(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_optuna_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "_has_optuna", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^hydra/sweeper=optuna: is not installed; `pip install"):
         compose_config(["hydra/sweeper=optuna"])
 

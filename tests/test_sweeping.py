@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,11 +25,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from tests.conftest import ROOT, Command, tiny
-from tinygpt import cli, rundir, words
-from tinygpt.config import ConfigError, WsdSchedule
+from tinygpt import cli, rundir
+from tinygpt.config import ConfigError, RunError, WsdSchedule
+from tinygpt.fileio import read_yaml
 from tinygpt.scaling.runs import load_runs
 from tinygpt.sweeping.engines import Outcome
 from tinygpt.sweeping.jobs import Job, compose_jobs, expand, flops_of
+from tinygpt.sweeping.search import search as optuna_search
 from tinygpt.sweeping.view import View, Work, seconds_left
 
 EXPERIMENTS = sorted(
@@ -562,68 +563,79 @@ def test_sigterm_saves_and_stops_a_study(
 # --- a sweeper that optimises
 
 
-def optimiser(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, trials: Sequence[Sequence[str]], *more: str
-) -> tuple[Any, Any]:
-    """Hydra's sweeper for Optuna as far as it is asked for anything: it tries ``trials``."""
+def search(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, **settings: Any
+) -> list[list[str]]:
+    """Run Optuna on runs whose loss is |log10(rate / 0.01)|; return the jobs that were made."""
+    made: list[list[str]] = []
 
     def run_study(jobs: Sequence[Sequence[str]], kind: Any) -> list[Outcome]:
         found = compose_jobs(jobs, kind)
+        made.extend(map(list, jobs))
         rates = [job.config.optim.learning_rate for job in found]
-        if found[0].config.plan:
-            return [Outcome("planned")] * len(found)
-        return [Outcome("diverged") if x > 1 else Outcome("finished", 100 * x) for x in rates]
+        losses = [abs(math.log10(rate / 0.01)) for rate in rates]
+        return [Outcome("finished", x) if x < 2 else Outcome("diverged") for x in losses]
 
-    monkeypatch.setattr("tinygpt.sweeping.study.run_study", run_study)
-    plugin: Any = importlib.import_module("hydra_plugins.tinygpt_study")
-    launcher, study = plugin.StudyLauncher(), object.__new__(plugin.OptunaStudy)
-    composed = OmegaConf.create({"hydra": {"sweep": {"dir": "."}, "sweeper": {"_target_": ""}}})
-    composed.hydra.sweeper._target_ = "hydra_plugins.tinygpt_study.OptunaStudy"
-    OmegaConf.update(composed, "hydra.job", {"config_name": "config"})
-    composed.update({"output_dir": str(folder), "study": "tuned", "plan": "plan=true" in more})
-    launcher.setup(hydra_context=None, task_function=lambda _: None, config=composed)
+    monkeypatch.setattr("tinygpt.sweeping.search.run_study", run_study)
+    config = OmegaConf.create({"hydra": {"job": {"config_name": "config"}}, "plan": False})
+    config.update({"output_dir": str(folder), "study": "tuned", "plan": "plan=true" in arguments})
+    known = {"n_trials": 12, "n_jobs": 1, "direction": "minimize", "params": {}, "storage": None}
+    known |= {"study_name": None, "sampler": {"_target_": "optuna.samplers.TPESampler", "seed": 0}}
+    optuna_search(config, known | settings, [f"output_dir={folder}", "study=tuned", *arguments])
+    return made
 
-    def sweep(arguments: Sequence[str]) -> None:
-        jobs = [[*arguments, *trial] for trial in trials]
-        values = [job.return_value for job in launcher.launch(jobs, 0)]
-        numbers = [value for value in values if isinstance(value, float)]
-        if not numbers:
-            raise ValueError("No trials are completed yet.")
-        place = Path(composed.hydra.sweep.dir)
-        place.mkdir(parents=True, exist_ok=True)
-        best = {"best_params": {"optim.learning_rate": 0, "model.n_heads": 0}}
-        (place / "optimization_results.yaml").write_text(json.dumps(best))
 
-    study.storage, study.settings = None, composed
-    study.inner = SimpleNamespace(
-        sweeper=SimpleNamespace(sweep=sweep, launcher=launcher, n_trials=9)
-    )
-    monkeypatch.setattr(words, "check_storage", lambda storage: None)
-    study.sweep([f"output_dir={folder}", "study=tuned", *more])
-    return study, launcher
+RATE = "optim.learning_rate=tag(log,interval(1e-4,1e-1))"
 
 
 def test_an_impossible_trial_fails_alone_and_the_best_is_told(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trials = [["model.n_heads=4", "optim.learning_rate=0.02"], ["model.n_heads=3"]]
-    trials += [["model.n_heads=2", "optim.learning_rate=0.01"], ["optim.learning_rate=5"]]
-    _, launcher = optimiser(monkeypatch, tmp_path, trials)
-    statuses = [outcome.status for _, outcome in launcher.returned]
-    assert statuses == ["finished", "failed", "finished", "diverged"]
+    made = search(monkeypatch, tmp_path, RATE, "model.n_heads=choice(2,3,4)", n_jobs=2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "failed     model.n_heads=3: must divide model.d_model=64"
-    assert lines[1] == "best       model.n_heads=2 optim.learning_rate=0.01  1.0000"
-    assert lines[2].startswith(f"folder     {tmp_path}/tuned/")
-    assert (tmp_path / "tuned" / "optimization_results.yaml").exists()
+    failed = [line for line in lines if line.startswith("failed")]
+    assert set(failed) == {"failed     model.n_heads=3: must divide model.d_model=64"}
+    assert len(made) + len(failed) == 12
+    rates = {job[2].split("=")[1]: job for job in made}
+    best = min(rates, key=lambda rate: abs(math.log10(float(rate) / 0.01)))
+    loss = abs(math.log10(float(best) / 0.01))
+    heads = rates[best][3]
+    assert lines[-2] == f"best       optim.learning_rate={best} {heads}  {loss:.4f}"
+    assert lines[-1].startswith(f"folder     {tmp_path}/tuned/")
+    written = read_yaml(tmp_path / "tuned" / "optimization_results.yaml")
+    assert written["best_params"]["optim.learning_rate"] == best
+    again = search(monkeypatch, tmp_path, RATE, "model.n_heads=choice(2,3,4)", n_jobs=2)
+    assert again == made  # so that the same command finds its finished runs
+
+
+def test_the_search_converges_and_parameters_may_stand_in_the_settings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = {"optim.learning_rate": "tag(log,interval(1e-4,1e-1))"}
+    made = search(monkeypatch, tmp_path, params=params, n_trials=40)
+    late = [abs(math.log10(float(job[-1].split("=")[1]) / 0.01)) for job in made[20:]]
+    assert sorted(late)[10] < 0.5  # random choices would be 0.75 away
+
+
+def test_a_database_counts_the_trials_of_earlier_commands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = f"sqlite:///{tmp_path}/x.db"
+    first = search(monkeypatch, tmp_path, RATE, storage=storage, n_trials=5)
+    assert search(monkeypatch, tmp_path, RATE, storage=storage, n_trials=5) == []
+    more = search(monkeypatch, tmp_path, RATE, storage=storage, n_trials=8)
+    assert (len(first), len(more)) == (5, 3)
+    assert len({tuple(job) for job in first + more}) == 8
+    out = capsys.readouterr().out.splitlines()
+    counts = [line.partition(": ")[2] for line in out if line.startswith(storage)]
+    assert counts == [f"{a} of {b} trials to make" for a, b in [(5, 5), (0, 5), (3, 8)]]
 
 
 def test_a_plan_of_trials_writes_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study, _ = optimiser(monkeypatch, tmp_path, [["seed=1"]], "plan=true")
-    assert study.inner.sweeper.n_trials == 1
-    assert capsys.readouterr().out == "9 trials, as this one\n"
+    assert len(search(monkeypatch, tmp_path, RATE, "plan=true")) == 1
+    assert capsys.readouterr().out == "12 trials, each as this one\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -635,30 +647,40 @@ def test_a_plan_of_trials_writes_nothing(
     ],
 )
 def test_no_trial_with_a_result_is_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    trial: str,
-    why: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trial: str, why: str
 ) -> None:
-    with pytest.raises(SystemExit, match=r"^1$"):
-        optimiser(monkeypatch, tmp_path, [[trial]])
-    assert capsys.readouterr().err == f"error: no trial came to a result: {why}\n"
+    with pytest.raises(RunError, match=f"^no trial came to a result: {re.escape(why)}$"):
+        search(monkeypatch, tmp_path, trial, "model.n_layers=interval(1,3)", n_trials=2)
 
 
 @pytest.mark.parametrize(
-    ("optuna", "sqlalchemy", "fits"),
-    [("2.10.1", "2.1.9", False), ("2.10.1", "1.4.54", True), ("3.6.1", "2.1.9", True)],
+    ("argument", "settings", "line"),
+    [
+        (RATE, {"n_trials": "x"}, "hydra.sweeper.n_trials=x: must be an integer of at least 1"),
+        (RATE, {"direction": "maximize"}, "hydra.sweeper.direction=maximize: a loss is made small"),
+        (RATE, {"storage": "nowhere"}, "hydra.sweeper.storage=nowhere: Could not parse"),
+        ("optim.learning_rate=interval(2,1)", {}, "optim.learning_rate=interval(2,1): `low <="),
+    ],
 )
-def test_a_database_that_optuna_cannot_open_is_refused(
-    monkeypatch: pytest.MonkeyPatch, optuna: str, sqlalchemy: str, fits: bool
+def test_a_search_that_cannot_be_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    argument: str,
+    settings: dict[str, Any],
+    line: str,
 ) -> None:
-    found = {"optuna": optuna, "sqlalchemy": sqlalchemy}
-    monkeypatch.setattr("importlib.metadata.version", found.__getitem__)
-    words.check_storage(None)
-    if fits:
-        words.check_storage("sqlite:///x.db")
-    else:
-        line = r"^hydra.sweeper.storage=sqlite:///x.db: Optuna 2.10.1 cannot use SQLAlchemy 2.1.9; "
-        with pytest.raises(ConfigError, match=line):
-            words.check_storage("sqlite:///x.db")
+    with pytest.raises(ConfigError, match=f"^{re.escape(line)}") as error:
+        search(monkeypatch, tmp_path, argument, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_search_space_is_of_the_kind_of_its_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    space = ["model.n_layers=interval(1,3)", "model.d_model=range(64,257,64)", RATE]
+    made = search(monkeypatch, tmp_path, *space, "optim.weight_decay=range(0,0.3,0.1)")
+    values = {key: {job[2 + i].split("=")[1] for job in made} for i, key in enumerate("ndrw")}
+    assert values["n"] == {"1", "2", "3"}
+    assert values["d"] == {"64", "128", "192", "256"}
+    assert {float(x) for x in values["w"]} == {0.0, 0.1, 0.2}
+    assert all(len(rate.strip("0.")) <= 9 for rate in values["r"])  # they name folders

@@ -143,11 +143,8 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
     words.check_options(vars(arguments))
     register_schemas()
     if not any((arguments.hydra_help, arguments.info, arguments.shell_completion)):
-        optimises = "hydra/sweeper=optuna" in overrides
-        if optimises:
-            sys.argv.append("hydra.sweeper._target_=hydra_plugins.tinygpt_study.OptunaStudy")
         if not sweeps(command, overrides, arguments.multirun):
-            if optimises:
+            if "hydra/sweeper=optuna" in overrides:
                 raise ConfigError("hydra/sweeper=optuna: needs --multirun")
             check_single(compose_for(command, overrides), overrides)
         elif not {item.split("=")[0] for item in overrides} & {"study", "experiment"}:

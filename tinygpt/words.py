@@ -11,7 +11,6 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from importlib import metadata
 from typing import Any
 
 from tinygpt.checks import did_you_mean
@@ -79,7 +78,7 @@ OPTIONS = {
 
 
 @functools.cache
-def _types(command: Command[Any]) -> dict[str, set[Any]]:
+def value_types(command: Command[Any]) -> dict[str, set[Any]]:
     """Return what the values of every key may be: those of a list are its elements'."""
     found = dict(kinds(command.schema))
     for group, choices in command.sections.items():
@@ -105,7 +104,7 @@ def as_meant(overrides: Sequence[str], command: Command[Any]) -> list[str]:
     """
     found = []
     for item in overrides:
-        types = _types(command).get(item.partition("=")[0].lstrip("+"), set())
+        types = value_types(command).get(item.partition("=")[0].lstrip("+"), set())
         if types in ({str}, {int}) and not _RANGES.search(item):
             item = _WORD.sub(_as_text if types == {str} else _as_whole, item)
         if match := re.match(r"(\+*output_dir=['\"])(~[^'\"]*)", item):  # Hydra makes it too
@@ -153,42 +152,23 @@ def check(overrides: Sequence[str], command: Command[Any]) -> None:
     """Raise ConfigError for what means something elsewhere, with what to say here."""
     for item in overrides:
         name, _, value = item.lstrip("+").partition("=")
-        if item == "hydra/sweeper=optuna" and not _has_optuna():
+        if item == "hydra/sweeper=optuna" and importlib.util.find_spec("optuna") is None:
             raise ConfigError(f"{item}: is not installed; {install('optuna')}")
         if item in CHOICES:
             raise ConfigError(f"{item}: no such choice; did you mean {CHOICES[item]}?")
         is_default = name == "hydra.job.chdir" and value.lower() in ("false", "null")
         if name in FOLDERS and not is_default and "LOCAL_RANK" not in os.environ:
             raise ConfigError(f"{item}: {FOLDERS[name].format(value)}")
-        meant = name not in _types(command) and _synonym(name, value, command)
+        meant = name not in value_types(command) and _synonym(name, value, command)
         if meant:
             raise ConfigError(f"{name}={value}: no such key; did you mean {meant}?")
-
-
-def _has_optuna() -> bool:
-    try:
-        return importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is not None
-    except ImportError:
-        return False
-
-
-def check_storage(storage: str | None) -> None:
-    """Raise ConfigError for a database where the Optuna that is installed can open none."""
-    found = {name: metadata.version(name) for name in ("optuna", "sqlalchemy")}
-    optuna, sqlalchemy = (int(version.split(".")[0]) for version in found.values())
-    if storage and optuna < 3 and sqlalchemy >= 2:
-        raise ConfigError(
-            f"hydra.sweeper.storage={storage}: Optuna {found['optuna']} cannot use SQLAlchemy "
-            f"{found['sqlalchemy']}; `pip install 'sqlalchemy<2'`, or leave storage out: with "
-            "hydra.sweeper.sampler.seed=1 the same command finds its finished runs"
-        )
 
 
 def _synonym(name: str, value: str, command: Command[Any]) -> str:
     """Return what somebody means by this key, "" where that cannot be told."""
     meant = SYNONYMS.get(name.rpartition(".")[2], "")
     key = meant.partition("=")[0]
-    if key not in _types(command).keys() | command.sections.keys() or name.startswith("hydra"):
+    if key not in value_types(command).keys() | command.sections.keys() or name.startswith("hydra"):
         return ""
     return meant.format(DEVICES.get(value, value) if key == "hardware" else value)
 
@@ -205,11 +185,11 @@ def explain_option(words: Sequence[str], message: str, command: Command[Any]) ->
         rest = words[words.index(option) + 1 :] if option in words else []
         value = rest[0] if rest and "=" not in rest[0] and not rest[0].startswith("--") else "..."
     meant = _synonym(name, value, command)
-    if name in _types(command):
+    if name in value_types(command):
         meant = f"{name}={value}"
     if meant:
         return f"{option}: no such option; did you mean {meant}?"
-    near = did_you_mean(name, list(_types(command)))
+    near = did_you_mean(name, list(value_types(command)))
     return f"{unknown}: no such option; --help shows what there is{near}"
 
 

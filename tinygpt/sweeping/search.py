@@ -1,0 +1,168 @@
+"""``hydra/sweeper=optuna``: Optuna chooses the runs, and each makes the next choice better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from tinygpt import cli, words
+from tinygpt.config import ConfigError, RunError
+from tinygpt.fileio import write_text
+from tinygpt.sweeping.engines import Outcome
+from tinygpt.sweeping.jobs import compose_jobs, study_name
+from tinygpt.sweeping.study import KINDS, run_study
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+
+
+def search(
+    config: DictConfig,
+    settings: Mapping[str, Any],
+    arguments: Sequence[str],
+    loader: ConfigLoader | None = None,
+) -> None:
+    """Make ``settings.n_trials`` runs that Optuna chooses, and print the best.
+
+    Args:
+        config: What Hydra composed: the command's file, ``output_dir``, ``study`` and ``plan``.
+        settings: The keys of ``hydra.sweeper``.  With ``storage``, trials made earlier count.
+        arguments: The command line; its intervals, ranges and choices are the search space.
+
+    Raises:
+        ConfigError: A setting that Optuna does not take.
+        RunError: No trial has a finite loss.
+    """
+    kind = KINDS[str(config.hydra.job.config_name)]
+    given = [*arguments, *(f"{key}={value}" for key, value in settings["params"].items())]
+    given = list({item.split("=")[0]: item for item in reversed(given)}.values())[::-1]
+    with cli.in_one_line(given, cli.RUN):
+        items = OverridesParser.create(loader).parse_overrides(words.as_meant(given, cli.RUN))
+    space = {item.get_key_element(): _distribution(item) for item in items if _varies(item)}
+    fixed = [str(item.input_line) for item in items if not _varies(item)]
+    name = str(config.study or study_name(config, list(arguments)))
+    study = _open_study(settings, name)
+    to_do = settings["n_trials"] - sum(trial.state.is_finished() for trial in study.trials)
+    if settings["storage"]:
+        print(f"{settings['storage']}: {to_do} of {settings['n_trials']} trials to make")
+    if config.plan:
+        print(f"{to_do} trials, each as this one")
+        to_do = min(to_do, 1)
+    reasons = []
+    while to_do > 0:
+        trials = [study.ask(space) for _ in range(min(to_do, settings["n_jobs"]))]
+        to_do -= len(trials)
+        jobs = [[*fixed, *map(_written, trial.params.items())] for trial in trials]
+        for trial, job, outcome in zip(trials, jobs, _outcomes(jobs, kind), strict=True):
+            trial.set_user_attr("overrides", job)
+            if outcome.failed or config.plan:
+                study.tell(trial, state=_failed())
+            else:
+                study.tell(trial, outcome.value)
+            reasons.append(outcome.reason or outcome.status)
+    if not config.plan:
+        _report(study, Path(config.output_dir, name), kind, reasons)
+
+
+def _written(param: tuple[str, Any]) -> str:
+    """Return the override that sets a parameter, floats to four digits: they name folders."""
+    key, value = param
+    return f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+
+
+def _varies(item: Override) -> bool:
+    return bool(item.is_sweep_override())
+
+
+def _failed() -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState.FAIL
+
+
+def _open_study(settings: Mapping[str, Any], name: str) -> optuna.Study:
+    """Return Optuna's study, of the storage where one is given.  Raises ConfigError."""
+    import optuna
+
+    for key in ("n_trials", "n_jobs"):
+        if not isinstance(settings[key], int) or settings[key] < 1:
+            raise ConfigError(
+                f"hydra.sweeper.{key}={settings[key]}: must be an integer of at least 1"
+            )
+    if str(settings["direction"]).lower() != "minimize":
+        raise ConfigError(
+            f"hydra.sweeper.direction={settings['direction']}: a loss is made small; minimize"
+        )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage, sampler = settings["storage"], dict(settings["sampler"])
+    name = settings["study_name"] or name
+    try:
+        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+    except Exception as error:  # whatever its driver raises
+        line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"hydra.sweeper.storage={storage}: {line}") from None
+    if sampler["seed"] is not None:  # the same seed would choose the same runs again
+        sampler["seed"] += len(study.trials)
+    try:
+        study.sampler = instantiate(sampler)
+    except InstantiationException as error:
+        line = str(error).strip().splitlines()[1]
+        raise ConfigError(f"hydra.sweeper.sampler: {line}") from None
+    return study
+
+
+def _distribution(item: Override) -> BaseDistribution:
+    """Return the values an override may take: an interval, a range or a choice."""
+    from optuna import distributions
+
+    value: Any = item.value()
+    if isinstance(value, IntervalSweep):
+        whole = words.value_types(cli.RUN).get(item.get_key_element()) == {int}
+        number = distributions.IntDistribution if whole else distributions.FloatDistribution
+        try:
+            return number(value.start, value.end, log="log" in value.tags)
+        except ValueError as error:
+            raise ConfigError(f"{item.input_line}: {error}") from None
+    values = list(item.sweep_string_iterator())
+    if isinstance(value, RangeSweep) and not value.shuffle:
+        ends = [float(each) for each in (values[0], values[-1])]
+        whole = all(isinstance(each, int) for each in (value.start, value.step))
+        if whole:
+            return distributions.IntDistribution(int(ends[0]), int(ends[1]), step=int(value.step))
+        return distributions.FloatDistribution(*ends, step=float(value.step))
+    return distributions.CategoricalDistribution(values)
+
+
+def _outcomes(jobs: Sequence[Sequence[str]], kind: Any) -> list[Outcome]:
+    """Return how each job ended; an impossible one fails alone."""
+    try:
+        return list(run_study(jobs, kind))
+    except ConfigError as error:
+        if len(jobs) > 1:
+            return [outcome for job in jobs for outcome in _outcomes([job], kind)]
+        print(f"failed     {error}")
+        return [Outcome("failed", reason=str(error))]
+
+
+def _report(study: optuna.Study, folder: Path, kind: Any, reasons: Sequence[str]) -> None:
+    """Print the best trial and its folder, and write them to ``optimization_results.yaml``."""
+    ended = [t for t in study.trials if t.value is not None and t.value < float("inf")]
+    if not ended:
+        raise RunError(f"no trial came to a result: {'; '.join(sorted(set(reasons)))}")
+    best = min(ended, key=lambda trial: trial.value or 0.0)
+    path = compose_jobs([best.user_attrs["overrides"]], kind)[0].run.path
+    folder.mkdir(parents=True, exist_ok=True)
+    swept = [_written(param) for param in best.params.items()]
+    chosen = dict(item.split("=", 1) for item in swept)
+    results = {"name": "optuna", "best_params": chosen, "best_value": best.value}
+    write_text(folder / "optimization_results.yaml", OmegaConf.to_yaml(results))
+    print(f"best       {' '.join(swept)}  {best.value:.4f}\nfolder     {path}")
