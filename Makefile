@@ -25,7 +25,7 @@ test: install ## Run the tests
 	$(BIN)/python -m pytest $(QUICK)
 
 test-slow: install ## Run the slow tests: real commands, kill tests, every configuration
-	$(BIN)/python -m pytest -m 'slow and not faults'
+	$(BIN)/python -m pytest -m 'slow and not faults' -n 2 --dist worksteal
 
 test-faults: install ## Kill, fill the disk, damage files: what the program promises, put to the test
 	$(BIN)/python -m pytest tests/faults -m faults

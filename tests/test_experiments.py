@@ -61,6 +61,7 @@ def test_its_command(name: str, tinygpt: Command, tmp_path: Path, corpus: Path) 
     (line,) = re.findall(r"^python -m tinygpt\.run (.*)$", page, re.M)[:1]
     words = [word for word in shlex.split(line, comments=True) if not word.startswith("train.")]
     small = ["scale=smoke", "launcher=serial", "hardware.threads=1", "data.val_fraction=0.25"]
+    small += ["data.eval_tokens=2_000"]
     done = tinygpt("run", *words, *small)
     assert done.returncode == 0, done.stderr
     assert " finished" in done.stdout
