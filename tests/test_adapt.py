@@ -164,7 +164,7 @@ def test_the_help_names_what_there_is() -> None:
         ),
         ("run=BASE FACTS policy.path=x", "policy.path: not a key of the chosen policy; it is one"),
         ("run=BASE FACTS hardware.devices=2", "hardware.devices=2: an adaptation takes one device"),
-        ("run=BASE FACTS sweep.stack=auto", "sweep.stack=auto: not for adaptations"),
+        ("run=BASE FACTS sweep.stack=auto", "sweep.stack=auto: removed; runs go side by side"),
         ("run=BASE FACTS study=a/b", "study=a/b: must be letters"),
         ("run=BASE FACTS scale=huge", "scale=huge: must be one of smoke, laptop, gpu"),
         ("run=BASE FACTS seed=1,2", "seed=1,2: several values need --multirun"),

@@ -190,7 +190,7 @@ SCHEMA = [
     ("hardware.devices=0", "hardware.devices=0: must be at least 1, or -1 for all there are"),
     ("hardware.devices=-2", "hardware.devices=-2: must be at least -1"),
     ("hardware.num_nodes=0", "hardware.num_nodes=0: must be at least 1"),
-    ("hardware.strategy=dp", "hardware.strategy=dp: must be one of auto, ddp, fsdp"),
+    ("hardware.strategy=dp", "hardware.strategy=dp: must be one of auto, ddp"),
     ("hardware.threads=0", "hardware.threads=0: must be at least 1"),
     ("train.precision=8", "train.precision=8: must be one of auto, 32, 64, bf16-mixed, 16-mixed"),
     ("train.precision=bf16", "train.precision=bf16: must be one of auto, 32, 64"),

@@ -38,7 +38,7 @@ MINUTE = (
 )
 COLUMNS = [
     *("what", "unit", "clock", "model", "vocab_size", "batch_size", "context", "device"),
-    *("precision", "threads", "compile", "matmul", "allocator", "median", "low", "high", "rounds"),
+    *("precision", "threads", "compile", "matmul", "median", "low", "high", "rounds"),
     *("times_baseline", "times_low", "times_high"),
 ]
 

@@ -343,42 +343,6 @@ def test_launched_by_others_they_start_at_once(
     assert_learned_the_same(alone, tmp_path / "outputs" / "s" / "r", TOLERANCE["64"])
 
 
-# Shards: refused on the CPU only because nobody wants them there
-
-ON_THE_CPU = """
-from tinygpt import run
-from tinygpt.training import trainer
-
-trainer._resolve_devices = lambda hardware, kind: (hardware.devices, hardware.strategy)
-run.main()
-"""
-
-
-@pytest.mark.slow
-def test_fsdp_learns_the_same_and_goes_on_where_it_stopped(
-    tmp_path: Path, corpus: Path, cache: Path, tinygpt: Command
-) -> None:
-    program = tmp_path / "on_the_cpu.py"
-    program.write_text(ON_THE_CPU)
-    arguments = words(corpus, "32", "train.steps=120", "model.n_layers=2")
-    one = Trained(tmp_path, cache, arguments).go().path
-    arguments += ["hardware.devices=2", "hardware.strategy=fsdp"]
-    (tmp_path / "whole").mkdir()
-    process = start(tmp_path / "whole", cache, arguments, [str(program)])
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    whole = tmp_path / "whole" / "outputs" / "s" / "r"
-    assert_learned_the_same(one, whole, TOLERANCE["32"])
-    run = stop(tmp_path, cache, arguments, signal.SIGTERM, group=True, program=ON_THE_CPU)
-    refused = tinygpt("run", *arguments, "hardware.strategy=ddp", cwd=tmp_path)
-    assert refused.returncode == 2
-    assert "was begun with fsdp; go on with that" in refused.stderr
-    process = start(tmp_path, cache, arguments, [str(program)])
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert outcome(run) == outcome(whole)
-
-
 # What cannot be had: one line, before there is a folder
 
 
@@ -387,7 +351,6 @@ def test_fsdp_learns_the_same_and_goes_on_where_it_stopped(
     [
         ("hardware.devices=3", "hardware.devices=3: 3 devices cannot share the batch of 8 seq"),
         ("hardware.devices=16", "hardware.devices=16: 16 devices cannot share the batch of 8 "),
-        ("hardware.strategy=fsdp", "hardware.strategy=fsdp: only on cuda, not on cpu; here: auto"),
         ("hardware.devices=-1", "hardware.devices=-1: on cpu say how many"),
         ("hardware.devices=1 hardware.num_nodes=3", "hardware.devices=1: 3 devices cannot share"),
         ("hardware.devices=2 hardware.micro_batch_size=8", "hardware.micro_batch_size=8: must div"),

@@ -22,7 +22,7 @@ from tests.conftest import Command, tiny
 from tests.test_sweeping import comparable, read_summary, start, sweep, wait_until
 from tinygpt.config import ConfigError, LocalLauncher, RayLauncher, SlurmLauncher
 from tinygpt.sweeping import engines
-from tinygpt.sweeping.jobs import Group
+from tinygpt.sweeping.jobs import Job
 
 
 def there(module: str) -> bool:
@@ -185,30 +185,28 @@ def test_slurm_queues_a_run_again_and_it_goes_on(
 def test_a_killed_worker_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is seen which job it was; the others end well."""
     jobs = sweep("seed=1,2,3,4,5", f"output_dir={tmp_path}", "hardware.accelerator=cpu")
-    monkeypatch.setattr(engines, "train_group", dies_at_seed_3)
+    monkeypatch.setattr(engines, "do_job", dies_at_seed_3)
     launcher = LocalLauncher(n_jobs=2)
-    groups = [tuple(jobs[:2]), tuple(jobs[2:4]), tuple(jobs[4:])]  # two of them stacks
     found = {
-        job.config.seed: outcome for job, outcome in engines.run_local(groups, launcher, tmp_path)
+        job.config.seed: outcome for job, outcome in engines.run_local(jobs, launcher, tmp_path)
     }
     assert {seed: outcome.status for seed, outcome in found.items()} == {
         1: "finished",
         2: "finished",
         3: "killed",
-        4: "killed",  # with the one that it trained with
+        4: "finished",
         5: "finished",
     }
     assert "SIGKILL" in found[3].reason
 
 
-def dies_at_seed_3(group: Group) -> list[engines.Outcome]:
-    for job in group:
-        job.run.path.mkdir(parents=True, exist_ok=True)
-        job.run.log.touch()
+def dies_at_seed_3(job: Job) -> engines.Outcome:
+    job.run.path.mkdir(parents=True, exist_ok=True)
+    job.run.log.touch()
     time.sleep(0.2)
-    if any(job.config.seed == 3 for job in group):
+    if job.config.seed == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return [engines.Outcome("finished", 1.0)] * len(group)
+    return engines.Outcome("finished", 1.0)
 
 
 def test_one_raises_one_diverges_one_is_killed(

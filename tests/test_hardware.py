@@ -18,7 +18,7 @@ from tinygpt import cli, fileio
 from tinygpt.config import ConfigError, HardwareConfig
 from tinygpt.horizon import Plan
 from tinygpt.model import linear
-from tinygpt.model.gpt import GPT, Block
+from tinygpt.model.gpt import GPT
 from tinygpt.training import hardware
 from tinygpt.training.trainer import Device
 
@@ -41,7 +41,8 @@ def test_who_multiplies_changes_no_more_than_rounding_and_is_recorded(
 ) -> None:
     losses = {}
     for name in ("torch", "onednn"):
-        trained = run(tmp_path / name, cache, corpus, f"hardware.matmul={name}")
+        linear.use_onednn(name == "onednn")
+        trained = run(tmp_path / name, cache, corpus)
         losses[name] = trained.results["final_val_loss"]
         assert fileio.read_json(trained.path / "environment.json")["matmul"] == name
     assert losses["onednn"] == pytest.approx(losses["torch"], rel=1e-4)
@@ -50,8 +51,8 @@ def test_who_multiplies_changes_no_more_than_rounding_and_is_recorded(
 def test_a_run_taken_up_with_other_products_says_so(
     tmp_path: Path, corpus: Path, cache: Path
 ) -> None:
-    words = ["hardware.matmul=torch", "train.checkpoint_every=256"]
-    first = Trained(tmp_path, cache, tiny(corpus, *words)).go()
+    linear.use_onednn(False)
+    first = Trained(tmp_path, cache, tiny(corpus, "train.checkpoint_every=256")).go()
     first.path.joinpath("results.json").unlink()
     environment = fileio.read_json(first.path / "environment.json")
     fileio.write_json(first.path / "environment.json", {**environment, "matmul": "onednn"})
@@ -59,20 +60,22 @@ def test_a_run_taken_up_with_other_products_says_so(
     assert "note: begun with matmul onednn, now torch" in first.said
 
 
-def test_onednn_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "onednn_is_there", lambda: False)
-    with pytest.raises(ConfigError, match=r"hardware\.matmul=onednn: .* here: auto, torch"):
-        hardware.set_up(HardwareConfig(matmul="onednn"), Device("cpu", "32"))
+def test_the_environment_switches_onednn_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYGPT_MATMUL", "torch")
+    linear.onednn_is_faster.cache_clear()
+    assert not linear.onednn_is_used()
+    assert not linear.takes_onednn(torch.zeros(2, 2))
+    linear.onednn_is_faster.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_kept_memory_is_not_asked_for_again() -> None:
     """Where malloc gives tensors back, pages have to be made anew at every step."""
-    faults = {choice: page_faults(choice) for choice in ("keep", "system")}
-    assert faults["keep"] < faults["system"] / 10
+    kept = page_faults('hardware.set_up(HardwareConfig(threads=1), Device("cpu", "32"))')
+    assert kept < page_faults("torch.set_num_threads(1)") / 10
 
 
-def page_faults(allocator: str) -> int:
+def page_faults(prepare: str) -> int:
     """Of ten steps of a small model, after ten others."""
     program = f"""
 import resource, torch
@@ -80,7 +83,7 @@ from tinygpt.config import HardwareConfig, ModelConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.training import hardware
 from tinygpt.training.trainer import Device
-hardware.set_up(HardwareConfig(allocator={allocator!r}, threads=1), Device("cpu", "32"))
+{prepare}
 model = GPT(ModelConfig(), 4096)
 tokens = torch.randint(4096, (1, 257))
 for step in range(20):
@@ -96,16 +99,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return int(run.stdout)
 
 
-@pytest.mark.parametrize(
-    ("how", "on", "allowed"),
-    [
-        ("graphs", "cpu", "auto, off, regional, whole"),
-        ("whole", "mps", "auto, off"),
-    ],
-)
-def test_what_a_device_cannot_compile_is_one_line(how: str, on: str, allowed: str) -> None:
-    with pytest.raises(ConfigError, match=f"hardware.compile={how}: on {on} one of {allowed}$"):
-        hardware.set_up(HardwareConfig(compile=how), Device(on, "32"))
+def test_what_a_device_cannot_compile_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^hardware\.compile=on: on mps one of auto, off$"):
+        hardware.set_up(HardwareConfig(compile="on"), Device("mps", "32"))
 
 
 @pytest.mark.parametrize(
@@ -113,8 +109,7 @@ def test_what_a_device_cannot_compile_is_one_line(how: str, on: str, allowed: st
     [
         ("off", []),
         ("auto", []),  # on the CPU
-        ("regional", [Block]),
-        ("whole", [GPT]),
+        ("on", [GPT]),
     ],
 )
 def test_what_is_compiled(
@@ -133,7 +128,7 @@ def test_what_is_compiled(
     assert all(key.startswith("model.") and "_orig_mod" not in key for key in trained.weights())
 
 
-@pytest.mark.parametrize(("seconds", "how"), [(2.9, "off"), (3.1, "whole")])
+@pytest.mark.parametrize(("seconds", "how"), [(2.9, "off"), (3.1, "on")])
 def test_on_cuda_a_long_run_is_compiled(
     monkeypatch: pytest.MonkeyPatch, seconds: float, how: str
 ) -> None:
@@ -141,8 +136,9 @@ def test_on_cuda_a_long_run_is_compiled(
     monkeypatch.setattr(hardware, "seconds_per_step", lambda *of: seconds)
     config, cuda = cli.compose_config([]), Device("cuda", "bf16-mixed")
     assert hardware.rounding(config, 300, PLAN, cuda, {})["compile"] == how
-    begun = {"compile": "regional"}
-    assert hardware.rounding(config, 300, PLAN, cuda, begun)["compile"] == "regional"
+    for begun in ("off", "on"):
+        found = hardware.rounding(config, 300, PLAN, cuda, {"compile": begun})
+        assert found["compile"] == begun
     assert hardware.rounding(config, 300, PLAN, Device("cpu", "32"), {})["compile"] == "off"
 
 
@@ -152,15 +148,14 @@ def test_a_compiled_run_is_the_same_within_rounding(
     tinygpt: Command, tmp_path: Path, corpus: Path
 ) -> None:
     losses = {}
-    for how in ("off", "regional", "whole"):
+    for how in ("off", "on"):
         words = tiny(corpus, f"hardware.compile={how}", f"run_name={how}", f"study={how}")
         done = tinygpt("run", *words)
         assert done.returncode == 0, done.stderr
         folder = tmp_path / "outputs" / how / how
         losses[how] = fileio.read_json(folder / "results.json")["final_val_loss"]
         assert fileio.read_json(folder / "environment.json")["compile"] == how
-    assert losses["regional"] == pytest.approx(losses["off"], rel=1e-4)
-    assert losses["whole"] == pytest.approx(losses["off"], rel=1e-4)
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-4)
 
 
 @pytest.mark.parametrize(

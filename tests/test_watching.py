@@ -26,11 +26,10 @@ from tests.conftest import tiny
 from tests.test_tracking import interrupt_at, samples, stop_at
 from tests.test_training import Trained
 from tinygpt import cli
-from tinygpt.config import Config, ConfigError
+from tinygpt.config import ConfigError
 from tinygpt.counting import flops_per_token
 from tinygpt.scaling import images
 from tinygpt.training.session import train
-from tinygpt.training.stack import train_stack
 
 QUIET = Console(quiet=True)
 RHYTHM = (
@@ -106,19 +105,18 @@ def hparams_page(outputs: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def outputs(corpus: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of two stacked runs, a run by itself, and one that diverged."""
+    """A study of two runs, a run by itself, and one that diverged."""
     folder = tmp_path_factory.mktemp("outputs")
 
     def words(*more: str) -> list[str]:
         return tiny(corpus, f"output_dir={folder}", f"cache_dir={cache}", *more)
 
     jobs = [words("study=one", f"optim.learning_rate={rate}", "seed=1") for rate in (1e-3, 1e-2)]
-    train_stack([(cli.compose_config(job), job) for job in jobs], QUIET)
     alone = words("study=two", "run_name=alone", "model.position=rope", "optim.betas=[0.9,0.99]")
     alone += ["schedule.warmup_steps=2", "seed=1", "optim.learning_rate=1e-3"]
     ill = words("study=two", "run_name=ill", "optim=sgd", "optim.learning_rate=1e30", "seed=1")
     ill += ["train.grad_clip_norm=null"]
-    for job in (alone, ill):
+    for job in (*jobs, alone, ill):
         train(cli.compose_config(job), job, QUIET)
     return folder
 
@@ -335,12 +333,10 @@ def test_weights_and_biases_is_told_the_same(
 def test_two_runs_of_one_process_are_two_runs_there(
     corpus: Path, cache: Path, tmp_path: Path, wandb: FakeWandb
 ) -> None:
-    words = [
-        tiny(corpus, "logger=wandb", f"output_dir={tmp_path}", f"cache_dir={cache}", f"seed={seed}")
-        for seed in (1, 2)
-    ]
-    jobs: list[tuple[Config, list[str]]] = [(cli.compose_config(job), job) for job in words]
-    train_stack(jobs, QUIET)
+    for seed in (1, 2):
+        Trained(
+            tmp_path, cache, tiny(corpus, "logger=wandb", f"seed={seed}", f"run_name={seed}")
+        ).go()
     assert len({run.given["id"] for run in wandb.runs}) == 2
     assert all(run.given["reinit"] == "create_new" for run in wandb.runs)
     assert [run.exit_code for run in wandb.runs] == [0, 0]

@@ -24,15 +24,15 @@ from tinygpt.measuring.statistics import quartiles
 from tinygpt.measuring.turns import Arm, in_turns, opened
 
 MEASURES = ("train", "parts", "memory", "attention", "generation", "tokenizer", "startup")
-VARIED = ("model", "vocab_size", "threads", "compile", "matmul", "allocator")
+VARIED = ("model", "vocab_size", "threads", "compile")
 STARTS = 3  # rounds of starting a process, at most: each takes seconds
 USAGE = f"""\
 python -m tinygpt.benchmark [key=value ...]
 
 measure=all             {",".join(MEASURES)}
 model=tiny,small vocab_size=4096 batch_size=8 max_seq_len=null    null: the model's own context
-threads=1 compile=off matmul=auto allocator=keep    as hardware.* of tinygpt.run
-                        of these six lists, every combination: model vocab_size and the hardware
+threads=1 compile=off   as hardware.* of tinygpt.run
+                        of these four lists, every combination: model vocab_size threads compile
 precision=auto accelerator=auto
 rounds=10 steps=5       a round: so many steps of each configuration, in turns
 baseline=PATH           an earlier benchmark.json, or its folder, to compare with
@@ -57,8 +57,6 @@ class Arguments:
     accelerator: str = "auto"
     threads: list[int] = key([1], least=1)  # noqa: RUF009
     compile: list[str] = key(["off"])  # noqa: RUF009
-    matmul: list[str] = key(["auto"])  # noqa: RUF009
-    allocator: list[str] = key(["keep"])  # noqa: RUF009
     rounds: int = key(10, least=1)
     steps: int = key(5, least=1)
     baseline: Optional[str] = None

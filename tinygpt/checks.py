@@ -20,6 +20,7 @@ from tinygpt.config import (
     DEFAULT_TOKENS,
     HORIZONS,
     LLAMA3,
+    REMOVED,
     SCALED_BY_WIDTH,
     SCALES,
     Config,
@@ -69,6 +70,8 @@ def horizon_given(overrides: Sequence[str]) -> str | None:
 
 def unknown_key(name: str, known: Sequence[str]) -> str:
     """The line for a key that does not exist, with the nearest ones that do."""
+    if name in REMOVED:
+        return f"{name}: removed; {REMOVED[name]}"
     if name in known:
         group = name.split(".")[0]
         return f"{name}: not a key of the chosen {group}"
@@ -169,11 +172,6 @@ def check(config: Config) -> None:
     )
     _check_rate_scaling(config)
     _check_lora(config)
-    stack = config.sweep.stack
-    require(
-        stack in ("off", "auto") or (stack.isdecimal() and int(stack) >= 2),
-        f"sweep.stack={stack}: must be off, auto or a number of runs, at least 2",
-    )
     require(
         config.hardware.devices != 0,
         "hardware.devices=0: must be at least 1, or -1 for all there are",

@@ -160,8 +160,6 @@ def check_single(config: Settings, overrides: Sequence[str]) -> None:
     """Refuses what only a sweep can use.  Raises ConfigError."""
     if config.launcher.kind != "serial":
         raise ConfigError(f"launcher={config.launcher.kind}: needs --multirun, or an experiment")
-    if config.sweep.stack != "off":
-        raise ConfigError(f"sweep.stack={config.sweep.stack}: needs --multirun, or an experiment")
     if "scale" in {item.split("=")[0] for item in overrides}:
         raise ConfigError(f"scale={config.scale}: needs an experiment that has scales")
 

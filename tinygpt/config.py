@@ -331,12 +331,10 @@ class HardwareConfig:
     accelerator: str = key("auto", among=("auto", "cpu", "mps", "cuda"))
     devices: int = key(1, least=-1)  # on each node, a process each; -1: all there are
     num_nodes: int = key(1, least=1)
-    strategy: str = key("auto", among=("auto", "ddp", "fsdp"))  # auto: ddp for several devices
+    strategy: str = key("auto", among=("auto", "ddp"))  # auto: ddp for several devices
     micro_batch_size: Optional[int] = key(None, least=1)  # sequences; null: what fits well
     threads: Optional[int] = key(None, least=1, most=4096)  # CPU threads; null: as many as pay
-    compile: str = key("auto", among=("auto", "off", "regional", "whole", "graphs"))
-    matmul: str = key("auto", among=("auto", "torch", "onednn"))  # on the CPU, in 32 bits
-    allocator: str = key("keep", among=("keep", "system"))  # of memory on the CPU
+    compile: str = key("auto", among=("auto", "off", "on"))
 
 
 @dataclass
@@ -425,7 +423,6 @@ class SweepConfig:
     laptop: dict[str, Any] = field(default_factory=dict)
     gpu: dict[str, Any] = field(default_factory=dict)
     share_trunk: bool = False  # runs that differ in length alone share their constant-rate part
-    stack: str = "off"  # auto, or how many runs of one shape train as one at most
 
 
 @dataclass
@@ -486,6 +483,17 @@ class Sampling:
     min_p: float = key(0.0, least=0.0, most=1.0)  # of those with this share of the likeliest's
 
 
+# Keys and values that are no more, each with what to use instead.
+REMOVED = {
+    "sweep.stack": "runs go side by side with launcher=local launcher.n_jobs=2",
+    "hardware.strategy=fsdp": "hardware.strategy=ddp shares the batch out over the devices",
+    "hardware.allocator": "freed memory is always kept for the next step",
+    "hardware.matmul": "TINYGPT_MATMUL=torch in the environment switches oneDNN off",
+    **dict.fromkeys(
+        [f"hardware.compile={how}" for how in ("regional", "whole", "graphs")],
+        "hardware.compile=on compiles the whole model",
+    ),
+}
 # The variants of each group, by their name in conf/.
 CHOICES: dict[str, dict[str, type]] = {
     "data": {"synthetic": SyntheticData, "hub": HubData, "custom": CustomData},

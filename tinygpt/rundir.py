@@ -23,6 +23,7 @@ from tinygpt import fileio
 from tinygpt.config import (
     CHOICES,
     HORIZONS,
+    REMOVED,
     Config,
     ConfigError,
     Settings,
@@ -218,6 +219,9 @@ def read_config(path: Path) -> Config:
     """
     values = _literal(fileio.read_yaml(path))
     try:
+        for name in REMOVED:  # keys of earlier versions
+            section, _, last = name.partition(".")
+            (values.get(section) or {}).pop(last, None)
         typed = OmegaConf.structured(Config)
         for group in CHOICES:
             typed[group] = OmegaConf.structured(variant(group, values[group]))

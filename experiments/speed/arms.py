@@ -24,9 +24,11 @@ from tinygpt.measuring.training import clock_of, facts_of, probe_loss
 from tinygpt.measuring.turns import Lap, Player
 from tinygpt.model.gpt import GPT
 from tinygpt.training.calibration import AUTOCAST
+from tinygpt.training.hardware import keep_freed_memory, set_threads
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import make_optimizer
-from tinygpt.training.session import open_data, open_machine
+from tinygpt.training.session import open_data
+from tinygpt.training.trainer import resolve_device
 
 Loop = tuple[Iterator[Any], Callable[[Tensor, Tensor], Tensor], nn.Module]
 
@@ -167,9 +169,12 @@ def raw_loop(config: Config, data: TokenData, get_batch: Batches, recipe: Recipe
 LOOPS = {"plain": plain_loop, "transformers": transformers_loop, "raw": raw_loop}
 
 
-def play(arm: str, overrides: list[str], folder: Path, player: Player) -> None:
+def play(arm: str, overrides: list[str], folder: Path, keeps: bool, player: Player) -> None:
     config = cli.compose_config(overrides)
-    device = open_machine(config)
+    device = resolve_device(config.hardware, config.train.precision)
+    set_threads(config.hardware, device)
+    if keeps:
+        keep_freed_memory()
     prepared = open_tokens(folder)
     data = open_data(config, prepared, device)
     assert data.plan is not None
@@ -199,4 +204,4 @@ def play(arm: str, overrides: list[str], folder: Path, player: Player) -> None:
 if __name__ == "__main__":
     job, player = json.loads(sys.argv[1]), Player()
     with player.failing_in_a_line():
-        play(job["arm"], job["overrides"], Path(job["tokens"]), player)
+        play(job["arm"], job["overrides"], Path(job["tokens"]), job["keeps"], player)

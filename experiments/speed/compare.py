@@ -10,7 +10,7 @@ import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -33,8 +33,8 @@ python experiments/speed/compare.py [key=value ...]
 model=tiny batch_size=16 max_seq_len=null vocab_size=4096    the work; null: the model's own context
 precision=32            or bf16-mixed
 threads=1               of all
-compile=off matmul=auto allocator=keep micro_batch_size=null    of tinygpt, as its hardware.*
-rival_allocator=system  of the others; keep: what is freed is kept there too
+compile=off micro_batch_size=null    of tinygpt, as its hardware.*
+rival_allocator=system  of the others; keep: what is freed is kept, as tinygpt does
 steps=4 rounds=30       a round: so many steps by each, in turns
 overhead=true           instead: what Lightning adds to a step of a nearly empty model
 suite=true              instead: all cases of the README; the hardware options are for all of them
@@ -53,8 +53,6 @@ class Arguments:
     precision: str = key("32", among=("32", "bf16-mixed"))
     threads: int = key(1, least=1)
     compile: str = "off"
-    matmul: str = "auto"
-    allocator: str = "keep"
     rival_allocator: str = key("system", among=("system", "keep"))
     micro_batch_size: Optional[int] = key(None, least=1)
     steps: int = key(4, least=1)
@@ -118,14 +116,22 @@ def nearly_empty(arguments: Arguments) -> Setting:
 
 
 def measure(
-    setting: Setting, rivals: Mapping[str, Setting], rounds: int, steps: int, console: Console
+    setting: Setting,
+    rivals: Sequence[str],
+    keeps: bool,
+    rounds: int,
+    steps: int,
+    console: Console,
 ) -> dict[str, Arm]:
-    """All arms with their laps, after it is proved that they do the same work."""
+    """All arms with their laps, after it is proved that they do the same work.
+
+    ``keeps``: whether the rivals keep freed memory, as tinygpt does.
+    """
     with token_folders() as tokens_of:
         tokens = tokens_of(setting)
         commands = {"tinygpt": Job("train", setting.overrides, tokens, probe=True).command}
-        for name, theirs in rivals.items():
-            job = {"arm": name, "overrides": theirs.overrides, "tokens": tokens}
+        for name in rivals:
+            job = {"arm": name, "overrides": setting.overrides, "tokens": tokens, "keeps": keeps}
             commands[name] = [sys.executable, str(HERE / "arms.py"), json.dumps(job)]
         with console.status("starting") as status, opened(commands) as arms:
             check_same_work(arms)
@@ -165,15 +171,14 @@ def work_of(setting: Setting, steps: int) -> dict[str, Any]:
         "steps": steps,
         "precision": setting.precision,
         "threads": setting.threads,
-        "allocator": setting.allocator,
     }
 
 
 def compare(case: Case, rounds: int, console: Console) -> list[dict[str, Any]]:
     """A row for each rival and clock, with the ratio of every round in it."""
     setting = case.setting
-    other = dataclasses.replace(setting, allocator=case.rival_allocator)
-    arms = measure(setting, dict.fromkeys(RIVALS, other), rounds, case.steps, console)
+    keeps = case.rival_allocator == "keep"
+    arms = measure(setting, RIVALS, keeps, rounds, case.steps, console)
     ours = arms["tinygpt"]
     facts = {
         name: ours.facts[name] for name in ("parameters", "micro_batch_size", "compile", "matmul")
@@ -211,7 +216,7 @@ def target_of(case: Case, rival: str) -> float | None:
 def overhead(arguments: Arguments, console: Console) -> list[dict[str, Any]]:
     """Milliseconds that a step through the Trainer takes more than one of our own raw loop."""
     setting, steps = nearly_empty(arguments), 100
-    arms = measure(setting, {"raw": setting}, arguments.rounds, steps, console)
+    arms = measure(setting, ["raw"], True, arguments.rounds, steps, console)
     rows = []
     for clock in ("cpu", "wall"):
         pairs = zip(laps_of(arms["tinygpt"]), laps_of(arms["raw"]), strict=True)
@@ -229,7 +234,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         f"batch {first['batch_size']} × context {first['context']}; vocabulary "
         f"{first['vocab_size']:,}; {first['steps']} steps × {first['rounds']} rounds; precision "
         f"{first['precision']}; {first['threads']} thread(s); tinygpt: compile "
-        f"{first['compile']}, matmul {first['matmul']}, allocator {first['allocator']}, "
+        f"{first['compile']}, matmul {first['matmul']}, "
         f"{first['micro_batch_size']} sequences a pass; the others: allocator "
         f"{first['rival_allocator']}",
         highlight=False,

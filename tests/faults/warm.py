@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the
 
 IMPORTED = (
     *("tinygpt.run", "tinygpt.fit", "tinygpt.export", "tinygpt.training.session"),
-    *("tinygpt.training.stack", "tinygpt.sweeping.study", "tinygpt.sweeping.summary"),
+    *("tinygpt.sweeping.study", "tinygpt.sweeping.summary"),
     *("tinygpt.scaling.report", "tinygpt.scaling.analysis", "tinygpt.data.huggingface"),
     *("tinygpt.model.huggingface", "torch.utils.tensorboard", "safetensors.torch"),
 )

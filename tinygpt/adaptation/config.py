@@ -169,7 +169,6 @@ def check_adapt(config: AdaptConfig) -> None:
     check_text(data)
     for name, value in {"devices": hardware.devices, "num_nodes": hardware.num_nodes}.items():
         require(value == 1, f"hardware.{name}={value}: an adaptation takes one device")
-    require(sweep.stack == "off", f"sweep.stack={sweep.stack}: not for adaptations")
     require(not sweep.share_trunk, "sweep.share_trunk=true: not for adaptations")
     _check_methods(config)
     _check_policy(config)

@@ -8,7 +8,7 @@ that any machine, and any resumed run, sees the same tokens in the same order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import lightning.pytorch as pl
 import numpy as np
@@ -68,20 +68,6 @@ class TrainBatches(Dataset[Batch]):
         starts = self.starts(step)[first : first + micro]
         tokens = torch.from_numpy(self.split.gather(starts, self.length + 1))
         return tokens[:, :-1], tokens[:, 1:]  # the one place where labels are shifted
-
-
-class StackedBatches(Dataset[Batch]):
-    """The batches of several runs side by side: (K, B, T)."""
-
-    def __init__(self, runs: Sequence[TrainBatches]) -> None:
-        self.runs = runs
-
-    def __len__(self) -> int:
-        return len(self.runs[0])
-
-    def __getitem__(self, index: int) -> Batch:
-        inputs, targets = zip(*(run[index] for run in self.runs), strict=True)
-        return torch.stack(inputs), torch.stack(targets)
 
 
 class EvalBatches:
@@ -147,7 +133,6 @@ class TokenData(pl.LightningDataModule):
         self.windows = self.splits["train"].train_windows(self.length, stride, config.data.fraction)
         self._refuse_short_splits()
         self.plan: Plan | None = None  # set before training
-        self.seeds = [config.seed]  # of the order of the data; several: of a stack of runs
 
     def _refuse_short_splits(self) -> None:
         for name, split in self.splits.items():
@@ -193,19 +178,15 @@ class TokenData(pl.LightningDataModule):
     def train_dataloader(self) -> StepLoader:
         assert self.plan is not None
         assert self.trainer is not None
-        runs = [
-            TrainBatches(
-                self.splits["train"],
-                self.windows,
-                length=self.length,
-                seed=seed,
-                plan=self.plan,
-                rank=self.trainer.global_rank,
-                world_size=self.trainer.world_size,
-            )
-            for seed in self.seeds
-        ]
-        batches = StackedBatches(runs) if len(runs) > 1 else runs[0]
+        batches = TrainBatches(
+            self.splits["train"],
+            self.windows,
+            length=self.length,
+            seed=self.config.seed,
+            plan=self.plan,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
         first = self.trainer.global_step * self.plan.accumulate
         on_cuda = self.trainer.strategy.root_device.type == "cuda"
         sampler = _FromStep(first, len(batches))

@@ -60,9 +60,6 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
     if of_cpu:
         begun = fileio.read_json(run.environment, threads=int)
     threads = min(begun["threads"], os.cpu_count() or 1) if of_cpu else None
-    matmul = begun.get("matmul", "auto") if of_cpu else "auto"
-    if matmul == "onednn" and not linear.onednn_is_there():
-        matmul = "torch"
     hardware = dataclasses.replace(
         config.hardware,
         accelerator=options.device,
@@ -71,7 +68,6 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
         strategy="auto",
         threads=options.threads or threads,
         compile="off",
-        matmul=matmul,
     )
     precision = options.precision
     if precision == "auto":
@@ -83,12 +79,14 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
         line = line.replace("train.precision=", "precision=")
         as_trained = options.precision == "auto" and "precision=" in line
         raise ConfigError(f"{line}, as {run.path} was trained" if as_trained else line) from error
-    before, by_onednn = torch.get_num_threads(), linear.onednn_is_used()
+    before = torch.get_num_threads()
     try:
         set_up(hardware, resolved)
+        if of_cpu and "matmul" in begun:
+            linear.use_onednn(begun["matmul"] == "onednn" and linear.onednn_is_there())
         if resolved.accelerator == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as the Trainer has it
         yield Machine(resolved, dataclasses.replace(config, hardware=hardware))
     finally:
         torch.set_num_threads(before)
-        linear.use_onednn(by_onednn)
+        linear.use_onednn(None)

@@ -30,8 +30,6 @@ class Setting:
     accelerator: str = "auto"
     threads: int | None = None
     compile: str = "off"
-    matmul: str = "auto"
-    allocator: str = "keep"
     micro_batch_size: int | None = None
     seed: int = 42
     more: tuple[str, ...] = ()
@@ -46,8 +44,6 @@ class Setting:
             "accelerator": self.accelerator,
             "threads": self.threads,
             "compile": self.compile,
-            "matmul": self.matmul,
-            "allocator": self.allocator,
             "micro_batch_size": self.micro_batch_size,
         }
         return (

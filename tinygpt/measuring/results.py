@@ -62,7 +62,6 @@ class Place:
     threads: int
     compile: str | None
     matmul: str | None
-    allocator: str | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,6 @@ def place_of(arm: Arm, setting: Setting, measure: str) -> Place:
         threads=facts["threads"],
         compile=facts["compile"] if trains else None,
         matmul=facts["matmul"] if trains else None,
-        allocator=setting.allocator if trains else None,
     )
 
 
@@ -236,7 +234,7 @@ WORDS: dict[str, Callable[[Any], str]] = {  # how a configuration is named
     "threads": lambda value: "1 thread" if value == 1 else f"{value} threads",
     **{
         name: lambda value, name=name: f"{name} {value}"  # type: ignore[misc]
-        for name in ("compile", "matmul", "allocator")
+        for name in ("compile", "matmul")
     },
 }
 

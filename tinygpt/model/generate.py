@@ -113,7 +113,7 @@ def evaluating(model: GPT) -> Iterator[None]:
             module.training = training
 
 
-@torch.no_grad()  # fsdp goes on training in what it gathers here: no inference_mode
+@torch.no_grad()
 def stream(
     model: GPT,
     prompt: Tensor,

@@ -379,7 +379,7 @@ class GPT(nn.Module):
 
     def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Of every target its loss and whether the likeliest token is it: (B·T,) each."""
-        losses, right = self(tokens, targets, each=True)  # fsdp watches calls of the whole
+        losses, right = self(tokens, targets, each=True)  # a call of the whole may be compiled
         return losses, right.bool()
 
 

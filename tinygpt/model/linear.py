@@ -8,6 +8,7 @@ oneDNN only in half precision, so the products of a linear layer are handed to i
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ FEW_ROWS = 16  # below so many the call costs more than the product
 
 
 def onednn_is_there() -> bool:
+    """Return whether this torch has oneDNN and TINYGPT_MATMUL=torch does not switch it off."""
+    if os.environ.get("TINYGPT_MATMUL") == "torch":
+        return False
     return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 

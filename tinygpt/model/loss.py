@@ -52,7 +52,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return onednn_product(a, b) if takes_onednn(a) else a @ b.t()
 
 
-def add_up(
+def _add_up(
     hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tensor, of_columns: Tensor
 ) -> Tensor:
     """The sum of the losses.  Its gradients are written into ``of_hidden`` (N, C) and added to
@@ -76,21 +76,16 @@ def add_up(
     return total
 
 
-def room_for_gradients(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """For ``add_up``, or for several: (..., N, C) and zeros (..., C, V), of 32 bits at least."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    columns = weight.transpose(-1, -2)
-    return torch.empty_like(hidden), torch.zeros(columns.shape, dtype=wide, device=weight.device)
-
-
 class _InPieces(torch.autograd.Function):
     """The mean loss; the gradients are made on the way forward, and given away on the way back."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        ctx.gradients = room_for_gradients(hidden, weight)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        of_columns = torch.zeros(weight.t().shape, dtype=wide, device=weight.device)
+        ctx.gradients = torch.empty_like(hidden), of_columns
         ctx.dtype = weight.dtype
-        return add_up(hidden, weight, targets, *ctx.gradients) / len(hidden)
+        return _add_up(hidden, weight, targets, *ctx.gradients) / len(hidden)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tinygpt import cli, rundir
 from tinygpt.adaptation.config import AdaptConfig, count_records, count_trials, methods_of
 from tinygpt.config import ConfigError
 from tinygpt.counting import count_parameters
-from tinygpt.sweeping.jobs import End, Group, StudyJob
+from tinygpt.sweeping.jobs import StudyJob
 
 REWARD = "reward_"  # what precedes a method's name in results.json
 
@@ -91,16 +91,13 @@ class AdaptationJob(StudyJob):
         console.print(f"\n{line}", highlight=False, soft_wrap=True)
 
     @classmethod
-    def stages(
-        cls, jobs: Sequence[AdaptationJob], say: Callable[[str], None]
-    ) -> Sequence[Sequence[Group]]:
-        return [[(job,) for job in jobs]]
+    def stages(cls, jobs: Sequence[AdaptationJob]) -> Sequence[Sequence[AdaptationJob]]:
+        return [jobs]
 
-    @classmethod
-    def do(cls, group: Sequence[AdaptationJob], console: Console) -> list[End]:
+    def do(self, console: Console) -> dict[str, Any]:
         from tinygpt.adaptation.study import adapt
 
-        return [adapt(job.config, list(job.overrides), console) for job in group]
+        return adapt(self.config, list(self.overrides), console)
 
     def came_to(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
         """The best mean reward on test documents, and of which method."""

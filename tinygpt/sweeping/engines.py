@@ -1,14 +1,12 @@
 """Who does the jobs of a study: this process, joblib's workers, Slurm or Ray.
 
-Every engine takes groups of jobs, those that train as one, and yields each job with its outcome as
-soon as it is known, in any order.  A job that fails, diverges or is killed is an outcome like any
-other; a process that is killed takes its whole group with it.
+Every engine takes jobs and yields each with its outcome as soon as it is known, in any order.  A
+job that fails, diverges or is killed is an outcome like any other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import os
@@ -16,7 +14,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +30,7 @@ from tinygpt.config import (
     SlurmLauncher,
     install,
 )
-from tinygpt.sweeping.jobs import End, Group, StudyJob
+from tinygpt.sweeping.jobs import StudyJob
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,14 @@ class Outcome:
 
 
 Results = Iterator[tuple[StudyJob, Outcome]]
-Engine = Callable[[Sequence[Group], Path], Results]
+Engine = Callable[[Sequence[StudyJob], Path], Results]
 
 
 SHARED_MEMORY = "/dev/shm"
 
 
 def make_engine(launcher: LauncherConfig) -> Engine:
-    """The engine that ``launcher=`` names; it is given groups and a folder for its own files.
+    """The engine that ``launcher=`` names; it is given jobs and a folder for its own files.
 
     Raises ConfigError where what an engine needs is missing.
     """
@@ -79,16 +77,16 @@ def make_engine(launcher: LauncherConfig) -> Engine:
                 f"launcher=local: its processes need {SHARED_MEMORY}, which is missing or cannot "
                 "be written here; use launcher=serial"
             )
-        return lambda groups, folder: run_local(groups, launcher, folder)
+        return lambda jobs, folder: run_local(jobs, launcher, folder)
     if isinstance(launcher, SlurmLauncher):
         _require("submitit", "slurm")
         if shutil.which("srun") is None:
             raise ConfigError("launcher=slurm: no srun here; start it where Slurm takes jobs")
-        return lambda groups, folder: run_slurm(groups, launcher, folder)
+        return lambda jobs, folder: run_slurm(jobs, launcher, folder)
     if isinstance(launcher, RayLauncher):
         _require("ray", "ray")
-        return lambda groups, folder: run_ray(groups, launcher)
-    return lambda groups, folder: run_serial(groups)
+        return lambda jobs, folder: run_ray(jobs, launcher)
+    return lambda jobs, folder: run_serial(jobs)
 
 
 def _require(module: str, extra: str) -> None:
@@ -101,40 +99,27 @@ def _require(module: str, extra: str) -> None:
 _interrupted: list[bool] = []  # a worker that was told to stop begins nothing more
 
 
-def train_group(group: Group) -> list[Outcome]:
-    """Does the jobs without a word to the terminal: each folder has a log of its own."""
+def do_job(job: StudyJob) -> Outcome:
+    """Do the job without a word to the terminal: its folder has a log of its own."""
     from rich.console import Console
 
     if _interrupted:
-        return [Outcome("interrupted", reason="not begun")] * len(group)
-    ends: list[End]
+        return Outcome("interrupted", reason="not begun")
     streams.survive()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         try:
             with signals.obeyed():
-                ends = group[0].do(group, Console(file=nowhere, markup=False))
+                return outcome_of(job, job.do(Console(file=nowhere, markup=False)))
         except (KeyboardInterrupt, SystemExit) as stop:
             _interrupted.append(True)
             number = stop.code if isinstance(stop, SystemExit) else 130
-            return lost(group, "interrupted", f"stopped with exit code {number}")
+            return Outcome("interrupted", reason=f"stopped with exit code {number}")
         except Exception as error:
-            ends = [error] * len(group)
-    return [outcome_of(job, end) for job, end in zip(group, ends, strict=True)]
+            return Outcome("failed", reason=_one_line(error))
 
 
-def outcome_of(job: StudyJob, end: End, is_new: bool = True) -> Outcome:
-    if isinstance(end, Exception):
-        return Outcome("failed", reason=_one_line(end))
-    return Outcome(end["status"], *job.came_to(end), is_new=is_new)
-
-
-def lost(group: Group, status: str, reason: str) -> list[Outcome]:
-    """How the jobs of a group ended whose process did not; some may have been finished."""
-    outcomes = []
-    for job in group:
-        found = None if job.config.force or len(group) == 1 else job.run.finished(job.hash)
-        outcomes.append(outcome_of(job, found) if found else Outcome(status, reason=reason))
-    return outcomes
+def outcome_of(job: StudyJob, results: Mapping[str, Any], is_new: bool = True) -> Outcome:
+    return Outcome(results["status"], *job.came_to(results), is_new=is_new)
 
 
 def _one_line(error: BaseException) -> str:
@@ -142,81 +127,72 @@ def _one_line(error: BaseException) -> str:
     return " ".join((str(error) if is_ours else f"{type(error).__name__}: {error}").split())
 
 
-def run_serial(groups: Sequence[Group]) -> Results:
+def run_serial(jobs: Sequence[StudyJob]) -> Results:
     """Here, one after the other; an interrupt ends them all."""
-    for group in groups:
-        outcomes = train_group(group)
-        yield from zip(group, outcomes, strict=True)
-        if any(outcome.status == "interrupted" for outcome in outcomes):
+    for job in jobs:
+        outcome = do_job(job)
+        yield job, outcome
+        if outcome.status == "interrupted":
             return
-
-
-def processes(launcher: LocalLauncher, config: Settings) -> int:
-    """How many runs or stacks of them are trained at once."""
-    import joblib
-
-    return launcher.n_jobs or _gpus(config) or int(joblib.cpu_count())
 
 
 class Share(NamedTuple):
     """What a run has of the machine that it trains on."""
 
-    at_once: int  # runs, or stacks of them
+    at_once: int  # runs
     threads: int | None  # CPU threads of each; None: torch's choice
 
 
-def share_of(config: Settings, groups: int) -> Share:
-    """Of each of ``groups`` under its launcher; what ``hardware.threads`` says comes first."""
+def share_of(config: Settings, jobs: int) -> Share:
+    """Of each of ``jobs`` under its launcher; what ``hardware.threads`` says comes first."""
     launcher, asked = config.launcher, config.hardware.threads
     if isinstance(launcher, LocalLauncher):
         import joblib
 
-        at_once = max(1, min(processes(launcher, config), groups))
+        processes = launcher.n_jobs or _gpus(config) or joblib.cpu_count()
+        at_once = max(1, min(processes, jobs))
         return Share(at_once, asked or max(1, joblib.cpu_count() // at_once))
     if isinstance(launcher, SlurmLauncher):
-        return Share(max(1, min(launcher.n_jobs, groups)), asked or launcher.cpus)
+        return Share(max(1, min(launcher.n_jobs, jobs)), asked or launcher.cpus)
     if isinstance(launcher, RayLauncher):  # how many nodes there are is not known here
         return Share(1, asked or launcher.cpus)
     return Share(1, asked)
 
 
-def run_local(groups: Sequence[Group], launcher: LocalLauncher, folder: Path) -> Results:
+def run_local(jobs: Sequence[StudyJob], launcher: LocalLauncher, folder: Path) -> Results:
     """In processes that stay for the whole study, so that torch is imported once in each.
 
     The system may kill a process (for its memory, say).  That takes the others down; those that
     had begun then go on alone, one after the other, so that it is seen which one it was.
     """
-    config = groups[0][0].config
-    gpus, n_jobs = _gpus(config), share_of(config, len(groups)).at_once
-    for job in itertools.chain(*groups):
-        job.config.hardware.threads = share_of(job.config, len(groups)).threads
-    waiting, suspects, interrupted = list(groups), list[Group](), False
+    config = jobs[0].config
+    gpus, n_jobs = _gpus(config), share_of(config, len(jobs)).at_once
+    for job in jobs:
+        job.config.hardware.threads = share_of(job.config, len(jobs)).threads
+    waiting, suspects, interrupted = list(jobs), list[StudyJob](), False
     while waiting or suspects:
         batch = suspects[:1] or waiting
-        dead: list[Group] = []
+        dead: list[StudyJob] = []
         reason = ""
-        for group, outcomes in _in_pool(batch, 1 if suspects else n_jobs, gpus, folder):
-            killed = [outcome for outcome in outcomes if outcome.status == "killed"]
-            if killed and not suspects:
-                dead.append(group)
-                reason = killed[0].reason
+        for job, outcome in _in_pool(batch, 1 if suspects else n_jobs, gpus, folder):
+            if outcome.status == "killed" and not suspects:
+                dead.append(job)
+                reason = outcome.reason
                 continue
-            yield from zip(group, outcomes, strict=True)
-            interrupted = interrupted or any(o.status == "interrupted" for o in outcomes)
+            yield job, outcome
+            interrupted = interrupted or outcome.status == "interrupted"
         if interrupted:
             return
         if suspects:
             suspects = suspects[1:]
         else:
-            suspects = [group for group in dead if any(job.run.log.exists() for job in group)]
-            waiting = [group for group in dead if group not in suspects]
+            suspects = [job for job in dead if job.run.log.exists()]
+            waiting = [job for job in dead if job not in suspects]
             if dead and not suspects:
                 raise RunError(f"launcher=local: its processes do not start ({reason})")
 
 
-def _in_pool(
-    groups: Sequence[Group], n_jobs: int, gpus: int, folder: Path
-) -> Iterator[tuple[Group, list[Outcome]]]:
+def _in_pool(jobs: Sequence[StudyJob], n_jobs: int, gpus: int, folder: Path) -> Results:
     """A signal reaches the workers as SIGTERM: they save and stop; what waits is not begun."""
     from concurrent.futures import CancelledError, as_completed
     from concurrent.futures.process import BrokenProcessPool
@@ -226,7 +202,7 @@ def _in_pool(
     pool = ProcessPoolExecutor(
         n_jobs, initializer=_begin_worker, initargs=(os.getpid(), gpus, folder)
     )
-    futures = {pool.submit(train_group, group): group for group in groups}
+    futures = {pool.submit(do_job, job): job for job in jobs}
     stopped = []
 
     def stop(number: int) -> None:
@@ -240,15 +216,13 @@ def _in_pool(
     try:
         with signals.handled(stop):
             for future in as_completed(futures):
-                group = futures[future]
                 try:
-                    outcomes = future.result()
+                    outcome = future.result()
                 except (BrokenProcessPool, CancelledError) as error:
-                    outcomes = lost(group, "killed", _killed(error))
-                if stopped:
-                    told = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
-                    outcomes = [told if outcome.failed else outcome for outcome in outcomes]
-                yield group, outcomes
+                    outcome = Outcome("killed", reason=_killed(error))
+                if stopped and outcome.failed:
+                    outcome = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
+                yield futures[future], outcome
     finally:
         pool.shutdown(wait=True, kill_workers=True)
 
@@ -301,16 +275,16 @@ _WORKER = contextlib.ExitStack()  # how a worker that waits for a job takes a si
 class _SlurmJob:
     """What submitit runs on a node; out of time or preempted, it is queued again as it is."""
 
-    def __call__(self, group: Group) -> list[Outcome]:
-        outcomes = train_group(group)
-        if any(outcome.status == "interrupted" for outcome in outcomes):
+    def __call__(self, job: StudyJob) -> Outcome:
+        outcome = do_job(job)
+        if outcome.status == "interrupted":
             raise SystemExit(143)  # no outcome: Slurm may have queued it again
-        return outcomes
+        return outcome
 
-    def checkpoint(self, group: Group) -> Any:
+    def checkpoint(self, job: StudyJob) -> Any:
         import submitit
 
-        return submitit.helpers.DelayedSubmission(self, group)
+        return submitit.helpers.DelayedSubmission(self, job)
 
 
 def slurm_parameters(launcher: SlurmLauncher, study: str) -> dict[str, Any]:
@@ -328,27 +302,27 @@ def slurm_parameters(launcher: SlurmLauncher, study: str) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def run_slurm(groups: Sequence[Group], launcher: SlurmLauncher, folder: Path) -> Results:
+def run_slurm(jobs: Sequence[StudyJob], launcher: SlurmLauncher, folder: Path) -> Results:
     """As a Slurm array, by submitit, whose files go to ``folder``/.slurm."""
     import submitit
 
     logging.getLogger("submitit").setLevel(logging.ERROR)  # a cluster without accounting is fine
     executor = submitit.SlurmExecutor(folder / ".slurm", max_num_timeout=launcher.requeues)
     executor.update_parameters(**slurm_parameters(launcher, folder.name))
-    for job in itertools.chain(*groups):
+    for job in jobs:
         job.config.hardware.threads = job.config.hardware.threads or launcher.cpus
     try:
         with executor.batch():
-            submitted = [(executor.submit(_SlurmJob(), group), group) for group in groups]
+            submitted = [(executor.submit(_SlurmJob(), job), job) for job in jobs]
     except submitit.core.utils.FailedJobError as refusal:  # an unknown partition, say
         raise RunError(f"launcher=slurm: {str(refusal).strip().splitlines()[0]}") from refusal
     waiting = dict(submitted)
     try:
         for done in submitit.helpers.as_completed(list(waiting), poll_frequency=2):
-            group, error = waiting.pop(done), done.exception()
+            job, error = waiting.pop(done), done.exception()
             lines = (str(error).strip() or "lost").splitlines() if error else []
-            outcomes = lost(group, "killed", f"slurm: {lines[0]}") if error else done.result()
-            yield from zip(group, outcomes, strict=True)
+            killed = Outcome("killed", reason=f"slurm: {lines[0]}") if error else None
+            yield job, killed or done.result()
     finally:
         for left in waiting:  # interrupted: what runs saves and stops
             left.cancel()
@@ -359,7 +333,7 @@ def ray_options(launcher: RayLauncher) -> dict[str, Any]:
     return {"num_cpus": launcher.cpus, "num_gpus": launcher.gpus, "max_retries": 0}
 
 
-def run_ray(groups: Sequence[Group], launcher: RayLauncher) -> Results:
+def run_ray(jobs: Sequence[StudyJob], launcher: RayLauncher) -> Results:
     """As Ray tasks, on the cluster at ``address`` or on one of its own."""
     import ray
 
@@ -368,17 +342,16 @@ def run_ray(groups: Sequence[Group], launcher: RayLauncher) -> Results:
     except ConnectionError as error:
         raise RunError(f"launcher.address={launcher.address}: no Ray cluster there") from error
     try:
-        task = ray.remote(**ray_options(launcher))(train_group)
-        for job in itertools.chain(*groups):
+        task = ray.remote(**ray_options(launcher))(do_job)
+        for job in jobs:
             job.config.hardware.threads = job.config.hardware.threads or launcher.cpus
-        running = {task.remote(group): group for group in groups}
+        running = {task.remote(job): job for job in jobs}
         while running:
             for done in ray.wait(list(running))[0]:
-                group = running.pop(done)
                 try:
-                    outcomes = ray.get(done)
+                    outcome = ray.get(done)
                 except ray.exceptions.RayError as error:
-                    outcomes = lost(group, "killed", _one_line(error)[:200])
-                yield from zip(group, outcomes, strict=True)
+                    outcome = Outcome("killed", reason=_one_line(error)[:200])
+                yield running.pop(done), outcome
     finally:
         ray.shutdown()

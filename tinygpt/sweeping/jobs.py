@@ -6,7 +6,7 @@ import itertools
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
@@ -85,13 +85,12 @@ class StudyJob(ABC):
 
     @classmethod
     @abstractmethod
-    def stages(cls, jobs: Sequence[Any], say: Callable[[str], None]) -> Sequence[Sequence[Group]]:
-        """The jobs as groups, those of a stage in any order; ``say`` tells a line."""
+    def stages(cls, jobs: Sequence[Any]) -> Sequence[Sequence[StudyJob]]:
+        """Return the jobs in stages that follow one another; those of a stage in any order."""
 
-    @classmethod
     @abstractmethod
-    def do(cls, group: Sequence[Any], console: Console) -> list[End]:
-        """The results of each job of a group, or why it has none."""
+    def do(self, console: Console) -> dict[str, Any]:
+        """Do the job and return its results."""
 
     @abstractmethod
     def came_to(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
@@ -115,10 +114,6 @@ class StudyJob(ABC):
     @abstractmethod
     def show_fit(folder: Path, console: Console) -> None:
         """The closing lines of a fit that was made before, from its files."""
-
-
-Group = tuple[StudyJob, ...]  # runs that train as one, or a run alone
-End = dict[str, Any] | Exception  # of a run: its results, or why it has none
 
 
 @dataclass(eq=False)
@@ -179,18 +174,15 @@ class Job(StudyJob):
         print_plan(jobs, done, console)
 
     @classmethod
-    def stages(cls, jobs: Sequence[Job], say: Callable[[str], None]) -> Sequence[Sequence[Group]]:
+    def stages(cls, jobs: Sequence[Job]) -> Sequence[Sequence[Job]]:
         """Trunks first, then their branches."""
-        from tinygpt.sweeping import stacking
-
         stages = [job for job in jobs if not job.trunk], [job for job in jobs if job.trunk]
-        return [stacking.groups(stage, say) for stage in stages if stage]
+        return [stage for stage in stages if stage]
 
-    @classmethod
-    def do(cls, group: Sequence[Job], console: Console) -> list[End]:
+    def do(self, console: Console) -> dict[str, Any]:
         from tinygpt.sweeping import trainings
 
-        return trainings.train(group, console)
+        return trainings.train(self, console)
 
     def came_to(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
         return results["final_val_loss"], ""

@@ -16,7 +16,6 @@ from tinygpt.horizon import Plan
 from tinygpt.scaling.evidence import check_design
 from tinygpt.sweeping.engines import Share, share_of
 from tinygpt.sweeping.jobs import Job, flops_of
-from tinygpt.sweeping.stacking import could_stack
 from tinygpt.training.calibration import seconds_per_step
 from tinygpt.training.console import clock, short
 from tinygpt.training.hardware import choose_threads
@@ -59,9 +58,6 @@ def print_plan(jobs: Sequence[Job], finished: Container[Job], console: Console) 
             f"other work: a load of {others:.1f} on {os.cpu_count()} cores; the time is uncertain"
         )
         console.print(line, highlight=False, soft_wrap=True)
-    stackable = could_stack(todo) if todo and todo[0].config.sweep.stack == "off" else 0
-    if stackable:
-        console.print(f"{stackable} of them could train as one: sweep.stack=auto", highlight=False)
     if len(jobs) > 1:
         console.print("\nwhat this design can show", highlight=False)
         for check in check_design(pd.DataFrame([job.row for job in jobs])):

@@ -66,14 +66,9 @@ def _do(
 ) -> None:
     """Does ``pending``, of ``jobs``, and puts down how each ended in ``outcomes``."""
     folder = pending[0].run.path.parent
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True)
-
-    stages = type(pending[0]).stages(pending, say)
     with View(pending, len(jobs), console) as view:
-        for groups in stages:
-            for job, outcome in engine(groups, folder):
+        for stage in type(pending[0]).stages(pending):
+            for job, outcome in engine(stage, folder):
                 outcomes[job] = outcome
                 if outcome.status == "killed" and job.run.environment.exists():
                     fileio.write_json(job.run.error, {"error": outcome.reason})

@@ -6,12 +6,13 @@ import dataclasses
 import gc
 from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from tinygpt import fileio, rundir
 from tinygpt.config import Config, ConfigError, WsdSchedule
-from tinygpt.sweeping.jobs import End, Job
+from tinygpt.sweeping.jobs import Job
 
 
 def prepare(jobs: Sequence[Job], console: Console) -> None:
@@ -96,18 +97,14 @@ def _without_length(job: Job) -> str:
     return rundir.effective_hash(config, job.content)
 
 
-def train(group: Sequence[Job], console: Console) -> list[End]:
-    """Trains a run, or several as one."""
+def train(job: Job, console: Console) -> dict[str, Any]:
+    """Train a run and return its results."""
     from tinygpt.training.branching import Branch
     from tinygpt.training.session import train
-    from tinygpt.training.stack import train_stack
 
     try:
-        if len(group) > 1:
-            return train_stack([(job.config, list(job.overrides)) for job in group], console)
-        (job,) = group
         branch = Branch(job.trunk, job.branch_step, tuple(job.keep_at))
-        return [train(job.config, list(job.overrides), console, branch)]
+        return train(job.config, list(job.overrides), console, branch)
     finally:
         gc.collect()  # a trainer and its callbacks go in circles, with every shard open
 

@@ -55,8 +55,7 @@ def is_rest(step: int, config: Config, plan: Plan) -> bool:
 class Journal(pl.Callback):
     """Logs, evaluates and judges: what a run measures of itself.
 
-    ``evaluate`` scores the validation split; ``sample`` writes text at a step.  Of the time that
-    passes, each of ``stacked`` runs that train as one has its share.
+    ``evaluate`` scores the validation split; ``sample`` writes text at a step.
     """
 
     def __init__(
@@ -68,10 +67,8 @@ class Journal(pl.Callback):
         sample: Callable[[int], None],
         module: LanguageModel,
         loggers: Loggers,
-        stacked: int = 1,
     ) -> None:
         self.config, self.plan, self.metrics = config, plan, metrics
-        self.stacked = stacked
         self.evaluate, self.sample, self._module = evaluate, sample, module
         self.loggers = loggers
         self.scores: Scores | None = None  # the last ones
@@ -136,7 +133,7 @@ class Journal(pl.Callback):
         stretch.loss_sum = trainer.strategy.reduce(stretch.loss_sum)
         measured = (float(stretch.loss_sum), float(stretch.grad_norm_max))  # waits for the device
         finite = all(map(math.isfinite, measured))
-        self.stop_clock()
+        self._stop_clock()
         if logging_ or not finite:  # weights that are not finite are never saved
             self._log(trainer, pl_module, step, evaluating)
         if self._is_half_way(step) and self.state["status"] != "diverged":
@@ -145,16 +142,13 @@ class Journal(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.start_clock()
-
-    def start_clock(self) -> None:
         if self._mark is None:
             self._mark = time.perf_counter()
 
-    def stop_clock(self) -> None:
+    def _stop_clock(self) -> None:
         """Evaluation, samples and checkpoints are not training time."""
         if self._mark is not None:
-            elapsed = (time.perf_counter() - self._mark) / self.stacked
+            elapsed = time.perf_counter() - self._mark
             self.state["seconds"] += elapsed
             self._timed_seconds += elapsed
         self._mark = None
@@ -310,14 +304,14 @@ class Checkpoints(pl.Callback):
 
 
 class Interrupts(pl.Callback):
-    """A signal asks to stop: finish the step, ``save``, stop.
+    """Finish the step, save and stop once a signal has asked to stop.
 
     Several processes finish the steps until the next rest, where they learn of each other's
     signals, and stop together.
     """
 
-    def __init__(self, save: Callable[[], None], config: Config, plan: Plan) -> None:
-        self.save, self.config, self.plan = save, config, plan
+    def __init__(self, run: rundir.RunDir, config: Config, plan: Plan) -> None:
+        self.run, self.config, self.plan = run, config, plan
         self.received = signals.received()
 
     def note(self, number: int) -> None:
@@ -336,7 +330,7 @@ class Interrupts(pl.Callback):
         if trainer.world_size > 1 and not is_rest(trainer.global_step, self.config, self.plan):
             return
         if self.agreed(trainer):
-            self.save()
+            trainer.save_checkpoint(self.run.last)
             trainer.should_stop = True
 
     def agreed(self, trainer: pl.Trainer) -> bool:

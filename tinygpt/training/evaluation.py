@@ -46,7 +46,7 @@ class Scores:
         return {f"{split}_{name}": getattr(self, name) for name in names}
 
 
-@torch.no_grad()  # fsdp goes on training in what it gathers here: no inference_mode
+@torch.no_grad()
 def score(
     model: Scored,
     batches: Iterable[tuple[Tensor, Tensor]],

@@ -35,7 +35,6 @@ def begin(
     hash_: str,
     rounds: dict[str, Any],
     branch: Branch | None,
-    stacked: int = 1,
 ) -> bool:
     """Makes the folder, or checks that what is there can be gone on with.  True: resuming."""
     run.error.unlink(missing_ok=True)
@@ -58,7 +57,6 @@ def begin(
             **rounds,
             strategy=device.strategy,
             device=device.name,
-            stacked=stacked if stacked > 1 else None,
             init_from=config.init_from,
             branched_from=branch.trunk.path.name if branch and branch.trunk and branching else None,
             branched_at_step=branch.step if branch and branching else None,
@@ -80,18 +78,21 @@ def _check_begun(
     config: Config, run: rundir.RunDir, device: Device, rounds: dict[str, Any]
 ) -> None:
     """Raises ConfigError for what cannot go on here; notes what will round in another way."""
-    begun = fileio.read_json(run.environment, precision_resolved=str)
-    before = {"devices": 1, "strategy": "auto", **begun}
+    before = {"devices": 1, **fileio.read_json(run.environment, precision_resolved=str)}
+    stack = (fileio.read_yaml(run.config).get("sweep") or {}).get("stack", "off")
+    strategies = before.get("strategy"), rundir.read_config(run.config).hardware.strategy
+    for name, is_removed in {
+        "sweep.stack": before.get("stacked") or stack != "off",
+        "hardware.strategy=fsdp": "fsdp" in strategies,
+    }.items():
+        if is_removed:
+            raise ConfigError(f"{name}: removed; {run.path} was begun with it, use force=true")
+    if before.get("compile") == "whole":  # as an earlier version called it
+        before["compile"] = "on"
     if before["precision_resolved"] != device.precision:
         raise ConfigError(
             f"train.precision={device.precision}: {run.path} was begun at "
             f"{before['precision_resolved']}; go on with that, or use force=true"
-        )
-    strategies = {before["strategy"], device.strategy}
-    if "fsdp" in strategies and len(strategies) > 1:
-        raise ConfigError(  # its optimizer's state is in another order
-            f"hardware.strategy={config.hardware.strategy}: {run.path} was begun with "
-            f"{before['strategy']}; go on with that, or use force=true"
         )
     for name, value in rounds.items():
         if before.get(name, value) != value:
@@ -128,18 +129,12 @@ def failures_recorded(run: rundir.RunDir) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        line = record_failure(run, error)
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        if run.environment.exists() and not isinstance(error, ConfigError):
+            with contextlib.suppress(OSError):
+                fileio.write_json(run.error, {"error": line})
         if is_out_of_memory(error):
             raise RunError(
                 f"out of memory: {line}; try a smaller hardware.micro_batch_size or model"
             ) from error
         raise
-
-
-def record_failure(run: rundir.RunDir, error: BaseException) -> str:
-    """The error in one line, which stands in ``error.json`` too where the run had begun."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    if run.environment.exists() and not isinstance(error, ConfigError):
-        with contextlib.suppress(OSError):
-            fileio.write_json(run.error, {"error": line})
-    return line

@@ -14,8 +14,8 @@ import torch
 from tinygpt.config import Config, ConfigError, HardwareConfig, ModelConfig
 from tinygpt.counting import count_parameters
 from tinygpt.horizon import Plan
-from tinygpt.model.gpt import GPT, Block, rotary_tables
-from tinygpt.model.linear import onednn_is_there, onednn_is_used, use_onednn
+from tinygpt.model.gpt import Block, rotary_tables
+from tinygpt.model.linear import onednn_is_used
 from tinygpt.training.calibration import seconds_per_step
 from tinygpt.training.trainer import Device
 
@@ -30,12 +30,10 @@ COMPILING_PAYS = 300.0  # seconds of training, uncompiled; compiling takes about
 
 def set_up(hardware: HardwareConfig, device: Device) -> None:
     """Before a model is made.  Raises ConfigError for what this machine does not have."""
-    check_compile(hardware, device)
+    if hardware.compile == "on" and device.accelerator == "mps":
+        raise ConfigError("hardware.compile=on: on mps one of auto, off")
     set_threads(hardware, device)
-    if hardware.matmul == "onednn" and not onednn_is_there():
-        raise ConfigError("hardware.matmul=onednn: not in this build of torch; here: auto, torch")
-    use_onednn({"auto": None, "torch": False, "onednn": True}[hardware.matmul])
-    if hardware.allocator == "keep" and device.accelerator == "cpu":
+    if device.accelerator == "cpu":
         keep_freed_memory()
 
 
@@ -127,17 +125,6 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
-def check_compile(hardware: HardwareConfig, device: Device) -> None:
-    """Raises ConfigError where the device cannot run what is asked for."""
-    allowed = {"cpu": ("auto", "off", "regional", "whole"), "mps": ("auto", "off")}
-    usable = allowed.get(device.accelerator, ("auto", "off", "regional", "whole", "graphs"))
-    if hardware.compile not in usable:
-        raise ConfigError(
-            f"hardware.compile={hardware.compile}: on {device.accelerator} "
-            f"one of {', '.join(usable)}"
-        )
-
-
 def rounding(
     config: Config, vocab_size: int, plan: Plan, device: Device, begun: dict[str, Any]
 ) -> dict[str, Any]:
@@ -147,7 +134,8 @@ def rounding(
     """
     compiled = config.hardware.compile
     if compiled == "auto":
-        compiled = begun.get("compile") or _auto_compile(config, vocab_size, plan, device)
+        before = begun.get("compile") or _auto_compile(config, vocab_size, plan, device)
+        compiled = "off" if before == "off" else "on"  # earlier versions had three ways to compile
     return {
         "threads": torch.get_num_threads(),
         "devices": device.world_size,
@@ -157,23 +145,8 @@ def rounding(
 
 
 def _auto_compile(config: Config, vocab_size: int, plan: Plan, device: Device) -> str:
-    """Whole on one CUDA device where the run is long enough to pay for it, else off."""
+    """On with one CUDA device where the run is long enough to pay for it, else off."""
     if device.accelerator != "cuda" or device.world_size > 1:
         return "off"
     seconds = plan.total_steps * seconds_per_step(config, vocab_size, plan, device)
-    return "whole" if seconds > COMPILING_PAYS else "off"
-
-
-def compile_model(model: GPT, how: str) -> None:
-    """In place, so that no key of a checkpoint changes.
-
-    ``regional`` compiles a block once for all of them, ``whole`` everything at once, ``graphs`` so
-    too and replays it as CUDA graphs, which small models gain most by.
-    """
-    if how == "regional":
-        for block in model.blocks:
-            block.compile()
-    elif how == "whole":
-        model.compile()
-    elif how == "graphs":
-        model.compile(mode="reduce-overhead")
+    return "on" if seconds > COMPILING_PAYS else "off"

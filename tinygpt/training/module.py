@@ -19,7 +19,7 @@ class Stretch:
     """What is measured of the steps since the last line of metrics: tensors on the device.
 
     ``loss_sum``: of the steps; ``grad_norm_max``: the largest, before clipping, NaN if one was;
-    ``skipped``: how many steps were not taken.  With a leading axis, of several runs.
+    ``skipped``: how many steps were not taken.
     """
 
     def __init__(self, zero: Tensor) -> None:
@@ -52,15 +52,6 @@ class LanguageModel(pl.LightningModule):
         # whether a step with a gradient that is not finite is left out
         self.skips = config.train.skip_nonfinite
         self._passes: list[Tensor] = []  # losses of a step that may yet be skipped
-
-    def configure_model(self) -> None:
-        """Under fsdp: each block's weights, then the rest, are spread over the devices."""
-        if self.device_mesh is None:
-            return
-        from torch.distributed.fsdp import fully_shard
-
-        for part in (*self.model.blocks, self.model):
-            fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         self.skips |= self.trainer.precision == "16-mixed"  # as its loss scale does
@@ -110,13 +101,12 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         limit = self.config.train.grad_clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(),
             float("inf") if limit is None else limit,
             # on the CPU, too, one call for all, which torch chooses by itself on CUDA alone
-            foreach=True if self.device.type == "cpu" and self.device_mesh is None else None,
+            foreach=True if self.device.type == "cpu" else None,
         )
-        self.grad_norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # fsdp
         if self.skips:
             self.stretch.see_or_skip(self.grad_norm)
         else:
@@ -140,10 +130,7 @@ class LanguageModel(pl.LightningModule):
         on_device = self.device.type in ("cpu", "cuda")
         # gradients must be unscaled before they are clipped, which fused optimizers do too late
         fused = on_device and self.trainer.precision != "16-mixed"
-        optimizer, schedule = self.make_optimizer(fused=fused)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def make_optimizer(self, *, fused: bool) -> tuple[torch.optim.Optimizer, LambdaLR]:
         optimizer = make_optimizer(self.model, self.config.optim, fused=fused)
         peak = self.config.optim.learning_rate
-        return optimizer, LambdaLR(optimizer, lambda s: self.rate(s) / peak)
+        schedule = LambdaLR(optimizer, lambda step: self.rate(step) / peak)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

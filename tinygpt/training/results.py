@@ -55,7 +55,6 @@ def make_results(
         **_recipe(config, plan, data, device),
         **survey.results(data.prepared.index.get("survey")),
         **_speed(config, data, device, journal),
-        "stacked": journal.stacked if journal.stacked > 1 else None,
     }
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -35,7 +35,7 @@ from tinygpt.training.console import (
 )
 from tinygpt.training.evaluation import Scores, score
 from tinygpt.training.folder import begin, failures_recorded, identify
-from tinygpt.training.hardware import choose_threads, compile_model, rounding, set_up
+from tinygpt.training.hardware import choose_threads, rounding, set_up
 from tinygpt.training.loggers import Loggers, check_loggers
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
@@ -46,7 +46,6 @@ from tinygpt.training.trainer import (
     Device,
     ending_together,
     fit,
-    gathered,
     leave_with_parent,
     make_trainer,
     quiet_lightning,
@@ -135,7 +134,6 @@ class Run:
     """One training run: its parts, and what it leaves.
 
     ``initial``: weights to begin with, of the model's shape; None: as its seed draws them.
-    ``stacked``: with how many others, itself included, it trains as one.
     """
 
     def __init__(
@@ -149,7 +147,6 @@ class Run:
         compiled: str,
         initial: dict[str, torch.Tensor] | None = None,
         keep_at: Sequence[int] = (),
-        stacked: int = 1,
     ) -> None:
         assert data.plan is not None
         self.config, self.run, self.data, self.device = config, run, data, device
@@ -176,14 +173,13 @@ class Run:
             self._sample,
             self.module,
             self.loggers,
-            stacked,
         )
-        self.interrupts = Interrupts(self._save_last, config, self.plan)
+        self.interrupts = Interrupts(run, config, self.plan)
         self.writes = device.rank == 0
 
     def train(self, resuming: bool, watchers: Sequence[pl.Callback] = ()) -> dict[str, Any]:
         """``watchers`` are called after the run's own callbacks."""
-        _, last = self.open_records(resuming)
+        last = self._open_records(resuming)
         with self.loggers:
             return self._train(resuming, last, watchers)
 
@@ -197,26 +193,24 @@ class Run:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
         callbacks += watchers
         self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, last)
-        compile_model(self.module.model, self.compiled)
+        if self.compiled == "on":
+            self.module.model.compile()  # in place: no key of a checkpoint changes
         ckpt_path = str(self.run.last) if resuming else None
         with ending_together(self.trainer), quiet_lightning():
             fit(self.trainer, self.module, self.data, self.interrupts.note, ckpt_path)
             self.module.to(self.trainer.strategy.root_device)  # Lightning puts it on the CPU
             self.interrupts.agreed(self.trainer)
-            final, test = self.final_scores()
+            final, test = self._final_scores()
         if not self.writes:
             # The first process says how it ended.  At Python's own end gloo's threads, which may
             # still hold tensors, would abort the process.
             os._exit(0)
         if self.interrupts.received is not None:
-            self.leave_interrupted(self.interrupts.received)
-        return self.finish(final, test)
+            self._leave(self.interrupts.received)
+        return self._finish(final, test)
 
-    def _save_last(self) -> None:
-        self.trainer.save_checkpoint(self.run.last)
-
-    def open_records(self, resuming: bool) -> tuple[int, int]:
-        """The step that the run begins after, and the one to end at."""
+    def _open_records(self, resuming: bool) -> int:
+        """Return the step to end at."""
         self._introduce(resuming)
         first, last = self._restore_records() if resuming else (0, self.plan.total_steps)
         if self.writes:  # a new beginning has a step 0 of its own
@@ -225,9 +219,9 @@ class Run:
             size = self.config.train.batch_tokens
             texts = {step * size: text for step, text in self.samples.items()}
             self.loggers.begin(self.config, self.run, sizes, self.data.floor("val"), texts)
-        return first, last
+        return last
 
-    def finish(self, final: Scores | None, test: Scores | None) -> dict[str, Any]:
+    def _finish(self, final: Scores | None, test: Scores | None) -> dict[str, Any]:
         """Writes the results, and with them the run is finished."""
         if final is not None:
             fileio.copy(self.run.last, self.run.checkpoints / "final.ckpt")
@@ -311,12 +305,9 @@ class Run:
 
     def _evaluate(self, split: str) -> Scores:
         batches = self.data.eval_batches(split, self.plan.micro_batch_size)
-        rank, processes, reduced = self.device.rank, self.device.world_size, None
-        if self.device.strategy == "fsdp":  # all processes go through each batch together
-            rank, processes = 0, 1
-        else:
-            reduced = functools.partial(self.trainer.strategy.reduce, reduce_op="sum")
-        share = (batches[index] for index in range(rank, len(batches), processes))
+        mine = range(self.device.rank, len(batches), self.device.world_size)
+        share = (batches[index] for index in mine)
+        reduced = functools.partial(self.trainer.strategy.reduce, reduce_op="sum")
         context = self.trainer.precision_plugin.forward_context()
         info = self.data.splits[split].info
         return score(self.module.model, share, info, self.module.device, context, reduced)
@@ -327,14 +318,13 @@ class Run:
     def _sample(self, step: int) -> None:
         """Puts text of the model, as it is at ``step``, into samples.txt."""
         train = self.config.train
-        # under fsdp the others help to compute it
-        if train.sample_tokens == 0 or not (self.writes or self.device.strategy == "fsdp"):
+        if train.sample_tokens == 0 or not self.writes:
             return
         tokenizer = self.tokenizer
         prompt = [tokenizer.start_id, *tokenizer.encode(train.sample_prompt)]
         tokens = torch.tensor([prompt], device=self.module.device)
         generator = torch.Generator().manual_seed(self.config.seed)
-        with self.trainer.precision_plugin.forward_context(), gathered(self.module.model):
+        with self.trainer.precision_plugin.forward_context():
             out = generate(
                 self.module.model,
                 tokens[:, -self.config.model.max_seq_len :],
@@ -347,23 +337,22 @@ class Run:
             )
         ids = [i for i in out[0].tolist() if i not in tokenizer.separator]
         self.samples[step] = tokenizer.decode(ids)
-        if self.writes:
-            texts = (
-                f"{SAMPLE_MARK} {at:,} ({at * train.batch_tokens:,} tokens)\n{text}\n\n"
-                for at, text in self.samples.items()
-            )
-            with fileio.replacing(self.run.samples) as temporary:
-                temporary.write_text("".join(texts), encoding="utf-8")
-            self.loggers.log_text(self.samples[step])
+        texts = (
+            f"{SAMPLE_MARK} {at:,} ({at * train.batch_tokens:,} tokens)\n{text}\n\n"
+            for at, text in self.samples.items()
+        )
+        with fileio.replacing(self.run.samples) as temporary:
+            temporary.write_text("".join(texts), encoding="utf-8")
+        self.loggers.log_text(self.samples[step])
 
-    def leave_interrupted(self, number: int) -> None:
+    def _leave(self, number: int) -> NoReturn:
         name, step = signal.Signals(number).name, self.trainer.global_step
         at = f"at step {step} of {self.plan.total_steps}"
         raise signals.Stopped(
             number, f"stopped by {name} {at}; the same command goes on from there"
         )
 
-    def final_scores(self) -> tuple[Scores | None, Scores | None]:
+    def _final_scores(self) -> tuple[Scores | None, Scores | None]:
         """Of validation and test, where the run came to its end; with a last sample."""
         if self.journal.state["status"] == "diverged" or self.interrupts.received is not None:
             return None, None

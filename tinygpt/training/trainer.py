@@ -20,12 +20,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-    Strategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
 from tinygpt import fileio, rundir, signals
 from tinygpt.config import ConfigError, HardwareConfig, RunError
@@ -45,7 +40,7 @@ class Device:
     precision: str  # 32, 64, bf16-mixed or 16-mixed
     devices: int = 1  # on each node
     num_nodes: int = 1
-    strategy: str = "auto"  # ddp or fsdp; auto: one device
+    strategy: str = "auto"  # ddp; auto: one device
     rank: int = 0  # of this process; the first one, 0, speaks and writes
 
     @property
@@ -71,18 +66,16 @@ def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
         raise ConfigError(
             f"train.precision={precision}: on {kind} one of auto, {', '.join(allowed)}"
         )
-    devices, strategy = _resolve_devices(hardware, kind)
-    if strategy == "fsdp" and precision not in ("32", "bf16-mixed"):
-        raise ConfigError(f"train.precision={precision}: with fsdp one of 32, bf16-mixed")
-    device = Device(kind, precision, devices, hardware.num_nodes, strategy)
-    return dataclasses.replace(device, rank=_rank(device)) if strategy != "auto" else device
+    device = Device(kind, precision, _devices(hardware, kind), hardware.num_nodes)
+    if device.world_size == 1:
+        return device
+    device = dataclasses.replace(device, strategy="ddp")
+    return dataclasses.replace(device, rank=_rank(device))
 
 
-def _resolve_devices(hardware: HardwareConfig, kind: str) -> tuple[int, str]:
-    """How many devices a node, and the strategy that joins them."""
-    devices, strategy = hardware.devices, hardware.strategy
-    if strategy == "fsdp" and kind != "cuda":
-        raise ConfigError(f"hardware.strategy=fsdp: only on cuda, not on {kind}; here: auto, ddp")
+def _devices(hardware: HardwareConfig, kind: str) -> int:
+    """Return how many devices a node has."""
+    devices = hardware.devices
     if kind == "cuda":
         there = torch.cuda.device_count()
         if devices > there:
@@ -92,10 +85,7 @@ def _resolve_devices(hardware: HardwareConfig, kind: str) -> tuple[int, str]:
         raise ConfigError(f"hardware.devices=-1: on {kind} say how many")
     if kind == "mps" and devices * hardware.num_nodes > 1:
         raise ConfigError(f"hardware.devices={devices}: mps has one device")
-    several = devices * hardware.num_nodes > 1
-    if strategy == "fsdp":
-        return devices, strategy
-    return devices, "ddp" if several else "auto"
+    return devices
 
 
 def _rank(device: Device) -> int:
@@ -118,20 +108,9 @@ def _placed(device: Device) -> dict[str, Any]:
         "accelerator": device.accelerator,
         "devices": device.devices,
         "num_nodes": device.num_nodes,
-        "strategy": _strategy(device),
+        # buffers are constants
+        "strategy": DDPStrategy(broadcast_buffers=False) if device.strategy == "ddp" else "auto",
     }
-
-
-def _strategy(device: Device) -> Strategy | str:
-    if device.strategy == "ddp":
-        return DDPStrategy(broadcast_buffers=False)  # they are constants
-    if device.strategy == "fsdp":
-        return ModelParallelStrategy(
-            data_parallel_size=device.world_size,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-        )
-    return device.strategy
 
 
 @contextlib.contextmanager
@@ -225,16 +204,6 @@ def fit(
     """Train, while ``note`` is told of a signal; of SIGTERM even where submitit ignores it."""
     with signals.handled(note, also=(signal.SIGTERM,)):
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-
-
-@contextlib.contextmanager
-def gathered(model: Any) -> Iterator[None]:
-    """Under fsdp: the weights outside the blocks stand whole, for who does not call ``forward``."""
-    if hasattr(model, "unshard"):
-        model.unshard()
-    yield
-    if hasattr(model, "reshard"):
-        model.reshard()
 
 
 def leave_with_parent(parent: int) -> None:
