@@ -1,0 +1,58 @@
+"""The laws of the committed studies come out of their committed runs again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.guards.commands import assert_same_fit, succeed
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+STUDIES = sorted(path.parent.name for path in ROOT.glob("experiments/*/fit.json"))
+QUICK = ("data", "width")  # laws in one variable
+# The condition that a study was fitted under, as experiments/record.py has it.
+WHERE = {"data": ["where=train_tokens <= unique_train_tokens"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STUDIES],
+)
+def test_the_command_gives_the_recorded_fit(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``python -m tinygpt.fit table=`` gives the law, its intervals and every AICc."""
+    monkeypatch.chdir(tmp_path)
+    folder = ROOT / "experiments" / name
+    succeed("fit", f"table={folder / 'runs.csv'}", "output_dir=made", *WHERE.get(name, []))
+    made = json.loads(Path("made/fit-runs/fit.json").read_text())
+    assert_same_fit(made, json.loads((folder / "fit.json").read_text()))
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "grid_books"])
+def test_a_notebook_gives_the_recorded_fit(name: str) -> None:
+    """``read_table``, ``fit`` and ``intervals`` give the same parameters and intervals.
+
+    Not of grid_books: there the command takes Huber's threshold from the noise of another law.
+    """
+    from tinygpt.scaling import fit, intervals, read_table
+
+    recorded = json.loads((ROOT / "experiments" / name / "fit.json").read_text())
+    runs = read_table(ROOT / "experiments" / name / "runs.csv")
+    for condition in WHERE.get(name, []):
+        runs = runs.query(condition.removeprefix("where="))
+    assert len(runs) == recorded["runs"]
+    columns = {variable: one["column"] for variable, one in recorded["variables"].items()}
+    law = fit(runs, recorded["law"], loss=recorded["loss"], **columns)
+    assert law.estimator == recorded["method"]["estimator"]
+    found = intervals(law)
+    for parameter, one in recorded["parameters"].items():
+        assert law.parameters[parameter] == pytest.approx(one["estimate"], rel=1e-4), parameter
+        for end in ("low", "high"):
+            limit = one["interval"][end]
+            if limit is not None:  # None where the data set no limit
+                assert getattr(found[parameter], end) == pytest.approx(limit, rel=1e-2), parameter
