@@ -44,7 +44,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
             measuring.main()
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setenv("TINYGPT_CACHE", str(cache))
 
 
@@ -205,7 +205,7 @@ def test_a_process_that_fails_is_told(
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["benchmark"])
     with pytest.raises(SystemExit) as left:
         benchmark.main()
