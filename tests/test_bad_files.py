@@ -197,7 +197,6 @@ def test_a_gigantic_line_is_read_in_pieces(tmp_path: Path, piece: str) -> None:
         ("model_config", "rope_scaling"),
         ("model_index", "weight_map"),
         ("edit", "text"),
-        ("baseline", "rows"),
     ],
 )
 @pytest.mark.parametrize(("begin", "end"), ["[]", ('{"a":', "}")])

@@ -277,11 +277,11 @@ DESIGNS = [(size, noise) for size in (4, 6, 8) for noise in (0.005, 0.01, 0.02)]
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "noise"), DESIGNS)
 def test_coverage(size: int, noise: float) -> None:
-    """In 1,000 worlds a design 95 % intervals hold the truth in 92 to 97 % (seven minutes)."""
-    found = coverage(size, noise, 1000)
+    """95 % intervals hold the truth in 90 to 99 % of 300 worlds a design."""
+    found = coverage(size, noise, 300)
     print(f"\n{size}x{size}, {noise:.1%} noise:", dict(found))
     for name in ("alpha", "beta", "prediction"):
-        assert 920 <= found[name] <= 970, name
+        assert 270 <= found[name] <= 297, name
 
 
 def test_coverage_in_few_worlds() -> None:

@@ -2,245 +2,152 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import math
+import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Optional
+from typing import Any
 
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 
-from tinygpt import cli
-from tinygpt.config import PRECISIONS, ConfigError, key
-from tinygpt.measuring import results
-from tinygpt.measuring.jobs import Job, Setting, token_folders
-from tinygpt.measuring.results import Row
-from tinygpt.measuring.statistics import quartiles
-from tinygpt.measuring.turns import Arm, in_turns, opened
+from tinygpt import cli, fileio
+from tinygpt.config import ConfigError, RunError, key
 
-MEASURES = ("train", "parts", "memory", "attention", "generation", "tokenizer", "startup")
-VARIED = ("model", "vocab_size", "threads", "compile")
-STARTS = 3  # rounds of starting a process, at most: each takes seconds
-USAGE = f"""\
+USAGE = """\
 python -m tinygpt.benchmark [key=value ...]
 
-measure=all             {",".join(MEASURES)}
-model=tiny,small vocab_size=4096 batch_size=8 max_seq_len=null    null: the model's own context
-threads=1 compile=off   as hardware.* of tinygpt.run
-                        of these four lists, every combination: model vocab_size threads compile
-precision=auto accelerator=auto
-rounds=10 steps=5       a round: so many steps of each configuration, in turns
-baseline=PATH           an earlier benchmark.json, or its folder, to compare with
-seed=42 output_dir=outputs/benchmark
+model=tiny,small        one or more of conf/model
+steps=50                training steps to time, after a few that warm up
+seconds=1               how long to time everything else, each
+output_dir=outputs/benchmark     where bench.csv and BENCH.md go
+any key of tinygpt.run  data, tokenizer, batch, precision, optimizer, hardware to measure with
 
-Random tokens; the real Trainer with all its callbacks, a process a configuration.  train: tokens
-per second and MFU, against a large matrix product measured in the same round.  parts: a step's
-data, forward, backward, optimizer, and framework (all the rest).  memory: the peak above what the
-process had without a model.  attention: sdpa and manual.  generation: with and without the cache.
-tokenizer: encoding.  startup: from the command to the end of the first step.
+A line a measure: median and quartiles.  training: the real Trainer with its callbacks and files.
+MFU: its FLOPs over the matrix product's.  peak memory: of the process, on CUDA of the card.
+bare step: the same batches, model and optimizer in a plain loop.  forward, backward: of all passes
+of a step.  generation: one text.  Lightning's part of a step: CPU time, of a minimal model.
 """
+COLUMNS = ("model", "measure", "median", "low", "high", "unit", "samples", "threads")
+RIGHT = ("median", "low", "high", "samples", "threads")
+SMALL_DATA = ["data.max_tokens=1_000_000", "data.eval_tokens=10_000"]  # where none is given
+MINIMAL = [  # the model of which Lightning's part of a step is a large one
+    *("model=tiny", "model.n_layers=1", "model.d_model=8", "model.n_heads=1"),
+    *("model.max_seq_len=8", "train.batch_tokens=8", "hardware.micro_batch_size=null"),
+    *("hardware.threads=1", "hardware.devices=1", "data.eval_tokens=1_000", "tokenizer=byte"),
+    *("data=synthetic", "data.max_tokens=20_000"),
+]
+OURS = [f"train.{name}" for name in ("steps", "log_every", "eval_every", "checkpoint_every")]
+GONE = {
+    "measure": "all is measured; seconds= says how long to time each",
+    "rounds": "steps= says how many training steps to time, seconds= how long everything else",
+    "baseline": "compare the bench.csv of two output folders",
+    "optim.lora.rank": "it times training of all weights",
+    **dict.fromkeys([*OURS, "train.sample_tokens", "study", "run_name"], "the benchmark sets it"),
+}
+
+Row = dict[str, Any]
 
 
 @dataclass
 class Arguments:
-    measure: list[str] = key(["all"], among=("all", *MEASURES))  # noqa: RUF009
     model: list[str] = key(["tiny", "small"])  # noqa: RUF009
-    vocab_size: list[int] = key([4096], least=2)  # noqa: RUF009
-    batch_size: int = key(8, least=1)
-    max_seq_len: Optional[int] = key(None, least=1)
-    precision: str = key("auto", among=PRECISIONS)
-    accelerator: str = "auto"
-    threads: list[int] = key([1], least=1)  # noqa: RUF009
-    compile: list[str] = key(["off"])  # noqa: RUF009
-    rounds: int = key(10, least=1)
-    steps: int = key(5, least=1)
-    baseline: Optional[str] = None
-    seed: int = key(42, least=0)
+    steps: int = key(50, least=1)
+    seconds: float = key(1.0, least=0.001)
     output_dir: str = "outputs/benchmark"
 
 
-def settings_of(arguments: Arguments) -> list[Setting]:
-    """Every combination.  Raises ConfigError for what cannot be trained."""
-    combinations = itertools.product(*(getattr(arguments, name) for name in VARIED))
-    found = [
-        Setting(
-            **dict(zip(VARIED, values, strict=True)),
-            batch_size=arguments.batch_size,
-            max_seq_len=arguments.max_seq_len,
-            precision=arguments.precision,
-            accelerator=arguments.accelerator,
-            seed=arguments.seed,
-        )
-        for values in combinations
-    ]
-    for setting in found:
-        setting.config  # noqa: B018
+def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
+    """Return the benchmark's own keys and those of ``tinygpt.run``.  Raise ConfigError."""
+    for item in argv:
+        if why := GONE.get(item.partition("=")[0]):
+            raise ConfigError(f"{item}: not a key of the benchmark; {why}")
+    own = ("-", *(f"{field.name}=" for field in fields(Arguments)))
+    arguments = cli.read_arguments(Arguments, [i for i in argv if i.startswith(own)], USAGE)
+    if not arguments.model:
+        raise ConfigError("model=: give at least one")
+    return arguments, [item for item in argv if not item.startswith(own)]
+
+
+def jobs(arguments: Arguments, given: Sequence[str]) -> dict[str, list[str]]:
+    """Return the overrides of a training run for each model, and for the minimal one.
+
+    Raise ConfigError for what ``tinygpt.run`` would refuse.
+    """
+    window = math.ceil(arguments.steps / 5)
+    total = window * (1 + math.ceil(arguments.steps / window))  # one window warms up
+    steps = [f"train.steps={total}", f"train.log_every={window}"]
+    data = [] if any(item.startswith("data") for item in given) else SMALL_DATA
+    found = {name: [f"model={name}", *data, *given, *steps] for name in arguments.model}
+    others = [i for i in given if not i.startswith(("model.", "data", "tokenizer", "init_from"))]
+    found["minimal"] = [*others, *MINIMAL, f"train.steps={20 * arguments.steps}"]
+    for overrides in found.values():
+        overrides += [f"train.{name}_every={10**15}" for name in ("eval", "checkpoint")]
+        overrides.append("train.sample_tokens=0")
+        cli.compose_config(overrides)
     return found
 
 
-def distinct(settings: Iterable[Setting], *names: str) -> list[Setting]:
-    """One setting for each combination of these alone; not compiled."""
-    first: dict[tuple[object, ...], Setting] = {}
-    for setting in settings:
-        first.setdefault(tuple(getattr(setting, name) for name in names), setting)
-    return [dataclasses.replace(setting, compile="off") for setting in first.values()]
+def measure(name: str, overrides: Sequence[str], seconds: float) -> tuple[str, list[Row]]:
+    """Return the environment and the rows of a process that measures one configuration."""
+    with tempfile.TemporaryDirectory(prefix="tinygpt-") as folder:
+        out, what = Path(folder, "rows.json"), "overhead" if name == "minimal" else "model"
+        place = [f"output_dir={folder}", "study=benchmark", "run_name=run"]
+        words = [str(out), str(seconds), what, *overrides, *place]
+        command = [sys.executable, "-m", "tinygpt.measuring", *words]
+        # in a session of its own, as Ctrl-C is for this process, which then ends the other
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        if done.returncode < 0:
+            raise RunError(f"model={name}: signal {-done.returncode} ended it; out of memory?")
+        if done.returncode:  # it has said why
+            raise SystemExit(done.returncode)
+        found = fileio.read_json(out)
+    return found["environment"], [{"model": name, **row} for row in found["rows"]]
 
 
-class Bench:
-    """What the measures share: how much is measured, of what, and what is said meanwhile."""
-
-    def __init__(
-        self,
-        arguments: Arguments,
-        settings: Sequence[Setting],
-        tokens_of: Callable[[Setting], str],
-    ) -> None:
-        self.arguments, self.settings, self.tokens_of = arguments, settings, tokens_of
-
-    def measured(self, names: Sequence[str], status: Status) -> Iterator[Row]:
-        for name, settings, rounds in self._plan(names):
-            if name == "startup":
-                yield from self._startup(settings, rounds, status)
-                continue
-            jobs = [(name, setting) for setting in settings]
-            if name == "train" and "train" in names:
-                jobs += [("gemm", setting) for setting in distinct(settings, "threads")]
-            with self._in_turns(jobs, rounds, status) as arms:
-                yield from self._rows(jobs, arms, names)
-
-    def _plan(self, names: Sequence[str]) -> Iterator[tuple[str, Sequence[Setting], int]]:
-        """Which process, for which settings, for how many rounds."""
-        every, rounds = self.settings, self.arguments.rounds
-        if "train" in names or "memory" in names:
-            yield "train", every, rounds if "train" in names else 1
-        plan = {
-            "parts": (every, rounds),
-            "attention": (distinct(every, "model", "threads"), rounds),
-            "generation": (distinct(every, "model", "vocab_size", "threads"), rounds),
-            "tokenizer": (distinct(every, "vocab_size", "threads"), rounds),
-            "startup": (every, min(rounds, STARTS)),
-        }
-        yield from ((name, *plan[name]) for name in plan if name in names)
-
-    @contextmanager
-    def _in_turns(
-        self, jobs: Sequence[tuple[str, Setting]], rounds: int, status: Status
-    ) -> Iterator[list[Arm]]:
-        commands = {
-            f"{name} of {setting.model}, {n}": self._job(name, setting).command
-            for n, (name, setting) in enumerate(jobs)
-        }
-        what = jobs[0][0]
-        status.update(f"{what}: starting {len(jobs)} processes")
-        with opened(commands) as arms:
-            say = f"{what}: round {{}} of {rounds}"
-            in_turns(arms, rounds, self.arguments.steps, lambda n: status.update(say.format(n)))
-            yield arms
-
-    def _job(self, name: str, setting: Setting, warmup: int = 3) -> Job:
-        return Job(name, setting.overrides, self.tokens_of(setting), warmup)
-
-    def _rows(
-        self, jobs: Sequence[tuple[str, Setting]], arms: Sequence[Arm], names: Sequence[str]
-    ) -> Iterator[Row]:
-        pairs = list(zip(jobs, arms, strict=True))
-        peaks = {setting.threads: arm for (name, setting), arm in pairs if name == "gemm"}
-        for (name, setting), arm in pairs:
-            place = results.place_of(arm, setting, name)
-            if name != "train" or "train" in names:
-                yield from results.rows_of(arm, place)
-            if name == "train" and "train" in names:
-                yield from results.mfu_rows(arm, peaks[setting.threads], place)
-            if name == "train" and "memory" in names:
-                yield results.memory_row(arm, place)
-
-    def _startup(self, settings: Sequence[Setting], rounds: int, status: Status) -> Iterator[Row]:
-        """New processes, each until it has made its first step."""
-        found: dict[Setting, list[Arm]] = {setting: [] for setting in settings}
-        for n in range(rounds):
-            status.update(f"startup: round {n + 1} of {rounds}")
-            for setting in settings:
-                with opened({"startup": self._job("train", setting, warmup=1).command}) as arms:
-                    found[setting] += arms
-        for setting, arms in found.items():
-            place = results.place_of(arms[0], setting, "startup")
-            wall = [arm.seconds_to_ready for arm in arms]
-            cpu = [float(arm.facts["cpu_seconds"]) for arm in arms]
-            yield Row("first step", "s", "wall", place, wall)
-            yield Row("first step", "s", "cpu", place, cpu)
+def cells(row: Row) -> list[str]:
+    """Return a row as the printed table and BENCH.md show it."""
+    numbers = ("median", "low", "high")
+    shown = {n: format(row[n], ",.0f" if abs(row[n]) >= 1000 else ".3g") for n in numbers}
+    if row["samples"] == 1:
+        shown |= dict.fromkeys(("low", "high", "samples", "threads"), "")
+    return [str(shown.get(name, row[name])) for name in COLUMNS]
 
 
-def measure(arguments: Arguments, console: Console) -> list[Row]:
-    settings = settings_of(arguments)
-    names = MEASURES if "all" in arguments.measure else arguments.measure
-    with token_folders() as tokens_of, console.status("starting") as status:
-        return list(Bench(arguments, settings, tokens_of).measured(names, status))
-
-
-def show(
-    rows: Sequence[Row], ratios: Mapping[Row, tuple[float, float, float]], console: Console
-) -> None:
-    """A line a quantity and configuration: the median by wall time; half the distance of the
-    quartiles and the median by CPU time, or beside a baseline how many times as good it is."""
-    cpu = {row.identity: row for row in rows if row.clock == "cpu"}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    last = ("× baseline",) if ratios else ("spread", "by CPU time")
-    for name in ("", "", "median", "", *last):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for family in results.by_family(row for row in rows if row.clock != "cpu").values():
-        label = results.labels(family)
-        for row in family:
-            median, low, high = quartiles(row.samples)
-            cells = [row.what, label(row), number(median), row.unit]
-            if ratios:
-                times = ratios.get(row)
-                cells += ["{:.2f} ({:.2f} to {:.2f})".format(*times)] if times else []
-            else:
-                twin = cpu.get((row.what, row.unit, "cpu", *row.identity[3:]))
-                cells.append(f"±{(high - low) / 2 / median:.1%}" if len(row.samples) > 1 else "")
-                cells.append(number(twin.median) if twin else "")
-            table.add_row(*cells)
-    console.print(results.in_common(rows), highlight=False)
-    console.print(table)
-
-
-def number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+def write(folder: Path, environment: str, rows: Sequence[Row]) -> None:
+    """Write bench.csv, with all digits, and BENCH.md, the printed table."""
+    fileio.write_csv(folder / "bench.csv", rows, COLUMNS)
+    lines = [COLUMNS, ["---:" if name in RIGHT else "---" for name in COLUMNS], *map(cells, rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    words = shlex.join(["python", "-m", "tinygpt.benchmark", *sys.argv[1:]])
+    text = f"# Benchmark\n\n{environment}\n\n    {words}\n\n{table}\n"
+    fileio.write_text(folder / "BENCH.md", text)
 
 
 @cli.one_line_errors
 def main() -> None:
-    arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
-    for name in ("measure", *VARIED):
-        if not getattr(arguments, name):
-            raise ConfigError(f"{name}=: give at least one")
-    baseline = results.read_baseline(Path(arguments.baseline)) if arguments.baseline else []
-    console, folder = Console(markup=False), Path(arguments.output_dir)
-    rows = measure(arguments, console)
-    ratios = results.against(rows, baseline)
-    results.write(rows, folder, vars(arguments), ratios)
-    show(rows, ratios, console)
-    if arguments.baseline:
-        _note(Path(arguments.baseline), ratios, console)
-    from tinygpt.measuring.figure import draw
-
-    draw(rows, folder / "benchmark.png")
-    print(f"\n{folder}/benchmark.csv, benchmark.json, benchmark.png")
-
-
-def _note(
-    baseline: Path, ratios: Mapping[Row, tuple[float, float, float]], console: Console
-) -> None:
-    """Says where the comparison may not mean what it seems to."""
-    if not ratios:
-        console.print(f"note: nothing in {baseline} was measured alike", soft_wrap=True)
-    elif odd := results.conditions_that_differ(baseline):
-        console.print(f"note: the baseline has another {', '.join(odd)}", soft_wrap=True)
+    arguments, given = read(sys.argv[1:])
+    todo, folder = jobs(arguments, given), Path(arguments.output_dir)
+    fileio.check_writable("output_dir", folder)
+    console, rows = Console(markup=False), list[Row]()
+    with console.status("starting") as status:
+        for name, overrides in todo.items():
+            status.update(f"measuring {name}")
+            environment, found = measure(name, overrides, arguments.seconds)
+            rows += found
+    write(folder, environment, rows)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name in RIGHT else "left")
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(environment, highlight=False, soft_wrap=True)
+    console.print(table)
+    print(f"\n{folder}/BENCH.md, bench.csv")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ P = ParamSpec("P")
 CONF_DIR = explaining.CONF_DIR
 # Threads that wait must not spin: they would take the cores from those that others keep waiting.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-PATHS = ("runs", "table", "output_dir", "baseline")  # of the commands without Hydra
+PATHS = ("runs", "table", "output_dir")  # of the commands without Hydra
 LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
 
 

@@ -11,7 +11,6 @@ from tinygpt import cli, fileio, fit, rundir, sample
 from tinygpt.adaptation import edits
 from tinygpt.adaptation.file_policy import ReplayPolicy
 from tinygpt.evaluating.items import read_task
-from tinygpt.measuring.results import against, read_baseline
 
 LINE = 1 << 10  # bytes: the time goes with the length; tests/test_bad_input.py has a long one
 
@@ -64,11 +63,6 @@ def replayed(data: bytes) -> None:
     ReplayPolicy(str(file_of("edits.jsonl", data)))
 
 
-def baseline(data: bytes) -> None:
-    rows = read_baseline(file_of("benchmark.json", data))
-    against(rows, rows)
-
-
 def task(data: bytes) -> None:
     read_task(file_of("task.jsonl", data))
 
@@ -84,7 +78,6 @@ HARNESSES = [
     Harness("arguments", "lines", arguments, largest=LINE),
     Harness("edit", "json", edit),
     Harness("edits", "jsonl", replayed),
-    Harness("baseline", "json", baseline),
     Harness("task", "jsonl", task),
     Harness("prompts", "bytes", prompts),
 ]
