@@ -81,13 +81,13 @@ class OptunaSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.loader, self.config = hydra_context.config_loader, config
+        self.loader, self.composed = hydra_context.config_loader, config
 
     def sweep(self, arguments: list[str]) -> None:
         from tinygpt.cli import one_line_errors
         from tinygpt.sweeping.search import search
 
-        one_line_errors(search)(self.config, self.settings, arguments, self.loader)
+        one_line_errors(search)(self.composed, self.settings, arguments, self.loader)
 
 
 # Hydra loads plugins in a way that dataclasses do not survive: plain dictionaries.

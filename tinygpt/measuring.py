@@ -29,7 +29,6 @@ from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TrainBatches
 from tinygpt.model.generate import generate
 from tinygpt.training.calibration import AUTOCAST
-from tinygpt.training.hardware import compile_model
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.session import open_data, open_machine, train
 from tinygpt.training.trainer import Device, make_trainer, quiet_lightning
@@ -69,7 +68,8 @@ class Bench:
         self.module.to(self.device.accelerator)
         if self.device.precision == "64":
             self.module.double()
-        compile_model(self.model, compiled)
+        if compiled == "on":
+            self.model.compile()
 
     def timed(self, work: Callable[[], object]) -> list[float]:
         """Return the seconds of a call, once for each block of calls that torch's timer makes."""

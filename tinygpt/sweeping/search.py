@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -127,18 +127,17 @@ def _distribution(item: Override) -> BaseDistribution:
     value: Any = item.value()
     if isinstance(value, IntervalSweep):
         whole = words.value_types(cli.RUN).get(item.get_key_element()) == {int}
-        number = distributions.IntDistribution if whole else distributions.FloatDistribution
+        number: Any = distributions.IntDistribution if whole else distributions.FloatDistribution
         try:
-            return number(value.start, value.end, log="log" in value.tags)
+            return cast("BaseDistribution", number(value.start, value.end, "log" in value.tags))
         except ValueError as error:
             raise ConfigError(f"{item.input_line}: {error}") from None
     values = list(item.sweep_string_iterator())
     if isinstance(value, RangeSweep) and not value.shuffle:
-        ends = [float(each) for each in (values[0], values[-1])]
-        whole = all(isinstance(each, int) for each in (value.start, value.step))
-        if whole:
-            return distributions.IntDistribution(int(ends[0]), int(ends[1]), step=int(value.step))
-        return distributions.FloatDistribution(*ends, step=float(value.step))
+        low, high = float(values[0]), float(values[-1])
+        if all(isinstance(each, int) for each in (value.start, value.step)):
+            return distributions.IntDistribution(int(low), int(high), step=int(value.step))
+        return distributions.FloatDistribution(low, high, step=float(value.step))
     return distributions.CategoricalDistribution(values)
 
 

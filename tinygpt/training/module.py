@@ -126,11 +126,16 @@ class LanguageModel(pl.LightningModule):
         )
         return self.config.optim.learning_rate * factor
 
+    def make_optimizer(self, *, fused: bool) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """Return the optimizer and its schedule, which is stepped once an optimizer step."""
+        optimizer = make_optimizer(self.model, self.config.optim, fused=fused)
+        peak = self.config.optim.learning_rate
+        return optimizer, LambdaLR(optimizer, lambda step: self.rate(step) / peak)
+
     def configure_optimizers(self) -> Any:
         on_device = self.device.type in ("cpu", "cuda")
         # gradients must be unscaled before they are clipped, which fused optimizers do too late
-        fused = on_device and self.trainer.precision != "16-mixed"
-        optimizer = make_optimizer(self.model, self.config.optim, fused=fused)
-        peak = self.config.optim.learning_rate
-        schedule = LambdaLR(optimizer, lambda step: self.rate(step) / peak)
+        optimizer, schedule = self.make_optimizer(
+            fused=on_device and self.trainer.precision != "16-mixed"
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
