@@ -219,7 +219,7 @@ def test_medians_and_their_intervals() -> None:
 
 
 def test_better_is_more_of_a_rate_and_less_of_a_time() -> None:
-    place = Place("tiny", 300, 2, 16, "cpu", "32", 1, "off", "torch", "keep")
+    place = Place("tiny", 300, 2, 16, "cpu", "32", 1, "off", "torch")
 
     def rows(factor: float) -> list[Row]:
         rate = Row("training", "tokens/s", "wall", place, [100 * factor])
@@ -235,7 +235,7 @@ def test_mfu_is_of_the_same_round() -> None:
             self.laps = [{name: lap} for lap in laps]
             self.facts = {"flops_per_token": 10.0}
 
-    place = Place("tiny", 300, 2, 16, "cpu", "32", 1, "off", "torch", "keep")
+    place = Place("tiny", 300, 2, 16, "cpu", "32", 1, "off", "torch")
     slow, fast = Lap(100, 2.0, 1.0), Lap(100, 1.0, 1.0)
     arm: Any = Played("train", slow, fast)
     peak: Any = Played("gemm", Lap(4000, 2.0, 1.0), Lap(4000, 1.0, 1.0))
