@@ -565,6 +565,7 @@ def test_no_key_is_left_out() -> None:
     assert tested == schema_keys()
     files = (
         "training",
+        "ddp",
         "hardware",
         "sweeping",
         "engines",
