@@ -87,12 +87,12 @@ def is_made_here() -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return False
-    text = cpuinfo.read_text()
-    cpu = re.search(r"model name\s*: (.*)", text)
+    found = re.findall(r"^(model name|cpu family|model|flags)\s*: (.*)$", cpuinfo.read_text(), re.M)
+    kind = dict(found)
     here = {
         "machine": platform.machine(),
-        "cpu": cpu[1] if cpu else None,
-        "avx512": "avx512f" in text,
+        "cpu": [kind.get(name) for name in ("model name", "cpu family", "model")],
+        "avx512": "avx512f" in kind.get("flags", ""),
         "torch": torch.__version__,
     }
     return bool(made_on == here)

@@ -25,26 +25,14 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 # The command of runs/finished and of runs/interrupted, as make.sh has it.
 RUN = [
-    "data=custom",
-    "data.path=corpus.txt",
-    "data.eval_tokens=4_000",
-    "output_dir=.",
-    "logger=csv",
-    "hardware.accelerator=cpu",
-    "hardware.threads=1",
-    "model.n_layers=1",
-    "model.d_model=16",
-    "model.n_heads=2",
-    "model.max_seq_len=64",
-    "tokenizer.vocab_size=384",
-    "study=runs",
-    "seed=7",
-    "train.batch_tokens=512",
-    "train.steps=240",
-    "train.eval_every=10_240",
-    "train.checkpoint_every=51_200",
-    "train.sample_tokens=30",
-    "hardware.micro_batch_size=4",
+    *("data=custom", "data.path=corpus.txt", "data.eval_tokens=4_000"),
+    *("output_dir=.", "logger=csv"),
+    *("hardware.accelerator=cpu", "hardware.threads=1"),
+    *("model.n_layers=1", "model.d_model=16", "model.n_heads=2", "model.max_seq_len=64"),
+    *("tokenizer.vocab_size=384", "study=runs", "seed=7"),
+    *("train.batch_tokens=512", "train.steps=240"),
+    *("train.eval_every=10_240", "train.checkpoint_every=51_200"),
+    *("train.sample_tokens=30", "hardware.micro_batch_size=4"),
 ]
 
 # Kaplan's laws met a bound of theirs at ff2412f; 5de860e widened these bounds on purpose.
