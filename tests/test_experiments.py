@@ -15,7 +15,7 @@ from tests.conftest import ROOT, Command
 STUDIES = sorted(path.parent.name for path in ROOT.glob("experiments/*/runs.csv"))
 TABLES = sorted(path.parent.name for path in ROOT.glob("experiments/*/adaptation_summary.csv"))
 # Their smoke scale does nothing that another study's does not: the plan will do.
-ALIKE = ("context", "depth", "grid_books", "grid_stories")
+ALIKE = ("context", "depth", "grid", "grid_books", "grid_stories")
 LAWS = [name for name in STUDIES if (ROOT / "experiments" / name / "fit.json").exists()]
 
 
