@@ -16,7 +16,8 @@ PAGES += ["docs/runs.md", "docs/sweeps.md"]
 ELSEWHERE = {"docs/extending.md": "test_extending.py", "docs/machines.md": "test_machines.py"}
 NOT_OURS = ("make ", ". .venv", "python -m venv", "pip install", "python -m pytest", "tensorboard ")
 
-SMOKE = ("train.tokens=20_000", "data.val_fraction=0.25", "hardware.threads=1")
+EVALUATED = "data.eval_tokens=4_000"
+SMOKE = ("train.tokens=20_000", "data.val_fraction=0.25", "hardware.threads=1", EVALUATED)
 BENCHMARK = ("model=tiny", "steps=1", "seconds=0.01", "hardware.threads=1")
 ADAPT = (
     *("documents.train=1", "documents.tune=1", "documents.test=2", "documents.context_tokens=40"),
@@ -46,7 +47,7 @@ def at_smoke_scale(words: list[str]) -> list[str]:
     words = [word for word in words if not word.startswith(("train.tokens=", "train.epochs="))]
     if any(word.startswith("experiment=") for word in words):
         words += [] if "scale=smoke" in words else ["scale=smoke"]
-        return [*words, *(ADAPT if words[0] == "tinygpt.adapt" else ())]
+        return [*words, *(ADAPT if words[0] == "tinygpt.adapt" else (EVALUATED,))]
     return [*words, *SMALL.get(words[0], ())]
 
 
