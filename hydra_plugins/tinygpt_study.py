@@ -26,7 +26,7 @@ class StudySweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        self.loader = hydra_context.config_loader
+        self.loader, self.file = hydra_context.config_loader, str(config.hydra.job.config_name)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -34,12 +34,14 @@ class StudySweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from tinygpt.cli import one_line_errors
         from tinygpt.sweeping.jobs import expand
+        from tinygpt.sweeping.study import KINDS
 
         @one_line_errors
         def run() -> Sequence[JobReturn]:
             params: Any = OmegaConf.to_container(self.params, resolve=True)
             assert self.launcher is not None
-            returned = self.launcher.launch(expand(params, arguments, self.loader), 0)
+            command = KINDS[self.file].command
+            returned = self.launcher.launch(expand(params, arguments, self.loader, command), 0)
             if any(job.status == JobStatus.FAILED for job in returned):
                 raise SystemExit(1)
             return returned

@@ -223,7 +223,10 @@ def flops_of(jobs: Iterable[StudyJob]) -> str:
 
 
 def expand(
-    params: Mapping[str, Any], arguments: Sequence[str], loader: ConfigLoader | None = None
+    params: Mapping[str, Any],
+    arguments: Sequence[str],
+    loader: ConfigLoader | None = None,
+    command: Command[Any] = cli.RUN,
 ) -> list[list[str]]:
     """The overrides of every job: all combinations of the values of ``params`` and ``arguments``.
 
@@ -231,7 +234,7 @@ def expand(
     list of tables, each a sweep of its own on top of the rest.  Raises ConfigError where one key
     of such tables is given without the others.
     """
-    given = _values_given(arguments, loader)
+    given = _values_given(arguments, loader, command)
     horizons = {f"train.{name}" for name in HORIZONS}
     _check_together(params.get("together", []), set(given), horizons)
     replaced = set(given) | (horizons if horizons & set(given) else set())
@@ -266,10 +269,12 @@ def _check_together(
             )
 
 
-def _values_given(arguments: Sequence[str], loader: ConfigLoader | None) -> dict[str, list[str]]:
+def _values_given(
+    arguments: Sequence[str], loader: ConfigLoader | None, command: Command[Any]
+) -> dict[str, list[str]]:
     given = {}
-    arguments = words.as_meant(arguments, cli.RUN)
-    with cli.in_one_line(arguments, cli.RUN):  # of any command, as far as it is read here
+    arguments = words.as_meant(arguments, command)
+    with cli.in_one_line(arguments, command):
         items = OverridesParser.create(loader).parse_overrides(list(arguments))
     for item in items:
         if not item.is_sweep_override():

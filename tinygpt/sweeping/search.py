@@ -45,8 +45,8 @@ def search(
     kind = KINDS[str(config.hydra.job.config_name)]
     given = [*arguments, *(f"{key}={value}" for key, value in settings["params"].items())]
     given = list({item.split("=")[0]: item for item in reversed(given)}.values())[::-1]
-    with cli.in_one_line(given, cli.RUN):
-        items = OverridesParser.create(loader).parse_overrides(words.as_meant(given, cli.RUN))
+    with cli.in_one_line(given, kind.command):
+        items = OverridesParser.create(loader).parse_overrides(words.as_meant(given, kind.command))
     space = {item.get_key_element(): _distribution(item) for item in items if _varies(item)}
     fixed = [str(item.input_line) for item in items if not _varies(item)]
     name = str(config.study or study_name(config, list(arguments)))
