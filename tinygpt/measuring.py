@@ -60,8 +60,9 @@ class Bench:
         self.tokenizer, self.data = tokenized.tokenizer, open_data(config, tokenized, self.device)
         assert self.data.plan is not None
         split, windows, self.plan = self.data.splits["train"], self.data.windows, self.data.plan
-        shape = {"length": self.data.length, "seed": config.seed, "plan": self.plan}
-        self.batches = TrainBatches(split, windows, **shape)  # type: ignore[arg-type]
+        self.batches = TrainBatches(
+            split, windows, length=self.data.length, seed=config.seed, plan=self.plan
+        )
         self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
         self.model = self.module.model
         self.dtype = {**AUTOCAST, "64": torch.float64}.get(self.device.precision, torch.float32)

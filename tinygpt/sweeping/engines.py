@@ -144,7 +144,7 @@ class Share(NamedTuple):
 
 
 def share_of(config: Settings, jobs: int) -> Share:
-    """Of each of ``jobs`` under its launcher; what ``hardware.threads`` says comes first."""
+    """Return the threads of each of ``jobs``: ``hardware.threads``, or its launcher's choice."""
     launcher, asked = config.launcher, config.hardware.threads
     if isinstance(launcher, LocalLauncher):
         import joblib

@@ -42,13 +42,16 @@ def search(
         ConfigError: A setting that Optuna does not take.
         RunError: No trial has a finite loss.
     """
+    from optuna.trial import TrialState
+
     kind = KINDS[str(config.hydra.job.config_name)]
     given = [*arguments, *(f"{key}={value}" for key, value in settings["params"].items())]
     given = list({item.split("=")[0]: item for item in reversed(given)}.values())[::-1]
     with cli.in_one_line(given, kind.command):
         items = OverridesParser.create(loader).parse_overrides(words.as_meant(given, kind.command))
-    space = {item.get_key_element(): _distribution(item) for item in items if _varies(item)}
-    fixed = [str(item.input_line) for item in items if not _varies(item)]
+    swept = [item for item in items if item.is_sweep_override()]
+    space = {item.get_key_element(): _distribution(item) for item in swept}
+    fixed = [str(item.input_line) for item in items if item not in swept]
     name = str(config.study or study_name(config, list(arguments)))
     study = _open_study(settings, name)
     to_do = settings["n_trials"] - sum(trial.state.is_finished() for trial in study.trials)
@@ -65,7 +68,7 @@ def search(
         for trial, job, outcome in zip(trials, jobs, _outcomes(jobs, kind), strict=True):
             trial.set_user_attr("overrides", job)
             if outcome.failed or config.plan:
-                study.tell(trial, state=_failed())
+                study.tell(trial, state=TrialState.FAIL)
             else:
                 study.tell(trial, outcome.value)
             reasons.append(outcome.reason or outcome.status)
@@ -77,16 +80,6 @@ def _written(param: tuple[str, Any]) -> str:
     """Return the override that sets a parameter, floats to four digits: they name folders."""
     key, value = param
     return f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-
-
-def _varies(item: Override) -> bool:
-    return bool(item.is_sweep_override())
-
-
-def _failed() -> Any:
-    from optuna.trial import TrialState
-
-    return TrialState.FAIL
 
 
 def _open_study(settings: Mapping[str, Any], name: str) -> optuna.Study:

@@ -145,7 +145,7 @@ def rounding(
 
 
 def _auto_compile(config: Config, vocab_size: int, plan: Plan, device: Device) -> str:
-    """On with one CUDA device where the run is long enough to pay for it, else off."""
+    """Return "on" with one CUDA device and a run long enough to pay for it, else "off"."""
     if device.accelerator != "cuda" or device.world_size > 1:
         return "off"
     seconds = plan.total_steps * seconds_per_step(config, vocab_size, plan, device)
