@@ -144,7 +144,7 @@ class Share(NamedTuple):
 
 
 def share_of(config: Settings, jobs: int) -> Share:
-    """Return the threads of each of ``jobs``: ``hardware.threads``, or its launcher's choice."""
+    """Return how many of ``jobs`` go at once and the threads of each, as given or as it pays."""
     launcher, asked = config.launcher, config.hardware.threads
     if isinstance(launcher, LocalLauncher):
         import joblib
