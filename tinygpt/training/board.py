@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ class Board:
 
     def __init__(self, folder: Path, flush_seconds: int, began: float) -> None:
         self.began = began
+        # TensorBoard reads files in the order of their names: whole seconds, then the process
+        if any(folder.glob(f"*.{int(time.time())}.*")):
+            time.sleep(1 - time.time() % 1)
         self.writer = SummaryWriter(str(folder), purge_step=0, flush_secs=flush_seconds)
         losses = ["train/loss", "val/loss", "val/irreducible_loss_exact"]
         self.writer.add_custom_scalars({"loss": {"all losses": ["Multiline", losses]}})
