@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf/optim").glob("*.yaml"))
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
+Starts = Callable[..., warm.Process]
 
 
 @pytest.fixture(autouse=True)
@@ -56,12 +59,32 @@ def real_data() -> Path:
 
 
 @pytest.fixture
-def tinygpt(tmp_path: Path, cache: Path) -> Command:
-    """Runs ``python -m tinygpt.<command>`` in a fresh folder; stdout and stderr come apart."""
+def start(tmp_path: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Starts:
+    """Starts ``tinygpt.<command>`` in a fresh folder, from a parent that is warm."""
+
+    def start(
+        command: str, *words: str, cwd: Path | None = None, within: warm.Within | None = None
+    ) -> warm.Process:
+        said = tmp_path_factory.mktemp("said") / command
+        env = {"TINYGPT_CACHE": str(cache)}
+        return warm.Process(command, words, cwd or tmp_path, said, env, within)
+
+    return start
+
+
+@pytest.fixture
+def tinygpt(tmp_path: Path, cache: Path, start: Starts) -> Command:
+    """Runs ``python -m tinygpt.<command>`` in a fresh folder; stdout and stderr come apart.
+
+    It begins cold where the environment is another, and where Lightning starts it again.
+    """
 
     def run(
         command: str, *arguments: str, cwd: Path | None = None, **env: str
     ) -> subprocess.CompletedProcess[str]:
+        is_ddp = any(word.startswith("hardware.devices=") for word in arguments)
+        if not env and not is_ddp and warm.is_as_at_start():
+            return start(command, *arguments, cwd=cwd).completed()
         return subprocess.run(
             [sys.executable, "-m", f"tinygpt.{command}", *arguments],
             cwd=cwd or tmp_path,

@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from tests.conftest import Command, tiny
-from tests.test_resume import outcome, start
+from tests.test_resume import outcome
 from tests.test_training import Trained
 from tinygpt import cli
 from tinygpt.config import ConfigError, HardwareConfig
@@ -124,6 +126,18 @@ def assert_learned_the_same(one: Path, other: Path, tolerance: float) -> None:
         assert results[0][name] == pytest.approx(results[1][name], rel=tolerance), name
     for name in ("config_hash", "train_tokens", "best_val_step", "total_steps"):
         assert results[0][name] == results[1][name]
+
+
+def start(folder: Path, cache: Path, words: list[str], program: list[str]) -> subprocess.Popen[str]:
+    """A command that Lightning starts again for its second process."""
+    return subprocess.Popen(
+        [sys.executable, *program, *words],
+        cwd=folder,
+        env={**os.environ, "TINYGPT_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import Command, tiny
-from tests.test_sweeping import comparable, read_summary, start, sweep, wait_until
+from tests.conftest import Command, Starts, tiny
+from tests.test_sweeping import comparable, read_summary, sweep, wait_until
+from tests.warm import Process
 from tinygpt.config import ConfigError, LocalLauncher, RayLauncher, SlurmLauncher
 from tinygpt.sweeping import engines
 from tinygpt.sweeping.jobs import Job
@@ -161,18 +162,18 @@ def test_engines_agree(tinygpt: Command, corpus: Path, tmp_path: Path, words: li
 @needs_slurm
 @pytest.mark.slow
 def test_slurm_queues_a_run_again_and_it_goes_on(
-    tinygpt: Command, corpus: Path, cache: Path, tmp_path: Path
+    tinygpt: Command, start: Starts, corpus: Path, tmp_path: Path
 ) -> None:
     """It takes Slurm two minutes to begin a job again."""
     words = tiny(corpus, "--multirun", "seed=1,2", "train.steps=3000", "train.log_every=100")
     words += ["train.checkpoint_every=25_600"]
     slurm = ["launcher=slurm", "launcher.cpus=1", "study=requeued"]
-    process = start([*words, *slurm], tmp_path, cache)
+    process = start("run", *words, *slurm)
     study = tmp_path / "outputs/requeued"
     wait_until(lambda: list(study.glob("seed-2*/checkpoints/last.ckpt")))
     (job,) = {path.name.split("_")[0] for path in (study / ".slurm").glob("*_submitted.pkl")}
     subprocess.run(["scontrol", "requeue", f"{job}_1"], check=True)
-    assert process.wait(400) == 0, (tmp_path / "out.txt").read_text()
+    assert process.wait(400) == 0, process.communicate()
     whole = tinygpt("run", *words, "study=whole")
     assert whole.returncode == 0, whole.stderr
     one, other = comparable(study), comparable(study.with_name("whole"))
@@ -209,8 +210,9 @@ def dies_at_seed_3(job: Job) -> engines.Outcome:
     return engines.Outcome("finished", 1.0)
 
 
+@pytest.mark.slow
 def test_one_raises_one_diverges_one_is_killed(
-    tinygpt: Command, corpus: Path, cache: Path, tmp_path: Path
+    tinygpt: Command, start: Starts, corpus: Path, tmp_path: Path
 ) -> None:
     """The fourth ends well, and it is said of each of the three what happened."""
     words = tiny(corpus, "optim=sgd", "train.grad_clip_norm=null", "train.steps=400")
@@ -221,11 +223,11 @@ def test_one_raises_one_diverges_one_is_killed(
     raises.mkdir(parents=True)
     (raises / "checkpoints").write_text("in the way")
     (raises / "environment.json").write_text(json.dumps({"config_hash": jobs[2].hash}))
-    process = start(["--multirun", "launcher=local", "launcher.n_jobs=2", *words], tmp_path, cache)
+    process = start("run", "--multirun", "launcher=local", "launcher.n_jobs=2", *words)
     while process.poll() is None:
         kill_who_trains(is_killed, process.pid)
         time.sleep(0.01)
-    said = (tmp_path / "out.txt").read_text()
+    said = "".join(process.communicate())
     assert process.returncode == 1, said
     assert "4 runs: 1 finished, 1 diverged, 1 failed, 1 killed" in said
     assert "FileExistsError" in said
@@ -250,7 +252,7 @@ def kill_who_trains(run: Path, command: int) -> None:
         pass
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: Process) -> None:
     """Everything that the command started, at once; loky's workers have sessions of their own."""
     try:
         children = psutil.Process(process.pid).children(recursive=True)
@@ -267,7 +269,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.slow
 def test_a_study_killed_five_times_ends_as_if_undisturbed(
-    tinygpt: Command, corpus: Path, cache: Path, tmp_path: Path
+    tinygpt: Command, start: Starts, corpus: Path, tmp_path: Path
 ) -> None:
     words = tiny(corpus, "--multirun", "model.d_model=8,16", "seed=1,2", "train.steps=400")
     words += [
@@ -281,7 +283,7 @@ def test_a_study_killed_five_times_ends_as_if_undisturbed(
     random_ = random.Random(0)
     killed = tmp_path / "outputs/killed"
     for _ in range(5):
-        process = start([*words, "study=killed"], tmp_path, cache)
+        process = start("run", *words, "study=killed")
         before = len(list(killed.glob("*/results.json")))
         wait_until(lambda: any(killed.glob("*/metrics.csv")))
         time.sleep(random_.uniform(3, 8))

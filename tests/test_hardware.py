@@ -76,7 +76,7 @@ def test_kept_memory_is_not_asked_for_again() -> None:
 
 
 def page_faults(prepare: str) -> int:
-    """Of ten steps of a small model, after ten others."""
+    """Of five steps of a small model, after five others."""
     program = f"""
 import resource, torch
 from tinygpt.config import HardwareConfig, ModelConfig
@@ -86,8 +86,8 @@ from tinygpt.training.trainer import Device
 {prepare}
 model = GPT(ModelConfig(), 4096)
 tokens = torch.randint(4096, (1, 257))
-for step in range(20):
-    if step == 10:
+for step in range(10):
+    if step == 5:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     model.zero_grad()

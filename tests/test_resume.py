@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,32 +15,29 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import Command, tiny
+from tests.conftest import Command, Starts, tiny
 
 # What time and host decide; everything else must be equal to the last bit.
 MEASURED = {"seconds", "tokens_per_second", "peak_memory_bytes", "seconds_training", "mfu"}
 
+
 # The command, but it kills itself half way through writing its N-th checkpoint.
-KILLED_IN_CHECKPOINT = """
-import os, signal, sys
-from pathlib import Path
-from tinygpt import run
-from tinygpt.training.trainer import AtomicCheckpoints
+def die_in_checkpoint(left: int) -> None:
+    """Have this process die half through its ``left``-th checkpoint."""
+    from tinygpt.training.trainer import AtomicCheckpoints
 
-left = int(sys.argv.pop(1))
-save = AtomicCheckpoints.save_checkpoint
+    save = AtomicCheckpoints.save_checkpoint
 
-def save_or_die(self, checkpoint, path, storage_options=None):
-    global left
-    left -= 1
-    if left == 0:
-        Path(path).with_name(f".{Path(path).name}.half.tmp").write_bytes(b"half a checkpoint")
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(self, checkpoint, path, storage_options)
+    def save_or_die(self: Any, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            half = Path(path).with_name(f".{Path(path).name}.half.tmp")
+            half.write_bytes(b"half a checkpoint")
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, checkpoint, path, storage_options)
 
-AtomicCheckpoints.save_checkpoint = save_or_die
-run.main()
-"""
+    AtomicCheckpoints.save_checkpoint = save_or_die  # type: ignore[method-assign]
 
 
 def arguments(corpus: Path, *more: str) -> list[str]:
@@ -82,20 +78,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def start(folder: Path, cache: Path, words: list[str], program: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *program, *words],
-        cwd=folder,
-        env={**os.environ, "TINYGPT_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.slow
 def test_ten_kills_change_nothing(
-    tmp_path: Path, corpus: Path, cache: Path, tinygpt: Command
+    tmp_path: Path, corpus: Path, tinygpt: Command, start: Starts
 ) -> None:
     words = arguments(corpus)
     (tmp_path / "whole").mkdir()
@@ -109,10 +94,10 @@ def test_ten_kills_change_nothing(
         if kills >= 10:
             break
         if attempt % 3 == 0:  # inside a checkpoint
-            program = ["-c", KILLED_IN_CHECKPOINT, str(chance.randint(2, 5))]
-            process = start(tmp_path / "killed", cache, words, program)
+            dies = functools.partial(die_in_checkpoint, chance.randint(2, 5))
+            process = start("run", *words, cwd=tmp_path / "killed", within=dies)
         else:  # somewhere between its first sign of life and its end
-            process = start(tmp_path / "killed", cache, words, ["-m", "tinygpt.run"])
+            process = start("run", *words, cwd=tmp_path / "killed")
             before = _size(run / "run.log")
             while process.poll() is None and _size(run / "run.log") <= before:
                 time.sleep(0.01)
@@ -133,10 +118,10 @@ def test_ten_kills_change_nothing(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(
-    tmp_path: Path, corpus: Path, cache: Path, tinygpt: Command, number: signal.Signals
+    tmp_path: Path, corpus: Path, start: Starts, number: signal.Signals
 ) -> None:
     words = arguments(corpus, "train.steps=4000", "train.checkpoint_every=100_000_000")
-    process = start(tmp_path, cache, words, ["-m", "tinygpt.run"])
+    process = start("run", *words)
     run = tmp_path / "outputs" / "s" / "r"
     while process.poll() is None and not _has_steps(run / "metrics.csv"):
         time.sleep(0.02)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.conftest import Command
+from tests.conftest import Command, Starts
 from tests.test_adaptation import TIMES, run  # noqa: F401  a fixture
 from tinygpt import cli
 from tinygpt.adaptation.records import FIELDS, RecordsFile
@@ -104,15 +101,13 @@ def test_a_killed_adaptation_goes_on_to_the_same_records(
     cache: Path,
     tmp_path: Path,
     tinygpt: Command,
+    start: Starts,
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     adapted(words_of(run, cache, whole))
     words = words_of(run, cache, killed)
-    command = [sys.executable, "-m", "tinygpt.adapt", *words]
     for wanted in (5, 20, 40):
-        process = subprocess.Popen(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
-        )
+        process = start("adapt", *words)
         while process.poll() is None:
             lines = sum(len(p.read_bytes().splitlines()) for p in killed.rglob("adapt.jsonl"))
             if lines >= wanted:

@@ -11,8 +11,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from tests.conftest import ROOT, Command, tiny
+from tests.conftest import ROOT, Command, Starts, tiny
 from tinygpt import cli, rundir
 from tinygpt.config import ConfigError, RunError, WsdSchedule
 from tinygpt.fileio import read_yaml
@@ -517,19 +515,6 @@ def test_the_view_times_what_ended_and_what_runs(monkeypatch: pytest.MonkeyPatch
 # --- interrupted and taken up again
 
 
-def start(words: list[str], folder: Path, cache: Path) -> subprocess.Popen[bytes]:
-    """The command in a process group of its own; what it says goes to out.txt."""
-    with (folder / "out.txt").open("ab") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tinygpt.run", *words],
-            cwd=folder,
-            env={**os.environ, "TINYGPT_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
 def wait_until(holds: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not holds():
@@ -537,19 +522,19 @@ def wait_until(holds: Any, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("launcher", ["serial", "local"])
+@pytest.mark.parametrize("launcher", ["serial", pytest.param("local", marks=pytest.mark.slow)])
 def test_sigterm_saves_and_stops_a_study(
-    tinygpt: Command, corpus: Path, cache: Path, tmp_path: Path, launcher: str
+    tinygpt: Command, start: Starts, corpus: Path, tmp_path: Path, launcher: str
 ) -> None:
-    words = tiny(corpus, "--multirun", "seed=1,2,3", "train.steps=300", f"launcher={launcher}")
+    words = tiny(corpus, "--multirun", "seed=1,2", "train.steps=300", f"launcher={launcher}")
     words += ["launcher.n_jobs=2"] if launcher == "local" else []
-    process = start(words, tmp_path, cache)
+    process = start("run", *words)
     study = tmp_path / "outputs/sweep-seed"
     wait_until(lambda: list(study.glob("*/checkpoints/last.ckpt")))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143, (tmp_path / "out.txt").read_text()
-    said = (tmp_path / "out.txt").read_text()
-    assert said.count("stopped by SIGTERM; the same command goes on from what is saved") == 1
+    code, (out, err) = process.wait(60), process.communicate()
+    assert code == 143, out + err
+    assert (out + err).count("stopped by SIGTERM; the same command goes on from what is saved") == 1
     done = tinygpt("run", *words)
     assert done.returncode == 0, done.stderr
     undisturbed = tinygpt("run", *words, "study=undisturbed")

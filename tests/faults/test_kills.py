@@ -18,10 +18,11 @@ import pytest
 
 from tests.conftest import tiny
 from tests.faults.conftest import Injected, succeeded
-from tests.faults.warm import Command, Strike, Warm, Within
+from tests.faults.warm import Command, Strike, Warm
 from tests.test_bad_input import content
 from tests.test_resume import outcome
 from tests.test_sweeping import comparable
+from tests.warm import Within
 from tinygpt.data import shards, writing
 from tinygpt.fileio import replacing_folder
 from tinygpt.rundir import MetricsFile, read_config
@@ -46,7 +47,7 @@ class Work:
 
     def __post_init__(self) -> None:
         strike = Strike(self.watched or self.folder, path=self.struck)
-        ended = succeeded(self._command(strike).wait())
+        ended = succeeded(self._command(strike).ended())
         self.changes, self.seconds = ended.changes, ended.seconds
         self.undisturbed = self.result(self.folder)
         self.clear()
@@ -69,8 +70,8 @@ class Work:
         command = self._command(strike)
         if strike is None:
             time.sleep(chance.uniform(0.0, self.seconds))
-            command.send(number)
-        ended = command.wait()
+            command.send_signal(number)
+        ended = command.ended()
         # as the system says it; as a shell says it; an interrupt
         assert ended.code in (0, -number, 128 + number, 130), ended.err
         # Python itself passes over an interrupt that comes within a destructor, and says so
@@ -86,7 +87,7 @@ class Work:
                     injected(f"{signal.Signals(number).name} in {self.words[0]}")
                     kills -= 1
                 nothing_torn(self.folder)
-            succeeded(self._command().wait())
+            succeeded(self._command().ended())
             assert self.result(self.folder) == self.undisturbed
             assert not list(self.folder.rglob("*.tmp"))
             self.clear()

@@ -28,7 +28,7 @@ PREPARED = ("tokenizer=bpe", "tokenizer.vocab_size=300", "plan=true")
 def both(warm: Warm, *words: str, what: str) -> None:
     """One of two ends well; so does the other, which found all done, or says why not."""
     commands = [warm.start(*words) for _ in range(2)]
-    ended = sorted((command.wait() for command in commands), key=lambda e: e.code)
+    ended = sorted((command.ended() for command in commands), key=lambda e: e.code)
     assert [e.code for e in ended] in ([0, 0], [0, 2]), ended
     for one in ended:
         if one.code == 2:
@@ -63,7 +63,7 @@ def test_one_cache_filled_twice(warm: Warm, corpus: Path, injected: Injected) ->
     for _ in range(5):
         injected("two commands on one cache")
         for command in [warm.start("run", *words, cache=cache) for _ in range(2)]:
-            succeeded(command.wait())
+            succeeded(command.ended())
         assert files(cache) == files(clean)
         shutil.rmtree(cache)
 
@@ -78,10 +78,10 @@ def test_who_waits_for_a_cache_goes_on_where_the_other_is_killed(
     first.wait_until((cache / "hangs").exists)
     second = warm.start("run", *words, cache=cache)
     time.sleep(1.0)
-    assert second.running()
-    first.send(signal.SIGKILL)
+    assert second.poll() is None
+    first.send_signal(signal.SIGKILL)
     injected("SIGKILL of a process that another waits for")
-    succeeded(second.wait())
+    succeeded(second.ended())
     (cache / "hangs").unlink()
     assert files(cache) == files(clean)
 
@@ -101,7 +101,7 @@ def test_the_head_of_a_study_is_killed_and_its_workers_are_left(
     study = warm.folder / "outputs/s"
     command.wait_until(lambda: len(list(study.glob("*/checkpoints/last.ckpt"))) == 2)
     workers = psutil.Process(command.pid).children(recursive=True)
-    command.send(signal.SIGKILL)
+    command.send_signal(signal.SIGKILL)
     injected("SIGKILL of the head of a study")
     command.wait()
     assert not psutil.wait_procs(workers, timeout=10)[1]
@@ -121,7 +121,7 @@ def test_two_laws_fitted_at_once(warm: Warm, corpus: Path, injected: Injected) -
         shutil.rmtree(warm.folder / "outputs/s/fit")
         injected("two commands on one law")
         for one in [warm.start(*command) for _ in range(2)]:
-            succeeded(one.wait())
+            succeeded(one.ended())
         assert files(warm.folder / "outputs/s/fit") == alone
 
 

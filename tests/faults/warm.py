@@ -1,38 +1,22 @@
-"""A parent that has imported everything: a command forked off it begins at once.
-
-The parent is the fork server of ``multiprocessing``, which has no threads.  What the forked process
-runs is what ``python -m tinygpt.<command>`` runs, with a terminal of its own: a file.
-"""
+"""A command that is struck at a chosen change to a file, forked from a parent that is warm."""
 
 from __future__ import annotations
 
-import importlib
-import multiprocessing
+import atexit
+import functools
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the server
-
-IMPORTED = (
-    *("tinygpt.run", "tinygpt.fit", "tinygpt.export", "tinygpt.training.session"),
-    *("tinygpt.sweeping.study", "tinygpt.sweeping.summary"),
-    *("tinygpt.scaling.report", "tinygpt.scaling.analysis", "tinygpt.data.huggingface"),
-    *("tinygpt.model.huggingface", "torch.utils.tensorboard", "safetensors.torch"),
-)
-if "pytest" not in sys.modules:  # in the server; the tests need none of it themselves
-    for name in IMPORTED:
-        importlib.import_module(name)
+from tests.warm import Process, Within
 
 # What changes a file, as Python tells an audit hook of it.
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link"}
-Within = Callable[[], None]  # done in the forked process before the command begins
 
 
 @dataclass(frozen=True)
@@ -63,37 +47,13 @@ class Ended:
         return self.err.removeprefix("error: ").rstrip("\n")
 
 
-class Command:
+class Command(Process):
     """A command on its way."""
 
-    def __init__(self, process: BaseProcess, said: Path) -> None:
-        self._process, self._said = process, said
-        self.pid: int = process.pid or 0
-        self.running = process.is_alive
-
-    def send(self, number: int) -> None:
-        if self.running():
-            os.kill(self.pid, number)
-
-    def wait(self, seconds: float = 600) -> Ended:
-        self._process.join(seconds)
-        if self._process.exitcode is None:
-            self._process.kill()
-            raise AssertionError(f"still there after {seconds} s: {self._read('err')}")
-        code, said = self._process.exitcode, (self._read("out"), self._read("err"))
-        changes, took = (self._read("took") or "0 0").split()  # none where it was killed
-        return Ended(code, *said, int(changes), float(took))
-
-    def wait_until(self, holds: Callable[[], Any], seconds: float = 300) -> None:
-        end = time.monotonic() + seconds
-        while not holds():
-            assert self.running(), self._read("err") or "it has ended before"
-            assert time.monotonic() < end, "nothing happened"
-            time.sleep(0.005)
-
-    def _read(self, name: str) -> str:
-        path = self._said.with_suffix(f".{name}")
-        return path.read_text() if path.exists() else ""
+    def ended(self, seconds: float = 600) -> Ended:
+        code = self.wait(seconds)
+        changes, took = (self.read("took") or "0 0").split()  # none where it was killed
+        return Ended(code, self.read("out"), self.read("err"), int(changes), float(took))
 
 
 class Warm:
@@ -117,43 +77,18 @@ class Warm:
         self._count += 1
         said = self.said / f"{self._count}-{command}"
         words = (*words, f"cache_dir={cache or self.cache}") if command == "run" else words
-        arguments = (command, words, self.folder, said, strike, within)
-        process = _context().Process(target=_serve, args=arguments)
-        process.start()
-        return Command(process, said)
+        watched = functools.partial(_watch, said.with_suffix(".took"), strike, within)
+        return Command(command, words, self.folder, said, within=watched)
 
     def __call__(self, command: str, *words: str, **more: Any) -> Ended:
-        return self.start(command, *words, **more).wait()
+        return self.start(command, *words, **more).ended()
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.warm"])
-    return context
-
-
-def _serve(
-    command: str,
-    words: Sequence[str],
-    folder: Path,
-    said: Path,
-    strike: Strike | None,
-    within: Within | None,
-) -> None:
-    assert "tinygpt.training.session" in sys.modules, "the parent is cold"
-    os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        file = os.open(said.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
-    sys.argv = [f"tinygpt.{command}", *words]
+def _watch(took: Path, strike: Strike | None, within: Within | None) -> None:
     if within is not None:
         within()
     count, begun = _audited(strike) if strike is not None else [0], time.perf_counter()
-    try:
-        importlib.import_module(f"tinygpt.{command}").main()
-    finally:
-        said.with_suffix(".took").write_text(f"{count[0]} {time.perf_counter() - begun}")
+    atexit.register(lambda: took.write_text(f"{count[0]} {time.perf_counter() - begun}"))
 
 
 def _audited(strike: Strike) -> list[int]:
