@@ -157,6 +157,8 @@ SCHEMA = [
     ("model.d_model=", "model.d_model=: must be an integer"),
     ("model.d_model=[1,2]", "model.d_model=[1,2]: must be an integer"),
     ("model.d_model={a:1}", "model.d_model={a:1}: must be an integer"),
+    ("model.rope_scaling={a:1}", "model.rope_scaling={a:1}: cannot be set from the command line"),
+    ("model.rope_scaling.a=1", "model.rope_scaling.a=1: cannot be set from the command line"),
     ("train.tokens=1.5e0", "train.tokens=1.5e0: must be an integer"),
     ("seed=x", "seed=x: must be an integer"),
     ("model.bias=maybe", "model.bias=maybe: must be true or false"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import functools
@@ -16,9 +17,8 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
+from hydra import __version__ as hydra_version
 from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -43,6 +43,7 @@ CONF_DIR = explaining.CONF_DIR
 # Threads that wait must not spin: they would take the cores from those that others keep waiting.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 PATHS = ("runs", "table", "output_dir")  # of the commands without Hydra
+STRANGE = (AssertionError, AttributeError, TypeError)  # of OmegaConf, at a key that is null
 LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
 
 
@@ -74,7 +75,8 @@ def compose_for(command: Command[S], overrides: Sequence[str]) -> S:
         values = [item for item in parsed if _is_plain_value(item)]
         groups = tuple(item.input_line or "" for item in parsed if not _is_plain_value(item))
         composed = copy.deepcopy(_composed(command.file, groups))
-        ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+        for item in values:
+            _set(composed, item)
         return command.read(composed, overrides)
 
 
@@ -124,13 +126,44 @@ def _is_plain_value(item: Override) -> bool:
     return not (is_group or item.is_sweep_override() or name.startswith("hydra"))
 
 
+def _set(composed: DictConfig, item: Override) -> None:
+    """Set a value as Hydra does when it composes: + adds a key, ++ adds it or sets it."""
+    name, value = item.key_or_group, item.value()
+    there = OmegaConf.select(composed, name, throw_on_missing=False)
+    if item.is_add() and there is not None and not isinstance(value, dict | list):
+        raise ConfigError(f"{item.input_line}: the key is there already, set it without +")
+    added = item.is_add() or item.is_force_add()
+    OmegaConf.update(composed, name, value, merge=True, force_add=added)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return a parser of the options that ``hydra.main`` has, which it does not offer itself."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    for names in ("help h", "hydra-help", "resolve", "run r", "multirun m", "shell-completion sc"):
+        parser.add_argument(*_options(names), action="store_true")
+    for names in ("package p", "config-path cp", "config-name cn", "config-dir cd"):
+        parser.add_argument(*_options(names))
+    parser.add_argument("--experimental-rerun")
+    parser.add_argument("--version", action="version", version=f"Hydra {hydra_version}")
+    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    shown = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    parser.add_argument("--info", "-i", const="all", nargs="?", choices=shown)
+    return parser
+
+
+def _options(names: str) -> list[str]:
+    long, *short = names.split()
+    return [f"--{long}", *(f"-{name}" for name in short)]
+
+
 def start(command: Command[S], job: Callable[[], object]) -> None:
     """What a command does with ``sys.argv``: prints its help, or has Hydra call ``job``.
 
     Every mistake is found before torch is imported and before anything is written: those of a
     single run here, those of a sweep's jobs by sweeping.
     """
-    parser = get_args_parser()
+    parser = _parser()
     parser.error = functools.partial(_unknown_option, command)  # type: ignore[method-assign]
     # it may stand anywhere; argparse wants options before or behind the overrides
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("--multirun", "-m"))
@@ -254,7 +287,7 @@ def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]
         yield
     except ConfigError:
         raise
-    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, *STRANGE) as error:
         raise ConfigError(explaining.explain(error, overrides, command)) from error
     except OSError as error:  # a choice is sought as a file
         raise ConfigError(f"{max(overrides, key=len):.60}: {error.strerror}") from error

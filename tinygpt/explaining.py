@@ -68,10 +68,13 @@ def explain(error: BaseException, overrides: Sequence[str], command: Command[S])
     if "group override must be" in text:
         return _not_a_choice(overrides)
     if isinstance(cause, AssertionError):  # Hydra's, at a key of a section that is null
-        found = (re.match(r"\+*(?:(logger)\.(\w+)|(data))\.", item) for item in overrides)
+        keys = r"\+*(?:(logger)\.(\w+)|(data)|model\.rope_scaling)\."
+        found = (re.match(keys, item) for item in overrides)
         unset = [match for match in found if match]
         if not unset:
             return text.splitlines()[0]
+        if not unset[0][1] and not unset[0][3]:
+            return f"{unset[0].string}: {plain(text)}"
         needed = f"{unset[0][1]}={unset[0][2]}" if unset[0][1] else "data=, where the text is from"
         return f"{unset[0].string}: needs {needed}"
     missing = re.search(r"[Mm]issing mandatory value: (\S+)", text)
@@ -108,6 +111,8 @@ def plain(text: str) -> str:
         return "must be true or false"
     if "is not a ListConfig" in line:
         return "must be a list, as [a,b]"
+    if "has no attribute" in line or "Unexpected type for root" in line:
+        return "cannot be set from the command line"
     if "Invalid type assigned" in line:
         return "must be set key by key"
     words = {"Integer": "an integer", "Float": "a number", "Boolean": "true or false"}
