@@ -48,6 +48,25 @@ from tinygpt.scaling.laws import Array
 from tinygpt.scaling.selection import HeldOut
 
 OF_A_RUN, OF_THE_FITTED = "95 % of single runs", "law of the runs fitted"
+CAPTIONS = {
+    "scaling": "The runs and the law, with its 95 % band; dashed: beyond the runs.",
+    "scaling together": (
+        "The runs and the law, with its 95 % band, at some values of the other variable: its "
+        "colour. What a panel does not show is at its geometric mean."
+    ),
+    "residuals": "What the law leaves: structure here is what it does not see.",
+    "contours": (
+        "Lines of equal loss by the law where no token is seen twice, and the runs, coloured by "
+        "what was measured."
+    ),
+    "extrapolation": "The law fitted to the smaller runs predicts the larger ones, held out.",
+    "isoflop": (
+        "Loss against size at equal compute, a curve through each budget; stars: minima. Without a "
+        "star there is none that stands; `fit.json` says why."
+    ),
+    "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
+    "curves": "The loss of every run as it trains; dashed: the least that any has by a compute.",
+}
 CURVES = 5  # at most so many, one for each value of the other variable
 
 
