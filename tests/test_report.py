@@ -196,7 +196,7 @@ def test_where_all_passes_it_says_so(alone: Analysis) -> None:
     text = _text(alone)
     assert alone.is_evidence
     assert "Not evidence yet" not in text
-    assert "Every check that applies is passed." in text
+    assert "All applicable checks pass." in text
     assert "FAIL" not in text
     assert "left out: 1 of 13 (diverged): row 0" in text
     assert "| | estimate | 95 % interval | embeddings counted | 95 % interval |" in text.replace(

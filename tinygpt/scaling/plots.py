@@ -46,7 +46,7 @@ CAPTIONS = {
         "The runs and the law, with its 95 % band, at some values of the other variable: its "
         "colour. What a panel does not show is at its geometric mean."
     ),
-    "residuals": "What the law leaves: structure here is what it does not see.",
+    "residuals": "What the law leaves unexplained: structure here is what it misses.",
     "contours": (
         "Lines of equal loss by the law where no token is seen twice, and the runs, coloured by "
         "what was measured."
@@ -57,7 +57,7 @@ CAPTIONS = {
         "star there is none that stands; `fit.json` says why."
     ),
     "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
-    "curves": "The loss of every run as it trains; dashed: the least that any has by a compute.",
+    "curves": "The loss of every run as it trains; dashed: the lowest loss of any run by compute.",
 }
 OF_A_RUN, OF_THE_FITTED = "95 % of single runs", "law of the runs fitted"
 DASHED: Any = (0, (4, 2))
@@ -387,7 +387,7 @@ def curves(analysis: Analysis) -> Figure | None:
         many.set_rasterized(len(lines) > MANY_CURVES)  # else the SVG takes megabytes
         axes.add_collection(many)
         axes.autoscale()
-    right.plot(*envelope(flops, loss), color=BLACK, linestyle=DASHED, label="least of all")
+    right.plot(*envelope(flops, loss), color=BLACK, linestyle=DASHED, label="lowest of all")
     word = analysis.columns.loss_label
     word = f"training {word}" if name == "train_loss" else word
     for axes, x_word in ((left, LABELS["D"]), (right, LABELS["C"])):

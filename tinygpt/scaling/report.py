@@ -103,7 +103,7 @@ def answer(analysis: Analysis) -> Iterator[Block]:
     text = f"{count(len(analysis.runs), 'run')} {word} {fit.law.name}"
     text += f": {', '.join(exponents)}." if exponents else "."
     if analysis.is_evidence:
-        text += " Every check that applies is passed."
+        text += " All applicable checks pass."
     yield Paragraph(text)
     if analysis.others:
         each = "; ".join(_differing(name, values) for name, values in analysis.others.items())
@@ -129,8 +129,10 @@ def warning(analysis: Analysis) -> Iterator[Block]:
     failed = [check for check in analysis.checks if _outcome(check) == FAIL]
     if failed:
         yield Heading("Not evidence yet")
-        many = f"{len(failed)} lines of the checklist fail" if len(failed) > 1 else "A check fails"
-        yield Paragraph(f"{many}. The law below describes these runs; do not build on it before:")
+        many = f"{len(failed)} checks fail" if len(failed) > 1 else "A check fails"
+        yield Paragraph(
+            f"{many}. The law below describes these runs. Fix this before relying on it:"
+        )
         each = (f"{FAIL}: {one.name} ({one.detail}). {_advice(one)}" for one in failed)
         yield Items([line.strip() for line in each])
 
@@ -249,7 +251,7 @@ def _constant(analysis: Analysis) -> Iterator[str]:
     if floor is not None and constant:
         side = "above" if constant > floor else "below"
         alone = constant > floor and not {"N", "D"} <= set(fit.columns)
-        why = ", as what is held fixed leaves its part" if alone else ""
+        why = ", because the factors held fixed add to the loss" if alone else ""
         yield f"E is {percent(abs(constant / floor - 1))} {side} it{why}."
 
 
