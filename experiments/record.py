@@ -80,8 +80,8 @@ def cost(runs: pd.DataFrame) -> str:
     """What it took to train the runs; steps that one took over from another count once."""
     own = 1 - runs["branched_at_step"].fillna(0) / runs["total_steps"]
     hours = (runs["seconds_training"] * runs["threads"] * own).sum() / 3600
-    took = f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
-    return f"{took} of one core, {number((runs['flops_exact'] * own).sum(), 2)} FLOPs"
+    took = f"{hours:.1f} core-hours" if hours >= 1 else f"{60 * hours:.0f} core-minutes"
+    return f"{took}, {number((runs['flops_exact'] * own).sum(), 2)} FLOPs"
 
 
 def head(runs: pd.DataFrame) -> str:
@@ -117,7 +117,7 @@ def law_of(runs: pd.DataFrame, facts: Facts) -> str:
     found = intervals(law).items()
     rows = [(name, estimate(law.parameters[name], one), reach(one)) for name, one in found]
     table = markdown(["", "estimate", "95 % interval"], rows)
-    told = foretold(runs, facts)
+    told = predicted(runs, facts)
     return "\n\n".join(
         [
             f"**{equation(law.optimum.law, law.parameters)}** ({words})",
@@ -128,28 +128,29 @@ def law_of(runs: pd.DataFrame, facts: Facts) -> str:
     )
 
 
-def foretold(runs: pd.DataFrame, facts: Facts) -> tuple[str, ...]:
-    """The dearest runs, from those below the cut in compute that ``fit`` drew: long and short."""
+def predicted(runs: pd.DataFrame, facts: Facts) -> tuple[str, ...]:
+    """Predict the most expensive runs from those below the cut of ``fit``: a text and a number."""
     (chosen,) = (one for one in facts["selection"] if one["law"] == facts["law"])
     held = chosen["held_out"]
     if held is None:
         return ()
     early = runs[runs["flops_exact"] <= held["cut"] * (1 + 1e-9)]
-    dearest = runs[runs["flops_exact"] == runs["flops_exact"].max()]
-    measured = dearest[facts["loss"]]
+    largest = runs[runs["flops_exact"] == runs["flops_exact"].max()]
+    measured = " and ".join(f"{loss:.3f}" for loss in largest[facts["loss"]])
+    mean = largest[facts["loss"]].mean()
 
     def prediction(law: str) -> tuple[Interval, str]:
         found = refit(early, facts, law)
-        place = {name: float(dearest[column].iloc[0]) for name, column in found.columns.items()}
+        place = {name: float(largest[column].iloc[0]) for name, column in found.columns.items()}
         told = delta(found, of_loss(found, **place), new_run=True)
-        return told, percent(abs(measured.mean() / told.estimate - 1))
+        return told, percent(abs(mean / told.estimate - 1))
 
     told, off = prediction(facts["law"])
     beyond = f"×{number(held['distance'], 2)}"
     text = (
         f"**Prediction.** Fitted to the runs of up to {number(held['cut'], 2)} FLOPs, the law "
-        f"foretells {told.estimate:.3f} ({told.low:.3f} to {told.high:.3f}) for the dearest runs, "
-        f"{beyond} the compute. They came to {' and '.join(f'{loss:.3f}' for loss in measured)}: "
+        f"predicts {told.estimate:.3f} ({told.low:.3f} to {told.high:.3f}) for the most expensive "
+        f"runs, {beyond} the compute. They came to {measured}: "
         f"**off by {off}**. All {held['runs']} runs held out are off by {percent(held['error'])} "
         f"on average, at most {percent(held['worst'])}; {held['within']:.0%} of them lie in their "
         f"95 % interval."
@@ -226,19 +227,19 @@ def beside_grid(runs: pd.DataFrame, facts: Facts) -> str:
     place = ["d_model", "train_tokens", "seed"]
     both = runs.merge(every, on=place, suffixes=("", "_grid"))
     more = both[loss] / both[f"{loss}_grid"] - 1
-    dearest = every[every["flops_exact"] == every["flops_exact"].max()]
+    largest = every[every["flops_exact"] == every["flops_exact"].max()]
     told = []
     for some in (runs, every.merge(runs[place], on=place)):
         law = refit(some, facts)
-        at = {name: float(dearest[column].iloc[0]) for name, column in law.columns.items()}
+        at = {name: float(largest[column].iloc[0]) for name, column in law.columns.items()}
         told.append(delta(law, of_loss(law, **at)))
     by_trunks, by_cosines = (f"{one.estimate:.3f} ({reach(one)})" for one in told)
     return (
         f"**Beside `grid`**, where each of the same {len(both)} settings has a cosine of its own: "
         f"the loss is {more.mean():+.2%} on average ({more.min():+.2%} to {more.max():+.2%}), for "
-        f"{1 - facts['shared_trunks']['saved']:.0%} of the compute. Of the dearest run of `grid`, "
-        f"twice as long as any here, which came to {dearest[loss].mean():.3f}, the law says "
-        f"{by_trunks} through these runs and {by_cosines} through those of `grid`."
+        f"{1 - facts['shared_trunks']['saved']:.0%} of the compute. For the most expensive "
+        f"run of `grid`, twice as long as any here, which came to {largest[loss].mean():.3f}, the "
+        f"law says {by_trunks} through these runs and {by_cosines} through those of `grid`."
     )
 
 
@@ -389,7 +390,7 @@ def table(names: Iterable[str]) -> str:
         ]
         passed = [one["passed"] for one in facts["checks"]]
         checks = f"{passed.count(True)} of {passed.count(True) + passed.count(False)}"
-        told = foretold(runs_used, facts)
+        told = predicted(runs_used, facts)
         rows.append(
             (
                 f"[{name}]({name}/README.md)",
@@ -400,7 +401,8 @@ def table(names: Iterable[str]) -> str:
                 cost(runs),
             )
         )
-    header = ("study", "law", "exponents, 95 %", "dearest runs, foretold", "checks passed", "cost")
+    header = ["study", "law", "exponents, 95 %", "most expensive runs, predicted"]
+    header += ["checks passed", "cost"]
     return markdown(header, rows) + "\n"
 
 

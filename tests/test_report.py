@@ -21,7 +21,6 @@ from tinygpt.scaling import (
     evidence,
     facts,
     report,
-    sections,
     single,
     wording,
 )
@@ -174,10 +173,10 @@ def test_shared_trunks_say_what_they_saved(joint: Analysis) -> None:
     total = len(runs) * 1e15
     numbers = (found.flops, found.independent_flops, found.saved)
     assert numbers == pytest.approx((total - 1.2e15, total, 1.2e15 / total))
-    blocks = sections.runs(dataclasses.replace(joint, runs=branched))
+    blocks = report.runs(dataclasses.replace(joint, runs=branched))
     text = document.markdown(list(blocks))
     assert f"({wording.percent(found.saved)}) against independent runs." in text
-    assert "trunk" not in document.markdown(list(sections.runs(joint)))
+    assert "trunk" not in document.markdown(list(report.runs(joint)))
 
 
 def test_what_fails_comes_first(alone: Analysis, tmp_path: Path) -> None:
@@ -197,7 +196,7 @@ def test_where_all_passes_it_says_so(alone: Analysis) -> None:
     text = _text(alone)
     assert alone.is_evidence
     assert "Not evidence yet" not in text
-    assert "Every check that applies is passed." in text
+    assert "All applicable checks pass." in text
     assert "FAIL" not in text
     assert "left out: 1 of 13 (diverged): row 0" in text
     assert "| | estimate | 95 % interval | embeddings counted | 95 % interval |" in text.replace(
@@ -287,10 +286,10 @@ def test_laws_that_cannot_be_told_apart_say_which_is_shown(joint: Analysis) -> N
     plain = preferred(tied)
     shown = dataclasses.replace(joint, candidates=tied, chosen=plain)
     rule = "of laws within 2 AICc of the best the first in the list is shown"
-    assert rule in document.markdown(list(sections.selection(shown)))
+    assert rule in document.markdown(list(report.selection(shown)))
     other = best if plain is second else second
     asked = dataclasses.replace(shown, chosen=other)
-    text = document.markdown(list(sections.selection(asked)))
+    text = document.markdown(list(report.selection(asked)))
     assert rule not in text
     assert f"{other.law}, which was asked for." in text
 
@@ -304,7 +303,7 @@ def test_an_e_above_the_lowest_loss_is_explained(alone: Analysis) -> None:
         fit.__dict__["parameters"] = parameters
         one = Interval(constant, low, high, 0.95, "profile")
         changed = dataclasses.replace(alone, fit=fit, intervals={**alone.intervals, "E": one})
-        return document.markdown(list(sections.law(changed)))
+        return document.markdown(list(report.law(changed)))
 
     above = said(lowest * 1.01, lowest, lowest * 1.02)
     assert "E lies above the lowest loss measured" in above
@@ -320,7 +319,7 @@ def test_an_outlier_is_named_in_the_report_and_in_fit_json() -> None:
     name = runs["name"].iloc[-1]
     runs["loss"] = runs["loss"].where(runs["name"] != name, 1.2 * runs["loss"])
     found = analysis_of(runs, Columns(n="N", u=None, t=None, **ALONE))
-    section = document.markdown(list(sections.single_runs(found)))
+    section = document.markdown(list(report.single_runs(found)))
     assert f"| {name} |" in section
     assert section.count("sets the law") == 1
     told = facts.facts(found)["single_runs"]

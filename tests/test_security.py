@@ -202,12 +202,12 @@ def test_parts_of_a_model_lie_in_its_folder(tmp_path: Path) -> None:
 
 
 def test_pages_escape_what_they_are_told(tmp_path: Path) -> None:
-    from tinygpt.scaling.document import Equation, Heading, Items, Paragraph, Picture, Table
+    from tinygpt.scaling.document import Code, Heading, Items, Paragraph, Picture, Table
 
     evil = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
     (tmp_path / "x.png").write_bytes(bytes(32))
     blocks: list[document.Block] = [
-        *(Heading(evil, 1), Paragraph(f"a `{evil}` b"), Equation(evil), Items([evil])),
+        *(Heading(evil, 1), Paragraph(f"a `{evil}` b"), Code(evil), Items([evil])),
         *(Table([evil], [[evil]]), Picture("x", evil)),
     ]
     page = document.page(blocks, tmp_path)

@@ -34,12 +34,12 @@ ADVICE = {
         "its loss."
     ),
     "runs were not chosen by their loss": (
-        "Choose runs by what was set before they were trained; `status` tells those that diverged."
+        "Choose runs by what was set before they were trained; `status` shows which diverged."
     ),
     "one version of the code": "Run the odd ones again with the same version.",
     "all runs came to their end": "Start the same command again: it finishes what is missing.",
     "one training set": "Train all runs on one corpus, or vary its size alone.",
-    "one vocabulary, context and text": "Fit them apart (`where=`), or train the odd ones again.",
+    "one vocabulary, context and text": "Fit each alone (`where=`), or train the odd ones again.",
     "one validation set": "Score all runs on one validation set.",
     "one precision": "Set `train.precision` and run the odd ones again.",
     "D does not go with N": "Vary size and data apart: small models on much, large ones on little.",
@@ -49,7 +49,7 @@ ADVICE = {
     ),
     "runs of larger x, held out, are predicted": "Add larger runs: it does not hold there yet.",
     "the residuals have no structure": (
-        "Try another law, or look at a narrower range: this one is bent."
+        "Try another law, or a narrower range: the runs bend away from this one."
     ),
     "the law leaves no more than the seeds scatter": (
         "Try another law; more seeds would not help where the form is wrong."

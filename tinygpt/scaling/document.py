@@ -25,15 +25,11 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Words; what stands in backticks is code."""
-
-    text: str
+    text: str  # what stands in backticks is code, here and in items and cells
 
 
 @dataclass(frozen=True)
-class Equation:
-    """Set apart, letter for letter."""
-
+class Code:
     text: str
 
 
@@ -44,8 +40,6 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """Raises ValueError for a row that is not as long as the header."""
-
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
@@ -56,13 +50,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """``name``: of a figure beside the report, without ending."""
-
-    name: str
+    name: str  # of a figure beside the report, without ending
     caption: str
 
 
-Block = Heading | Paragraph | Equation | Items | Table | Picture
+Block = Heading | Paragraph | Code | Items | Table | Picture
 
 CSS = """
 body { font: 16px/1.5 Georgia, 'Times New Roman', serif; max-width: 46em; margin: 2em auto;
@@ -84,8 +76,16 @@ FAIL = "FAIL"
 WIDTH = 100  # of what is printed, at most
 
 
+def write(blocks: Sequence[Block], folder: Path) -> list[str]:
+    """Write report.md and report.html beside the figures, and return their names."""
+    fileio.write_text(folder / "report.md", markdown(blocks))
+    fileio.write_text(folder / "report.html", page(blocks, folder))
+    return ["report.md", "report.html"]
+
+
 def markdown(blocks: Iterable[Block]) -> str:
-    return "\n\n".join(_markdown(block) for block in blocks) + "\n"
+    """Return the report as Markdown."""
+    return "\n\n".join(map(_markdown, blocks)) + "\n"
 
 
 def _markdown(block: Block) -> str:
@@ -94,23 +94,20 @@ def _markdown(block: Block) -> str:
             return f"{'#' * level} {text}"
         case Paragraph(text):
             return text
-        case Equation(text):
+        case Code(text):
             return f"```\n{text}\n```"
         case Items(lines):
             return "\n".join(f"- {line}" for line in lines)
-        case Table(header, rows):
-            ruled = [header, ["---"] * len(header), *rows]
-            return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in ruled)
         case Picture(name, caption):
             return f"![{name}]({name}.png)\n\n{caption}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+        case Table(header, rows):
+            ruled = [header, ["---"] * len(header), *rows]
+            cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in ruled]
+            return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def page(blocks: Sequence[Block], folder: Path) -> str:
-    """One HTML file that needs no other: figures are in it."""
+    """Return the report as one HTML file that needs no other: the figures are in it."""
     title = next((block.text for block in blocks if isinstance(block, Heading)), "")
     body = "\n".join(_html(block, folder) for block in blocks)
     return (
@@ -127,25 +124,25 @@ def _html(block: Block, folder: Path) -> str:
             return f"<h{level}>{_inline(text)}</h{level}>"
         case Paragraph(text):
             return f"<p>{_inline(text)}</p>"
-        case Equation(text):
+        case Code(text):
             return f"<pre>{html.escape(text)}</pre>"
         case Items(lines):
             return f"<ul>{''.join(f'<li>{_inline(line)}</li>' for line in lines)}</ul>"
         case Table(header, rows):
-            top = "".join(f"<th>{_inline(text)}</th>" for text in header)
-            body = "".join(f"<tr>{''.join(map(_data, row))}</tr>\n" for row in rows)
+            top = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
+            body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
             return f"<table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
         case Picture(name, caption):
-            data = (folder / f"{name}.png").read_bytes()
-            width = int.from_bytes(data[16:20], "big") // 2  # pixels: twice as fine as the page
+            png = (folder / f"{name}.png").read_bytes()
+            width = int.from_bytes(png[16:20], "big") // 2  # pixels: twice as fine as the page
             return (
                 f'<figure><img width="{width}" alt="{html.escape(caption)}" '
-                f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+                f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
                 f"<figcaption>{_inline(caption)}</figcaption></figure>"
             )
 
 
-def _data(text: str) -> str:
+def _cell(text: str) -> str:
     kind = ' class="fail"' if text == FAIL else ""
     return f"<td{kind}>{_inline(text)}</td>"
 
@@ -154,15 +151,8 @@ def _inline(text: str) -> str:
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
 
-def write(blocks: Sequence[Block], folder: Path) -> list[str]:
-    """As report.md and as report.html, beside the figures; the names of both."""
-    fileio.write_text(folder / "report.md", markdown(blocks))
-    fileio.write_text(folder / "report.html", page(blocks, folder))
-    return ["report.md", "report.html"]
-
-
 def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) -> None:
-    """On a terminal, figures left out; then where the report lies."""
+    """Print the report without its figures, and where it lies."""
     console = console or Console(highlight=False, markup=False)
     console.width = min(console.width, WIDTH)
     for block in blocks:
@@ -170,28 +160,24 @@ def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) 
             case Heading(text, level):
                 console.print(Text(text, style="bold" if level > 1 else "bold underline"))
             case Paragraph(text):
-                console.print(Text(_bare(text)))
-            case Equation(text):
+                console.print(_plain(text))
+            case Code(text):
                 console.print(Padding(Text(text, style="cyan"), (0, 0, 0, 2), expand=False))
             case Items(lines):
                 for line in lines:
-                    console.print(Padding(Text(_bare(line)), (0, 0, 0, 2), expand=False))
-            case Table():
-                console.print(_rich(block))
+                    console.print(Padding(_plain(line), (0, 0, 0, 2), expand=False))
+            case Table(header, rows):
+                table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+                for name in header:
+                    whole = name == header[0]  # the names of the rows are not broken
+                    table.add_column(Text(name), header_style="dim", overflow="fold", no_wrap=whole)
+                for row in rows:
+                    table.add_row(*(_plain(cell, "red" if cell == FAIL else "") for cell in row))
+                console.print(table)
         if not isinstance(block, Heading | Picture):
             console.print()
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, markup=False)
 
 
-def _bare(text: str) -> str:
-    return text.replace("`", "")
-
-
-def _rich(block: Table) -> RichTable:
-    table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in block.header:
-        first = name == block.header[0]  # the names of the rows
-        table.add_column(Text(name), header_style="dim", overflow="fold", no_wrap=first)
-    for row in block.rows:
-        table.add_row(*(Text(_bare(cell), style="red" if cell == FAIL else "") for cell in row))
-    return table
+def _plain(text: str, style: str = "") -> Text:
+    return Text(text.replace("`", ""), style=style)

@@ -1,7 +1,4 @@
-"""The figures of a report, from an analysis; the same input gives the same files.
-
-Colours tell categories by Okabe and Ito's palette, ordered values by viridis.
-"""
+"""The figures of a report, from an analysis; the same input gives the same files."""
 
 from __future__ import annotations
 
@@ -11,10 +8,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from scipy import special
 
-from tinygpt.scaling import curves
+from tinygpt import rundir
+from tinygpt.config import ConfigError
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.drawing import (
     BLACK,
@@ -26,33 +26,49 @@ from tinygpt.scaling.drawing import (
     RED,
     SKY,
     STYLE,
-    band,
     colour_bar,
-    is_joint,
-    label,
     legend,
     limit,
     log_axes,
     log_norm,
     log_ticks,
-    loss_label,
-    losses,
-    reach,
     save,
     side_by_side,
-    size_of,
-    values,
     viridis,
 )
+from tinygpt.scaling.fitting import Fit
+from tinygpt.scaling.intervals import LEVEL, covariance
 from tinygpt.scaling.laws import Array
-from tinygpt.scaling.selection import HeldOut
 
+CAPTIONS = {
+    "scaling": "The runs and the law, with its 95 % band; dashed: beyond the runs.",
+    "scaling together": (
+        "The runs and the law, with its 95 % band, at some values of the other variable: its "
+        "colour. What a panel does not show is at its geometric mean."
+    ),
+    "residuals": "What the law leaves unexplained: structure here is what it misses.",
+    "contours": (
+        "Lines of equal loss by the law where no token is seen twice, and the runs, coloured by "
+        "what was measured."
+    ),
+    "extrapolation": "The law fitted to the smaller runs predicts the larger ones, held out.",
+    "isoflop": (
+        "Loss against size at equal compute, a curve through each budget; stars: minima. Without a "
+        "star there is none that stands; `fit.json` says why."
+    ),
+    "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
+    "curves": "The loss of every run as it trains; dashed: the lowest loss of any run by compute.",
+}
 OF_A_RUN, OF_THE_FITTED = "95 % of single runs", "law of the runs fitted"
-CURVES = 5  # at most so many, one for each value of the other variable
+DASHED: Any = (0, (4, 2))
+MANY_RUNS = 60  # more points than this are drawn smaller
+FAMILY = 5  # curves of a panel at most, one for each value of the other variable
+FEW_LOSSES = 5  # fewer measured losses than this make no training curve
+MANY_CURVES = 200  # more training curves than this are one image
 
 
 def draw(analysis: Analysis, folder: Path) -> list[str]:
-    """Writes every figure that applies as PNG and SVG; the names of those, without ending."""
+    """Write every figure that applies as PNG and SVG; return their names, without ending."""
     with mpl.rc_context(STYLE):
         figures = {
             "scaling": scaling(analysis),
@@ -61,18 +77,82 @@ def draw(analysis: Analysis, folder: Path) -> list[str]:
             "extrapolation": extrapolation(analysis),
             "isoflop": isoflop(analysis),
             "frontier": frontier(analysis),
-            "curves": curves.draw(analysis),
+            "curves": curves(analysis),
         }
         return save(figures, folder)
+
+
+# --- what the panels share
+
+
+def values(analysis: Analysis, name: str) -> Array:
+    """Return what the runs have of a variable, (n,)."""
+    return np.asarray(analysis.fit.table[analysis.variables[name]], dtype=float)
+
+
+def losses(analysis: Analysis) -> Array:
+    return np.asarray(analysis.fit.table[analysis.fit.loss], dtype=float)
+
+
+def label(analysis: Analysis, name: str) -> str:
+    """Return what the axis of a variable says."""
+    if name == "N" and analysis.words[name] == "parameters without embeddings":
+        return "parameters N (without embeddings)"
+    return LABELS.get(name, analysis.words[name])
+
+
+def size_of(fit: Fit) -> float:
+    """Return the size of the points."""
+    return 2.5 if len(fit.points) > MANY_RUNS else 4.0
+
+
+def reach(fit: Fit, places: dict[str, Array], new_run: bool = False) -> Array:
+    """Return half the 95 % interval of the log loss by the delta method, (n,); zeros without."""
+    law, x = fit.optimum.law, fit.points.at(places)
+    theta = fit.optimum.theta[None]
+    if fit.degrees < 1:
+        return np.zeros_like(law.log_loss(theta, x)[0])
+    gradient = law.derivatives(theta, x).gradient[0]
+    variance = np.einsum("np,pq,nq->n", gradient, covariance(fit), gradient)
+    scatter = fit.relative(fit.scale, fit.predict(**places)) if new_run else 0.0
+    variance = np.maximum(variance, 0.0) + scatter**2
+    found: Array = special.stdtrit(fit.degrees, 0.5 + LEVEL / 2) * np.sqrt(variance)
+    return found
+
+
+def band(fit: Fit, axes: Axes, places: dict[str, Array], colour: Any, **style: Any) -> None:
+    """Fill the 95 % interval of the law, or with ``new_run`` that of a single run."""
+    half, middle = reach(fit, places, style.pop("new_run", False)), fit.predict(**places)
+    low, high = middle * np.exp(-half), middle * np.exp(half)
+    x = next(iter(places.values()))
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, zorder=1, **style)
+
+
+def _floors(analysis: Analysis, axes: Axes) -> None:
+    """Draw the entropy of the corpus, if it is known, and the law's constant if it is in sight."""
+    style: Any = {"linewidth": 1, "zorder": 1}
+    if analysis.floor is not None:
+        axes.axhline(analysis.floor, color=GREEN, linestyle="-.", label="exact floor", **style)
+    constant = analysis.fit.parameters.get("E", 0.0)
+    if len(analysis.variables) == 1 and constant > 0.8 * losses(analysis).min():
+        axes.axhline(constant, color=GREY, linestyle=":", label="E", **style)
+
+
+def _other(name: str, names: list[str]) -> str | None:
+    """Return the variable whose values colour the panel of ``name``."""
+    return next((one for one in names if one != name), None)
 
 
 # --- the law and the runs
 
 
 def scaling(analysis: Analysis) -> Figure:
-    """Loss against each variable, with the law."""
+    """Draw the loss against each variable, with the law."""
     names = list(analysis.variables)
     figure, panels = side_by_side(len(names))
+    # what has to be in sight: losses measured and predicted, the floor
+    shown = [*losses(analysis), *(one.loss.estimate for one in analysis.predictions)]
+    shown += [] if analysis.floor is None else [analysis.floor]
     for name, axes in zip(names, panels, strict=True):
         other = _other(name, names)
         if other is None:
@@ -80,11 +160,13 @@ def scaling(analysis: Analysis) -> Figure:
         else:
             _family(analysis, figure, axes, name, other)
         _floors(analysis, axes)
-        limit(axes, _levels_of_loss(analysis))
-        log_axes(axes, label(analysis, name), loss_label(analysis))
+        limit(axes, np.array(shown))
+        log_axes(axes, label(analysis, name), analysis.columns.loss_label)
         if axes.get_legend_handles_labels()[0]:
             legend(axes, above=other is not None)
-    _share_loss(panels)
+    ends = [axes.get_ylim() for axes in panels]
+    for axes in panels:
+        axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
     return figure
 
 
@@ -93,161 +175,126 @@ def _one_curve(analysis: Analysis, axes: Axes, name: str) -> None:
     ahead = max([x.max() * 1.3, *(one.place[name] for one in analysis.predictions)])
     grid = np.geomspace(x.min() / 1.3, ahead * 1.1, 200)
     band(fit, axes, {name: grid}, BLUE)
-    inside = grid <= x.max()
-    loss = fit.predict(**{name: grid})
+    inside, loss = grid <= x.max(), fit.predict(**{name: grid})
     axes.plot(grid[inside], loss[inside], color=BLUE, label="law")
-    axes.plot(grid[~inside], loss[~inside], color=BLUE, linestyle=(0, (4, 2)))
-    axes.plot(
-        x, losses(analysis), "o", color=BLACK, markersize=size_of(fit), label="runs", zorder=3
-    )
+    axes.plot(grid[~inside], loss[~inside], color=BLUE, linestyle=DASHED)
+    dots: Any = {"color": BLACK, "markersize": size_of(fit), "zorder": 3}
+    axes.plot(x, losses(analysis), "o", label="runs", **dots)
     for number, one in enumerate(analysis.predictions):
-        wide = [[one.run.estimate - one.run.low], [one.run.high - one.run.estimate]]
-        axes.errorbar(
-            *([one.place[name]], [one.loss.estimate], wide),
-            fmt="D",
-            color=RED,
-            markersize=3.5,
-            capsize=2,
-            zorder=4,
-            label="prediction of a run" if number == 0 else None,
-        )
+        ends = [[one.run.estimate - one.run.low], [one.run.high - one.run.estimate]]
+        word = "prediction of a run" if number == 0 else None
+        style: Any = {"fmt": "D", "color": RED, "markersize": 3.5, "capsize": 2, "zorder": 4}
+        axes.errorbar([one.place[name]], [one.loss.estimate], ends, label=word, **style)
 
 
 def _family(analysis: Analysis, figure: Figure, axes: Axes, name: str, other: str) -> None:
-    """One curve for each of some values of the other variable, coloured by it."""
-    fit, x, colours = analysis.fit, values(analysis, name), values(analysis, other)
-    norm = log_norm(colours)
+    """Draw a curve for each of some values of the other variable, coloured by it."""
+    fit, x, by = analysis.fit, values(analysis, name), values(analysis, other)
+    norm = log_norm(by)
     grid = np.geomspace(x.min() / 1.3, x.max() * 1.3, 100)
-    for value in _levels(colours):
-        place = _place(analysis, {name: grid, other: np.full_like(grid, value)})
+    levels = np.unique(by)
+    if len(levels) > FAMILY:
+        wanted = np.quantile(np.log(levels), np.linspace(0.05, 0.95, FAMILY))
+        levels = np.unique([levels[np.argmin(np.abs(np.log(levels) - one))] for one in wanted])
+    for value in levels:
+        place = {name: grid, other: np.full_like(grid, value)}
+        for third in analysis.variables.keys() - place.keys():  # at its geometric mean
+            middle = np.exp(np.mean(np.log(values(analysis, third))))
+            place[third] = np.full_like(grid, middle)
+        if "U" in place and "D" in place:  # there are no more unique tokens than tokens
+            place["U"] = np.minimum(place["U"], place["D"])
         colour = viridis(norm)(value)
         band(fit, axes, place, colour)
         axes.plot(grid, fit.predict(**place), color=colour, zorder=2)
-    axes.scatter(
-        *(x, losses(analysis)),
-        c=colours,
-        cmap="viridis",
-        norm=norm,
-        s=size_of(fit) ** 2,
-        zorder=3,
-        edgecolors="white",
-        linewidths=0.3,
-    )
+    style: Any = {"c": by, "cmap": "viridis", "norm": norm, "s": size_of(fit) ** 2}
+    axes.scatter(x, losses(analysis), edgecolors="white", linewidths=0.3, zorder=3, **style)
     colour_bar(figure, axes, norm, LABELS.get(other, other))
 
 
-def _place(analysis: Analysis, given: dict[str, Array]) -> dict[str, Array]:
-    """With the variables that a panel does not show at their middle."""
-    size = len(next(iter(given.values())))
-    place = dict(given)
-    for name in analysis.variables:
-        if name not in place:
-            middle = float(np.exp(np.mean(np.log(values(analysis, name)))))
-            place[name] = np.full(size, middle)
-    if "U" in place and "D" in place:  # there are no more unique tokens than tokens
-        place["U"] = np.minimum(place["U"], place["D"])
-    return place
-
-
-def _floors(analysis: Analysis, axes: Axes) -> None:
-    """The entropy of the corpus, where it is known, and the law's constant if it is in sight."""
-    if analysis.floor is not None:
-        axes.axhline(
-            analysis.floor, color=GREEN, linestyle="-.", linewidth=1, label="exact floor", zorder=1
-        )
-    constant = analysis.fit.parameters.get("E", 0.0)
-    if len(analysis.variables) == 1 and constant > 0.8 * losses(analysis).min():
-        axes.axhline(constant, color=GREY, linestyle=":", linewidth=1, label="E", zorder=1)
-
-
-def _levels_of_loss(analysis: Analysis) -> Array:
-    """What has to be in sight: measured and predicted losses, the floor."""
-    known = [] if analysis.floor is None else [analysis.floor]
-    predicted = [one.loss.estimate for one in analysis.predictions]
-    return np.array([*losses(analysis), *known, *predicted])
-
-
 def residuals(analysis: Analysis) -> Figure:
-    """What the law leaves, against each variable."""
+    """Draw what the law leaves, against each variable."""
     fit, names = analysis.fit, list(analysis.variables)
     fitted = fit.predict(**{name: values(analysis, name) for name in names})
     left = 100 * (losses(analysis) / fitted - 1)
     spread = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
-    noise = fit.relative(analysis.noise.scale if analysis.noise else spread)
+    noise = 100 * fit.relative(analysis.noise.scale if analysis.noise else spread)
     word = "± 1 sd between seeds" if analysis.noise else "± 1 sd of the residuals"
     figure, panels = side_by_side(len(names))
     for name, axes in zip(names, panels, strict=True):
-        other = _other(name, names)
-        axes.axhspan(-100 * noise, 100 * noise, color=GREY, alpha=0.2, linewidth=0, label=word)
+        axes.axhspan(-noise, noise, color=GREY, alpha=0.2, linewidth=0, label=word)
         axes.axhline(0, color=GREY, linewidth=0.6)
-        style: dict[str, Any] = {"color": BLACK}
-        if other is not None:
-            colours = values(analysis, other)
-            style = {"c": colours, "cmap": "viridis", "norm": log_norm(colours)}
+        style: Any = {"color": BLACK}
+        if other := _other(name, names):
+            by = values(analysis, other)
+            style = {"c": by, "cmap": "viridis", "norm": log_norm(by)}
             colour_bar(figure, axes, style["norm"], LABELS.get(other, other))
         axes.scatter(values(analysis, name), left, s=size_of(fit) ** 2, zorder=3, **style)
         axes.set_xscale("log")
-        axes.set_xlabel(label(analysis, name))
-        axes.set_ylabel("measured / law − 1 (%)")
+        axes.set(xlabel=label(analysis, name), ylabel="measured / law − 1 (%)")
         log_ticks(axes.xaxis)
         legend(axes, above=True)
     return figure
 
 
 def contours(analysis: Analysis) -> Figure | None:
-    """The loss over sizes and data, the runs and the best split of each budget."""
-    if not is_joint(analysis):
+    """Draw the loss over sizes and data, the runs and the best split of each budget."""
+    if not {"N", "D"} <= set(analysis.variables):
         return None
     fit, n, d = analysis.fit, values(analysis, "N"), values(analysis, "D")
     sizes = np.geomspace(n.min() / 2, n.max() * 2, 80)
     tokens = np.geomspace(d.min() / 2, d.max() * 2, 80)
     mesh_n, mesh_d = np.meshgrid(sizes, tokens)
     flat = {"N": mesh_n.ravel(), "D": mesh_d.ravel()}
-    flat |= {"U": flat["D"]} if "U" in analysis.variables else {}  # as the best split has it
-    found = fit.predict(**flat).reshape(mesh_n.shape)
+    flat |= {"U": flat["D"]} if "U" in analysis.variables else {}  # as for the best split
+    predicted = fit.predict(**flat).reshape(mesh_n.shape)
     measured = losses(analysis)
-    norm = LogNorm(min(found.min(), measured.min()), max(found.max(), measured.max()))
+    norm = LogNorm(min(predicted.min(), measured.min()), max(predicted.max(), measured.max()))
+    colours: Any = {"cmap": "viridis", "norm": norm}
     figure = Figure(figsize=(COLUMN * 1.35, COLUMN * 1.1))
     axes = figure.subplots()
-    levels = np.geomspace(found.min(), found.max(), 13)[1:-1]
-    lines = axes.contour(
-        mesh_n, mesh_d, found, levels=levels, cmap="viridis", norm=norm, linewidths=0.8
-    )
+    levels = np.geomspace(predicted.min(), predicted.max(), 13)[1:-1]
+    lines = axes.contour(mesh_n, mesh_d, predicted, levels=levels, linewidths=0.8, **colours)
     axes.clabel(lines, fmt="%.3g", fontsize=6, inline_spacing=2)
-    shown = {"c": measured, "cmap": "viridis", "norm": norm, "s": size_of(fit) ** 2 * 1.3}
-    axes.scatter(n, d, **shown, edgecolors="black", linewidths=0.3, zorder=3)  # type: ignore[arg-type]
-    if analysis.frontier is not None:
-        path = analysis.frontier
+    style: Any = {"c": measured, "s": size_of(fit) ** 2 * 1.3, **colours}
+    axes.scatter(n, d, edgecolors="black", linewidths=0.3, zorder=3, **style)
+    if path := analysis.frontier:
         axes.plot(path.n, path.d, color=RED, linewidth=1.4, label="least loss for its compute")
         legend(axes, above=True)
     log_axes(axes, label(analysis, "N"), label(analysis, "D"))
     axes.set(xlim=(sizes[0], sizes[-1]), ylim=(tokens[0], tokens[-1]))
-    colour_bar(figure, axes, norm, loss_label(analysis))
+    colour_bar(figure, axes, norm, analysis.columns.loss_label)
     return figure
 
 
 def extrapolation(analysis: Analysis) -> Figure | None:
-    """The law fitted below a cut in compute, and the runs above it that it had not seen."""
+    """Draw the law fitted below a cut in compute, and the runs above it that it had not seen."""
     held = analysis.chosen.held_out
     if held is None:
         return None
     figure = Figure(figsize=(COLUMN * 1.2, COLUMN * 0.95))
     axes = figure.subplots()
-    if len(analysis.variables) == 1:
-        (name,) = analysis.variables
-        x, y = values(analysis, name), losses(analysis)
+    places = {name: values(analysis, name) for name in analysis.variables}
+    above, size, measured = held.above.astype(bool), size_of(analysis.fit), losses(analysis)
+    alone = len(places) == 1
+    if alone:
+        ((name, x),) = places.items()
+        y = measured
         grid = np.geomspace(x.min() / 1.2, x.max() * 1.2, 200)
         band(held.below, axes, {name: grid}, SKY, new_run=True, label=OF_A_RUN)
         axes.plot(grid, held.below.predict(**{name: grid}), color=BLUE, label=OF_THE_FITTED)
         limit(axes, y)
-    else:
-        x, y = analysis.compute, _off(analysis, held, axes)
-    above, size = held.above.astype(bool), size_of(analysis.fit)
+    else:  # by how many per cent each run is off, with the interval of those held out
+        x, y = analysis.compute, 100 * (measured / held.below.predict(**places) - 1)
+        held_out = {name: of[above] for name, of in places.items()}
+        spread = 100 * reach(held.below, held_out, new_run=True)
+        axes.axhline(0, color=BLUE, label=OF_THE_FITTED)
+        bars: Any = {"fmt": "none", "ecolor": SKY, "elinewidth": 1.2, "zorder": 1}
+        axes.errorbar(x[above], 0 * spread, yerr=spread, label=OF_A_RUN, **bars)
     axes.plot(x[~above], y[~above], "o", color=BLACK, markersize=size, label="runs fitted")
-    hollow: dict[str, Any] = {"color": RED, "markerfacecolor": "white", "markersize": size + 0.7}
-    axes.plot(x[above], y[above], "s", **hollow, label="runs held out", zorder=4)
-    if len(analysis.variables) == 1:
-        log_axes(axes, label(analysis, name), loss_label(analysis))
+    hollow: Any = {"color": RED, "markerfacecolor": "white", "markersize": size + 0.7}
+    axes.plot(x[above], y[above], "s", label="runs held out", zorder=4, **hollow)
+    if alone:
+        log_axes(axes, label(analysis, name), analysis.columns.loss_label)
     else:
         axes.set_xscale("log")
         log_ticks(axes.xaxis)
@@ -256,34 +303,27 @@ def extrapolation(analysis: Analysis) -> Figure | None:
     return figure
 
 
-def _off(analysis: Analysis, held: HeldOut, axes: Axes) -> Array:
-    """By how many per cent each run is off, with the interval of those held out."""
-    places = {name: values(analysis, name) for name in analysis.variables}
-    above = held.above.astype(bool)
-    spread = 100 * reach(held.below, {name: v[above] for name, v in places.items()}, new_run=True)
-    axes.axhline(0, color=BLUE, label=OF_THE_FITTED)
-    bars: dict[str, Any] = {"fmt": "none", "ecolor": SKY, "elinewidth": 1.2, "zorder": 1}
-    axes.errorbar(analysis.compute[above], 0 * spread, yerr=spread, **bars, label=OF_A_RUN)
-    off: Array = 100 * (losses(analysis) / held.below.predict(**places) - 1)
-    return off
+# --- the best split of a budget
 
 
 def frontier(analysis: Analysis) -> Figure | None:
-    """The best size, data and loss of each budget."""
+    """Draw the best size, data and loss of each budget."""
     if analysis.frontier is None or analysis.frontier.law is None:
         return None
-    path = analysis.frontier.law
+    path, compute = analysis.frontier.law, analysis.compute
     figure, panels = side_by_side(3)
-    runs = (values(analysis, "N"), values(analysis, "D"), losses(analysis))
-    best = (path.n, path.d, path.loss)
-    words = (LABELS["N"], LABELS["D"], loss_label(analysis))
-    dots: dict[str, Any] = {"color": GREY, "markersize": size_of(analysis.fit) - 0.5, "alpha": 0.6}
-    for axes, points, line, word in zip(panels, runs, best, words, strict=True):
-        axes.plot(analysis.compute, points, "o", **dots, label="runs")
-        inside = path.flops <= analysis.compute.max()
-        axes.fill_between(path.flops, line.low, line.high, color=SKY, alpha=0.4, linewidth=0)
-        axes.plot(path.flops[inside], line.estimate[inside], color=RED, label="best split")
-        axes.plot(path.flops[~inside], line.estimate[~inside], color=RED, linestyle=(0, (4, 2)))
+    rows = (
+        (LABELS["N"], values(analysis, "N"), path.n),
+        (LABELS["D"], values(analysis, "D"), path.d),
+        (analysis.columns.loss_label, losses(analysis), path.loss),
+    )
+    dots: Any = {"color": GREY, "markersize": size_of(analysis.fit) - 0.5, "alpha": 0.6}
+    inside = path.flops <= compute.max()
+    for axes, (word, measured, best) in zip(panels, rows, strict=True):
+        axes.plot(compute, measured, "o", label="runs", **dots)
+        axes.fill_between(path.flops, best.low, best.high, color=SKY, alpha=0.4, linewidth=0)
+        axes.plot(path.flops[inside], best.estimate[inside], color=RED, label="best split")
+        axes.plot(path.flops[~inside], best.estimate[~inside], color=RED, linestyle=DASHED)
         log_axes(axes, LABELS["C"], word)
     legend(panels[0], above=True, columns=2)
     _floors(analysis, panels[2])
@@ -293,9 +333,9 @@ def frontier(analysis: Analysis) -> Figure | None:
 
 
 def isoflop(analysis: Analysis) -> Figure | None:
-    """Loss against size along each budget, with the minima that stand."""
-    found = analysis.frontier.isoflop.profiles if analysis.frontier else ()
-    profiles = [one for one in found if len(np.unique(one.n)) >= 3]
+    """Draw the loss against size along each budget, with the minima that stand."""
+    every = analysis.frontier.isoflop.profiles if analysis.frontier else ()
+    profiles = [one for one in every if len(np.unique(one.n)) >= 3]
     if sum(one.best is not None for one in profiles) < 2:
         return None
     figure = Figure(figsize=(COLUMN * 1.35, COLUMN * 1.05))
@@ -309,28 +349,97 @@ def isoflop(analysis: Analysis) -> Figure | None:
         if one.best:
             axes.plot(one.best[1], one.best[3], "*", color=RED, markersize=8, zorder=4)
     _floors(analysis, axes)
-    log_axes(axes, label(analysis, "N"), loss_label(analysis))
+    log_axes(axes, label(analysis, "N"), analysis.columns.loss_label)
     colour_bar(figure, axes, norm, LABELS["C"])
     return figure
 
 
-def _other(name: str, names: list[str]) -> str | None:
-    """The variable whose values colour the panel of ``name``."""
-    rest = [one for one in names if one != name]
-    return rest[0] if rest else None
+# --- training curves
 
 
-def _levels(found: Array) -> Array:
-    """Some of the values, all if they are few."""
-    distinct = np.unique(found)
-    if len(distinct) <= CURVES:
-        return distinct
-    wanted = np.quantile(np.log(distinct), np.linspace(0.05, 0.95, CURVES))
-    nearest = [distinct[np.argmin(np.abs(np.log(distinct) - one))] for one in wanted]
-    return np.unique(nearest)
+def curves(analysis: Analysis) -> Figure | None:
+    """Draw the losses of the runs as they train, and the least that any has by some compute."""
+    column = analysis.columns.run
+    if not column or column not in analysis.runs or analysis.columns.d not in analysis.runs:
+        return None
+    logs = _logs(analysis, [str(one) for one in analysis.runs[column]])
+    name = analysis.fit.loss.removeprefix("final_")
+    few = any(len(curve_of(log, name)[1]) < FEW_LOSSES for log in logs.values())
+    name = "train_loss" if few and name == "val_loss" else name
+    total = analysis.runs[analysis.columns.d].to_numpy(dtype=float)
+    found = []
+    for row, log in logs.items():
+        x, y = curve_of(log, name)
+        if len(y):
+            found.append((row, x, analysis.compute[row] * x / total[row], y))
+    if not found:
+        return None
+    rows, tokens, flops, loss = map(list, zip(*found, strict=True))
+    figure, (left, right) = side_by_side(2)
+    size, norm, colours = analysis.columns.n, None, BLUE
+    if size in analysis.runs and analysis.runs[size].nunique() > 1:
+        sizes = analysis.runs[size].to_numpy(dtype=float)
+        norm = log_norm(sizes)
+        colours = viridis(norm)(sizes[rows])
+    for axes, spent in ((left, tokens), (right, flops)):
+        lines = [np.column_stack(pair) for pair in zip(spent, loss, strict=True)]
+        many = LineCollection(lines, colors=colours, linewidths=0.8, alpha=0.8)
+        many.set_rasterized(len(lines) > MANY_CURVES)  # else the SVG takes megabytes
+        axes.add_collection(many)
+        axes.autoscale()
+    right.plot(*envelope(flops, loss), color=BLACK, linestyle=DASHED, label="lowest of all")
+    word = analysis.columns.loss_label
+    word = f"training {word}" if name == "train_loss" else word
+    for axes, x_word in ((left, LABELS["D"]), (right, LABELS["C"])):
+        if analysis.floor is not None:
+            axes.axhline(analysis.floor, color=GREEN, linestyle="-.", label="exact floor")
+        log_axes(axes, x_word, word)
+        if axes.get_legend_handles_labels()[0]:
+            legend(axes)
+    if norm is not None:
+        colour_bar(figure, right, norm, "parameters N")
+    return figure
 
 
-def _share_loss(panels: list[Axes]) -> None:
-    ends = [axes.get_ylim() for axes in panels]
-    for axes in panels:
-        axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
+def _logs(analysis: Analysis, folders: list[str]) -> dict[int, dict[str, Array]]:
+    """Return the metrics of the runs, by row; those of a table are looked for in its folders."""
+    known = analysis.curves
+    if known is None or not len(known):
+        logs = {row: read_log(rundir.RunDir(Path(name))) for row, name in enumerate(folders)}
+        return {row: log for row, log in logs.items() if log}
+    columns = {name: known[name].to_numpy(dtype=float) for name in rundir.METRICS}
+    lines = known.groupby("folder").indices
+    return {
+        row: {name: column[lines[folder]] for name, column in columns.items()}
+        for row, folder in enumerate(folders)
+        if folder in lines
+    }
+
+
+def read_log(run: rundir.RunDir) -> dict[str, Array]:
+    """Return the columns of metrics.csv; none if it cannot be read, which is a curve less."""
+    try:
+        log = rundir.MetricsFile(run.metrics).columns() if run.metrics.is_file() else {}
+    except (OSError, ConfigError):
+        return {}
+    return {name: np.array([float(v or "nan") for v in cells]) for name, cells in log.items()}
+
+
+def curve_of(log: dict[str, Array], name: str) -> tuple[Array, Array]:
+    """Return tokens and values where ``name`` was measured, but not before the first step."""
+    if name not in log:
+        return np.array([]), np.array([])
+    tokens, loss = log["tokens"], log[name]
+    there = (tokens > 0) & np.isfinite(loss) & (loss > 0)
+    return tokens[there], loss[there]
+
+
+def envelope(flops: list[Array], loss: list[Array]) -> tuple[Array, Array]:
+    """Return the least loss that any run has by so many FLOPs, interpolated in the logarithms."""
+    grid = np.geomspace(min(one.min() for one in flops), max(one.max() for one in flops), 200)
+    found = np.full((len(flops), len(grid)), np.inf)
+    for line, x, y in zip(found, flops, loss, strict=True):
+        inside = (grid >= x.min()) & (grid <= x.max())
+        line[inside] = np.exp(np.interp(np.log(grid[inside]), np.log(x), np.log(y)))
+    least = np.minimum.accumulate(found.min(axis=0))
+    return grid[np.isfinite(least)], least[np.isfinite(least)]

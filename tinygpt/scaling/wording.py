@@ -13,50 +13,30 @@ UNKNOWN = "–"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """To so many significant digits; large and small ones as 3.28e10."""
+    """Return ``value`` to so many significant digits, large and small ones as 3.28e10."""
     if value is None or math.isnan(value):
         return UNKNOWN
     if value == 0 or math.isinf(value):
         return f"{value:g}"
-    return _to_place(value, math.floor(math.log10(abs(value))) - digits + 1)
+    return _to_place(value, _place_of(value) - digits + 1)
 
 
 def whole(value: float) -> str:
-    """As it is, if it can be counted; else to four digits."""
+    """Return ``value`` in full if it is a count, else to four digits."""
     return f"{value:,.0f}" if value == round(value) and value < 1e7 else number(value, 4)
 
 
-def _to_place(value: float, place: int) -> str:
-    """Rounded to 10^place."""
-    if abs(value) < 0.5 * 10.0**place:
-        return "0"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{round(value, -place):.{max(0, -place)}f}"
-    mantissa, _, exponent = (
-        f"{value:.{max(0, math.floor(math.log10(abs(value))) - place)}e}".partition("e")
-    )
-    return f"{mantissa}e{int(exponent)}"
+def percent(value: float) -> str:
+    return f"{number(100 * value, 2)} %"
 
 
-def _place(interval: Interval) -> int:
-    """Where half the width of an interval has its second digit."""
-    value = interval.estimate
-    ends = [end for end in (interval.low, interval.high) if is_set(end)]
-    half = max((abs(end - value) for end in ends), default=0.0)
-    if half == 0.0:
-        return math.floor(math.log10(abs(value) or 1.0)) - 2
-    return min(
-        math.floor(math.log10(half)) - 1,
-        math.floor(math.log10(abs(value) or half)),  # never rounded away altogether
-    )
-
-
-def is_set(end: float) -> bool:
-    return math.isfinite(end) and end != 0.0
+def count(number: int, word: str, many: str = "") -> str:
+    """Return ``1 run`` or ``2 runs``; ``many`` is a plural that is not the word with an s."""
+    return f"{number:,} {word if number == 1 else many or word + 's'}"
 
 
 def estimate(value: float, interval: Interval | None) -> str:
-    """A value to the digits its interval supports."""
+    """Return ``value`` to the digits its interval supports."""
     if interval is None or math.isnan(value):
         return number(value)
     if not (is_set(interval.low) or is_set(interval.high)):
@@ -65,7 +45,7 @@ def estimate(value: float, interval: Interval | None) -> str:
 
 
 def reach(interval: Interval | None) -> str:
-    """From where to where an interval goes."""
+    """Return the two ends of an interval in words."""
     if interval is None:
         return UNKNOWN
     low, high = (_end(end, interval) for end in (interval.low, interval.high))
@@ -78,24 +58,51 @@ def reach(interval: Interval | None) -> str:
     return "not set by the data"
 
 
+def with_interval(value: float, interval: Interval | None) -> str:
+    """Return ``0.58 (0.43 to 0.77)``."""
+    return f"{estimate(value, interval)} ({reach(interval)})"
+
+
+def is_set(end: float) -> bool:
+    """Return whether the data set this end of an interval."""
+    return math.isfinite(end) and end != 0.0
+
+
 def _end(value: float, interval: Interval) -> str:
-    """To the estimate's place; where it lies decades from that, to two digits of its own."""
+    """Return an end to the place of the estimate; if it lies decades away, to two digits."""
     text = _to_place(value, _place(interval)) if is_set(value) else ""
     far = abs(value) > 100 * abs(interval.estimate) > 0 or (text == "0" and value > 0)
     return number(value, 2) if far else text
 
 
-def count(number: int, word: str, many: str = "") -> str:
-    """``1 run``, ``2 runs``; ``many`` where it is not the word with an s."""
-    return f"{number:,} {word if number == 1 else many or word + 's'}"
+def _place(interval: Interval) -> int:
+    """Return the power of ten at which half the width of an interval has its second digit."""
+    value = interval.estimate
+    half = max(
+        (abs(end - value) for end in (interval.low, interval.high) if is_set(end)), default=0
+    )
+    if half == 0:
+        return _place_of(value or 1.0) - 2
+    return min(_place_of(half) - 1, _place_of(value or half))  # never rounded away altogether
 
 
-def percent(value: float) -> str:
-    return f"{number(100 * value, 2)} %"
+def _place_of(value: float) -> int:
+    """Return the power of ten of the first digit of ``value``."""
+    return math.floor(math.log10(abs(value)))
+
+
+def _to_place(value: float, place: int) -> str:
+    """Return ``value`` rounded to 10^place."""
+    if abs(value) < 0.5 * 10.0**place:
+        return "0"
+    if 1e-3 <= abs(value) < 1e5:
+        return f"{round(value, -place):.{max(0, -place)}f}"
+    mantissa, _, exponent = f"{value:.{max(0, _place_of(value) - place)}e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def formula(law: Law) -> str:
-    """The law's own, or of one that has lost a term what is left."""
+    """Return the formula of a law; if it has lost a term, what is left of it."""
     if law.powers is None:
         return law.formula
     terms = []
@@ -110,7 +117,7 @@ def _base(variable: str) -> str:
 
 
 def equation(law: Law, parameters: Mapping[str, float]) -> str:
-    """The formula with its numbers, to four digits: they are to be used together."""
+    """Return the formula with its numbers, to four digits: they are to be used together."""
     text = formula(law)
     for name in law.parameters:
         value = number(parameters[name], 4)
@@ -120,5 +127,5 @@ def equation(law: Law, parameters: Mapping[str, float]) -> str:
 
 
 def variables(words: Mapping[str, str]) -> str:
-    """What the letters of a law stand for."""
+    """Return what the letters of a law stand for."""
     return ", ".join(f"{name}: {word}" for name, word in words.items())
