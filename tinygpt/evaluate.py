@@ -1,4 +1,4 @@
-"""``python -m tinygpt.evaluate``: trained runs scored, and set side by side."""
+"""``python -m tinygpt.evaluate``: score trained runs and set them side by side."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from rich.console import Console
 
 from tinygpt import cli
 from tinygpt.config import ConfigError, RunError
-from tinygpt.evaluating.folders import find, folder_for, text_name
-from tinygpt.evaluating.items import read_tasks
-from tinygpt.evaluating.options import Options
+from tinygpt.evaluating.options import Options, find, folder_for, read_tasks, text_name
 
 USAGE = """\
 python -m tinygpt.evaluate runs=outputs/runs/x [key=value ...]
@@ -70,14 +68,14 @@ def main() -> None:
     folder = folder_for(paths, arguments.output_dir, text)
     console = Console(markup=False)
     with console.status("starting") as status:
-        from tinygpt.evaluating import figures, results, runs, table  # torch
+        from tinygpt.evaluating import runs, table  # torch takes seconds
 
         refused: list[str] = []
         made = runs.evaluate(paths, arguments, status.update, refused.append)
         if not made:
             raise ConfigError(refused[0])
-        written = results.write(made, folder, dataclasses.asdict(arguments), refused)
-        written += figures.draw(made, folder)
+        written = table.write(made, folder, dataclasses.asdict(arguments), refused)
+        written += table.draw(made, folder)
     scored = {one.scores["folder"] for one in made}
     table.show(made, [path for path in paths if str(path) in scored], console)
     starts = {one.scores["run"]: one.scores["document_start"] for one in made}
