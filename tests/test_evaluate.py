@@ -257,7 +257,7 @@ def test_a_run_is_scored_when_what_it_began_from_is_gone(
     made = runs.evaluate([folder, run], Options(cache_dir=str(cache)))
     assert made[0].scores["loss"] == before
     said = io.StringIO()
-    table.show(made, [folder, run], Console(file=said, width=80))
+    table.show(made, Console(file=said, width=80))
     words = said.getvalue().split()
     assert "hours and gain of fine are without what init_from cost" in " ".join(words)
 
@@ -764,7 +764,7 @@ def test_what_is_not_the_same_of_all_is_said_of_each(run: Path, wide: Path) -> N
         other, scores=odd, positions=shorter, asked={"facts": {"head": 0.5, "tail": 0.25}}
     )
     console = Console(file=io.StringIO(), width=80)
-    table.show([one, other], [run, wide], console)
+    table.show([one, other], console)
     assert isinstance(console.file, io.StringIO)
     shown = " ".join(console.file.getvalue().split())
     assert "cpu, precision 32, 64" in shown

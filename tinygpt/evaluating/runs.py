@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from tinygpt import checks, rundir
@@ -28,9 +29,6 @@ from tinygpt.evaluating.scoring import (
 from tinygpt.evaluating.tasks import score_facts, score_samples, score_task
 from tinygpt.model.gpt import GPT
 from tinygpt.trained import TrainedRun, load_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NEAR = 0.01  # of the final loss: where a run counts as converged
 LISTS = ("checkpoints", "task")  # a text stands for a list, as on the command line
@@ -68,8 +66,6 @@ def evaluate_runs(
     other ``options`` are those of the command, as ``split="test"``, ``checkpoints="all"``,
     ``baseline=True``, ``stride=64``.  Raises ConfigError.
     """
-    import pandas as pd
-
     return pd.DataFrame([made.row for made in evaluate(runs, _options(data, options))])
 
 
@@ -82,8 +78,6 @@ def loss_by_position(
     ``standard_error``, over windows of full length.  Arguments as of ``evaluate_runs``.  Raises
     ConfigError, also for a text shorter than the context.
     """
-    import pandas as pd
-
     found = evaluate([run], _options(data, options))[0].positions
     if found is None:
         raise ConfigError(f"runs={run}: the text is shorter than the context")
@@ -179,10 +173,10 @@ def _evaluate_run(
                 "step": trained.step,
                 "train_tokens": trained.tokens,
                 "text": text.name,
-                "text_fingerprint": text.info["fingerprint"],
+                "text_fingerprint": text.split.info["fingerprint"],
                 "stride": options.stride,
                 **found,
-                "unknown_tokens": text.info["unknown_tokens"],
+                "unknown_tokens": text.split.info["unknown_tokens"],
                 "irreducible_loss_exact": text.floor,
                 "size_bytes": size_in_bytes(model) if size is None else size,
                 **budget(trained, found["loss"], curve),
@@ -238,11 +232,9 @@ def budget(trained: TrainedRun, loss: float, curve: Curve) -> dict[str, float | 
     sizes = count_parameters(config.model, vocab_size)
     flops = flops_per_token(config.model, vocab_size, lora_rank=config.optim.lora.rank)
     flops *= trained.tokens
-    timed = [(row["step"], row["seconds"]) for row in curve if "seconds" in row]
-    hours = None
-    if timed:
-        steps, seconds = zip(*timed, strict=True)
-        hours = float(np.interp(trained.step, steps, seconds)) / 3600
+    timed = [row for row in curve if "seconds" in row]
+    steps, seconds = ([row[name] for row in timed] for name in ("step", "seconds"))
+    hours = float(np.interp(trained.step, steps, seconds)) / 3600 if timed else None
     gain = float(np.log(vocab_size)) - loss
     return {
         "model_parameters": sizes.total,

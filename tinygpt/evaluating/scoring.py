@@ -127,11 +127,6 @@ class Text:
     pad: int
     floor: float | None = None  # the exact entropy, in nats per token, if every window can reach it
 
-    @property
-    def info(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.split.info
-        return found
-
     def batches(self, stride: int | None, only_full: bool = False) -> EvalBatches:
         """Return every target once, in training's own windows unless there is a ``stride``.
 
@@ -235,7 +230,7 @@ def score_text(
 def _pass(model: GPT, batches: EvalBatches, text: Text, machine: Machine) -> tuple[Scores, _Tally]:
     tally = _Tally(model, text.length)
     autocast = machine.autocast()
-    return score(tally, batches, text.info, machine.device, autocast, watch=tally.add), tally
+    return score(tally, batches, text.split.info, machine.device, autocast, watch=tally.add), tally
 
 
 class _Tally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +27,10 @@ from tinygpt.training.console import short
 if TYPE_CHECKING:
     from tinygpt.evaluating.runs import Evaluation
 
-    Panel = Callable[[Axes, Sequence[Evaluation]], None]
-
 # --- runs side by side
 
-OUTCOMES = (
-    *("status", "final_val_loss", "final_val_bits_per_byte", "final_val_accuracy", "test_loss"),
-)
+VALIDATION = ("final_val_loss", "final_val_bits_per_byte", "final_val_accuracy")
+OUTCOMES = ("status", *VALIDATION, "test_loss")
 
 
 def compare(*runs: str | Path) -> pd.DataFrame:
@@ -150,11 +147,12 @@ SHARES = {"accuracy", "accuracy_norm", "head", "middle", "tail", "heldout", "cha
 UNLESS_ZERO = {"left_out", "prompts_cut", "unknown_tokens"}
 
 
-def show(made: Sequence[Evaluation], paths: Sequence[Path], console: Console) -> None:
+def show(made: Sequence[Evaluation], console: Console) -> None:
     """Print one run's models side by side, several runs a row a model, and how runs differ."""
     _show_notes(made, console)
     whole = [one for one in made if one.is_whole]
-    if len(paths) == 1 and len(made) <= ACROSS:
+    folders = list(dict.fromkeys(one.scores["folder"] for one in made))
+    if len(folders) == 1 and len(made) <= ACROSS:
         rows = [
             [word, *(_number(one.scores[name], spec) for one in made)]
             for name, (word, spec) in METRICS.items()
@@ -174,20 +172,9 @@ def show(made: Sequence[Evaluation], paths: Sequence[Path], console: Console) ->
     if len(whole) <= ACROSS:
         for name in dict.fromkeys(name for one in whole for name in one.asked):
             _show_asked(name, whole, console)
-        bands = [one.positions.bands() if one.positions else [] for one in whole]
-        losses = [{(start, end): loss for start, end, loss in some} for some in bands]
-        rows = [
-            [
-                f"  {start}" + (f" to {end}" if end > start else ""),
-                *(_number(found.get((start, end)), ",.4f") for found in losses),
-            ]
-            for start, end in sorted(set().union(*losses))  # the last band ends with the context
-        ]
-        if rows:
-            console.print()
-            _print(console, ["loss by position", *_heads(whole)], rows)
-    if len(paths) > 1:
-        _show_differences(paths, console)
+        _show_positions(whole, console)
+    if len(folders) > 1:
+        _show_differences(folders, console)
 
 
 def _show_notes(made: Sequence[Evaluation], console: Console) -> None:
@@ -237,12 +224,24 @@ def _measure(values: dict[str, Any], key: str) -> str:
     return cell + unit + (f" ({size * real:{spec}}{unit})" if real is not None else "")
 
 
-def _show_differences(paths: Sequence[Path], console: Console) -> None:
+def _show_positions(whole: Sequence[Evaluation], console: Console) -> None:
+    bands = [one.positions.bands() if one.positions else [] for one in whole]
+    losses = [{(start, end): loss for start, end, loss in some} for some in bands]
+    rows = []
+    for start, end in sorted(set().union(*losses)):  # a shorter context has another last band
+        label = f"  {start} to {end}" if end > start else f"  {start}"
+        rows.append([label, *(_number(found.get((start, end)), ",.4f") for found in losses)])
+    if rows:
+        console.print()
+        _print(console, ["loss by position", *_heads(whole)], rows)
+
+
+def _show_differences(folders: Sequence[str], console: Console) -> None:
     """Print the keys in which the runs differ, with their values where the runs are few."""
-    table = compare(*paths)
+    table = compare(*folders)
     table = table.drop(columns=[*rundir.SIZES, *OUTCOMES], errors="ignore")
     console.print()
-    if len(paths) > ACROSS:
+    if len(folders) > ACROSS:
         console.print(Text(f"they differ in {', '.join(map(str, table)) or 'nothing'}"))
     elif table.empty:
         console.print(Text("their configurations do not differ"))
@@ -302,9 +301,8 @@ def _print(
 
 # --- figures
 
-COLOURS = [
-    *(drawing.BLUE, drawing.ORANGE, drawing.GREEN, drawing.PURPLE, drawing.SKY, drawing.RED),
-]
+COLOURS = [drawing.BLUE, drawing.ORANGE, drawing.GREEN]
+COLOURS += [drawing.PURPLE, drawing.SKY, drawing.RED]
 RING: Any = {"markersize": 8, "fillstyle": "none"}
 MOST_NAMED = 16  # runs: more are not told apart by name
 MARKS = 40  # points of a line by position: beyond that neighbours are averaged
@@ -313,33 +311,27 @@ MARKS = 40  # points of a line by position: beyond that neighbours are averaged
 def draw(made: Sequence[Evaluation], folder: Path) -> list[Path]:
     """Draw the figures that have something to show."""
     whole = [one for one in made if one.is_whole]
-    figures: dict[str, Sequence[Panel]] = {}
-    if any(one.positions for one in whole):
-        figures["loss_by_position"] = [_draw_positions]
-    if len({one.scores["run"] for one in made}) > 1:
-        figures["comparison"] = [
-            lambda axes, some: _draw_costs(axes, some, "model_parameters", "parameters"),
-            lambda axes, some: _draw_costs(axes, some, "flops_exact", "training compute (FLOPs)"),
-        ]
-    if any(sum("val_loss" in row for row in one.curve) > 1 for one in whole):
-        figures["convergence"] = [_draw_curves]
-    paths = [folder / f"{name}.png" for name in figures]
+    figures = {
+        "loss_by_position": (_draw_positions, any(one.positions for one in whole)),
+        "comparison": (_draw_costs, len({one.scores["run"] for one in made}) > 1),
+        "convergence": (_draw_curves, any(len(_validation(one)) > 1 for one in whole)),
+    }
+    paths = [folder / f"{name}.png" for name, (_, is_drawn) in figures.items() if is_drawn]
     with mpl.rc_context(drawing.STYLE):
-        for path, panels in zip(paths, figures.values(), strict=True):
-            width = drawing.PAGE if len(panels) > 1 else 1.4 * drawing.COLUMN
+        for path in paths:
+            width = drawing.PAGE if path.stem == "comparison" else 1.4 * drawing.COLUMN
             figure = Figure(figsize=(width, 0.9 * drawing.COLUMN))
-            grid = figure.subplots(1, len(panels), squeeze=False)
-            for axes, panel in zip(grid[0], panels, strict=True):
-                panel(axes, whole)
+            figures[path.stem][0](figure, whole)
             drawing.write_png(figure, path)
     return paths
 
 
-def _draw_positions(axes: Axes, made: Sequence[Evaluation]) -> None:
+def _draw_positions(figure: Figure, made: Sequence[Evaluation]) -> None:
     lasts = {one.scores["run"]: one for one in made}
     made = [one for one in (lasts.values() if len(lasts) > 1 else made) if one.positions]
     names = _varying([one.scores for one in made], "run", "checkpoint")
-    for one, colour in zip(made, _colours(len(made)), strict=True):
+    axes = _coloured(figure.subplots(), len(made))
+    for one in made:
         assert one.positions is not None
         loss, error = one.positions.loss, one.positions.error
         edges = np.unique(np.geomspace(1, len(loss) + 1, MARKS).round().astype(int)) - 1
@@ -348,41 +340,40 @@ def _draw_positions(axes: Axes, made: Sequence[Evaluation]) -> None:
         y = np.array([loss[a:b].mean() for a, b in parts])
         half = np.array([np.sqrt(np.square(error[a:b]).sum()) / (b - a) for a, b in parts])
         label = " ".join(str(one.scores[name]) for name in names)
-        axes.plot(x, y, "-o", color=colour, markersize=2, label=label)
-        axes.fill_between(x, y - half, y + half, color=colour, alpha=0.25, linewidth=0)
+        (line,) = axes.plot(x, y, "-o", markersize=2, label=label)
+        axes.fill_between(x, y - half, y + half, color=line.get_color(), alpha=0.25, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.set(
-        xlabel="position in the context (tokens seen)",
-        ylabel="loss (nats per token) ± standard error",
-    )
+    axes.set_xlabel("position in the context (tokens seen)")
+    axes.set_ylabel("loss (nats per token) ± standard error")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if len(made) > 1:
         _legend(axes, len(made))
 
 
-def _draw_costs(axes: Axes, made: Sequence[Evaluation], column: str, label: str) -> None:
-    points: dict[str, list[tuple[float, float]]] = {}
-    for one in made:
-        points.setdefault(one.scores["run"], []).append((one.scores[column], one.scores["loss"]))
-    for (run, some), colour in zip(points.items(), _colours(len(points)), strict=True):
-        x, y = zip(*sorted(some), strict=True)
-        axes.plot(x, y, "-o", color=colour, markersize=4, label=run)
-    drawing.log_axes(axes, label, "loss (nats per token)")
-    if column == "flops_exact":  # the panel on the right
-        _legend(axes, len(points))
+def _draw_costs(figure: Figure, made: Sequence[Evaluation]) -> None:
+    columns = {"model_parameters": "parameters", "flops_exact": "training compute (FLOPs)"}
+    runs = list(dict.fromkeys(one.scores["run"] for one in made))
+    for axes, (column, label) in zip(figure.subplots(1, 2), columns.items(), strict=True):
+        _coloured(axes, len(runs))
+        for run in runs:
+            scores = [one.scores for one in made if one.scores["run"] == run]
+            points = sorted((row[column], row["loss"]) for row in scores)
+            axes.plot(*zip(*points, strict=True), "-o", markersize=4, label=run)
+        drawing.log_axes(axes, label, "loss (nats per token)")
+    _legend(axes, len(runs))
 
 
-def _draw_curves(axes: Axes, made: Sequence[Evaluation]) -> None:
+def _draw_curves(figure: Figure, made: Sequence[Evaluation]) -> None:
     """Draw validation in training, with a ring where it first came within 1 % of its last value."""
     runs = list({one.scores["run"]: one for one in made}.values())
-    for one, colour in zip(runs, _colours(len(runs)), strict=True):
-        rows = [row for row in one.curve if "val_loss" in row and row["tokens"] > 0]
-        losses = {row["tokens"]: row["val_loss"] for row in rows}
+    axes = _coloured(figure.subplots(), len(runs))
+    for one in runs:
+        curve = {tokens: loss for tokens, loss in _validation(one).items() if tokens > 0}
         label = one.scores["run"] if len(runs) > 1 else "validation loss"
-        axes.plot([*losses], [*losses.values()], "-o", color=colour, markersize=2, label=label)
+        (line,) = axes.plot([*curve], [*curve.values()], "-o", markersize=2, label=label)
         near = one.scores["tokens_to_1_percent"]
         if near:
-            axes.plot(near, losses[near], "o", color=colour, **RING)
+            axes.plot(near, curve[near], "o", color=line.get_color(), **RING)
     axes.plot([], [], "o", color=drawing.GREY, label="within 1 % of its last", **RING)
     floors = {one.scores["irreducible_loss_exact"] for one in runs}
     if len(floors) == 1 and None not in floors and made[0].scores["text"] == "val":
@@ -393,10 +384,17 @@ def _draw_curves(axes: Axes, made: Sequence[Evaluation]) -> None:
     _legend(axes, len(runs))
 
 
-def _colours(count: int) -> list[str]:
-    if count <= len(COLOURS):
-        return COLOURS[:count]
-    return [to_hex(colour) for colour in mpl.colormaps["viridis"](np.linspace(0, 1, count))]
+def _validation(one: Evaluation) -> dict[float, float]:
+    """Return the validation loss of training by the tokens seen."""
+    return {row["tokens"]: row["val_loss"] for row in one.curve if "val_loss" in row}
+
+
+def _coloured(axes: Axes, lines: int) -> Axes:
+    colours = COLOURS
+    if lines > len(COLOURS):
+        colours = [to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0, 1, lines))]
+    axes.set_prop_cycle(color=colours)
+    return axes
 
 
 def _legend(axes: Axes, lines: int) -> None:

@@ -195,7 +195,7 @@ def score_samples(
     size = sum(map(len, written))
     real, reference = held_out(documents, size, text.length)
     if sum(map(len, real)) < size or not reference:
-        found = f"{size} tokens, and {text.name} has {text.info['tokens']} to compare with"
+        found = f"{size} tokens, and {text.name} has {text.split.info['tokens']} to compare with"
         raise ConfigError(f"samples={count}: {found}; take fewer")
     ours, theirs = (qualities(some, reference, tokenizer.vocab_size) for some in (written, real))
     of_real = {f"{name}_real": value for name, value in theirs.items()}
