@@ -28,7 +28,7 @@ from tinygpt.adaptation.config import (
 from tinygpt.adaptation.records import RecordsFile
 from tinygpt.config import ConfigError
 from tinygpt.data.tokenizers import Bytes
-from tinygpt.evaluating import folders
+from tinygpt.evaluating import options as evaluating
 from tinygpt.scaling.runs import load_runs
 from tinygpt.sweeping.adaptations import AdaptationJob
 from tinygpt.sweeping.jobs import compose_jobs, expand
@@ -436,9 +436,9 @@ def test_each_command_takes_its_own(mixed: Path, tinygpt: Command) -> None:
     assert rundir.find_runs(mixed) == [base]
     assert len(rundir.find_adaptations(mixed)) == 2
     assert list(load_runs(mixed)["folder"]) == [str(base)]
-    assert folders.find([mixed]) == ([base], [])
+    assert evaluating.find([mixed]) == ([base], [])
     for find, line in (
-        (lambda: folders.find([study]), f"runs={study}: no runs in there, but 2 adaptations"),
+        (lambda: evaluating.find([study]), f"runs={study}: no runs in there, but 2 adaptations"),
         (
             lambda: rundir.open_run(study),
             f"run={study}: not the folder of a run, but 2 adaptations",

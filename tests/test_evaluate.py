@@ -31,12 +31,18 @@ from tinygpt.config import ConfigError, SyntheticData
 from tinygpt.data.shards import Split
 from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import Bytes, Char
-from tinygpt.evaluating import facts, runs, samples, shrinking, table, tasks
-from tinygpt.evaluating.folders import folder_for, names_of, text_name
-from tinygpt.evaluating.items import Item, Task, read_task, read_tasks
-from tinygpt.evaluating.machine import Machine, as_in_training
-from tinygpt.evaluating.options import Options
-from tinygpt.evaluating.scoring import Positions
+from tinygpt.evaluating import runs, scoring, table, tasks
+from tinygpt.evaluating.options import (
+    Options,
+    Question,
+    Task,
+    folder_for,
+    names_of,
+    read_task,
+    read_tasks,
+    text_name,
+)
+from tinygpt.evaluating.scoring import Machine, Positions, as_in_training
 from tinygpt.model.gpt import GPT
 from tinygpt.model.search import likeliest, tree_of
 from tinygpt.trained import TrainedRun, load_run
@@ -251,7 +257,7 @@ def test_a_run_is_scored_when_what_it_began_from_is_gone(
     made = runs.evaluate([folder, run], Options(cache_dir=str(cache)))
     assert made[0].scores["loss"] == before
     said = io.StringIO()
-    table.show(made, [folder, run], Console(file=said, width=80))
+    table.show(made, Console(file=said, width=80))
     words = said.getvalue().split()
     assert "hours and gain of fine are without what init_from cost" in " ".join(words)
 
@@ -281,7 +287,7 @@ def test_where_it_is_written_is_known_before_anything_is_scored(tmp_path: Path) 
 def test_int8_rounds_each_row_of_the_linear_layers(run: Path) -> None:
     model = load_run(run).model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    smaller, size = shrinking.quantized(model)
+    smaller, size = scoring.quantized(model)
     saved = 0
     for name, value in smaller.state_dict().items():
         old = before[name].numpy()
@@ -298,7 +304,7 @@ def test_int8_rounds_each_row_of_the_linear_layers(run: Path) -> None:
 @pytest.mark.parametrize("amount", [0.25, 0.9])
 def test_pruning_takes_the_smallest_of_all_layers_together(run: Path, amount: float) -> None:
     model = load_run(run).model
-    smaller, size = shrinking.pruned(model, amount)
+    smaller, size = scoring.pruned(model, amount)
     names = [n for n, v in model.state_dict().items() if v.ndim == 2 and "embedding" not in n]
     old = np.concatenate([model.state_dict()[name].flatten().numpy() for name in names])
     new = np.concatenate([smaller.state_dict()[name].flatten().numpy() for name in names])
@@ -370,9 +376,10 @@ def test_likelihoods_are_those_of_one_token_at_a_time(run: Path) -> None:
 def test_multiple_choice_by_the_sum_and_by_the_byte(run: Path) -> None:
     model, tokenizer = load_run(run).model, Bytes()
     items = [
-        Item(f"Story {n}.", ["The cat", "x", "é", "went to the barn and"], n % 4) for n in range(12)
+        Question(f"Story {n}.", ["The cat", "x", "é", "went to the barn and"], n % 4)
+        for n in range(12)
     ]
-    found = tasks.score_task(model, tokenizer, Task("t", items, False), CPU)
+    found = tasks.score_task(model, tokenizer, Task("t", items), CPU)
     right: list[list[bool]] = [[], []]
     for item in items:
         sums = [
@@ -393,8 +400,8 @@ def test_a_cloze_is_right_where_each_token_is_the_likeliest(run: Path) -> None:
     model = load_run(run).model
     prompt = "The fox"
     first = int(model(torch.tensor([[257, *prompt.encode(), 32]]))[0, -1].argmax())
-    items = [Item(prompt, [f" {chr(first)}"]), Item(prompt, ["Qq"])]
-    found = tasks.score_task(model, Bytes(), Task("t", items, True), CPU)
+    items = [Question(prompt, [f" {chr(first)}"]), Question(prompt, ["Qq"])]
+    found = tasks.score_task(model, Bytes(), Task("t", items), CPU)
     pairs = [tasks.encode_pair(Bytes(), item.prompt, item.choices[0]) for item in items]
     expected = [log_p(model, *pair) for pair in pairs]
     assert found["accuracy"] == np.mean([greedy for _, greedy in expected])
@@ -403,18 +410,25 @@ def test_a_cloze_is_right_where_each_token_is_the_likeliest(run: Path) -> None:
 
 def test_what_is_too_long_is_cut_or_left_out_and_counted(run: Path) -> None:
     model = load_run(run).model
-    items = [Item("The cat " * 9, ["sat"]), Item("The cat", ["sat " * 9]), Item("The cat", ["sat"])]
-    found = tasks.score_task(model, Bytes(), Task("t", items, True), CPU)
+    items = [
+        Question("The cat " * 9, ["sat"]),
+        Question("The cat", ["sat " * 9]),
+        Question("The cat", ["sat"]),
+    ]
+    found = tasks.score_task(model, Bytes(), Task("t", items), CPU)
     assert (found["questions"], found["left_out"], found["prompts_cut"]) == (2, 1, 1)
     cut = [257, *("The cat " * 9).rstrip().encode()][-(33 - 4) :]
     nats = [-log_p(model, read, list(b" sat"))[0] for read in (cut, [257, *b"The cat"])]
     assert found["nats"] == pytest.approx(np.mean(nats), rel=1e-5)
+    for choices in (["sat " * 9], ["sat " * 9, "sat"]):
+        nothing = tasks.score_task(model, Bytes(), Task("t", [Question("", choices)]), CPU)
+        assert (nothing["questions"], nothing["accuracy"]) == (0, None)
 
 
 def test_unknown_characters_of_a_question_are_counted() -> None:
     tokenizer = Char("abc ")
     model = GPT(cli.compose_config(tiny(Path("x"))).model, tokenizer.vocab_size).eval()
-    task = Task("t", [Item("a?", ["b!c"])], True)
+    task = Task("t", [Question("a?", ["b!c"])])
     assert tasks.score_task(model, tokenizer, task, CPU)["unknown_tokens"] == 2
 
 
@@ -450,7 +464,7 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str, said: st
 def test_files_of_questions(tmp_path: Path) -> None:
     path, other = tmp_path / "a.jsonl", tmp_path / "b" / "a.jsonl"
     path.write_text(f"\ufeff{GOOD}\n\n{GOOD}")
-    assert read_task(path) == Task("a", [Item("a", ["b", "c"], 1)] * 2, False)
+    assert read_task(path) == Task("a", [Question("a", ["b", "c"], 1)] * 2)
     other.parent.mkdir()
     other.write_text("\n")
     with pytest.raises(ConfigError, match="has no questions"):
@@ -511,10 +525,10 @@ class Knowing:
 
 
 def test_accuracy_by_the_rank_of_a_fact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "ASKED", 16)
-    head = facts.bands(GRAMMAR)["head"]
+    monkeypatch.setattr(tasks, "ASKED", 16)
+    head = tasks.bands(GRAMMAR)["head"]
     known = {q: f"{a}." for e, r in head for q, a in GRAMMAR.queries(e, r)}
-    found = facts.score_facts(Knowing(known), Bytes(), GRAMMAR, CPU)  # type: ignore[arg-type]
+    found = tasks.score_facts(Knowing(known), Bytes(), GRAMMAR, CPU)  # type: ignore[arg-type]
     assert (found["head"], found["head_asked"], found["head_stderr"]) == (1.0, 16, 0.0)
     assert found["middle"] < 0.05
     assert found["heldout"] < 0.3
@@ -524,7 +538,7 @@ def test_accuracy_by_the_rank_of_a_fact(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_bands_hold_facts_of_their_ranks() -> None:
-    bands = facts.bands(GRAMMAR)
+    bands = tasks.bands(GRAMMAR)
     ranks = {
         name: [4 * GRAMMAR.entities.index(e) + list(e.attributes).index(r) for e, r in pairs]
         for name, pairs in bands.items()
@@ -541,46 +555,39 @@ def test_bands_hold_facts_of_their_ranks() -> None:
 texts = st.lists(st.lists(st.integers(0, 5), max_size=30).map(np.array), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
-@given(texts.filter(lambda ts: sum(map(len, ts)) > 0))
-def test_distinct_and_repeated_ngrams(written: list[Any]) -> None:
-    rows = [list(map(int, text)) for text in written]
-    written = [np.array(row, dtype=np.int64) for row in rows]
+@settings(max_examples=100, deadline=None)
+@given(texts, texts)
+def test_qualities_of_text_are_those_of_a_direct_computation(
+    written: list[Any], real: list[Any]
+) -> None:
+    rows, others = ([list(map(int, text)) for text in some] for some in (written, real))
+    ours, theirs = ([np.array(row, dtype=np.int64) for row in some] for some in (rows, others))
+    found = tasks.qualities(ours, theirs, vocab_size=6)
+
+    def grams(some: list[list[int]], n: int) -> list[tuple[int, ...]]:
+        return [tuple(row[i : i + n]) for row in some for i in range(len(row) - n + 1)]
+
     for n in (1, 2, 3):
-        grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
-        expected = len(set(grams)) / len(grams) if grams else None
-        assert samples.distinct(samples.ngrams(written, n)) == expected
-    seen = [[tuple(row[i : i + 4]) for i in range(len(row) - 3)] for row in rows]
+        of_n = grams(rows, n)
+        assert found[f"distinct_{n}"] == (len(set(of_n)) / len(of_n) if of_n else None)
+    seen = [grams([row], 4) for row in rows]
     again = sum(gram in part[:i] for part in seen for i, gram in enumerate(part))
     total = sum(map(len, seen))
-    assert samples.repetition(written) == (pytest.approx(again / total) if total else None)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(0, 5), min_size=2, max_size=40), st.lists(st.integers(0, 5), min_size=2)
-)
-def test_divergences_are_scipys_of_the_smoothed_distributions(
-    written: list[int], real: list[int]
-) -> None:
-    reference = samples.Reference([np.array(real)], vocab_size=6)
-    ours = [np.array(written)]
-    counts = collections.Counter(real)
-    q = np.array([counts[v] + 1 for v in range(6)]) / (len(real) + 6)
-    p = np.array([written.count(v) for v in range(6)])
-    assert reference.kl_unigram(ours) == pytest.approx(stats.entropy(p, q), abs=1e-12)
-    pairs = collections.Counter(itertools.pairwise(real))
-    mine = collections.Counter(itertools.pairwise(written))
-    grid = [(a, b) for a in range(6) for b in range(6)]
-    q2 = [(pairs[a, b] + 6 * q[a] * q[b]) / (len(real) - 1 + 6) for a, b in grid]
-    assert reference.kl_bigram(ours) == pytest.approx(
-        stats.entropy([mine[pair] for pair in grid], q2), abs=1e-12
-    )
+    assert found["repetition"] == (pytest.approx(again / total) if total else None)
+    counts, pairs = (collections.Counter(grams(others, n)) for n in (1, 2))
+    q = np.array([counts[v,] + 1 for v in range(6)]) / (counts.total() + 6)
+    grid = list(itertools.product(range(6), repeat=2))
+    q2 = [(pairs[a, b] + 6 * q[a] * q[b]) / (pairs.total() + 6) for a, b in grid]
+    for n, name, expected in ((1, "kl_unigram", q), (2, "kl_bigram", q2)):
+        mine = collections.Counter(grams(rows, n))
+        p = [mine[gram] for gram in itertools.product(range(6), repeat=n)]
+        divergence = pytest.approx(stats.entropy(p, expected), abs=1e-12) if mine else None
+        assert found[name] == divergence
 
 
 def test_real_text_beside_the_samples_is_as_much_and_not_in_the_reference() -> None:
     documents = [np.arange(10) + 100 * n for n in range(5)]
-    taken, rest = samples.held_out(documents, 19, 8)
+    taken, rest = tasks.held_out(documents, 19, 8)
     assert [len(part) for part in taken] == [8, 8, 3]
     assert [part[0] for part in rest] == [300, 400]
 
@@ -757,7 +764,7 @@ def test_what_is_not_the_same_of_all_is_said_of_each(run: Path, wide: Path) -> N
         other, scores=odd, positions=shorter, asked={"facts": {"head": 0.5, "tail": 0.25}}
     )
     console = Console(file=io.StringIO(), width=80)
-    table.show([one, other], [run, wide], console)
+    table.show([one, other], console)
     assert isinstance(console.file, io.StringIO)
     shown = " ".join(console.file.getvalue().split())
     assert "cpu, precision 32, 64" in shown

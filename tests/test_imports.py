@@ -120,7 +120,7 @@ def test_every_file_keeps_the_rules(path: Path) -> None:
         ("cli", "import torch"),
         ("sweeping", "import tinygpt.run"),
         ("run", "import tinygpt.fit"),
-        ("adaptation", "from tinygpt.evaluating import facts"),
+        ("adaptation", "from tinygpt.evaluating import tasks"),
         ("evaluating", "from tinygpt.adaptation import inner"),
         ("data", "from . import shards"),
         ("data", "from ..model import gpt"),

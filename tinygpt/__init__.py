@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tinygpt.evaluating.results import compare as compare
     from tinygpt.evaluating.runs import evaluate_runs as evaluate_runs
     from tinygpt.evaluating.runs import loss_by_position as loss_by_position
+    from tinygpt.evaluating.table import compare as compare
     from tinygpt.trained import TrainedRun as TrainedRun
     from tinygpt.trained import load_run as load_run
 
@@ -16,7 +16,7 @@ __all__ = ["TrainedRun", "compare", "evaluate_runs", "load_run", "loss_by_positi
 
 _HOME = {
     "TrainedRun": "tinygpt.trained",
-    "compare": "tinygpt.evaluating.results",
+    "compare": "tinygpt.evaluating.table",
     "evaluate_runs": "tinygpt.evaluating.runs",
     "load_run": "tinygpt.trained",
     "loss_by_position": "tinygpt.evaluating.runs",

@@ -1,4 +1,4 @@
-"""``python -m tinygpt.evaluate``: trained runs scored, and set side by side."""
+"""``python -m tinygpt.evaluate``: score trained runs and set them side by side."""
 
 from __future__ import annotations
 
@@ -11,37 +11,35 @@ from rich.console import Console
 
 from tinygpt import cli
 from tinygpt.config import ConfigError, RunError
-from tinygpt.evaluating.folders import find, folder_for, text_name
-from tinygpt.evaluating.items import read_tasks
-from tinygpt.evaluating.options import Options
+from tinygpt.evaluating.options import Options, find, folder_for, read_tasks, text_name
 
 USAGE = """\
 python -m tinygpt.evaluate runs=outputs/runs/x [key=value ...]
 
 runs=FOLDER[,FOLDER]    runs, or folders of runs
-checkpoints=final       of each: final best last step_N, several by commas; all: every step kept
+checkpoints=final       for each run: final best last step_N, separated by commas; all: every step
 split=val               or test: of the run's own corpus
-data=custom data.path=FILE    instead: a file, a folder or a glob, all of it, by the run's own
+data=custom data.path=FILE    a file, a folder or a glob instead, all of it, with the run's own
                         tokenizer; data.separator= data.text_column= as in training
-stride=TOKENS           a window begins so many tokens behind the one before it, and its last
+stride=TOKENS           each window begins this many tokens after the one before it, and its last
                         stride targets count: each target once, where it has the most context.
                         Default: the windows of training, and so exactly the loss it recorded
-baseline=true           the same model untrained, by the run's own seed, beside it
+baseline=true           also score the same model untrained, initialized by the run's own seed
 task=FILE[,FILE]        questions, JSON lines: {"prompt": ..., "answer": ...}, or
-                        {"prompt": ..., "choices": [...], "label": 0}, by likelihood as
-                        lm-evaluation-harness: accuracy by the sum, accuracy_norm by the sum a byte.
-                        A space is put in between; what is too long loses the prompt's beginning
-quantize=int8           the loss with the weights of linear layers in int8, a scale a row
+                        {"prompt": ..., "choices": [...], "label": 0}, by likelihood as in
+                        lm-evaluation-harness: accuracy by the sum, accuracy_norm by the sum per
+                        byte.  A space is put in between; a long prompt loses its beginning
+quantize=int8           the loss with the weights of linear layers in int8, one scale per row
 prune=0.5               the loss without the smallest half of those weights
-samples=20 seed=0       text of the model: distinct-n, repetition and KL divergence from the text
-                        scored, beside as much real text
+samples=20 seed=0       text from the model: distinct-n, repetition and KL divergence from the text
+                        scored, next to the same amount of real text
 device=auto             cpu mps cuda; precision=auto threads=null: as in training
-output_dir=FOLDER       default: evaluation/ in the run, or in the folder where several lie; of
-                        split=test and of any other text a folder of its own in there
+output_dir=FOLDER       default: evaluation/ in the run, or in the folder that holds several runs;
+                        split=test and every other text have a subfolder of their own
 
-Efficiency is the gain, ln(vocabulary) - loss, by training FLOPs, parameters and hours.  Runs on the
-embedded corpus are asked its facts.  Writes evaluation_results.csv and .json, and figures.  A run
-that cannot be scored is named at the end, and the exit code is 1.
+Efficiency is the gain, ln(vocabulary) - loss, per training FLOP, parameter and hour.  Runs on the
+embedded corpus are asked its facts.  Writes evaluation_results.csv and .json, and figures.  Runs
+that cannot be scored are named at the end, and the exit code is 1.
 """
 
 
@@ -70,16 +68,15 @@ def main() -> None:
     folder = folder_for(paths, arguments.output_dir, text)
     console = Console(markup=False)
     with console.status("starting") as status:
-        from tinygpt.evaluating import figures, results, runs, table  # torch
+        from tinygpt.evaluating import runs, table  # torch takes seconds
 
         refused: list[str] = []
         made = runs.evaluate(paths, arguments, status.update, refused.append)
         if not made:
             raise ConfigError(refused[0])
-        written = results.write(made, folder, dataclasses.asdict(arguments), refused)
-        written += figures.draw(made, folder)
-    scored = {one.scores["folder"] for one in made}
-    table.show(made, [path for path in paths if str(path) in scored], console)
+        written = table.write(made, folder, dataclasses.asdict(arguments), refused)
+        written += table.draw(made, folder)
+    table.show(made, console)
     starts = {one.scores["run"]: one.scores["document_start"] for one in made}
     for run, start in starts.items():
         if start is not None:

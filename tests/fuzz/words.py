@@ -10,7 +10,7 @@ from tests.fuzz.harness import Harness, file_of
 from tinygpt import cli, fileio, fit, rundir, sample
 from tinygpt.adaptation import edits
 from tinygpt.adaptation.file_policy import ReplayPolicy
-from tinygpt.evaluating.items import read_task
+from tinygpt.evaluating.options import read_task
 
 LINE = 1 << 10  # bytes: the time goes with the length; tests/test_bad_input.py has a long one
 

@@ -1,11 +1,18 @@
-"""What can be asked of an evaluation.  Torch-free, so that a mistake is said at once."""
+"""What an evaluation is asked to do: options, runs, output folder, files of questions.
+
+Nothing here imports torch or numpy, so that a mistake is reported at once.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from pathlib import Path
+from typing import Any, Optional
 
-from tinygpt import checks
+from tinygpt import checks, fileio, rundir
 from tinygpt.config import PRECISIONS, ConfigError, key
 
 
@@ -23,9 +30,9 @@ class OtherText:
 
 @dataclass
 class Options:
-    """What is asked of each run, and on what it is computed."""
+    """What is computed for each run, and on which device."""
 
-    checkpoints: list[str] = field(default_factory=list)  # none: final, of an unended run last
+    checkpoints: list[str] = field(default_factory=list)  # empty: final, or last if unfinished
     split: str = key("val", among=("val", "test"))
     data: OtherText = field(default_factory=OtherText)
     stride: Optional[int] = key(None, least=1)  # null: the context
@@ -41,7 +48,7 @@ class Options:
     cache_dir: Optional[str] = None
 
     def check(self) -> None:
-        """What must fit together.  Raises ConfigError."""
+        """Raise ConfigError for options that contradict each other."""
         checks.check_text(self.data)
         for name, default in vars(OtherText()).items():
             value = getattr(self.data, name)
@@ -49,3 +56,140 @@ class Options:
                 raise ConfigError(f"data.{name}={value}: needs data.path=")
         if "all" in self.checkpoints and len(self.checkpoints) > 1:
             raise ConfigError(f"checkpoints={','.join(self.checkpoints)}: all is all of them")
+
+
+# --- runs and folders
+
+
+def find(runs: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Return the runs named or found in the folders named, and those found without a checkpoint.
+
+    Raises ConfigError if there is nothing to score.
+    """
+    found: list[Path] = []
+    without: list[Path] = []
+    for name in runs:
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            raise ConfigError(f"runs={name}: no such folder")
+        inside = rundir.find_runs(path)
+        if not inside:
+            raise rundir.no_runs(path)
+        for one in inside:
+            kept = bool(rundir.RunDir(one).kept())
+            if one == path and not kept:
+                raise ConfigError(f"runs={name}: has no checkpoint")
+            (found if kept else without).append(one)
+    if not found:
+        raise ConfigError(f"runs={','.join(map(str, runs))}: none of them has a checkpoint")
+    return list(dict.fromkeys(found)), without
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that tell the runs apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [os.path.join(*some[-length:]) for some in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def text_name(split: str, path: str | None) -> str:
+    """Return the subfolder of ``evaluation/`` for a text, empty for the validation split."""
+    if path is None:
+        return "" if split == "val" else split
+    place = os.path.abspath(os.path.expanduser(path))
+    name = re.sub("[^A-Za-z0-9._-]+", "-", os.path.basename(place)).strip(".-") or "text"
+    return f"{name[:60]}-{fileio.digest(place)[:6]}"  # files of one name lie in several folders
+
+
+def folder_for(paths: Sequence[Path], output_dir: str | None, text: str = "") -> Path:
+    """Return where results go: ``evaluation/`` in the run, or in the folder that holds them all.
+
+    Raises ConfigError if it cannot be written.
+    """
+    if output_dir is None:
+        if len({path.is_absolute() for path in paths}) > 1:
+            paths = [path.absolute() for path in paths]
+        parents = [path.parent for path in paths] if len(paths) > 1 else paths
+        output_dir = os.path.join(os.path.commonpath(parents), "evaluation", text)
+    folder = Path(output_dir).expanduser()
+    fileio.check_writable("output_dir", folder)
+    return folder
+
+
+# --- files of questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and what may follow it: several choices, or the one answer of a cloze."""
+
+    prompt: str
+    choices: list[str]
+    label: int = 0
+
+    @property
+    def is_cloze(self) -> bool:
+        return len(self.choices) == 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A file of questions, either all cloze or all multiple choice."""
+
+    name: str
+    questions: list[Question]
+
+
+def read_tasks(paths: list[str]) -> list[Task]:
+    """Read several files.  Raises ConfigError as ``read_task`` does, or if two share a name."""
+    tasks = [read_task(Path(path).expanduser()) for path in paths]
+    for n, task in enumerate(tasks):
+        if task.name in [other.name for other in tasks[:n]]:
+            raise ConfigError(f"task={','.join(paths)}: two files named {task.name}")
+    return tasks
+
+
+def read_task(path: Path) -> Task:
+    """Read a JSON lines file.  Raises ConfigError, naming the line, for one without a question."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"task={path}: not UTF-8 text") from error
+    except OSError as error:
+        raise ConfigError(f"task={path}: cannot be read ({error.strerror})") from error
+    questions: list[Question] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            questions.append(_question(fileio.parse_json(line)))
+            if questions[-1].is_cloze != questions[0].is_cloze:
+                raise ValueError("has answer or choices unlike line 1")
+        except ValueError as error:
+            raise ConfigError(f"task={path}: line {number}: {error}") from error
+    if not questions:
+        raise ConfigError(f"task={path}: has no questions")
+    return Task(path.stem, questions)
+
+
+def _question(row: Any) -> Question:
+    """Return the question in a line.  Raises ValueError if there is none."""
+    keys = set(row) if isinstance(row, dict) else set()
+    if not keys >= {"prompt", "answer"} and not keys >= {"prompt", "choices", "label"}:
+        raise ValueError("must have prompt and answer, or prompt, choices and label")
+    prompt, is_cloze = row["prompt"], "answer" in row
+    choices = [row["answer"]] if is_cloze else row["choices"]
+    label = 0 if is_cloze else row["label"]
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt={prompt!r:.40}: must be a text")
+    if not isinstance(choices, list) or not (is_cloze or len(choices) > 1):
+        raise ValueError(f"choices={choices!r:.40}: must be a list of two or more texts")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice.strip():
+            raise ValueError(f"{'answer' if is_cloze else 'choices'}: {choice!r:.40} is no text")
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+        raise ValueError(f"label={label!r:.40}: must be from 0 to {len(choices) - 1}")
+    return Question(prompt, choices, label)

@@ -1,89 +1,88 @@
-"""Runs to a table: every run at its checkpoints, a row for each model that is scored."""
+"""Evaluate runs at their checkpoints: one row for each model that is scored."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from tinygpt import checks, rundir
-from tinygpt.config import Config, ConfigError, RunError, SyntheticData
+from tinygpt.config import ConfigError, RunError, SyntheticData
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data.synthetic import Grammar
-from tinygpt.evaluating import facts, samples, shrinking
-from tinygpt.evaluating.folders import find, names_of
-from tinygpt.evaluating.items import Task, read_tasks
-from tinygpt.evaluating.machine import Machine, as_in_training
-from tinygpt.evaluating.options import Options, OtherText
-from tinygpt.evaluating.scoring import Positions, score_text
-from tinygpt.evaluating.tasks import score_task
-from tinygpt.evaluating.text import Text, other_text, own_split
+from tinygpt.evaluating.options import Options, OtherText, Task, find, names_of, read_tasks
+from tinygpt.evaluating.scoring import (
+    Positions,
+    as_in_training,
+    open_text,
+    pruned,
+    quantized,
+    score_text,
+    size_in_bytes,
+)
+from tinygpt.evaluating.tasks import score_facts, score_samples, score_task
 from tinygpt.model.gpt import GPT
 from tinygpt.trained import TrainedRun, load_run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NEAR = 0.01  # of the final loss: where a run counts as converged
 LISTS = ("checkpoints", "task")  # a text stands for a list, as on the command line
 Say = Callable[[str], None]
+Curve = list[dict[str, float]]  # step, tokens, seconds, val_loss: those that were measured
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model on a text, and what it was asked besides: ``facts``, ``samples``, tasks by name."""
+    """A model on a text, and the answers to ``facts``, ``samples`` and tasks by their name."""
 
     scores: dict[str, Any]
-    positions: Positions | None
-    asked: dict[str, dict[str, Any]]
+    positions: Positions | None = None
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    curve: Curve = field(default_factory=list)  # of the run's training
 
     @property
     def row(self) -> dict[str, Any]:
-        """Its line of evaluation_results.csv."""
+        """Return the line of evaluation_results.csv."""
         asked = {f"{a}_{name}": v for a, found in self.asked.items() for name, v in found.items()}
         return {**self.scores, **asked}
 
     @property
     def is_whole(self) -> bool:
-        """The trained model itself."""
+        """Return whether this is the trained model itself."""
         return bool(self.scores["variant"] == "trained")
 
 
 def evaluate_runs(
     *runs: str | Path, data: str | Path | None = None, **options: Any
 ) -> pd.DataFrame:
-    """Scores runs, as ``python -m tinygpt.evaluate`` does, without writing a file: a row a model.
+    """Score runs as ``python -m tinygpt.evaluate`` does, without writing a file: a row a model.
 
     ``data`` is a file, a folder or a glob to score instead of each run's own validation split; the
     other ``options`` are those of the command, as ``split="test"``, ``checkpoints="all"``,
     ``baseline=True``, ``stride=64``.  Raises ConfigError.
     """
-    import pandas as pd
-
     return pd.DataFrame([made.row for made in evaluate(runs, _options(data, options))])
 
 
 def loss_by_position(
     run: str | Path, data: str | Path | None = None, **options: Any
 ) -> pd.DataFrame:
-    """What a longer context buys: the mean loss at each position of it, in nats per token.
+    """Return the mean loss at each position of the context, in nats per token.
 
     Columns ``position`` (from 1: tokens that the model has seen), ``loss`` and its
     ``standard_error``, over windows of full length.  Arguments as of ``evaluate_runs``.  Raises
     ConfigError, also for a text shorter than the context.
     """
-    import pandas as pd
-
-    made = evaluate([run], _options(data, options))[0]
-    if made.positions is None:
+    found = evaluate([run], _options(data, options))[0].positions
+    if found is None:
         raise ConfigError(f"runs={run}: the text is shorter than the context")
-    positions, loss = np.arange(1, len(made.positions.loss) + 1), made.positions.loss
-    columns = {"position": positions, "loss": loss, "standard_error": made.positions.error}
+    position = np.arange(1, len(found.loss) + 1)
+    columns = {"position": position, "loss": found.loss, "standard_error": found.error}
     return pd.DataFrame(columns)
 
 
@@ -106,25 +105,18 @@ def evaluate(
     say: Say = lambda what: None,
     refused: Say | None = None,
 ) -> list[Evaluation]:
-    """Of each run, in turn, each checkpoint.  Raises ConfigError.
+    """Evaluate each checkpoint of each run.  Raises ConfigError before anything is scored.
 
-    ``refused`` is told of a run that cannot be scored, in a line, and the others go on; without
-    it that raises ConfigError or RunError too.
+    ``refused`` is called with a line for each run that cannot be scored, and the others are;
+    without it that raises ConfigError or RunError as well.
     """
     options.check()
     tasks = read_tasks(options.task)
     paths, _ = find(runs)
-    labels = names_of(paths)
     for path in paths:
-        run = rundir.RunDir(path)
-        there = run.kept()
-        for name in options.checkpoints:
-            if name not in (*there, "all"):
-                raise ConfigError(f"checkpoints={name}: {path} has {', '.join(there) or 'none'}")
-        if options.stride is not None:
-            _check_stride(options.stride, run)
-    made = []
-    for path, label in zip(paths, labels, strict=True):
+        _check_run(rundir.RunDir(path), options)
+    made: list[Evaluation] = []
+    for path, label in zip(paths, names_of(paths), strict=True):
         try:
             made += list(_evaluate_run(path, label, options, tasks, say))
         except (ConfigError, RunError) as error:
@@ -134,18 +126,27 @@ def evaluate(
     return made
 
 
-def _check_stride(stride: int, run: rundir.RunDir) -> None:
+def _check_run(run: rundir.RunDir, options: Options) -> None:
+    """Raise ConfigError for a checkpoint that a run lacks, or a stride beyond its context."""
+    there = run.kept()
+    for name in options.checkpoints:
+        if name not in (*there, "all"):
+            raise ConfigError(f"checkpoints={name}: {run.path} has {', '.join(there) or 'none'}")
+    if options.stride is None:
+        return
     try:
         length = rundir.read_config(run.config).model.max_seq_len
     except ConfigError:
-        return  # which is said in its turn
-    if stride > length:
-        raise ConfigError(f"stride={stride}: must be at most the context, {length} of {run.path}")
+        return  # reported when this run's turn comes
+    if options.stride > length:
+        line = f"stride={options.stride}: must be at most the context, {length} of {run.path}"
+        raise ConfigError(line)
 
 
 def _evaluate_run(
     path: Path, label: str, options: Options, tasks: list[Task], say: Say
 ) -> Iterator[Evaluation]:
+    """Score the untrained model, then each checkpoint followed by its smaller variants."""
     run = rundir.RunDir(path)
     chosen: list[str | None] = list(options.checkpoints) or [None]
     if chosen == ["all"]:
@@ -153,124 +154,68 @@ def _evaluate_run(
         chosen = [by_step[step] for step in sorted(by_step)]  # last and final are often the same
     first = load_run(path, chosen[0])
     with as_in_training(run, first.config, options) as machine:
-        text = _text(
-            run, first, options, machine, lambda what, done, total: say(f"{label}: {what}")
-        )
-        scorer = _Scorer(run, label, text, options, tasks, machine, say)
-        if options.baseline:
-            yield scorer.untrained(first)
+        text = open_text(first, options, machine, lambda what, *_: say(f"{label}: {what}"))
+        curve = _read_curve(run)
+
+        def scored(
+            trained: TrainedRun, variant: str, model: GPT, size: int | None = None
+        ) -> Evaluation:
+            say(f"{label}: {trained.checkpoint}: {variant}")
+            is_whole = variant == "trained"
+            found, positions = score_text(model, text, machine, options.stride, is_whole)
+            scores = {
+                "run": label,
+                "folder": str(path),
+                "checkpoint": trained.checkpoint,
+                "variant": variant,
+                "init_from": trained.config.init_from,
+                "document_start": trained.tokenizer.start_text,
+                "step": trained.step,
+                "train_tokens": trained.tokens,
+                "text": text.name,
+                "text_fingerprint": text.split.info["fingerprint"],
+                "stride": options.stride,
+                **found,
+                "unknown_tokens": text.split.info["unknown_tokens"],
+                "irreducible_loss_exact": text.floor,
+                "size_bytes": size_in_bytes(model) if size is None else size,
+                **budget(trained, found["loss"], curve),
+                **convergence(curve if is_whole else []),
+                "device": str(machine.device),
+                "precision": machine.resolved.precision,
+            }
+            return Evaluation(scores, positions, curve=curve)
+
+        def asked(trained: TrainedRun, model: GPT) -> Iterator[tuple[str, dict[str, Any]]]:
+            tokenizer, data, count = trained.tokenizer, trained.config.data, options.samples
+            if isinstance(data, SyntheticData):
+                say(f"{label}: {trained.checkpoint}: facts")
+                yield "facts", score_facts(model, tokenizer, Grammar(data), machine)
+            for task in tasks:
+                say(f"{label}: {trained.checkpoint}: {task.name}")
+                yield task.name, score_task(model, tokenizer, task, machine)
+            if count:
+                say(f"{label}: {trained.checkpoint}: samples")
+                found = score_samples(model, tokenizer, text, count, options.seed, machine)
+                yield "samples", found
+
+        if options.baseline:  # the weights that the seed gives, also where init_from gave others
+            torch.manual_seed(first.config.seed)
+            model = GPT(first.config.model, first.tokenizer.vocab_size)
+            bare = dataclasses.replace(first, model=model, step=0, checkpoint="none")
+            yield scored(bare, "untrained", model.to(machine.device, machine.dtype).eval())
         for name in chosen:
-            yield from scorer.trained(load_run(path, name))
+            trained = load_run(path, name)
+            model = trained.model.to(machine.device, machine.dtype).eval()
+            answers = dict(asked(trained, model))
+            yield dataclasses.replace(scored(trained, "trained", model), asked=answers)
+            if options.quantize:
+                yield scored(trained, options.quantize, *quantized(model))
+            if options.prune:
+                yield scored(trained, f"pruned {options.prune:g}", *pruned(model, options.prune))
 
 
-def _text(
-    run: rundir.RunDir, first: TrainedRun, options: Options, machine: Machine, progress: Any
-) -> Text:
-    cache, tokenizer = options.cache_dir, first.tokenizer
-    if options.data.path is None:
-        return own_split(run, tokenizer, machine, options.split, cache, progress)
-    length = first.config.model.max_seq_len
-    return other_text(options.data, length, tokenizer, machine, cache, progress)
-
-
-class _Scorer:
-    """What the models of one run have in common."""
-
-    def __init__(
-        self,
-        run: rundir.RunDir,
-        label: str,
-        text: Text,
-        options: Options,
-        tasks: list[Task],
-        machine: Machine,
-        say: Say,
-    ) -> None:
-        self.run, self.label, self.text = run, label, text
-        self.options, self.tasks, self.machine, self.say = options, tasks, machine, say
-        self.curve = curve_of(run)
-
-    def untrained(self, trained: TrainedRun) -> Evaluation:
-        """With the weights that its seed gives; with those the run began but for ``init_from``."""
-        config = trained.config
-        torch.manual_seed(config.seed)
-        model = GPT(config.model, trained.tokenizer.vocab_size)
-        bare = dataclasses.replace(trained, model=model, step=0, checkpoint="none")
-        return self._scored(bare, "untrained", self._placed(model))
-
-    def trained(self, trained: TrainedRun) -> Iterator[Evaluation]:
-        """The model as it is, with all that is asked of it; then the losses of the smaller ones."""
-        model, options = self._placed(trained.model), self.options
-        yield self._scored(trained, "trained", model, asked=self._asked(trained, model))
-        if options.quantize:
-            yield self._scored(trained, options.quantize, *shrinking.quantized(model))
-        if options.prune:
-            smaller, size = shrinking.pruned(model, options.prune)
-            yield self._scored(trained, f"pruned {options.prune:g}", smaller, size)
-
-    def _asked(self, trained: TrainedRun, model: GPT) -> dict[str, dict[str, Any]]:
-        tokenizer, machine, found = trained.tokenizer, self.machine, {}
-        if isinstance(trained.config.data, SyntheticData):
-            self._tell(trained, "facts")
-            grammar = Grammar(trained.config.data)
-            found["facts"] = facts.score_facts(model, tokenizer, grammar, machine)
-        for task in self.tasks:
-            self._tell(trained, task.name)
-            found[task.name] = score_task(model, tokenizer, task, machine)
-        if count := self.options.samples:
-            self._tell(trained, "samples")
-            seed = self.options.seed
-            found["samples"] = samples.score_samples(
-                model, tokenizer, self.text, count, seed, machine
-            )
-        return found
-
-    def _tell(self, trained: TrainedRun, what: str) -> None:
-        self.say(f"{self.label}: {trained.checkpoint}: {what}")
-
-    def _placed(self, model: GPT) -> GPT:
-        return model.to(self.machine.device, self.machine.dtype).eval()
-
-    def _scored(
-        self,
-        trained: TrainedRun,
-        variant: str,
-        model: GPT,
-        size: int | None = None,
-        asked: dict[str, dict[str, Any]] | None = None,
-    ) -> Evaluation:
-        self._tell(trained, variant)
-        is_whole = variant == "trained"
-        found = score_text(model, self.text, self.machine, self.options.stride, is_whole)
-        scores = {
-            "run": self.label,
-            "folder": str(self.run.path),
-            "checkpoint": trained.checkpoint,
-            "variant": variant,
-            "init_from": trained.config.init_from,
-            "document_start": trained.tokenizer.start_text,
-            "step": trained.step,
-            "train_tokens": trained.tokens,
-            "text": self.text.name,
-            "text_fingerprint": self.text.info["fingerprint"],
-            "stride": self.options.stride,
-            **found.values(),
-            "unknown_tokens": self.text.info["unknown_tokens"],
-            "irreducible_loss_exact": self.text.floor,
-            "size_bytes": shrinking.size_in_bytes(model) if size is None else size,
-            **budget(trained, found.scores.loss, self.curve),
-            **convergence(self.curve if is_whole else []),
-            "device": str(self.machine.device),
-            "precision": self.machine.resolved.precision,
-        }
-        return Evaluation(scores, found.positions, asked or {})
-
-
-Curve = list[dict[str, float]]  # step, tokens, seconds, and the validation loss where there is one
-
-
-def curve_of(run: rundir.RunDir) -> Curve:
-    """metrics.csv as numbers; what was not measured is left out of its line."""
+def _read_curve(run: rundir.RunDir) -> Curve:
     if not run.metrics.exists():
         return []
     names = ("step", "tokens", "seconds", "val_loss")
@@ -279,18 +224,17 @@ def curve_of(run: rundir.RunDir) -> Curve:
 
 
 def budget(trained: TrainedRun, loss: float, curve: Curve) -> dict[str, float | None]:
-    """What the model cost up to its checkpoint, and what it gained for that: nats per token below
-    ln V, the loss of a guess among all tokens alike."""
-    config: Config = trained.config
-    vocab_size = trained.tokenizer.vocab_size
+    """Return what the model cost up to its checkpoint, and what it gained for that.
+
+    The gain is in nats per token below ln V, the loss of a uniform guess.
+    """
+    config, vocab_size = trained.config, trained.tokenizer.vocab_size
     sizes = count_parameters(config.model, vocab_size)
     flops = flops_per_token(config.model, vocab_size, lora_rank=config.optim.lora.rank)
     flops *= trained.tokens
-    timed = [(row["step"], row["seconds"]) for row in curve if "seconds" in row]
-    hours = None
-    if timed:
-        steps, seconds = zip(*timed, strict=True)
-        hours = float(np.interp(trained.step, steps, seconds)) / 3600
+    timed = [row for row in curve if "seconds" in row]
+    steps, seconds = ([row[name] for row in timed] for name in ("step", "seconds"))
+    hours = float(np.interp(trained.step, steps, seconds)) / 3600 if timed else None
     gain = float(np.log(vocab_size)) - loss
     return {
         "model_parameters": sizes.total,
@@ -305,12 +249,10 @@ def budget(trained: TrainedRun, loss: float, curve: Curve) -> dict[str, float | 
 
 
 def convergence(curve: Curve) -> dict[str, int | None]:
-    """Where the validation loss of training first was within 1 % of its last value; as fine as
-    the run evaluated."""
-    losses = [row for row in curve if "val_loss" in row]
-    near = [row for row in losses if row["val_loss"] <= (1 + NEAR) * losses[-1]["val_loss"]]
-    first = near[0] if near else {}
+    """Return where the validation loss of training first came within 1 % of its last value."""
+    rows = [row for row in curve if "val_loss" in row]
+    near = [row for row in rows if row["val_loss"] <= (1 + NEAR) * rows[-1]["val_loss"]]
     return {
-        "steps_to_1_percent": int(first["step"]) if near else None,
-        "tokens_to_1_percent": int(first["tokens"]) if near else None,
+        "steps_to_1_percent": int(near[0]["step"]) if near else None,
+        "tokens_to_1_percent": int(near[0]["tokens"]) if near else None,
     }

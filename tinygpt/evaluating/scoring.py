@@ -1,123 +1,265 @@
-"""Loss and accuracy of a model on a text, every target once, in one pass over the logits."""
+"""The loss of a model on a text, on the machine and in the windows that training used.
+
+So the loss is the one training recorded, to the last digit, wherever the device is the same.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
+import itertools
 import math
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune as pruning
 
-from tinygpt.evaluating.machine import Machine
-from tinygpt.evaluating.text import Text
+from tinygpt import fileio, rundir
+from tinygpt.config import Config, ConfigError, CustomData
+from tinygpt.data import corpora, shards
+from tinygpt.data.datamodule import EvalBatches
+from tinygpt.data.shards import EvalWindows, Progress, Split
+from tinygpt.evaluating.options import Options
+from tinygpt.model import linear
 from tinygpt.model.gpt import GPT
 from tinygpt.model.loss import token_scores
+from tinygpt.trained import TrainedRun
+from tinygpt.training.corpus import own_corpus
 from tinygpt.training.evaluation import Scores, score
+from tinygpt.training.hardware import set_up
+from tinygpt.training.session import open_data
+from tinygpt.training.trainer import PASS_TOKENS, Device, resolve_device
 
-Floats = NDArray[np.float64]
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 TOP = 5
+INT8_MAX = 127
+
+# --- the machine
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device and precision that a run is scored with."""
+
+    resolved: Device
+    config: Config  # of the run, with the hardware of this evaluation
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.resolved.accelerator)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the type of the weights."""
+        return torch.float64 if self.resolved.precision == "64" else torch.float32
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        half = HALF.get(self.resolved.precision)
+        return torch.autocast(self.device.type, half, enabled=half is not None, cache_enabled=False)
+
+    def rows(self, length: int) -> int:
+        """Return how many sequences of this length go through the model together."""
+        return max(1, PASS_TOKENS[self.resolved.accelerator] // length)
+
+
+@contextlib.contextmanager
+def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iterator[Machine]:
+    """Set the precision, threads and matrix products of the run, unless ``options`` give others.
+
+    Raises ConfigError if this machine lacks a device or a precision.
+    """
+    begun = fileio.read_json(run.environment)
+    on_cpu, threads = begun.get("device") == "cpu", options.threads
+    if on_cpu:
+        begun = fileio.read_json(run.environment, threads=int)
+        threads = threads or min(begun["threads"], os.cpu_count() or 1)
+    hardware = dataclasses.replace(
+        config.hardware,
+        accelerator=options.device,
+        devices=1,
+        num_nodes=1,
+        strategy="auto",
+        threads=threads,
+        compile="off",
+    )
+    as_trained = options.precision == "auto"
+    try:
+        precision = begun["precision_resolved"] if as_trained else options.precision
+        resolved = resolve_device(hardware, precision)
+    except ConfigError as error:
+        line = str(error).replace("hardware.accelerator=", "device=")
+        line = line.replace("train.precision=", "precision=")
+        if as_trained and "precision=" in line:
+            line += f", as {run.path} was trained"
+        raise ConfigError(line) from error
+    before = torch.get_num_threads()
+    try:
+        set_up(hardware, resolved)
+        if on_cpu and "matmul" in begun:
+            linear.use_onednn(begun["matmul"] == "onednn" and linear.onednn_is_there())
+        if resolved.accelerator == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, as the Trainer sets it
+        yield Machine(resolved, dataclasses.replace(config, hardware=hardware))
+    finally:
+        torch.set_num_threads(before)
+        linear.use_onednn(None)
+
+
+# --- the text
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenized text.  With an exact ``floor`` training's windows hold whole documents."""
+
+    name: str
+    split: Split
+    length: int  # of a window: the model's context
+    batch_size: int
+    pad: int
+    floor: float | None = None  # the exact entropy, in nats per token, if every window can reach it
+
+    def batches(self, stride: int | None, only_full: bool = False) -> EvalBatches:
+        """Return every target once, in training's own windows unless there is a ``stride``.
+
+        ``only_full`` returns the windows of full length instead, one behind the other.
+        """
+        whole_documents = self.floor is not None and stride is None and not only_full
+        windows = self.split.eval_windows(self.length, whole_documents, stride)
+        if only_full:
+            full = windows.lengths == self.length
+            windows = EvalWindows(windows.starts[full], windows.lengths[full], windows.before[full])
+        return EvalBatches(
+            self.split, windows, length=self.length, batch_size=self.batch_size, pad=self.pad
+        )
+
+    def documents(self) -> list[NDArray[np.int64]]:
+        """Return the tokens of each document, without the end of text."""
+        start_tokens = self.split.unscored > 0  # then a document ends where the next one's begins
+        return [
+            np.asarray(shard[start + 1 : end - start_tokens], dtype=np.int64)
+            for shard, offsets in zip(self.split.shards, self.split.offsets, strict=True)
+            for start, end in itertools.pairwise(offsets)
+        ]
+
+
+def open_text(trained: TrainedRun, options: Options, machine: Machine, progress: Progress) -> Text:
+    """Open the text that is asked for: a split as training saw it, or all of another text.
+
+    Raises ConfigError if the run's corpus has changed, or there is nothing to score.
+    """
+    config, tokenizer, pad = machine.config, trained.tokenizer, trained.tokenizer.eot_id
+    if options.data.path is not None:
+        other = CustomData(name="custom", **vars(options.data))
+        cache = shards.cache_root(options.cache_dir or config.cache_dir)
+        corpus = corpora.open_corpus(other)
+        prepared = shards.prepare_whole(corpus, other, tokenizer, cache, progress)
+        length = config.model.max_seq_len
+        split = prepared.split("all")
+        return Text(options.data.path, split, length, machine.rows(length), pad)
+    run, name = rundir.RunDir(trained.path), options.split
+    instead = "; data=custom data.path=... scores any text"
+    prepared = own_corpus(run, config, tokenizer, options.cache_dir, progress, instead)
+    data = open_data(config, prepared, machine.resolved)
+    if name not in data.splits:
+        raise ConfigError(f"split={name}: {run.path} has none, as data.test_fraction=0")
+    assert data.plan is not None
+    batch_size = data.plan.micro_batch_size
+    return Text(name, data.splits[name], data.length, batch_size, pad, data.floor(name))
+
+
+# --- the loss
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Mean loss at each position of the context, ``(T,)``, in windows of full length: at position
-    t the model has seen t tokens of them.  ``error`` is the standard error of the mean."""
+    """The mean loss at each position of full windows, ``(T,)``, with its standard error.
 
-    loss: Floats
-    error: Floats
+    At position t the model has seen t tokens.
+    """
+
+    loss: NDArray[np.float64]
+    error: NDArray[np.float64]
     windows: int
 
     def bands(self) -> list[tuple[int, int, float]]:
-        """The mean loss over the positions from 1, from 2, from 3 to 4, from 5 to 8 and so on."""
+        """Return the mean loss over positions 1, 2, 3 to 4, 5 to 8 and so on."""
         length = len(self.loss)
         ends = [2**n for n in range(length.bit_length()) if 2**n < length] + [length]
-        starts = [0, *ends[:-1]]
         return [
             (start + 1, end, float(self.loss[start:end].mean()))
-            for start, end in zip(starts, ends, strict=True)
+            for start, end in itertools.pairwise([0, *ends])
         ]
-
-
-@dataclass(frozen=True)
-class TextScores:
-    """A model on a text: nats per token, and shares of the targets."""
-
-    scores: Scores
-    accuracy_top5: float
-    targets: int
-    positions: Positions | None  # None: not asked for, or no window is full
-
-    def values(self) -> dict[str, float | int]:
-        return {
-            "loss": self.scores.loss,
-            "perplexity": self.scores.perplexity,
-            "accuracy": self.scores.accuracy,
-            "accuracy_top5": self.accuracy_top5,
-            "bits_per_byte": self.scores.bits_per_byte,
-            "bits_per_char": self.scores.bits_per_char,
-            "scored_tokens": self.targets,
-        }
 
 
 def score_text(
     model: GPT, text: Text, machine: Machine, stride: int | None = None, by_position: bool = False
-) -> TextScores:
-    """Without a ``stride`` exactly what training says of this split."""
-    sums = _Sums(text.length)
-    found = _pass(model, text.batches(stride), text, machine, sums)
-    plain = not text.packed and stride in (None, text.length)
-    if by_position and not plain:
-        others, batches = _Sums(text.length), text.full_windows()
-        if len(batches):
-            _pass(model, batches, text, machine, others)
-    else:
-        others = sums
-    positions = others.positions() if by_position else None
-    return TextScores(found, sums.near / sums.targets, sums.targets, positions)
+) -> tuple[dict[str, float], Positions | None]:
+    """Return the scores of a text and, if asked for and a window is full, its loss by position.
+
+    Without a ``stride`` the scores are exactly those of training.
+    """
+    scores, tally = _pass(model, text.batches(stride), text, machine)
+    named = {
+        "loss": scores.loss,
+        "perplexity": scores.perplexity,
+        "accuracy": scores.accuracy,
+        "accuracy_top5": tally.near / tally.targets,
+        "bits_per_byte": scores.bits_per_byte,
+        "bits_per_char": scores.bits_per_char,
+        "scored_tokens": tally.targets,
+    }
+    if not by_position:
+        return named, None
+    if text.floor is not None or stride not in (None, text.length):
+        batches = text.batches(None, only_full=True)
+        if not len(batches):
+            return named, None
+        _, tally = _pass(model, batches, text, machine)
+    return named, tally.positions()
 
 
-def _pass(model: GPT, batches: Any, text: Text, machine: Machine, sums: _Sums) -> Scores:
-    ranked = _Ranked(model)
-    return score(ranked, batches, text.info, machine.device, machine.autocast(), watch=sums)
+def _pass(model: GPT, batches: EvalBatches, text: Text, machine: Machine) -> tuple[Scores, _Tally]:
+    tally = _Tally(model, text.length)
+    autocast = machine.autocast()
+    return score(tally, batches, text.split.info, machine.device, autocast, watch=tally.add), tally
 
 
-class _Ranked:
-    """A model that says of each target, too, whether it is among the five likeliest."""
+class _Tally:
+    """A model, and sums in 64 bits of what ``score`` does not report of it."""
 
-    def __init__(self, model: GPT) -> None:
-        self.model = model
-        self.training = model.training
+    def __init__(self, model: GPT, length: int) -> None:
+        self.model, self.training = model, model.training
         self.train, self.eval = model.train, model.eval
+        self.near = self.targets = self.windows = 0
+        self.loss, self.squares = torch.zeros(2, length, dtype=torch.float64)
 
     def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """Return each target's loss, whether it is the likeliest, and whether among the five."""
         rows = self.model.scaled(self.model.hidden(tokens)).flatten(0, 1)
         losses, right, near = token_scores(
             rows, self.model.output_weight, targets.flatten(), top=TOP
         )
         return losses, right.bool(), near.bool()
 
-
-class _Sums:
-    """What the scores do not say, added up batch by batch, in 64 bits."""
-
-    def __init__(self, length: int) -> None:
-        self.near = self.targets = self.windows = 0
-        self.loss, self.squares = torch.zeros(2, length, dtype=torch.float64)
-
-    def __call__(self, found: tuple[Tensor, ...], counted: Tensor) -> None:
+    def add(self, found: tuple[Tensor, ...], counted: Tensor) -> None:
         losses, _, near = (values.view_as(counted).cpu() for values in found)
         counted = counted.cpu()
         self.near += int((near & counted).sum())
         self.targets += int(counted.sum())
-        if counted.shape[1] < len(self.loss):
-            return
-        full = losses[counted.all(dim=1)].double()
-        self.windows += len(full)
-        self.loss += full.sum(0)
-        self.squares += full.square().sum(0)
+        if counted.shape[1] == len(self.loss):
+            full = losses[counted.all(dim=1)].double()
+            self.windows += len(full)
+            self.loss += full.sum(0)
+            self.squares += full.square().sum(0)
 
     def positions(self) -> Positions | None:
         n = self.windows
@@ -127,3 +269,51 @@ class _Sums:
         spread = (self.squares / n - mean.square()).clamp(min=0)
         error = (spread / (n - 1)).sqrt() if n > 1 else torch.full_like(mean, math.nan)
         return Positions(mean.numpy(), error.numpy(), n)
+
+
+# --- smaller models: only the matrices of attention, MLP and an untied head are changed
+
+
+@torch.no_grad()
+def quantized(model: GPT) -> tuple[GPT, int]:
+    """Return a copy with weights rounded to int8, and its size in bytes.
+
+    Rounding is symmetric, with one scale per row: its largest weight / 127.  Activations keep
+    their precision, and the copy stores the rounded weights as floating-point numbers.
+    """
+    smaller, saved = copy.deepcopy(model), 0
+    for layer in _linear_layers(smaller):
+        weight = layer.weight
+        scale = (weight.abs().amax(dim=1).float() / INT8_MAX).clamp(min=torch.finfo().tiny)
+        zero = torch.zeros(len(scale), dtype=torch.int32, device=scale.device)
+        rounded = torch.fake_quantize_per_channel_affine(
+            weight.float(), scale, zero, 0, -INT8_MAX, INT8_MAX
+        )
+        weight.copy_(rounded)
+        saved += weight.numel() * (weight.itemsize - 1) - scale.numel() * scale.itemsize
+    return smaller, size_in_bytes(model) - saved
+
+
+def pruned(model: GPT, amount: float) -> tuple[GPT, int]:
+    """Return a copy with that share of the weights zero, the smallest of all layers together.
+
+    Its size in bytes counts a bit for every weight, then those that are not zero.
+    """
+    smaller, saved = copy.deepcopy(model), 0
+    layers = _linear_layers(smaller)
+    places = [(layer, "weight") for layer in layers]
+    pruning.global_unstructured(places, pruning.L1Unstructured, amount=amount)
+    for layer in layers:
+        pruning.remove(layer, "weight")  # type: ignore[no-untyped-call]
+        zeros = int((layer.weight == 0).sum())
+        saved += zeros * layer.weight.itemsize - layer.weight.numel() // 8
+    return smaller, size_in_bytes(model) - saved
+
+
+def _linear_layers(model: GPT) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def size_in_bytes(model: GPT) -> int:
+    """Return the size of all parameters, tied ones counted once."""
+    return sum(p.numel() * p.itemsize for p in model.parameters())

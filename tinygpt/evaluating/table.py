@@ -1,55 +1,139 @@
-"""An evaluation on a terminal of 80 columns."""
+"""Report evaluations: results files, tables on a terminal of 80 columns, figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinygpt import rundir
-from tinygpt.evaluating.results import OUTCOMES, compare
-from tinygpt.evaluating.runs import Evaluation
+from tinygpt import fileio, rundir
+from tinygpt.evaluating.options import find, names_of
+from tinygpt.scaling import drawing
+from tinygpt.scaling.runs import SETTINGS, load_runs
 from tinygpt.training.console import short
 
-ACROSS = 5  # models that stand side by side; more are a row each
-Format = Callable[[Any], str]
+if TYPE_CHECKING:
+    from tinygpt.evaluating.runs import Evaluation
+
+# --- runs side by side
+
+VALIDATION = ("final_val_loss", "final_val_bits_per_byte", "final_val_accuracy")
+OUTCOMES = ("status", *VALIDATION, "test_loss")
 
 
-def _rounded(digits: int) -> Format:
-    return lambda value: f"{value:,.{digits}f}"
+def compare(*runs: str | Path) -> pd.DataFrame:
+    """Return trained runs side by side, from what they recorded: nothing is computed anew.
+
+    A row a run: size, budget, losses, then every key of the configuration in which they differ.
+    ``runs`` are run folders or folders of runs.  Raises ConfigError.
+    """
+    table = load_runs(*runs)
+    if table.empty:
+        find(runs)  # says why
+    names = names_of([Path(folder) for folder in table["folder"]])
+    known = [name for name in (*rundir.SIZES, *OUTCOMES) if name in table]
+    settings = ["seed", *(name for name in SETTINGS if name not in rundir.SIZES)]
+    settings += [str(name) for name in table if str(name).startswith("config.")]
+    differing = [name for name in settings if name in table and table[name].map(repr).nunique() > 1]
+    shown = table[[*known, *differing]].set_axis(pd.Index(names, name="run"))
+    return shown.rename(columns=lambda name: str(name).removeprefix("config."))
 
 
-FOUR = _rounded(4)
+# --- files
 
-
-def _percent(value: Any) -> str:
-    return f"{100 * value:.2f} %"
-
-
-FORMATS: dict[str, tuple[str, Format]] = {  # what is shown of a row, in this order
-    "train_tokens": ("training tokens", short),
-    "loss": ("loss, nats per token", FOUR),
-    "irreducible_loss_exact": ("  exact floor", FOUR),
-    "perplexity": ("perplexity", _rounded(3)),
-    "accuracy": ("accuracy", _percent),
-    "accuracy_top5": ("  among the first 5", _percent),
-    "bits_per_byte": ("bits per byte", FOUR),
-    "bits_per_char": ("bits per character", FOUR),
-    "size_bytes": ("size, bytes", short),
-    "flops_exact": ("training FLOPs", lambda value: f"{value:.3g}"),
-    "hours": ("training hours", lambda value: f"{value:.3g}"),
-    "gain": ("gain on a uniform guess, nats", _rounded(3)),
-    "gain_per_pflop": ("  per PFLOP", lambda value: f"{value:.3g}"),
-    "gain_per_million_parameters": ("  per million parameters", lambda value: f"{value:.3g}"),
-    "gain_per_hour": ("  per hour", lambda value: f"{value:.3g}"),
-    "tokens_to_1_percent": ("tokens to 1 % of final loss", short),
-    "steps_to_1_percent": ("steps to 1 % of final loss", _rounded(0)),
+DEFINITIONS = {
+    "loss": "nats per token, every target of the text once",
+    "accuracy": "share of targets that are the likeliest token; _top5: less than five are likelier",
+    "bits_per_byte": "of the text, ends of documents included in the bits",
+    "gain": "ln(vocabulary) - loss: nats per token below a uniform guess",
+    "gain_per_pflop": "gain / (exact training FLOPs up to the checkpoint / 1e15)",
+    "gain_per_million_parameters": "gain / (all parameters / 1e6)",
+    "gain_per_hour": "gain / hours of training up to the checkpoint, on the run's own machine",
+    "tokens_to_1_percent": "training tokens at the run's first evaluation whose validation loss is "
+    "within 1 % of its last one",
+    "by_position": "mean loss at each position of windows of full length, one behind the other",
+    "int8": "weights of all linear layers rounded to int8, a scale a row; nothing else",
+    "pruned": "that share of the weights of all linear layers zero, the smallest of all together",
+    "size_bytes": "all parameters, tied ones once; int8: with the scales; pruned: a bit for each "
+    "weight of a linear layer, then those that are not zero",
 }
-WORDS = {  # what is asked besides; what is not here is shown by its own name
+
+
+def write(
+    made: Sequence[Evaluation], folder: Path, arguments: dict[str, Any], refused: Sequence[str]
+) -> list[Path]:
+    """Write evaluation_results.csv and .json; ``refused``: a line for each run not among them.
+
+    A value that is not finite is an empty field and null.
+    """
+    columns = list(dict.fromkeys(name for one in made for name in one.row))
+    rows = [{name: _finite(one.row.get(name)) for name in columns} for one in made]
+    paths = [folder / "evaluation_results.csv", folder / "evaluation_results.json"]
+    fileio.write_csv(paths[0], rows, columns)
+    for row, one in zip(rows, made, strict=True):
+        row["by_position"] = one.positions and {
+            "windows": one.positions.windows,
+            "loss": [_finite(value) for value in one.positions.loss.tolist()],
+            "standard_error": [_finite(value) for value in one.positions.error.tolist()],
+        }
+    results = {
+        "definitions": DEFINITIONS,
+        "arguments": arguments,
+        "environment": rundir.environment(),
+        "results": rows,
+        "not_scored": list(refused),
+    }
+    fileio.write_json(paths[1], results)
+    return paths
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- the terminal
+
+ACROSS = 5  # models that stand side by side; more are a row each
+METRICS = {  # what is shown of a row, in this order; without a format as 1.23M
+    "train_tokens": ("training tokens", ""),
+    "loss": ("loss, nats per token", ",.4f"),
+    "irreducible_loss_exact": ("  exact floor", ",.4f"),
+    "perplexity": ("perplexity", ",.3f"),
+    "accuracy": ("accuracy", ".2%"),
+    "accuracy_top5": ("  among the first 5", ".2%"),
+    "bits_per_byte": ("bits per byte", ",.4f"),
+    "bits_per_char": ("bits per character", ",.4f"),
+    "size_bytes": ("size, bytes", ""),
+    "flops_exact": ("training FLOPs", ".3g"),
+    "hours": ("training hours", ".3g"),
+    "gain": ("gain on a uniform guess, nats", ",.3f"),
+    "gain_per_pflop": ("  per PFLOP", ".3g"),
+    "gain_per_million_parameters": ("  per million parameters", ".3g"),
+    "gain_per_hour": ("  per hour", ".3g"),
+    "tokens_to_1_percent": ("tokens to 1 % of final loss", ""),
+    "steps_to_1_percent": ("steps to 1 % of final loss", ",.0f"),
+}
+IN_A_ROW = {
+    "model_parameters": ("params", ""),
+    "train_tokens": ("tokens", ""),
+    "flops_exact": ("FLOPs", ".2g"),
+    "loss": ("loss", ",.4f"),
+    "accuracy": ("acc.", ".2%"),
+    "bits_per_byte": ("bits/byte", ",.4f"),
+}
+LABELS = {  # of what is asked besides; the rest is shown by its own name
     "head": "head: ranks to 100",
     "middle": "middle: to 1,000",
     "tail": "tail: beyond",
@@ -60,17 +144,47 @@ WORDS = {  # what is asked besides; what is not here is shown by its own name
     "prompts_cut": "prompts cut",
 }
 SHARES = {"accuracy", "accuracy_norm", "head", "middle", "tail", "heldout", "chance", "repetition"}
-WHERE_ANY = {"left_out", "prompts_cut", "unknown_tokens"}  # shown where they are not 0
+UNLESS_ZERO = {"left_out", "prompts_cut", "unknown_tokens"}
 
 
-def show(made: Sequence[Evaluation], paths: Sequence[Path], console: Console) -> None:
+def show(made: Sequence[Evaluation], console: Console) -> None:
+    """Print one run's models side by side, several runs a row a model, and how runs differ."""
+    _show_notes(made, console)
+    whole = [one for one in made if one.is_whole]
+    folders = list(dict.fromkeys(one.scores["folder"] for one in made))
+    if len(folders) == 1 and len(made) <= ACROSS:
+        rows = [
+            [word, *(_number(one.scores[name], spec) for one in made)]
+            for name, (word, spec) in METRICS.items()
+            if any(one.scores[name] is not None for one in made)
+        ]
+        _print(console, ["", *_heads(made)], rows)
+    else:
+        varying = _varying([one.scores for one in made], "checkpoint", "variant", "text")
+        marks = ["run", *varying]
+        rows = [
+            [str(one.scores[mark]) for mark in marks]
+            + [_number(one.scores[name], spec) for name, (_, spec) in IN_A_ROW.items()]
+            for one in made
+        ]
+        heads = [*marks, *(word for word, _ in IN_A_ROW.values())]
+        _print(console, heads, rows, len(marks), no_wrap=True)
+    if len(whole) <= ACROSS:
+        for name in dict.fromkeys(name for one in whole for name in one.asked):
+            _show_asked(name, whole, console)
+        _show_positions(whole, console)
+    if len(folders) > 1:
+        _show_differences(folders, console)
+
+
+def _show_notes(made: Sequence[Evaluation], console: Console) -> None:
     first = made[0].scores
     stride = f"stride {first['stride']}" if first["stride"] else "windows as in training"
     is_one = len({one.scores["text_fingerprint"] for one in made}) == 1
     words = f"{first['scored_tokens']:,} tokens" if is_one else "each run by its own tokens"
-    about = f"{first['text']}: {words}, {stride}"
     precision = ", ".join(dict.fromkeys(one.scores["precision"] for one in made))
-    console.print(Text(f"{about}; {first['device']}, precision {precision}"))
+    about = f"{first['text']}: {words}, {stride}; {first['device']}, precision {precision}"
+    console.print(Text(about))
     if not is_one:
         console.print("note: losses compare on the same tokens, bits per byte on the same text")
     begun = dict.fromkeys(one.scores["run"] for one in made if one.scores["init_from"])
@@ -82,134 +196,210 @@ def show(made: Sequence[Evaluation], paths: Sequence[Path], console: Console) ->
         whose = ", ".join(run for run, found in unknown.items() if found == count)
         console.print(Text(f"{count:,} characters are unknown to the tokenizer of {whose}"))
     console.print()
-    whole = [one for one in made if one.is_whole]
-    if len(paths) == 1 and len(made) <= ACROSS:
-        _down(made, console)
-    else:
-        _rows(made, console)
-    if len(whole) <= ACROSS:
-        for name in dict.fromkeys(name for one in whole for name in one.asked):
-            _asked(name, whole, console)
-        _by_position(whole, console)
-    if len(paths) > 1:
-        _differences(paths, console)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for n, name in enumerate(columns):
-        table.add_column(Text(name), justify="right" if n else "left", overflow="fold")
-    return table
-
-
-def _heads(made: Sequence[Evaluation]) -> list[str]:
-    """Models by what is not the same of all."""
-    names = ("run", "checkpoint", "variant")
-    several = [n for n in names if len({one.scores[n] for one in made if _has(one, n)}) > 1]
-    return [" ".join(one.scores[n] for n in several if _has(one, n)) or "trained" for one in made]
-
-
-def _has(one: Evaluation, name: str) -> bool:
-    return not (name == "checkpoint" and one.scores["variant"] == "untrained")
-
-
-def _down(made: Sequence[Evaluation], console: Console) -> None:
-    """Metrics down the side, a column a model."""
-    table = _table("", *_heads(made))
-    for name, (word, shown) in FORMATS.items():
-        _line(table, word, [one.scores[name] for one in made], shown)
-    console.print(table)
-
-
-def _line(table: Table, word: str, values: Sequence[Any], shown: Format) -> None:
-    if any(value is not None for value in values):
-        cells = ["" if value is None else shown(value) for value in values]
-        table.add_row(Text(word), *map(Text, cells))
-
-
-def _asked(name: str, made: Sequence[Evaluation], console: Console) -> None:
-    """The facts, a task, or the samples with the same of real text in brackets."""
+def _show_asked(name: str, whole: Sequence[Evaluation], console: Console) -> None:
+    """Print the facts, a task, or the samples with the same measures of real text in brackets."""
     title = {"samples": "samples (real text)", "facts": "facts of the corpus"}.get(name, name)
-    pairs = list(zip(_heads(made), made, strict=True))
-    table = _table(title, *(head for head, one in pairs if name in one.asked))
-    found = [one.asked[name] for one in made if name in one.asked]
+    heads = [h for h, one in zip(_heads(whole), whole, strict=True) if name in one.asked]
+    found = [one.asked[name] for one in whole if name in one.asked]
+    rows = []
     for key in dict.fromkeys(key for values in found for key in values):
         is_other = key.endswith(("_stderr", "_real", "_asked"))
-        if is_other or (key in WHERE_ANY and not any(values.get(key) for values in found)):
+        if is_other or (key in UNLESS_ZERO and not any(values.get(key) for values in found)):
             continue
-        cells = [_cell(values, key) for values in found]
-        table.add_row(Text(f"  {WORDS.get(key, key.replace('_', ' '))}"), *map(Text, cells))
+        label = LABELS.get(key, key.replace("_", " "))
+        rows.append([f"  {label}", *(_measure(values, key) for values in found)])
     console.print()
-    console.print(table)
+    _print(console, [title, *heads], rows)
 
 
-def _cell(values: dict[str, Any], key: str) -> str:
+def _measure(values: dict[str, Any], key: str) -> str:
     value, error, real = (values.get(key + end) for end in ("", "_stderr", "_real"))
-    if value is None:
-        return ""
-    if isinstance(value, int):
-        return f"{value:,}"
-    size, unit = (100, " %") if key in SHARES else (1, "")
-    digits = 1 if key in SHARES else 3
-    cell = f"{size * value:.{digits}f}"
-    cell += f" ± {size * error:.{digits}f}" if error is not None else ""
-    return cell + unit + (f" ({size * real:.{digits}f}{unit})" if real is not None else "")
+    if value is None or isinstance(value, int):
+        return _number(value, ",")
+    size, unit, spec = (100, " %", ".1f") if key in SHARES else (1, "", ".3f")
+    cell = f"{size * value:{spec}}"
+    cell += f" ± {size * error:{spec}}" if error is not None else ""
+    return cell + unit + (f" ({size * real:{spec}}{unit})" if real is not None else "")
 
 
-def _by_position(made: Sequence[Evaluation], console: Console) -> None:
-    bands = [one.positions.bands() if one.positions else [] for one in made]
-    found = [{(start, end): loss for start, end, loss in some} for some in bands]
-    rows = sorted(set().union(*found))  # of another context the last band may end elsewhere
-    table = _table("loss by position", *_heads(made))
-    for start, end in rows:
-        word = f"  {start}" + (f" to {end}" if end > start else "")
-        _line(table, word, [losses.get((start, end)) for losses in found], FOUR)
+def _show_positions(whole: Sequence[Evaluation], console: Console) -> None:
+    bands = [one.positions.bands() if one.positions else [] for one in whole]
+    losses = [{(start, end): loss for start, end, loss in some} for some in bands]
+    rows = []
+    for start, end in sorted(set().union(*losses)):  # a shorter context has another last band
+        label = f"  {start} to {end}" if end > start else f"  {start}"
+        rows.append([label, *(_number(found.get((start, end)), ",.4f") for found in losses)])
     if rows:
         console.print()
-        console.print(table)
+        _print(console, ["loss by position", *_heads(whole)], rows)
 
 
-def _rows(made: Sequence[Evaluation], console: Console) -> None:
-    """A row a model."""
-    rows = [one.scores for one in made]
-    marks = [
-        name for name in ("checkpoint", "variant", "text") if len({row[name] for row in rows}) > 1
-    ]
-    numbers = {
-        "model_parameters": ("params", short),
-        "train_tokens": ("tokens", short),
-        "flops_exact": ("FLOPs", lambda value: f"{value:.2g}"),
-        "loss": ("loss", FOUR),
-        "accuracy": ("acc.", _percent),
-        "bits_per_byte": ("bits/byte", FOUR),
-    }
-    table = _table("run", *marks, *(word for word, _ in numbers.values()))
-    for n, column in enumerate(table.columns[1:]):
-        column.justify = "left" if n < len(marks) else "right"
-        column.no_wrap = n >= len(marks)
-    for row in rows:
-        cells = [str(row[name]) for name in ("run", *marks)]
-        cells += [shown(row[name]) for name, (_, shown) in numbers.items()]
-        table.add_row(*map(Text, cells))
-    console.print(table)
-
-
-def _differences(paths: Sequence[Path], console: Console) -> None:
-    """The keys in which the runs differ, a line a key where they are few."""
-    table = compare(*paths)
-    differing = [str(name) for name in table if name not in (*rundir.SIZES, *OUTCOMES)]
+def _show_differences(folders: Sequence[str], console: Console) -> None:
+    """Print the keys in which the runs differ, with their values where the runs are few."""
+    table = compare(*folders)
+    table = table.drop(columns=[*rundir.SIZES, *OUTCOMES], errors="ignore")
     console.print()
-    if len(paths) > ACROSS:
-        console.print(Text(f"they differ in {', '.join(differing) or 'nothing'}"))
-        return
-    shown = _table("differs", *map(str, table.index))
-    for name in differing:
-        shown.add_row(Text(str(name)), *(Text(_setting(value)) for value in table[name]))
-    console.print(shown if differing else Text("their configurations do not differ"))
+    if len(folders) > ACROSS:
+        console.print(Text(f"they differ in {', '.join(map(str, table)) or 'nothing'}"))
+    elif table.empty:
+        console.print(Text("their configurations do not differ"))
+    else:
+        rows = [[str(name), *map(_setting, table[name])] for name in table]
+        _print(console, ["differs", *map(str, table.index)], rows)
 
 
 def _setting(value: Any) -> str:
-    """A column that not all runs have is one of floats."""
+    """Return a value as it was set: a column that some runs lack has become one of floats."""
     if value is None or value != value:
         return "–"
     return f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _number(value: Any, spec: str) -> str:
+    if value is None:
+        return ""
+    return f"{value:{spec}}".replace("%", " %") if spec else short(value)
+
+
+def _heads(made: Sequence[Evaluation]) -> list[str]:
+    """Name models by what differs between them."""
+    rows = [dict(one.scores) for one in made]
+    for row in rows:
+        if row["variant"] == "untrained":
+            del row["checkpoint"]
+    names = _varying(rows, "run", "checkpoint", "variant")
+    return [" ".join(row[n] for n in names if n in row) or "trained" for row in rows]
+
+
+def _varying(rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
+    """Return the names that are not the same in all rows that have them."""
+    return [name for name in names if len({row[name] for row in rows if name in row}) > 1]
+
+
+def _print(
+    console: Console,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: int = 1,
+    no_wrap: bool = False,
+) -> None:
+    """Print a table whose columns but the first ``left`` ones hold numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for n, name in enumerate(heads):
+        table.add_column(
+            Text(name),
+            justify="left" if n < left else "right",
+            overflow="fold",
+            no_wrap=no_wrap and n >= left,
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+# --- figures
+
+COLOURS = [drawing.BLUE, drawing.ORANGE, drawing.GREEN]
+COLOURS += [drawing.PURPLE, drawing.SKY, drawing.RED]
+RING: Any = {"markersize": 8, "fillstyle": "none"}
+MOST_NAMED = 16  # runs: more are not told apart by name
+MARKS = 40  # points of a line by position: beyond that neighbours are averaged
+
+
+def draw(made: Sequence[Evaluation], folder: Path) -> list[Path]:
+    """Draw the figures that have something to show."""
+    whole = [one for one in made if one.is_whole]
+    figures = {
+        "loss_by_position": (_draw_positions, any(one.positions for one in whole)),
+        "comparison": (_draw_costs, len({one.scores["run"] for one in made}) > 1),
+        "convergence": (_draw_curves, any(len(_validation(one)) > 1 for one in whole)),
+    }
+    paths = [folder / f"{name}.png" for name, (_, is_drawn) in figures.items() if is_drawn]
+    with mpl.rc_context(drawing.STYLE):
+        for path in paths:
+            width = drawing.PAGE if path.stem == "comparison" else 1.4 * drawing.COLUMN
+            figure = Figure(figsize=(width, 0.9 * drawing.COLUMN))
+            figures[path.stem][0](figure, whole)
+            drawing.write_png(figure, path)
+    return paths
+
+
+def _draw_positions(figure: Figure, made: Sequence[Evaluation]) -> None:
+    lasts = {one.scores["run"]: one for one in made}
+    made = [one for one in (lasts.values() if len(lasts) > 1 else made) if one.positions]
+    names = _varying([one.scores for one in made], "run", "checkpoint")
+    axes = _coloured(figure.subplots(), len(made))
+    for one in made:
+        assert one.positions is not None
+        loss, error = one.positions.loss, one.positions.error
+        edges = np.unique(np.geomspace(1, len(loss) + 1, MARKS).round().astype(int)) - 1
+        parts = list(itertools.pairwise(edges))
+        x = [np.sqrt((a + 1) * b) for a, b in parts]
+        y = np.array([loss[a:b].mean() for a, b in parts])
+        half = np.array([np.sqrt(np.square(error[a:b]).sum()) / (b - a) for a, b in parts])
+        label = " ".join(str(one.scores[name]) for name in names)
+        (line,) = axes.plot(x, y, "-o", markersize=2, label=label)
+        axes.fill_between(x, y - half, y + half, color=line.get_color(), alpha=0.25, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("position in the context (tokens seen)")
+    axes.set_ylabel("loss (nats per token) ± standard error")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if len(made) > 1:
+        _legend(axes, len(made))
+
+
+def _draw_costs(figure: Figure, made: Sequence[Evaluation]) -> None:
+    columns = {"model_parameters": "parameters", "flops_exact": "training compute (FLOPs)"}
+    runs = list(dict.fromkeys(one.scores["run"] for one in made))
+    for axes, (column, label) in zip(figure.subplots(1, 2), columns.items(), strict=True):
+        _coloured(axes, len(runs))
+        for run in runs:
+            scores = [one.scores for one in made if one.scores["run"] == run]
+            points = sorted((row[column], row["loss"]) for row in scores)
+            axes.plot(*zip(*points, strict=True), "-o", markersize=4, label=run)
+        drawing.log_axes(axes, label, "loss (nats per token)")
+    _legend(axes, len(runs))
+
+
+def _draw_curves(figure: Figure, made: Sequence[Evaluation]) -> None:
+    """Draw validation in training, with a ring where it first came within 1 % of its last value."""
+    runs = list({one.scores["run"]: one for one in made}.values())
+    axes = _coloured(figure.subplots(), len(runs))
+    for one in runs:
+        curve = {tokens: loss for tokens, loss in _validation(one).items() if tokens > 0}
+        label = one.scores["run"] if len(runs) > 1 else "validation loss"
+        (line,) = axes.plot([*curve], [*curve.values()], "-o", markersize=2, label=label)
+        near = one.scores["tokens_to_1_percent"]
+        if near:
+            axes.plot(near, curve[near], "o", color=line.get_color(), **RING)
+    axes.plot([], [], "o", color=drawing.GREY, label="within 1 % of its last", **RING)
+    floors = {one.scores["irreducible_loss_exact"] for one in runs}
+    if len(floors) == 1 and None not in floors and made[0].scores["text"] == "val":
+        axes.axhline(floors.pop(), color=drawing.GREY, linestyle="--", label="exact floor")
+    axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)", yscale="log")
+    drawing.log_ticks(axes.yaxis)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
+    _legend(axes, len(runs))
+
+
+def _validation(one: Evaluation) -> dict[float, float]:
+    """Return the validation loss of training by the tokens seen."""
+    return {row["tokens"]: row["val_loss"] for row in one.curve if "val_loss" in row}
+
+
+def _coloured(axes: Axes, lines: int) -> Axes:
+    colours = COLOURS
+    if lines > len(COLOURS):
+        colours = [to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0, 1, lines))]
+    axes.set_prop_cycle(color=colours)
+    return axes
+
+
+def _legend(axes: Axes, lines: int) -> None:
+    """Name the lines in the emptiest corner, many of them beside the axes, more not at all."""
+    if lines <= len(COLOURS):
+        drawing.legend(axes)
+    elif lines <= MOST_NAMED:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0.2)

@@ -1,33 +1,48 @@
-"""Questions answered by likelihood, as lm-evaluation-harness (Gao et al. 2021) has it.
-
-A prompt begins a document, as in training.  Between a prompt and what follows stands a space,
-unless one of them brings white space there.  The two are encoded together and cut where the
-prompt, encoded alone, ends; white space at the prompt's end belongs to what follows.  Of what is
-longer than the context the prompt loses its beginning; an answer that is longer by itself leaves
-the question out.  Both are counted.
-"""
+"""What a model is asked besides its loss: questions, facts of the embedded corpus, samples."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
+from tinygpt.config import ConfigError
 from tinygpt.data.datamodule import IGNORED
+from tinygpt.data.synthetic import RELATIONS, Entity, Grammar
 from tinygpt.data.tokenizers import Tokenizer
-from tinygpt.evaluating.items import Item, Task
-from tinygpt.evaluating.machine import Machine
+from tinygpt.evaluating.options import Task
+from tinygpt.evaluating.scoring import Machine, Text
+from tinygpt.model.generate import generate
 from tinygpt.model.gpt import GPT
+from tinygpt.model.search import likeliest, tree_of
 
+Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Pair = tuple[list[int], list[int]]  # tokens: what is read, what then follows
 
 
+def mean_of(name: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Return the mean and its standard error, each None where there are too few values."""
+    n = len(values)
+    error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
+    return {name: float(np.mean(values)) if n else None, f"{name}_stderr": error}
+
+
+# --- questions, answered by likelihood as in lm-evaluation-harness (Gao et al. 2021)
+
+
 def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> Pair:
-    """Prompt, as a document begins, and answer, encoded together and cut."""
+    """Encode a prompt, as the beginning of a document, and its answer.
+
+    A space is put in between unless one of them brings white space.  Both are encoded together
+    and cut where the prompt, encoded alone, ends; white space at its end belongs to the answer.
+    """
     if prompt and not prompt[-1].isspace() and not answer[0].isspace():
         answer = " " + answer
     bare = prompt.rstrip()
@@ -37,68 +52,52 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, answer: str) -> Pair:
 
 
 def score_task(model: GPT, tokenizer: Tokenizer, task: Task, machine: Machine) -> dict[str, Any]:
-    """Accuracies with their standard errors; what was cut or left out, and unknown characters."""
-    encoded = [
-        [encode_pair(tokenizer, item.prompt, choice) for choice in item.choices]
-        for item in task.items
-    ]
-    length = model.config.max_seq_len
-    fits = [all(0 < len(answer) <= length for _, answer in pairs) for pairs in encoded]
-    kept = [n for n, fit in enumerate(fits) if fit]
-    pairs = [pair for n in kept for pair in encoded[n]]
-    loglikelihood, greedy = likelihoods(model, pairs, machine)
-    ends = np.cumsum([len(encoded[n]) for n in kept])
-    items = [task.items[n] for n in kept]
-    say = _cloze if task.is_cloze else _multiple_choice
-    unknown = tokenizer.unknown_id
+    """Return the accuracies with their standard errors, and counts of what could not be asked.
+
+    ``accuracy``: a choice is right by the sum of its log-likelihoods, ``accuracy_norm`` by that
+    sum per byte; a cloze is right if each token is the likeliest, and ``nats`` is -log p.  What is
+    longer than the context loses the beginning of its prompt; an answer that is longer by itself
+    leaves the question out.
+    """
+    length, unknown = model.config.max_seq_len, tokenizer.unknown_id
+    asked = []
+    for question in task.questions:
+        pairs = [encode_pair(tokenizer, question.prompt, choice) for choice in question.choices]
+        if all(0 < len(answer) <= length for _, answer in pairs):
+            asked.append((question, pairs))
+    flat = [pair for _, pairs in asked for pair in pairs]
+    sums, greedy = likelihoods(model, flat, machine)
+    ends = np.cumsum([0, *(len(pairs) for _, pairs in asked)])
+    found: dict[str, Any] = {}
+    if task.questions[0].is_cloze:
+        found |= mean_of("accuracy", greedy.astype(float).tolist())
+        found |= mean_of("nats", (-sums).tolist())
+    else:
+        by_sum, by_byte = [], []
+        for (question, _), (a, b) in zip(asked, itertools.pairwise(ends), strict=True):
+            sizes = [len(choice.encode("utf-8", "replace")) for choice in question.choices]
+            by_sum.append(float(sums[a:b].argmax() == question.label))
+            by_byte.append(float((sums[a:b] / sizes).argmax() == question.label))
+        found |= {**mean_of("accuracy", by_sum), **mean_of("accuracy_norm", by_byte)}
+        chances = [1 / len(pairs) for _, pairs in asked]
+        found["chance"] = float(np.mean(chances)) if asked else None
+    cut = [any(len(a) + len(b) - 1 > length for a, b in pairs) for _, pairs in asked]
     return {
-        **say(items, np.split(loglikelihood, ends[:-1]), np.split(greedy, ends[:-1])),
-        "questions": len(kept),
-        "left_out": len(task.items) - len(kept),
-        "prompts_cut": sum(any(len(a) + len(b) - 1 > length for a, b in encoded[n]) for n in kept),
-        "unknown_tokens": sum((before + answer).count(unknown) for before, answer in pairs)
+        **found,
+        "questions": len(asked),
+        "left_out": len(task.questions) - len(asked),
+        "prompts_cut": sum(cut),
+        "unknown_tokens": sum((a + b).count(unknown) for a, b in flat)
         if unknown is not None
         else 0,
     }
-
-
-def _cloze(items: Sequence[Item], sums: Sequence[Floats], greedy: Sequence[Any]) -> dict[str, Any]:
-    """``accuracy``: each token of the answer is the likeliest; ``nats``: -log p of an answer."""
-    right = [float(found[0]) for found in greedy]
-    nats = [-float(found[0]) for found in sums]
-    return {**mean_of("accuracy", right), **mean_of("nats", nats)}
-
-
-def _multiple_choice(
-    items: Sequence[Item], sums: Sequence[Floats], greedy: Sequence[Any]
-) -> dict[str, Any]:
-    """``accuracy`` by the sum of the log-likelihoods, ``accuracy_norm`` by the sum for each byte
-    of the choice."""
-    by_sum, by_byte = [], []
-    for item, found in zip(items, sums, strict=True):
-        sizes = np.array([len(choice.encode("utf-8", "replace")) for choice in item.choices])
-        by_sum.append(float(found.argmax() == item.label))
-        by_byte.append(float((found / sizes).argmax() == item.label))
-    chance = float(np.mean([1 / len(item.choices) for item in items])) if items else None
-    return {
-        **mean_of("accuracy", by_sum),
-        **mean_of("accuracy_norm", by_byte),
-        "chance": chance,
-    }
-
-
-def mean_of(name: str, values: Sequence[float]) -> dict[str, float | None]:
-    """The mean and its standard error, from the sample's standard deviation; null: too few."""
-    n = len(values)
-    error = float(np.std(values, ddof=1) / np.sqrt(n)) if n > 1 else None
-    return {name: float(np.mean(values)) if n else None, f"{name}_stderr": error}
 
 
 @torch.no_grad()
 def likelihoods(
     model: GPT, pairs: Sequence[Pair], machine: Machine
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Of each pair log p of what follows, ``(n,)``, and whether each token of it is the likeliest.
+    """Return log p of what follows, and whether each of its tokens is the likeliest, ``(n,)``.
 
     Pairs of about the same length go through the model together.
     """
@@ -106,23 +105,171 @@ def likelihoods(
     texts = [(before + answer)[-length - 1 :] for before, answer in pairs]
     order = sorted(range(len(pairs)), key=lambda n: len(texts[n]), reverse=True)
     sums, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)
-    first = 0
-    while first < len(order):
-        width = len(texts[order[first]]) - 1  # the longest that is left
-        rows = order[first : first + machine.rows(width)]
-        inputs = np.zeros((len(rows), width), dtype=np.int64)
-        targets = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    while order:
+        size = machine.rows(len(texts[order[0]]) - 1)  # of the longest that is left
+        rows, order = order[:size], order[size:]
+        inputs = pad_sequence([torch.tensor(texts[n][:-1]) for n in rows], batch_first=True)
+        wanted = torch.full_like(inputs, IGNORED)
         for row, n in enumerate(rows):
-            text, answer = texts[n], pairs[n][1]
-            end = len(text) - 1
-            inputs[row, :end] = text[:-1]
-            targets[row, end - len(answer) : end] = answer
-        wanted = torch.from_numpy(targets).to(machine.device)
+            end, answer = len(texts[n]) - 1, pairs[n][1]
+            wanted[row, end - len(answer) : end] = torch.tensor(answer)
+        counted = wanted != IGNORED
         with machine.autocast():
-            found = model.scores(torch.from_numpy(inputs).to(machine.device), wanted.clamp(min=0))
-        losses, right = (values.view_as(wanted).cpu() for values in found)
-        counted = wanted.cpu() != IGNORED
+            targets = wanted.clamp(min=0).to(machine.device)
+            found = model.scores(inputs.to(machine.device), targets)
+        losses, right = (values.view_as(targets).cpu() for values in found)
         sums[rows] = -losses.double().masked_fill(~counted, 0).sum(1).numpy()
         greedy[rows] = (right | ~counted).all(1).numpy()
-        first += len(rows)
     return sums, greedy
+
+
+# --- facts of the embedded corpus
+
+HEAD, MIDDLE = 100, 1000  # the last ranks of these bands
+ASKED = 64  # facts of a band
+
+
+def score_facts(
+    model: GPT, tokenizer: Tokenizer, grammar: Grammar, machine: Machine
+) -> dict[str, Any]:
+    """Return the accuracy in each band of ranks, its standard error, its count, and chance.
+
+    A question follows the opening of a story, as in training.  The answer is the likeliest of all
+    attributes of its relation, with the full stop, so that none is the beginning of another.
+    """
+
+    def answer_tokens(answer: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(f"{answer}."))
+
+    trees = {r: tree_of(answer_tokens(f" {v}") for v in grammar.values[r]) for r in RELATIONS}
+    found: dict[str, Any] = {}
+    for band, facts in bands(grammar).items():
+        prompts, answers = [], []
+        for n, (entity, relation) in enumerate(facts):
+            question, answer = grammar.queries(entity, relation)[n % 2]  # its wordings in turn
+            prompt = tokenizer.encode(f"{grammar.opening} {question}")
+            prompts.append([tokenizer.start_id, *prompt])
+            answers.append(answer_tokens(answer))
+        chosen = likeliest(model, prompts, [trees[relation] for _, relation in facts], machine)
+        right = [float(path == answer) for path, answer in zip(chosen, answers, strict=True)]
+        found |= {**mean_of(band, right), f"{band}_asked": len(facts)}
+    return {**found, "chance": 1 / grammar.n_values}
+
+
+def bands(grammar: Grammar) -> dict[str, list[tuple[Entity, str]]]:
+    """Return facts evenly spread over the ranks of each band that has any.
+
+    The higher the rank, the less often a fact is stated; the held-out entities are in no story.
+    """
+    count = grammar.config.n_facts
+    limits = {"head": (0, HEAD), "middle": (HEAD, MIDDLE), "tail": (MIDDLE, count)}
+    found = {}
+    for band, (first, last) in limits.items():
+        last = min(last, count)
+        if first < last:
+            ranks = np.unique(np.linspace(first, last - 1, ASKED).astype(int)).tolist()
+            pairs = [divmod(rank, len(RELATIONS)) for rank in ranks]
+            found[band] = [(grammar.entities[e], RELATIONS[r]) for e, r in pairs]
+    if grammar.heldout:
+        entities = grammar.heldout[:ASKED]
+        found["heldout"] = [(e, RELATIONS[n % len(RELATIONS)]) for n, e in enumerate(entities)]
+    return found
+
+
+# --- samples, beside as much real text: every measure depends on the amount of text
+
+
+def score_samples(
+    model: GPT, tokenizer: Tokenizer, text: Text, count: int, seed: int, machine: Machine
+) -> dict[str, float | int | None]:
+    """Return ``qualities`` of the model's text and, as ``_real``, of as much of the scored text.
+
+    The real text is the beginning of the scored text, with documents cut at the same length; the
+    rest is the reference.  Raises ConfigError if there is too little of it.
+    """
+    documents = text.documents()
+    if count >= len(documents):
+        found = f"{text.name} has {len(documents)} documents to compare with"
+        raise ConfigError(f"samples={count}: {found}; take fewer")
+    written = write(model, tokenizer, count, seed, machine)
+    size = sum(map(len, written))
+    real, reference = held_out(documents, size, text.length)
+    if sum(map(len, real)) < size or not reference:
+        found = f"{size} tokens, and {text.name} has {text.split.info['tokens']} to compare with"
+        raise ConfigError(f"samples={count}: {found}; take fewer")
+    ours, theirs = (qualities(some, reference, tokenizer.vocab_size) for some in (written, real))
+    of_real = {f"{name}_real": value for name, value in theirs.items()}
+    return {"count": count, "tokens": size, **ours, **of_real}
+
+
+def write(model: GPT, tokenizer: Tokenizer, count: int, seed: int, machine: Machine) -> list[Ints]:
+    """Return samples at temperature 1, each to its end of text or for a context's length."""
+    generator = torch.Generator().manual_seed(seed)
+    start, stop, length = tokenizer.start_id, tokenizer.eot_id, model.config.max_seq_len
+    found = []
+    prompts = torch.full((count, 1), start, device=machine.device)
+    for prompt in torch.split(prompts, machine.rows(length)):
+        with machine.autocast():
+            out = generate(
+                model, prompt, length, generator=generator, stop_token=stop, start_token=start
+            )
+        for row in out[:, 1:].cpu().numpy():
+            ends = np.flatnonzero(row == stop)
+            found.append(row[: ends[0]] if len(ends) else row)
+    return found
+
+
+def held_out(documents: Sequence[Ints], size: int, length: int) -> tuple[list[Ints], list[Ints]]:
+    """Return ``size`` tokens of the first documents, each cut at ``length``, and the others."""
+    taken: list[Ints] = []
+    for n, document in enumerate(documents):
+        if size <= 0:
+            return taken, list(documents[n:])
+        taken.append(document[: min(length, size)])
+        size -= len(taken[-1])
+    return taken, []
+
+
+def qualities(
+    texts: Sequence[Ints], reference: Sequence[Ints], vocab_size: int
+) -> dict[str, float | None]:
+    """Return measures of texts; None where none is long enough.
+
+    distinct_n   different n-grams over all n-grams (Li et al. 2016)
+    repetition   share of 4-grams that the same text has before: seq-rep-4 of Welleck et al. 2020
+    kl_unigram   KL divergence from the reference, in nats.  Its counts are smoothed by as many
+    kl_bigram    pseudo-counts as the vocabulary has tokens, spread evenly; those of pairs as the
+                 product of both tokens' probabilities
+    """
+    found: dict[str, float | None] = {}
+    for n in (1, 2, 3):
+        grams = _ngrams(texts, n)
+        found[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / len(grams) if len(grams) else None
+    grams4 = [_ngrams([text], 4) for text in texts]
+    count, new = sum(map(len, grams4)), sum(len(np.unique(some, axis=0)) for some in grams4)
+    found["repetition"] = 1 - new / count if count else None
+
+    def counts(some: Sequence[Ints], n: int) -> pd.Series:
+        codes = _ngrams(some, n) @ vocab_size ** np.arange(n)[::-1]
+        return pd.Series(codes).value_counts().sort_index()
+
+    smoothed = counts(reference, 1).reindex(range(vocab_size), fill_value=0).to_numpy() + 1
+    unigram = smoothed / smoothed.sum()  # (V,)
+    tokens, pairs, known = counts(texts, 1), counts(texts, 2), counts(reference, 2)
+    first, second = np.divmod(pairs.index.to_numpy(), vocab_size)
+    pseudo = vocab_size * (unigram[first] * unigram[second])
+    seen = known.reindex(pairs.index, fill_value=0).to_numpy()
+    found["kl_unigram"] = _divergence(tokens, unigram[tokens.index.to_numpy()])
+    found["kl_bigram"] = _divergence(pairs, (seen + pseudo) / (known.sum() + vocab_size))
+    return found
+
+
+def _divergence(counts: pd.Series, q: Floats) -> float | None:
+    p = (counts / counts.sum()).to_numpy()
+    return float((p * np.log(p / q)).sum()) if len(p) else None
+
+
+def _ngrams(texts: Sequence[Ints], n: int) -> Ints:
+    """Return the n-grams within each text, ``(m, n)``."""
+    windows = [np.lib.stride_tricks.sliding_window_view(t, n) for t in texts if len(t) >= n]
+    return np.concatenate(windows) if windows else np.zeros((0, n), dtype=np.int64)
