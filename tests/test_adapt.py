@@ -149,7 +149,17 @@ def test_the_help_names_what_there_is() -> None:
         ("run=BASE FACTS tuning.learning_rates=[]", "tuning.learning_rates=[]: must have a rate"),
         ("run=BASE FACTS tuning.learning_rates=[0.0]", "tuning.learning_rates=0.0: must be above"),
         ("run=BASE FACTS outer.explore=2", "outer.explore=2.0: must be at most 1"),
-        ("run=BASE FACTS outer.shared=true policy=table", "outer.shared=true: needs policy=self"),
+        ("run=BASE FACTS outer.shared=true", "outer.shared=true: removed; the base that adapts is"),
+        ("run=BASE FACTS policy=table", "policy=table: removed; policy=self draws"),
+        ("run=BASE FACTS tuning.directives=6", "tuning.directives=6: removed; tuning.learning_r"),
+        (
+            "run=BASE FACTS methods=[none,uniform_directive]",
+            "methods=uniform_directive: removed; methods=[lora_doc,restem]",
+        ),
+        (
+            "run=BASE FACTS methods=[fixed_best_directive]",
+            "methods=fixed_best_directive: removed; methods=[lora_doc,restem]",
+        ),
         ("run=BASE FACTS inner.lora.rank=null inner.lora.alpha=8 methods=[none]", "inner.lora.alp"),
         (
             "run=BASE FACTS policy=nope",
@@ -187,7 +197,7 @@ def test_a_missing_library_is_one_line(place: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_needs_no_documents_may_have_none(place: Path) -> None:
     words = facts(place / "base", "documents.train=0", "documents.tune=0")
-    assert asked(*words, "methods=[none,uniform_directive]").documents.tune == 0
+    assert asked(*words, "methods=[none]").documents.tune == 0
     assert asked(*words, "methods=[lora_doc]", "tuning.learning_rates=[1e-3]").documents.tune == 0
 
 
@@ -252,7 +262,7 @@ def test_it_is_the_same_wherever_it_lies(
     "word",
     [
         *("seed=1", "inner.lora.rank=4", "documents.seed=1", "checkpoint=last", "methods=[none]"),
-        *("tuning.directives=2", "outer.samples=2", "policy=table", "data.separator=none"),
+        *("outer.samples=2", "policy.top_k=5", "data.separator=none"),
     ],
 )
 def test_what_changes_a_result_makes_another(place: Path, word: str) -> None:

@@ -572,7 +572,7 @@ def test_what_is_not_to_count_does_not(base: Base, facts: list[Document]) -> Non
 
 
 def test_a_record_says_what_was_done(base: Base, facts: list[Document]) -> None:
-    origin = trials.Origin("table", "bandit", 100, 1, prompt_tokens=7, tokens=5, sft_tokens=9)
+    origin = trials.Origin("self", "run", 100, 1, prompt_tokens=7, tokens=5, sft_tokens=9)
     edit = SelfEdit(source="both", text=list(facts[0].oracle))
     records = trials.run_trial(base, Trial("oracle", facts[0], edit, 3, INNER, origin))
     assert [record["inner_steps"] for record in records] == [0, 1, 3]

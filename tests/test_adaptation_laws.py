@@ -26,8 +26,6 @@ EFFECTS = {
     "lora_doc": (0.05, 0.6, 0.31),
     "lora_edit": (-0.06, 0.5, 0.45),
     "lora_doc+edit": (0.05, 0.6, 0.30),
-    "uniform_directive": (0.02, 0.5, 0.35),
-    "fixed_best_directive": (0.055, 0.62, 0.33),
     "restem_it0": (0.03, 0.5, 0.34),
     "restem_it1": (0.06, 0.62, 0.32),
     "oracle": (0.08, 0.6, 0.20),
@@ -332,6 +330,18 @@ def test_the_best_edit_of_a_document_is_by_its_mean_over_seeds(tmp_path: Path) -
 # --- reading
 
 
+def test_records_of_removed_methods_are_counted_and_left_out(tmp_path: Path) -> None:
+    rows = [record(), record(method="restem_it0", iteration=0)]
+    expected = analyse_adaptation(load(written(rows, tmp_path)))
+    old = [record(method=f"{name}_directive") for name in ("uniform", "fixed_best")]
+    found = analyse_adaptation(load(written([*rows, *old], tmp_path)))
+    pd.testing.assert_frame_equal(found.summary, expected.summary)
+    pd.testing.assert_frame_equal(found.paired, expected.paired)
+    assert found.notes == (
+        "2 records of the removed methods `uniform_directive` and `fixed_best_directive` left out",
+    )
+
+
 def test_a_torn_line_and_records_found_twice_are_counted(tmp_path: Path) -> None:
     rows = [record(doc_sha256=str(n), lora_rank=None, method="full_ft_doc") for n in range(3)]
     one, _ = written(rows, tmp_path / "one"), written(rows[:2], tmp_path / "two")
@@ -379,7 +389,7 @@ def test_a_win_is_said_with_its_size_and_what_it_costs(whole: Adaptation) -> Non
     wins = whole.paired[(whole.paired["verdict"] == "better") & whole.paired["self_edit"]]
     assert (wins["base_parameters"] == 1_050_624).any()
     assert (wins["low"] > 0).all()
-    assert not wins["method"].isin(["lora_edit", "restem_it0", "uniform_directive"]).any()
+    assert not wins["method"].isin(["lora_edit", "restem_it0"]).any()
 
 
 def test_no_evidence_is_said_as_plainly(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from tests.test_adaptation import TIMES, base, run  # noqa: F401  fixtures
-from tinygpt.adaptation import methods
 from tinygpt.adaptation.config import (
     AdaptConfig,
     DocumentsConfig,
@@ -24,7 +23,7 @@ from tinygpt.adaptation.config import (
 )
 from tinygpt.adaptation.documents import Document, new_facts
 from tinygpt.adaptation.edits import SelfEdit
-from tinygpt.adaptation.methods import Study, canonical, run_methods
+from tinygpt.adaptation.methods import Study, run_methods
 from tinygpt.adaptation.policies import Policy, Proposal
 from tinygpt.adaptation.records import LinesFile, Record, RecordsFile
 from tinygpt.adaptation.study import make_results
@@ -85,7 +84,7 @@ def config_of(*names: str, **outer: Any) -> AdaptConfig:
         methods=list(names),
         documents=DocumentsConfig("new_facts", train=2, tune=2, test=2),
         inner=InnerConfig(inner_steps=[1, 4], tokens_per_step=40, lora=LoraConfig(rank=4)),
-        tuning=TuningConfig(learning_rates=[NOTHING, GOOD], directives=3),
+        tuning=TuningConfig(learning_rates=[NOTHING, GOOD]),
         outer=OuterConfig(**outer),
         policy=None,  # type: ignore[arg-type]
         hardware=None,  # type: ignore[arg-type]
@@ -145,45 +144,6 @@ def test_what_is_forgotten_can_count(study: Callable[..., Study]) -> None:
     forgot = [r["forgetting"] for r in of(one, "lora_doc", "tune") if r["edit"]["lr"] == 3e-2]
     assert forgot[-1] > 0.01
     assert {r["edit"]["lr"] for r in of(one, "lora_doc", "test")} == {NOTHING}
-
-
-def test_the_best_directive_is_the_best_of_all_that_were_tried(study: Callable[..., Study]) -> None:
-    names = ("lora_doc", "lora_edit", "lora_doc+edit", "fixed_best_directive")
-    one = study(config_of(*names))
-    run_methods(one)
-    scores: dict[str, list[float]] = {}
-    for method in names:
-        for r in of(one, method, "tune"):
-            if r["inner_steps"] == 4:
-                plain = json.dumps({**r["edit"], "text": []})
-                scores.setdefault(plain, []).append(r["reward"])
-    assert len(scores) == 3 * 2 + 3  # none is tried twice
-    best = max(scores, key=lambda edit: np.mean(scores[edit]))
-    (chosen,) = {
-        json.dumps({**r["edit"], "text": []}) for r in of(one, "fixed_best_directive", "test")
-    }
-    assert chosen == best
-    assert len(one.records.read()) == count_records(one.config)
-
-
-def test_a_uniform_directive_is_another_for_each_document_and_seed(
-    study: Callable[..., Study],
-) -> None:
-    one = study(config_of("uniform_directive"))
-    document = one.documents[0]
-    drawn = set()
-    for seed in range(60):
-        one.config.seed = seed
-        drawn.add(methods.uniform(one, document).edit_id)
-    distinct = {canonical(edit).edit_id for edit in methods.grid(one)}
-    assert len(distinct) > 40
-    assert drawn < distinct
-    assert len(drawn) > 20
-    one.config.seed = 3
-    run_methods(one)
-    each = [methods.uniform(one, d) for d in one.split("test")]
-    found = of(one, "uniform_directive", "test")[:: len(one.config.inner.inner_steps)]
-    assert [r["edit"]["lr"] for r in found] == [edit.lr for edit in each]
 
 
 def test_of_each_document_the_best_edit_is_learned_from_if_it_gains(
@@ -246,7 +206,7 @@ def plain(records: Sequence[Record]) -> list[Record]:
 def test_a_study_killed_anywhere_goes_on_as_if_nothing_had_been(
     study: Callable[..., Study], tmp_path: Path
 ) -> None:
-    config = config_of("none", "lora_edit", "fixed_best_directive", "restem", iterations=1)
+    config = config_of("none", "lora_doc", "lora_edit", "restem", iterations=1)
     rates = [[NOTHING, GOOD], [GOOD]]
     whole = study(config, Scripted(rates), tmp_path / "whole")
     for name in ("whole", "torn"):

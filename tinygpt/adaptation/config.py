@@ -12,6 +12,7 @@ from omegaconf import MISSING
 from tinygpt import rundir
 from tinygpt.checks import check_bounds, check_names, check_text, require
 from tinygpt.config import (
+    REMOVED,
     SCALES,
     Config,
     ConfigError,
@@ -27,10 +28,7 @@ from tinygpt.config import (
     key,
 )
 
-METHODS = (
-    *("none", "lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc"),
-    *("uniform_directive", "fixed_best_directive", "restem"),
-)
+METHODS = ("none", "lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc", "restem")
 OF_ADAPTERS = tuple(m for m in METHODS if m not in ("none", "full_ft_doc"))
 RATED = (
     "lora_doc",
@@ -39,7 +37,7 @@ RATED = (
     "oracle",
     "full_ft_doc",
 )  # rate by tune documents
-LEARN = ("self", "table", "hf")  # policies that restem can train
+LEARN = ("self", "hf")  # policies that restem can train
 
 
 @dataclass
@@ -48,7 +46,7 @@ class DocumentsConfig:
 
     task: str = key("domain_shift", among=("domain_shift", "new_facts"))
     train: int = key(8, least=0)  # documents that a policy learns from
-    tune: int = key(4, least=0)  # that rates and directives are chosen on
+    tune: int = key(4, least=0)  # that rates are chosen on
     test: int = key(8, least=1)  # that are reported
     context_tokens: int = key(512, least=1)  # of domain_shift: what an edit may see
     heldout_tokens: int = key(2048, least=1)  # of domain_shift: what is scored alone
@@ -70,7 +68,6 @@ class TuningConfig:
     """What is tried on the tune documents, by the reward after the most steps."""
 
     learning_rates: list[float] = key([3e-4, 1e-3, 3e-3, 1e-2], above=0.0)  # noqa: RUF009
-    directives: int = key(24, least=1)  # drawn at random for fixed_best_directive, beside the rates
     forgetting_weight: float = key(0.0, least=0.0)  # score = reward - weight·max(0, forgetting)
 
 
@@ -87,7 +84,6 @@ class OuterConfig:
     tokens_per_step: int = key(512, least=1)
     learning_rate: float = key(1e-3, above=0.0)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=4))
-    shared: bool = False  # the policy of each iteration is also the base that adapts
 
 
 @dataclass
@@ -108,10 +104,9 @@ class WritingPolicy(PolicyConfig):
 
 @dataclass
 class SelfPolicy(WritingPolicy):
-    """The base itself; and with ``table`` choices by a table, of which each is a weight of its own
-    whatever the document, and the base writes the text."""
+    """The base itself."""
 
-    kind: str = key("self", among=("self", "table"))
+    kind: str = key("self", among=("self",))
 
 
 @dataclass
@@ -162,6 +157,9 @@ class AdaptConfig:
 
 def check_adapt(config: AdaptConfig) -> None:
     """Bounds of every key, then what must fit together.  Raises ConfigError, one line."""
+    for method in config.methods or ():
+        if removed := REMOVED.get(f"methods={method}"):
+            raise ConfigError(f"methods={method}: removed; {removed}")
     check_bounds(config)
     data, hardware, sweep = config.data, config.hardware, config.sweep
     named = {"study": config.study, "run_name": config.run_name}
@@ -206,7 +204,7 @@ def _place(data: DataConfig) -> tuple[str, str]:
 
 
 def _check_methods(config: AdaptConfig) -> None:
-    """``restem`` and those whose rate or directive is chosen need documents for it."""
+    """``restem`` and those whose rate is chosen need documents for it."""
     given, documents, lora = config.methods, config.documents, config.inner.lora
     require(given != [], f"methods=[]: must name some of {', '.join(METHODS)}")
     line = "methods=oracle: needs documents.task=new_facts, where other ways to say it are known"
@@ -216,7 +214,7 @@ def _check_methods(config: AdaptConfig) -> None:
     line = "documents.train=0: methods=restem learns from train documents"
     require(documents.train > 0 or not learns, line)
     several = RATED if len(config.tuning.learning_rates) > 1 else ()
-    tuned = [method for method in methods if method in (*several, "fixed_best_directive")]
+    tuned = [method for method in methods if method in several]
     line = f"documents.tune=0: methods={tuned[0] if tuned else ''} is tuned on tune documents"
     require(documents.tune > 0 or not tuned, line)
     require(bool(config.tuning.learning_rates), "tuning.learning_rates=[]: must have a rate")
@@ -235,8 +233,6 @@ def _check_policy(config: AdaptConfig) -> None:
     line = f"policy={kind}: does not learn, as restem asks; outer.iterations=0 tests it as it is"
     learns = "restem" in methods_of(config) and config.outer.iterations > 0
     require(kind in LEARN or not learns, line)
-    line = f"outer.shared=true: needs policy=self, which is the base; not policy={kind}"
-    require(not config.outer.shared or kind == "self", line)
     there = Path(path or "").expanduser()
     if kind == "hf" and not there.is_dir():
         raise ConfigError(f"policy.path={path}: no such folder")
@@ -275,9 +271,7 @@ def count_trials(config: AdaptConfig) -> int:
     for method in methods_of(config):
         rounds = outer.iterations + 1 if method == "restem" else 1
         trials += documents.test * rounds
-        if method == "fixed_best_directive":
-            trials += documents.tune * tuning.directives
-        elif method in RATED:
+        if method in RATED:
             trials += documents.tune * len(tuning.learning_rates)
         elif method == "restem":
             trials += documents.train * outer.iterations * outer.samples * outer.inner_seeds

@@ -52,6 +52,8 @@ def config_hash(config: AdaptConfig, content: dict[str, str]) -> str:
         (values["data"] or {}).pop(name, None)
     values["policy"].pop("path", None)
     values["methods"] = methods_of(config)
+    # as earlier versions had them, so that what was adapted then is still found
+    values["outer"]["shared"], values["tuning"]["directives"] = False, 24
     return fileio.digest({**values, "content": content})
 
 

@@ -1,18 +1,17 @@
-"""What each method trains on: a directive whose rate is tuned, one drawn, or a policy's edits.
+"""What each method trains on: a directive whose rate is tuned, or a policy's edits.
 
 A score is the reward after the most steps, less ``forgetting_weight`` times what was forgotten.
-Rates and directives are chosen by their mean score on the tune documents; the test documents are
+Rates are chosen by their mean score on the tune documents; the test documents are
 looked at once, with what was chosen.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +21,9 @@ import numpy as np
 from tinygpt import fileio
 from tinygpt.adaptation.config import AdaptConfig, methods_of
 from tinygpt.adaptation.documents import Document
-from tinygpt.adaptation.edits import SelfEdit, read, slots
+from tinygpt.adaptation.edits import SelfEdit, read
 from tinygpt.adaptation.policies import Policy, Proposal
 from tinygpt.adaptation.records import LinesFile, Record, RecordsFile
-from tinygpt.adaptation.self_policy import OwnPolicy
 from tinygpt.adaptation.trials import Base, Origin, Trial, run_trial
 from tinygpt.adaptation.writers import seed_of
 from tinygpt.config import LoraConfig
@@ -40,7 +38,6 @@ SOURCES = {
     "oracle": "both",
     "full_ft_doc": "doc",
 }
-IN_GRID = ("lora_doc", "lora_edit", "lora_doc+edit")  # a policy could choose them too
 OUTCOMES = ("reward", "forgetting")
 
 
@@ -49,14 +46,6 @@ class Tried(NamedTuple):
 
     edit: SelfEdit
     score: float
-
-
-def canonical(edit: SelfEdit) -> SelfEdit:
-    """Without choices that have no effect beside the others."""
-    if edit.source == "doc":
-        edit = dataclasses.replace(edit, text_ops=["continue"])
-        edit = edit if edit.aug != "none" else dataclasses.replace(edit, n=1)
-    return edit
 
 
 @dataclass
@@ -74,8 +63,7 @@ class Study:
     edits: LinesFile
     policies: Path  # the folder of those that were trained
     advance: Callable[[int], None] = lambda count: None
-    # Of the grid, on tune documents; records by run id; edits by what they were asked for.
-    tried: dict[str, Tried] = field(default_factory=dict, init=False)
+    # Records by run id; edits by what they were asked for.
     known: dict[str, Record] = field(default_factory=dict, init=False)
     _proposed: dict[str, list[Proposal]] = field(default_factory=dict, init=False)
 
@@ -97,21 +85,12 @@ class Study:
         self.known |= new
         self.advance(len(new))
 
-    def base_of(self, policy: Policy) -> Base:
-        """What adapts: the base itself, or the policy where the two are one."""
-        if not self.config.outer.shared or policy is self.policy:
-            return self.base
-        assert isinstance(policy, OwnPolicy)
-        run = dataclasses.replace(self.base.run, model=policy.run.model)
-        return Base(run, self.base.validation, self.base)
-
-    def outcome(self, trial: Trial, base: Base | None = None) -> list[Record]:
+    def outcome(self, trial: Trial) -> list[Record]:
         """From the file, else anew; not kept yet."""
-        base = base or self.base
-        ids = trial.run_ids(base)
+        ids = trial.run_ids(self.base)
         if all(run_id in self.known for run_id in ids):
             return [self.known[run_id] for run_id in ids]
-        return run_trial(base, trial)
+        return run_trial(self.base, trial)
 
     def tested(self, method: str) -> dict[int, list[Record]]:
         """Its records of test documents, by steps."""
@@ -204,36 +183,17 @@ def run_methods(study: Study) -> None:
             continue
         directive = tune(method, study)
         for document in study.split("test"):
-            chosen = uniform(study, document) if method == "uniform_directive" else directive
-            study.keep(study.outcome(study.trial(method, chosen, document)))
+            study.keep(study.outcome(study.trial(method, directive, document)))
         _say(study, method)
 
 
-def grid(study: Study) -> list[SelfEdit]:
-    """Every directive that a policy can choose."""
-    every = slots(study.config.tuning.learning_rates, study.policy.ops)
-    names = [slot.name for slot in every]
-    choices = itertools.product(*(slot.options for slot in every))
-    return [SelfEdit(**dict(zip(names, some, strict=True))) for some in choices]
-
-
-def uniform(study: Study, document: Document) -> SelfEdit:
-    """A directive drawn from all, by the study's seed and the document."""
-    rng = np.random.default_rng(seed_of(study.config.seed, "uniform", document.sha256))
-    every = grid(study)
-    return canonical(every[rng.integers(len(every))])
-
-
 def tune(method: str, study: Study) -> SelfEdit | None:
-    """The directive of ``method`` with the best score on the tune documents, of those tried.
-
-    ``fixed_best_directive`` tries some that are drawn at random (Bergstra and Bengio 2012), and
-    knows what the methods before it tried.  None where nothing is to be chosen.
-    """
-    if method in ("none", "uniform_directive"):
+    """The directive of ``method`` whose rate has the best score on the tune documents; of ``none``
+    None."""
+    if method == "none":
         return None
-    tried = study.tried if method == "fixed_best_directive" else {}
-    candidates = _candidates(method, study, tried)
+    tried: list[Tried] = []
+    candidates = _candidates(method, study)
     if not study.split("tune"):  # allowed where there is one rate
         return candidates[0]
     for edit in candidates:
@@ -242,38 +202,27 @@ def tune(method: str, study: Study) -> SelfEdit | None:
             records = study.outcome(study.trial(method, edit, document))
             study.keep(records)
             scores.append(study.score(records))
-        tried[edit.edit_id] = Tried(edit, float(np.mean(scores)))
-    if method in IN_GRID:
-        study.tried |= tried
-    chosen = max(tried.values(), key=lambda one: one.score)
-    log.info("tuned   %s: %s", method, _told(chosen, list(tried.values())))
+        tried.append(Tried(edit, float(np.mean(scores))))
+    chosen = max(tried, key=lambda one: one.score)
+    log.info("tuned   %s: %s", method, _told(chosen, tried))
     return chosen.edit
 
 
-def _candidates(method: str, study: Study, tried: Container[str]) -> list[SelfEdit]:
-    tuning = study.config.tuning
-    if method != "fixed_best_directive":
-        ops = list(study.policy.ops)
-        plain = canonical(SelfEdit(SOURCES[method], ops, n=max(1, TEXTS // len(ops))))
-        return [dataclasses.replace(plain, lr=rate) for rate in tuning.learning_rates]
-    distinct = list({edit.edit_id: edit for edit in map(canonical, grid(study))}.values())
-    order = np.random.default_rng(study.config.documents.seed).permutation(len(distinct))
-    new = [distinct[n] for n in order if distinct[n].edit_id not in tried]
-    return new[: tuning.directives]
+def _candidates(method: str, study: Study) -> list[SelfEdit]:
+    ops, source = list(study.policy.ops), SOURCES[method]
+    plain = SelfEdit(source, ops, n=max(1, TEXTS // len(ops))) if source != "doc" else SelfEdit()
+    return [dataclasses.replace(plain, lr=rate) for rate in study.config.tuning.learning_rates]
 
 
 def _told(chosen: Tried, tried: Sequence[Tried]) -> str:
-    """The choice and its score; beside it those of other rates, or of how many it is the best."""
+    """The choice and its score, and beside it those of other rates."""
     edit = chosen.edit
     rates = sorted({one.edit.lr for one in tried})
     ends = {rates[0]: ", the lowest tried", rates[-1]: ", the highest tried"}
     end = ends.get(edit.lr, "") if len(rates) > 1 else ""
-    words = [edit.source, f"rate {edit.lr:g}{end}"]
-    words += [f"{edit.n} × {edit.aug}"] if edit.aug != "none" else []
-    words += ["second halves alone"] if edit.mask != "all" else []
     rest = [f"{one.edit.lr:g} {one.score:+.3f}" for one in tried if one is not chosen]
-    others = ", ".join(rest) if len(rates) == len(tried) else f"the best of {len(tried)}"
-    return f"{', '.join(words)}: {chosen.score:+.3f}" + (f" ({others})" if others else "")
+    others = f" ({', '.join(rest)})" if rest else ""
+    return f"{edit.source}, rate {edit.lr:g}{end}: {chosen.score:+.3f}{others}"
 
 
 def _say(study: Study, method: str) -> None:
@@ -296,16 +245,15 @@ def learn(study: Study) -> None:
     train document, the best of its edits is learned from, if its mean score is above 0."""
     policy = study.policy
     for iteration in range(study.config.outer.iterations + 1):
-        base = study.base_of(policy)
         for document in study.split("test"):
             (found,) = study.sampled(policy, iteration, document, 1)
-            study.keep(study.outcome(study.trial_of(policy, iteration, document, found), base))
+            study.keep(study.outcome(study.trial_of(policy, iteration, document, found)))
         _say(study, f"restem_it{iteration}")
         if iteration < study.config.outer.iterations:
-            policy = _improved(study, policy, iteration, base)
+            policy = _improved(study, policy, iteration)
 
 
-def _improved(study: Study, policy: Policy, iteration: int, base: Base) -> Policy:
+def _improved(study: Study, policy: Policy, iteration: int) -> Policy:
     outer = study.config.outer
     chosen: list[tuple[Document, SelfEdit]] = []
     scores: list[float] = []
@@ -317,7 +265,7 @@ def _improved(study: Study, policy: Policy, iteration: int, base: Base) -> Polic
         for found in distinct.values():
             for number in range(outer.inner_seeds):
                 trial = study.trial_of(policy, iteration, document, found, number)
-                outcome = study.outcome(trial, base)
+                outcome = study.outcome(trial)
                 records += outcome
                 each.setdefault(found.edit.edit_id, []).append(study.score(outcome))
         means = {edit_id: float(np.mean(some)) for edit_id, some in each.items()}

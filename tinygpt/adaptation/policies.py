@@ -69,10 +69,9 @@ def make_policy(config: AdaptConfig, run: TrainedRun, documents: Sequence[Docume
     # imported here: each needs what stands above, and libraries that the others do without
     policy, rates = config.policy, config.tuning.learning_rates
     if isinstance(policy, SelfPolicy):
-        from tinygpt.adaptation.self_policy import OwnPolicy, TablePolicy
+        from tinygpt.adaptation.self_policy import OwnPolicy
 
-        own = OwnPolicy(run, policy, rates)
-        return own if policy.kind == "self" else TablePolicy(own)
+        return OwnPolicy(run, policy, rates)
     if isinstance(policy, ModelPolicy):
         if policy.kind == "mlx":
             from tinygpt.adaptation.mlx_policy import MlxPolicy

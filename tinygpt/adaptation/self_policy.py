@@ -1,4 +1,4 @@
-"""The base as its own policy, and a table of choices for which it writes the text."""
+"""The base as its own policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,16 +16,13 @@ from safetensors.torch import save_file
 from tinygpt.adaptation import edits
 from tinygpt.adaptation.config import InnerConfig, OuterConfig, WritingPolicy
 from tinygpt.adaptation.documents import Document
-from tinygpt.adaptation.edits import Row, SelfEdit
+from tinygpt.adaptation.edits import Row
 from tinygpt.adaptation.inner import Score, adapt, merge
-from tinygpt.adaptation.policies import Policy, Proposal
 from tinygpt.adaptation.writers import Text, Writer, seed_of
 from tinygpt.config import ConfigError, RunError, Sampling
-from tinygpt.fileio import read_json, replacing, write_json
+from tinygpt.fileio import replacing
 from tinygpt.model.gpt import GPT
 from tinygpt.trained import TrainedRun
-
-HALF = 0.5  # added to each count: the estimator of Krichevsky and Trofimov (1981)
 
 
 class OwnPolicy(Writer):
@@ -128,78 +124,3 @@ class OwnPolicy(Writer):
         new = self._with(model.eval())
         new.sft_tokens = spent
         return new
-
-
-class TablePolicy:
-    """A probability for each option of each slot, whatever the document: what a loop can learn
-    without any weights.  The text is the writer's, which stays as it is."""
-
-    backend = "table"
-    sft_tokens = 0
-
-    def __init__(self, writer: OwnPolicy) -> None:
-        self.writer, self.model = writer, writer.model
-        self.ops, self.parameters = writer.ops, writer.parameters
-        self.table: list[npt.NDArray[np.float64]] = [
-            np.full(len(slot.options), 1 / len(slot.options)) for slot in writer.slots
-        ]
-
-    def propose(
-        self, document: Document, count: int, *, seed: int, explore: float
-    ) -> list[Proposal]:
-        seeds = [seed_of(seed, document.sha256, n) for n in range(count)]
-        options = range(max(map(len, self.table)))
-        drawn = [
-            edits.decode(
-                lambda chosen, _: np.log(self.table[len(chosen)]).tolist(),
-                [],
-                self.writer.slots,
-                options,
-                explore,
-                np.random.default_rng(one),
-            )[0]
-            for one in seeds
-        ]
-        return self.writer.write(drawn, document, seeds)
-
-    def with_text(self, edit: SelfEdit, document: Document, *, seed: int) -> Proposal:
-        return self.writer.with_text(edit, document, seed=seed)
-
-    def sft(
-        self, examples: Sequence[tuple[Document, SelfEdit]], config: OuterConfig, *, seed: int
-    ) -> Policy:
-        """How often each option was chosen, half a time more; no tokens are read."""
-        if not examples:
-            return self
-        counts = [np.full(len(p), HALF) for p in self.table]
-        for _, edit in examples:
-            for count, slot in zip(counts, self.writer.slots, strict=True):
-                count[slot.options.index(getattr(edit, slot.name))] += 1
-        return self._with([count / count.sum() for count in counts])
-
-    def _with(self, table: list[npt.NDArray[np.float64]]) -> TablePolicy:
-        new = copy.copy(self)
-        new.table = table
-        return new
-
-    def save(self, folder: Path) -> None:
-        write_json(
-            folder / "policy.json",
-            {
-                slot.name: {"options": slot.options, "probabilities": p.tolist()}
-                for slot, p in zip(self.writer.slots, self.table, strict=True)
-            },
-        )
-
-    def load(self, folder: Path) -> TablePolicy:
-        path = folder / "policy.json"
-        values, slots = read_json(path), self.writer.slots
-        try:
-            if [values[slot.name]["options"] for slot in slots] != [s.options for s in slots]:
-                raise ValueError
-            table = [np.asarray(values[s.name]["probabilities"], np.float64) for s in slots]
-            if [p.shape for p in table] != [p.shape for p in self.table]:
-                raise ValueError
-        except (ValueError, TypeError, LookupError) as error:
-            raise ConfigError(f"{path}: not a table of these slots and options") from error
-        return self._with(table)

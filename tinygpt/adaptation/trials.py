@@ -23,15 +23,10 @@ OF_FULL = 0.1  # the rate where all weights are trained, over that of adapters
 
 @dataclass(frozen=True)
 class Base:
-    """The model that adapts, never itself changed, and what it may forget.
-
-    ``original``: the base that it was trained from, against which gains and losses count; None:
-    itself.
-    """
+    """The model that adapts, never itself changed, and what it may forget."""
 
     run: TrainedRun
     validation: Heldout
-    original: Base | None = None
     _before: dict[str, Score] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -52,8 +47,6 @@ class Base:
 
     def before(self, document: Document) -> Score:
         """Of the base itself; computed once.  Raises RunError where it has diverged."""
-        if self.original is not None:
-            return self.original.before(document)
         known = document.heldout.fingerprint
         if known not in self._before:
             found = score(self.run.model, document, self.validation)

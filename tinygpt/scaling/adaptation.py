@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import special
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.adaptation_records import BASE, RAW, REFERENCES, WHOLE, by_order
+from tinygpt.scaling.adaptation_records import BASE, RAW, REFERENCES, REMOVED, WHOLE, by_order
 from tinygpt.scaling.fitting import fit
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import Array
@@ -87,6 +87,9 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
         yield f"{len(reasons) - REASONS} other reasons, each of fewer records"
     if counts.get("torn"):
         yield f"{count(counts['torn'], 'torn last line')} left out: the study was killed there"
+    if counts.get("removed"):
+        names = " and ".join(f"`{name}`" for name in REMOVED)
+        yield f"{count(counts['removed'], 'record')} of the removed methods {names} left out"
     if counts.get("repeated"):
         yield f"{count(counts['repeated'], 'record')} found in several runs and counted once"
     keys = [*BASE, "split", *METHOD, "inner_steps"]

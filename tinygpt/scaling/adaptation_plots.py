@@ -29,7 +29,6 @@ from tinygpt.scaling.drawing import (
     RED,
     SKY,
     STYLE,
-    YELLOW,
     panels,
     save,
 )
@@ -42,8 +41,6 @@ COLOURS = {
     RAW: BLUE,
     "lora_edit": SKY,
     "lora_doc+edit": GREEN,
-    "uniform_directive": YELLOW,
-    "fixed_best_directive": ORANGE,
     "oracle": PURPLE,
     "full_ft_doc": GREY,
 }

@@ -15,8 +15,8 @@ from tinygpt.scaling.runs import is_number
 
 LOG = "adapt.jsonl"
 RAW = "lora_doc"  # what every method is compared with: the same inner loop on the raw document
-# No edits of the model's own choice.
-REFERENCES = ("none", RAW, "oracle", "full_ft_doc", "uniform_directive", "fixed_best_directive")
+REFERENCES = ("none", RAW, "oracle", "full_ft_doc")  # no edits of the model's own choice
+REMOVED = ("uniform_directive", "fixed_best_directive")  # methods of earlier versions
 BASE = ["task", "base_parameters"]
 WHOLE = ("base_parameters", "iteration", "lora_rank", "inner_steps", "seed")
 NUMBERS = (
@@ -30,9 +30,9 @@ NEEDED = (*TEXTS, *WHOLE, *NUMBERS, "accepted")
 def load_records(*folders: str | Path) -> pd.DataFrame:
     """Every record of the ``adapt.jsonl`` under ``folders``: a row a record, ``folder`` last.
 
-    ``attrs`` count what is not in it: ``torn`` last lines of a study that was killed, and
-    ``repeated`` records, found in several runs.  Raises ConfigError for a line that is no record
-    and for one ``run_id`` with two rewards.
+    ``attrs`` count what is not in it: ``torn`` last lines of a study that was killed, ``repeated``
+    records, found in several runs, and those of ``removed`` methods.  Raises ConfigError for a line
+    that is no record and for one ``run_id`` with two rewards.
     """
     paths = {path.resolve(): path for one in folders for path in sorted(Path(one).rglob(LOG))}
     rows: list[dict[str, Any]] = []
@@ -44,6 +44,8 @@ def load_records(*folders: str | Path) -> pd.DataFrame:
     if not rows:
         raise ConfigError(f"runs={','.join(map(str, folders))}: no record of an adaptation yet")
     table = _typed(pd.DataFrame(rows))
+    old = table["method"].isin(REMOVED)
+    table = table[~old]
     once = table.drop_duplicates(["run_id", "reward"], ignore_index=True)
     twice = once[once["run_id"].duplicated(keep=False)].sort_values("run_id")
     if len(twice):
@@ -52,7 +54,7 @@ def load_records(*folders: str | Path) -> pd.DataFrame:
             f"run_id={one['run_id']}: reward {one['reward']:g} in {one['folder']} "
             f"and {other['reward']:g} in {other['folder']}"
         )
-    once.attrs = {"torn": torn, "repeated": len(table) - len(once)}
+    once.attrs = {"torn": torn, "repeated": len(table) - len(once), "removed": int(old.sum())}
     return once
 
 
@@ -99,7 +101,7 @@ def _typed(table: pd.DataFrame) -> pd.DataFrame:
 
 def by_order(methods: Iterable[str]) -> list[str]:
     """References first and last, iterations by number."""
-    first = ["none", RAW, "lora_edit", "lora_doc+edit", "uniform_directive", "fixed_best_directive"]
+    first = ["none", RAW, "lora_edit", "lora_doc+edit"]
     last = ["oracle", "full_ft_doc"]
 
     def place(name: str) -> tuple[int, int, str]:
