@@ -17,16 +17,18 @@ from rich.console import Console
 from tests.adapting import SITE, records_of, results_of
 from tests.conftest import ROOT, Command
 from tinygpt import cli, fileio, rundir
-from tinygpt.adaptation import identity
 from tinygpt.adaptation.config import (
     METHODS,
     POLICIES,
     AdaptConfig,
+    SelfPolicy,
+    config_hash,
     count_records,
+    identify,
     methods_of,
 )
 from tinygpt.adaptation.records import RecordsFile
-from tinygpt.config import ConfigError
+from tinygpt.config import ConfigError, HardwareConfig, SerialLauncher
 from tinygpt.data.tokenizers import Bytes
 from tinygpt.evaluating import folders
 from tinygpt.scaling.runs import load_runs
@@ -139,6 +141,8 @@ def test_the_help_names_what_there_is() -> None:
         ("run=BASE FACTS train.steps=3", "train: no such key"),
         ("run=BASE FACTS inner.inner_steps=[3,1]", "inner.inner_steps=3,1: must be numbers that"),
         ("run=BASE FACTS inner.inner_steps=[-1]", "inner.inner_steps=-1: must be at least 0"),
+        ("run=BASE FACTS inner.inner_steps=[]", "inner.inner_steps=: must be numbers that rise"),
+        ("run=BASE FACTS inner.tokens_per_step=0", "inner.tokens_per_step=0: must be at least 1"),
         ("run=BASE FACTS inner.inner_steps=3", "inner.inner_steps=3: must be a list, as [a,b]"),
         ("run=BASE FACTS methods=[oracel]", "methods=oracel: must be one of none, lora_doc, lora"),
         ("run=BASE FACTS methods=[]", "methods=[]: must name some of none, lora_doc"),
@@ -237,7 +241,19 @@ def test_the_records_of_a_study_are_counted(place: Path) -> None:
 
 
 def hash_of(config: AdaptConfig) -> str:
-    return identity.identify(copy.deepcopy(config), [])[0]
+    return identify(copy.deepcopy(config), [])[0]
+
+
+def test_adaptations_of_earlier_versions_keep_their_hash() -> None:
+    config = AdaptConfig(
+        run="x",
+        methods=["none", "lora_doc", "restem"],
+        policy=SelfPolicy(),
+        hardware=HardwareConfig(),
+        launcher=SerialLauncher(),
+    )
+    wanted = "051123583ea23e22f210fe810104035a55906e0f807878e29c4e77d2a11ad7c9"
+    assert config_hash(config, {"run": "r"}) == wanted
 
 
 def shift(folder: Path, *words: str) -> list[str]:
@@ -284,14 +300,14 @@ def test_what_lies_there_makes_another(place: Path, tmp_path: Path, name: str) -
 def test_a_study_finds_its_own_folder(place: Path, tmp_path: Path) -> None:
     words = facts(place / "base", f"output_dir={tmp_path}")
     config = asked(*words)
-    hash_, run = identity.identify(config, words)
+    hash_, run = identify(config, words)
     assert run.path == tmp_path / "adaptation" / f"run-base_task-new_facts-{hash_[:6]}"
     fileio.write_json(run.environment, {"config_hash": hash_})
     run.write_config(config)
     assert rundir.find_adaptations(tmp_path) == [run.path]
     assert rundir.find_runs(tmp_path) == []
     again = [*words[::-1], "methods=null"]
-    assert identity.identify(asked(*again), again)[1].path == run.path
+    assert identify(asked(*again), again)[1].path == run.path
 
 
 # --- swept
@@ -433,7 +449,7 @@ def mixed(place: Path, tmp_path: Path) -> Path:
         words = facts(place / "base", f"output_dir={tmp_path}/all", f"seed={seed}")
         words.append("methods=[none,lora_doc]")
         config = asked(*words)
-        hash_, run = identity.identify(config, words)
+        hash_, run = identify(config, words)
         fileio.write_json(run.environment, {"config_hash": hash_})
         run.write_config(config)
         if seed == 1:

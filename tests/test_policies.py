@@ -24,7 +24,7 @@ from scipy import stats
 
 from tests.conftest import tiny
 from tinygpt import cli
-from tinygpt.adaptation import documents, edits, hf_policy, inner, trials
+from tinygpt.adaptation import documents, edits, inner, prompted
 from tinygpt.adaptation.config import (
     LEARN,
     AdaptConfig,
@@ -39,12 +39,18 @@ from tinygpt.adaptation.config import (
 )
 from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import SelfEdit
-from tinygpt.adaptation.file_policy import ReplayPolicy
-from tinygpt.adaptation.hf_policy import HuggingFacePolicy
-from tinygpt.adaptation.policies import Policy, Proposal, make_policy
-from tinygpt.adaptation.self_policy import OwnPolicy
-from tinygpt.adaptation.trials import Base, Trial
-from tinygpt.adaptation.writers import Writer, learned_rows, seed_of
+from tinygpt.adaptation.inner import Base, Trial
+from tinygpt.adaptation.policies import (
+    OwnPolicy,
+    Policy,
+    Proposal,
+    ReplayPolicy,
+    Writer,
+    learned_rows,
+    make_policy,
+    seed_of,
+)
+from tinygpt.adaptation.prompted import HuggingFacePolicy
 from tinygpt.config import Config, ConfigError, CustomData, LoraConfig, ModelConfig, RunError
 from tinygpt.data.tokenizers import Char
 from tinygpt.model.gpt import GPT
@@ -449,13 +455,13 @@ def test_adapters_of_transformers_merge_into_the_same_model(
 ) -> None:
     before = weights(hf.lm)
     rows = hf.rows([(books[0], SelfEdit())], OUTER.tokens_per_step)
-    trained = hf_policy.fine_tuned(hf.lm, rows, OUTER, 3)
+    trained = prompted.fine_tuned(hf.lm, rows, OUTER, 3)
     adapted = {n.rpartition(".lora_A")[0].rpartition(".")[2] for n, _ in trained.named_parameters()}
     assert adapted == {"", "c_attn", "c_proj", "c_fc"}
     tokens = torch.randint(300, (2, 30))
     with torch.no_grad():
         unmerged = trained(tokens).logits
-        plain = hf_policy.merged(trained)
+        plain = prompted.merged(trained)
         assert torch.allclose(plain(tokens).logits, unmerged, atol=1e-5)
         assert not torch.allclose(hf.lm(tokens).logits, unmerged, atol=1e-3)
     assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
@@ -488,7 +494,7 @@ def test_what_the_base_cannot_read_of_its_text_is_counted(
     document = Document("letters", "0" * 64, "a text of letters", ids, "test", heldout)
     edit = hf.with_text(SelfEdit(source="edit", n=2), document, seed=0).edit
     inner_loop = InnerConfig([1], 32, LoraConfig(rank=2))
-    record = trials.run_trial(Base(run, heldout), Trial("x", document, edit, 0, inner_loop))[-1]
+    record = inner.run_trial(Base(run, heldout), Trial("x", document, edit, 0, inner_loop))[-1]
     lines = [line.strip() for text in edit.text for line in text.splitlines()]
     lacking = sum(letter not in tokenizer.alphabet for line in lines for letter in line)
     assert lacking > 0

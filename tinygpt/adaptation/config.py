@@ -1,7 +1,10 @@
-"""The schema of ``python -m tinygpt.adapt``: every key, its type and its bounds.  Torch-free."""
+"""The schema of ``python -m tinygpt.adapt``: every key, its type and its bounds; and which
+adaptation a configuration is, its hash and folder.  Torch-free."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +12,7 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.checks import check_bounds, check_names, check_text, require
 from tinygpt.config import (
     REMOVED,
@@ -30,14 +33,11 @@ from tinygpt.config import (
 
 METHODS = ("none", "lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc", "restem")
 OF_ADAPTERS = tuple(m for m in METHODS if m not in ("none", "full_ft_doc"))
-RATED = (
-    "lora_doc",
-    "lora_edit",
-    "lora_doc+edit",
-    "oracle",
-    "full_ft_doc",
-)  # rate by tune documents
+RATED = METHODS[1:6]  # whose rate is chosen on tune documents
 LEARN = ("self", "hf")  # policies that restem can train
+STUDY = "adaptation"  # that an adaptation goes to where none is named
+# What fingerprints stand for, so that all of it may be moved.
+PLACES = ("run", "checkpoint")
 
 
 @dataclass
@@ -130,7 +130,7 @@ POLICIES: dict[str, type] = {"self": SelfPolicy, "model": ModelPolicy, "file": F
 
 @dataclass
 class AdaptConfig:
-    """The whole of it, as ``config.yaml`` in the folder of an adaptation keeps it."""
+    """The whole configuration, as ``config.yaml`` in the folder of an adaptation keeps it."""
 
     run: str = MISSING  # the folder of the trained run that adapts
     checkpoint: Optional[str] = None  # null: final, of a run that has not ended last
@@ -156,7 +156,7 @@ class AdaptConfig:
 
 
 def check_adapt(config: AdaptConfig) -> None:
-    """Bounds of every key, then what must fit together.  Raises ConfigError, one line."""
+    """Check the bounds of every key, then what must fit together.  Raises ConfigError."""
     for method in config.methods or ():
         if removed := REMOVED.get(f"methods={method}"):
             raise ConfigError(f"methods={method}: removed; {removed}")
@@ -197,14 +197,14 @@ def _check_task(config: AdaptConfig, base: Config) -> None:
 
 
 def _place(data: DataConfig) -> tuple[str, str]:
-    """Where a corpus is, absolute."""
+    """Return where a corpus is, absolute."""
     if isinstance(data, CustomData):
         return data.source, str(Path(data.path).expanduser().resolve())
     return data.source, getattr(data, "repo", "")
 
 
 def _check_methods(config: AdaptConfig) -> None:
-    """``restem`` and those whose rate is chosen need documents for it."""
+    """Check that ``restem`` and methods whose rate is chosen have documents for it."""
     given, documents, lora = config.methods, config.documents, config.inner.lora
     require(given != [], f"methods=[]: must name some of {', '.join(METHODS)}")
     line = "methods=oracle: needs documents.task=new_facts, where other ways to say it are known"
@@ -241,7 +241,7 @@ def _check_policy(config: AdaptConfig) -> None:
 
 
 def check_inner(inner: InnerConfig, base: ModelConfig) -> None:
-    """Raises ConfigError for what a model of the shape ``base`` cannot be trained by."""
+    """Raise ConfigError for what a model of the shape ``base`` cannot be trained by."""
     check_bounds(inner, "inner.")
     steps = inner.inner_steps
     line = f"inner.inner_steps={','.join(map(str, steps))}: must be numbers that rise above 0"
@@ -259,13 +259,13 @@ def check_inner(inner: InnerConfig, base: ModelConfig) -> None:
 
 
 def methods_of(config: AdaptConfig) -> list[str]:
-    """In the order of METHODS; only the embedded corpus knows other ways to say a thing."""
+    """Return the methods in order; only the embedded corpus knows other ways to say a thing."""
     known = [m for m in METHODS if m != "oracle" or config.documents.task == "new_facts"]
     return [m for m in known if config.methods is None or m in config.methods]
 
 
 def count_trials(config: AdaptConfig) -> int:
-    """How many edits of a document a study trains on, ``none`` included."""
+    """Count the edits of documents that a study trains on, ``none`` included."""
     documents, outer, tuning = config.documents, config.outer, config.tuning
     trials = 0
     for method in methods_of(config):
@@ -279,7 +279,64 @@ def count_trials(config: AdaptConfig) -> int:
 
 
 def count_records(config: AdaptConfig) -> int:
-    """How many lines ``adapt.jsonl`` will have, beside those of documents that are passed over: of
-    a trial one for each number of steps, of ``none`` one."""
+    """Count the lines that ``adapt.jsonl`` will have, beside those of skipped documents.
+
+    A trial has one for each number of steps, of ``none`` one.
+    """
     alone = config.documents.test if "none" in methods_of(config) else 0
     return alone + (count_trials(config) - alone) * len(config.inner.inner_steps)
+
+
+# --- which adaptation it is
+
+
+def contents(config: AdaptConfig) -> dict[str, str]:
+    """Return fingerprints of all that a configuration names and does not hold, for its hash.
+
+    Raises ConfigError for a base that is not there.
+    """
+    from tinygpt.data import corpora  # numpy, for what may be refused before
+
+    base = rundir.open_run(config.run)
+    found = {
+        # its own text, for what it forgets
+        "run": fileio.read_json(base.environment)["config_hash"],
+        "checkpoint": fileio.sha256(base.chosen(config.checkpoint)),
+        "tokenizer": fileio.sha256(base.tokenizer),
+    }
+    if config.data is not None:
+        found["data"] = corpora.open_corpus(config.data).fingerprint()
+    path = getattr(config.policy, "path", None)
+    if path is not None:
+        found["policy"] = _fingerprint(Path(path).expanduser())
+    return found
+
+
+def _fingerprint(path: Path) -> str:
+    """Return that of a file, or of the files in a folder; another name stands for itself."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return fileio.digest([[file.name, fileio.sha256(file)] for file in files])
+    return fileio.sha256(path) if path.is_file() else str(path)
+
+
+def config_hash(config: AdaptConfig, content: dict[str, str]) -> str:
+    """Return the hash of all that changes a result; ``content`` is that of ``contents``."""
+    left_out = (*rundir.NOT_SCIENCE, *PLACES)
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
+    for name in rundir.DATA_PLACES:
+        (values["data"] or {}).pop(name, None)
+    values["policy"].pop("path", None)
+    values["methods"] = methods_of(config)
+    # as earlier versions had them, so that what was adapted then is still found
+    values["outer"]["shared"], values["tuning"]["directives"] = False, 24
+    return fileio.digest({**values, "content": content})
+
+
+def identify(config: AdaptConfig, overrides: Sequence[str]) -> tuple[str, rundir.RunDir]:
+    """Return the configuration's hash and folder; fill in ``study`` and ``run_name``."""
+    hash_ = config_hash(config, contents(config))
+    config.study = config.study or STUDY
+    folder = rundir.folder_of(config, overrides, hash_)
+    config.run_name = folder.name
+    return hash_, rundir.RunDir(folder)
