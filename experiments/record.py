@@ -27,9 +27,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from tinygpt.adaptation.analysis import RAW, by_order
 from tinygpt.fileio import write_text
 from tinygpt.scaling import Fit, Interval, delta, fit, intervals, of_loss, read_table
-from tinygpt.scaling.adaptation_records import RAW, by_order
 from tinygpt.scaling.drawing import STYLE
 from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.runs import comparable

@@ -1,4 +1,4 @@
-"""A stand-in for ``tinygpt.adaptation.study.adapt`` that keeps to its contract in no time: what the
+"""A stand-in for ``tinygpt.adaptation.loop.adapt`` that keeps to its contract in no time: what the
 sweep around it does can be seen without a model."""
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from tinygpt import fileio, rundir
-from tinygpt.adaptation.config import AdaptConfig, methods_of
-from tinygpt.adaptation.identity import identify
-from tinygpt.adaptation.records import Record, RecordsFile, blank
+from tinygpt.adaptation.config import AdaptConfig, identify, methods_of
+from tinygpt.adaptation.records import FIELDS, Record, RecordsFile
 from tinygpt.config import RunError
 
 # Run by every Python that finds it first: the workers of a sweep too.
 SITE = """
 import sys, types
-module = types.ModuleType("tinygpt.adaptation.study")
+module = types.ModuleType("tinygpt.adaptation.loop")
 def adapt(config, overrides, console):
     from tests.adapting import adapt
     return adapt(config, overrides, console)
@@ -41,7 +40,7 @@ def records_of(config: AdaptConfig) -> list[Record]:
                 reward = reward_of(method, rank, steps, config.seed, document)
                 what = [config.run, config.seed, method, rank, document, steps]
                 found.append(
-                    blank()
+                    dict.fromkeys(FIELDS)
                     | {
                         "run_id": fileio.digest(what),
                         "seed": config.seed,
@@ -76,7 +75,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
         fileio.write_json(run.environment, {"config_hash": hash_})
         run.write_config(config)
         file, records = RecordsFile(run.records), records_of(config)
-        file.mend()
+        file.repair()
         done = {record["run_id"] for record in file.read()}
         for number, record in enumerate(records):
             if record["run_id"] not in done:

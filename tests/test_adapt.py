@@ -17,16 +17,18 @@ from rich.console import Console
 from tests.adapting import SITE, records_of, results_of
 from tests.conftest import ROOT, Command
 from tinygpt import cli, fileio, rundir
-from tinygpt.adaptation import identity
 from tinygpt.adaptation.config import (
     METHODS,
     POLICIES,
     AdaptConfig,
+    SelfPolicy,
+    config_hash,
     count_records,
+    identify,
     methods_of,
 )
 from tinygpt.adaptation.records import RecordsFile
-from tinygpt.config import ConfigError
+from tinygpt.config import ConfigError, HardwareConfig, SerialLauncher
 from tinygpt.data.tokenizers import Bytes
 from tinygpt.evaluating import options as evaluating
 from tinygpt.scaling.runs import load_runs
@@ -139,6 +141,8 @@ def test_the_help_names_what_there_is() -> None:
         ("run=BASE FACTS train.steps=3", "train: no such key"),
         ("run=BASE FACTS inner.inner_steps=[3,1]", "inner.inner_steps=3,1: must be numbers that"),
         ("run=BASE FACTS inner.inner_steps=[-1]", "inner.inner_steps=-1: must be at least 0"),
+        ("run=BASE FACTS inner.inner_steps=[]", "inner.inner_steps=: must be numbers that rise"),
+        ("run=BASE FACTS inner.tokens_per_step=0", "inner.tokens_per_step=0: must be at least 1"),
         ("run=BASE FACTS inner.inner_steps=3", "inner.inner_steps=3: must be a list, as [a,b]"),
         ("run=BASE FACTS methods=[oracel]", "methods=oracel: must be one of none, lora_doc, lora"),
         ("run=BASE FACTS methods=[]", "methods=[]: must name some of none, lora_doc"),
@@ -149,7 +153,17 @@ def test_the_help_names_what_there_is() -> None:
         ("run=BASE FACTS tuning.learning_rates=[]", "tuning.learning_rates=[]: must have a rate"),
         ("run=BASE FACTS tuning.learning_rates=[0.0]", "tuning.learning_rates=0.0: must be above"),
         ("run=BASE FACTS outer.explore=2", "outer.explore=2.0: must be at most 1"),
-        ("run=BASE FACTS outer.shared=true policy=table", "outer.shared=true: needs policy=self"),
+        ("run=BASE FACTS outer.shared=true", "outer.shared=true: removed; the base that adapts is"),
+        ("run=BASE FACTS policy=table", "policy=table: removed; policy=self draws"),
+        ("run=BASE FACTS tuning.directives=6", "tuning.directives=6: removed; tuning.learning_r"),
+        (
+            "run=BASE FACTS methods=[none,uniform_directive]",
+            "methods=uniform_directive: removed; methods=[lora_doc,restem]",
+        ),
+        (
+            "run=BASE FACTS methods=[fixed_best_directive]",
+            "methods=fixed_best_directive: removed; methods=[lora_doc,restem]",
+        ),
         ("run=BASE FACTS inner.lora.rank=null inner.lora.alpha=8 methods=[none]", "inner.lora.alp"),
         (
             "run=BASE FACTS policy=nope",
@@ -187,7 +201,7 @@ def test_a_missing_library_is_one_line(place: Path, monkeypatch: pytest.MonkeyPa
 
 def test_what_needs_no_documents_may_have_none(place: Path) -> None:
     words = facts(place / "base", "documents.train=0", "documents.tune=0")
-    assert asked(*words, "methods=[none,uniform_directive]").documents.tune == 0
+    assert asked(*words, "methods=[none]").documents.tune == 0
     assert asked(*words, "methods=[lora_doc]", "tuning.learning_rates=[1e-3]").documents.tune == 0
 
 
@@ -227,7 +241,19 @@ def test_the_records_of_a_study_are_counted(place: Path) -> None:
 
 
 def hash_of(config: AdaptConfig) -> str:
-    return identity.identify(copy.deepcopy(config), [])[0]
+    return identify(copy.deepcopy(config), [])[0]
+
+
+def test_adaptations_of_earlier_versions_keep_their_hash() -> None:
+    config = AdaptConfig(
+        run="x",
+        methods=["none", "lora_doc", "restem"],
+        policy=SelfPolicy(),
+        hardware=HardwareConfig(),
+        launcher=SerialLauncher(),
+    )
+    wanted = "051123583ea23e22f210fe810104035a55906e0f807878e29c4e77d2a11ad7c9"
+    assert config_hash(config, {"run": "r"}) == wanted
 
 
 def shift(folder: Path, *words: str) -> list[str]:
@@ -252,7 +278,7 @@ def test_it_is_the_same_wherever_it_lies(
     "word",
     [
         *("seed=1", "inner.lora.rank=4", "documents.seed=1", "checkpoint=last", "methods=[none]"),
-        *("tuning.directives=2", "outer.samples=2", "policy=table", "data.separator=none"),
+        *("outer.samples=2", "policy.top_k=5", "data.separator=none"),
     ],
 )
 def test_what_changes_a_result_makes_another(place: Path, word: str) -> None:
@@ -274,14 +300,14 @@ def test_what_lies_there_makes_another(place: Path, tmp_path: Path, name: str) -
 def test_a_study_finds_its_own_folder(place: Path, tmp_path: Path) -> None:
     words = facts(place / "base", f"output_dir={tmp_path}")
     config = asked(*words)
-    hash_, run = identity.identify(config, words)
+    hash_, run = identify(config, words)
     assert run.path == tmp_path / "adaptation" / f"run-base_task-new_facts-{hash_[:6]}"
     fileio.write_json(run.environment, {"config_hash": hash_})
     run.write_config(config)
     assert rundir.find_adaptations(tmp_path) == [run.path]
     assert rundir.find_runs(tmp_path) == []
     again = [*words[::-1], "methods=null"]
-    assert identity.identify(asked(*again), again)[1].path == run.path
+    assert identify(asked(*again), again)[1].path == run.path
 
 
 # --- swept
@@ -423,7 +449,7 @@ def mixed(place: Path, tmp_path: Path) -> Path:
         words = facts(place / "base", f"output_dir={tmp_path}/all", f"seed={seed}")
         words.append("methods=[none,lora_doc]")
         config = asked(*words)
-        hash_, run = identity.identify(config, words)
+        hash_, run = identify(config, words)
         fileio.write_json(run.environment, {"config_hash": hash_})
         run.write_config(config)
         if seed == 1:

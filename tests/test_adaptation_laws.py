@@ -15,9 +15,11 @@ from scipy import stats
 
 from tests.conftest import Command
 from tinygpt import fileio, rundir
+from tinygpt.adaptation import analysis, report
+from tinygpt.adaptation.analysis import Adaptation, analyse_adaptation
+from tinygpt.adaptation.analysis import load_records as load
 from tinygpt.config import ConfigError
-from tinygpt.scaling import Adaptation, adaptation, adaptation_report, analyse_adaptation, document
-from tinygpt.scaling import load_records as load
+from tinygpt.scaling import document
 from tinygpt.scaling.laws import Array
 
 STEPS = (1, 3, 10, 30)
@@ -26,8 +28,6 @@ EFFECTS = {
     "lora_doc": (0.05, 0.6, 0.31),
     "lora_edit": (-0.06, 0.5, 0.45),
     "lora_doc+edit": (0.05, 0.6, 0.30),
-    "uniform_directive": (0.02, 0.5, 0.35),
-    "fixed_best_directive": (0.055, 0.62, 0.33),
     "restem_it0": (0.03, 0.5, 0.34),
     "restem_it1": (0.06, 0.62, 0.32),
     "oracle": (0.08, 0.6, 0.20),
@@ -148,7 +148,7 @@ def test_the_front_against_brute_force(points: list[tuple[int, int]]) -> None:
     expected = [
         not any(f <= x and r >= y and (f < x or r > y) for f, r in points) for x, y in points
     ]
-    assert list(adaptation.pareto_front(forgetting, reward)) == expected
+    assert list(analysis.pareto_front(forgetting, reward)) == expected
 
 
 def differences() -> tuple[Array, Array]:
@@ -206,7 +206,7 @@ def test_holm_is_closed_testing_by_bonferroni(p: list[float]) -> None:
     sets = [[i for i in range(len(p)) if mask >> i & 1] for mask in range(1, 2 ** len(p))]
     worth = [min(1.0, len(s) * min(p[i] for i in s)) for s in sets]
     expected = [max(w for s, w in zip(sets, worth, strict=True) if i in s) for i in range(len(p))]
-    assert adaptation.holm(np.array(p)) == pytest.approx(expected)
+    assert analysis.holm(np.array(p)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("documents", [4, 8, 20])
@@ -217,13 +217,13 @@ def test_the_bootstrap_covers(documents: int) -> None:
     for _ in range(studies):
         luck = random.normal(0.3, 0.2, (documents, 1))
         means = (luck + random.normal(0, 0.1, (documents, 3))).mean(axis=1)
-        covered += 0.3 in adaptation.mean_interval(means)
+        covered += 0.3 in analysis.mean_interval(means)
     assert 0.93 <= covered / studies <= 0.97
 
 
 def test_a_share_has_the_exact_interval() -> None:
     for hits in (0, 3, 12):
-        found = adaptation.share_interval(np.array([1.0] * hits + [0.0] * (12 - hits)))
+        found = analysis.share_interval(np.array([1.0] * hits + [0.0] * (12 - hits)))
         exact = stats.binomtest(hits, 12).proportion_ci(0.95, "exact")
         assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
 
@@ -235,10 +235,10 @@ def test_a_known_power_law_is_recovered() -> None:
     random = np.random.default_rng(0)
     ease = np.exp(0.2 * random.standard_normal((24, 1)))
     exact = pd.DataFrame(ease / ease.mean() * 0.05 * np.array(STEPS) ** 0.6, columns=STEPS)
-    found = adaptation.power_law(exact)
+    found = analysis.power_law(exact)
     assert (found["c"], found["a"], found["left"]) == pytest.approx((0.05, 0.6, 0.0), abs=1e-6)
     noisy = exact + random.normal(0, 0.01, exact.shape)
-    found = adaptation.power_law(noisy)
+    found = analysis.power_law(noisy)
     assert found["a_low"] < 0.6 < found["a_high"] < found["a_low"] + 0.2
     assert found["c_low"] < 0.05 < found["c_high"]
 
@@ -252,13 +252,13 @@ def test_a_known_power_law_is_recovered() -> None:
     ],
 )
 def test_no_law_and_why(means: dict[int, float], reason: str) -> None:
-    found = adaptation.power_law(pd.DataFrame([means, means]))
+    found = analysis.power_law(pd.DataFrame([means, means]))
     assert found["reason"] == reason
     assert np.isnan(found["c"])
 
 
 def test_a_law_whose_means_may_vanish_has_no_interval() -> None:
-    found = adaptation.power_law(
+    found = analysis.power_law(
         pd.DataFrame({1: [-1.0, 1.2] * 4, 3: [0.2, 0.3] * 4, 10: [1, 0] * 4})
     )
     assert found["a"] > 0
@@ -332,6 +332,18 @@ def test_the_best_edit_of_a_document_is_by_its_mean_over_seeds(tmp_path: Path) -
 # --- reading
 
 
+def test_records_of_removed_methods_are_counted_and_left_out(tmp_path: Path) -> None:
+    rows = [record(), record(method="restem_it0", iteration=0)]
+    expected = analyse_adaptation(load(written(rows, tmp_path)))
+    old = [record(method=f"{name}_directive") for name in ("uniform", "fixed_best")]
+    found = analyse_adaptation(load(written([*rows, *old], tmp_path)))
+    pd.testing.assert_frame_equal(found.summary, expected.summary)
+    pd.testing.assert_frame_equal(found.paired, expected.paired)
+    assert found.notes == (
+        "2 records of the removed methods `uniform_directive` and `fixed_best_directive` left out",
+    )
+
+
 def test_a_torn_line_and_records_found_twice_are_counted(tmp_path: Path) -> None:
     rows = [record(doc_sha256=str(n), lora_rank=None, method="full_ft_doc") for n in range(3)]
     one, _ = written(rows, tmp_path / "one"), written(rows[:2], tmp_path / "two")
@@ -368,7 +380,7 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, text: str, line: str) -> Non
 
 
 def first_words(adaptation: Adaptation) -> str:
-    return document.markdown(adaptation_report.answer(adaptation))
+    return document.markdown(report.answer(adaptation))
 
 
 def test_a_win_is_said_with_its_size_and_what_it_costs(whole: Adaptation) -> None:
@@ -379,7 +391,7 @@ def test_a_win_is_said_with_its_size_and_what_it_costs(whole: Adaptation) -> Non
     wins = whole.paired[(whole.paired["verdict"] == "better") & whole.paired["self_edit"]]
     assert (wins["base_parameters"] == 1_050_624).any()
     assert (wins["low"] > 0).all()
-    assert not wins["method"].isin(["lora_edit", "restem_it0", "uniform_directive"]).any()
+    assert not wins["method"].isin(["lora_edit", "restem_it0"]).any()
 
 
 def test_no_evidence_is_said_as_plainly(tmp_path: Path) -> None:
@@ -418,7 +430,7 @@ def test_from_what_size_on(tmp_path: Path, better: tuple[bool, ...], words: str)
 def test_only_train_documents_yet(tmp_path: Path) -> None:
     found = analyse_adaptation(load(written([record(split="train")], tmp_path)))
     assert "Not known: no test document has both" in first_words(found)
-    files = adaptation_report.write(found, tmp_path / "fit")
+    files = report.write(found, tmp_path / "fit")
     assert not [path for path in files if path.suffix == ".png"]
 
 
@@ -438,14 +450,14 @@ def test_the_command_makes_all_files(tinygpt: Command, tmp_path: Path) -> None:
     figures = ("adaptation_laws", "pareto_forgetting", "restem")
     for name in figures:
         assert (folder / f"{name}.png").stat().st_size > 10_000
-    report = (folder / "report.md").read_text()
-    assert all(f"![{name}]({name}.png)" in report for name in figures)
-    assert "Against `lora_doc`" in report
+    page = (folder / "report.md").read_text()
+    assert all(f"![{name}]({name}.png)" in page for name in figures)
+    assert "Against `lora_doc`" in page
     table = pd.read_csv(folder / "adaptation_summary.csv")
     assert set(table["split"]) == {"test", "tune", "train"}
     assert set(table["task"]) == {"new_facts", "domain_shift"}
     again = analyse_adaptation(load(tmp_path / "s"))
-    for path in adaptation_report.write(again, tmp_path / "again"):
+    for path in report.write(again, tmp_path / "again"):
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
@@ -454,7 +466,7 @@ def test_figures_of_iterations_that_are_gone_go_too(tmp_path: Path) -> None:
     rows = [row for row in every if row["method"] in ("lora_doc", "restem_it0", "restem_it1")]
     for kept in (rows, [row for row in rows if not row["method"].startswith("restem")]):
         found = analyse_adaptation(load(written(kept, tmp_path)))
-        files = adaptation_report.write(found, folder)
+        files = report.write(found, folder)
         assert all(path.exists() for path in files)
         assert (folder / "restem.svg").exists() == (kept is rows)
 

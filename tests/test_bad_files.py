@@ -26,7 +26,7 @@ from tests.fuzz.tables import read
 from tests.test_fuzz import HARNESSES
 from tinygpt import cli, fileio
 from tinygpt.adaptation import prompted
-from tinygpt.adaptation.file_policy import ReplayPolicy
+from tinygpt.adaptation.policies import ReplayPolicy
 from tinygpt.config import ConfigError, CustomData
 from tinygpt.data.corpora import open_corpus, split_documents
 from tinygpt.data.huggingface import read_tokenizer

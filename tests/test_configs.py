@@ -51,7 +51,7 @@ GROUPS = (
 PAIRS = [(g, path.stem) for g in GROUPS for path in sorted((CONF / g).glob("*.yaml"))]
 PAIRS.remove(("experiment", "adaptation"))  # of tinygpt.adapt, as what follows
 OF_ADAPT = {"adapt.yaml", "hydra/help/adapt.yaml", "experiment/adaptation.yaml"} | {
-    f"policy/{name}.yaml" for name in ("self", "table", "hf", "mlx", "file")
+    f"policy/{name}.yaml" for name in ("self", "hf", "mlx", "file")
 }
 CHOICES = [pytest.param(*pair, id="=".join(pair)) for pair in PAIRS]
 LARGE = ("slm_tinystories", "gpt_research")  # ten seconds and more for a step, however cut

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"data", "model", "trained", "pretrained"},
     "pretrained": {"data", "model"},
     "trained": {"data", "model", "pretrained"},
-    "adaptation": {"training", "model", "data", "trained"},
+    "adaptation": {"training", "model", "data", "trained", "scaling"},
     "scaling": set(),
     "explaining": set(),
     "words": {"explaining"},

@@ -1,19 +1,23 @@
 """What each method of an adaptation trains on, what is learned from, and that nothing is done
-twice: with a policy whose edits are given."""
+twice, with a policy whose edits are given; then ``tinygpt.adapt`` with a real model."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from tests.conftest import Command, Starts
 from tests.test_adaptation import TIMES, base, run  # noqa: F401  fixtures
-from tinygpt.adaptation import methods
+from tinygpt import cli
 from tinygpt.adaptation.config import (
     AdaptConfig,
     DocumentsConfig,
@@ -24,12 +28,13 @@ from tinygpt.adaptation.config import (
 )
 from tinygpt.adaptation.documents import Document, new_facts
 from tinygpt.adaptation.edits import SelfEdit
-from tinygpt.adaptation.methods import Study, canonical, run_methods
+from tinygpt.adaptation.inner import Base
+from tinygpt.adaptation.loop import Study, adapt, make_results, run_methods
 from tinygpt.adaptation.policies import Policy, Proposal
-from tinygpt.adaptation.records import LinesFile, Record, RecordsFile
-from tinygpt.adaptation.study import make_results
-from tinygpt.adaptation.trials import Base
+from tinygpt.adaptation.records import FIELDS, LinesFile, Record, RecordsFile
 from tinygpt.config import LoraConfig
+from tinygpt.fileio import sha256
+from tinygpt.trained import TrainedRun
 
 NOTHING = 1e-30  # a rate by which no weight moves
 GOOD, BETTER = 3e-3, 1e-2
@@ -85,7 +90,7 @@ def config_of(*names: str, **outer: Any) -> AdaptConfig:
         methods=list(names),
         documents=DocumentsConfig("new_facts", train=2, tune=2, test=2),
         inner=InnerConfig(inner_steps=[1, 4], tokens_per_step=40, lora=LoraConfig(rank=4)),
-        tuning=TuningConfig(learning_rates=[NOTHING, GOOD], directives=3),
+        tuning=TuningConfig(learning_rates=[NOTHING, GOOD]),
         outer=OuterConfig(**outer),
         policy=None,  # type: ignore[arg-type]
         hardware=None,  # type: ignore[arg-type]
@@ -145,45 +150,6 @@ def test_what_is_forgotten_can_count(study: Callable[..., Study]) -> None:
     forgot = [r["forgetting"] for r in of(one, "lora_doc", "tune") if r["edit"]["lr"] == 3e-2]
     assert forgot[-1] > 0.01
     assert {r["edit"]["lr"] for r in of(one, "lora_doc", "test")} == {NOTHING}
-
-
-def test_the_best_directive_is_the_best_of_all_that_were_tried(study: Callable[..., Study]) -> None:
-    names = ("lora_doc", "lora_edit", "lora_doc+edit", "fixed_best_directive")
-    one = study(config_of(*names))
-    run_methods(one)
-    scores: dict[str, list[float]] = {}
-    for method in names:
-        for r in of(one, method, "tune"):
-            if r["inner_steps"] == 4:
-                plain = json.dumps({**r["edit"], "text": []})
-                scores.setdefault(plain, []).append(r["reward"])
-    assert len(scores) == 3 * 2 + 3  # none is tried twice
-    best = max(scores, key=lambda edit: np.mean(scores[edit]))
-    (chosen,) = {
-        json.dumps({**r["edit"], "text": []}) for r in of(one, "fixed_best_directive", "test")
-    }
-    assert chosen == best
-    assert len(one.records.read()) == count_records(one.config)
-
-
-def test_a_uniform_directive_is_another_for_each_document_and_seed(
-    study: Callable[..., Study],
-) -> None:
-    one = study(config_of("uniform_directive"))
-    document = one.documents[0]
-    drawn = set()
-    for seed in range(60):
-        one.config.seed = seed
-        drawn.add(methods.uniform(one, document).edit_id)
-    distinct = {canonical(edit).edit_id for edit in methods.grid(one)}
-    assert len(distinct) > 40
-    assert drawn < distinct
-    assert len(drawn) > 20
-    one.config.seed = 3
-    run_methods(one)
-    each = [methods.uniform(one, d) for d in one.split("test")]
-    found = of(one, "uniform_directive", "test")[:: len(one.config.inner.inner_steps)]
-    assert [r["edit"]["lr"] for r in found] == [edit.lr for edit in each]
 
 
 def test_of_each_document_the_best_edit_is_learned_from_if_it_gains(
@@ -246,7 +212,7 @@ def plain(records: Sequence[Record]) -> list[Record]:
 def test_a_study_killed_anywhere_goes_on_as_if_nothing_had_been(
     study: Callable[..., Study], tmp_path: Path
 ) -> None:
-    config = config_of("none", "lora_edit", "fixed_best_directive", "restem", iterations=1)
+    config = config_of("none", "lora_doc", "lora_edit", "restem", iterations=1)
     rates = [[NOTHING, GOOD], [GOOD]]
     whole = study(config, Scripted(rates), tmp_path / "whole")
     for name in ("whole", "torn"):
@@ -292,3 +258,129 @@ def test_the_results_are_the_means_of_the_records(study: Callable[..., Study]) -
     assert results["reward_lora_doc"] == np.mean(last)
     assert results["reward_none"] == 0
     assert (results["records"], results["errors"]) == (len(one.records.read()), 0)
+
+
+# --- the command with a real model
+
+SMALL = (
+    "documents.task=new_facts",
+    "documents.train=1",
+    "documents.tune=1",
+    "documents.test=2",
+    "documents.forgetting_tokens=300",
+    "inner.inner_steps=[1,3]",
+    "inner.tokens_per_step=40",
+    "inner.lora.rank=4",
+    "tuning.learning_rates=[3e-3]",
+    "outer.iterations=1",
+    "outer.samples=2",
+    "outer.steps=3",
+    "outer.tokens_per_step=64",
+    "policy.max_edit_tokens=10",
+    "hardware.threads=1",
+    "fit=false",
+)
+
+
+def words_of(run: TrainedRun, cache: Path, folder: Path, *more: str) -> list[str]:  # noqa: F811
+    return [f"run={run.path}", *SMALL, f"cache_dir={cache}", f"output_dir={folder}", *more]
+
+
+def adapted(words: list[str]) -> dict[str, Any]:
+    return adapt(cli.compose_for(cli.ADAPT, words), words, Console(quiet=True))
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    (path,) = folder.rglob("adapt.jsonl")
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in RecordsFile(path).read()]
+
+
+def test_all_methods_leave_their_records_and_the_base_as_it_was(
+    run: TrainedRun,  # noqa: F811
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    files = sorted(path for path in run.path.rglob("*") if path.is_file())
+    before = [sha256(path) for path in files]
+    results = adapted(words_of(run, cache, tmp_path))
+    assert [sha256(path) for path in files] == before
+    found = records(tmp_path)
+    assert results["records"] == len(found)
+    assert all(record.keys() == set(FIELDS) - set(TIMES) for record in found)
+    assert {r["method"] for r in found} == {
+        *("none", "lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc"),
+        *("restem_it0", "restem_it1"),
+    }
+    assert {r["split"] for r in found} == {"train", "tune", "test"}
+    written = [json.loads(x) for x in next(tmp_path.rglob("edits.jsonl")).read_text().splitlines()]
+    replayed = tmp_path / "replayed"
+    path = next(tmp_path.rglob("edits.jsonl"))
+    words = ["policy=file", f"policy.path={path}", "methods=[lora_edit]", "documents.train=0"]
+    words += [w for w in words_of(run, cache, replayed) if not w.startswith("policy.")]
+    adapted(words)
+    texts = [line["edit"]["text"] for line in written]
+    assert all(record["edit"]["text"] in texts for record in records(replayed))
+
+
+@pytest.mark.slow
+def test_a_killed_adaptation_goes_on_to_the_same_records(
+    run: TrainedRun,  # noqa: F811
+    cache: Path,
+    tmp_path: Path,
+    tinygpt: Command,
+    start: Starts,
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    adapted(words_of(run, cache, whole))
+    words = words_of(run, cache, killed)
+    for wanted in (5, 20, 40):
+        process = start("adapt", *words)
+        while process.poll() is None:
+            lines = sum(len(p.read_bytes().splitlines()) for p in killed.rglob("adapt.jsonl"))
+            if lines >= wanted:
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+        process.wait()
+    done = tinygpt("adapt", *words)
+    assert done.returncode == 0, done.stderr
+    assert records(killed) == records(whole)
+    again = tinygpt("adapt", *words)
+    assert "already finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_its_report(
+    run: TrainedRun,  # noqa: F811
+    cache: Path,
+    tmp_path: Path,
+    tinygpt: Command,
+) -> None:
+    words = [w for w in words_of(run, cache, tmp_path) if not w.startswith(("fit", "inner.lora"))]
+    words += ["experiment=adaptation", "scale=smoke", "launcher=local", "launcher.n_jobs=2"]
+    words += ["documents.test=3", "methods=[none,lora_doc,lora_edit,restem]"]
+    done = tinygpt("adapt", "--multirun", *words)
+    assert done.returncode == 0, done.stderr
+    study = tmp_path / "adaptation-smoke"
+    assert len(list(study.rglob("adapt.jsonl"))) == 4
+    files = {path.name for path in (study / "fit").iterdir()}
+    figures = {f"{n}.png" for n in ("adaptation_laws", "pareto_forgetting", "restem")}
+    assert files >= {"report.html", "report.md", "adaptation_summary.csv", *figures}
+    assert "self-editing" in done.stdout.lower()
+    assert (study / "sweep_summary.csv").read_text().count("\n") == 5
+
+
+def test_forced_it_is_made_anew(run: TrainedRun, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+    words = words_of(run, cache, tmp_path, "methods=[none,lora_doc]", "run_name=x")
+    adapted(words)
+    folder = tmp_path / "adaptation" / "x"
+    found, old = records(tmp_path), folder / "fit" / "report.html"
+    old.parent.mkdir()
+    old.write_text("of before")
+    (folder / "environment.json").write_text(
+        json.dumps({**json.loads((folder / "environment.json").read_text()), "python": "2"})
+    )
+    adapted([*words, "force=true"])
+    assert records(tmp_path) == found
+    assert json.loads((folder / "environment.json").read_text())["python"] != "2"
+    assert not old.exists()
+    assert (folder / "config.yaml").exists()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import platform
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,7 +24,7 @@ from scipy import stats
 
 from tests.conftest import tiny
 from tinygpt import cli
-from tinygpt.adaptation import documents, edits, hf_policy, inner, trials
+from tinygpt.adaptation import documents, edits, inner, prompted
 from tinygpt.adaptation.config import (
     LEARN,
     AdaptConfig,
@@ -40,12 +39,18 @@ from tinygpt.adaptation.config import (
 )
 from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import SelfEdit
-from tinygpt.adaptation.file_policy import ReplayPolicy
-from tinygpt.adaptation.hf_policy import HuggingFacePolicy
-from tinygpt.adaptation.policies import Policy, Proposal, make_policy
-from tinygpt.adaptation.self_policy import OwnPolicy, TablePolicy
-from tinygpt.adaptation.trials import Base, Trial
-from tinygpt.adaptation.writers import Writer, learned_rows, seed_of
+from tinygpt.adaptation.inner import Base, Trial
+from tinygpt.adaptation.policies import (
+    OwnPolicy,
+    Policy,
+    Proposal,
+    ReplayPolicy,
+    Writer,
+    learned_rows,
+    make_policy,
+    seed_of,
+)
+from tinygpt.adaptation.prompted import HuggingFacePolicy
 from tinygpt.config import Config, ConfigError, CustomData, LoraConfig, ModelConfig, RunError
 from tinygpt.data.tokenizers import Char
 from tinygpt.model.gpt import GPT
@@ -125,7 +130,7 @@ def hf(run: TrainedRun, gpt2: Path) -> HuggingFacePolicy:
     return found
 
 
-@pytest.fixture(params=["self", "table", "hf", "file"])
+@pytest.fixture(params=["self", "hf", "file"])
 def policy(
     request: pytest.FixtureRequest, run: TrainedRun, books: list[Document], tmp_path: Path
 ) -> Policy:
@@ -138,7 +143,8 @@ def policy(
     if request.param == "hf":
         found: Policy = request.getfixturevalue("hf")
         return found
-    return TablePolicy(own) if request.param == "table" else own
+    assert isinstance(own, OwnPolicy)
+    return own
 
 
 def line(document: Document, proposal: Proposal, **more: Any) -> str:
@@ -405,37 +411,6 @@ def test_what_the_base_cannot_write_is_said(own: OwnPolicy, books: list[Document
     assert own.with_text(SelfEdit(text_ops=["qa"]), books[0], seed=0).edit.text == []
 
 
-# --- a table
-
-
-def test_a_table_is_the_frequencies_of_what_paid(own: OwnPolicy, books: list[Document]) -> None:
-    table = TablePolicy(own)
-    drawn = table.propose(books[0], 300, seed=0, explore=0.0)
-    counts = Counter(proposal.edit.mask for proposal in drawn)
-    assert stats.chisquare([counts[mask] for mask in edits.MASKS]).pvalue > 1e-3
-    accepted = [SelfEdit(lr=1e-2)] * 3 + [SelfEdit(source="both", lr=1e-3)]
-    later: Any = table.sft([(books[0], edit) for edit in accepted], OUTER, seed=0)
-    by_name = dict(zip([slot.name for slot in own.slots], later.table, strict=True))
-    assert by_name["source"].tolist() == pytest.approx([3.5 / 5.5, 0.5 / 5.5, 1.5 / 5.5])
-    assert by_name["lr"].tolist() == pytest.approx([1.5 / 5.5, 0.5 / 5.5, 3.5 / 5.5])
-    assert by_name["mask"].tolist() == pytest.approx([0.9, 0.1])
-    assert later.sft_tokens == 0
-    assert all(len(set(p.tolist())) == 1 for p in table.table)
-
-
-def test_a_table_comes_to_propose_what_is_accepted(own: OwnPolicy, books: list[Document]) -> None:
-    policy: Any = TablePolicy(own)
-    for iteration in range(3):
-        drawn = policy.propose(books[0], 60, seed=iteration, explore=0.1)
-        paid = [p.edit for p in drawn if p.edit.lr == 1e-2 and p.edit.source == "doc"]
-        policy = policy.sft([(books[0], edit) for edit in paid], OUTER, seed=0)
-    assert policy.table[0][0] > 0.9
-    assert policy.table[4][2] > 0.9
-    plain = [p for p in policy.propose(books[1], 20, seed=9, explore=0.0) if not p.edit.text]
-    assert len(plain) > 10
-    assert {(p.prompt_tokens, p.tokens) for p in plain} == {(0, 0)}
-
-
 # --- a model of transformers
 
 
@@ -480,13 +455,13 @@ def test_adapters_of_transformers_merge_into_the_same_model(
 ) -> None:
     before = weights(hf.lm)
     rows = hf.rows([(books[0], SelfEdit())], OUTER.tokens_per_step)
-    trained = hf_policy.fine_tuned(hf.lm, rows, OUTER, 3)
+    trained = prompted.fine_tuned(hf.lm, rows, OUTER, 3)
     adapted = {n.rpartition(".lora_A")[0].rpartition(".")[2] for n, _ in trained.named_parameters()}
     assert adapted == {"", "c_attn", "c_proj", "c_fc"}
     tokens = torch.randint(300, (2, 30))
     with torch.no_grad():
         unmerged = trained(tokens).logits
-        plain = hf_policy.merged(trained)
+        plain = prompted.merged(trained)
         assert torch.allclose(plain(tokens).logits, unmerged, atol=1e-5)
         assert not torch.allclose(hf.lm(tokens).logits, unmerged, atol=1e-3)
     assert plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
@@ -519,7 +494,7 @@ def test_what_the_base_cannot_read_of_its_text_is_counted(
     document = Document("letters", "0" * 64, "a text of letters", ids, "test", heldout)
     edit = hf.with_text(SelfEdit(source="edit", n=2), document, seed=0).edit
     inner_loop = InnerConfig([1], 32, LoraConfig(rank=2))
-    record = trials.run_trial(Base(run, heldout), Trial("x", document, edit, 0, inner_loop))[-1]
+    record = inner.run_trial(Base(run, heldout), Trial("x", document, edit, 0, inner_loop))[-1]
     lines = [line.strip() for text in edit.text for line in text.splitlines()]
     lacking = sum(letter not in tokenizer.alphabet for line in lines for letter in line)
     assert lacking > 0
@@ -753,17 +728,10 @@ def test_mlx_elsewhere_is_refused(
 def test_a_state_that_is_another_policys_is_refused(
     own: OwnPolicy, run: TrainedRun, tmp_path: Path
 ) -> None:
-    table = TablePolicy(own)
-    for policy in (own, table):
-        with pytest.raises(ConfigError, match=str(tmp_path)):
-            policy.load(tmp_path)
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        own.load(tmp_path)
     torch.manual_seed(0)
     other = GPT(ModelConfig(d_model=32, n_heads=2), run.tokenizer.vocab_size)
     own._with(other).save(tmp_path)
     with pytest.raises(ConfigError, match="not a policy that the model of"):
         own.load(tmp_path)
-    table.save(tmp_path)
-    rates: Sequence[float] = [1e-3, 1e-2]
-    with pytest.raises(ConfigError, match="not a table of these slots and options"):
-        TablePolicy(OwnPolicy(run, SelfPolicy(), rates)).load(tmp_path)
-    assert math.isclose(sum(table.load(tmp_path).table[0]), 1)

@@ -22,7 +22,7 @@ BENCHMARK = ("model=tiny", "steps=1", "seconds=0.01", "hardware.threads=1")
 ADAPT = (
     *("documents.train=1", "documents.tune=1", "documents.test=2", "documents.context_tokens=40"),
     *("documents.heldout_tokens=300", "documents.forgetting_tokens=300", "inner.inner_steps=[1,3]"),
-    *("tuning.learning_rates=[3e-3]", "tuning.directives=1", "outer.iterations=1"),
+    *("tuning.learning_rates=[3e-3]", "outer.iterations=1"),
     *("outer.samples=1", "outer.steps=2", "policy.max_edit_tokens=8", "hardware.threads=1"),
 )
 SMALL = {"tinygpt.run": SMOKE, "tinygpt.adapt": ADAPT, "tinygpt.benchmark": BENCHMARK}

@@ -31,7 +31,7 @@ def job(composed: DictConfig) -> None:
 
     from rich.console import Console
 
-    from tinygpt.adaptation.study import adapt
+    from tinygpt.adaptation.loop import adapt
 
     console = Console(markup=False)
     adapt(config, overrides, console)

@@ -493,6 +493,13 @@ REMOVED = {
         [f"hardware.compile={how}" for how in ("regional", "whole", "graphs")],
         "hardware.compile=on compiles the whole model",
     ),
+    "policy=table": "policy=self draws each choice from the model's own logits",
+    "outer.shared": "the base that adapts is always the run itself",
+    "tuning.directives": "tuning.learning_rates= lists what is tried on the tune documents",
+    **dict.fromkeys(
+        ["methods=uniform_directive", "methods=fixed_best_directive"],
+        "methods=[lora_doc,restem] compares the document with learned directives",
+    ),
 }
 # The variants of each group, by their name in conf/.
 CHOICES: dict[str, dict[str, type]] = {

@@ -105,7 +105,7 @@ def main() -> None:
     if bool(arguments.runs) == bool(arguments.table):
         raise ConfigError("runs: give runs=FOLDER, or table=FILE")
     if _are_adaptations(arguments):
-        from tinygpt.scaling import adaptation_report
+        from tinygpt.adaptation import report as adaptation_report
 
         adaptation_report.make(arguments.runs, _folder(arguments), arguments.seed)
         return

@@ -9,8 +9,8 @@ import pandas as pd
 
 from tests.fuzz.harness import SEEDS, Harness, file_of
 from tinygpt import fit
-from tinygpt.adaptation.records import RecordsFile
-from tinygpt.scaling import adaptation_records
+from tinygpt.adaptation import analysis
+from tinygpt.adaptation.records import RecordsFile, read_records
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.elsewhere import Table
 from tinygpt.scaling.laws import LAWS
@@ -52,19 +52,19 @@ def where(data: bytes) -> None:
 
 
 def lines_of_records(data: bytes) -> None:
-    adaptation_records._read(file_of("adapted/lines.jsonl", data))
+    read_records(file_of("adapted/lines.jsonl", data))
 
 
 def records(data: bytes) -> None:
     """As a table."""
     path = file_of("adapted/adapt.jsonl", data)
-    adaptation_records.load_records(path.parent)
+    analysis.load_records(path.parent)
 
 
 def records_to_go_on_with(data: bytes) -> None:
     file = RecordsFile(file_of("begun/adapt.jsonl", data))
     file.read()
-    file.mend()
+    file.repair()
     file.read()
 
 

@@ -1,7 +1,10 @@
-"""The schema of ``python -m tinygpt.adapt``: every key, its type and its bounds.  Torch-free."""
+"""The schema of ``python -m tinygpt.adapt``: every key, its type and its bounds; and which
+adaptation a configuration is, its hash and folder.  Torch-free."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,9 +12,10 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from tinygpt import rundir
+from tinygpt import fileio, rundir
 from tinygpt.checks import check_bounds, check_names, check_text, require
 from tinygpt.config import (
+    REMOVED,
     SCALES,
     Config,
     ConfigError,
@@ -27,19 +31,13 @@ from tinygpt.config import (
     key,
 )
 
-METHODS = (
-    *("none", "lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc"),
-    *("uniform_directive", "fixed_best_directive", "restem"),
-)
+METHODS = ("none", "lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc", "restem")
 OF_ADAPTERS = tuple(m for m in METHODS if m not in ("none", "full_ft_doc"))
-RATED = (
-    "lora_doc",
-    "lora_edit",
-    "lora_doc+edit",
-    "oracle",
-    "full_ft_doc",
-)  # rate by tune documents
-LEARN = ("self", "table", "hf")  # policies that restem can train
+RATED = METHODS[1:6]  # whose rate is chosen on tune documents
+LEARN = ("self", "hf")  # policies that restem can train
+STUDY = "adaptation"  # that an adaptation goes to where none is named
+# What fingerprints stand for, so that all of it may be moved.
+PLACES = ("run", "checkpoint")
 
 
 @dataclass
@@ -48,7 +46,7 @@ class DocumentsConfig:
 
     task: str = key("domain_shift", among=("domain_shift", "new_facts"))
     train: int = key(8, least=0)  # documents that a policy learns from
-    tune: int = key(4, least=0)  # that rates and directives are chosen on
+    tune: int = key(4, least=0)  # that rates are chosen on
     test: int = key(8, least=1)  # that are reported
     context_tokens: int = key(512, least=1)  # of domain_shift: what an edit may see
     heldout_tokens: int = key(2048, least=1)  # of domain_shift: what is scored alone
@@ -70,7 +68,6 @@ class TuningConfig:
     """What is tried on the tune documents, by the reward after the most steps."""
 
     learning_rates: list[float] = key([3e-4, 1e-3, 3e-3, 1e-2], above=0.0)  # noqa: RUF009
-    directives: int = key(24, least=1)  # drawn at random for fixed_best_directive, beside the rates
     forgetting_weight: float = key(0.0, least=0.0)  # score = reward - weight·max(0, forgetting)
 
 
@@ -87,7 +84,6 @@ class OuterConfig:
     tokens_per_step: int = key(512, least=1)
     learning_rate: float = key(1e-3, above=0.0)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=4))
-    shared: bool = False  # the policy of each iteration is also the base that adapts
 
 
 @dataclass
@@ -108,10 +104,9 @@ class WritingPolicy(PolicyConfig):
 
 @dataclass
 class SelfPolicy(WritingPolicy):
-    """The base itself; and with ``table`` choices by a table, of which each is a weight of its own
-    whatever the document, and the base writes the text."""
+    """The base itself."""
 
-    kind: str = key("self", among=("self", "table"))
+    kind: str = key("self", among=("self",))
 
 
 @dataclass
@@ -135,7 +130,7 @@ POLICIES: dict[str, type] = {"self": SelfPolicy, "model": ModelPolicy, "file": F
 
 @dataclass
 class AdaptConfig:
-    """The whole of it, as ``config.yaml`` in the folder of an adaptation keeps it."""
+    """The whole configuration, as ``config.yaml`` in the folder of an adaptation keeps it."""
 
     run: str = MISSING  # the folder of the trained run that adapts
     checkpoint: Optional[str] = None  # null: final, of a run that has not ended last
@@ -161,7 +156,10 @@ class AdaptConfig:
 
 
 def check_adapt(config: AdaptConfig) -> None:
-    """Bounds of every key, then what must fit together.  Raises ConfigError, one line."""
+    """Check the bounds of every key, then what must fit together.  Raises ConfigError."""
+    for method in config.methods or ():
+        if removed := REMOVED.get(f"methods={method}"):
+            raise ConfigError(f"methods={method}: removed; {removed}")
     check_bounds(config)
     data, hardware, sweep = config.data, config.hardware, config.sweep
     named = {"study": config.study, "run_name": config.run_name}
@@ -199,14 +197,14 @@ def _check_task(config: AdaptConfig, base: Config) -> None:
 
 
 def _place(data: DataConfig) -> tuple[str, str]:
-    """Where a corpus is, absolute."""
+    """Return where a corpus is, absolute."""
     if isinstance(data, CustomData):
         return data.source, str(Path(data.path).expanduser().resolve())
     return data.source, getattr(data, "repo", "")
 
 
 def _check_methods(config: AdaptConfig) -> None:
-    """``restem`` and those whose rate or directive is chosen need documents for it."""
+    """Check that ``restem`` and methods whose rate is chosen have documents for it."""
     given, documents, lora = config.methods, config.documents, config.inner.lora
     require(given != [], f"methods=[]: must name some of {', '.join(METHODS)}")
     line = "methods=oracle: needs documents.task=new_facts, where other ways to say it are known"
@@ -216,7 +214,7 @@ def _check_methods(config: AdaptConfig) -> None:
     line = "documents.train=0: methods=restem learns from train documents"
     require(documents.train > 0 or not learns, line)
     several = RATED if len(config.tuning.learning_rates) > 1 else ()
-    tuned = [method for method in methods if method in (*several, "fixed_best_directive")]
+    tuned = [method for method in methods if method in several]
     line = f"documents.tune=0: methods={tuned[0] if tuned else ''} is tuned on tune documents"
     require(documents.tune > 0 or not tuned, line)
     require(bool(config.tuning.learning_rates), "tuning.learning_rates=[]: must have a rate")
@@ -235,8 +233,6 @@ def _check_policy(config: AdaptConfig) -> None:
     line = f"policy={kind}: does not learn, as restem asks; outer.iterations=0 tests it as it is"
     learns = "restem" in methods_of(config) and config.outer.iterations > 0
     require(kind in LEARN or not learns, line)
-    line = f"outer.shared=true: needs policy=self, which is the base; not policy={kind}"
-    require(not config.outer.shared or kind == "self", line)
     there = Path(path or "").expanduser()
     if kind == "hf" and not there.is_dir():
         raise ConfigError(f"policy.path={path}: no such folder")
@@ -245,7 +241,7 @@ def _check_policy(config: AdaptConfig) -> None:
 
 
 def check_inner(inner: InnerConfig, base: ModelConfig) -> None:
-    """Raises ConfigError for what a model of the shape ``base`` cannot be trained by."""
+    """Raise ConfigError for what a model of the shape ``base`` cannot be trained by."""
     check_bounds(inner, "inner.")
     steps = inner.inner_steps
     line = f"inner.inner_steps={','.join(map(str, steps))}: must be numbers that rise above 0"
@@ -263,21 +259,19 @@ def check_inner(inner: InnerConfig, base: ModelConfig) -> None:
 
 
 def methods_of(config: AdaptConfig) -> list[str]:
-    """In the order of METHODS; only the embedded corpus knows other ways to say a thing."""
+    """Return the methods in order; only the embedded corpus knows other ways to say a thing."""
     known = [m for m in METHODS if m != "oracle" or config.documents.task == "new_facts"]
     return [m for m in known if config.methods is None or m in config.methods]
 
 
 def count_trials(config: AdaptConfig) -> int:
-    """How many edits of a document a study trains on, ``none`` included."""
+    """Count the edits of documents that a study trains on, ``none`` included."""
     documents, outer, tuning = config.documents, config.outer, config.tuning
     trials = 0
     for method in methods_of(config):
         rounds = outer.iterations + 1 if method == "restem" else 1
         trials += documents.test * rounds
-        if method == "fixed_best_directive":
-            trials += documents.tune * tuning.directives
-        elif method in RATED:
+        if method in RATED:
             trials += documents.tune * len(tuning.learning_rates)
         elif method == "restem":
             trials += documents.train * outer.iterations * outer.samples * outer.inner_seeds
@@ -285,7 +279,64 @@ def count_trials(config: AdaptConfig) -> int:
 
 
 def count_records(config: AdaptConfig) -> int:
-    """How many lines ``adapt.jsonl`` will have, beside those of documents that are passed over: of
-    a trial one for each number of steps, of ``none`` one."""
+    """Count the lines that ``adapt.jsonl`` will have, beside those of skipped documents.
+
+    A trial has one for each number of steps, of ``none`` one.
+    """
     alone = config.documents.test if "none" in methods_of(config) else 0
     return alone + (count_trials(config) - alone) * len(config.inner.inner_steps)
+
+
+# --- which adaptation it is
+
+
+def contents(config: AdaptConfig) -> dict[str, str]:
+    """Return fingerprints of all that a configuration names and does not hold, for its hash.
+
+    Raises ConfigError for a base that is not there.
+    """
+    from tinygpt.data import corpora  # numpy, for what may be refused before
+
+    base = rundir.open_run(config.run)
+    found = {
+        # its own text, for what it forgets
+        "run": fileio.read_json(base.environment)["config_hash"],
+        "checkpoint": fileio.sha256(base.chosen(config.checkpoint)),
+        "tokenizer": fileio.sha256(base.tokenizer),
+    }
+    if config.data is not None:
+        found["data"] = corpora.open_corpus(config.data).fingerprint()
+    path = getattr(config.policy, "path", None)
+    if path is not None:
+        found["policy"] = _fingerprint(Path(path).expanduser())
+    return found
+
+
+def _fingerprint(path: Path) -> str:
+    """Return that of a file, or of the files in a folder; another name stands for itself."""
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return fileio.digest([[file.name, fileio.sha256(file)] for file in files])
+    return fileio.sha256(path) if path.is_file() else str(path)
+
+
+def config_hash(config: AdaptConfig, content: dict[str, str]) -> str:
+    """Return the hash of all that changes a result; ``content`` is that of ``contents``."""
+    left_out = (*rundir.NOT_SCIENCE, *PLACES)
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in left_out}
+    for name in rundir.DATA_PLACES:
+        (values["data"] or {}).pop(name, None)
+    values["policy"].pop("path", None)
+    values["methods"] = methods_of(config)
+    # as earlier versions had them, so that what was adapted then is still found
+    values["outer"]["shared"], values["tuning"]["directives"] = False, 24
+    return fileio.digest({**values, "content": content})
+
+
+def identify(config: AdaptConfig, overrides: Sequence[str]) -> tuple[str, rundir.RunDir]:
+    """Return the configuration's hash and folder; fill in ``study`` and ``run_name``."""
+    hash_ = config_hash(config, contents(config))
+    config.study = config.study or STUDY
+    folder = rundir.folder_of(config, overrides, hash_)
+    config.run_name = folder.name
+    return hash_, rundir.RunDir(folder)

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tinygpt import fileio, rundir
 from tinygpt.adaptation.config import DocumentsConfig
-from tinygpt.config import ConfigError, SyntheticData
-from tinygpt.data.corpora import Corpus
+from tinygpt.config import ConfigError, DataConfig, SyntheticData
+from tinygpt.data import corpora
 from tinygpt.data.datamodule import IGNORED, TokenData
 from tinygpt.data.shards import Progress
 from tinygpt.data.synthetic import RELATIONS, STATEMENTS, Entity, Grammar
@@ -66,7 +66,7 @@ class InFull:
 
 @dataclass(frozen=True)
 class Heldout:
-    """Windows: ``inputs`` and ``targets`` (W, T) int64, IGNORED where nothing is scored."""
+    """Windows of tokens: ``inputs`` and ``targets`` (W, T), IGNORED where nothing is scored."""
 
     inputs: Tensor
     targets: Tensor
@@ -74,7 +74,7 @@ class Heldout:
 
     @property
     def tokens(self) -> int:
-        """That are scored."""
+        """How many are scored."""
         return int((self.targets != IGNORED).sum())
 
     @cached_property
@@ -84,7 +84,7 @@ class Heldout:
 
     @torch.no_grad()
     def loss(self, model: GPT) -> float:
-        """The mean over all scored tokens, in nats."""
+        """Return the mean over all scored tokens, in nats."""
         weight = model.output_weight
         rows = InFull(weight.device).rows(self.inputs.shape[1])
         total = 0.0
@@ -97,7 +97,7 @@ class Heldout:
         return total / self.tokens
 
     def accuracy(self, model: GPT) -> float | None:
-        """The share of the questions whose likeliest answer of all is the right one."""
+        """Return the share of questions whose likeliest answer of all is the right one."""
         if not self.questions:
             return None
         found = likeliest(
@@ -143,27 +143,29 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Documents:
-    """In the order test, tune, train; and those that were passed over."""
+    """Those used, in the order test, tune, train, and those that were skipped."""
 
     used: list[Document]
     left_out: list[LeftOut]
 
 
-def open_documents(
-    config: DocumentsConfig, base: TrainedRun, corpus: Corpus | None, limit: int | None = None
-) -> Documents:
-    """Those of ``config.task``: of ``corpus``, of which ``limit`` documents are read, or the facts
-    of the base's own grammar.  Raises ConfigError where there are too few."""
+def open_documents(config: DocumentsConfig, base: TrainedRun, data: DataConfig | None) -> Documents:
+    """Return those of ``config.task``: of the corpus ``data``, or facts of the base's own grammar.
+
+    Raises ConfigError where there are too few.
+    """
     if config.task == "new_facts":
         return Documents(new_facts(config, base), [])
-    assert corpus is not None
-    texts = (document.text for document in corpus.documents("train"))
-    return domain_shift(config, base, itertools.islice(texts, limit))
+    assert data is not None
+    texts = (document.text for document in corpora.open_corpus(data).documents("train"))
+    return domain_shift(config, base, itertools.islice(texts, data.max_documents))
 
 
 def domain_shift(config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]) -> Documents:
-    """Distinct texts, taken in the order of a seeded hash; the too short among them are passed
-    over.  Raises ConfigError where fewer are left than are asked for."""
+    """Return distinct texts in the order of a seeded hash, the too short among them skipped.
+
+    Raises ConfigError where fewer are left than are asked for.
+    """
     asked = config.train + config.tune + config.test
     kept: list[tuple[str, Document]] = []
     short: dict[str, LeftOut] = {}
@@ -220,7 +222,7 @@ def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Docu
 
 
 def _split(documents: Sequence[Document], config: DocumentsConfig) -> list[Document]:
-    """Test documents first, so that they are the same however many there are to learn from."""
+    """Name test documents first, so that they do not depend on how many are learned from."""
     names = [name for name in reversed(SPLITS) for _ in range(getattr(config, name))]
     return [
         dataclasses.replace(document, split=name)
@@ -229,7 +231,7 @@ def _split(documents: Sequence[Document], config: DocumentsConfig) -> list[Docum
 
 
 def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (W, T) of ``rows`` of tokens, each shifted by one; short ones padded."""
+    """Return inputs and targets (W, T) of ``rows`` of tokens, one token apart, padded."""
     inputs = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)
     targets = torch.full_like(inputs, IGNORED)
     for n, row in enumerate(rows):
@@ -239,8 +241,11 @@ def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
-    """Facts of entities that the base never saw, an entity at a time.  Raises ConfigError where
-    its corpus is not the embedded one or has too few of them, or its context is too short."""
+    """Return facts of entities that the base never saw, an entity at a time.
+
+    Raises ConfigError where its corpus is not the embedded one or has too few of them, or its
+    context is too short.
+    """
     data = base.config.data
     if not isinstance(data, SyntheticData):
         raise ConfigError(
@@ -304,7 +309,7 @@ def _fact(
 
 
 def _answer(tokenizer: Tokenizer, answer: str) -> Path:
-    """With its full stop, so that none is the beginning of another."""
+    """Encode an answer with its full stop, so that none is the beginning of another."""
     return tuple(tokenizer.encode(f"{answer}."))
 
 
@@ -314,8 +319,10 @@ def own_validation(
     cache_dir: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Heldout:
-    """About ``tokens`` of the base's own validation split, in windows evenly spread over it: what
-    it may forget.  Raises ConfigError where its corpus is another now."""
+    """Return about ``tokens`` of the base's own validation split, which it may forget.
+
+    The windows are evenly spread over it.  Raises ConfigError where its corpus is another now.
+    """
     run = rundir.RunDir(base.path)
     prepared = own_corpus(run, base.config, base.tokenizer, cache_dir, progress)
     data = TokenData(prepared, base.config)

@@ -53,14 +53,9 @@ class SelfEdit:
     def edit_id(self) -> str:
         return digest(dataclasses.asdict(self))
 
-    @property
-    def text_sha256(self) -> str:
-        return digest(self.text)
-
 
 def read(values: Any) -> SelfEdit:
-    """The edit of a JSON object, in which every slot must stand.  Raises ConfigError, one line,
-    for what is none."""
+    """Return the edit of a JSON object, which must have every slot.  Raises ConfigError."""
     kinds = {field.name: field.type for field in dataclasses.fields(SelfEdit)}
     if not isinstance(values, dict) or values.keys() != kinds.keys():
         raise ConfigError(f"edit={values!r:.60}: must be an object of {', '.join(kinds)}")
@@ -90,7 +85,7 @@ class Slot:
 
 
 def slots(rates: Sequence[float], text_ops: Sequence[str] = ("continue",)) -> list[Slot]:
-    """What a directive chooses, in this order; ``text_ops`` are those that the policy can do."""
+    """Return what a directive chooses, in this order; the policy can do ``text_ops``."""
     sizes = range(1, len(text_ops) + 1)
     return [
         Slot("source", list(SOURCES)),
@@ -105,9 +100,9 @@ def slots(rates: Sequence[float], text_ops: Sequence[str] = ("continue",)) -> li
 def option_tokens(
     encode: Callable[[str], list[int]], unknown_id: int | None, count: int, where: str
 ) -> list[int]:
-    """The tokens that stand for the first, the second ... option of any slot: those of letters.
+    """Return the tokens of letters, which stand for the first, the second ... option of any slot.
 
-    Raises ConfigError, which ``where`` begins, for a tokenizer that has not so many.
+    Raises ConfigError, which ``where`` begins, for a tokenizer with fewer.
     """
     found = [ids[-1] for letter in string.ascii_letters if (ids := encode(letter))]
     tokens = list(dict.fromkeys(token for token in found if token != unknown_id))
@@ -126,7 +121,7 @@ def decode(
     epsilon: float,
     rng: np.random.Generator,
 ) -> tuple[SelfEdit, list[int]]:
-    """A directive drawn from a policy behind ``prefix``, without text, and its tokens.
+    """Return a directive drawn from a policy behind ``prefix``, without text, and its tokens.
 
     In each slot an option has the probability (1 - epsilon) · softmax over the allowed tokens +
     epsilon / options.  Raises RunError where the logits are not finite.
@@ -149,8 +144,10 @@ def decode(
 def directive_tokens(
     edit: SelfEdit, chosen_from: Sequence[Slot], tokens: Sequence[int]
 ) -> list[int]:
-    """The tokens by which ``decode`` would have drawn this directive.  Raises ValueError for an
-    option that its slot lacks."""
+    """Return the tokens by which ``decode`` would have drawn this directive.
+
+    Raises ValueError for an option that its slot lacks.
+    """
     return [tokens[slot.options.index(getattr(edit, slot.name))] for slot in chosen_from]
 
 
@@ -164,9 +161,9 @@ class Row:
 
 
 def materialise(edit: SelfEdit, document: Document, tokenizer: Tokenizer, length: int) -> list[Row]:
-    """What is trained on: a sequence for each line of the text, last the context itself; what is
-    longer than ``length`` targets is cut up.  Before them stand the copies that ``aug`` alters.
+    """Return what is trained on: a sequence for each line of the text, last the context itself.
 
+    What is longer than ``length`` targets is cut up.  First come the copies that ``aug`` alters.
     The same edit of the same document gives the same rows; an edit without text can give none.
     """
     pieces: list[tuple[str, list[int]]] = []

@@ -2,11 +2,9 @@
 
 ``load_runs`` makes a table, ``fit`` puts a law through it, ``intervals`` and ``bootstrap`` say how
 far its numbers may be trusted, ``frontier`` and ``predict`` split a budget, ``analyse`` does all
-of it.  ``load_records`` and ``analyse_adaptation`` do so for a study of adaptation.
+of it.
 """
 
-from tinygpt.scaling.adaptation import Adaptation, analyse_adaptation
-from tinygpt.scaling.adaptation_records import load_records
 from tinygpt.scaling.analysis import Analysis, analyse
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.fitting import Fit, fit
@@ -21,7 +19,6 @@ from tinygpt.scaling.tables import read_table
 
 __all__ = [
     "LAWS",
-    "Adaptation",
     "Analysis",
     "Budget",
     "Columns",
@@ -32,7 +29,6 @@ __all__ = [
     "IsoFlop",
     "Law",
     "analyse",
-    "analyse_adaptation",
     "best_split",
     "bootstrap",
     "by_law",
@@ -44,7 +40,6 @@ __all__ = [
     "intervals",
     "isoflop",
     "load_curves",
-    "load_records",
     "load_runs",
     "logaddexp",
     "of_loss",

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tinygpt import cli, rundir
+from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig, count_records, count_trials, methods_of
 from tinygpt.config import ConfigError
 from tinygpt.counting import count_parameters
@@ -36,15 +37,11 @@ class AdaptationJob(StudyJob):
 
     @staticmethod
     def contents(config: AdaptConfig) -> dict[str, str]:
-        from tinygpt.adaptation import identity
-
-        return identity.contents(config)
+        return adapting.contents(config)
 
     @staticmethod
     def config_hash(config: AdaptConfig, content: dict[str, str]) -> str:
-        from tinygpt.adaptation import identity
-
-        return identity.config_hash(config, content)
+        return adapting.config_hash(config, content)
 
     def effective_hash(self) -> str:
         return self.hash
@@ -95,7 +92,7 @@ class AdaptationJob(StudyJob):
         return [jobs]
 
     def do(self, console: Console) -> dict[str, Any]:
-        from tinygpt.adaptation.study import adapt
+        from tinygpt.adaptation.loop import adapt
 
         return adapt(self.config, list(self.overrides), console)
 
@@ -128,10 +125,10 @@ class AdaptationJob(StudyJob):
     @staticmethod
     def fit(folder: Path, console: Console) -> None:
         """The answer, or one line why there is none."""
-        from tinygpt.scaling import adaptation_report
+        from tinygpt.adaptation import report
 
         try:
-            adaptation_report.make([folder], folder / "fit")
+            report.make([folder], folder / "fit")
         except ConfigError as error:
             console.print(f"report     none: {error}", highlight=False, soft_wrap=True)
 

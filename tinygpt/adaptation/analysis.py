@@ -1,4 +1,5 @@
-"""What a study of adaptation came to: means by document, paired differences, laws in the steps.
+"""What a study of adaptation came to: records, means by document, paired differences, laws in the
+steps.  Torch-free.
 
 Documents are what is drawn at random: records of a document are averaged first, and every
 interval is over documents.
@@ -6,31 +7,94 @@ interval is over documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import special
 
+from tinygpt.adaptation.records import NUMBERS, WHOLE, read_records
 from tinygpt.config import ConfigError
-from tinygpt.scaling.adaptation_records import BASE, RAW, REFERENCES, WHOLE, by_order
-from tinygpt.scaling.fitting import fit
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.wording import count
 
+LOG = "adapt.jsonl"
+RAW = "lora_doc"  # what every method is compared with: the same inner loop on the raw document
+REFERENCES = ("none", RAW, "oracle", "full_ft_doc")  # no edits of the model's own choice
+REMOVED = ("uniform_directive", "fixed_best_directive")  # methods of earlier versions
+ORDER = ("none", RAW, "lora_edit", "lora_doc+edit", "restem", "oracle", "full_ft_doc")
+BASE = ["task", "base_parameters"]
 METHOD = ["method", "iteration", "lora_rank"]
 OUTCOMES = ["reward", "forgetting", "accuracy_gain"]
-ACCURACY = ["accuracy_before", "accuracy_after"]
-SPENT = ["tokens_processed", "policy_tokens", "tokens_total", "sft_tokens", "flops_est"]
+MEANS = [
+    *("accuracy_before", "accuracy_after"),
+    *("tokens_processed", "policy_tokens", "tokens_total", "sft_tokens", "flops_est"),
+]
 AGREE = ("policy_backend", "policy_model", "tokens_processed")  # within a row of the summary
 REPLICAS = 4000
 FEW = 8  # documents; resamples of fewer cover less than 94 %
 REASONS = 8  # shown at most
 FEWEST_STEPS = 3  # different k that can contradict a power law
+
+
+# --- the records
+
+
+def load_records(*folders: str | Path) -> pd.DataFrame:
+    """Return every record of the ``adapt.jsonl`` under ``folders``, a row each, ``folder`` last.
+
+    ``attrs`` count what is not in it: ``torn`` last lines of a study that was killed, ``repeated``
+    records, found in several runs, and those of ``removed`` methods.  Raises ConfigError for a line
+    that is no record and for one ``run_id`` with two rewards.
+    """
+    paths = {path.resolve(): path for one in folders for path in sorted(Path(one).rglob(LOG))}
+    rows: list[dict[str, Any]] = []
+    torn = 0
+    for path in paths.values():
+        found, cut = read_records(path)
+        rows += [{**row, "folder": str(path.parent)} for row in found]
+        torn += cut
+    if not rows:
+        raise ConfigError(f"runs={','.join(map(str, folders))}: no record of an adaptation yet")
+    table = _typed(pd.DataFrame(rows))
+    old = table["method"].isin(REMOVED)
+    table = table[~old]
+    once = table.drop_duplicates(["run_id", "reward"], ignore_index=True)
+    twice = once[once["run_id"].duplicated(keep=False)].sort_values("run_id")
+    if len(twice):
+        one, other = twice.iloc[0], twice.iloc[1]
+        raise ConfigError(
+            f"run_id={one['run_id']}: reward {one['reward']:g} in {one['folder']} "
+            f"and {other['reward']:g} in {other['folder']}"
+        )
+    once.attrs = {"torn": torn, "repeated": len(table) - len(once), "removed": int(old.sum())}
+    return once
+
+
+def _typed(table: pd.DataFrame) -> pd.DataFrame:
+    kinds: dict[str, Any] = dict.fromkeys(WHOLE, "Int64") | dict.fromkeys(NUMBERS, float)
+    numbers = {name: pd.to_numeric(table[name]) for name in kinds}
+    table = table.assign(**numbers).astype({**kinds, "accepted": "boolean"})
+    measured = np.isfinite(table["reward"]) & np.isfinite(table["forgetting"])
+    error = table["error"].astype(object).mask(table["error"].isna(), None)
+    return table.assign(error=error.mask(~measured & error.isna(), "not finite"))
+
+
+def by_order(methods: Iterable[str]) -> list[str]:
+    """Sort methods: references first and last, iterations by number."""
+
+    def place(name: str) -> tuple[int, int, str]:
+        return ORDER.index(name if name in ORDER else "restem"), len(name), name
+
+    return sorted(set(methods), key=place)
+
+
+# --- everything at once
 
 
 @dataclass(frozen=True)
@@ -46,11 +110,8 @@ class Adaptation:
     seed: int
 
 
-# --- everything at once
-
-
 def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
-    """All that is known of the study; ``seed`` is the bootstrap's.  Raises ConfigError."""
+    """Return all that is known of the study; ``seed`` is the bootstrap's.  Raises ConfigError."""
     if records["error"].notna().all():
         raise ConfigError(f"none of these {len(records)} records has a reward")
     table = records.assign(
@@ -62,16 +123,9 @@ def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
     )
     table["tokens_total"] = table["tokens_processed"] + table["policy_tokens"]
     notes = tuple(_notes(table, records.attrs))
-    table = table[table["method"].notna()]  # a document that was passed over has none
-    return Adaptation(
-        records,
-        summarise(table, seed),
-        paired(table),
-        laws(table, seed),
-        restem(table, seed),
-        notes,
-        seed,
-    )
+    table = table[table["method"].notna()]  # a document that was skipped has none
+    tables = summarise(table, seed), paired(table), laws(table, seed), restem(table, seed)
+    return Adaptation(records, *tables, notes, seed)
 
 
 def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
@@ -87,6 +141,9 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
         yield f"{len(reasons) - REASONS} other reasons, each of fewer records"
     if counts.get("torn"):
         yield f"{count(counts['torn'], 'torn last line')} left out: the study was killed there"
+    if counts.get("removed"):
+        names = " and ".join(f"`{name}`" for name in REMOVED)
+        yield f"{count(counts['removed'], 'record')} of the removed methods {names} left out"
     if counts.get("repeated"):
         yield f"{count(counts['repeated'], 'record')} found in several runs and counted once"
     keys = [*BASE, "split", *METHOD, "inner_steps"]
@@ -96,11 +153,8 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
             "several adaptations of one base size, document and seed stand in one row: averaged "
             "over; fit folders apart that differ in a setting"
         )
-    for name in AGREE:
-        if name not in table:
-            continue
-        several = table.groupby(keys, dropna=False)[name].nunique()
-        if (several > 1).any():
+    for name in (name for name in AGREE if name in table):
+        if (table.groupby(keys, dropna=False)[name].nunique() > 1).any():
             values = ", ".join(str(value) for value in table[name].dropna().unique()[:5])
             yield f"`{name}` differs within a row of the summary ({values}): averaged over"
 
@@ -110,13 +164,13 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
 
 @lru_cache(maxsize=64)
 def _draws(n: int, seed: int) -> Array:
-    """Shares of each of ``n`` documents in resamples, (REPLICAS, n)."""
+    """Return the shares of each of ``n`` documents in resamples, (REPLICAS, n)."""
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=REPLICAS)
     return counts / n
 
 
 def mean_interval(values: Array, seed: int = 0) -> Interval:
-    """Of a mean over documents, (n,): percentiles of the bootstrap, at levels moved outwards.
+    """Return the interval of a mean over documents, (n,): expanded percentiles of the bootstrap.
 
     Plain percentiles are too narrow for few documents; by Hesterberg's expanded percentiles
     (2015, arXiv:1411.5279) they are as wide as Student's t of normal data.  Of fewer
@@ -137,56 +191,48 @@ def _expanded(n: int) -> tuple[float, float]:
 
 
 def share_interval(values: Array) -> Interval:
-    """Of a mean of shares, (n,) from 0 to 1: Clopper and Pearson's (1934) exact interval.
+    """Return Clopper and Pearson's (1934) exact interval of a mean of shares, (n,) from 0 to 1.
 
     Shares that are not all 0 or 1 scatter less than a binomial: for them it is wide.
     """
     n, hits, tail = len(values), float(values.sum()), (1 - LEVEL) / 2
-    if not n:
-        nothing = float("nan")
-        return Interval(nothing, nothing, nothing, LEVEL, "Clopper-Pearson")
     low = special.betaincinv(hits, n - hits + 1, tail) if hits > 0 else 0.0
     high = special.betaincinv(hits + 1, n - hits, 1 - tail) if hits < n else 1.0
-    return Interval(hits / n, float(low), float(high), LEVEL, "Clopper-Pearson")
+    ends = (hits / n, float(low), float(high)) if n else (float("nan"),) * 3
+    return Interval(*ends, LEVEL, "Clopper-Pearson")
 
 
 def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A row a setting; where rates were tuned, a row a rate."""
+    """Return a row a setting; where rates were tuned, a row a rate."""
     keys = [*BASE, "split", *METHOD, "inner_steps", "tuned_lr"]
     rows = []
     for key, group in table.groupby(keys, dropna=False):
         good = group[group["error"].isna()]
-        documents = good.groupby("doc_sha256")[[*OUTCOMES, *ACCURACY, *SPENT]].mean()
+        documents = good.groupby("doc_sha256")[[*OUTCOMES, *MEANS]].mean()
         row: dict[str, Any] = dict(zip(keys, key, strict=True))
         row |= {"documents": len(documents), "seeds": good["seed"].nunique()}
-        row |= {"records": len(group), "errors": len(group) - len(good)}
+        row |= {"records": len(group), "errors": int(group["error"].notna().sum())}
         for name in OUTCOMES:
             found = mean_interval(documents[name].dropna().to_numpy(), seed)
             row |= {name: found.estimate, f"{name}_sd": documents[name].std()}
             row |= {f"{name}_low": found.low, f"{name}_high": found.high}
         share = share_interval(documents["accuracy_after"].dropna().to_numpy())
-        row |= {name: documents[name].mean() for name in (*ACCURACY, *SPENT)}
+        row |= {name: documents[name].mean() for name in MEANS}
         row |= {"accuracy_after_low": share.low, "accuracy_after_high": share.high}
-        row |= _gain(documents, share)
+        before = documents["accuracy_before"].dropna().unique()
+        if len(before) == 1:  # all begin with the same share: the interval of the gain is exact
+            row |= {"accuracy_gain_low": share.low - before[0]}
+            row |= {"accuracy_gain_high": share.high - before[0]}
         rows.append({**row, "accepted": group["accepted"].astype(float).mean()})
     return pd.DataFrame(rows).astype(dict.fromkeys(WHOLE[:-1], "Int64"))
 
 
-def _gain(documents: pd.DataFrame, share: Interval) -> dict[str, float]:
-    """The interval of the accuracy gained, exact where all documents begin with the same share."""
-    before = documents["accuracy_before"].dropna().unique()
-    if len(before) != 1:
-        return {}
-    low, high = share.low - float(before[0]), share.high - float(before[0])
-    return {"accuracy_gain_low": low, "accuracy_gain_high": high}
-
-
-def _document_means(table: pd.DataFrame, keys: Sequence[str], names: list[str]) -> pd.DataFrame:
+def _document_means(table: pd.DataFrame, keys: list[str], names: list[str]) -> pd.DataFrame:
     return table.groupby([*keys, "doc_sha256"], dropna=False)[names].mean().reset_index()
 
 
-def tested(table: pd.DataFrame) -> pd.DataFrame:
-    """The records of test documents that have a result after some step."""
+def _tested(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the records of test documents that have a result after some step."""
     good = (table["split"] == "test") & table["error"].isna()
     return table[good & (table["inner_steps"] > 0)]
 
@@ -195,21 +241,21 @@ def tested(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired(table: pd.DataFrame) -> pd.DataFrame:
-    """Each method less ``lora_doc``, by test document, at equal rank, steps and tokens.
+    """Compare each method with ``lora_doc``, by test document, at equal rank, steps and tokens.
 
     Only seeds that both have are compared, and averaged within a document.  ``low`` to ``high``
     and ``p`` are Student's t over documents, ``wilcoxon_p`` the signed-rank test, ``holm_p`` is
     ``p`` by Holm (1979) over all comparisons of a base: those of self-edits, and apart from them
     those of the references.  A method without a rank stands beside each rank.
     """
-    good, place = tested(table), [*BASE, "lora_rank", "inner_steps", "tokens_processed"]
+    good, place = _tested(table), [*BASE, "lora_rank", "inner_steps", "tokens_processed"]
     cells = _document_means(good, [*place, "method", "iteration", "seed"], OUTCOMES)
     raw = cells[cells["method"] == RAW].drop(columns=["method", "iteration"])
     others = cells[~cells["method"].isin(["none", RAW])]
-    without = others["lora_rank"].isna()
+    alone = others["lora_rank"].isna()
     ranks = raw[[*BASE, "lora_rank"]].drop_duplicates()
-    spread = others[without].drop(columns="lora_rank").merge(ranks, on=BASE)
-    others = pd.concat([others[~without], spread]) if len(spread) else others[~without]
+    spread = others[alone].drop(columns="lora_rank").merge(ranks, on=BASE)
+    others = pd.concat([others[~alone], spread]) if len(spread) else others[~alone]
     both = others.merge(raw, on=[*place, "doc_sha256", "seed"], suffixes=("", "_raw"))
     for name in OUTCOMES:
         both[f"{name}_more"] = both[name] - both[f"{name}_raw"]
@@ -226,29 +272,26 @@ def paired(table: pd.DataFrame) -> pd.DataFrame:
     found["self_edit"] = ~found["method"].isin(REFERENCES)
     groups = found.groupby([*BASE, "self_edit"])["p"]
     found["holm_p"] = groups.transform(lambda p: holm(p.to_numpy(dtype=float)))
-    clear = found["holm_p"] < 1 - LEVEL
-    found["verdict"] = np.where(
-        clear, np.where(found["difference"] > 0, "better", "worse"), "no evidence"
-    )
+    found["verdict"] = np.where(found["difference"] > 0, "better", "worse")
+    found.loc[found["holm_p"] >= 1 - LEVEL, "verdict"] = "no evidence"
     return found
 
 
 def _compared(group: pd.DataFrame) -> dict[str, Any]:
+    from scipy import stats  # slow to import
+
     values = group["reward_more"].to_numpy()
     found, p = mean_t(values)
     more, _ = mean_t(group["forgetting_more"].to_numpy())
+    names = [f"{name}{end}" for name in OUTCOMES for end in ("", "_raw")]
     return {
         "documents": len(values),
-        **{
-            f"{name}{end}": group[f"{name}{end}"].mean()
-            for name in OUTCOMES
-            for end in ("", "_raw")
-        },
+        **{name: group[name].mean() for name in names},
         "difference": found.estimate,
         "low": found.low,
         "high": found.high,
         "p": p,
-        "wilcoxon_p": wilcoxon(values),
+        "wilcoxon_p": float(stats.wilcoxon(values).pvalue) if np.any(values) else 1.0,
         "forgetting_difference": more.estimate,
         "forgetting_low": more.low,
         "forgetting_high": more.high,
@@ -256,7 +299,7 @@ def _compared(group: pd.DataFrame) -> dict[str, Any]:
 
 
 def mean_t(values: Array) -> tuple[Interval, float]:
-    """Student's t of a mean, (n,), and its p against zero: 1 where nothing scatters."""
+    """Return Student's t of a mean, (n,), and its p against zero: 1 where nothing scatters."""
     n, nothing = len(values), float("nan")
     mean = float(values.mean()) if n else nothing
     error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else nothing
@@ -267,41 +310,31 @@ def mean_t(values: Array) -> tuple[Interval, float]:
     return Interval(mean, mean - reach, mean + reach, LEVEL, "t (documents)"), p
 
 
-def wilcoxon(values: Array) -> float:
-    """p of the signed-rank test; 1 where all differences are zero."""
-    from scipy import stats  # slow to import
-
-    return float(stats.wilcoxon(values).pvalue) if np.any(values) else 1.0
-
-
 def holm(p: Array) -> Array:
-    """Holm's correction of p values, (n,): valid however the tests depend on each other."""
+    """Return Holm's correction of p values, (n,), valid however the tests depend on each other."""
     order = np.argsort(p)
-    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
     found = np.empty_like(p)
-    found[order] = np.minimum(stepped, 1.0)
-    return found
+    found[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(found, 1.0)
 
 
 # --- laws in the steps
 
 
 def laws(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """reward = c·k^a of each method, by its means over test documents; else the reason why not."""
-    good, rows = tested(table), []
+    """Fit reward = c·k^a of each method to its means over test documents, or say why not."""
+    good, rows = _tested(table), []
     for key, group in good[good["method"] != "none"].groupby([*BASE, *METHOD], dropna=False):
         means = group.pivot_table(index="doc_sha256", columns="inner_steps", values="reward")
         row = dict(zip([*BASE, *METHOD], key, strict=True))
         rows.append(row | power_law(means.dropna(), seed))
-    return (
-        pd.DataFrame(rows).astype({"iteration": "Int64", "lora_rank": "Int64"})
-        if rows
-        else (pd.DataFrame())
-    )
+    if not rows:
+        return pd.DataFrame()
+    return pd.DataFrame(rows).astype({"iteration": "Int64", "lora_rank": "Int64"})
 
 
 def power_law(rewards: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
-    """The law of one method, and intervals by the bootstrap over documents.
+    """Return the law of one method, and intervals by the bootstrap over documents.
 
     ``rewards``: documents by k.  Least squares of the logarithm of the means; ``left`` is the
     largest ratio of a mean to the law, less 1.
@@ -309,35 +342,31 @@ def power_law(rewards: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
     none = dict.fromkeys(("c", "c_low", "c_high", "a", "a_low", "a_high", "left"), float("nan"))
     row: dict[str, Any] = {"documents": len(rewards), **none, "reason": ""}
     steps, means = rewards.columns.to_numpy(dtype=float), rewards.mean().to_numpy()
-    reason = _why_none(steps, means, len(rewards))
-    if reason:
+    if reason := _why_none(steps, means, len(rewards)):
         return {**row, "reason": reason}
-    found = fit(
-        pd.DataFrame({"k": steps, "reward": means}),
-        "power",
-        loss="reward",
-        x="k",
-        estimator="least_squares",
-    )
-    row |= {"c": found.parameters["A"], "a": -found.parameters["alpha"]}
-    row["left"] = float(np.expm1(np.abs(found.residuals).max()))
-    for k, at in zip(steps, means * np.exp(-found.residuals), strict=True):
+    x = np.log(steps)
+    weights = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
+
+    def fit(means: Array) -> tuple[Any, Any]:  # (..., k) -> c, a
+        a = np.log(means) @ weights
+        return np.exp(np.log(means).mean(axis=-1) - a * x.mean()), a
+
+    c, a = fit(means)
+    law = c * steps**a
+    left = float(np.expm1(np.abs(np.log(means / law)).max()))
+    for k, at in zip(steps, law, strict=True):
         band = mean_interval(rewards[k].to_numpy(), seed)
         if at < band.low or at > band.high:  # nothing is said where there is no band
-            off = f"{row['left']:.0%} at most"
-            reason = f"the law leaves the interval of the mean at k = {k:g}; off by {off}"
-            return {**row, **none, "reason": reason}
+            reason = f"the law leaves the interval of the mean at k = {k:g}; off by {left:.0%}"
+            return {**row, "reason": f"{reason} at most"}
+    row |= {"c": float(c), "a": float(a), "left": left}
     if len(rewards) < FEW:
         return {**row, "reason": f"{count(len(rewards), 'document')}: too few for an interval"}
     replicas = _draws(len(rewards), seed) @ rewards.to_numpy()
     if (replicas <= 0).any():
         return {**row, "reason": "a mean may be zero or less: no interval"}
-    x = np.log(steps)
-    slopes = np.log(replicas) @ ((x - x.mean()) / np.sum((x - x.mean()) ** 2))
-    constants = np.exp(np.log(replicas).mean(axis=1) - slopes * x.mean())
-    levels = _expanded(len(rewards))
-    for name, values in (("c", constants), ("a", slopes)):
-        row[f"{name}_low"], row[f"{name}_high"] = np.quantile(values, levels)
+    for name, values in zip(("c", "a"), fit(replicas), strict=True):
+        row[f"{name}_low"], row[f"{name}_high"] = np.quantile(values, _expanded(len(rewards)))
     return row
 
 
@@ -358,7 +387,7 @@ def _why_none(steps: Array, means: Array, documents: int) -> str:
 
 
 def restem(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """By iteration, at the largest k: the mean reward of the edits of a document, and its best."""
+    """Return by iteration, at the largest k, the mean and the best reward of a document's edits."""
     rounds = table[table["method"].str.startswith("restem")]
     rounds = rounds[rounds["inner_steps"] == rounds.groupby(BASE)["inner_steps"].transform("max")]
     rows = []
@@ -380,7 +409,7 @@ def restem(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def _proposed(records: pd.DataFrame) -> dict[str, float]:
-    """Of the edits of a document, each as often as it was proposed."""
+    """Summarise the edits of a document, each as often as it was proposed."""
     edits = records.groupby("edit_id").agg({"reward": "mean", "times_proposed": "max"})
     times = edits["times_proposed"].fillna(1)
     mean = float(np.average(edits["reward"], weights=times))
@@ -388,7 +417,7 @@ def _proposed(records: pd.DataFrame) -> dict[str, float]:
 
 
 def pareto_front(forgetting: Array, reward: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Of points, (n,): whether no other forgets no more and gains no less, and one strictly."""
+    """Return of points, (n,), whether no other forgets no more and gains no less, one strictly."""
     front = np.zeros(len(reward), dtype=bool)
     best, at = -np.inf, np.inf
     for i in np.lexsort((-reward, forgetting)):

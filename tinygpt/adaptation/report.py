@@ -11,10 +11,19 @@ import pandas as pd
 from rich.console import Console
 
 from tinygpt import fileio
-from tinygpt.scaling import adaptation_plots, document, images, wording
-from tinygpt.scaling.adaptation import FEW, Adaptation, analyse_adaptation
-from tinygpt.scaling.adaptation_plots import bases, title
-from tinygpt.scaling.adaptation_records import BASE, RAW, by_order, load_records
+from tinygpt.adaptation import plots
+from tinygpt.adaptation.analysis import (
+    BASE,
+    FEW,
+    RAW,
+    Adaptation,
+    analyse_adaptation,
+    by_order,
+    load_records,
+)
+from tinygpt.adaptation.config import RATED
+from tinygpt.adaptation.plots import bases, title
+from tinygpt.scaling import document, images, wording
 from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.wording import count
@@ -38,7 +47,7 @@ TABLES = ("summary", "paired", "laws")
 
 
 def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
-    """Writes the whole report on the records under ``runs``, and prints the answer.
+    """Write the whole report on the records under ``runs``, and print the answer.
 
     Raises ConfigError where there are none or they contradict each other.
     """
@@ -48,10 +57,10 @@ def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
 
 
 def write(adaptation: Adaptation, folder: Path) -> list[Path]:
-    """Writes report, figures and tables; what an earlier analysis left is replaced."""
+    """Write report, figures and tables; what an earlier analysis left is replaced."""
     with fileio.turn(folder):
         fileio.remove_torn(folder, folder / "tensorboard")
-        figures = adaptation_plots.draw(adaptation, folder)
+        figures = plots.draw(adaptation, folder)
         images.write(folder, figures)
         for name in TABLES:
             text = getattr(adaptation, name).to_csv(index=False, lineterminator="\n")
@@ -63,13 +72,13 @@ def write(adaptation: Adaptation, folder: Path) -> list[Path]:
 
 
 def show(adaptation: Adaptation, folder: Path, console: Console | None = None) -> None:
-    """Prints the answer, what each method brings, and where the report lies."""
+    """Print the answer, what each method brings, and where the report lies."""
     brief = outcomes(adaptation, brief=True)
     document.show([*answer(adaptation), *brief, *notes(adaptation)], folder, console)
 
 
 def compose(adaptation: Adaptation, figures: Sequence[str]) -> Iterator[Block]:
-    """The whole report, in the order it is read."""
+    """Yield the whole report, in the order it is read."""
     yield from answer(adaptation)
     yield from outcomes(adaptation)
     yield from differences(adaptation)
@@ -97,7 +106,7 @@ def _pictures(figures: Sequence[str], *names: str) -> Iterator[Block]:
 
 
 def answer(adaptation: Adaptation) -> Iterator[Block]:
-    """In plain words, by base; then from what size on."""
+    """Say it in plain words, by base; then from what size on."""
     yield Heading("Does self-editing beat the raw document?", 1)
     table = adaptation.paired
     edits = table[table["self_edit"]] if len(table) else table
@@ -114,24 +123,24 @@ def answer(adaptation: Adaptation) -> Iterator[Block]:
 
 
 def _verdict(part: pd.DataFrame) -> str:
-    """Of the self-edits of one base."""
+    """Return the answer for the self-edits of one base."""
     better, worse = (part[part["verdict"] == one] for one in ("better", "worse"))
     total = f"{count(len(part), 'comparison')} at equal tokens"
     if len(better):
         wins = better["method"].value_counts()
         which = ", ".join(f"`{name}` {wins[name]}" for name in by_order(wins.index))
-        text = f"yes, in {len(better)} of {total} ({which}); most by "
-        text += f"{_one(better.nlargest(1, 'difference'))}."
+        text = f"yes, in {len(better)} of {total} ({which}); most by {_largest(better)}."
     else:
         text = f"no evidence that it does, in any of {total}; the largest difference is that of "
-        text += f"{_one(part.nlargest(1, 'difference'))}."
+        text += f"{_largest(part)}."
     if len(worse):
-        text += f" It is worse in {len(worse)}; most by {_one(worse.nsmallest(1, 'difference'))}."
+        text += f" It is worse in {len(worse)}; most by {_largest(worse, negative=True)}."
     return text
 
 
-def _one(rows: pd.DataFrame) -> str:
-    row = rows.iloc[0]
+def _largest(rows: pd.DataFrame, negative: bool = False) -> str:
+    """Describe the largest difference."""
+    row = rows.sort_values("difference", ascending=negative, kind="stable").iloc[0]
     more = _signed(row, "forgetting_difference", "forgetting_")
     return (
         f"`{row['method']}` (rank {_rank(row)}, k = {row['inner_steps']}): "
@@ -147,11 +156,7 @@ def _p(value: float, equal: str = "") -> str:
 
 def _from_what_size(part: pd.DataFrame) -> str:
     sizes = sorted(part["base_parameters"].unique())
-    wins = [
-        size
-        for size in sizes
-        if (part[part["base_parameters"] == size]["verdict"] == "better").any()
-    ]
+    wins = sorted(part[part["verdict"] == "better"]["base_parameters"].unique())
     if not wins:
         return f"no evidence at any of the {len(sizes)} sizes of the base."
     if wins == sizes:
@@ -166,10 +171,8 @@ def _from_what_size(part: pd.DataFrame) -> str:
 
 
 def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
-    """What each method brings on test documents, after the fewest and the most steps.
-
-    ``brief``: after the most alone, at the largest rank.
-    """
+    """Say what each method brings on test documents, after the fewest and the most steps;
+    ``brief``: after the most alone, at the largest rank."""
     table = adaptation.summary
     table = table[(table["split"] == "test") & (table["documents"] > 0)]
     if table.empty:
@@ -186,7 +189,7 @@ def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
         if brief:
             ends, rank = [last], part["lora_rank"].max()
             part = part[part["lora_rank"].isna() | (part["lora_rank"] == rank)]
-            name += f" (rank {_text(rank)}, k = {last})"
+            name += f" (rank {_rank({'lora_rank': rank})}, k = {last})"
         part = part[part["inner_steps"].isin(ends) | (part["method"] == "none")]
         rows = [_outcome(row) for row in _by_method(part)]
         kept = [column for column in rows[0] if any(row[column] for row in rows)]
@@ -196,7 +199,7 @@ def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
 
 
 def _by_method(table: pd.DataFrame) -> Iterator[dict[Any, Any]]:
-    """Its rows, those of a method together."""
+    """Yield its rows, those of a method together."""
     for method in by_order(table["method"]):
         yield from table[table["method"] == method].to_dict("records")
 
@@ -205,7 +208,7 @@ BRIEF = ("method", "reward", "forgetting", "accuracy", "failed")
 
 
 def _outcome(row: dict[Any, Any]) -> dict[str, str]:
-    """By column; empty where there is nothing to say."""
+    """Return the cells by column, empty where there is nothing to say."""
     facts = np.isfinite(row["accuracy_after"])
     return {
         "method": f"`{row['method']}`",
@@ -229,17 +232,13 @@ def _share(row: dict[Any, Any]) -> str:
 
 
 def _points(row: dict[str, Any]) -> str:
-    """The accuracy gained and its interval, in points."""
+    """Return the accuracy gained and its interval, in points."""
     mean, low, high = (100 * row[f"accuracy_gain{end}"] for end in ("", "_low", "_high"))
     return f"{mean:+.0f}" + (f" ({low:.0f} to {high:.0f})" if np.isfinite(low) else "")
 
 
 def _rank(row: Any) -> str:
-    return _text(row["lora_rank"])
-
-
-def _text(value: Any) -> str:
-    return wording.UNKNOWN if pd.isna(value) else str(value)
+    return wording.UNKNOWN if pd.isna(row["lora_rank"]) else str(row["lora_rank"])
 
 
 def _plus(value: float) -> str:
@@ -247,7 +246,7 @@ def _plus(value: float) -> str:
 
 
 def _signed(row: Any, name: str, prefix: str = "") -> str:
-    """``+0.12 (0.05 to 0.19)``: to the digits that the interval supports."""
+    """Return ``+0.12 (0.05 to 0.19)``, to the digits that the interval supports."""
     value, low, high = (float(row[end]) for end in (name, f"{prefix}low", f"{prefix}high"))
     if not low < high:
         return _plus(value)
@@ -256,7 +255,7 @@ def _signed(row: Any, name: str, prefix: str = "") -> str:
 
 
 def differences(adaptation: Adaptation) -> Iterator[Block]:
-    """Every method less ``lora_doc``, by steps."""
+    """Compare every method with ``lora_doc``, by steps."""
     table = adaptation.paired
     if table.empty:
         return
@@ -269,16 +268,8 @@ def differences(adaptation: Adaptation) -> Iterator[Block]:
     for name, part in bases(table):
         steps = sorted(part["inner_steps"].unique())
         yield Heading(name, 3)
-        header = [
-            "method",
-            "rank",
-            *(f"k = {k}" for k in steps),
-            "documents",
-            "forgetting",
-            "t",
-            "Wilcoxon",
-            "Holm",
-        ]
+        header = ["method", "rank", *(f"k = {k}" for k in steps), "documents", "forgetting"]
+        header += ["t", "Wilcoxon", "Holm"]
         rows = [
             _difference(group.set_index("inner_steps"), steps)
             for one in by_order(part["method"])
@@ -287,7 +278,10 @@ def differences(adaptation: Adaptation) -> Iterator[Block]:
             )
         ]
         yield Table(header, rows)
-    yield from _unpaired(adaptation)
+    methods = set(adaptation.summary["method"]) - {"none", RAW} - set(table["method"])
+    if methods:
+        names = ", ".join(f"`{name}`" for name in by_order(methods))
+        yield Paragraph(f"Without a document, seed and setting that `{RAW}` has too: {names}.")
 
 
 def _difference(group: pd.DataFrame, steps: Sequence[int]) -> list[str]:
@@ -304,16 +298,8 @@ def _difference(group: pd.DataFrame, steps: Sequence[int]) -> list[str]:
     return [f"`{last['method']}`", _rank(last), *cells, str(last["documents"]), forgetting, *p]
 
 
-def _unpaired(adaptation: Adaptation) -> Iterator[Block]:
-    """Methods that no test document has beside ``lora_doc``."""
-    methods = set(adaptation.summary["method"]) - {"none", RAW} - set(adaptation.paired["method"])
-    if methods:
-        names = ", ".join(f"`{name}`" for name in by_order(methods))
-        yield Paragraph(f"Without a document, seed and setting that `{RAW}` has too: {names}.")
-
-
 def powers(adaptation: Adaptation) -> Iterator[Block]:
-    """reward = c·k^a, where it may be said."""
+    """Say reward = c·k^a, where it may be said."""
     table = adaptation.laws
     if table.empty:
         return
@@ -339,7 +325,7 @@ def _power(row: dict[Any, Any]) -> list[str]:
 
 
 def rounds(adaptation: Adaptation) -> Iterator[Block]:
-    """What the outer loop learned."""
+    """Say what the outer loop learned."""
     table = adaptation.restem
     if table.empty:
         return
@@ -366,13 +352,10 @@ def rounds(adaptation: Adaptation) -> Iterator[Block]:
     yield Table(header, rows)
 
 
-TUNED = ("lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc", "fixed_best_directive")
-
-
 def choices(adaptation: Adaptation) -> Iterator[Block]:
-    """Rates and directives, as the tune documents had them chosen."""
+    """Say which rates were chosen on the tune documents."""
     table = adaptation.records
-    tuned = table["method"].isin(TUNED) & (table["split"] == "test") & table["edit_id"].notna()
+    tuned = table["method"].isin(RATED) & (table["split"] == "test") & table["edit_id"].notna()
     if "edit" not in table or not tuned.any():
         return
     yield Heading("What was chosen")
@@ -394,17 +377,15 @@ def choices(adaptation: Adaptation) -> Iterator[Block]:
 
 
 def _directive(edit: dict[str, Any], rates: set[Any]) -> str:
-    """In words, and whether a rate beyond those tried might be better."""
+    """Say it in words, and whether a rate beyond those tried might be better."""
     ends = {min(rates): "the lowest tried", max(rates): "the highest tried"} if rates else {}
     words = [str(edit.get("source")), f"rate {edit.get('lr', float('nan')):g}"]
     words += [ends[edit.get("lr")]] if len(rates) > 1 and edit.get("lr") in ends else []
-    words += [f"{edit.get('n')} × {edit['aug']}"] if edit.get("aug", "none") != "none" else []
-    words += ["second halves alone"] if edit.get("mask", "all") != "all" else []
     return ", ".join(words)
 
 
 def splits(adaptation: Adaptation) -> Iterator[Block]:
-    """Tune and train documents, beside the test documents that alone count above."""
+    """Show tune and train documents; the test documents alone count above."""
     table = adaptation.summary
     others = table[(table["split"] != "test") & (table["documents"] > 0)]
     others = others[others["inner_steps"] == others.groupby(BASE)["inner_steps"].transform("max")]

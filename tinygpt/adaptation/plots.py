@@ -15,8 +15,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from tinygpt.scaling.adaptation import Adaptation, pareto_front
-from tinygpt.scaling.adaptation_records import BASE, RAW, by_order
+from tinygpt.adaptation.analysis import BASE, RAW, REFERENCES, Adaptation, by_order, pareto_front
 from tinygpt.scaling.drawing import (
     BLACK,
     BLUE,
@@ -29,7 +28,6 @@ from tinygpt.scaling.drawing import (
     RED,
     SKY,
     STYLE,
-    YELLOW,
     panels,
     save,
 )
@@ -42,17 +40,17 @@ COLOURS = {
     RAW: BLUE,
     "lora_edit": SKY,
     "lora_doc+edit": GREEN,
-    "uniform_directive": YELLOW,
-    "fixed_best_directive": ORANGE,
     "oracle": PURPLE,
     "full_ft_doc": GREY,
 }
 MARKERS = "o^sDvP*X"  # of the k, from the least
 TRAIN, TEST = ORANGE, BLUE
+DOTTED: Any = {"linewidth": 0.8, "linestyle": (0, (1, 1))}
+DASHES = (0, (4, 2))
 
 
 def draw(adaptation: Adaptation, folder: Path) -> list[str]:
-    """Writes every figure that applies as PNG and SVG; the names of those, without ending."""
+    """Write every figure that applies as PNG and SVG; return their names, without ending."""
     with mpl.rc_context(STYLE):
         figures = {
             "adaptation_laws": steps(adaptation),
@@ -67,18 +65,21 @@ def title(task: Any, parameters: Any) -> str:
 
 
 def bases(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """By task and size of the base."""
+    """Yield the part of each task and size of the base, with its title."""
     for (task, parameters), part in table.groupby(BASE):
         yield title(task, parameters), part
 
 
 def colours(methods: list[str]) -> dict[str, Any]:
-    """One for each method; iterations from light to dark."""
+    """Return one for each method; iterations from light to dark."""
     rounds = [name for name in methods if name not in COLOURS]
-    found: dict[str, Any] = {name: COLOURS[name] for name in methods if name in COLOURS}
-    for name, depth in zip(rounds[::-1], np.linspace(1.0, 0.4, len(rounds)), strict=True):
-        found[name] = tuple(1 - depth * (1 - part) for part in to_rgb(RED))
-    return {name: found[name] for name in methods}
+    depths = dict(zip(rounds, np.linspace(1.0, 0.4, len(rounds))[::-1], strict=True))
+    return {
+        name: tuple(1 - depths[name] * (1 - part) for part in to_rgb(RED))
+        if name in depths
+        else COLOURS[name]
+        for name in methods
+    }
 
 
 def _tested(adaptation: Adaptation) -> pd.DataFrame:
@@ -90,17 +91,16 @@ def _tested(adaptation: Adaptation) -> pd.DataFrame:
 
 
 def steps(adaptation: Adaptation) -> Figure | None:
-    """A panel a method, a line a rank, with the law where there is one; then against tokens."""
+    """Draw a panel a method, a line a rank, with the law if there is one; then against tokens."""
     table = _tested(adaptation)
     table = table[(table["method"] != "none") & (table["inner_steps"] > 0)]
     if table.empty:
         return None
     parts = list(bases(table))
     rows = [-(-part["method"].nunique() // ACROSS) for _, part in parts]
-    figure = Figure(figsize=(PAGE, sum(1.45 * n + 2.5 for n in rows)))
-    blocks = figure.subfigures(
-        len(parts), 1, squeeze=False, height_ratios=[1.45 * n + 2.5 for n in rows]
-    )
+    heights = [1.45 * n + 2.5 for n in rows]
+    figure = Figure(figsize=(PAGE, sum(heights)))
+    blocks = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=heights)
     for block, (name, part), down in zip(blocks.ravel(), parts, rows, strict=True):
         _block(adaptation, block, name, part, down)
     return figure
@@ -122,30 +122,29 @@ def _block(
         axes.set_title(method, fontsize=7, pad=3)
         axes.axhline(0, color=GREY, linewidth=0.5)
         for rank, lines in raw.groupby("lora_rank") if method != RAW else ():
-            shown = {"color": shades[rank], "linewidth": 0.8, "linestyle": (0, (1, 1))}
-            axes.plot(lines["inner_steps"].astype(float), lines["reward"], **shown)
+            x = lines["inner_steps"].astype(float)
+            axes.plot(x, lines["reward"], color=shades[rank], **DOTTED)
         for rank, line in part[part["method"] == method].groupby("lora_rank", dropna=False):
-            colour = GREY if pd.isna(rank) else shades[rank]
-            _line(adaptation, axes, line, colour)
+            _line(adaptation, axes, line, GREY if pd.isna(rank) else shades[rank])
     grid[0, 0].set_ylim(_shown(part))
     grid[0, 0].set_xscale("log")
-    _plain_steps(grid[0, 0], part)
+    found = sorted(part["inner_steps"].unique())
+    grid[0, 0].set_xticks([float(k) for k in found], [str(k) for k in found])
+    grid[0, 0].xaxis.minorticks_off()
     for axes in grid[:, 0]:
         axes.set_ylabel("reward (nats)")
     for column in range(min(ACROSS, len(methods))):
         grid[(len(methods) - 1 - column) // ACROSS, column].tick_params(labelbottom=True)
     top.supxlabel("inner steps k", fontsize=8)
     marks = [Line2D([], [], color=shades[rank], label=f"rank {rank}") for rank in ranks]
-    marks += [
-        Line2D([], [], color=GREY, linestyle=(0, (1, 1)), linewidth=0.8, label=f"{RAW} there")
-    ]
-    marks += [Line2D([], [], color=BLACK, linestyle=(0, (4, 2)), linewidth=0.8, label="c·k^a")]
+    marks.append(Line2D([], [], color=GREY, label=f"{RAW} there", **DOTTED))
+    marks.append(Line2D([], [], color=BLACK, linestyle=DASHES, linewidth=0.8, label="c·k^a"))
     top.legend(handles=marks, loc="outside upper center", ncols=len(marks))
     _against_tokens(bottom, part, methods)
 
 
 def _shown(part: pd.DataFrame) -> tuple[float, float]:
-    """The means, but of what is below zero no more than there is above: the rest runs off."""
+    """Return limits that hold the means, below zero no more than there is above."""
     low, high = float(part["reward"].min()), max(float(part["reward"].max()), 0.0)
     low = max(min(low, 0.0), -high) if high else low
     room = 0.12 * (high - low or 1.0)
@@ -157,21 +156,10 @@ def _line(adaptation: Adaptation, axes: Axes, line: pd.DataFrame, colour: Any) -
     low, high = (line[f"reward_{end}"].to_numpy() for end in ("low", "high"))
     axes.fill_between(k, low, high, color=colour, alpha=0.2, linewidth=0)
     axes.plot(k, line["reward"], "o-", color=colour, markersize=2.5)
-    first, table = line.iloc[0], adaptation.laws
-    mine = (table["task"] == first["task"]) & (table["method"] == first["method"])
-    mine &= table["base_parameters"] == first["base_parameters"]
-    mine &= table["lora_rank"].fillna(0) == (
-        0 if pd.isna(first["lora_rank"]) else first["lora_rank"]
-    )
-    for c, a in table.loc[mine, ["c", "a"]].dropna().to_numpy(dtype=float):
+    mine = adaptation.laws.merge(line[[*BASE, "method", "lora_rank"]].head(1))
+    for c, a in mine[["c", "a"]].dropna().to_numpy(dtype=float):
         grid = np.geomspace(k.min(), k.max(), 50)
-        axes.plot(grid, c * grid**a, color=BLACK, linewidth=0.6, linestyle=(0, (4, 2)))
-
-
-def _plain_steps(axes: Axes, part: pd.DataFrame) -> None:
-    found = sorted(part["inner_steps"].unique())
-    axes.set_xticks([float(k) for k in found], [str(k) for k in found])
-    axes.xaxis.minorticks_off()
+        axes.plot(grid, c * grid**a, color=BLACK, linewidth=0.6, linestyle=DASHES)
 
 
 def _against_tokens(block: SubFigure, part: pd.DataFrame, methods: list[str]) -> None:
@@ -180,9 +168,9 @@ def _against_tokens(block: SubFigure, part: pd.DataFrame, methods: list[str]) ->
     ranked = part["lora_rank"].isna() | (part["lora_rank"] == part["lora_rank"].max())
     for method in methods:
         line = part[ranked & (part["method"] == method)]
-        style = "s-" if method in (RAW, "full_ft_doc", "oracle") else "o-"
-        shown: dict[str, Any] = {"color": shades[method], "markersize": 3, "label": method}
-        axes.plot(line["tokens_total"], line["reward"], style, **shown)
+        style = "s-" if method in REFERENCES else "o-"
+        x, y, colour = line["tokens_total"], line["reward"], shades[method]
+        axes.plot(x, y, style, color=colour, markersize=3, label=method)
     axes.axhline(0, color=GREY, linewidth=0.5)
     rank = part["lora_rank"].max()
     axes.set(xscale="log", ylabel="reward (nats)", ylim=_shown(part))
@@ -198,7 +186,7 @@ def _against_tokens(block: SubFigure, part: pd.DataFrame, methods: list[str]) ->
 
 
 def pareto(adaptation: Adaptation) -> Figure | None:
-    """Reward against forgetting, test documents, with the front of each base."""
+    """Draw reward against forgetting on test documents, with the front of each base."""
     table = _tested(adaptation)
     if table.empty:
         return None
@@ -217,8 +205,8 @@ def pareto(adaptation: Adaptation) -> Figure | None:
             hollow = len(ranks) > 1 and row["lora_rank"] == ranks[0]
             face = "white" if hollow else shades[row["method"]]
             shown: dict[str, Any] = {"color": shades[row["method"]], "markerfacecolor": face}
-            mark = markers[row["inner_steps"]]
-            axes.plot(row["forgetting"], row["reward"], mark, markersize=4, **shown)
+            shown |= {"marker": markers[row["inner_steps"]], "markersize": 4, "linestyle": ""}
+            axes.plot(row["forgetting"], row["reward"], **shown)
         axes.set(xlabel=FORGETTING, ylabel=REWARD)
     marks = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in shades.items()]
     marks += [
@@ -237,19 +225,20 @@ def pareto(adaptation: Adaptation) -> Figure | None:
 
 
 def _front(axes: Axes, part: pd.DataFrame) -> None:
-    """As steps: what is reached at no more than so much forgetting, without the answers' edits."""
+    """Draw as steps what is reached at no more than so much forgetting, without ``oracle``."""
     part = part[part["method"] != "oracle"]
     x, y = part["forgetting"].to_numpy(), part["reward"].to_numpy()
     front = part[pareto_front(x, y)].sort_values("forgetting")
-    shown: dict[str, Any] = {"color": BLACK, "linewidth": 0.8, "drawstyle": "steps-post"}
-    axes.plot(front["forgetting"], front["reward"], **shown, zorder=1)
+    axes.step(
+        front["forgetting"], front["reward"], where="post", color=BLACK, linewidth=0.8, zorder=1
+    )
 
 
 # --- by iteration
 
 
 def iterations(adaptation: Adaptation) -> Figure | None:
-    """Mean and best reward of the edits of a document, by iteration."""
+    """Draw mean and best reward of the edits of a document, by iteration."""
     table = adaptation.restem
     if table.empty:
         return None
@@ -278,25 +267,21 @@ def _rounds(axes: Axes, part: pd.DataFrame) -> None:
         if line.empty:
             continue
         x = line["iteration"].to_numpy(dtype=float) + aside
-        several = line["edits"].max() > 1
-        for name, style, word in (("mean", "o-", "mean"), ("best", "^--", "best")):
-            if name == "best" and not several:
+        edits = line["edits"].max()
+        for name, style in (("mean", "o-"), ("best", "^--")):
+            if edits <= 1 and name == "best":
                 continue
+            label = f"{split}: {name} of {edits:.2g} edits" if edits > 1 else f"{split}: mean"
             reach = np.stack([line[name] - line[f"{name}_low"], line[f"{name}_high"] - line[name]])
             bars: dict[str, Any] = {"color": colour, "markersize": 3.5, "elinewidth": 0.8}
-            label = (
-                f"{split}: {word} of {line['edits'].max():.2g} edits"
-                if several
-                else f"{split}: mean"
-            )
             axes.errorbar(x, line[name], yerr=reach, fmt=style, **bars, label=label)
 
 
 def _level(adaptation: Adaptation, axes: Axes, place: tuple[Any, ...]) -> None:
-    """What the raw document gives, on test documents."""
+    """Draw what the raw document gives, on test documents."""
     table = _tested(adaptation)
     table = table[table["method"] == RAW]
     for name, value in zip([*BASE, "lora_rank", "inner_steps"], place, strict=True):
         table = table[table[name] == value]
     for level in table["reward"]:
-        axes.axhline(level, color=GREY, linewidth=0.8, linestyle=(0, (1, 1)), label=f"test: {RAW}")
+        axes.axhline(level, color=GREY, label=f"test: {RAW}", **DOTTED)
