@@ -331,7 +331,7 @@ def rate_part(config: Config, cache: Path) -> Any:
 def data_part(config: Config, cache: Path) -> Any:
     """What is trained on and what is scored, token by token."""
     data = TokenData(
-        prepare(open_corpus(config.data), config.data, config.tokenizer, cache), config
+        config, prepare(open_corpus(config.data), config.data, config.tokenizer, cache)
     )
     train_tokens = data.splits["train"].gather(data.windows.starts, data.length + 1).tolist()
     scored = {

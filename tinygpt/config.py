@@ -450,6 +450,19 @@ class Config:
     plan: bool = False
     fit: bool = True
 
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps.  Raises ConfigError where only the data decides it."""
+        train = self.train
+        if train.steps is not None:
+            return train.steps
+        if train.tokens is not None:
+            return train.tokens // train.batch_tokens
+        raise ConfigError(
+            "steps: follows from the data; after data.prepare_data() and data.setup() it is "
+            "data.plan.total_steps"
+        )
+
 
 class Settings(Protocol):
     """What every command that can be swept has in its configuration: where it runs, how it is

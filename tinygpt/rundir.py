@@ -217,20 +217,26 @@ def read_config(path: Path) -> Config:
 
     Raises ConfigError, naming the file, where it is not one.
     """
-    values = _literal(fileio.read_yaml(path))
+    values = fileio.read_yaml(path)
     try:
-        for name in REMOVED:  # keys of earlier versions
-            section, _, last = name.partition(".")
-            (values.get(section) or {}).pop(last, None)
-        typed = OmegaConf.structured(Config)
-        for group in CHOICES:
-            typed[group] = OmegaConf.structured(variant(group, values[group]))
-        config = OmegaConf.to_object(OmegaConf.merge(typed, values))
-        assert isinstance(config, Config)
-        _check_tables(config)
+        return config_from(values)
     except (ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
         reason = one_line(error)
         raise ConfigError(f"{path}: not the configuration of a run ({reason})") from error
+
+
+def config_from(values: dict[str, Any]) -> Config:
+    """Return the configuration with these plain values; what they lack has its default."""
+    values = _literal(values)
+    for name in REMOVED:  # keys of earlier versions
+        section, _, last = name.partition(".")
+        (values.get(section) or {}).pop(last, None)
+    typed = OmegaConf.structured(Config)
+    for group in CHOICES:
+        typed[group] = OmegaConf.structured(variant(group, values[group]))
+    config = OmegaConf.to_object(OmegaConf.merge(typed, values))
+    assert isinstance(config, Config)
+    _check_tables(config)
     return config
 
 

@@ -15,13 +15,12 @@ from rich.console import Console
 
 from tinygpt import fileio, rundir, signals
 from tinygpt.config import Config
-from tinygpt.counting import count_parameters, flops_per_token
+from tinygpt.counting import count_parameters
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
 from tinygpt.data.survey import Survey
-from tinygpt.horizon import derive
 from tinygpt.model.generate import generate
-from tinygpt.model.lora import add_lora, check_peft
+from tinygpt.model.lora import check_peft
 from tinygpt.trained import initial_weights
 from tinygpt.training.branching import Branch
 from tinygpt.training.callbacks import Checkpoints, Interrupts, Journal, ProgressBar
@@ -41,7 +40,6 @@ from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
 from tinygpt.training.results import make_results, sizes_of
 from tinygpt.training.trainer import (
-    PASS_TOKENS,
     AtomicCheckpoints,
     Device,
     ending_together,
@@ -117,16 +115,8 @@ def open_machine(config: Config) -> Device:
 
 def open_data(config: Config, prepared: shards.Prepared, device: Device) -> TokenData:
     """The prepared corpus and, with it known, all that is counted in steps."""
-    data = TokenData(prepared, config)
-    vocab_size = prepared.tokenizer.vocab_size
-    data.plan = derive(
-        config,
-        parameters=count_parameters(config.model, vocab_size).total,
-        flops_per_token=flops_per_token(config.model, vocab_size, lora_rank=config.optim.lora.rank),
-        windows=len(data.windows.starts),
-        devices=device.world_size,
-        pass_tokens=PASS_TOKENS[device.accelerator],
-    )
+    data = TokenData(config, prepared)
+    data.derive_plan(device.accelerator, device.world_size)
     return data
 
 
@@ -153,14 +143,8 @@ class Run:
         self.hash, self.console, self.plan = hash_, console, data.plan
         self.compiled, self.keep_at = compiled, frozenset(keep_at)
         self.tokenizer = data.prepared.tokenizer
-        torch.manual_seed(config.seed)
-        self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
-        if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
-            self.module.double()
-        if initial is not None:
-            self.module.model.load_state_dict(initial)
-        if config.optim.lora.rank is not None:
-            add_lora(self.module.model, config.optim.lora)
+        self.module = LanguageModel(config, plan=self.plan)
+        self.module.build(self.tokenizer.vocab_size, initial)
         self.trainer: pl.Trainer
         self.samples: dict[int, str] = {}  # by step
         self.loggers = Loggers()
@@ -307,10 +291,9 @@ class Run:
         batches = self.data.eval_batches(split, self.plan.micro_batch_size)
         mine = range(self.device.rank, len(batches), self.device.world_size)
         share = (batches[index] for index in mine)
-        reduced = functools.partial(self.trainer.strategy.reduce, reduce_op="sum")
         context = self.trainer.precision_plugin.forward_context()
         info = self.data.splits[split].info
-        return score(self.module.model, share, info, self.module.device, context, reduced)
+        return score(self.module.model, share, info, self.module.device, context)
 
     def _evaluate_val(self) -> Scores:
         return self._evaluate("val")

@@ -24,11 +24,10 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
 from tinygpt import fileio, rundir, signals
 from tinygpt.config import ConfigError, HardwareConfig, RunError
+from tinygpt.horizon import PASS_TOKENS as PASS_TOKENS
 from tinygpt.horizon import Plan
 from tinygpt.trained import check_sums, usable_device
 
-# Tokens that a device takes well in one pass: beyond that a larger pass is not faster.
-PASS_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}
 LIGHTNING_PRECISION = {"32": "32-true", "64": "64-true"}
 
 
@@ -173,6 +172,7 @@ def make_trainer(
             min_epochs=0,
             accumulate_grad_batches=plan.accumulate,
             logger=False,
+            log_every_n_steps=0,
             callbacks=callbacks,
             plugins=plugins,
             deterministic="warn",
