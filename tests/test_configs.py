@@ -520,6 +520,8 @@ ELSEWHERE = {
     "hardware.strategy": "test_srun_and_torchrun_say_which_process_this_is",
     "seed": "test_a_seed_gives_the_same_bits_and_another_seed_others",
     "force": "test_force_trains_anew",
+    "trainer": "test_flags_of_the_trainer_reach_it",
+    "callbacks": "test_callbacks_of_the_users_own",
 }
 IN_SWEEPS = {  # keys that only a sweep reads: the tests there
     "launcher.kind": "test_engines_agree",
@@ -575,6 +577,7 @@ def test_no_key_is_left_out() -> None:
         "lora",
         "guards",
         "readers",
+        "lightning",
     )
     text = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in files)
     assert all(

@@ -178,3 +178,81 @@ def test_what_the_recipe_decides_is_refused(words: list[str]) -> None:
     data.setup()
     with pytest.raises(ConfigError, match=r"^LanguageModel: needs TokenData"):
         trainer_of(config).fit(LanguageModel(config), data.train_dataloader())
+
+
+# The same from the command
+
+
+def trained(words: list[str]) -> dict[str, Any]:
+    return train(compose(*words), words, Console(quiet=True))
+
+
+def test_flags_of_the_trainer_reach_it(words: list[str], tmp_path: Path) -> None:
+    whole = trained(words)
+    part = trained([*words, "trainer.limit_val_batches=1", "trainer.profiler=simple"])
+    assert part["config_hash"] != whole["config_hash"]
+    assert part["final_val_loss"] != whole["final_val_loss"]
+    assert part["final_train_loss"] == whole["final_train_loss"]
+    profile = tmp_path / "outputs" / "runs" / part["run_name"] / "fit-profile.txt"
+    assert "run_training_batch" in profile.read_text()
+
+    before = sorted(tmp_path.rglob("*"))
+    tried = trained([*words, "trainer.fast_dev_run=true"])
+    assert tried["status"] == "fast_dev_run"
+    assert tried["final_val_loss"] > 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_callbacks_of_the_users_own(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They see the metrics, and their state goes through the checkpoints of the run."""
+    (tmp_path / "my_code.py").write_text(CALLBACK)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["+callbacks.mine._target_=my_code.Mine", "+callbacks.mine.text=hello"]
+    results = trained([*words, *own])
+    run = tmp_path / "outputs" / "runs" / results["run_name"]
+    seen = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]["Mine"]
+    assert seen["text"] == "hello"
+    assert seen["steps"] == 12
+    assert seen["val_loss"] == results["final_val_loss"]
+    assert trained(words)["config_hash"] != results["config_hash"]
+    for target, line in {
+        "my_code.Nothing": "callbacks.mine: AttributeError: module 'my_code' has no attribute",
+        "pathlib.PurePath": "callbacks.mine: TypeError: ",
+        "builtins.dict": "callbacks.mine: builtins.dict is no Callback of Lightning",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^{line}"):
+            trained([*words, f"+callbacks.mine._target_={target}", "+callbacks.mine.text=hello"])
+
+
+CALLBACK = """
+from lightning.pytorch.callbacks import Callback
+
+class Mine(Callback):
+    def __init__(self, text):
+        self.state = {"text": text, "steps": 0}
+    def on_train_batch_end(self, trainer, *_):
+        self.state["steps"] = trainer.global_step
+    def on_validation_end(self, trainer, module):
+        self.state["val_loss"] = float(trainer.callback_metrics["val_loss"])
+    def state_dict(self):
+        return self.state
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("trainer.max_steps=5", "trainer.max_steps=5: is decided by train.steps"),
+        ("+trainer.precision=16", "trainer.precision=16: is decided by train.precision"),
+        ("trainer.devices=2", "trainer.devices=2: is decided by hardware.devices"),
+        ("trainer.fast_dev_rum=true", "trainer.fast_dev_rum: no such key; did you mean "),
+        ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0: must be at least 1"),
+        ("+callbacks.ema.decay=1", "callbacks.ema: needs +callbacks.ema._target_=MODULE.CLASS"),
+    ],
+)
+def test_a_flag_that_is_not_for_the_user_is_refused(word: str, line: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose(word)
+    assert str(refused.value).startswith(line)

@@ -59,6 +59,11 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     values.pop("init_from")
     if not config.train.skip_nonfinite:  # runs from before there was this key keep their hash
         values["train"].pop("skip_nonfinite")
+    # neither counts unless it is used, and a profiler never does
+    trainer = {k: v for k, v in values.pop("trainer").items() if v and k != "profiler"}
+    values |= {"trainer": trainer} if trainer else {}
+    if not config.callbacks:
+        values.pop("callbacks")
     for name in ("encoding", "delimiter", "header"):
         if values["data"].get(name, 0) is None:
             values["data"].pop(name)

@@ -180,6 +180,8 @@ class Journal(pl.Callback):
             "tokens_per_second": state["tokens_per_second"],
             "peak_memory_bytes": peak_memory(module.device.type),
         }
+        if counted:
+            module.log("train_loss", stats.loss_sum / counted)
         module.stats = StepStats(module.device)
         self._note_spike(largest, since, step)
         scores = None

@@ -46,8 +46,10 @@ from tinygpt.training.trainer import (
     fit,
     leave_with_parent,
     make_trainer,
+    own_callbacks,
     quiet_lightning,
     resolve_device,
+    validate,
 )
 
 log = logging.getLogger("tinygpt")
@@ -64,6 +66,7 @@ def train(
     for cannot be had, RunError where a run fails on its way.
     """
     device = open_machine(config)
+    callbacks = own_callbacks(config.callbacks)
     if device.rank > 0:
         console = Console(quiet=True)
         if signals.PARENT in os.environ:
@@ -78,6 +81,8 @@ def train(
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
     data = open_data(config, prepared, device)
     assert data.plan is not None
+    if config.trainer.fast_dev_run:
+        return fast_dev_run(config, run, data, device, callbacks, console)
     begun = fileio.read_json(run.environment) if run.last.exists() and not config.force else {}
     chosen = choose_threads(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
     rounds = rounding(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
@@ -86,7 +91,7 @@ def train(
         Run, config, run, data, device, hash_, console, rounds["compile"], initial
     )
     if device.rank > 0:  # the first process has the folder, and waits for this one to train
-        return made().train(bool(begun))
+        return made().train(bool(begun), callbacks)
     with run.locked(), failures_recorded(run):
         found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
@@ -97,7 +102,7 @@ def train(
             if chosen is not None:
                 log.info("threads %s", chosen)
             resuming = begin(config, run, prepared, device, hash_, rounds, branch)
-            results = made(branch.keep_at if branch else ()).train(resuming)
+            results = made(branch.keep_at if branch else ()).train(resuming, callbacks)
     print_summary(run, results, console)
     return results
 
@@ -111,6 +116,25 @@ def open_machine(config: Config) -> Device:
     if config.optim.lora.rank is not None:
         check_peft()
     return device
+
+
+def fast_dev_run(
+    config: Config,
+    run: rundir.RunDir,
+    data: TokenData,
+    device: Device,
+    callbacks: list[pl.Callback],
+    console: Console,
+) -> dict[str, Any]:
+    """Train a step and validate a batch, to see whether all of it works; no folder is made."""
+    assert data.plan is not None
+    trainer = make_trainer(run, data.plan, device, callbacks, 1, config.trainer)
+    module = LanguageModel(config)
+    with ending_together(trainer), quiet_lightning():
+        trainer.fit(module, datamodule=data)
+    loss = float(trainer.callback_metrics["val_loss"])
+    console.print(f"fast_dev_run: one step done, val loss {loss:.4f} of one batch; nothing is kept")
+    return {"status": "fast_dev_run", "final_val_loss": loss}
 
 
 def open_data(config: Config, prepared: shards.Prepared, device: Device) -> TokenData:
@@ -153,7 +177,7 @@ class Run:
             config,
             self.plan,
             self.metrics,
-            self._evaluate_val,
+            self._validate,
             self._sample,
             self.module,
             self.loggers,
@@ -161,22 +185,24 @@ class Run:
         self.interrupts = Interrupts(run, config, self.plan)
         self.writes = device.rank == 0
 
-    def train(self, resuming: bool, watchers: Sequence[pl.Callback] = ()) -> dict[str, Any]:
-        """``watchers`` are called after the run's own callbacks."""
+    def train(self, resuming: bool, own: Sequence[pl.Callback] = ()) -> dict[str, Any]:
+        """``own`` are the user's callbacks, called first, as the run's save their state."""
         last = self._open_records(resuming)
         with self.loggers:
-            return self._train(resuming, last, watchers)
+            return self._train(resuming, last, own)
 
-    def _train(self, resuming: bool, last: int, watchers: Sequence[pl.Callback]) -> dict[str, Any]:
+    def _train(self, resuming: bool, last: int, own: Sequence[pl.Callback]) -> dict[str, Any]:
         callbacks: list[pl.Callback] = [
+            *own,
             self.journal,
             Checkpoints(self.run, self.plan, self.journal, self.keep_at),
             self.interrupts,
         ]
         if self.writes and self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
-        callbacks += watchers
-        self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, last)
+        self.trainer = make_trainer(
+            self.run, self.plan, self.device, callbacks, last, self.config.trainer
+        )
         if self.compiled == "on":
             self.module.model.compile()  # in place: no key of a checkpoint changes
         ckpt_path = str(self.run.last) if resuming else None
@@ -295,8 +321,11 @@ class Run:
         info = self.data.splits[split].info
         return score(self.module.model, share, info, self.module.device, context)
 
-    def _evaluate_val(self) -> Scores:
-        return self._evaluate("val")
+    def _validate(self) -> Scores:
+        """Score the validation split in Lightning's own loop, which the user's callbacks see."""
+        validate(self.trainer)
+        assert self.module.scores is not None
+        return self.module.scores
 
     def _sample(self, step: int) -> None:
         """Puts text of the model, as it is at ``step``, into samples.txt."""
@@ -340,7 +369,7 @@ class Run:
         if self.journal.state["status"] == "diverged" or self.interrupts.received is not None:
             return None, None
         self._sample(self.trainer.global_step)
-        final = self.journal.scores or self._evaluate_val()
+        final = self.journal.scores or self._evaluate("val")
         test = self._evaluate("test") if "test" in self.data.splits else None
         return final, test
 
