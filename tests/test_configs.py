@@ -331,7 +331,7 @@ def rate_part(config: Config, cache: Path) -> Any:
 def data_part(config: Config, cache: Path) -> Any:
     """What is trained on and what is scored, token by token."""
     data = TokenData(
-        prepare(open_corpus(config.data), config.data, config.tokenizer, cache), config
+        config, prepare(open_corpus(config.data), config.data, config.tokenizer, cache)
     )
     train_tokens = data.splits["train"].gather(data.windows.starts, data.length + 1).tolist()
     scored = {
@@ -520,6 +520,8 @@ ELSEWHERE = {
     "hardware.strategy": "test_srun_and_torchrun_say_which_process_this_is",
     "seed": "test_a_seed_gives_the_same_bits_and_another_seed_others",
     "force": "test_force_trains_anew",
+    "trainer": "test_flags_of_the_trainer_reach_it",
+    "callbacks": "test_callbacks_of_the_users_own",
 }
 IN_SWEEPS = {  # keys that only a sweep reads: the tests there
     "launcher.kind": "test_engines_agree",
@@ -575,6 +577,7 @@ def test_no_key_is_left_out() -> None:
         "lora",
         "guards",
         "readers",
+        "lightning",
     )
     text = "".join((ROOT / f"tests/test_{name}.py").read_text() for name in files)
     assert all(

@@ -43,7 +43,7 @@ def plan(batch_size: int, micro: int, world_size: int = 1, total_steps: int = 50
 
 def opened(config: Config, cache: Path) -> TokenData:
     return TokenData(
-        prepare(open_corpus(config.data), config.data, config.tokenizer, cache), config
+        config, prepare(open_corpus(config.data), config.data, config.tokenizer, cache)
     )
 
 
@@ -183,7 +183,7 @@ def test_fraction_is_a_prefix_of_the_windows(corpus: Path, cache: Path, data: To
 
 def loader(data: TokenData, plan_: Plan, global_step: int) -> Iterator[Any]:
     """The batches that Lightning would draw, beginning at ``global_step``."""
-    made = TokenData(data.prepared, data.config)
+    made = TokenData(data.config, data.prepared)
     made.plan = plan_
     device = SimpleNamespace(root_device=torch.device("cpu"))
     made.trainer = SimpleNamespace(  # type: ignore[assignment]
@@ -290,7 +290,7 @@ def test_no_floor_where_a_story_is_longer_than_the_window(synthetic: TokenData) 
     config = dataclasses.replace(
         synthetic.config, model=dataclasses.replace(synthetic.config.model, max_seq_len=64)
     )
-    short = TokenData(synthetic.prepared, config)
+    short = TokenData(config, synthetic.prepared)
     assert short.floor("val") is None
     lengths = {inputs.shape[1] for inputs, _ in short.eval_batches("val", 4)}
     assert lengths == {64}

@@ -181,8 +181,8 @@ def test_a_hugging_face_model_is_gone_on_with(
     results = run(words, tmp_path, cache)
     made = load_run(tmp_path / "runs" / "r")
     data = TokenData(
-        prepare(open_corpus(made.config.data), made.config.data, made.config.tokenizer, cache),
         made.config,
+        prepare(open_corpus(made.config.data), made.config.data, made.config.tokenizer, cache),
     )
     losses = []
     for inputs, targets in data.eval_batches("val", 1):
@@ -274,8 +274,8 @@ def test_documents_start_as_their_tokenizers_folder_does_it(
 
     made = load_run(tmp_path / "runs" / "r")
     data = TokenData(
-        prepare(open_corpus(made.config.data), made.config.data, made.config.tokenizer, cache),
         made.config,
+        prepare(open_corpus(made.config.data), made.config.data, made.config.tokenizer, cache),
     )
     documents = list(split_documents(open_corpus(made.config.data), made.config.data))
     texts = [document.text for split, document in documents if split == "val"]

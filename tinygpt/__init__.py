@@ -5,22 +5,45 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tinygpt.config import Config
+    from tinygpt.data.datamodule import TokenData as TokenData
     from tinygpt.evaluating.runs import evaluate_runs as evaluate_runs
     from tinygpt.evaluating.runs import loss_by_position as loss_by_position
     from tinygpt.evaluating.table import compare as compare
     from tinygpt.trained import TrainedRun as TrainedRun
     from tinygpt.trained import load_run as load_run
+    from tinygpt.training.module import LanguageModel as LanguageModel
 
 __version__ = "0.1.0"
-__all__ = ["TrainedRun", "compare", "evaluate_runs", "load_run", "loss_by_position"]
-
 _HOME = {
+    "LanguageModel": "tinygpt.training.module",
+    "TokenData": "tinygpt.data.datamodule",
     "TrainedRun": "tinygpt.trained",
     "compare": "tinygpt.evaluating.table",
     "evaluate_runs": "tinygpt.evaluating.runs",
     "load_run": "tinygpt.trained",
     "loss_by_position": "tinygpt.evaluating.runs",
 }
+__all__ = [
+    "LanguageModel",
+    "TokenData",
+    "TrainedRun",
+    "compare",
+    "compose",
+    "evaluate_runs",
+    "load_run",
+    "loss_by_position",
+]
+
+
+def compose(*overrides: str) -> Config:
+    """Return the configuration of ``python -m tinygpt.run`` with these ``key=value`` words.
+
+    Raises ConfigError, one line, for a mistake in them.
+    """
+    from tinygpt.cli import compose_config
+
+    return compose_config(overrides)
 
 
 def __getattr__(name: str) -> Any:

@@ -93,9 +93,9 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 def key_names(section: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of every leaf of a configuration or of a schema class, but an experiment's
-    tables of values."""
+    tables of values and the arguments of the user's callbacks."""
     for item in dataclasses.fields(section):
-        if item.name == "sweep":
+        if item.name in ("sweep", "callbacks"):
             continue
         value = getattr(section, item.name, None)
         if dataclasses.is_dataclass(value):
@@ -176,6 +176,12 @@ def check(config: Config) -> None:
         config.hardware.devices != 0,
         "hardware.devices=0: must be at least 1, or -1 for all there are",
     )
+    for name, callback in config.callbacks.items():
+        target = callback.get("_target_") if isinstance(callback, dict) else None
+        require(
+            isinstance(target, str) and "." in target,
+            f"callbacks.{name}: needs +callbacks.{name}._target_=MODULE.CLASS",
+        )
     check_names({"study": config.study, "run_name": config.run_name, "data.name": data.name})
 
 
@@ -217,6 +223,8 @@ def check_sweepable(config: Settings) -> None:
     Each further process of a run repeats its command: in a sweep it would repeat the sweep.
     """
     hardware = config.hardware
+    trainer = getattr(config, "trainer", None)
+    require(trainer is None or not trainer.fast_dev_run, "trainer.fast_dev_run=true: no --multirun")
     several = {"devices": hardware.devices, "num_nodes": hardware.num_nodes}
     for name, value in several.items():
         require(

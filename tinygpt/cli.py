@@ -268,8 +268,9 @@ def _check_targets(value: Any, name: str = "") -> None:
             _check_targets(inner, name)
     elif isinstance(value, str):
         last = name.rpartition(".")[2]
+        is_callback = re.fullmatch(r"callbacks\.\w+\._target_", name) is not None
         calls = (
-            (last == "_target_" and not value.startswith(TARGETS))
+            (last == "_target_" and not is_callback and not value.startswith(TARGETS))
             or (last in ("()", "class") and value not in LOGGING)
             or ("://" in value and value.startswith(("ext", "cfg")) and value not in STREAMS)
         )

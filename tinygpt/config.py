@@ -338,6 +338,16 @@ class HardwareConfig:
 
 
 @dataclass
+class TrainerConfig:
+    """Flags of Lightning's Trainer beside those that the recipe decides; null: its own default."""
+
+    fast_dev_run: Optional[bool] = None  # one step and one batch of validation; writes no run
+    limit_val_batches: Optional[int] = key(None, least=1)
+    profiler: Optional[str] = key(None, among=("simple", "advanced", "pytorch"))
+    detect_anomaly: Optional[bool] = None
+
+
+@dataclass
 class TensorBoardLog:
     flush_seconds: int = key(10, least=1)
 
@@ -439,6 +449,9 @@ class Config:
     logger: LoggerConfig = MISSING
     launcher: LauncherConfig = MISSING
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    # the user's own, each by its _target_ and its arguments: +callbacks.ema._target_=my_code.EMA
+    callbacks: dict[str, Any] = field(default_factory=dict)
     scale: str = key("laptop", among=SCALES)
     init_from: Optional[str] = None  # a run, or a Hugging Face model, whose weights it begins with
     seed: int = key(42, least=0, most=2**32 - 1)
@@ -449,6 +462,19 @@ class Config:
     force: bool = False
     plan: bool = False
     fit: bool = True
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps.  Raises ConfigError where only the data decides it."""
+        train = self.train
+        if train.steps is not None:
+            return train.steps
+        if train.tokens is not None:
+            return train.tokens // train.batch_tokens
+        raise ConfigError(
+            "steps: follows from the data; after data.prepare_data() and data.setup() it is "
+            "data.plan.total_steps"
+        )
 
 
 class Settings(Protocol):
@@ -500,6 +526,22 @@ REMOVED = {
         ["methods=uniform_directive", "methods=fixed_best_directive"],
         "methods=[lora_doc,restem] compares the document with learned directives",
     ),
+}
+# Flags of Lightning's Trainer that the recipe decides, by the keys that do.
+DECIDED = {
+    "trainer.max_steps": "train.steps",
+    "trainer.max_epochs": "train.epochs",
+    "trainer.accumulate_grad_batches": "hardware.micro_batch_size",
+    "trainer.precision": "train.precision",
+    "trainer.gradient_clip_val": "train.grad_clip_norm",
+    "trainer.log_every_n_steps": "train.log_every",
+    "trainer.val_check_interval": "train.eval_every",
+    "trainer.logger": "logger",
+    "trainer.callbacks": "+callbacks.NAME._target_",
+    **{
+        f"trainer.{name}": f"hardware.{name}"
+        for name in ("accelerator", "devices", "num_nodes", "strategy")
+    },
 }
 # The variants of each group, by their name in conf/.
 CHOICES: dict[str, dict[str, type]] = {

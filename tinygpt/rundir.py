@@ -59,6 +59,11 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     values.pop("init_from")
     if not config.train.skip_nonfinite:  # runs from before there was this key keep their hash
         values["train"].pop("skip_nonfinite")
+    # neither counts unless it is used, and a profiler never does
+    trainer = {k: v for k, v in values.pop("trainer").items() if v and k != "profiler"}
+    values |= {"trainer": trainer} if trainer else {}
+    if not config.callbacks:
+        values.pop("callbacks")
     for name in ("encoding", "delimiter", "header"):
         if values["data"].get(name, 0) is None:
             values["data"].pop(name)
@@ -217,20 +222,26 @@ def read_config(path: Path) -> Config:
 
     Raises ConfigError, naming the file, where it is not one.
     """
-    values = _literal(fileio.read_yaml(path))
+    values = fileio.read_yaml(path)
     try:
-        for name in REMOVED:  # keys of earlier versions
-            section, _, last = name.partition(".")
-            (values.get(section) or {}).pop(last, None)
-        typed = OmegaConf.structured(Config)
-        for group in CHOICES:
-            typed[group] = OmegaConf.structured(variant(group, values[group]))
-        config = OmegaConf.to_object(OmegaConf.merge(typed, values))
-        assert isinstance(config, Config)
-        _check_tables(config)
+        return config_from(values)
     except (ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
         reason = one_line(error)
         raise ConfigError(f"{path}: not the configuration of a run ({reason})") from error
+
+
+def config_from(values: dict[str, Any]) -> Config:
+    """Return the configuration with these plain values; what they lack has its default."""
+    values = _literal(values)
+    for name in REMOVED:  # keys of earlier versions
+        section, _, last = name.partition(".")
+        (values.get(section) or {}).pop(last, None)
+    typed = OmegaConf.structured(Config)
+    for group in CHOICES:
+        typed[group] = OmegaConf.structured(variant(group, values[group]))
+    config = OmegaConf.to_object(OmegaConf.merge(typed, values))
+    assert isinstance(config, Config)
+    _check_tables(config)
     return config
 
 

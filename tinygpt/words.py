@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from tinygpt.checks import did_you_mean
-from tinygpt.config import REMOVED, ConfigError, install
+from tinygpt.config import DECIDED, REMOVED, ConfigError, install
 from tinygpt.explaining import Command, kinds
 
 # A quoted text, or a word alone in its place: the value, or one of a list or of choice(...).
@@ -160,6 +160,8 @@ def check(overrides: Sequence[str], command: Command[Any]) -> None:
         removed = REMOVED.get(name) or REMOVED.get(f"{name}={value}")
         if removed:
             raise ConfigError(f"{name}={value}: removed; {removed}")
+        if name in DECIDED:
+            raise ConfigError(f"{name}={value}: is decided by {DECIDED[name]}")
         if name in FOLDERS and not is_default and "LOCAL_RANK" not in os.environ:
             raise ConfigError(f"{item}: {FOLDERS[name].format(value)}")
         meant = name not in value_types(command) and _synonym(name, value, command)

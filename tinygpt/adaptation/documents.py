@@ -325,7 +325,7 @@ def own_validation(
     """
     run = rundir.RunDir(base.path)
     prepared = own_corpus(run, base.config, base.tokenizer, cache_dir, progress)
-    data = TokenData(prepared, base.config)
+    data = TokenData(base.config, prepared)
     every = data.eval_batches("val", batch_size=1)
     count = min(len(every), -(-tokens // data.length))
     chosen = [every[int(n)] for n in np.linspace(0, len(every) - 1, count).round()]

@@ -8,7 +8,7 @@ that any machine, and any resumed run, sees the same tokens in the same order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,9 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tinygpt.checks import require
 from tinygpt.config import Config, ConfigError
-from tinygpt.data.shards import EvalWindows, Prepared, Split, TrainWindows, kilobytes
-from tinygpt.horizon import Plan
+from tinygpt.counting import count_parameters, flops_per_token
+from tinygpt.data import corpora
+from tinygpt.data.shards import (
+    EvalWindows,
+    Prepared,
+    Split,
+    TrainWindows,
+    cache_root,
+    kilobytes,
+    prepare,
+)
+from tinygpt.horizon import PASS_TOKENS, Plan, derive
 
 IGNORED = -100  # a target that is not scored: padding behind a short window
 Batch = tuple[Tensor, Tensor]  # inputs (B, T), targets (B, T), both int64
@@ -70,7 +81,7 @@ class TrainBatches(Dataset[Batch]):
         return tokens[:, :-1], tokens[:, 1:]  # the one place where labels are shifted
 
 
-class EvalBatches:
+class EvalBatches(Dataset[Batch]):
     """Every target of a split once; short windows are padded with targets that are ignored."""
 
     def __init__(
@@ -122,17 +133,70 @@ class StepLoader(DataLoader[Batch]):
 
 
 class TokenData(pl.LightningDataModule):
-    """The prepared corpus as Lightning wants it."""
+    """The corpus of a configuration: tokenized by ``prepare_data``, opened by ``setup``.
 
-    def __init__(self, prepared: Prepared, config: Config) -> None:
+    ``prepared`` is the tokenized corpus where the caller has it already.
+    """
+
+    prepared: Prepared  # from ``setup`` on, as is all that follows
+    splits: dict[str, Split]
+    windows: TrainWindows
+
+    def __init__(self, config: Config, prepared: Prepared | None = None) -> None:
         super().__init__()
-        self.prepared, self.config = prepared, config
-        self.length = config.model.max_seq_len
-        self.splits = {s: prepared.split(s) for s, info in prepared.index["splits"].items() if info}
-        stride = config.data.stride or self.length
-        self.windows = self.splits["train"].train_windows(self.length, stride, config.data.fraction)
+        self.config, self.length = config, config.model.max_seq_len
+        self.plan: Plan | None = None  # from ``setup`` on
+        if prepared is not None:
+            self._open(prepared)
+
+    def prepare_data(self) -> None:
+        """Tokenize the corpus and write its shards, unless the cache has them."""
+        if not hasattr(self, "prepared"):
+            self._prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the shards, and cut the batch into the passes that the Trainer's devices take."""
+        if not hasattr(self, "prepared"):
+            self._open(self._prepare())
+        if self.trainer is None:
+            self.derive_plan("cpu", devices=1)
+            return
+        device = self.trainer.strategy.root_device
+        plan = self.derive_plan(device.type, self.trainer.world_size)
+        if stage == "fit":
+            asked = self.trainer.accumulate_grad_batches
+            require(
+                asked in (1, plan.accumulate),
+                f"accumulate_grad_batches={asked}: set hardware.micro_batch_size instead",
+            )
+            self.trainer.accumulate_grad_batches = plan.accumulate
+
+    def _prepare(self) -> Prepared:
+        config = self.config
+        corpus, cache = corpora.open_corpus(config.data), cache_root(config.cache_dir)
+        return prepare(corpus, config.data, config.tokenizer, cache, lambda *_: None)
+
+    def _open(self, prepared: Prepared) -> None:
+        data, splits = self.config.data, prepared.index["splits"]
+        self.prepared = prepared
+        self.splits = {name: prepared.split(name) for name, info in splits.items() if info}
+        stride = data.stride or self.length
+        self.windows = self.splits["train"].train_windows(self.length, stride, data.fraction)
         self._refuse_short_splits()
-        self.plan: Plan | None = None  # set before training
+
+    def derive_plan(self, accelerator: str, devices: int) -> Plan:
+        """Set and return ``plan``: everything that is counted in steps on these devices."""
+        config, vocab_size = self.config, self.prepared.tokenizer.vocab_size
+        rank = config.optim.lora.rank
+        self.plan = derive(
+            config,
+            parameters=count_parameters(config.model, vocab_size).total,
+            flops_per_token=flops_per_token(config.model, vocab_size, lora_rank=rank),
+            windows=len(self.windows.starts),
+            devices=devices,
+            pass_tokens=PASS_TOKENS[accelerator],
+        )
+        return self.plan
 
     def _refuse_short_splits(self) -> None:
         for name, split in self.splits.items():
@@ -176,18 +240,40 @@ class TokenData(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> StepLoader:
+        """Return the passes of this device, from the Trainer's next step on."""
         assert self.plan is not None
-        assert self.trainer is not None
+        rank, world_size = self._place()
         batches = TrainBatches(
             self.splits["train"],
             self.windows,
             length=self.length,
             seed=self.config.seed,
             plan=self.plan,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=rank,
+            world_size=world_size,
         )
-        first = self.trainer.global_step * self.plan.accumulate
-        on_cuda = self.trainer.strategy.root_device.type == "cuda"
-        sampler = _FromStep(first, len(batches))
-        return StepLoader(batches, batch_size=None, sampler=sampler, pin_memory=on_cuda)
+        step = 0 if self.trainer is None else self.trainer.global_step
+        return self._loader(batches, _FromStep(step * self.plan.accumulate, len(batches)))
+
+    def val_dataloader(self) -> StepLoader:
+        return self._eval_dataloader("val")
+
+    def test_dataloader(self) -> StepLoader | list[StepLoader]:
+        """Return the batches of the test split; none where the corpus has no such split."""
+        return self._eval_dataloader("test") if "test" in self.splits else []
+
+    def _eval_dataloader(self, split: str) -> StepLoader:
+        assert self.plan is not None
+        batches = self.eval_batches(split, self.plan.micro_batch_size)
+        rank, world_size = self._place()
+        return self._loader(batches, range(rank, len(batches), world_size))
+
+    def _place(self) -> tuple[int, int]:
+        """Return the rank of this process and the number of processes."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def _loader(self, batches: Dataset[Batch], indices: Iterable[int]) -> StepLoader:
+        trainer = self.trainer
+        on_cuda = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        return StepLoader(batches, batch_size=None, sampler=indices, pin_memory=on_cuda)

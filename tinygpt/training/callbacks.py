@@ -26,12 +26,12 @@ from tinygpt.horizon import Plan
 from tinygpt.training.console import clock, short
 from tinygpt.training.evaluation import Scores
 from tinygpt.training.loggers import Loggers
-from tinygpt.training.module import LanguageModel, Stretch
+from tinygpt.training.module import LanguageModel, StepStats
 
 log = logging.getLogger("tinygpt")
 
 
-STRETCH = ("loss_sum", "grad_norm_max", "skipped")
+STATS = ("loss_sum", "grad_norm_max", "skipped")
 SPIKE = 10  # times the usual norm of the gradient, the median of the last lines
 MOST_SKIPPED = 10  # steps in a row
 LEAST_SCALE = 1.0  # of the loss, at 16-mixed; below, half precision gains nothing any more
@@ -87,24 +87,22 @@ class Journal(pl.Callback):
             "untaken": 0,  # in a row until that line, where a whole stretch was skipped
             "grad_norm_spikes": 0,
             "grad_norms": [],  # the largest before each of the last lines
-            **dict.fromkeys(STRETCH, 0.0),  # since that line
+            **dict.fromkeys(STATS, 0.0),  # since that line
         }
         self._mark: float | None = None  # when the stretch that is being timed began
         self._timed_from, self._timed_seconds = 0, 0.0  # since the last line of metrics
 
     def state_dict(self) -> dict[str, Any]:
-        stretch = self._module.stretch
-        return {**self.state, **{name: float(getattr(stretch, name)) for name in STRETCH}}
+        stats = self._module.stats
+        return {**self.state, **{name: float(getattr(stats, name)) for name in STATS}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state.update(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
-        dtype = torch.float32 if pl_module.device.type == "mps" else torch.float64
-        pl_module.stretch = Stretch(torch.zeros((), dtype=dtype, device=pl_module.device))
-        for name in STRETCH:
-            getattr(pl_module.stretch, name).fill_(self.state[name])
+        for name in STATS:
+            getattr(pl_module.stats, name).fill_(self.state[name])
         self._timed_from = trainer.global_step
         if trainer.global_step == 0:
             scores = self._evaluated()
@@ -129,9 +127,9 @@ class Journal(pl.Callback):
         evaluating = step >= plan.total_steps or step % plan.eval_steps == 0
         logging_ = evaluating or step % self.config.train.log_every == 0
         # every process goes on with the mean of all, so that a checkpoint of one tells of all
-        stretch = pl_module.stretch
-        stretch.loss_sum = trainer.strategy.reduce(stretch.loss_sum)
-        measured = (float(stretch.loss_sum), float(stretch.grad_norm_max))  # waits for the device
+        stats = pl_module.stats
+        stats.loss_sum = trainer.strategy.reduce(stats.loss_sum)
+        measured = (float(stats.loss_sum), float(stats.grad_norm_max))  # waits for the device
         finite = all(map(math.isfinite, measured))
         self._stop_clock()
         if logging_ or not finite:  # weights that are not finite are never saved
@@ -160,11 +158,11 @@ class Journal(pl.Callback):
         return step == half and step < total
 
     def _log(self, trainer: pl.Trainer, module: LanguageModel, step: int, evaluating: bool) -> None:
-        state, stretch, since = self.state, module.stretch, self.state["steps"]
-        skipped, largest = int(stretch.skipped), float(stretch.grad_norm_max)
+        state, stats, since = self.state, module.stats, self.state["steps"]
+        skipped, largest = int(stats.skipped), float(stats.grad_norm_max)
         # one that is skipped for its loss scale has a loss all the same
         counted = step - since - (skipped if self.config.train.skip_nonfinite else 0)
-        loss = float(stretch.loss_sum) / counted if counted else None
+        loss = float(stats.loss_sum) / counted if counted else None
         state["untaken"] = 0 if counted else state["untaken"] + skipped
         tokens = (step - self._timed_from) * self.config.train.batch_tokens
         state["tokens_per_second"] = tokens / self._timed_seconds if self._timed_seconds else None
@@ -182,7 +180,9 @@ class Journal(pl.Callback):
             "tokens_per_second": state["tokens_per_second"],
             "peak_memory_bytes": peak_memory(module.device.type),
         }
-        module.stretch = Stretch(torch.zeros_like(stretch.loss_sum))
+        if counted:
+            module.log("train_loss", stats.loss_sum / counted)
+        module.stats = StepStats(module.device)
         self._note_spike(largest, since, step)
         scores = None
         if state["untaken"] >= MOST_SKIPPED:

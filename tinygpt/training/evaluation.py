@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from tinygpt.data.datamodule import IGNORED
 
@@ -46,6 +47,56 @@ class Scores:
         return {f"{split}_{name}": getattr(self, name) for name in names}
 
 
+class TokenScores(Metric):
+    """The sums behind ``Scores``, every scored token counted once; processes are added up.
+
+    In 64 bits where the device has them, and with nothing dropped, as a NaN must show.
+    """
+
+    full_state_update = False
+    sums: Tensor  # (3,): of losses, of right tokens, of tokens
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.add_state("sums", torch.zeros(3, dtype=dtype), dist_reduce_fx="sum")
+        self.to(device)
+
+    def update(self, losses: Tensor, right: Tensor, scored: Tensor) -> None:
+        """Add tokens, ``(N,)`` each: their losses, whether the model was right, which count."""
+        loss = losses.to(self.sums.dtype).masked_fill(~scored, 0).sum()
+        self.sums += torch.stack((loss, (right & scored).sum(), scored.sum()))
+
+    def compute(self) -> Tensor:
+        """Return the mean loss and the accuracy, ``(2,)``."""
+        return self.sums[:2] / self.sums[2]
+
+
+def scores_of(metric: TokenScores, info: dict[str, Any]) -> Scores:
+    """Return what ``metric`` has measured of the split that ``info`` of the index describes.
+
+    The nats of all its tokens that are scored, ends of text included, are set against the bytes
+    and characters of its documents.
+    """
+    loss, accuracy = metric.compute().tolist()
+    bits = loss * (info["tokens"] - _unscored(info)) / math.log(2)
+    return Scores(loss, accuracy, bits / info["bytes"], bits / info["characters"])
+
+
+def _unscored(info: dict[str, Any]) -> int:
+    """Return how many tokens of a split are context alone; then each row is a document."""
+    return len(info["unscored_ids"]) * info["documents"] if "unscored_ids" in info else 0
+
+
+def cut(batch: tuple[Tensor, Tensor], info: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the batch as wide as its longest document, where each row is a document."""
+    inputs, targets = batch
+    if not _unscored(info):
+        return batch
+    width = 1 + int((targets != IGNORED).any(0).nonzero().max())
+    return inputs[:, :width], targets[:, :width]
+
+
 @torch.no_grad()
 def score(
     model: Scored,
@@ -53,40 +104,23 @@ def score(
     info: dict[str, Any],
     device: torch.device,
     autocast: AbstractContextManager[Any] | None = None,
-    reduced: Callable[[Tensor], Tensor] | None = None,
     watch: Callable[[tuple[Tensor, ...], Tensor], None] | None = None,
 ) -> Scores:
-    """Scores ``model`` on ``batches`` of inputs and targets, both ``(B, T)``.
+    """Score ``model`` on ``batches`` of inputs and targets, both ``(B, T)``, of a split.
 
-    ``info`` is the split's entry of the index: the nats of all its tokens that are scored, ends of
-    text included, are set against the bytes and characters of its documents.  ``reduced`` adds up
-    the sums of several processes, each of which scores some of the batches.  ``watch`` is shown,
-    batch by batch, what the model said of its targets and which of them count, ``(B, T)``.
+    ``watch`` is shown, batch by batch, what the model said of its targets and which of them
+    count, ``(B, T)``.
     """
     was_training = model.training
     model.eval()
-    # Plain sums, in 64 bits where the device has them: a NaN must show, and torchmetrics' mean
-    # either drops it or rounds to 32 bits.
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    unscored = len(info["unscored_ids"]) * info["documents"] if "unscored_ids" in info else 0
-    loss, right, count = torch.zeros(3, dtype=dtype, device=device)
+    metric = TokenScores(device)
     with autocast or nullcontext():
-        for inputs, targets in batches:
-            if unscored:  # a document each: as wide as the longest
-                width = 1 + int((targets != IGNORED).any(0).nonzero().max())
-                inputs, targets = inputs[:, :width], targets[:, :width]
-            inputs, targets = inputs.to(device), targets.to(device)
-            scored = (targets != IGNORED).flatten()
+        for batch in batches:
+            inputs, targets = (tensor.to(device) for tensor in cut(batch, info))
+            scored = targets != IGNORED
             found = model.scores(inputs, targets.clamp(min=0))  # (B·T,) each
-            losses, is_right = found[:2]
-            loss += losses.to(dtype).masked_fill(~scored, 0).sum()
-            right += (is_right & scored).sum()
-            count += scored.sum()
+            metric.update(found[0], found[1], scored.flatten())
             if watch is not None:
-                watch(found, scored.view_as(targets))
+                watch(found, scored)
     model.train(was_training)
-    if reduced is not None:
-        loss, right, count = reduced(torch.stack((loss, right, count)))
-    mean = float(loss / count)
-    bits = mean * (info["tokens"] - unscored) / math.log(2)
-    return Scores(mean, float(right / count), bits / info["bytes"], bits / info["characters"])
+    return scores_of(metric, info)

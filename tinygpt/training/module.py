@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,52 +10,104 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from tinygpt.config import Config
+from tinygpt import rundir
+from tinygpt.config import Config, ConfigError
+from tinygpt.data.datamodule import IGNORED, TokenData
 from tinygpt.horizon import Plan
 from tinygpt.model.gpt import GPT, dropout_seeds
+from tinygpt.model.lora import add_lora
+from tinygpt.trained import initial_weights
+from tinygpt.training.evaluation import Scores, TokenScores, cut, scores_of
 from tinygpt.training.optim import make_optimizer, rate_factor
 
 
-class Stretch:
-    """What is measured of the steps since the last line of metrics: tensors on the device.
+class StepStats:
+    """Statistics of the optimizer steps since the last log line: tensors on the device.
 
-    ``loss_sum``: of the steps; ``grad_norm_max``: the largest, before clipping, NaN if one was;
-    ``skipped``: how many steps were not taken.
+    ``loss_sum`` is summed over the steps; ``grad_norm_max`` is the largest gradient norm before
+    clipping, NaN if one was; ``skipped`` counts the steps that were not taken.
     """
 
-    def __init__(self, zero: Tensor) -> None:
+    def __init__(self, device: torch.device) -> None:
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        zero = torch.zeros((), dtype=dtype, device=device)
         self.loss_sum, self.grad_norm_max, self.skipped = (zero.clone() for _ in range(3))
 
-    def see(self, norm: Tensor) -> None:
-        """A step with a gradient of this norm."""
-        self.grad_norm_max = torch.maximum(self.grad_norm_max, norm)
-
-    def see_or_skip(self, norm: Tensor) -> None:
-        """The same where a step is not taken if the norm is not finite."""
-        finite = norm.isfinite()
-        self.see(torch.where(finite, norm, 0.0))
-        self.skipped += ~finite
+    def update(self, grad_norm: Tensor, skips: bool) -> None:
+        """Record a step with this gradient norm; with ``skips`` it is not taken unless finite."""
+        if skips:
+            finite = grad_norm.isfinite()
+            self.skipped += ~finite
+            grad_norm = torch.where(finite, grad_norm, 0.0)
+        self.grad_norm_max = torch.maximum(self.grad_norm_max, grad_norm)
 
 
 class LanguageModel(pl.LightningModule):
     """Next-token prediction with a GPT.
 
-    ``stretch`` adds up, on the device, what is measured of the steps since the last line of
-    metrics, so that nobody waits for the device at each step; whoever logs begins a new one.
+    ``config`` is a configuration or the plain dict of one, as checkpoints hold it.  The model is
+    built at once where ``vocab_size`` is given, else by ``setup`` for the tokenizer of the data.
+    ``stats`` gathers the statistics of the steps since the last log line on the device, so that
+    no step waits for it; whoever logs begins new ones.
     """
 
-    def __init__(self, config: Config, vocab_size: int, plan: Plan) -> None:
+    model: GPT
+    plan: Plan | None
+
+    def __init__(
+        self,
+        config: Config | dict[str, Any],
+        vocab_size: int | None = None,
+        plan: Plan | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.plan = config, plan
-        self.model = GPT(config.model, vocab_size)
-        self.stretch = Stretch(torch.zeros(()))
+        self.config = rundir.config_from(config) if isinstance(config, dict) else config
+        self.plan = plan
+        plain = dataclasses.asdict(self.config)
+        self.save_hyperparameters({"config": plain, "vocab_size": vocab_size})
+        self.stats = StepStats(torch.device("cpu"))
         self.grad_norm: Tensor | None = None
         # whether a step with a gradient that is not finite is left out
-        self.skips = config.train.skip_nonfinite
+        self.skips = self.config.train.skip_nonfinite
+        self.scores: Scores | None = None  # of the last validation or test
         self._passes: list[Tensor] = []  # losses of a step that may yet be skipped
+        self._logged_step = 0
+        if vocab_size is not None:
+            self.build(vocab_size)
+
+    def build(self, vocab_size: int, weights: dict[str, Tensor] | None = None) -> None:
+        """Make the model, with ``weights`` or as the seed draws them, and LoRA's adapters."""
+        self.hparams["vocab_size"] = vocab_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            self.model = GPT(self.config.model, vocab_size)
+            if weights is not None:
+                self.model.load_state_dict(weights)
+            if self.config.optim.lora.rank is not None:
+                add_lora(self.model, self.config.optim.lora)
+
+    @property
+    def data(self) -> TokenData:
+        """The data module that the Trainer was given.  Raises ConfigError for another one."""
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TokenData):
+            raise ConfigError("LanguageModel: needs TokenData, as in Trainer.fit(model, data)")
+        return data
+
+    def setup(self, stage: str) -> None:
+        self.plan = self.data.plan
+        if not hasattr(self, "model"):
+            vocab_size = self.data.prepared.tokenizer.vocab_size
+            self.build(vocab_size, initial_weights(self.config, vocab_size))
+        if self.trainer.precision == "64-true":  # Lightning does so after loading: too late
+            self.double()
 
     def on_fit_start(self) -> None:
         self.skips |= self.trainer.precision == "16-mixed"  # as its loss scale does
+        self.stats = StepStats(self.device)
+
+    def on_train_start(self) -> None:
+        self._logged_step = self.trainer.global_step  # known only now where a run is resumed
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self.model(tokens)
@@ -66,24 +119,55 @@ class LanguageModel(pl.LightningModule):
         if self.config.model.dropout > 0:
             # dropout too is a function of (seed, step) and of the sequence's place in the batch,
             # so a resumed run drops the same units, and so does one on other hardware
-            step, pass_ = divmod(batch_idx, self.plan.accumulate)
+            step, pass_ = divmod(batch_idx, self.trainer.accumulate_grad_batches)
             first = (pass_ * self.trainer.world_size + self.global_rank) * len(inputs)
             seeds = dropout_seeds(self.config.seed, step, first, len(inputs)).to(inputs.device)
         loss: Tensor = self.model(inputs, targets, seeds=seeds)
-        part = loss.detach().to(self.stretch.loss_sum) / self.plan.accumulate
+        part = loss.detach().to(self.stats.loss_sum) / self.trainer.accumulate_grad_batches
         if self.config.train.skip_nonfinite:
             self._passes.append(part)
         else:
-            self.stretch.loss_sum += part
+            self.stats.loss_sum += part
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        self._metric = TokenScores(self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._score(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._metric = TokenScores(self.device)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._score(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _score(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+        inputs, targets = cut(batch, self.data.splits[split].info)
+        losses, right = self.model.scores(inputs, targets.clamp(min=0))  # (B·T,) each
+        self._metric.update(losses, right, (targets != IGNORED).flatten())
+
+    def _log_scores(self, split: str) -> None:
+        self.scores = scores_of(self._metric, self.data.splits[split].info)
+        for name, value in self.scores.named(split).items():
+            exact = torch.tensor(value, dtype=self._metric.sums.dtype, device=self.device)
+            self.log(name, exact, prog_bar=name == "val_loss")
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes another run's checkpoint one of this run's.
+        """Make a checkpoint from other hardware, or of a longer run, one of this run's.
 
         Lightning counts passes; on other hardware a step may have another number of them.  And the
         rate of the next step, which is kept with the optimizer, is another one where the run that
         begins here is shorter.
         """
+        if self.plan is None or "optimizer_states" not in checkpoint:  # the weights alone count
+            return
         factor = self.rate(checkpoint["global_step"]) / self.config.optim.learning_rate
         for state in checkpoint["optimizer_states"]:
             for group in state["param_groups"]:
@@ -107,20 +191,29 @@ class LanguageModel(pl.LightningModule):
             # on the CPU, too, one call for all, which torch chooses by itself on CUDA alone
             foreach=True if self.device.type == "cpu" else None,
         )
-        if self.skips:
-            self.stretch.see_or_skip(self.grad_norm)
-        else:
-            self.stretch.see(self.grad_norm)
+        self.stats.update(self.grad_norm, self.skips)
         if self.config.train.skip_nonfinite:
             if self.grad_norm.isfinite():  # waits for the device
-                self.stretch.loss_sum += sum(self._passes)
+                self.stats.loss_sum += sum(self._passes)
             else:
                 optimizer.zero_grad()  # without gradients it changes neither weights nor state
             self._passes.clear()
+        self._log_stats(self.trainer.global_step + 1)
+
+    def _log_stats(self, step: int) -> None:
+        """Log the statistics of the steps since the last time, as often as the Trainer logs."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0:
+            stats, steps = self.stats, step - self._logged_step
+            counted = steps - (stats.skipped if self.config.train.skip_nonfinite else 0)
+            self.log("train_loss", stats.loss_sum / counted, prog_bar=True)
+            self.log("grad_norm_max", stats.grad_norm_max)
+            self.stats, self._logged_step = StepStats(self.device), step
 
     def rate(self, step: int) -> float:
-        """The learning rate that optimizer step ``step`` (0 is the first) uses."""
+        """Return the learning rate of optimizer step ``step``, of which 0 is the first."""
         plan = self.plan
+        assert plan is not None
         factor = rate_factor(
             step, self.config.schedule, total_steps=plan.total_steps, warmup_steps=plan.warmup_steps
         )

@@ -15,13 +15,12 @@ from rich.console import Console
 
 from tinygpt import fileio, rundir, signals
 from tinygpt.config import Config
-from tinygpt.counting import count_parameters, flops_per_token
+from tinygpt.counting import count_parameters
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
 from tinygpt.data.survey import Survey
-from tinygpt.horizon import derive
 from tinygpt.model.generate import generate
-from tinygpt.model.lora import add_lora, check_peft
+from tinygpt.model.lora import check_peft
 from tinygpt.trained import initial_weights
 from tinygpt.training.branching import Branch
 from tinygpt.training.callbacks import Checkpoints, Interrupts, Journal, ProgressBar
@@ -41,15 +40,16 @@ from tinygpt.training.module import LanguageModel
 from tinygpt.training.optim import check_optimizer
 from tinygpt.training.results import make_results, sizes_of
 from tinygpt.training.trainer import (
-    PASS_TOKENS,
     AtomicCheckpoints,
     Device,
     ending_together,
     fit,
     leave_with_parent,
     make_trainer,
+    own_callbacks,
     quiet_lightning,
     resolve_device,
+    validate,
 )
 
 log = logging.getLogger("tinygpt")
@@ -66,6 +66,7 @@ def train(
     for cannot be had, RunError where a run fails on its way.
     """
     device = open_machine(config)
+    callbacks = own_callbacks(config.callbacks)
     if device.rank > 0:
         console = Console(quiet=True)
         if signals.PARENT in os.environ:
@@ -80,6 +81,8 @@ def train(
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
     data = open_data(config, prepared, device)
     assert data.plan is not None
+    if config.trainer.fast_dev_run:
+        return fast_dev_run(config, run, data, device, callbacks, console)
     begun = fileio.read_json(run.environment) if run.last.exists() and not config.force else {}
     chosen = choose_threads(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
     rounds = rounding(config, prepared.tokenizer.vocab_size, data.plan, device, begun)
@@ -88,7 +91,7 @@ def train(
         Run, config, run, data, device, hash_, console, rounds["compile"], initial
     )
     if device.rank > 0:  # the first process has the folder, and waits for this one to train
-        return made().train(bool(begun))
+        return made().train(bool(begun), callbacks)
     with run.locked(), failures_recorded(run):
         found = run.finished(hash_)  # meanwhile, another process may have been here
         if config.force:
@@ -99,7 +102,7 @@ def train(
             if chosen is not None:
                 log.info("threads %s", chosen)
             resuming = begin(config, run, prepared, device, hash_, rounds, branch)
-            results = made(branch.keep_at if branch else ()).train(resuming)
+            results = made(branch.keep_at if branch else ()).train(resuming, callbacks)
     print_summary(run, results, console)
     return results
 
@@ -115,18 +118,29 @@ def open_machine(config: Config) -> Device:
     return device
 
 
+def fast_dev_run(
+    config: Config,
+    run: rundir.RunDir,
+    data: TokenData,
+    device: Device,
+    callbacks: list[pl.Callback],
+    console: Console,
+) -> dict[str, Any]:
+    """Train a step and validate a batch, to see whether all of it works; no folder is made."""
+    assert data.plan is not None
+    trainer = make_trainer(run, data.plan, device, callbacks, 1, config.trainer)
+    module = LanguageModel(config)
+    with ending_together(trainer), quiet_lightning():
+        trainer.fit(module, datamodule=data)
+    loss = float(trainer.callback_metrics["val_loss"])
+    console.print(f"fast_dev_run: one step done, val loss {loss:.4f} of one batch; nothing is kept")
+    return {"status": "fast_dev_run", "final_val_loss": loss}
+
+
 def open_data(config: Config, prepared: shards.Prepared, device: Device) -> TokenData:
     """The prepared corpus and, with it known, all that is counted in steps."""
-    data = TokenData(prepared, config)
-    vocab_size = prepared.tokenizer.vocab_size
-    data.plan = derive(
-        config,
-        parameters=count_parameters(config.model, vocab_size).total,
-        flops_per_token=flops_per_token(config.model, vocab_size, lora_rank=config.optim.lora.rank),
-        windows=len(data.windows.starts),
-        devices=device.world_size,
-        pass_tokens=PASS_TOKENS[device.accelerator],
-    )
+    data = TokenData(config, prepared)
+    data.derive_plan(device.accelerator, device.world_size)
     return data
 
 
@@ -153,14 +167,8 @@ class Run:
         self.hash, self.console, self.plan = hash_, console, data.plan
         self.compiled, self.keep_at = compiled, frozenset(keep_at)
         self.tokenizer = data.prepared.tokenizer
-        torch.manual_seed(config.seed)
-        self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
-        if device.precision == "64":  # Lightning does so after it has loaded a checkpoint: too late
-            self.module.double()
-        if initial is not None:
-            self.module.model.load_state_dict(initial)
-        if config.optim.lora.rank is not None:
-            add_lora(self.module.model, config.optim.lora)
+        self.module = LanguageModel(config, plan=self.plan)
+        self.module.build(self.tokenizer.vocab_size, initial)
         self.trainer: pl.Trainer
         self.samples: dict[int, str] = {}  # by step
         self.loggers = Loggers()
@@ -169,7 +177,7 @@ class Run:
             config,
             self.plan,
             self.metrics,
-            self._evaluate_val,
+            self._validate,
             self._sample,
             self.module,
             self.loggers,
@@ -177,22 +185,24 @@ class Run:
         self.interrupts = Interrupts(run, config, self.plan)
         self.writes = device.rank == 0
 
-    def train(self, resuming: bool, watchers: Sequence[pl.Callback] = ()) -> dict[str, Any]:
-        """``watchers`` are called after the run's own callbacks."""
+    def train(self, resuming: bool, own: Sequence[pl.Callback] = ()) -> dict[str, Any]:
+        """``own`` are the user's callbacks, called first, as the run's save their state."""
         last = self._open_records(resuming)
         with self.loggers:
-            return self._train(resuming, last, watchers)
+            return self._train(resuming, last, own)
 
-    def _train(self, resuming: bool, last: int, watchers: Sequence[pl.Callback]) -> dict[str, Any]:
+    def _train(self, resuming: bool, last: int, own: Sequence[pl.Callback]) -> dict[str, Any]:
         callbacks: list[pl.Callback] = [
+            *own,
             self.journal,
             Checkpoints(self.run, self.plan, self.journal, self.keep_at),
             self.interrupts,
         ]
         if self.writes and self.console.is_terminal:
             callbacks.append(ProgressBar(make_bar(self.console), self.plan, self.journal))
-        callbacks += watchers
-        self.trainer = make_trainer(self.run, self.plan, self.device, callbacks, last)
+        self.trainer = make_trainer(
+            self.run, self.plan, self.device, callbacks, last, self.config.trainer
+        )
         if self.compiled == "on":
             self.module.model.compile()  # in place: no key of a checkpoint changes
         ckpt_path = str(self.run.last) if resuming else None
@@ -307,13 +317,15 @@ class Run:
         batches = self.data.eval_batches(split, self.plan.micro_batch_size)
         mine = range(self.device.rank, len(batches), self.device.world_size)
         share = (batches[index] for index in mine)
-        reduced = functools.partial(self.trainer.strategy.reduce, reduce_op="sum")
         context = self.trainer.precision_plugin.forward_context()
         info = self.data.splits[split].info
-        return score(self.module.model, share, info, self.module.device, context, reduced)
+        return score(self.module.model, share, info, self.module.device, context)
 
-    def _evaluate_val(self) -> Scores:
-        return self._evaluate("val")
+    def _validate(self) -> Scores:
+        """Score the validation split in Lightning's own loop, which the user's callbacks see."""
+        validate(self.trainer)
+        assert self.module.scores is not None
+        return self.module.scores
 
     def _sample(self, step: int) -> None:
         """Puts text of the model, as it is at ``step``, into samples.txt."""
@@ -357,7 +369,7 @@ class Run:
         if self.journal.state["status"] == "diverged" or self.interrupts.received is not None:
             return None, None
         self._sample(self.trainer.global_step)
-        final = self.journal.scores or self._evaluate_val()
+        final = self.journal.scores or self._evaluate("val")
         test = self._evaluate("test") if "test" in self.data.splits else None
         return final, test
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import logging
 import os
 import signal
@@ -11,7 +12,7 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,26 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.profilers import (
+    AdvancedProfiler,
+    Profiler,
+    PyTorchProfiler,
+    SimpleProfiler,
+)
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
 from tinygpt import fileio, rundir, signals
-from tinygpt.config import ConfigError, HardwareConfig, RunError
+from tinygpt.config import ConfigError, HardwareConfig, RunError, TrainerConfig, first_line
+from tinygpt.horizon import PASS_TOKENS as PASS_TOKENS
 from tinygpt.horizon import Plan
 from tinygpt.trained import check_sums, usable_device
 
-# Tokens that a device takes well in one pass: beyond that a larger pass is not faster.
-PASS_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}
+PROFILERS: dict[str, Callable[..., Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
+NEVER = 10**9  # epochs: the Journal validates, between logging and saving
 LIGHTNING_PRECISION = {"32": "32-true", "64": "64-true"}
 
 
@@ -154,11 +166,16 @@ def make_trainer(
     device: Device,
     callbacks: list[pl.Callback],
     max_steps: int,
+    flags: TrainerConfig | None = None,
 ) -> pl.Trainer:
-    """A Trainer that steps and does nothing else: what is logged and saved is the callbacks' own.
+    """Return a Trainer that steps and does nothing else by itself: callbacks log, evaluate, save.
 
-    All that Lightning counts comes from ``plan``.
+    All that Lightning counts comes from ``plan``; ``flags`` are those that a user may set.
     """
+    flags = flags or TrainerConfig()
+    profiler = None
+    if flags.profiler is not None:  # into the folder: Lightning's own messages are not shown
+        profiler = PROFILERS[flags.profiler](dirpath=run.path, filename="profile")
     if device.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     plugins: list[Any] = [AtomicCheckpoints()]
@@ -173,6 +190,7 @@ def make_trainer(
             min_epochs=0,
             accumulate_grad_batches=plan.accumulate,
             logger=False,
+            log_every_n_steps=0,
             callbacks=callbacks,
             plugins=plugins,
             deterministic="warn",
@@ -182,6 +200,12 @@ def make_trainer(
             enable_model_summary=False,
             num_sanity_val_steps=0,
             default_root_dir=run.path,
+            check_val_every_n_epoch=NEVER,
+            inference_mode=False,
+            fast_dev_run=bool(flags.fast_dev_run),
+            limit_val_batches=flags.limit_val_batches,
+            profiler=profiler,
+            detect_anomaly=bool(flags.detect_anomaly),
         )
     # With deterministic kernels torch also fills new memory with NaN, a tenth of a small step,
     # to show a read of what nobody wrote; what every kernel here reads has been written.
@@ -192,6 +216,34 @@ def make_trainer(
     # Its own handler of SIGTERM leaves with code 0 and saves nothing.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
+
+
+def own_callbacks(wanted: Mapping[str, Any]) -> list[pl.Callback]:
+    """Return the user's own callbacks.  Raises ConfigError where one cannot be made."""
+    made = []
+    for name, arguments in wanted.items():
+        rest = {key: value for key, value in arguments.items() if key != "_target_"}
+        module, _, last = arguments["_target_"].rpartition(".")
+        try:
+            callback = getattr(importlib.import_module(module), last)(**rest)
+        except Exception as error:  # it is the user's code
+            line = f"callbacks.{name}: {type(error).__name__}: {first_line(error)}"
+            raise ConfigError(line) from error
+        if not isinstance(callback, pl.Callback):
+            raise ConfigError(f"callbacks.{name}: {module}.{last} is no Callback of Lightning")
+        made.append(callback)
+    return made
+
+
+def validate(trainer: pl.Trainer) -> None:
+    """Run the validation loop inside of training, as Lightning does at its own intervals."""
+    # the loop around it does the same: the validation has batches of its own to count
+    connector = trainer._logger_connector
+    first_batch = connector._first_loop_iter
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first_batch
 
 
 def fit(
