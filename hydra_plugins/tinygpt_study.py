@@ -34,7 +34,7 @@ class StudySweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from tinygpt.cli import one_line_errors
         from tinygpt.sweeping.jobs import expand
-        from tinygpt.sweeping.study import KINDS
+        from tinygpt.sweeping.kinds import KINDS
 
         @one_line_errors
         def run() -> Sequence[JobReturn]:
@@ -61,7 +61,8 @@ class StudyLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         from tinygpt.cli import one_line_errors
-        from tinygpt.sweeping.study import KINDS, run_study
+        from tinygpt.sweeping.kinds import KINDS
+        from tinygpt.sweeping.study import run_study
 
         outcomes = one_line_errors(run_study)(job_overrides, KINDS[self.file])
         return [

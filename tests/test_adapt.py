@@ -32,8 +32,8 @@ from tinygpt.config import ConfigError, HardwareConfig, SerialLauncher
 from tinygpt.data.tokenizers import Bytes
 from tinygpt.evaluating import options as evaluating
 from tinygpt.scaling.runs import load_runs
-from tinygpt.sweeping.adaptations import AdaptationJob
-from tinygpt.sweeping.jobs import compose_jobs, expand
+from tinygpt.sweeping.jobs import Job, compose_jobs, expand
+from tinygpt.sweeping.kinds import ADAPTATION
 
 
 def make_base(path: Path, *words: str, weights: str = "weights") -> Path:
@@ -221,7 +221,7 @@ def test_an_experiment_belongs_to_one_command(place: Path, path: Path) -> None:
 def test_the_experiment_at_every_scale(place: Path, scale: str) -> None:
     words = facts(place / "base", "experiment=adaptation", f"scale={scale}")
     params = getattr(asked(*words).sweep, scale)
-    jobs = compose_jobs(expand(params, words), AdaptationJob)
+    jobs = compose_jobs(expand(params, words), ADAPTATION)
     found = [(job.config.inner.lora.rank, job.config.seed) for job in jobs]
     assert found == [(4, 1), (4, 2), (8, 1), (8, 2)]
     assert {job.config.study for job in jobs} == {f"adaptation-{scale}"}
@@ -406,11 +406,11 @@ def test_a_device_that_is_not_there(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     job = make_job(place / "base", tmp_path, "hardware=cuda")
     with pytest.raises(ConfigError, match=r"hardware\.accelerator=cuda: this machine"):
-        AdaptationJob.prepare([job], (), Console())
+        ADAPTATION.prepare([job], (), Console())
 
 
-def make_job(base: Path, folder: Path, *words: str) -> AdaptationJob:
-    (job,) = compose_jobs([facts(base, f"output_dir={folder}", *words)], AdaptationJob)
+def make_job(base: Path, folder: Path, *words: str) -> Job:
+    (job,) = compose_jobs([facts(base, f"output_dir={folder}", *words)], ADAPTATION)
     return job
 
 
@@ -423,19 +423,22 @@ def test_a_job_can_be_sent_away(place: Path, tmp_path: Path) -> None:
 def test_how_far_it_is_and_what_it_came_to(place: Path, tmp_path: Path) -> None:
     job = make_job(place / "base", tmp_path, "methods=[none,lora_doc]", "documents.tune=1")
     job.row = {"total_steps": count_records(job.config)}
-    assert job.progress() == (0.0, "starting")
+    assert ADAPTATION.progress(job) == (0.0, "starting")
     records = records_of(job.config)
     job.run.path.mkdir(parents=True)
     RecordsFile(job.run.records).append(records[:10])
     with job.run.records.open("a") as file:
         file.write('{"torn')
-    part, words = job.progress()
+    part, words = ADAPTATION.progress(job)
     assert part == 10 / job.row["total_steps"]
     assert words == f"10/{job.row['total_steps']} records  lora_doc {records[9]['reward']:+.2f}"
     results = results_of(job.config, job.hash, records)
-    assert job.came_to(results) == (results["reward_lora_doc"], "lora_doc")
-    assert job.came_to({**results, "reward_lora_doc": -0.1}) == (0.0, "none")
-    assert job.came_to({**results, "reward_none": None, "reward_lora_doc": None}) == (None, "")
+    assert ADAPTATION.headline(results) == (results["reward_lora_doc"], "lora_doc")
+    assert ADAPTATION.headline({**results, "reward_lora_doc": -0.1}) == (0.0, "none")
+    assert ADAPTATION.headline({**results, "reward_none": None, "reward_lora_doc": None}) == (
+        None,
+        "",
+    )
 
 
 # --- beside trainings

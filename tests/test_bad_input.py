@@ -29,6 +29,7 @@ from tinygpt.data.reading import find_files
 from tinygpt.fileio import write_text
 from tinygpt.rundir import MetricsFile, RunDir
 from tinygpt.sweeping.jobs import compose_jobs, expand
+from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.training.session import train
 
 # What time and host decide.
@@ -303,7 +304,7 @@ def test_what_the_advice_on_quotes_leads_to(text: str) -> None:
 )
 def test_a_sweep_is_checked_before_its_first_job(words: list[str], line: str) -> None:
     with pytest.raises(ConfigError) as error:
-        compose_jobs(expand({}, words))
+        compose_jobs(expand({}, words), TRAINING)
     assert str(error.value).startswith(line)
     assert "\n" not in str(error.value)
 

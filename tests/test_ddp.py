@@ -24,6 +24,7 @@ from tests.test_training import Trained
 from tinygpt import cli
 from tinygpt.config import ConfigError, HardwareConfig
 from tinygpt.sweeping.jobs import compose_jobs, expand
+from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.training.callbacks import Interrupts
 from tinygpt.training.hardware import set_threads
 from tinygpt.training.trainer import Device, resolve_device
@@ -396,7 +397,7 @@ def test_no_cuda_for_cuda_ddp(tmp_path: Path, corpus: Path, cache: Path) -> None
 @pytest.mark.parametrize("key", ["devices", "num_nodes"])
 def test_a_sweep_runs_jobs_of_one_device(corpus: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"hardware\.{key}=2: a sweep runs jobs of one device"):
-        compose_jobs(expand({}, [*tiny(corpus), f"hardware.{key}=2", "seed=1,2"]))
+        compose_jobs(expand({}, [*tiny(corpus), f"hardware.{key}=2", "seed=1,2"]), TRAINING)
 
 
 # Which process, and its share of the machine

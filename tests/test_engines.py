@@ -21,7 +21,13 @@ import pytest
 from tests.conftest import Command, Starts, tiny
 from tests.test_sweeping import comparable, read_summary, sweep, wait_until
 from tests.warm import Process
-from tinygpt.config import ConfigError, LocalLauncher, RayLauncher, SlurmLauncher
+from tinygpt.config import (
+    ConfigError,
+    LauncherConfig,
+    LocalLauncher,
+    RayLauncher,
+    SlurmLauncher,
+)
 from tinygpt.sweeping import engines
 from tinygpt.sweeping.jobs import Job
 
@@ -68,21 +74,29 @@ def test_ray_asks() -> None:
     assert asked == {"num_cpus": 3, "num_gpus": 0.5, "max_retries": 0}
 
 
-@pytest.mark.parametrize("kind", ["slurm", "ray"])
+@pytest.mark.parametrize("launcher", [SlurmLauncher(), RayLauncher()])
 def test_a_missing_engine_is_one_line(
-    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    launcher: LauncherConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    launcher = {"slurm": SlurmLauncher(), "ray": RayLauncher()}[kind]
-    with pytest.raises(Exception, match=rf"launcher={kind}: needs `pip install -e '\.\[{kind}"):
-        engines.make_engine(launcher)
+    kind = launcher.kind
+    with pytest.raises(ConfigError, match=rf"launcher={kind}: needs `pip install -e '\.\[{kind}"):
+        engines.check_engine(launcher)
 
 
-def test_slurm_where_there_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_what_an_engine_needs_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="launcher=slurm: no srun here"):
-        engines.make_engine(SlurmLauncher())
+        engines.check_engine(SlurmLauncher())
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(engines, "SHARED_MEMORY", str(tmp_path / "shm"))
+    with pytest.raises(ConfigError, match=r"^launcher=local: its processes need .*shm, which"):
+        engines.check_engine(LocalLauncher())
+    (tmp_path / "shm").mkdir()
+    engines.check_engine(LocalLauncher())
 
 
 @pytest.mark.parametrize(
@@ -129,16 +143,10 @@ def visible_gpu(seconds: float) -> str:
 
 
 def study_of(tinygpt: Command, corpus: Path, folder: Path, name: str, *words: str) -> Any:
-    done = tinygpt(
-        "run",
-        *tiny(corpus, "--multirun", "seed=1,2", "model.d_model=8,16", *words),
-        f"study={name}",
-    )
+    words = (*tiny(corpus, "--multirun", "seed=1,2", "model.d_model=8,16"), *words)
+    done = tinygpt("run", *words, f"study={name}")
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = comparable(folder / "outputs" / name)
-    for row in rows:
-        row.pop("study")
-    return rows
+    return comparable(folder / "outputs" / name)
 
 
 @pytest.mark.parametrize(
@@ -176,10 +184,7 @@ def test_slurm_queues_a_run_again_and_it_goes_on(
     assert process.wait(400) == 0, process.communicate()
     whole = tinygpt("run", *words, "study=whole")
     assert whole.returncode == 0, whole.stderr
-    one, other = comparable(study), comparable(study.with_name("whole"))
-    for row in (*one, *other):
-        row.pop("study")
-    assert one == other
+    assert comparable(study) == comparable(study.with_name("whole"))
     assert "going on where it stopped" in next(study.glob("seed-2*/run.log")).read_text()
 
 
@@ -191,13 +196,8 @@ def test_a_killed_worker_hides_no_other(tmp_path: Path, monkeypatch: pytest.Monk
     found = {
         job.config.seed: outcome for job, outcome in engines.run_local(jobs, launcher, tmp_path)
     }
-    assert {seed: outcome.status for seed, outcome in found.items()} == {
-        1: "finished",
-        2: "finished",
-        3: "killed",
-        4: "finished",
-        5: "finished",
-    }
+    statuses = {seed: outcome.status for seed, outcome in found.items()}
+    assert statuses == {**dict.fromkeys((1, 2, 4, 5), "finished"), 3: "killed"}
     assert "SIGKILL" in found[3].reason
 
 
@@ -272,12 +272,8 @@ def test_a_study_killed_five_times_ends_as_if_undisturbed(
     tinygpt: Command, start: Starts, corpus: Path, tmp_path: Path
 ) -> None:
     words = tiny(corpus, "--multirun", "model.d_model=8,16", "seed=1,2", "train.steps=400")
-    words += [
-        "train.checkpoint_every=2560",
-        "train.eval_every=5120",
-        "launcher=local",
-        "launcher.n_jobs=2",
-    ]
+    words += ["train.checkpoint_every=2560", "train.eval_every=5120"]
+    words += ["launcher=local", "launcher.n_jobs=2"]
     whole = tinygpt("run", *words, "study=whole")
     assert whole.returncode == 0, whole.stderr
     random_ = random.Random(0)
@@ -291,18 +287,6 @@ def test_a_study_killed_five_times_ends_as_if_undisturbed(
         assert len(list(killed.glob("*/results.json"))) >= before
     done = tinygpt("run", *words, "study=killed")
     assert done.returncode == 0, done.stdout + done.stderr
-    one, other = comparable(killed), comparable(killed.with_name("whole"))
-    for row in (*one, *other):
-        row.pop("study")
-    assert one == other
-    assert len(one) == 4
+    assert comparable(killed) == comparable(killed.with_name("whole"))
+    assert len(comparable(killed)) == 4
     assert re.search(r"4 runs: .*finished", done.stdout)
-
-
-def test_missing_shared_memory_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(engines, "SHARED_MEMORY", str(tmp_path / "shm"))
-    with pytest.raises(ConfigError, match=r"^launcher=local: its processes need .*shm, which"):
-        engines.make_engine(LocalLauncher())
-    (tmp_path / "shm").mkdir()
-    engines.make_engine(LocalLauncher())

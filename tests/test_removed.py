@@ -13,6 +13,7 @@ from tinygpt import cli, fileio, load_run, rundir
 from tinygpt.config import ConfigError
 from tinygpt.scaling import load_runs
 from tinygpt.sweeping.jobs import compose_jobs, expand
+from tinygpt.sweeping.kinds import TRAINING
 
 # config_hash at the last commit that had these keys.
 HASHES = {
@@ -51,8 +52,10 @@ def test_a_removed_key_is_answered_in_a_line(word: str, instead: str) -> None:
     line = f"{word.lstrip('+')}: removed; {instead}"
     for compose in (
         lambda: cli.compose_config([word]),
-        lambda: compose_jobs(expand({}, [word, "seed=1,2"])),
-        lambda: compose_jobs(expand({word.split("=")[0]: [word.split("=")[1]]}, ["seed=1,2"])),
+        lambda: compose_jobs(expand({}, [word, "seed=1,2"]), TRAINING),
+        lambda: compose_jobs(
+            expand({word.split("=")[0]: [word.split("=")[1]]}, ["seed=1,2"]), TRAINING
+        ),
     ):
         with pytest.raises(ConfigError) as error:
             compose()

@@ -25,7 +25,7 @@ AT_START = dict(os.environ)
 IMPORTED = (
     *("tinygpt.run", "tinygpt.fit", "tinygpt.export", "tinygpt.sample", "tinygpt.evaluate"),
     *("tinygpt.adapt", "tinygpt.training.session", "tinygpt.sweeping.study"),
-    *("tinygpt.sweeping.summary", "tinygpt.scaling.report", "tinygpt.scaling.analysis"),
+    *("tinygpt.scaling.report", "tinygpt.scaling.analysis"),
     *("tinygpt.data.huggingface", "tinygpt.model.huggingface", "torch.utils.tensorboard"),
     "safetensors.torch",
 )

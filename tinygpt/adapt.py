@@ -20,14 +20,14 @@ def job(composed: DictConfig) -> None:
     """One adaptation."""
     overrides = list(HydraConfig.get().overrides.task)
     config = cli.checked_adaptation(composed, overrides)
-    from tinygpt.sweeping.adaptations import AdaptationJob
     from tinygpt.sweeping.jobs import study_name
+    from tinygpt.sweeping.kinds import ADAPTATION
     from tinygpt.sweeping.study import run_study
 
     if config.plan:
-        run_study([overrides], AdaptationJob)
+        run_study([overrides], ADAPTATION)
         return
-    config.study = config.study or study_name(config, overrides, AdaptationJob.study)
+    config.study = config.study or study_name(config, overrides, ADAPTATION.study)
 
     from rich.console import Console
 
@@ -37,9 +37,9 @@ def job(composed: DictConfig) -> None:
     adapt(config, overrides, console)
     assert config.run_name is not None
     folder = Path(config.output_dir, config.study, config.run_name)
-    report, results = folder / "fit" / AdaptationJob.report, folder / "results.json"
+    report, results = folder / "fit" / ADAPTATION.report, folder / "results.json"
     if config.fit and not (report.exists() and report.stat().st_mtime >= results.stat().st_mtime):
-        AdaptationJob.fit(folder, console)
+        ADAPTATION.fit(folder, console)
 
 
 @cli.one_line_errors

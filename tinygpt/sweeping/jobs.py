@@ -4,215 +4,102 @@ from __future__ import annotations
 
 import itertools
 import re
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
+from typing import Any, Protocol
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from rich.console import Console
 
 from tinygpt import cli, rundir, words
 from tinygpt.checks import check_sweepable
-from tinygpt.config import HORIZONS, Config, ConfigError, Settings
+from tinygpt.config import HORIZONS, Config, ConfigError
 from tinygpt.explaining import Command
 from tinygpt.horizon import Plan
 
-if TYPE_CHECKING:
-    from rich.console import Console
 
-J = TypeVar("J", bound="StudyJob")
+class Kind(Protocol):
+    """What a study needs to know of the runs it consists of: trainings or adaptations."""
+
+    command: Command[Any]
+    study: str  # where a run goes that names no study
+    outside: tuple[str, ...]  # keys that name what is read from outside
+    verb: str
+    same: str  # what two jobs of a study may not both do
+    metric: tuple[str, str]  # the headline metric's name, in a line and above a column
+    report: str  # the last file that a fit writes
+
+    def find(self, folder: Path) -> list[Path]:
+        """Return the folders of this kind of run in ``folder``."""
+
+    def contents(self, config: Any) -> dict[str, str]:
+        """Return fingerprints of what the keys ``outside`` name.  Raises ConfigError."""
+
+    def config_hash(self, config: Any, content: dict[str, str]) -> str: ...
+
+    def effective_hash(self, config: Any, content: dict[str, str]) -> str:
+        """Return a hash that is the same for two jobs that do the same, however spelt."""
+
+    def prepare(self, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
+        """Check machine and data of every job, and fill in what is known before it runs.
+
+        Raises ConfigError.
+        """
+
+    def print_plan(self, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
+        """Print what the prepared jobs that are not ``done`` would do and cost."""
+
+    def run(self, job: Job, console: Console) -> dict[str, Any]:
+        """Do the job and return its results."""
+
+    def headline(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
+        """Return the headline metric of a run and, where methods compete, whose it is."""
+
+    def progress(self, job: Job) -> tuple[float, str]:
+        """Return the fraction done and its latest numbers, from the files in its folder."""
+
+    def fit(self, folder: Path, console: Console, anew: bool = True) -> None:
+        """Fit what the runs of a study say together, or only show the fit made before."""
 
 
 @dataclass(eq=False)
-class StudyJob(ABC):
-    """One run of a study, of whatever kind: what the sweep needs to know of it."""
+class Job:
+    """One run of a study."""
 
+    kind: Kind
     overrides: tuple[str, ...]
-    config: Settings
+    config: Any  # of the kind's command
     label: str  # what tells it from the others: d_model=64 seed=1
     content: dict[str, str]  # fingerprints of what is read from outside
     hash: str
     run: rundir.RunDir
-    # what results.json will say of its size; total_steps and flops_exact at least
+    # known once it is prepared: what results.json will say of its size; at least total_steps and
+    # flops_exact
     row: dict[str, Any] = field(default_factory=dict)
-
-    command: ClassVar[Command[Any]]
-    outside: ClassVar[tuple[str, ...]]  # keys of what is read from outside
-    study: ClassVar[str]  # where a run goes that names none
-    verb: ClassVar[str]
-    same: ClassVar[str]  # what two jobs may not both do
-    measure: ClassVar[tuple[str, str]]  # what a run comes to, in a line and above a column
-    report: ClassVar[str]  # the last file in the folder of its fit
-
-    @property
-    def steps(self) -> float:
-        """That this job itself has to do."""
-        return float(self.row["total_steps"])
-
-    @property
-    def flops(self) -> float:
-        """Of these steps."""
-        return float(self.row["flops_exact"])
-
-    @staticmethod
-    @abstractmethod
-    def contents(config: Any) -> dict[str, str]:
-        """Fingerprints of what the keys ``outside`` name.  Raises ConfigError."""
-
-    @staticmethod
-    @abstractmethod
-    def config_hash(config: Any, content: dict[str, str]) -> str: ...
-
-    @abstractmethod
-    def effective_hash(self) -> str:
-        """The same for two jobs that do the same, however they are spelt."""
-
-    @classmethod
-    @abstractmethod
-    def prepare(cls, jobs: Sequence[Any], done: Container[Any], console: Console) -> None:
-        """Checks machine and data of every job, and fills in its ``row``.
-
-        Some of them are ``done``: what is shown of a plan, or taken over from.  Raises ConfigError.
-        """
-
-    @classmethod
-    @abstractmethod
-    def print_plan(cls, jobs: Sequence[Any], done: Container[Any], console: Console) -> None:
-        """What would be done, at what cost; of prepared jobs, of which some are ``done``."""
-
-    @classmethod
-    @abstractmethod
-    def stages(cls, jobs: Sequence[Any]) -> Sequence[Sequence[StudyJob]]:
-        """Return the jobs in stages that follow one another; those of a stage in any order."""
-
-    @abstractmethod
-    def do(self, console: Console) -> dict[str, Any]:
-        """Do the job and return its results."""
-
-    @abstractmethod
-    def came_to(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
-        """The one number that is shown of a run's results, and of what it is, if that varies."""
-
-    @abstractmethod
-    def progress(self) -> tuple[float, str]:
-        """The part done, and what there is to say of it, from the files in its folder."""
-
-    @staticmethod
-    @abstractmethod
-    def rows(folder: Path) -> list[dict[str, Any]]:
-        """A row for every run of this kind in a study's folder."""
-
-    @staticmethod
-    @abstractmethod
-    def fit(folder: Path, console: Console) -> None:
-        """What the runs of a study say together, or one line why nothing."""
-
-    @staticmethod
-    @abstractmethod
-    def show_fit(folder: Path, console: Console) -> None:
-        """The closing lines of a fit that was made before, from its files."""
-
-
-@dataclass(eq=False)
-class Job(StudyJob):
-    """A training."""
-
-    config: Config
-    plan: Plan | None = None  # once its data is prepared
+    plan: Plan = field(init=False)  # of a training
     val_tokens: int = 0
+    # of a training that shares steps with others
     keep_at: list[int] = field(default_factory=list)  # steps at which others branch off
     trunk: rundir.RunDir | None = None  # the run whose first steps are this one's too
     branch_step: int = 0
 
-    command = cli.RUN
-    outside = ("data", "tokenizer", "init_from")
-    study = "runs"
-    verb = "training"
-    same = "train the same model"
-    measure = ("val", "val loss")
-    report = "fit.json"
-
     @property
     def steps(self) -> float:
-        """Not those that it takes over from a trunk."""
+        """Return the steps that are not taken over from a trunk."""
         return float(self.row["total_steps"] - self.branch_step)
 
     @property
     def flops(self) -> float:
+        """Return the FLOPs of these steps."""
         own: float = 1 - self.branch_step / self.row["total_steps"]
         return own * float(self.row["flops_exact"])
 
-    @staticmethod
-    def contents(config: Config) -> dict[str, str]:
-        from tinygpt import pretrained
-        from tinygpt.data import corpora  # heavier; mistakes in the keys are known by now
 
-        return pretrained.contents(corpora.open_corpus(config.data), config)
-
-    @staticmethod
-    def config_hash(config: Config, content: dict[str, str]) -> str:
-        return rundir.config_hash(config, content)
-
-    def effective_hash(self) -> str:
-        return rundir.effective_hash(self.config, self.content)
-
-    @classmethod
-    def prepare(cls, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
-        from tinygpt.sweeping import trainings
-
-        trainings.prepare(jobs, console)
-        if jobs[0].config.sweep.share_trunk:
-            trainings.share_trunks(jobs, done)
-
-    @classmethod
-    def print_plan(cls, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
-        from tinygpt.sweeping.planning import print_plan
-
-        print_plan(jobs, done, console)
-
-    @classmethod
-    def stages(cls, jobs: Sequence[Job]) -> Sequence[Sequence[Job]]:
-        """Trunks first, then their branches."""
-        stages = [job for job in jobs if not job.trunk], [job for job in jobs if job.trunk]
-        return [stage for stage in stages if stage]
-
-    def do(self, console: Console) -> dict[str, Any]:
-        from tinygpt.sweeping import trainings
-
-        return trainings.train(self, console)
-
-    def came_to(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
-        return results["final_val_loss"], ""
-
-    def progress(self) -> tuple[float, str]:
-        from tinygpt.sweeping import trainings
-
-        return trainings.progress(self)
-
-    @staticmethod
-    def rows(folder: Path) -> list[dict[str, Any]]:
-        from tinygpt.scaling.runs import read_rows
-
-        return read_rows(folder)
-
-    @staticmethod
-    def fit(folder: Path, console: Console) -> None:
-        from tinygpt.sweeping import trainings
-
-        trainings.fit(folder, console)
-
-    @staticmethod
-    def show_fit(folder: Path, console: Console) -> None:
-        from tinygpt.sweeping import trainings
-
-        trainings.show_fit(folder, console)
-
-
-def flops_of(jobs: Iterable[StudyJob]) -> str:
-    """What ``jobs`` compute, and what they save where they share trunks."""
+def flops_of(jobs: Iterable[Job]) -> str:
+    """Return what ``jobs`` compute, and what they save where they share trunks."""
     jobs = list(jobs)
     own, alone = (sum(job.flops for job in jobs), sum(job.row["flops_exact"] for job in jobs))
     saved = ""
@@ -228,22 +115,22 @@ def expand(
     loader: ConfigLoader | None = None,
     command: Command[Any] = cli.RUN,
 ) -> list[list[str]]:
-    """The overrides of every job: all combinations of the values of ``params`` and ``arguments``.
+    """Return the overrides of every job: all combinations of ``params`` and ``arguments``.
 
-    A key of the command line takes the place of the experiment's.  ``params["together"]`` is a
-    list of tables, each a sweep of its own on top of the rest.  Raises ConfigError where one key
-    of such tables is given without the others.
+    A key of the command line replaces the experiment's.  ``params["together"]`` is a list of
+    tables, each a sweep of its own on top of the rest.  Raises ConfigError where one key of such
+    tables is given without the others.
     """
-    given = _values_given(arguments, loader, command)
+    given = _given_values(arguments, loader, command)
+    tables = params.get("together", [{}])
     horizons = {f"train.{name}" for name in HORIZONS}
-    _check_together(params.get("together", []), set(given), horizons)
-    replaced = set(given) | (horizons if horizons & set(given) else set())
+    _check_together(tables, set(given), horizons)
+    replaced = horizons - set(given) if horizons & set(given) else set()
     rest = {key: value for key, value in params.items() if key != "together"}
     jobs: dict[tuple[str, ...], None] = {}
-    for table in params.get("together", [{}]):
-        merged = {**rest, **table}
-        kept = {key: value for key, value in merged.items() if key not in replaced - set(given)}
-        grid = {key: given.get(key) or _written_all(value) for key, value in kept.items()} | given
+    for table in tables:
+        preset = {key: value for key, value in {**rest, **table}.items() if key not in replaced}
+        grid = {key: _written_all(value) for key, value in preset.items()} | given
         for values in itertools.product(*grid.values()):
             jobs[tuple(f"{key}={value}" for key, value in zip(grid, values, strict=True))] = None
     return [list(job) for job in jobs]
@@ -252,26 +139,26 @@ def expand(
 def _check_together(
     tables: Sequence[Mapping[str, Any]], given: set[str], horizons: set[str]
 ) -> None:
-    """Raises ConfigError for a key that goes with others that are not ``given``.
+    """Raise ConfigError for a given key that the experiment changes together with others.
 
-    Each of its values would meet each of theirs: a width the heads of every other width.  A length
-    is one of every run.
+    Each of its values would meet each of theirs: a width the heads of every other width.  A
+    length is one of every run.
     """
     keys = {key for table in tables for key in table} - horizons
     varying = {key for key in keys if len({str(table.get(key)) for table in tables}) > 1}
     for key in sorted(varying & given):
-        rest = {other for table in tables if key in table for other in table} & varying
-        if rest - given:
-            names = " and ".join(sorted(rest - given))
+        others = {other for table in tables if key in table for other in table}
+        if missing := others & varying - given:
             raise ConfigError(
-                f"{key}: the experiment changes it together with {names}; give all of them "
-                "(every combination is trained), or none"
+                f"{key}: the experiment changes it together with {' and '.join(sorted(missing))}; "
+                "give all of them (every combination is trained), or none"
             )
 
 
-def _values_given(
+def _given_values(
     arguments: Sequence[str], loader: ConfigLoader | None, command: Command[Any]
 ) -> dict[str, list[str]]:
+    """Return the values that the command line gives each key."""
     given = {}
     arguments = words.as_meant(arguments, command)
     with cli.in_one_line(arguments, command):
@@ -291,7 +178,7 @@ def _written_all(values: Any) -> list[str]:
 
 
 def _written(value: Any) -> str:
-    """A YAML value as an override spells it."""
+    """Return a YAML value as an override spells it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float) and value >= 1e6 and float(f"{value:g}") == value:
@@ -299,86 +186,58 @@ def _written(value: Any) -> str:
     return f"[{','.join(map(_written, value))}]" if isinstance(value, list) else str(value)
 
 
-@overload
-def compose_jobs(job_overrides: Sequence[Sequence[str]]) -> list[Job]: ...
+def compose_jobs(job_overrides: Sequence[Sequence[str]], kind: Kind) -> list[Job]:
+    """Return every job with its configuration, hash and folder.
 
-
-@overload
-def compose_jobs(job_overrides: Sequence[Sequence[str]], kind: type[J]) -> list[J]: ...
-
-
-def compose_jobs(
-    job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
-) -> Sequence[StudyJob]:
-    """Every job with its configuration, hash and folder.  Raises ConfigError."""
+    Raises ConfigError for a mistake in any, and where two do the same or share a folder.
+    """
     configs = [cli.compose_for(kind.command, overrides) for overrides in job_overrides]
     for config in configs:
         if not config.plan:
             check_sweepable(config)
-    varied = _varied_keys(job_overrides)
+    counts = Counter(override for overrides in job_overrides for override in set(overrides))
+    varied = {_key(override) for override, n in counts.items() if n < len(job_overrides)}
     contents: dict[str, dict[str, str]] = {}
+    known: dict[str, Job] = {}
     jobs = []
     for config, overrides in zip(configs, job_overrides, strict=True):
         source = " ".join(str(getattr(config, key)) for key in kind.outside)
         if source not in contents:
             contents[source] = kind.contents(config)
-        hash_ = kind.config_hash(config, contents[source])
-        swept = [o for o in overrides if _key(o) in varied]
+        content = contents[source]
+        hash_ = kind.config_hash(config, content)
+        swept = [override for override in overrides if _key(override) in varied]
         config.study = config.study or study_name(config, overrides, kind.study)
-        folder = rundir.folder_of(config, swept or overrides, hash_)
-        config.run_name = folder.name
-        label = " ".join(
-            f"{_key(o).rsplit('.', 1)[-1]}={rundir.unquoted(o.split('=', 1)[1])}" for o in swept
-        )
-        run = rundir.RunDir(folder)
+        run = rundir.RunDir(rundir.folder_of(config, swept or overrides, hash_))
+        config.run_name = run.path.name
         if isinstance(config, Config):
-            hash_ = run.hash_in(config, contents[source])
-        jobs.append(
-            kind(tuple(overrides), config, label or folder.name, contents[source], hash_, run)
-        )
-    refuse_clashes(jobs)
+            hash_ = run.hash_in(config, content)
+        values = [(_key(o).rsplit(".", 1)[-1], rundir.unquoted(o.split("=", 1)[1])) for o in swept]
+        label = " ".join(f"{name}={value}" for name, value in values) or run.path.name
+        job = Job(kind, tuple(overrides), config, label, content, hash_, run)
+        jobs.append(job)
+        effect = kind.effective_hash(config, content)
+        for clash, what in ((effect, kind.same), (str(run.path), f"would write {run.path}")):
+            other = known.setdefault(clash, job)
+            if other is not job:
+                raise ConfigError(f"{_difference(other, job)}: both {what}")
     return jobs
 
 
-def study_name(config: Settings, overrides: Sequence[str], otherwise: str = "runs") -> str:
-    """An experiment's name, with its scale where it has scales."""
+def study_name(config: Any, overrides: Sequence[str], otherwise: str = "runs") -> str:
+    """Return the experiment's name, with its scale where it has scales."""
     experiments = [o.split("=", 1)[1] for o in overrides if _key(o) == "experiment"]
     if not experiments or experiments[-1] == "null":
         return otherwise
-    return f"{experiments[-1]}-{config.scale}" if _preset_keys(config) else experiments[-1]
+    has_scales = bool(getattr(config.sweep, config.scale))
+    return f"{experiments[-1]}-{config.scale}" if has_scales else experiments[-1]
 
 
 def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+")
 
 
-def _varied_keys(job_overrides: Sequence[Sequence[str]]) -> set[str]:
-    """Keys that not every job gives the same value."""
-    counts = Counter(override for overrides in job_overrides for override in set(overrides))
-    return {_key(override) for override, count in counts.items() if count < len(job_overrides)}
-
-
-def _preset_keys(config: Settings) -> set[str]:
-    """What the experiment sets at this scale."""
-    preset: dict[str, Any] = getattr(config.sweep, config.scale)
-    tables: Iterable[dict[str, Any]] = [preset, *preset.get("together", [])]
-    return {key for table in tables for key in table}
-
-
-def refuse_clashes(jobs: Sequence[StudyJob]) -> None:
-    """No two jobs may do the same or share a folder.  Raises ConfigError."""
-    folders: dict[Path, StudyJob] = {}
-    known: dict[str, StudyJob] = {}
-    for job in jobs:
-        same = known.setdefault(job.effective_hash(), job)
-        if same is not job:
-            raise ConfigError(f"{_difference(same, job)}: both {job.same}")
-        sharing = folders.setdefault(job.run.path, job)
-        if sharing is not job:
-            raise ConfigError(f"{_difference(sharing, job)}: both would write {job.run.path}")
-
-
-def _difference(one: StudyJob, other: StudyJob) -> str:
+def _difference(one: Job, other: Job) -> str:
     ours = [o for o in one.overrides if o not in other.overrides]
     theirs = [o for o in other.overrides if o not in one.overrides]
     return f"{' '.join(ours) or 'a job'} and {' '.join(theirs) or 'another'}"

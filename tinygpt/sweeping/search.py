@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,8 +18,9 @@ from tinygpt import cli, words
 from tinygpt.config import ConfigError, RunError
 from tinygpt.fileio import write_text
 from tinygpt.sweeping.engines import Outcome
-from tinygpt.sweeping.jobs import compose_jobs, study_name
-from tinygpt.sweeping.study import KINDS, run_study
+from tinygpt.sweeping.jobs import Kind, compose_jobs, study_name
+from tinygpt.sweeping.kinds import KINDS
+from tinygpt.sweeping.study import run_study
 
 if TYPE_CHECKING:
     import optuna
@@ -50,7 +52,7 @@ def search(
     with cli.in_one_line(given, kind.command):
         items = OverridesParser.create(loader).parse_overrides(words.as_meant(given, kind.command))
     swept = [item for item in items if item.is_sweep_override()]
-    space = {item.get_key_element(): _distribution(item) for item in swept}
+    space = {item.get_key_element(): _distribution(item, kind) for item in swept}
     fixed = [str(item.input_line) for item in items if item not in swept]
     name = str(config.study or study_name(config, list(arguments)))
     study = _open_study(settings, name)
@@ -60,7 +62,7 @@ def search(
     if config.plan:
         print(f"{to_do} trials, each as this one")
         to_do = min(to_do, 1)
-    reasons = []
+    reasons = set()
     while to_do > 0:
         trials = [study.ask(space) for _ in range(min(to_do, settings["n_jobs"]))]
         to_do -= len(trials)
@@ -71,7 +73,7 @@ def search(
                 study.tell(trial, state=TrialState.FAIL)
             else:
                 study.tell(trial, outcome.value)
-            reasons.append(outcome.reason or outcome.status)
+            reasons.add(outcome.reason or outcome.status)
     if not config.plan:
         _report(study, Path(config.output_dir, name), kind, reasons)
 
@@ -113,13 +115,13 @@ def _open_study(settings: Mapping[str, Any], name: str) -> optuna.Study:
     return study
 
 
-def _distribution(item: Override) -> BaseDistribution:
+def _distribution(item: Override, kind: Kind) -> BaseDistribution:
     """Return the values an override may take: an interval, a range or a choice."""
     from optuna import distributions
 
     value: Any = item.value()
     if isinstance(value, IntervalSweep):
-        whole = words.value_types(cli.RUN).get(item.get_key_element()) == {int}
+        whole = words.value_types(kind.command).get(item.get_key_element()) == {int}
         number: Any = distributions.IntDistribution if whole else distributions.FloatDistribution
         try:
             return cast("BaseDistribution", number(value.start, value.end, "log" in value.tags))
@@ -134,7 +136,7 @@ def _distribution(item: Override) -> BaseDistribution:
     return distributions.CategoricalDistribution(values)
 
 
-def _outcomes(jobs: Sequence[Sequence[str]], kind: Any) -> list[Outcome]:
+def _outcomes(jobs: Sequence[Sequence[str]], kind: Kind) -> list[Outcome]:
     """Return how each job ended; an impossible one fails alone."""
     try:
         return list(run_study(jobs, kind))
@@ -145,11 +147,11 @@ def _outcomes(jobs: Sequence[Sequence[str]], kind: Any) -> list[Outcome]:
         return [Outcome("failed", reason=str(error))]
 
 
-def _report(study: optuna.Study, folder: Path, kind: Any, reasons: Sequence[str]) -> None:
+def _report(study: optuna.Study, folder: Path, kind: Kind, reasons: set[str]) -> None:
     """Print the best trial and its folder, and write them to ``optimization_results.yaml``."""
-    ended = [t for t in study.trials if t.value is not None and t.value < float("inf")]
+    ended = [t for t in study.trials if t.value is not None and math.isfinite(t.value)]
     if not ended:
-        raise RunError(f"no trial came to a result: {'; '.join(sorted(set(reasons)))}")
+        raise RunError(f"no trial came to a result: {'; '.join(sorted(reasons))}")
     best = min(ended, key=lambda trial: trial.value or 0.0)
     path = compose_jobs([best.user_attrs["overrides"]], kind)[0].run.path
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,26 +1,26 @@
-"""A study from its jobs to its table: plan, check, skip, prepare, do, sum up."""
+"""A study from its jobs to its table: plan, check, skip, prepare, run, sum up."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from tinygpt import fileio, signals
-from tinygpt.sweeping import summary
-from tinygpt.sweeping.adaptations import AdaptationJob
-from tinygpt.sweeping.engines import Engine, Outcome, make_engine, outcome_of
-from tinygpt.sweeping.jobs import Job, StudyJob, compose_jobs
-from tinygpt.sweeping.view import View
+from tinygpt.sweeping.engines import Outcome, check_engine, outcome_of, run_jobs
+from tinygpt.sweeping.jobs import Job, Kind, compose_jobs, flops_of
+from tinygpt.sweeping.kinds import TRAINING
+from tinygpt.sweeping.view import View, make_table, say
 
-KINDS: dict[str, type[StudyJob]] = {kind.command.file: kind for kind in (Job, AdaptationJob)}
+SHOWN = 40  # rows; of a longer study the table shows what did not end well
 
 
-def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job) -> list[Outcome]:
-    """Does what is not finished of these jobs; the outcome of each, in their order.
+def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> list[Outcome]:
+    """Do what is not finished of these jobs; return the outcome of each, in their order.
 
     Raises ConfigError for a mistake in any job before one of them begins, Stopped where the study
     was interrupted.
@@ -28,14 +28,18 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
     console = Console(markup=False)
     jobs = compose_jobs(job_overrides, kind)
     settings = jobs[0].config
-    outcomes: dict[StudyJob, Outcome] = {job: found for job in jobs if (found := _finished(job))}
+    outcomes: dict[Job, Outcome] = {}
+    for job in jobs:
+        results = job.run.finished(job.hash)  # refuses another's folder, forced or not
+        if results is not None and not job.config.force:
+            outcomes[job] = outcome_of(job, results, is_new=False)
     pending = [job for job in jobs if job not in outcomes]
     if settings.plan:
         kind.prepare(jobs, outcomes, console)
         kind.print_plan(jobs, outcomes, console)
         return [Outcome("planned")] * len(jobs)
     if pending:
-        engine = make_engine(settings.launcher)
+        check_engine(settings.launcher)
         kind.prepare(jobs if settings.sweep.share_trunk else pending, outcomes, console)
         if settings.launcher.kind != "serial":  # longest first: none is left alone at the end
             pending.sort(key=lambda job: -job.row["flops_exact"])
@@ -44,31 +48,27 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: type[StudyJob] = Job
         for folder in folders:
             alone.enter_context(fileio.locked(folder, folder.parent, "study"))
         if pending:
-            _do(jobs, pending, outcomes, engine, console)
+            _run(pending, len(jobs), outcomes, console)
         for folder in folders:
-            summary.write(folder, kind)
-        summary.print_table(jobs, outcomes, console)
+            write_summary(folder, kind)
+        _print_summary(jobs, outcomes, console)
         if len(outcomes) < len(jobs) or _is_interrupted(outcomes):
             raise signals.Stopped(signals.received() or signal.SIGINT)
         if settings.fit and len(jobs) > 1:
             for folder in folders:
                 made = not pending and _is_fitted(folder / "fit" / kind.report, folder)
-                (kind.show_fit if made else kind.fit)(folder, console)
+                kind.fit(folder, console, anew=not made)
     return [outcomes[job] for job in jobs]
 
 
-def _do(
-    jobs: Sequence[StudyJob],
-    pending: Sequence[StudyJob],
-    outcomes: dict[StudyJob, Outcome],
-    engine: Engine,
-    console: Console,
+def _run(
+    pending: Sequence[Job], total: int, outcomes: dict[Job, Outcome], console: Console
 ) -> None:
-    """Does ``pending``, of ``jobs``, and puts down how each ended in ``outcomes``."""
-    folder = pending[0].run.path.parent
-    with View(pending, len(jobs), console) as view:
-        for stage in type(pending[0]).stages(pending):
-            for job, outcome in engine(stage, folder):
+    """Do ``pending``, trunks before their branches, and note how each ended in ``outcomes``."""
+    stages = [job for job in pending if not job.trunk], [job for job in pending if job.trunk]
+    with View(pending, total, console) as view:
+        for stage in filter(None, stages):
+            for job, outcome in run_jobs(stage, pending[0].run.path.parent):
                 outcomes[job] = outcome
                 if outcome.status == "killed" and job.run.environment.exists():
                     fileio.write_json(job.run.error, {"error": outcome.reason})
@@ -77,22 +77,50 @@ def _do(
                 break
 
 
-def _is_interrupted(outcomes: Mapping[StudyJob, Outcome]) -> bool:
+def _is_interrupted(outcomes: Mapping[Job, Outcome]) -> bool:
     return any(outcome.status == "interrupted" for outcome in outcomes.values())
 
 
 def _is_fitted(report: Path, folder: Path) -> bool:
-    """Whether ``report``, the last file that is written, was once all runs had ended.
-
-    Else a command was killed on its way there.
-    """
+    """Return whether ``report``, the last file of a fit, was written once all runs had ended."""
     results = folder.glob("*/results.json")
     ended = max((path.stat().st_mtime for path in results), default=0.0)
     return report.exists() and report.stat().st_mtime >= ended
 
 
-def _finished(job: StudyJob) -> Outcome | None:
-    found = job.run.finished(job.hash)
-    if found is None or job.config.force:
-        return None
-    return outcome_of(job, found, is_new=False)
+def write_summary(folder: Path, kind: Kind) -> None:
+    """Write ``sweep_summary.csv`` and ``.json`` from the runs in ``folder``: a row a run."""
+    from tinygpt.scaling.runs import read_rows
+
+    fileio.remove_torn(folder)
+    rows = read_rows(folder, find=kind.find)
+    for row in rows:
+        row["folder"] = Path(row["folder"]).name  # the study may be moved
+    fileio.write_csv(folder / "sweep_summary.csv", rows, list(rows[0]) if rows else [])
+    fileio.write_json(folder / "sweep_summary.json", {"study": folder.name, "runs": rows})
+
+
+def _print_summary(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], console: Console) -> None:
+    """Print every run with its metric or its reason, then the counts and where the files are.
+
+    Of a single run, as a sweeper that optimises asks for them, all has been said.
+    """
+    if len(jobs) == 1:
+        return
+    statuses = {}
+    table = make_table("run", "status", jobs[0].kind.metric[1], "", left=("run", "status", ""))
+    for job in jobs:
+        outcome = outcomes.get(job, Outcome("not begun"))
+        statuses[job] = outcome.status.replace("_", " ") + ("" if outcome.is_new else " before")
+        if len(jobs) <= SHOWN or not statuses[job].startswith("finished"):
+            table.add_row(job.label, statuses[job], outcome.shown, outcome.reason)
+    console.print()
+    if table.row_count:
+        console.print(table, highlight=False, markup=False)
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(statuses.values()).items())
+    console.print(f"{len(jobs)} runs: {counts}", highlight=False)
+    done = [job for job in jobs if job in outcomes and job.row]
+    if any(job.branch_step for job in done):
+        say(console, f"trained    {flops_of(done)}")
+    for folder in dict.fromkeys(job.run.path.parent for job in jobs):
+        say(console, f"summary    {folder / 'sweep_summary.csv'}")
