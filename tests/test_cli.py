@@ -409,6 +409,7 @@ def test_a_name_can_be_typed_back() -> None:
 NOT_IN_HASH = re.compile(
     r"(hardware|logger|launcher|sweep)\..*|output_dir|cache_dir|study|run_name|force|plan|fit|scale"
     r"|data\.(path|val_file|test_file|repo)|tokenizer\.(vocab_dir|path)|init_from"
+    r"|trainer\.profiler"
 )
 CHOICES = {
     "synthetic": ["data=synthetic", "tokenizer=bpe", "optim=adamw", "schedule=cosine"],

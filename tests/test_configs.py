@@ -520,8 +520,6 @@ ELSEWHERE = {
     "hardware.strategy": "test_srun_and_torchrun_say_which_process_this_is",
     "seed": "test_a_seed_gives_the_same_bits_and_another_seed_others",
     "force": "test_force_trains_anew",
-    "trainer": "test_flags_of_the_trainer_reach_it",
-    "callbacks": "test_callbacks_of_the_users_own",
 }
 IN_SWEEPS = {  # keys that only a sweep reads: the tests there
     "launcher.kind": "test_engines_agree",
@@ -535,6 +533,8 @@ IN_SWEEPS = {  # keys that only a sweep reads: the tests there
     "fit": "test_a_study_without_a_law_says_why",
 }
 PLACES = {  # of what stands in the hash by its content
+    "trainer": "test_flags_of_the_trainer_reach_it",
+    "callbacks": "test_callbacks_of_the_users_own",
     "optim.lora": "test_a_run_trains_its_adapters_alone",
     "init_from": "test_the_weights_stand_in_the_hash_and_the_path_does_not",
     "tokenizer.path": "test_a_saved_tokenizer_serves_a_new_run",
