@@ -81,6 +81,8 @@ class LanguageModel(pl.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             self.model = GPT(self.config.model, vocab_size)
+            if self.config.train.precision == "64":
+                self.model.double()  # before the weights, which would be rounded
             if weights is not None:
                 self.model.load_state_dict(weights)
             if self.config.optim.lora.rank is not None:
