@@ -51,7 +51,14 @@ class Process:
         self.said = said
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.warm"])
-        arguments = (command, words, folder, said, dict(env or {}), within)
+        arguments = (
+            command,
+            words,
+            folder,
+            said,
+            {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            within,
+        )
         self._process = context.Process(target=_serve, args=arguments)
         self._process.start()
         self.pid: int = self._process.pid or 0
@@ -98,10 +105,14 @@ class Process:
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+# What modules read as they are imported; the rest of the environment is handed on.
+READ_AT_IMPORT = ("CUDA_", "HF_", "HUGGINGFACE_", "LC_", "MPL", "PYTHON", "TRANSFORMERS_")
+
+
 def is_as_at_start() -> bool:
-    """Whether the environment is still that of the server, as modules read it when imported."""
+    """Return whether what modules read of the environment is still that of the server."""
     changed = {k for k in {*AT_START, *os.environ} if AT_START.get(k) != os.environ.get(k)}
-    return not {k for k in changed if not k.startswith(("PYTEST_", "TINYGPT_"))}
+    return not any(name.startswith(READ_AT_IMPORT) for name in changed)
 
 
 def _serve(
@@ -115,6 +126,7 @@ def _serve(
     assert "tinygpt.training.session" in sys.modules, "the parent is cold"
     os.setsid()
     os.chdir(folder)
+    os.environ.clear()
     os.environ.update(env)
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(said.with_suffix(f".{name}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
