@@ -1,4 +1,4 @@
-"""Single runs: what the law foretells without each of them, and which lie far from the rest."""
+"""Single runs: what the law predicts without each of them, and which lie far from the rest."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class SingleRun:
     """A run beside the law that all the others make, and beside those that share its setting."""
 
     row: int  # of the table that was fitted
-    without: float  # the loss foretold by the law without it
+    without: float  # the loss predicted by the law without it
     moved: float  # what it moves that by, as a part of it
-    sets_law: bool  # what is foretold hangs on it
+    sets_law: bool  # what is predicted hangs on it
     off: float  # measured / what the law without it says there - 1
     errors: float  # the same in standard errors
     off_siblings: float | None  # measured / mean of the other seeds of its setting - 1
@@ -37,7 +37,7 @@ class SingleRun:
 def single_runs(
     fit: Fit, place: Mapping[str, float], replicas: NDArray[np.intp]
 ) -> list[SingleRun]:
-    """Leaves out each run in turn; what moves the loss foretold at ``place`` most comes first.
+    """Leaves out each run in turn; what moves the loss predicted at ``place`` most comes first.
 
     A run is an outlier where its externally studentised residual, about the law or about the seeds
     of its setting, has a p-value below SIGNIFICANT after Bonferroni's count of the tests (Cook &
@@ -54,7 +54,7 @@ def single_runs(
     if degrees < 1:
         return []
     now = float(np.log(fit.predict(**place)[0]))
-    foretold, error, off, errors = _left_out(fit, place)
+    predicted, error, off, errors = _left_out(fit, place)
     apart, scatters, degrees_of_seeds = _beside_siblings(fit.points.y, replicas)
     known = np.isfinite(scatters)
     further = np.ones(n, dtype=bool)
@@ -66,12 +66,12 @@ def single_runs(
         of_seeds = known.sum() * _p_value(np.where(known, scatters, 0.0), degrees_of_seeds)
         outlier |= of_seeds < SIGNIFICANT
     outlier &= further
-    sets_law = outlier & (np.abs(now - foretold) > error)
+    sets_law = outlier & (np.abs(now - predicted) > error)
     found = [
         SingleRun(
             row,
-            float(np.exp(foretold[row])),
-            float(np.expm1(now - foretold[row])),
+            float(np.exp(predicted[row])),
+            float(np.expm1(now - predicted[row])),
             bool(sets_law[row]),
             float(np.expm1(off[row])),
             float(errors[row]),
@@ -162,13 +162,13 @@ def no_single_run(single: Sequence[SingleRun], names: Sequence[str]) -> Check:
     if setting:
         each = [
             f"{names[one.row]} ({one.off:+.1%}, {one.errors:+.1f} standard errors, off the law of "
-            f"the others; moves the loss foretold by {one.moved:+.1%})"
+            f"the others; moves the predicted loss by {one.moved:+.1%})"
             for one in setting[:3]
         ]
         more = f" and {len(setting) - 3} more" if len(setting) > 3 else ""
         return Check(name, False, "; ".join(each) + more)
     most = max(single, key=lambda one: abs(one.moved))
-    detail = f"none moves the loss foretold by more than {abs(most.moved):.2%} ({names[most.row]})"
+    detail = f"none moves the predicted loss by more than {abs(most.moved):.2%} ({names[most.row]})"
     odd = [names[one.row] for one in single if one.is_outlier]
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
