@@ -65,6 +65,7 @@ def folder(tmp_path: Path, corpus: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Lightning's own are for its users
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page(page: str, tinygpt: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page == "docs/adaptation.md":  # it goes on with a run of docs/models.md

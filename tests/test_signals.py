@@ -95,17 +95,17 @@ def test_two_signals_of_a_closing_terminal_are_one_request() -> None:
 IN_ITS_FIRST_EVALUATION = """
 import os, signal, sys
 from tinygpt import run
-from tinygpt.training import session
+from tinygpt.training.module import LanguageModel
 
-score = session.score
+step = LanguageModel.validation_step
 
-def scored(*arguments):
+def interrupted(*arguments):
     if not os.path.exists("sent"):
         open("sent", "w").close()
         os.kill(os.getpid(), signal.SIGTERM)
-    return score(*arguments)
+    return step(*arguments)
 
-session.score = scored
+LanguageModel.validation_step = interrupted
 run.main()
 """
 
