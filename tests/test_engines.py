@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tests.conftest import Command, Starts, tiny
-from tests.test_sweeping import comparable, read_summary, sweep, wait_until
+from tests.test_sweeping import comparable, read_summary, sweep
 from tests.warm import Process
 from tinygpt.config import (
     ConfigError,
@@ -178,7 +178,7 @@ def test_slurm_queues_a_run_again_and_it_goes_on(
     slurm = ["launcher=slurm", "launcher.cpus=1", "study=requeued"]
     process = start("run", *words, *slurm)
     study = tmp_path / "outputs/requeued"
-    wait_until(lambda: list(study.glob("seed-2*/checkpoints/last.ckpt")))
+    process.wait_until(lambda: list(study.glob("seed-2*/checkpoints/last.ckpt")))
     (job,) = {path.name.split("_")[0] for path in (study / ".slurm").glob("*_submitted.pkl")}
     subprocess.run(["scontrol", "requeue", f"{job}_1"], check=True)
     assert process.wait(400) == 0, process.communicate()
@@ -281,7 +281,7 @@ def test_a_study_killed_five_times_ends_as_if_undisturbed(
     for _ in range(5):
         process = start("run", *words, "study=killed")
         before = len(list(killed.glob("*/results.json")))
-        wait_until(lambda: any(killed.glob("*/metrics.csv")))
+        process.wait_until(lambda: any(killed.glob("*/metrics.csv")))
         time.sleep(random_.uniform(3, 8))
         kill_group(process)
         assert len(list(killed.glob("*/results.json"))) >= before

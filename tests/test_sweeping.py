@@ -483,13 +483,6 @@ def test_the_view_times_what_ended_and_what_runs(monkeypatch: pytest.MonkeyPatch
 # --- interrupted and taken up again
 
 
-def wait_until(holds: Any, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("launcher", ["serial", pytest.param("local", marks=pytest.mark.slow)])
 def test_sigterm_saves_and_stops_a_study(
     tinygpt: Command, start: Starts, corpus: Path, tmp_path: Path, launcher: str
@@ -498,7 +491,7 @@ def test_sigterm_saves_and_stops_a_study(
     words += ["launcher.n_jobs=2"] if launcher == "local" else []
     process = start("run", *words)
     study = tmp_path / "outputs/sweep-seed"
-    wait_until(lambda: list(study.glob("*/checkpoints/last.ckpt")))
+    process.wait_until(lambda: list(study.glob("*/checkpoints/last.ckpt")))
     process.send_signal(signal.SIGTERM)
     code, (out, err) = process.wait(60), process.communicate()
     assert code == 143, out + err

@@ -11,7 +11,6 @@ import atexit
 import importlib
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -81,9 +80,6 @@ class Process:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
 
     def communicate(self) -> tuple[str, str]:
         self.wait()

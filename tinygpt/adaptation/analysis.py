@@ -1,4 +1,4 @@
-"""What a study of adaptation came to: records, means by document, paired differences, laws in the
+"""Analyse a study of adaptation: records, means by document, paired differences, laws in the
 steps.  Torch-free.
 
 Documents are what is drawn at random: records of a document are averaged first, and every

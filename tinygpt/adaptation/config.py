@@ -88,7 +88,7 @@ class OuterConfig:
 
 @dataclass
 class PolicyConfig:
-    """Who proposes edits."""
+    """Choose the policy that proposes edits."""
 
     kind: str = MISSING
 

@@ -31,12 +31,12 @@ from tinygpt.data.datamodule import IGNORED, TokenData
 from tinygpt.data.shards import Progress
 from tinygpt.data.synthetic import RELATIONS, STATEMENTS, Entity, Grammar
 from tinygpt.data.tokenizers import Tokenizer
+from tinygpt.horizon import PASS_TOKENS
 from tinygpt.model.gpt import GPT
 from tinygpt.model.loss import token_scores
 from tinygpt.model.search import Path, Tree, likeliest, tree_of
 from tinygpt.trained import TrainedRun
 from tinygpt.training.corpus import own_corpus
-from tinygpt.training.trainer import PASS_TOKENS
 
 SPLITS = ("train", "tune", "test")
 AT_ONCE = 64  # beginnings of answers that go through a model together
@@ -74,7 +74,7 @@ class Heldout:
 
     @property
     def tokens(self) -> int:
-        """How many are scored."""
+        """Return how many targets are scored."""
         return int((self.targets != IGNORED).sum())
 
     @cached_property
@@ -143,7 +143,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Documents:
-    """Those used, in the order test, tune, train, and those that were skipped."""
+    """Hold the documents used, in the order test, tune, train, and those that were skipped."""
 
     used: list[Document]
     left_out: list[LeftOut]

@@ -61,7 +61,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Inner:
-    """What came of an inner loop; ``model`` has its adapters in it."""
+    """Hold the outcome of an inner loop; ``model`` has its adapters in it."""
 
     model: GPT
     snapshots: list[Snapshot]
@@ -224,7 +224,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Origin:
-    """Who proposed an edit, and what that cost in tokens."""
+    """Say which policy proposed an edit, and what that cost in tokens."""
 
     backend: str | None = None
     model: str | None = None

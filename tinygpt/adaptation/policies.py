@@ -1,4 +1,4 @@
-"""Who proposes edits: the protocol of a policy, language models as policies, and a file of edits.
+"""Propose edits: the protocol of a policy, language models as policies, and a file of edits.
 
 A language model draws a directive slot by slot, then writes the texts that it asks for.  Models
 that read instructions are in ``prompted``.

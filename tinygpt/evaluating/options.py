@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do: options, runs, output folder, files of questions.
+"""Read what an evaluation is asked to do: options, runs, output folder, files of questions.
 
 Nothing here imports torch or numpy, so that a mistake is reported at once.
 """
@@ -30,7 +30,7 @@ class OtherText:
 
 @dataclass
 class Options:
-    """What is computed for each run, and on which device."""
+    """Say what is computed for each run, and on which device."""
 
     checkpoints: list[str] = field(default_factory=list)  # empty: final, or last if unfinished
     split: str = key("val", among=("val", "test"))

@@ -28,6 +28,7 @@ from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import EvalBatches
 from tinygpt.data.shards import EvalWindows, Progress, Split
 from tinygpt.evaluating.options import Options
+from tinygpt.horizon import PASS_TOKENS
 from tinygpt.model import linear
 from tinygpt.model.gpt import GPT
 from tinygpt.model.loss import token_scores
@@ -36,7 +37,7 @@ from tinygpt.training.corpus import own_corpus
 from tinygpt.training.evaluation import Scores, score
 from tinygpt.training.hardware import set_up
 from tinygpt.training.session import open_data
-from tinygpt.training.trainer import PASS_TOKENS, Device, resolve_device
+from tinygpt.training.trainer import Device, resolve_device
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 TOP = 5

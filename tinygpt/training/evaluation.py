@@ -88,13 +88,23 @@ def _unscored(info: dict[str, Any]) -> int:
     return len(info["unscored_ids"]) * info["documents"] if "unscored_ids" in info else 0
 
 
-def cut(batch: tuple[Tensor, Tensor], info: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the batch as wide as its longest document, where each row is a document."""
+def score_batch(
+    model: Scored, batch: tuple[Tensor, Tensor], info: dict[str, Any], metric: TokenScores
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Add a batch of inputs and targets, both ``(B, T)``, of a split to ``metric``.
+
+    Where each row is a document, the batch is cut to the longest.  Returns what the model said of
+    the targets, ``(B·T,)`` each, and which of them count, ``(B, T)``.
+    """
     inputs, targets = batch
-    if not _unscored(info):
-        return batch
-    width = 1 + int((targets != IGNORED).any(0).nonzero().max())
-    return inputs[:, :width], targets[:, :width]
+    if _unscored(info):
+        width = 1 + int((targets != IGNORED).any(0).nonzero().max())
+        inputs, targets = inputs[:, :width], targets[:, :width]
+    inputs, targets = inputs.to(metric.device), targets.to(metric.device)
+    scored = targets != IGNORED
+    found = model.scores(inputs, targets.clamp(min=0))
+    metric.update(found[0], found[1], scored.flatten())
+    return found, scored
 
 
 @torch.no_grad()
@@ -116,10 +126,7 @@ def score(
     metric = TokenScores(device)
     with autocast or nullcontext():
         for batch in batches:
-            inputs, targets = (tensor.to(device) for tensor in cut(batch, info))
-            scored = targets != IGNORED
-            found = model.scores(inputs, targets.clamp(min=0))  # (B·T,) each
-            metric.update(found[0], found[1], scored.flatten())
+            found, scored = score_batch(model, batch, info, metric)
             if watch is not None:
                 watch(found, scored)
     model.train(was_training)

@@ -12,12 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tinygpt import rundir
 from tinygpt.config import Config, ConfigError
-from tinygpt.data.datamodule import IGNORED, TokenData
+from tinygpt.data.datamodule import TokenData
 from tinygpt.horizon import Plan
 from tinygpt.model.gpt import GPT, dropout_seeds
 from tinygpt.model.lora import add_lora
 from tinygpt.trained import initial_weights
-from tinygpt.training.evaluation import Scores, TokenScores, cut, scores_of
+from tinygpt.training.evaluation import Scores, TokenScores, score_batch, scores_of
 from tinygpt.training.optim import make_optimizer, rate_factor
 
 
@@ -112,11 +112,13 @@ class LanguageModel(pl.LightningModule):
         self._logged_step = self.trainer.global_step  # known only now where a run is resumed
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits ``(B, T, V)`` of ``tokens`` ``(B, T)``."""
         logits: Tensor = self.model(tokens)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        inputs, targets = batch  # (B, T) each
+        """Return the mean loss of a batch of inputs and targets, ``(B, T)`` each, in nats."""
+        inputs, targets = batch
         seeds = None
         if self.config.model.dropout > 0:
             # dropout too is a function of (seed, step) and of the sequence's place in the batch,
@@ -136,7 +138,7 @@ class LanguageModel(pl.LightningModule):
         self._metric = TokenScores(self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._score(batch, "val")
+        score_batch(self.model, batch, self.data.splits["val"].info, self._metric)
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
@@ -145,15 +147,10 @@ class LanguageModel(pl.LightningModule):
         self._metric = TokenScores(self.device)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._score(batch, "test")
+        score_batch(self.model, batch, self.data.splits["test"].info, self._metric)
 
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
-
-    def _score(self, batch: tuple[Tensor, Tensor], split: str) -> None:
-        inputs, targets = cut(batch, self.data.splits[split].info)
-        losses, right = self.model.scores(inputs, targets.clamp(min=0))  # (B·T,) each
-        self._metric.update(losses, right, (targets != IGNORED).flatten())
 
     def _log_scores(self, split: str) -> None:
         self.scores = scores_of(self._metric, self.data.splits[split].info)

@@ -31,7 +31,6 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
 from tinygpt import fileio, rundir, signals
 from tinygpt.config import ConfigError, HardwareConfig, RunError, TrainerConfig, first_line
-from tinygpt.horizon import PASS_TOKENS as PASS_TOKENS
 from tinygpt.horizon import Plan
 from tinygpt.trained import check_sums, usable_device
 
