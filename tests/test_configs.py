@@ -37,8 +37,7 @@ from tinygpt.horizon import derive
 from tinygpt.model import gpt
 from tinygpt.model.families import to_config
 from tinygpt.model.gpt import GPT
-from tinygpt.training import loggers, tracking
-from tinygpt.training import trainer as trainers
+from tinygpt.training import hardware, loggers, tracking
 from tinygpt.training.optim import make_optimizer, rate_factor
 from tinygpt.training.session import train
 
@@ -348,7 +347,7 @@ def tokenizer_part(config: Config, cache: Path) -> Any:
 
 def device_part(config: Config, cache: Path) -> Any:
     try:
-        return trainers.resolve_device(config.hardware, config.train.precision)
+        return hardware.resolve_device(config.hardware, config.train.precision)
     except ConfigError as error:
         return str(error)
 

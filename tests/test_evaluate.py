@@ -46,8 +46,8 @@ from tinygpt.evaluating.scoring import Machine, Positions, as_in_training
 from tinygpt.model.gpt import GPT
 from tinygpt.model.search import likeliest, tree_of
 from tinygpt.trained import TrainedRun, load_run
+from tinygpt.training.hardware import Device
 from tinygpt.training.session import train
-from tinygpt.training.trainer import Device
 
 CPU = Machine(Device("cpu", "32"), cli.compose_config([]))
 

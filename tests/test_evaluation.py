@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tinygpt.data.datamodule import IGNORED
-from tinygpt.model.loss import token_scores
+from tinygpt.model.kernels import token_scores
 from tinygpt.training.evaluation import Scores, score
 
 INFO = {"tokens": 60, "bytes": 150, "characters": 120}

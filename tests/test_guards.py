@@ -20,7 +20,7 @@ from tests.test_training import Trained, run, same_weights
 from tinygpt import cli, rundir
 from tinygpt.config import ModelConfig
 from tinygpt.model.gpt import Attention, make_norm, manual_attention
-from tinygpt.model.loss import mean_loss, token_scores
+from tinygpt.model.kernels import mean_loss, token_scores
 from tinygpt.training import session, trainer
 from tinygpt.training.module import LanguageModel
 

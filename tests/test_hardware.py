@@ -17,10 +17,10 @@ from tests.test_training import Trained
 from tinygpt import cli, fileio
 from tinygpt.config import ConfigError, HardwareConfig
 from tinygpt.horizon import Plan
-from tinygpt.model import linear
+from tinygpt.model import kernels
 from tinygpt.model.gpt import GPT
 from tinygpt.training import hardware
-from tinygpt.training.trainer import Device
+from tinygpt.training.hardware import Device
 
 PLAN = Plan(100, 25_600, 5, 10, 10, None, 8, 8, 1)
 
@@ -28,20 +28,20 @@ PLAN = Plan(100, 25_600, 5, 10, 10, None, 8, 8, 1)
 @pytest.fixture(autouse=True)
 def products_as_before() -> Iterator[None]:
     yield
-    linear.use_onednn(None)
+    kernels.use_onednn(None)
 
 
 def run(folder: Path, cache: Path, corpus: Path, *more: str) -> Trained:
     return Trained(folder, cache, tiny(corpus, *more)).go()
 
 
-@pytest.mark.skipif(not linear.onednn_is_there(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not kernels.onednn_is_there(), reason="this torch has no oneDNN")
 def test_who_multiplies_changes_no_more_than_rounding_and_is_recorded(
     tmp_path: Path, corpus: Path, cache: Path
 ) -> None:
     losses = {}
     for name in ("torch", "onednn"):
-        linear.use_onednn(name == "onednn")
+        kernels.use_onednn(name == "onednn")
         trained = run(tmp_path / name, cache, corpus)
         losses[name] = trained.results["final_val_loss"]
         assert fileio.read_json(trained.path / "environment.json")["matmul"] == name
@@ -51,7 +51,7 @@ def test_who_multiplies_changes_no_more_than_rounding_and_is_recorded(
 def test_a_run_taken_up_with_other_products_says_so(
     tmp_path: Path, corpus: Path, cache: Path
 ) -> None:
-    linear.use_onednn(False)
+    kernels.use_onednn(False)
     first = Trained(tmp_path, cache, tiny(corpus, "train.checkpoint_every=256")).go()
     first.path.joinpath("results.json").unlink()
     environment = fileio.read_json(first.path / "environment.json")
@@ -62,10 +62,10 @@ def test_a_run_taken_up_with_other_products_says_so(
 
 def test_the_environment_switches_onednn_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINYGPT_MATMUL", "torch")
-    linear.onednn_is_faster.cache_clear()
-    assert not linear.onednn_is_used()
-    assert not linear.takes_onednn(torch.zeros(2, 2))
-    linear.onednn_is_faster.cache_clear()
+    kernels.onednn_is_faster.cache_clear()
+    assert not kernels.onednn_is_used()
+    assert not kernels.takes_onednn(torch.zeros(2, 2))
+    kernels.onednn_is_faster.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
@@ -82,7 +82,7 @@ import resource, torch
 from tinygpt.config import HardwareConfig, ModelConfig
 from tinygpt.model.gpt import GPT
 from tinygpt.training import hardware
-from tinygpt.training.trainer import Device
+from tinygpt.training.hardware import Device
 {prepare}
 model = GPT(ModelConfig(), 4096)
 tokens = torch.randint(4096, (1, 257))
@@ -135,11 +135,11 @@ def test_on_cuda_a_long_run_is_compiled(
     """100 steps of so many seconds; and what a run was begun with stays."""
     monkeypatch.setattr(hardware, "seconds_per_step", lambda *of: seconds)
     config, cuda = cli.compose_config([]), Device("cuda", "bf16-mixed")
-    assert hardware.rounding(config, 300, PLAN, cuda, {})["compile"] == how
+    assert hardware.numerics(config, 300, PLAN, cuda, {})["compile"] == how
     for begun in ("off", "on"):
-        found = hardware.rounding(config, 300, PLAN, cuda, {"compile": begun})
+        found = hardware.numerics(config, 300, PLAN, cuda, {"compile": begun})
         assert found["compile"] == begun
-    assert hardware.rounding(config, 300, PLAN, Device("cpu", "32"), {})["compile"] == "off"
+    assert hardware.numerics(config, 300, PLAN, Device("cpu", "32"), {})["compile"] == "off"
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_a_run_chooses_its_threads_by_itself(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(hardware, "_most_threads", lambda: 4)
     monkeypatch.setattr(hardware, "_block_seconds", lambda *_: seconds[torch.get_num_threads()])
-    monkeypatch.setattr(hardware, "_timed", {})
+    monkeypatch.setattr(hardware, "_block_times", {})
     torch.set_num_threads(4)
     line = hardware.choose_threads(config, 4096, PLAN, cpu, begun)
     assert torch.get_num_threads() == threads

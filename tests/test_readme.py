@@ -17,7 +17,7 @@ ELSEWHERE = {"docs/extending.md": "test_extending.py", "docs/machines.md": "test
 NOT_OURS = ("make ", ". .venv", "python -m venv", "pip install", "python -m pytest", "tensorboard ")
 
 EVALUATED = "data.eval_tokens=4_000"
-SMOKE = ("train.tokens=20_000", "data.val_fraction=0.25", "hardware.threads=1", EVALUATED)
+SMOKE = ("train.tokens=6_000", "data.val_fraction=0.25", "hardware.threads=1", EVALUATED)
 BENCHMARK = ("model=tiny", "steps=1", "seconds=0.01", "hardware.threads=1")
 ADAPT = (
     *("documents.train=1", "documents.tune=1", "documents.test=2", "documents.context_tokens=40"),

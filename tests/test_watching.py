@@ -209,9 +209,9 @@ def test_an_interrupted_run_is_there_once(corpus: Path, cache: Path, tmp_path: P
 
 
 def test_a_sample_is_shown_as_it_is_whatever_it_looks_like(tmp_path: Path) -> None:
-    from tinygpt.training.board import WIDTH, Board
+    from tinygpt.training.loggers import WIDTH, Board
 
-    board = Board(tmp_path, 10, 0.0)
+    board = Board(tmp_path, {}, 10, 0.0)
     board.log_text("# no heading\n\n*stars* " + "long " * 100, 7)
     board.close("success")
     lines = texts(read(tmp_path))[7].splitlines()

@@ -28,10 +28,10 @@ from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TrainBatches
 from tinygpt.model.generate import generate
-from tinygpt.training.calibration import AUTOCAST
+from tinygpt.training.hardware import AUTOCAST, Device, quiet_lightning
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.session import open_data, open_machine, train
-from tinygpt.training.trainer import Device, make_trainer, quiet_lightning
+from tinygpt.training.trainer import make_trainer
 
 Row = dict[str, Any]
 

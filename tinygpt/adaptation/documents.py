@@ -33,7 +33,7 @@ from tinygpt.data.synthetic import RELATIONS, STATEMENTS, Entity, Grammar
 from tinygpt.data.tokenizers import Tokenizer
 from tinygpt.horizon import PASS_TOKENS
 from tinygpt.model.gpt import GPT
-from tinygpt.model.loss import token_scores
+from tinygpt.model.kernels import token_scores
 from tinygpt.model.search import Path, Tree, likeliest, tree_of
 from tinygpt.trained import TrainedRun
 from tinygpt.training.corpus import own_corpus

@@ -47,9 +47,8 @@ from tinygpt.adaptation.records import LinesFile, Record, RecordsFile
 from tinygpt.config import LoraConfig
 from tinygpt.trained import load_run
 from tinygpt.training.console import logging_to, preparing, short
-from tinygpt.training.folder import failures_recorded
-from tinygpt.training.hardware import set_up
-from tinygpt.training.trainer import resolve_device
+from tinygpt.training.hardware import resolve_device, set_up
+from tinygpt.training.session import failures_recorded
 
 log = logging.getLogger("tinygpt")
 

@@ -29,15 +29,14 @@ from tinygpt.data.datamodule import EvalBatches
 from tinygpt.data.shards import EvalWindows, Progress, Split
 from tinygpt.evaluating.options import Options
 from tinygpt.horizon import PASS_TOKENS
-from tinygpt.model import linear
+from tinygpt.model import kernels
 from tinygpt.model.gpt import GPT
-from tinygpt.model.loss import token_scores
+from tinygpt.model.kernels import token_scores
 from tinygpt.trained import TrainedRun
 from tinygpt.training.corpus import own_corpus
 from tinygpt.training.evaluation import Scores, score
-from tinygpt.training.hardware import set_up
+from tinygpt.training.hardware import Device, resolve_device, set_up
 from tinygpt.training.session import open_data
-from tinygpt.training.trainer import Device, resolve_device
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 TOP = 5
@@ -105,13 +104,13 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
     try:
         set_up(hardware, resolved)
         if on_cpu and "matmul" in begun:
-            linear.use_onednn(begun["matmul"] == "onednn" and linear.onednn_is_there())
+            kernels.use_onednn(begun["matmul"] == "onednn" and kernels.onednn_is_there())
         if resolved.accelerator == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as the Trainer sets it
         yield Machine(resolved, dataclasses.replace(config, hardware=hardware))
     finally:
         torch.set_num_threads(before)
-        linear.use_onednn(None)
+        kernels.use_onednn(None)
 
 
 # --- the text

@@ -167,7 +167,7 @@ def _llama_shape(read: _Reader) -> dict[str, Any]:
     d_model = read.number("hidden_size")
     bias = read.switch("attention_bias", False)
     read.fixed("mlp_bias", bias, default=False, why=f" like attention_bias={bias}")
-    read.require(d_model // n_heads % 2 == 0, "an odd width of a head, where RoPE turns pairs")
+    read.require(d_model // n_heads % 2 == 0, "an odd width of a head, where RoPE rotates pairs")
     return {
         "n_layers": read.number("num_hidden_layers"),
         "d_model": d_model,

@@ -7,12 +7,12 @@
 
 Under µP (Yang et al. 2022, "Tensor Programs V", the table for Adam) a learning rate tuned at one
 width serves all.  With m = d_model / mup_base_width the matrices inside the blocks begin smaller
-by sqrt(m), attention scores are divided by D instead of sqrt(D), logits by m; the rates are
-training/optim.py's.  The rules take it that d_ff, too, grows with d_model.
+by sqrt(m), attention scores are divided by D instead of sqrt(D), logits by m; training/optim.py
+scales the rates.  The rules assume that d_ff grows with d_model too.
 
 Shapes in comments: B batch, T tokens (S with those in a cache), C = d_model, H heads (KV of them
 with keys and values), D = C / H, F = d_ff, V = vocabulary, padded.  Labels are not shifted here:
-the logits at position t are about token t + 1, and whoever computes a loss gives them that token.
+the logits at position t predict token t + 1, which the caller passes as the target.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tinygpt.config import ModelConfig, width_ratio
 from tinygpt.counting import padded_vocab, resolved_d_ff
-from tinygpt.model.linear import Linear
-from tinygpt.model.loss import mean_loss, token_scores
+from tinygpt.model.kernels import Linear, mean_loss, token_scores
 
 INIT_STD = 0.02  # as GPT-2
 GOLDEN = 0x61C88647  # 2^32 over the golden ratio, negated: its multiples spread evenly
@@ -39,7 +38,7 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines, (T, D/2) each
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """LayerNorm, or RMSNorm, which never has a bias."""
+    """Return LayerNorm, or RMSNorm, which never has a bias."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
@@ -48,10 +47,10 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def rotary_tables(
     length: int, head_dim: int, theta: float, scaling: Mapping[str, float] | None = None
 ) -> Rotary:
-    """Cosines and sines of the angles t · theta^(-2i/D): position t, pair i of D/2.
+    """Return the cosines and sines of the angles t · theta^(-2i/D): position t, pair i of D/2.
 
-    With Llama 3.1's ``scaling`` wavelengths well beyond the original context are ``factor`` times
-    as long, those well within it as they are, and between the two it goes over smoothly.
+    With Llama 3.1's ``scaling``, wavelengths well beyond the original context become ``factor``
+    times as long, those well within it stay, and those in between are interpolated.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)  # (D/2,)
     if scaling is not None:
@@ -64,15 +63,15 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """RoPE: turn each pair (x[i], x[i + D/2]) of a head by its angle (half-split, as Llama)."""
+    """Rotate each pair (x[i], x[i + D/2]) of a head by its angle (RoPE, half-split as in Llama)."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.type_as(x)  # the tables are float32, also under autocast
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.type_as(x)  # the tables are float32, also under autocast
 
 
 def score_divisor(config: ModelConfig) -> float:
-    """sqrt(D); under µP D / sqrt(16), as trained queries and keys agree in all of D numbers."""
+    """Return sqrt(D); under µP D / sqrt(16), as trained queries and keys correlate."""
     head_dim = config.d_model // config.n_heads
     if config.parametrization == "mup":
         return head_dim / math.sqrt(MUP_HEAD_DIM)
@@ -80,9 +79,9 @@ def score_divisor(config: ModelConfig) -> float:
 
 
 def dropout_seeds(seed: int, step: int, first: int, count: int) -> Tensor:
-    """Two numbers for each of ``count`` sequences from the ``first`` of a global batch on: (B, 2).
+    """Return two seeds for each of ``count`` sequences of a global batch, from ``first``: (B, 2).
 
-    They say what dropout drops of a sequence, however the batch is cut up.
+    They decide what dropout drops of a sequence, however the batch is split into passes.
     """
     found = [
         np.random.SeedSequence([seed, step, n]).generate_state(2)
@@ -92,17 +91,17 @@ def dropout_seeds(seed: int, step: int, first: int, count: int) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Murmur3's last rounds (Appleby 2011): 32 bits of which each depends on all bits of ``x``."""
+    """Mix 32 bits so that each depends on all of ``x``: Murmur3's last rounds (Appleby 2011)."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * -0x7A143595
     x = (x ^ ((x >> 13) & 0x7FFFF)) * -0x3D4D51CB
     return x ^ ((x >> 16) & 0xFFFF)
 
 
 def drop(x: Tensor, p: float, seeds: Tensor | None, place: int = 0) -> Tensor:
-    """Dropout of ``x``, (B, ...), with probability ``p``.
+    """Apply dropout to ``x``, (B, ...), with probability ``p``.
 
-    With ``seeds``, (B, 2), what is dropped of a sequence is a function of its own two, the
-    ``place`` in the model and the number's position; else of torch's global state.
+    With ``seeds``, (B, 2), what is dropped is a function of the sequence's seeds, the ``place`` in
+    the model and the position in the tensor; else of torch's global state.
     """
     if p == 0:
         return x
@@ -116,7 +115,7 @@ def drop(x: Tensor, p: float, seeds: Tensor | None, place: int = 0) -> Tensor:
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
-    """(T, S): which of S keys each query sees, the queries being those of the last T tokens."""
+    """Return which of S keys each of the last T queries sees: (T, S)."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
 
 
@@ -129,7 +128,7 @@ def manual_attention(
     causal: bool = True,
     seeds: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k' / divisor) v, where no position sees a later one: what SDPA computes."""
+    """Return softmax(q k' / divisor) v without later positions, as SDPA computes it."""
     scores = q @ k.transpose(-2, -1) / divisor  # (B, H, T, S): query, key
     if causal:
         seen = causal_mask(q.shape[-2], k.shape[-2], q.device)
@@ -148,8 +147,8 @@ class KVCache:
         self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take those of the next T tokens, give those of all S tokens: (B, KV, S, D) each."""
-        if self.length == 0:  # only now the batch, the type (also under autocast), the device
+        """Add the keys and values of T more tokens; return those of all S: (B, KV, S, D) each."""
+        if self.length == 0:  # batch, dtype (also under autocast) and device are known only now
             B, KV, _, D = k.shape
             self.keys = k.new_empty(B, KV, self.capacity, D)
             self.values = v.new_empty(B, KV, self.capacity, D)
@@ -175,10 +174,10 @@ class Attention(nn.Module):
         self.proj = Linear(config.d_model, config.d_model, bias=config.bias)
 
     def heads(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, T, D), keys and values (B, KV, T, D), turned where there is RoPE."""
+        """Return queries (B, H, T, D), keys and values (B, KV, T, D), rotated if RoPE is used."""
         B, T, C = x.shape
         D, kv_width = self.head_dim, self.n_kv_heads * self.head_dim
-        # cut up while the heads stand side by side: their gradients are then joined by rows
+        # split while the heads are side by side: their gradients are then joined by rows
         parts = self.qkv(x).split([C, kv_width, kv_width], dim=-1)
         q, k, v = (part.view(B, T, -1, D).transpose(1, 2) for part in parts)
         if rotary is not None:
@@ -196,14 +195,14 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, rotary)
         if cache is not None:
             k, v = cache.append(k, v)
-        if T == 1:  # it sees all, so the queries of a group can stand as rows: nothing to repeat
+        if T == 1:  # it sees all keys, so the queries of a group can be rows: nothing to repeat
             q = q.reshape(B, self.n_kv_heads, -1, self.head_dim)
         elif self.n_kv_heads < self.n_heads:  # each key and value serves a group of queries
             group = self.n_heads // self.n_kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
 
         dropout = self.dropout if self.training else 0.0
-        if self.manual or (dropout and seeds is not None):  # SDPA's own takes no seeds
+        if self.manual or (dropout and seeds is not None):  # SDPA takes no seeds
             y = manual_attention(q, k, v, dropout, self.divisor, causal=T > 1, seeds=seeds)
         else:
             S, scale = k.shape[2], 1 / self.divisor
@@ -217,15 +216,15 @@ class Attention(nn.Module):
         return drop(self.proj(y), dropout, seeds, place=1)
 
 
-def bend(h: Tensor, activation: str) -> Tensor:
-    """What ``activation`` makes of each number by itself; SwiGLU does so to its gate."""
+def activate(h: Tensor, activation: str) -> Tensor:
+    """Apply ``activation`` elementwise; for SwiGLU, to its gate."""
     if activation == "swiglu":
         return F.silu(h)
     return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class MLP(nn.Module):
-    """Each position on its own: widen, bend, narrow.  SwiGLU bends by a second, gating matrix."""
+    """A feed-forward layer for each position; SwiGLU has a second, gating matrix."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -240,14 +239,14 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
         h = self.up(x)  # (B, T, F)
         if self.activation == "swiglu":
-            h = bend(self.gate(x), self.activation) * h
+            h = activate(self.gate(x), self.activation) * h
         else:
-            h = bend(h, self.activation)
+            h = activate(h, self.activation)
         return drop(self.down(h), self.dropout if self.training else 0.0, seeds, place=2)
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward, each behind a norm and added to what came in."""
+    """Attention, then the feed-forward layer, each after a norm and added to its input."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -269,7 +268,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens (B, T) in, logits (B, T, V) out; or a loss, where it is told what comes next."""
+    """Maps tokens (B, T) to logits (B, T, V), or, given targets, to a loss."""
 
     cos: Tensor
     sin: Tensor
@@ -279,7 +278,7 @@ class GPT(nn.Module):
         check_shape(config)
         self.config = config
         self.width_ratio = width_ratio(config) if config.parametrization == "mup" else 1.0
-        self.vocab_size = vocab_size  # what the tokenizer has; the rows that pad it are never data
+        self.vocab_size = vocab_size  # the tokenizer's; the rows that pad it are never data
         rows = padded_vocab(vocab_size, config.pad_vocab_to_multiple)
 
         self.token_embedding = nn.Embedding(rows, config.d_model)
@@ -298,8 +297,11 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """N(0, 0.02), biases 0.  The two projections of a block that add to the residual stream
-        are smaller by sqrt(2·L), as 2·L of them add up; under µP all of a block by sqrt(m)."""
+        """Draw weights from N(0, 0.02) and set biases to 0.
+
+        The two projections of a block that add to the residual stream are smaller by sqrt(2·L), as
+        2·L of them add up; under µP all matrices of a block are smaller by sqrt(m).
+        """
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 std = INIT_STD
@@ -312,12 +314,12 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The matrices inside the blocks: both of their sides grow with the width."""
+        """Return the matrices inside the blocks, whose two dimensions both grow with the width."""
         return [p for p in self.blocks.parameters() if p.ndim == 2]
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, C): the head's matrix; the token embedding where the two are tied."""
+        """The head's matrix (V, C): the token embedding where the two are tied."""
         return self.token_embedding.weight if self.config.tie_weights else self.head.weight
 
     def hidden(
@@ -326,9 +328,11 @@ class GPT(nn.Module):
         caches: Sequence[KVCache] | None = None,
         seeds: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads: (B, T) -> (B, T, C).  With a cache for each block the tokens go
-        on from those that it holds, and join them; ``seeds`` (B, 2) are dropout's.  Raises
-        ValueError beyond ``max_seq_len``."""
+        """Return the hidden states that the head reads: (B, T) -> (B, T, C).
+
+        With a cache for each block the tokens follow those that it holds, and are added to it;
+        ``seeds`` (B, 2) are dropout's.  Raises ValueError beyond ``max_seq_len``.
+        """
         start = caches[0].length if caches else 0
         end = start + tokens.shape[1]
         if self.config.max_seq_len < end:
@@ -344,7 +348,7 @@ class GPT(nn.Module):
         for number, (block, cache) in enumerate(zip(self.blocks, each, strict=True), start=1):
             own = None if seeds is None else seeds + number * GOLDEN % 2**31
             if self.config.gradient_checkpointing and self.training and cache is None:
-                # keep only the block's input; the backward pass computes the rest anew
+                # keep only the block's input; the backward pass recomputes the rest
                 x = checkpoint(block, x, rotary, None, own, use_reentrant=False)
             else:
                 x = block(x, rotary, cache, own)
@@ -352,11 +356,11 @@ class GPT(nn.Module):
         return out
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """Under µP the logits are smaller by the width ratio; the hidden state is smaller yet."""
+        """Divide by the width ratio of µP, by which its logits are smaller."""
         return hidden if self.width_ratio == 1 else hidden / self.width_ratio
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: (..., C) -> (..., V)."""
+        """Apply the head: (..., C) -> (..., V)."""
         return F.linear(self.scaled(hidden), self.output_weight)
 
     def forward(
@@ -366,10 +370,10 @@ class GPT(nn.Module):
         each: bool = False,
         seeds: Tensor | None = None,
     ) -> Tensor:
-        """The logits (B, T, V), or with ``targets`` (B, T) their mean loss, which costs less.
+        """Return the logits (B, T, V), or with ``targets`` (B, T) their mean loss, at less cost.
 
-        ``each``: of every target its loss, and 1 where the likeliest token is it: (2, B·T).
-        ``seeds``: what dropout drops (``dropout_seeds``); null: torch's global state says it.
+        With ``each``, return of every target its loss, and 1 where it is the likeliest token:
+        (2, B·T).  ``seeds`` are those of ``dropout_seeds``; None: dropout follows torch's state.
         """
         hidden = self.hidden(tokens, seeds=seeds)
         if targets is None:
@@ -378,17 +382,17 @@ class GPT(nn.Module):
         return torch.stack(token_scores(*rows)) if each else mean_loss(*rows)
 
     def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every target its loss and whether the likeliest token is it: (B·T,) each."""
+        """Return of every target its loss and whether it is the likeliest token: (B·T,) each."""
         losses, right = self(tokens, targets, each=True)  # a call of the whole may be compiled
         return losses, right.bool()
 
 
 def check_shape(config: ModelConfig) -> None:
-    """Refuse sizes that cannot be cut into heads."""
+    """Raise ValueError for sizes that cannot be split into heads."""
     n_kv_heads = config.n_kv_heads or config.n_heads
     if config.d_model % config.n_heads:
         raise ValueError(f"n_heads={config.n_heads} must divide d_model={config.d_model}")
     if config.n_heads % n_kv_heads:
         raise ValueError(f"n_kv_heads={n_kv_heads} must divide n_heads={config.n_heads}")
     if config.position == "rope" and config.d_model // config.n_heads % 2:
-        raise ValueError("position=rope needs an even d_model / n_heads, as it turns pairs")
+        raise ValueError("position=rope needs an even d_model / n_heads, as it rotates pairs")

@@ -129,8 +129,7 @@ class Trainings(Kind):
                 console.print(f"  {mark}  {check.name}: {check.detail}", highlight=False)
 
     def run(self, job: Job, console: Console) -> dict[str, Any]:
-        from tinygpt.training.branching import Branch
-        from tinygpt.training.session import train
+        from tinygpt.training.session import Branch, train
 
         try:
             branch = Branch(job.trunk, job.branch_step, tuple(job.keep_at))
@@ -364,8 +363,7 @@ def estimate_seconds(jobs: Sequence[Job]) -> dict[Job, float]:
 
     Where that takes too long, it is estimated from the FLOPs and the speed of smaller models.
     """
-    from tinygpt.training.calibration import seconds_per_step
-    from tinygpt.training.hardware import choose_threads
+    from tinygpt.training.hardware import choose_threads, seconds_per_step
     from tinygpt.training.session import open_machine
 
     begun, seconds_per_flop = time.perf_counter(), math.inf

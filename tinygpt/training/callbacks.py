@@ -1,7 +1,7 @@
-"""What happens between steps: metrics, evaluation, checkpoints, progress, interrupts.
+"""What happens between steps: metrics, evaluation, samples, checkpoints, signals, progress.
 
 All of it happens at whole optimizer steps and in this order: log, evaluate, sample, save, stop.
-A checkpoint therefore knows everything that was logged before it, and a resumed run logs what the
+A checkpoint therefore holds everything that was logged before it, and a resumed run logs what the
 uninterrupted one would have.
 """
 
@@ -10,68 +10,109 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import psutil
 import torch
 from rich.progress import Progress, TaskID
 
-from tinygpt import rundir, signals
+from tinygpt import fileio, rundir, signals
 from tinygpt.config import Config
+from tinygpt.data.tokenizers import Tokenizer
 from tinygpt.horizon import Plan
+from tinygpt.model.generate import generate
 from tinygpt.training.console import clock, short
 from tinygpt.training.evaluation import Scores
+from tinygpt.training.hardware import peak_memory
 from tinygpt.training.loggers import Loggers
 from tinygpt.training.module import LanguageModel, StepStats
 
 log = logging.getLogger("tinygpt")
 
-
 STATS = ("loss_sum", "grad_norm_max", "skipped")
 SPIKE = 10  # times the usual norm of the gradient, the median of the last lines
 MOST_SKIPPED = 10  # steps in a row
 LEAST_SCALE = 1.0  # of the loss, at 16-mixed; below, half precision gains nothing any more
+SAMPLE_MARK = "--- step"  # heads each text in samples.txt
 
 
 def step_ended(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether the pass that just ended completed an optimizer step."""
+    """Return whether the pass that just ended completed an optimizer step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def is_rest(step: int, config: Config, plan: Plan) -> bool:
-    """Whether something is logged, evaluated or saved after this step.
+    """Return whether something is logged, evaluated or saved after this step.
 
-    Only there do the processes of a run speak of more than gradients; so all of them must find
-    the same steps.
+    Only there do the processes of a run exchange more than gradients, so all of them must agree on
+    these steps.
     """
     intervals = (config.train.log_every, plan.eval_steps, plan.checkpoint_steps, plan.keep_steps)
     return step >= plan.total_steps or any(every and step % every == 0 for every in intervals)
 
 
-class Journal(pl.Callback):
-    """Logs, evaluates and judges: what a run measures of itself.
+class Samples:
+    """``samples.txt``: text of the model before, during and after training, by optimizer step."""
 
-    ``evaluate`` scores the validation split; ``sample`` writes text at a step.
-    """
+    def __init__(
+        self, run: rundir.RunDir, config: Config, tokenizer: Tokenizer, loggers: Loggers
+    ) -> None:
+        self.run, self.config, self.tokenizer, self.loggers = run, config, tokenizer, loggers
+        self.texts: dict[int, str] = {}
+
+    def restore(self, step: int) -> None:
+        """Read the samples up to ``step``, and forget those after it."""
+        if self.run.samples.exists():
+            text = self.run.samples.read_text(encoding="utf-8")
+            for part in text.split(SAMPLE_MARK)[1:]:
+                at = int(part.split()[0].replace(",", ""))
+                if at <= step:
+                    self.texts[at] = part.partition("\n")[2].removesuffix("\n\n")
+
+    def draw(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        """Add a text of the model as it is now."""
+        train, tokenizer, step = self.config.train, self.tokenizer, trainer.global_step
+        if train.sample_tokens == 0 or not trainer.is_global_zero:
+            return
+        prompt = [tokenizer.start_id, *tokenizer.encode(train.sample_prompt)]
+        tokens = torch.tensor([prompt], device=module.device)
+        with trainer.precision_plugin.forward_context():
+            out = generate(
+                module.model,
+                tokens[:, -self.config.model.max_seq_len :],
+                train.sample_tokens,
+                temperature=0.8,
+                top_k=50,
+                generator=torch.Generator().manual_seed(self.config.seed),
+                stop_token=tokenizer.eot_id,
+                start_token=tokenizer.start_id,
+            )
+        ids = [i for i in out[0].tolist() if i not in tokenizer.separator]
+        self.texts[step] = tokenizer.decode(ids)
+        texts = (
+            f"{SAMPLE_MARK} {at:,} ({at * train.batch_tokens:,} tokens)\n{text}\n\n"
+            for at, text in self.texts.items()
+        )
+        with fileio.replacing(self.run.samples) as temporary:
+            temporary.write_text("".join(texts), encoding="utf-8")
+        self.loggers.log_text(self.texts[step])
+
+
+class Journal(pl.Callback):
+    """Logs, evaluates, samples, and ends a run that diverged or makes no more progress."""
 
     def __init__(
         self,
         config: Config,
         plan: Plan,
         metrics: rundir.MetricsFile,
-        evaluate: Callable[[], Scores],
-        sample: Callable[[int], None],
-        module: LanguageModel,
         loggers: Loggers,
+        samples: Samples,
     ) -> None:
         self.config, self.plan, self.metrics = config, plan, metrics
-        self.evaluate, self.sample, self._module = evaluate, sample, module
-        self.loggers = loggers
-        self.scores: Scores | None = None  # the last ones
+        self.loggers, self.samples = loggers, samples
+        self.scores: Scores | None = None  # of the last evaluation
         self.state: dict[str, Any] = {
             "status": "finished",
             "initial_val_loss": None,
@@ -84,31 +125,38 @@ class Journal(pl.Callback):
             "tokens_per_second": None,
             "steps": 0,  # at the last line of metrics
             "skipped_steps": 0,  # until that line
-            "untaken": 0,  # in a row until that line, where a whole stretch was skipped
+            "untaken": 0,  # steps in a row that were skipped, where no other came in between lines
             "grad_norm_spikes": 0,
             "grad_norms": [],  # the largest before each of the last lines
             **dict.fromkeys(STATS, 0.0),  # since that line
         }
-        self._mark: float | None = None  # when the stretch that is being timed began
+        self._stats: StepStats | None = None
+        self._started: float | None = None  # when the time that is being measured began
         self._timed_from, self._timed_seconds = 0, 0.0  # since the last line of metrics
 
     def state_dict(self) -> dict[str, Any]:
-        stats = self._module.stats
-        return {**self.state, **{name: float(getattr(stats, name)) for name in STATS}}
+        return {**self.state, **{name: float(getattr(self._stats, name)) for name in STATS}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.state.update(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModel)
+        self._stats = pl_module.stats
         for name in STATS:
-            getattr(pl_module.stats, name).fill_(self.state[name])
+            getattr(self._stats, name).fill_(self.state[name])
         self._timed_from = trainer.global_step
         if trainer.global_step == 0:
-            scores = self._evaluated()
-            self.state["initial_val_loss"] = scores.loss
-            self._write(trainer, 0, {}, scores)
-            self.sample(0)
+            self.scores = pl_module.validate()
+            self.state["initial_val_loss"] = self.scores.loss
+            self._write(trainer, 0, {}, self.scores)
+            self.samples.draw(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._started is None:
+            self._started = time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -118,49 +166,32 @@ class Journal(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if not step_ended(trainer, batch_idx):
+        step, plan = trainer.global_step, self.plan
+        if not step_ended(trainer, batch_idx) or not is_rest(step, self.config, plan):
             return
         assert isinstance(pl_module, LanguageModel)
-        step, plan = trainer.global_step, self.plan
-        if not is_rest(step, self.config, plan):
-            return
         evaluating = step >= plan.total_steps or step % plan.eval_steps == 0
         logging_ = evaluating or step % self.config.train.log_every == 0
-        # every process goes on with the mean of all, so that a checkpoint of one tells of all
+        # every process continues with the mean of all, so one checkpoint speaks for all
         stats = pl_module.stats
         stats.loss_sum = trainer.strategy.reduce(stats.loss_sum)
         measured = (float(stats.loss_sum), float(stats.grad_norm_max))  # waits for the device
-        finite = all(map(math.isfinite, measured))
-        self._stop_clock()
-        if logging_ or not finite:  # weights that are not finite are never saved
-            self._log(trainer, pl_module, step, evaluating)
-        if self._is_half_way(step) and self.state["status"] != "diverged":
-            self.sample(step)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._mark is None:
-            self._mark = time.perf_counter()
-
-    def _stop_clock(self) -> None:
-        """Evaluation, samples and checkpoints are not training time."""
-        if self._mark is not None:
-            elapsed = time.perf_counter() - self._mark
+        if self._started is not None:  # evaluation, samples and checkpoints are not training time
+            elapsed = time.perf_counter() - self._started
             self.state["seconds"] += elapsed
             self._timed_seconds += elapsed
-        self._mark = None
-
-    def _is_half_way(self, step: int) -> bool:
-        """The first evaluation in the second half, the last step excepted."""
-        every, total = self.plan.eval_steps, self.plan.total_steps
-        half = every * math.ceil(total / 2 / every)
-        return step == half and step < total
+            self._started = None
+        if logging_ or not all(map(math.isfinite, measured)):  # bad weights are never saved
+            self._log(trainer, pl_module, step, evaluating)
+        # half way: at the first evaluation in the second half
+        half = plan.eval_steps * math.ceil(plan.total_steps / 2 / plan.eval_steps)
+        if step == half < plan.total_steps and self.state["status"] != "diverged":
+            self.samples.draw(trainer, pl_module)
 
     def _log(self, trainer: pl.Trainer, module: LanguageModel, step: int, evaluating: bool) -> None:
         state, stats, since = self.state, module.stats, self.state["steps"]
         skipped, largest = int(stats.skipped), float(stats.grad_norm_max)
-        # one that is skipped for its loss scale has a loss all the same
+        # a step that is skipped for its loss scale has a loss all the same
         counted = step - since - (skipped if self.config.train.skip_nonfinite else 0)
         loss = float(stats.loss_sum) / counted if counted else None
         state["untaken"] = 0 if counted else state["untaken"] + skipped
@@ -170,58 +201,56 @@ class Journal(pl.Callback):
         state["steps"] = step
         state["skipped_steps"] += skipped
         self._timed_from, self._timed_seconds = step, 0.0
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # at 16-mixed
         row: dict[str, Any] = {
             "train_loss": loss,
             "learning_rate": module.rate(step - 1),
             "grad_norm": None if module.grad_norm is None else float(module.grad_norm),
             "grad_norm_max": largest,
             "skipped_steps": state["skipped_steps"] if module.skips else None,
-            "loss_scale": loss_scale(trainer),
+            "loss_scale": None if scaler is None else float(scaler.get_scale()),
             "tokens_per_second": state["tokens_per_second"],
             "peak_memory_bytes": peak_memory(module.device.type),
         }
         if counted:
             module.log("train_loss", stats.loss_sum / counted)
-        module.stats = StepStats(module.device)
+        self._stats = module.stats = StepStats(module.device)
         self._note_spike(largest, since, step)
         scores = None
-        if state["untaken"] >= MOST_SKIPPED:
-            why = f"no gradient was finite in the {state['untaken']} steps until {step}"
-            self._end(trainer, "diverged", why)
-        elif loss is not None and not math.isfinite(loss):
-            self._end(trainer, "diverged", f"the training loss is {loss} at step {step}")
-        elif not math.isfinite(largest):
-            self._end(trainer, "diverged", f"the gradient's norm is {largest} at step {step}")
-        elif row["loss_scale"] is not None and row["loss_scale"] < LEAST_SCALE:
-            why = f"the loss scale fell to {row['loss_scale']:g}, as gradients overflow"
-            self._end(trainer, "diverged", f"{why} at step {step}")
-        elif evaluating:
-            scores = self._evaluated()
+        why = self._divergence(row, step)
+        if why is None and evaluating:
+            scores = self.scores = module.validate()
             self._judge(step, scores)
-            if not math.isfinite(state["last_val_loss"]):
-                self._end(trainer, "diverged", f"the validation loss is not finite at step {step}")
-            elif self._out_of_patience():
-                patience = self.config.train.early_stopping_patience
-                self._end(trainer, "stopped_early", f"no progress in {patience} evaluations")
+            if not math.isfinite(scores.loss):
+                why = f"the validation loss is not finite at step {step}"
+        if why is not None:
+            self._end(trainer, "diverged", why)
+        elif scores and self._out_of_patience():
+            patience = self.config.train.early_stopping_patience
+            self._end(trainer, "stopped_early", f"no progress in {patience} evaluations")
         self._write(trainer, step, row, scores)
+
+    def _divergence(self, row: dict[str, Any], step: int) -> str | None:
+        """Return how training has diverged by this line of metrics, if it has."""
+        if self.state["untaken"] >= MOST_SKIPPED:
+            return f"no gradient was finite in the {self.state['untaken']} steps until {step}"
+        if row["train_loss"] is not None and not math.isfinite(row["train_loss"]):
+            return f"the training loss is {row['train_loss']} at step {step}"
+        if not math.isfinite(row["grad_norm_max"]):
+            return f"the gradient's norm is {row['grad_norm_max']} at step {step}"
+        if row["loss_scale"] is not None and row["loss_scale"] < LEAST_SCALE:
+            scale = f"{row['loss_scale']:g}"
+            return f"the loss scale fell to {scale}, as gradients overflow at step {step}"
+        return None
 
     def _note_spike(self, largest: float, since: int, step: int) -> None:
         state, before = self.state, self.state["grad_norms"]
         usual = statistics.median(before) if len(before) >= 5 else math.inf
         if largest > SPIKE * usual:
             state["grad_norm_spikes"] += 1
-            log.info(
-                "note    gradient norm %.3g in steps %d to %d, usual is %.3g",
-                largest,
-                since + 1,
-                step,
-                usual,
-            )
+            line = "note    gradient norm %.3g in steps %d to %d, usual is %.3g"
+            log.info(line, largest, since + 1, step, usual)
         state["grad_norms"] = [*before, largest][-20:]
-
-    def _evaluated(self) -> Scores:
-        self.scores = self.evaluate()
-        return self.scores
 
     def _judge(self, step: int, scores: Scores) -> None:
         state = self.state
@@ -242,41 +271,29 @@ class Journal(pl.Callback):
         log.info("%s: %s", status.replace("_", " "), why)
 
     def _write(
-        self, trainer: pl.Trainer, step: int, row: dict[str, Any], scores: Scores | None = None
+        self, trainer: pl.Trainer, step: int, row: dict[str, Any], scores: Scores | None
     ) -> None:
-        tokens = step * self.config.train.batch_tokens
-        row = {**row, "seconds": round(self.state["seconds"], 3)}
-        row |= scores.named("val") if scores else {}
         if not trainer.is_global_zero:
             return
-        row = {"step": step, "tokens": tokens, **row}
+        tokens, total = step * self.config.train.batch_tokens, self.plan.total_steps
+        row = {"step": step, "tokens": tokens, **row, "seconds": round(self.state["seconds"], 3)}
+        row |= scores.named("val") if scores else {}
         self.metrics.append(row)
         self.loggers.log_line(row)
-        if scores:
-            left = self._time_left(step)
-            train = f"train {row['train_loss']:.4f}  " if row.get("train_loss") is not None else ""
-            log.info(
-                "step %*d/%d  %s tokens  %sval %.4f%s",
-                len(str(self.plan.total_steps)),
-                step,
-                self.plan.total_steps,
-                short(tokens),
-                train,
-                scores.loss,
-                left,
-            )
-
-    def _time_left(self, step: int) -> str:
-        rate = self.state["tokens_per_second"]
-        if not rate:
-            return ""
-        seconds = (self.plan.total_steps - step) * self.config.train.batch_tokens / rate
-        left = f"  {clock(seconds)} left" if step < self.plan.total_steps else ""
-        return f"  {short(rate)} tokens/s{left}"
+        if not scores:
+            return
+        line = f"step {step:{len(str(total))}}/{total}  {short(tokens)} tokens  "
+        line += f"train {row['train_loss']:.4f}  " if row.get("train_loss") is not None else ""
+        line += f"val {scores.loss:.4f}"
+        if rate := self.state["tokens_per_second"]:
+            line += f"  {short(rate)} tokens/s"
+            left = (total - step) * self.config.train.batch_tokens / rate
+            line += f"  {clock(left)} left" if step < total else ""
+        log.info("%s", line)
 
 
 class Checkpoints(pl.Callback):
-    """``last``, ``best`` and ``step_<N>``, each written beside its place and renamed."""
+    """Saves ``last``, ``best`` and ``step_<N>`` after everything of a step is logged."""
 
     def __init__(
         self, run: rundir.RunDir, plan: Plan, journal: Journal, keep_at: frozenset[int]
@@ -293,10 +310,10 @@ class Checkpoints(pl.Callback):
     ) -> None:
         if not step_ended(trainer, batch_idx) or self.journal.state["status"] == "diverged":
             return
-        step, plan, folder = trainer.global_step, self.plan, self.run.checkpoints
+        step, plan = trainer.global_step, self.plan
         at_end = step >= plan.total_steps or trainer.should_stop
         if self.journal.state["best_val_step"] == step:
-            trainer.save_checkpoint(folder / "best.ckpt")
+            trainer.save_checkpoint(self.run.checkpoints / "best.ckpt")
         if step in self.keep_at or (plan.keep_steps and step % plan.keep_steps == 0):
             trainer.save_checkpoint(self.run.step(step))
         if at_end or step % plan.checkpoint_steps == 0:
@@ -304,7 +321,7 @@ class Checkpoints(pl.Callback):
 
 
 class Interrupts(pl.Callback):
-    """Finish the step, save and stop once a signal has asked to stop.
+    """Finishes the step, saves and stops once a signal has asked to stop.
 
     Several processes finish the steps until the next rest, where they learn of each other's
     signals, and stop together.
@@ -334,9 +351,9 @@ class Interrupts(pl.Callback):
             trainer.should_stop = True
 
     def agreed(self, trainer: pl.Trainer) -> bool:
-        """Whether a process had received a signal when it was asked; all must ask together.
+        """Return whether any process had received a signal when asked; all must ask together.
 
-        One that comes while they agree is not forgotten: it is for the next time.
+        A signal that comes while they agree is kept for the next time.
         """
         if trainer.world_size == 1:
             return self.received is not None
@@ -347,7 +364,7 @@ class Interrupts(pl.Callback):
 
 
 class ProgressBar(pl.Callback):
-    """A bar with loss, speed and time left, drawn four times a second, on a terminal only."""
+    """Draws a bar with loss, speed and time left on a terminal, four times a second."""
 
     def __init__(self, bar: Progress, plan: Plan, journal: Journal) -> None:
         self.bar, self.plan, self.journal = bar, plan, journal
@@ -371,11 +388,13 @@ class ProgressBar(pl.Callback):
         if now < self._next or self._task is None:
             return
         self._next = now + 0.25
-        state = self.journal.state
-        loss = "" if state["final_train_loss"] is None else f"loss {state['final_train_loss']:.3f}"
-        rate = state["tokens_per_second"]
-        speed = "" if rate is None else f"{short(rate)} tokens/s"
-        self.bar.update(self._task, completed=trainer.global_step, loss=loss, speed=speed)
+        loss, rate = self.journal.state["final_train_loss"], self.journal.state["tokens_per_second"]
+        self.bar.update(
+            self._task,
+            completed=trainer.global_step,
+            loss="" if loss is None else f"loss {loss:.3f}",
+            speed="" if rate is None else f"{short(rate)} tokens/s",
+        )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.bar.stop()
@@ -384,21 +403,3 @@ class ProgressBar(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self.bar.stop()
-
-
-def loss_scale(trainer: pl.Trainer) -> float | None:
-    """What the loss is multiplied by, at 16-mixed, so that small gradients are not 0."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return None if scaler is None else float(scaler.get_scale())
-
-
-def peak_memory(accelerator: str) -> int | None:
-    """Bytes: the most that CUDA had allocated, or that this process had resident."""
-    if accelerator == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""What a run says: lines, a bar, the table at its end."""
+"""What a run prints: lines, a bar, the table at its end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,12 +20,18 @@ from rich.progress import (
 )
 
 from tinygpt import fileio, rundir, signals
+from tinygpt.config import Config
+from tinygpt.counting import count_parameters
+
+if TYPE_CHECKING:  # a sweep prints its errors before torch is imported
+    from tinygpt.data.datamodule import TokenData
+    from tinygpt.training.hardware import Device
 
 log = logging.getLogger("tinygpt")
 
 
 def short(number: float) -> str:
-    """1234567 → 1.23M."""
+    """Return a number with three digits: 1234567 → 1.23M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
@@ -33,14 +39,14 @@ def short(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """75 → 1:15."""
+    """Return seconds as minutes and seconds: 75 → 1:15."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def make_bar(console: Console) -> Progress:
-    """Redrawn four times a second by its own thread, whatever the speed of the steps."""
+    """Return a progress bar, redrawn four times a second by its own thread."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -64,14 +70,14 @@ class _ConsoleHandler(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """A line that cannot be written is an error as any other; logging would show its stack."""
+        """Raise the error of a line that cannot be written; logging would print its stack."""
         with fileio.naming(Path(self.baseFilename)):
             raise
 
 
 @contextlib.contextmanager
 def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
-    """What is said goes to the console and, with the time, to run.log."""
+    """Log to the console and, with the time, to run.log."""
     file = _LogFile(run.log, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), file]
@@ -81,7 +87,7 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
         log.addHandler(handler)
     try:
         yield
-    except Exception:  # who called says it in a line; the log has the whole of it
+    except Exception:  # the caller prints one line; the log has the whole of it
         with contextlib.suppress(OSError), run.log.open("a", encoding="utf-8") as trace:
             trace.write(traceback.format_exc())
         raise
@@ -98,7 +104,7 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preparing(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar while the corpus is read; nothing where it comes from the cache."""
+    """Show a bar while the corpus is read; nothing where it comes from the cache."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -118,9 +124,62 @@ def preparing(console: Console) -> Iterator[Callable[[str, int, int | None], Non
         yield show
 
 
+def log_beginning(
+    config: Config, run: rundir.RunDir, data: TokenData, device: Device, resuming: bool
+) -> None:
+    """Log what is trained, on which text, on what machine and where."""
+    import torch
+
+    from tinygpt.data import corpora
+    from tinygpt.data.survey import Survey
+
+    plan, index, tokenizer = data.plan, data.prepared.index, data.prepared.tokenizer
+    assert plan is not None
+    sizes = count_parameters(config.model, tokenizer.vocab_size)
+    threads, used = torch.get_num_threads(), data.windows.used_tokens
+    lines = [
+        f"model   {short(sizes.total)} parameters, {short(sizes.non_embedding)} without "
+        f"embeddings; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})"
+    ]
+    if tokenizer.vocab_size < getattr(config.tokenizer, "vocab_size", 0):
+        lines.append("note    the text is too short to learn a larger vocabulary from")
+    if config.init_from is not None:
+        lines.append(f"from    {config.init_from}, with its shape and its tokenizer")
+    if tokenizer.convention:
+        lines.append(f"text    {tokenizer.convention}")
+    lines.append(f"data    {corpora.describe(config.data)}")
+    if index.get("survey"):
+        lines += [f"        {line}" for line in Survey.read(index["survey"]).lines()]
+    for name, info in index["splits"].items():
+        if info:
+            others = ("unknown_tokens", "empty_documents", "left_out_documents")
+            odd = [f", {info[key]:,} {key.replace('_', ' ')}" for key in others if info[key]]
+            lines.append(
+                f"        {name:<5} {info['documents']:>8,} documents, {short(info['tokens'])} "
+                f"tokens, {info['bytes'] / 1e6:.3g} MB, {short(info['characters'])} characters"
+                + "".join(odd)
+            )
+    if duplicates := index["duplicates_of_validation_or_test"]:
+        lines.append(
+            f"note    {duplicates} training documents stand in validation or test too and are "
+            "left out"
+        )
+    lines += [
+        f"train   {short(plan.train_tokens)} tokens ({plan.train_tokens / max(1, used):.2g} epochs "
+        f"of {short(used)}) in {plan.total_steps:,} steps of {config.train.batch_tokens:,}; "
+        + device.accelerator
+        + (f" on {device.world_size} devices" if device.world_size > 1 else "")
+        + f", {threads} thread{'' if threads == 1 else 's'}, precision {device.precision}",
+        f"folder  {run.path}{', resuming' if resuming else ''}",
+    ]
+    for line in lines:
+        log.info("%s", line)
+
+
 def report_finished(
     run: rundir.RunDir, results: dict[str, Any], console: Console
 ) -> dict[str, Any]:
+    """Print that the run is there already, and return its results."""
     console.print(
         f"already {results['status']}: {run.path} (val loss {_number(results['final_val_loss'])}); "
         "force=true trains anew",
@@ -130,36 +189,21 @@ def report_finished(
     return results
 
 
-def _best(run: rundir.RunDir, results: dict[str, Any]) -> dict[str, str]:
-    """Return a line about the best checkpoint of a run that ended behind it."""
-    step, last, path = (
-        results["best_val_step"],
-        results["total_steps"],
-        run.checkpoints / "best.ckpt",
-    )
-    loss = f"val loss {_number(results['best_val_loss'])} at step {step}"
-    if step is None or step >= last:
-        return {}
-    if not path.exists():
-        return {"best": f"{loss}, before training"} if step == 0 else {}
-    return {"best": f"{path}: {loss}; final.ckpt is of step {last}"}
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
 def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console) -> None:
-    """What was trained, on what, to which loss, where it is, what to try next."""
+    """Print what was trained, to which loss, where it is and what to try next."""
     floor = results["irreducible_loss_exact"]
     initial, final = _number(results["initial_val_loss"]), _number(results["final_val_loss"])
-    speed = short(results["tokens_per_second"] or 0)
     seen = {"steps skipped": "skipped_steps", "spikes of the gradient": "grad_norm_spikes"}
     counts = [f", {words}: {results[name]}" for words, name in seen.items() if results[name]]
     lines = {
         "trained": f"{short(results['model_parameters'])} parameters on "
         f"{short(results['train_tokens'])} tokens of {results['dataset']} in "
-        f"{clock(results['seconds_training'])}, {speed} tokens/s",
+        f"{clock(results['seconds_training'])}, "
+        f"{short(results['tokens_per_second'] or 0)} tokens/s",
         "status": results["status"] + "".join(counts),
         "val loss": f"{initial} → {final} nats per token"
         + (f", exact floor {floor:.4f}" if floor else ""),
@@ -167,10 +211,15 @@ def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console)
         f"{_number(results['final_val_accuracy'])}, bits per byte "
         f"{_number(results['final_val_bits_per_byte'])}",
         "test loss": _number(results["test_loss"]),
-        **_best(run, results),
-        "files": str(run.path),
-        "next": f"tensorboard --logdir {run.path.parent.parent}",
     }
+    step, last, best = results["best_val_step"], results["total_steps"], run.checkpoints
+    if step is not None and step < last:  # a run that ended behind its best
+        loss = f"val loss {_number(results['best_val_loss'])} at step {step}"
+        if (best / "best.ckpt").exists():
+            lines["best"] = f"{best / 'best.ckpt'}: {loss}; final.ckpt is of step {last}"
+        elif step == 0:
+            lines["best"] = f"{loss}, before training"
+    lines |= {"files": str(run.path), "next": f"tensorboard --logdir {run.path.parent.parent}"}
     console.print()
     for name, text in lines.items():
         console.print(f"{name:<10} {text}", highlight=False, markup=False, soft_wrap=True)

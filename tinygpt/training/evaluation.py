@@ -16,7 +16,7 @@ from tinygpt.data.datamodule import IGNORED
 
 
 class Scored(Protocol):
-    """What is scored: a GPT, or what answers as it does."""
+    """A GPT, or what has its methods."""
 
     training: bool
 
@@ -38,19 +38,19 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), infinite where that overflows."""
+        """Return exp(loss), infinite where that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def named(self, split: str) -> dict[str, float]:
-        """As columns of metrics.csv, e.g. ``val_loss``."""
+        """Return the scores as columns of metrics.csv, e.g. ``val_loss``."""
         names = ("loss", "perplexity", "accuracy", "bits_per_byte", "bits_per_char")
         return {f"{split}_{name}": getattr(self, name) for name in names}
 
 
 class TokenScores(Metric):
-    """The sums behind ``Scores``, every scored token counted once; processes are added up.
+    """Sums the losses and hits of tokens, each counted once, over batches and processes.
 
-    In 64 bits where the device has them, and with nothing dropped, as a NaN must show.
+    In 64 bits where the device has them.  A NaN is kept, as it must show.
     """
 
     full_state_update = False
@@ -63,7 +63,7 @@ class TokenScores(Metric):
         self.to(device)
 
     def update(self, losses: Tensor, right: Tensor, scored: Tensor) -> None:
-        """Add tokens, ``(N,)`` each: their losses, whether the model was right, which count."""
+        """Add tokens, ``(N,)`` each: losses, whether the model was right, and which count."""
         loss = losses.to(self.sums.dtype).masked_fill(~scored, 0).sum()
         self.sums += torch.stack((loss, (right & scored).sum(), scored.sum()))
 
@@ -73,10 +73,10 @@ class TokenScores(Metric):
 
 
 def scores_of(metric: TokenScores, info: dict[str, Any]) -> Scores:
-    """Return what ``metric`` has measured of the split that ``info`` of the index describes.
+    """Return the scores of the split that ``info`` of the index describes.
 
-    The nats of all its tokens that are scored, ends of text included, are set against the bytes
-    and characters of its documents.
+    Bits per byte and per character divide the loss of all scored tokens, ends of text included, by
+    the bytes and characters of the documents.
     """
     loss, accuracy = metric.compute().tolist()
     bits = loss * (info["tokens"] - _unscored(info)) / math.log(2)
@@ -84,7 +84,7 @@ def scores_of(metric: TokenScores, info: dict[str, Any]) -> Scores:
 
 
 def _unscored(info: dict[str, Any]) -> int:
-    """Return how many tokens of a split are context alone; then each row is a document."""
+    """Return how many tokens of a split are only context, in which case a row is a document."""
     return len(info["unscored_ids"]) * info["documents"] if "unscored_ids" in info else 0
 
 
@@ -93,8 +93,8 @@ def score_batch(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Add a batch of inputs and targets, both ``(B, T)``, of a split to ``metric``.
 
-    Where each row is a document, the batch is cut to the longest.  Returns what the model said of
-    the targets, ``(B·T,)`` each, and which of them count, ``(B, T)``.
+    Where each row is a document, the batch is cut to the longest.  Returns the model's scores of
+    the targets, ``(B·T,)`` each, and which targets count, ``(B, T)``.
     """
     inputs, targets = batch
     if _unscored(info):
@@ -118,8 +118,7 @@ def score(
 ) -> Scores:
     """Score ``model`` on ``batches`` of inputs and targets, both ``(B, T)``, of a split.
 
-    ``watch`` is shown, batch by batch, what the model said of its targets and which of them
-    count, ``(B, T)``.
+    ``watch`` is called for each batch with what ``score_batch`` returns.
     """
     was_training = model.training
     model.eval()

@@ -1,45 +1,138 @@
-"""What ``hardware`` asks of a process beyond its device: threads, memory, products, compiling."""
+"""The device of a run, and what a process needs there: threads, memory, compilation."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
+import logging
 import os
+import sys
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
+import psutil
 import torch
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
 from tinygpt.config import Config, ConfigError, HardwareConfig, ModelConfig
 from tinygpt.counting import count_parameters
 from tinygpt.horizon import Plan
-from tinygpt.model.gpt import Block, rotary_tables
-from tinygpt.model.linear import onednn_is_used
-from tinygpt.training.calibration import seconds_per_step
-from tinygpt.training.trainer import Device
+from tinygpt.model.gpt import GPT, Block, rotary_tables
+from tinygpt.model.kernels import onednn_is_used
+from tinygpt.trained import usable_device
+from tinygpt.training.optim import make_optimizer
 
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
-LARGEST = 2**25  # what glibc takes; a tensor beyond that is the system's as before
+LARGEST = 2**25  # glibc's limit; larger tensors come from the system as before
 SMALL = 2_000_000  # parameters: with fewer, one thread is enough
-GAIN = 1.2  # so many times as fast must more threads be
-TIMED = 2e9  # FLOPs of a block that is timed
+GAIN = 1.2  # more threads must be this many times as fast
+TIMED = 2e9  # FLOPs of a timed block
 COMPILING_PAYS = 300.0  # seconds of training, uncompiled; compiling takes about a tenth of it
 
 
+@dataclass(frozen=True)
+class Device:
+    """What ``hardware`` and ``train.precision`` resolve to on this machine."""
+
+    accelerator: str  # cpu, mps or cuda
+    precision: str  # 32, 64, bf16-mixed or 16-mixed
+    devices: int = 1  # on each node
+    num_nodes: int = 1
+    strategy: str = "auto"  # ddp; auto: one device
+    rank: int = 0  # of this process; only rank 0 prints and writes
+
+    @property
+    def world_size(self) -> int:
+        return self.devices * self.num_nodes
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name() if self.accelerator == "cuda" else self.accelerator
+
+
+def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
+    """Return the device to compute on.  Raises ConfigError where the machine lacks it."""
+    kind = usable_device(hardware.accelerator, "hardware.accelerator").type
+    allowed = {"cpu": ("32", "64", "bf16-mixed"), "mps": ("32",)}.get(
+        kind, ("32", "64", "bf16-mixed", "16-mixed")
+    )
+    if precision == "auto":
+        precision = "32"
+        if kind == "cuda":
+            precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    if precision not in allowed:
+        raise ConfigError(
+            f"train.precision={precision}: on {kind} one of auto, {', '.join(allowed)}"
+        )
+    devices = hardware.devices
+    if kind == "cuda":
+        there = torch.cuda.device_count()
+        if devices > there:
+            raise ConfigError(f"hardware.devices={devices}: this machine has {there}")
+        devices = there if devices == -1 else devices
+    elif devices == -1:
+        raise ConfigError(f"hardware.devices=-1: on {kind} say how many")
+    if kind == "mps" and devices * hardware.num_nodes > 1:
+        raise ConfigError(f"hardware.devices={devices}: mps has one device")
+    device = Device(kind, precision, devices, hardware.num_nodes)
+    if device.world_size == 1:
+        return device
+    device = dataclasses.replace(device, strategy="ddp")
+    return dataclasses.replace(device, rank=_rank(device))
+
+
+def _rank(device: Device) -> int:
+    """Return the rank of this process, launched by Lightning, by srun or by torchrun."""
+    try:
+        with quiet_lightning():
+            trainer = pl.Trainer(**placement(device), logger=False, enable_checkpointing=False)
+        strategy = trainer.strategy
+        assert isinstance(strategy, ParallelStrategy)
+        assert strategy.cluster_environment is not None
+        strategy.cluster_environment.validate_settings(device.devices, device.num_nodes)
+    except (RuntimeError, ValueError) as error:  # srun was asked for something else
+        raise ConfigError(f"hardware.devices={device.devices}: {error}") from error
+    return trainer.global_rank
+
+
+def placement(device: Device) -> dict[str, Any]:
+    """Return the Trainer's arguments that say where it runs."""
+    return {
+        "accelerator": device.accelerator,
+        "devices": device.devices,
+        "num_nodes": device.num_nodes,
+        # buffers are constants
+        "strategy": DDPStrategy(broadcast_buffers=False) if device.strategy == "ddp" else "auto",
+    }
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Hide Lightning's hints, which do not concern a user of this program."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning.*")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        yield
+
+
 def set_up(hardware: HardwareConfig, device: Device) -> None:
-    """Before a model is made.  Raises ConfigError for what this machine does not have."""
+    """Set the threads and memory of this process, before a model is made.
+
+    Without ``hardware.threads``, processes side by side share torch's threads; a run alone
+    chooses later, with ``choose_threads``.  Raises ConfigError for what the device cannot do.
+    """
     if hardware.compile == "on" and device.accelerator == "mps":
         raise ConfigError("hardware.compile=on: on mps one of auto, off")
-    set_threads(hardware, device)
-    if device.accelerator == "cpu":
-        keep_freed_memory()
-
-
-def set_threads(hardware: HardwareConfig, device: Device) -> None:
-    """CPU threads: what is asked for, else torch's choice, which processes side by side share;
-    alone, a run chooses for itself once its model is known."""
     _most_threads()
     threads = hardware.threads
     if threads is None and device.devices > 1:
@@ -49,22 +142,24 @@ def set_threads(hardware: HardwareConfig, device: Device) -> None:
         torch.set_num_threads(threads)
     if device.world_size > 1:
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else Lightning sets its own
+    if device.accelerator == "cpu":
+        keep_freed_memory()
 
 
 @functools.cache
 def _most_threads() -> int:
-    """What torch takes by itself; asked before a run has chosen."""
+    """Return torch's own choice, which must be asked for before a run sets its number."""
     return torch.get_num_threads()
 
 
 def choose_threads(
     config: Config, vocab_size: int, plan: Plan, device: Device, begun: dict[str, Any]
 ) -> str | None:
-    """Sets the number of CPU threads where nobody gave it, and says in a line how it came about.
+    """Set the number of CPU threads where nobody gave it; return how it was chosen, in a line.
 
-    A run that is taken up, of which ``begun`` is the beginning, keeps its number.  A small model
-    takes one thread: more gain little, and wait for one another where others are at work.  Of a
-    larger one a block is timed on one, half and all of torch's threads; more must be worth it.
+    A resumed run, whose environment is ``begun``, keeps its number.  A small model takes one
+    thread: more gain little, and wait for one another where other programs run.  Of a larger one
+    a block is timed on one, half and all of torch's threads; more must be worth it.
     """
     most, hardware = _most_threads(), config.hardware
     if hardware.threads is not None or device.accelerator != "cpu" or device.world_size > 1:
@@ -77,7 +172,7 @@ def choose_threads(
     chosen, why = 1, "as the model is small"
     if count_parameters(config.model, vocab_size).total >= SMALL:
         key = f"{config.model} {plan.micro_batch_size}"  # the runs of a sweep choose once
-        seconds = _timed.setdefault(key, {})
+        seconds = _block_times.setdefault(key, {})
         for count in [n for n in sorted({1, most // 2, most}) if n not in seconds]:
             torch.set_num_threads(count)
             seconds[count] = _block_seconds(config.model, plan)
@@ -88,12 +183,14 @@ def choose_threads(
     return f"{chosen} of {most}: {why}"
 
 
-_timed: dict[str, dict[int, float]] = {}  # by model: seconds by the number of threads
+_block_times: dict[str, dict[int, float]] = {}  # by model: seconds by the number of threads
 
 
 def _block_seconds(model: ModelConfig, plan: Plan) -> float:
-    """Of one pass through a block of ``model`` and back, over as much of a micro-batch as takes
-    some ten milliseconds; the mean over a while, as others at work slow some passes alone."""
+    """Return the seconds of one forward and backward pass through a block of ``model``.
+
+    The pass takes as much of a micro-batch as needs about ten milliseconds.
+    """
     with torch.random.fork_rng(devices=[]):
         block = Block(dataclasses.replace(model, dropout=0.0))
         size = sum(p.numel() for p in block.parameters())
@@ -103,17 +200,45 @@ def _block_seconds(model: ModelConfig, plan: Plan) -> float:
     rotary = None
     if model.position == "rope":
         rotary = rotary_tables(T, model.d_model // model.n_heads, model.rope_theta)
-    begun, passes = 0.0, -1
-    while passes < 2 or time.perf_counter() - begun < 0.05:
-        if passes == 0:  # the first is not timed
-            begun = time.perf_counter()
+
+    def one_pass() -> None:
         torch.autograd.backward(block(x, rotary).sum())
-        passes += 1
-    return (time.perf_counter() - begun) / passes
+
+    one_pass()
+    return _mean_seconds(one_pass, 0.05)
+
+
+def seconds_per_step(config: Config, vocab_size: int, plan: Plan, device: Device) -> float:
+    """Return the seconds of one optimizer step over random tokens, timed for a third of one."""
+    model = GPT(config.model, vocab_size).to(device.accelerator)
+    optimizer = make_optimizer(model, config.optim, fused=False)
+    shape = (plan.micro_batch_size, config.model.max_seq_len + 1)
+    tokens = torch.randint(vocab_size, shape, device=device.accelerator)
+    dtype = AUTOCAST.get(device.precision)
+
+    def one_pass() -> None:
+        with torch.autocast(device.accelerator, dtype, enabled=dtype is not None):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        torch.autograd.backward(loss)
+        if device.accelerator == "cuda":
+            torch.cuda.synchronize()
+
+    one_pass()
+    optimizer.step()  # the first makes the moments
+    return plan.accumulate * _mean_seconds(one_pass, 0.3) + _mean_seconds(optimizer.step, 0.05)
+
+
+def _mean_seconds(work: Callable[[], object], seconds: float) -> float:
+    """Return the mean time of ``work``, as other programs slow some calls but not all."""
+    begun, times = time.perf_counter(), 0
+    while times < 2 or time.perf_counter() - begun < seconds:
+        work()
+        times += 1
+    return (time.perf_counter() - begun) / times
 
 
 def keep_freed_memory() -> bool:
-    """Has malloc keep what is freed for the next step; whether it can (glibc).
+    """Make malloc keep freed memory for the next step; return whether it can (glibc).
 
     It would give tensors back to the system, which zeroes every page of them anew when the next
     step asks: up to a third of the time of a small step.
@@ -125,28 +250,35 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
 
 
-def rounding(
+def peak_memory(accelerator: str) -> int | None:
+    """Return the most bytes that CUDA had allocated, or that this process had resident."""
+    if accelerator == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def numerics(
     config: Config, vocab_size: int, plan: Plan, device: Device, begun: dict[str, Any]
 ) -> dict[str, Any]:
-    """What decides the last bits of a result, as environment.json keeps it.
+    """Return what decides the last bits of a result, as environment.json keeps it.
 
-    ``begun`` is what a run that is taken up began with: ``auto`` stays what it was then.
+    A resumed run, whose environment is ``begun``, keeps what ``auto`` was then.  ``auto`` compiles
+    on one CUDA device where the run is long enough to pay for it.
     """
     compiled = config.hardware.compile
     if compiled == "auto":
-        before = begun.get("compile") or _auto_compile(config, vocab_size, plan, device)
-        compiled = "off" if before == "off" else "on"  # earlier versions had three ways to compile
+        compiled = "off" if begun.get("compile", "off") == "off" else "on"  # once, "whole" too
+        if "compile" not in begun and device.accelerator == "cuda" and device.world_size == 1:
+            seconds = plan.total_steps * seconds_per_step(config, vocab_size, plan, device)
+            compiled = "on" if seconds > COMPILING_PAYS else "off"
     return {
         "threads": torch.get_num_threads(),
         "devices": device.world_size,
         "matmul": "onednn" if device.accelerator == "cpu" and onednn_is_used() else "torch",
         "compile": compiled,
     }
-
-
-def _auto_compile(config: Config, vocab_size: int, plan: Plan, device: Device) -> str:
-    """Return "on" with one CUDA device and a run long enough to pay for it, else "off"."""
-    if device.accelerator != "cuda" or device.world_size > 1:
-        return "off"
-    seconds = plan.total_steps * seconds_per_step(config, vocab_size, plan, device)
-    return "on" if seconds > COMPILING_PAYS else "off"

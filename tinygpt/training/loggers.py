@@ -1,59 +1,82 @@
 """The loggers beside metrics.csv: TensorBoard, Weights & Biases, MLflow.
 
-All are told the same: what the run is, every line of metrics, every sample, how it ended.  The x
-axis is training tokens; FLOPs and seconds can take its place.  When a run begins they are told
-all that it has behind it, so that one that was interrupted, or that branched off another, is one
+Each logs the configuration, every line of metrics, every sample and the outcome.  The x axis is
+training tokens; FLOPs and seconds can take its place.  When a run begins or resumes, all of its
+history is logged again, so that a run that was interrupted, or that branched off another, is one
 curve from its first step, with nothing twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import logging
 import os
+import shutil
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from tinygpt import rundir
+import filelock
+from lightning.pytorch.loggers import MLFlowLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import (
+    HParamsPluginData,
+    SessionEndInfo,
+    SessionStartInfo,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from tinygpt import fileio, rundir
 from tinygpt.checks import key_names
-from tinygpt.config import Config, ConfigError, install
-from tinygpt.training.board import Board
-from tinygpt.training.tracking import At, WandbRun, check_server, open_mlflow
-from tinygpt.training.trainer import quiet_lightning
+from tinygpt.config import Config, ConfigError, first_line, install
+from tinygpt.data.network import reachable
+from tinygpt.training.hardware import quiet_lightning
 
-# mlflow is last: imported without the others it could not be told of them any more
+log = logging.getLogger("tinygpt")
+
+# mlflow is last: imported before the others, it would not find them later
 LIBRARIES = {"wandb": ["wandb"], "mlflow": ["alembic", "sqlalchemy", "mlflow"]}
-# Of the results, what runs are compared by.
+# The results by which runs are compared.
 OUTCOME = (
     *("final_val_loss", "best_val_loss", "final_val_bits_per_byte", "final_val_accuracy"),
     *("test_loss", "tokens_per_second"),
 )
+WIDTH = 120  # characters of a line of a sample: TensorBoard does not wrap them
+
+
+class Progress(NamedTuple):
+    """How far a run is, by all that can be an x axis."""
+
+    tokens: int
+    flops: float
+    seconds: float  # of training
 
 
 class RunLogger(Protocol):
-    """One of them, and in it one run."""
+    """One run in one of the loggers; ``status`` is success, failed or KILLED."""
 
-    def begin(self, params: Mapping[str, Any]) -> None: ...
-
-    def log_line(self, values: Mapping[str, float], at: At) -> None: ...
+    def log_line(self, values: Mapping[str, float], at: Progress) -> None: ...
 
     def log_text(self, text: str, tokens: int) -> None: ...
 
-    def log_outcome(self, outcome: Mapping[str, float], status: str, at: At) -> None: ...
+    def log_outcome(self, outcome: Mapping[str, float], status: str, at: Progress) -> None: ...
 
-    def close(self, status: str) -> None:
-        """``status``: success, failed or KILLED."""
+    def close(self, status: str) -> None: ...
 
 
 class Loggers:
-    """Those that a run has; with none, nothing happens."""
+    """The loggers of a run, none until ``begin``."""
 
     def __init__(self) -> None:
         self.open: list[RunLogger] = []
-        self._at = At(0, 0.0, 0.0)
-        self._flops = 0.0  # for a token
+        self._at = Progress(0, 0.0, 0.0)
+        self._flops_per_token = 0.0
         self._floor: float | None = None
         self._sampled: int | None = None  # tokens at the last text
 
@@ -65,40 +88,39 @@ class Loggers:
         floor: float | None,
         texts: Mapping[int, str],
     ) -> None:
-        """Opens what ``logger`` asks for and tells it what the run has behind it.
+        """Open the loggers that ``config.logger`` asks for and log the history of the run.
 
-        ``sizes`` is what its results will say of its size; ``floor`` the loss that no model gets
-        below; ``texts`` the samples there are, by tokens.  Raises ConfigError where a logger
-        cannot be had.
+        ``sizes`` is what the results will say of the run's size, ``floor`` the exact loss of the
+        source if it is known, ``texts`` the samples so far by tokens.  Raises ConfigError where a
+        logger cannot be had.
         """
-        self._flops, self._floor = sizes["flops_exact"] / sizes["train_tokens"], floor
+        self._flops_per_token = sizes["flops_exact"] / sizes["train_tokens"]
+        self._floor = floor
         rows = [
             {name: float(value) for name, value in row.items() if value}
             for row in rundir.MetricsFile(run.metrics).read()
         ]
-        began = time.time() - (rows[-1]["seconds"] if rows else 0.0)
+        params = {**flat(config), **{name: sizes[name] for name in rundir.SIZES}}
         if config.logger.tensorboard is not None:
+            began = time.time() - (rows[-1]["seconds"] if rows else 0.0)
             flush_seconds = config.logger.tensorboard.flush_seconds
-            self.open.append(Board(run.path / "tensorboard", flush_seconds, began))
+            self.open.append(Board(run.path / "tensorboard", params, flush_seconds, began))
         if config.logger.wandb is not None:
-            self.open.append(WandbRun(config, run))
+            self.open.append(WandbRun(config, run, params))
         if config.logger.mlflow is not None:
             with quiet_lightning():
-                self.open.append(open_mlflow(config, run))
-        params = {**_flat(config), **{name: sizes[name] for name in rundir.SIZES}}
-        for logger in self.open:
-            logger.begin(params)
+                self.open.append(MlflowRun(config, run, params))
         for row in rows:
             self.log_line(row)
             if self._at.tokens in texts:
                 self.log_text(texts[self._at.tokens])
 
     def log_line(self, row: Mapping[str, float | None]) -> None:
-        """``row`` has the columns of metrics.csv; what was not measured is None or not there."""
+        """Log a line of metrics.csv, ``row``; what was not measured is None or not there."""
         known = {name: value for name, value in row.items() if value is not None}
         del known["step"]
         tokens = int(known.pop("tokens"))
-        self._at = At(tokens, tokens * self._flops, known.pop("seconds"))
+        self._at = Progress(tokens, tokens * self._flops_per_token, known.pop("seconds"))
         values = {_tag(name): value for name, value in known.items()}
         if "val/loss" in values and self._floor is not None:
             values["val/irreducible_loss_exact"] = self._floor
@@ -106,7 +128,7 @@ class Loggers:
             logger.log_line(values, self._at)
 
     def log_text(self, text: str) -> None:
-        """A sample of the model as it was at the last line; a second one there is the same."""
+        """Log a sample of the model as it was at the last line, once."""
         if self._at.tokens == self._sampled:
             return
         self._sampled = self._at.tokens
@@ -118,11 +140,6 @@ class Loggers:
         for logger in self.open:
             logger.log_outcome(outcome, results["status"], self._at)
 
-    def close(self, status: str) -> None:
-        for logger in self.open:
-            logger.close(status)
-        self.open = []
-
     def __enter__(self) -> Loggers:
         return self
 
@@ -133,11 +150,13 @@ class Loggers:
         trace: TracebackType | None,
     ) -> None:
         interrupted = isinstance(error, SystemExit)
-        self.close("success" if error is None else "KILLED" if interrupted else "failed")
+        for logger in self.open:
+            logger.close("success" if error is None else "KILLED" if interrupted else "failed")
+        self.open = []
 
 
 def check_loggers(config: Config) -> None:
-    """Raises ConfigError where a logger's library is missing, or its server."""
+    """Raise ConfigError where a logger's library or MLflow's server is missing."""
     if config.logger.mlflow is not None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at its first import
     for name, libraries in LIBRARIES.items():
@@ -148,15 +167,234 @@ def check_loggers(config: Config) -> None:
             except ImportError as error:
                 raise ConfigError(f"logger={name}: needs {install(name)}") from error
     if config.logger.mlflow is not None:
-        check_server(config)
+        uri = mlflow_uri(config)
+        if uri.startswith("http") and not reachable(uri):  # MLflow would try for minutes
+            raise ConfigError(f"logger.mlflow.tracking_uri={uri}: nothing answers there")
 
 
 def _tag(name: str) -> str:
-    """A column of metrics.csv in groups: ``val_loss`` → ``val/loss``."""
+    """Return a column of metrics.csv as a tag in a group: ``val_loss`` → ``val/loss``."""
     split, _, rest = name.partition("_")
     return f"{split}/{rest}" if split in ("train", "val") else f"train/{name}"
 
 
-def _flat(config: Config) -> dict[str, Any]:
-    """Every key of the configuration by its dotted name."""
+def flat(config: Config) -> dict[str, Any]:
+    """Return every key of the configuration by its dotted name."""
     return {name: functools.reduce(getattr, name.split("."), config) for name in key_names(config)}
+
+
+class Board:
+    """A run in TensorBoard: curves, samples and a line of the HParams page.
+
+    A new event file purges the earlier ones.  Step is training tokens.  The time of a point is
+    when it would have been had the run only trained, without a break, so *Relative* is training
+    time.  FLOPs, which must be whole numbers below 2^63, are the steps of a group of their own.
+    """
+
+    def __init__(
+        self, folder: Path, params: Mapping[str, Any], flush_seconds: int, began: float
+    ) -> None:
+        self.began = began
+        # TensorBoard reads files in the order of their names: whole seconds, then the process
+        if any(folder.glob(f"*.{int(time.time())}.*")):
+            time.sleep(1 - time.time() % 1)
+        self.writer = SummaryWriter(str(folder), purge_step=0, flush_secs=flush_seconds)
+        losses = ["train/loss", "val/loss", "val/irreducible_loss_exact"]
+        self.writer.add_custom_scalars({"loss": {"all losses": ["Multiline", losses]}})
+        # SummaryWriter.add_hparams would open another folder and end the session at once
+        start = SessionStartInfo(start_time_secs=began)
+        for name, value in params.items():
+            if value is None or name.split(".")[0] in rundir.NOT_SCIENCE:
+                continue
+            if isinstance(value, bool):
+                start.hparams[name].bool_value = value
+            elif isinstance(value, int | float):
+                start.hparams[name].number_value = value
+            else:
+                start.hparams[name].string_value = str(value)
+        self._add(metadata.SESSION_START_INFO_TAG, HParamsPluginData(session_start_info=start))
+
+    def log_line(self, values: Mapping[str, float], at: Progress) -> None:
+        when = self.began + at.seconds
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, at.tokens, when)
+        for split in ("train", "val"):
+            if f"{split}/loss" in values:
+                tag = f"loss by MFLOPs/{split}"
+                self.writer.add_scalar(tag, values[f"{split}/loss"], round(at.flops / 1e6), when)
+
+    def log_text(self, text: str, tokens: int) -> None:
+        lines = (textwrap.fill(line, WIDTH) for line in text.splitlines())
+        # indented, it is code: what looks like Markdown is the model's
+        self.writer.add_text("samples", textwrap.indent("\n".join(lines), " " * 4), tokens)
+
+    def log_outcome(self, outcome: Mapping[str, float], status: str, at: Progress) -> None:
+        for name, value in outcome.items():
+            # the HParams page shows the first five in the alphabet
+            tag = f"final/{name.removeprefix('final_').removeprefix('val_')}"
+            self.writer.add_scalar(tag, value, at.tokens, self.began + at.seconds)
+        ended = api_pb2.STATUS_FAILURE if status == "diverged" else api_pb2.STATUS_SUCCESS
+        end = SessionEndInfo(status=ended, end_time_secs=self.began + at.seconds)
+        self._add(metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))
+
+    def _add(self, tag: str, content: HParamsPluginData) -> None:
+        about = metadata.create_summary_metadata(content)
+        value = Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)
+        writer = self.writer._get_file_writer()  # type: ignore[no-untyped-call]
+        writer.add_summary(Summary(value=[value]))
+
+    def close(self, status: str) -> None:
+        self.writer.close()
+
+
+class WandbRun:
+    """A run in Weights & Biases.
+
+    Offline, it is one folder in ``wandb/``, made anew as all is logged again; online, it resumes
+    after its last step.
+    """
+
+    def __init__(self, config: Config, run: rundir.RunDir, params: Mapping[str, Any]) -> None:
+        import wandb
+
+        wanted = config.logger.wandb
+        assert wanted is not None
+        for old in run.path.glob("wandb/offline-run-*"):
+            shutil.rmtree(old)
+        try:
+            self.run = wandb.init(
+                project=wanted.project,
+                entity=wanted.entity,
+                name=config.run_name,
+                id=fileio.digest([config.study, config.run_name])[:16],
+                group=config.study,
+                dir=run.path,
+                mode="offline" if wanted.offline else "online",
+                resume="allow",
+                reinit="create_new",  # several train in this process, some of them at once
+                settings=wandb.Settings(console="off", silent=wanted.offline),
+            )
+        except wandb.Error as error:
+            raise ConfigError(f"logger.wandb: {first_line(error)}") from error
+        for name in Progress._fields:
+            self.run.define_metric(name)
+        self.run.define_metric("*", step_metric="tokens")
+        self.run.config.update(dict(params), allow_val_change=True)
+        self.texts: list[tuple[int, str]] = []
+        self.first = self.run.step  # earlier ones are online already
+
+    def log_line(self, values: Mapping[str, float], at: Progress) -> None:
+        if at.tokens >= self.first:
+            self.run.log({**values, **at._asdict()}, step=at.tokens)
+
+    def log_text(self, text: str, tokens: int) -> None:
+        import wandb
+
+        self.texts.append((tokens, text))
+        if tokens >= self.first:
+            table = wandb.Table(columns=["tokens", "text"], data=self.texts)
+            self.run.log({"samples": table}, step=tokens)
+
+    def log_outcome(self, outcome: Mapping[str, float], status: str, at: Progress) -> None:
+        self.run.summary.update({**outcome, "status": status})
+
+    def close(self, status: str) -> None:
+        self.run.finish(exit_code=0 if status == "success" else 1)
+
+
+def mlflow_uri(config: Config) -> str:
+    """Return where MLflow logs to: by default a database in ``output_dir``."""
+    assert config.logger.mlflow is not None
+    database = (Path(config.output_dir).absolute() / "mlflow.db").as_posix()
+    return config.logger.mlflow.tracking_uri or f"sqlite:///{database}"
+
+
+class MlflowRun:
+    """A run in MLflow: the one that this folder was logged to before, if it is still there.
+
+    MLflow keeps all that it is given, so each step is logged once: what a resumed run repeats is
+    there already, and the same.  Where it fails half way, the training continues without it.
+    Raises ConfigError where its store cannot be had.
+    """
+
+    def __init__(self, config: Config, run: rundir.RunDir, params: Mapping[str, Any]) -> None:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # it reports every table it makes
+        self.lost, uri = False, mlflow_uri(config)
+        is_local = not uri.startswith("http")
+        # jobs of a sweep that begin at once must not all make the database and the experiment
+        lock = filelock.FileLock(Path(config.output_dir) / ".mlflow.lock")
+        try:
+            with lock if is_local else contextlib.nullcontext():
+                self._open(config, run, uri, is_local)
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            line = f"logger.mlflow.tracking_uri={uri}: {first_line(error)}"
+            raise ConfigError(line) from error
+        if self.logged_until < 0:
+            self._try(self.logger.log_hyperparams, dict(params))
+
+    def _open(self, config: Config, run: rundir.RunDir, uri: str, is_local: bool) -> None:
+        assert config.logger.mlflow is not None
+        run_id = _known_run(run, uri)
+        artifacts = (Path(config.output_dir).absolute() / "mlflow-artifacts").as_uri()
+        self.logger = MLFlowLogger(
+            config.logger.mlflow.experiment or config.study or "runs",
+            run_name=config.run_name,
+            tracking_uri=uri,
+            artifact_location=artifacts if is_local else None,  # None: the server decides
+            run_id=run_id,
+        )
+        assert self.logger.run_id is not None  # makes the experiment and the run
+        self.logged_until = -1
+        if run_id is None:
+            fileio.write_json(run.mlflow, {"tracking_uri": uri, "run_id": self.logger.run_id})
+            return
+        self.logger.experiment.update_run(run_id, status="RUNNING")
+        logged = self.logger.experiment.get_metric_history(run_id, "tokens")
+        self.logged_until = max((metric.step for metric in logged), default=-1)
+
+    def log_line(self, values: Mapping[str, float], at: Progress) -> None:
+        if at.tokens > self.logged_until:
+            self._try(self.logger.log_metrics, {**values, **at._asdict()}, at.tokens)
+
+    def log_text(self, text: str, tokens: int) -> None:
+        client, run_id = self.logger.experiment, self.logger.run_id
+        self._try(client.log_text, run_id, text, f"samples/{tokens}.txt")
+
+    def log_outcome(self, outcome: Mapping[str, float], status: str, at: Progress) -> None:
+        self._try(self.logger.log_metrics, outcome, at.tokens)
+        self._try(self.logger.experiment.set_tag, self.logger.run_id, "status", status)
+
+    def close(self, status: str) -> None:
+        self._try(self.logger.finalize, status)
+
+    def _try(self, call: Callable[..., object], *arguments: Any) -> None:
+        """Call it, unless one failed before: with a server that is gone each try takes minutes."""
+        from mlflow.exceptions import MlflowException
+
+        if self.lost:
+            return
+        try:
+            call(*arguments)
+        except MlflowException as error:
+            self.lost = True
+            log.warning(
+                "MLflow fails: %s; from here on only metrics.csv is kept", first_line(error)
+            )
+
+
+def _known_run(run: rundir.RunDir, uri: str) -> str | None:
+    """Return the id of the MLflow run of this folder, if it is still in that store."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    if not run.mlflow.exists():
+        return None
+    before = fileio.read_json(run.mlflow, tracking_uri=str, run_id=str)
+    if before["tracking_uri"] == uri:
+        with contextlib.suppress(MlflowException):  # it was removed there
+            if MlflowClient(uri).get_run(before["run_id"]).info.lifecycle_stage == "active":
+                return str(before["run_id"])
+    return None

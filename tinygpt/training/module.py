@@ -1,4 +1,4 @@
-"""The LightningModule: the model, its loss, its optimizer."""
+"""The LightningModule: the model, its loss and its optimizer."""
 
 from __future__ import annotations
 
@@ -152,6 +152,18 @@ class LanguageModel(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
 
+    def validate(self) -> Scores:
+        """Run Lightning's validation loop in the middle of training."""
+        # as Lightning does at its own intervals: the validation has batches of its own to count
+        connector = self.trainer._logger_connector
+        first_batch = connector._first_loop_iter
+        self.trainer.validating = True
+        self.trainer.fit_loop.epoch_loop.val_loop.run()
+        self.trainer.training = True
+        connector._first_loop_iter = first_batch
+        assert self.scores is not None
+        return self.scores
+
     def _log_scores(self, split: str) -> None:
         self.scores = scores_of(self._metric, self.data.splits[split].info)
         for name, value in self.scores.named(split).items():
@@ -159,11 +171,11 @@ class LanguageModel(pl.LightningModule):
             self.log(name, exact, prog_bar=name == "val_loss")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make a checkpoint from other hardware, or of a longer run, one of this run's.
+        """Adapt a checkpoint from other hardware, or of a longer run, to this run.
 
-        Lightning counts passes; on other hardware a step may have another number of them.  And the
-        rate of the next step, which is kept with the optimizer, is another one where the run that
-        begins here is shorter.
+        Lightning counts passes, and on other hardware a step may take another number of them.  The
+        learning rate of the next step, which the optimizer keeps, differs where this run is
+        shorter than the one that it branched off.
         """
         if self.plan is None or "optimizer_states" not in checkpoint:  # the weights alone count
             return

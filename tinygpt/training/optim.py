@@ -28,7 +28,7 @@ from tinygpt.model.gpt import GPT
 
 
 def rate_factor(step: int, config: ScheduleConfig, *, total_steps: int, warmup_steps: int) -> float:
-    """The learning rate of optimizer step ``step`` (0 is the first) over its peak.
+    """Return the learning rate of optimizer step ``step`` (0 is the first) over its peak.
 
     Linear warmup reaches the peak at step ``warmup_steps - 1``; a decay ends with ``min_ratio``
     exactly at the last step.  Cosine: Loshchilov & Hutter 2017; wsd: Hu et al. 2024.
@@ -48,13 +48,13 @@ def rate_factor(step: int, config: ScheduleConfig, *, total_steps: int, warmup_s
 
 
 def stable_steps(config: WsdSchedule, *, total_steps: int, warmup_steps: int) -> int:
-    """Steps, the warmup's included, before the decay of a warmup-stable-decay schedule begins."""
+    """Return the steps, warmup included, before the decay of a warmup-stable-decay schedule."""
     decay_steps = max(1, round(config.decay_fraction * total_steps))
     return max(warmup_steps, total_steps - decay_steps)
 
 
 def check_optimizer(config: OptimConfig) -> None:
-    """Raises ConfigError where this torch lacks the optimizer."""
+    """Raise ConfigError where this torch lacks the optimizer."""
     if isinstance(config, MuonOptim) and not hasattr(torch.optim, "Muon"):
         raise ConfigError(
             f"optim=muon: needs torch 2.9 or later, here is {torch.__version__}; "
@@ -63,11 +63,12 @@ def check_optimizer(config: OptimConfig) -> None:
 
 
 def parameter_groups(model: GPT, config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices are decayed; norms and biases never; embeddings if ``decay_embeddings``.
+    """Return the parameter groups with their rates and weight decays.
 
-    Where the matrices inside the blocks have a rate of their own, they are the first group.  A
-    rate that is divided by the width ratio has its decay multiplied by it, so that a step decays
-    by rate · weight_decay at any width ("independent weight decay", Wortsman et al. 2023).
+    Matrices are decayed, norms and biases never, embeddings if ``decay_embeddings``.  Where the
+    matrices inside the blocks have a rate of their own, they are the first group.  A rate that is
+    divided by the width ratio has its decay multiplied by it, so that a step decays by
+    rate · weight_decay at any width ("independent weight decay", Wortsman et al. 2023).
     """
     ratio = width_ratio(model.config) if rate_is_scaled(model.config, config) else 1.0
     hidden = {id(matrix) for matrix in model.hidden_matrices()}
@@ -96,7 +97,7 @@ def parameter_groups(model: GPT, config: OptimConfig) -> list[dict[str, Any]]:
 
 
 class Stepping(torch.optim.Optimizer):
-    """What our optimizers share: ``step`` calls the closure, then ``move``s the weights."""
+    """An optimizer whose ``step`` calls the closure, then ``move``s the weights."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -112,7 +113,7 @@ class Stepping(torch.optim.Optimizer):
 
 
 class Lion(Stepping):
-    """Each number moves by the rate, in the direction of the sign of an average of gradients.
+    """Moves each weight by the learning rate, along the sign of a mean of gradients.
 
     Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", with decoupled decay:
     u = sign(b1·m + (1 - b1)·g);  w = w·(1 - rate·decay) - rate·u;  m = b2·m + (1 - b2)·g.
@@ -145,8 +146,8 @@ class MuonWithAdam(Stepping):
     """torch's Muon for the first group, torch's AdamW for the others, as one optimizer.
 
     Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") makes
-    the momentum of a matrix orthogonal.  This object owns groups and state, which the two inside
-    only borrow for a step, so a schedule and a checkpoint see one optimizer.
+    the momentum of a matrix orthogonal.  This object owns groups and state, which the two inner
+    optimizers borrow for a step, so a schedule and a checkpoint see one optimizer.
     """
 
     def __init__(
@@ -168,7 +169,7 @@ class MuonWithAdam(Stepping):
 
 
 def make_optimizer(model: GPT, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
-    """The optimizer over the groups of ``model``; ``fused`` where torch has it so."""
+    """Return the optimizer of ``model``; ``fused`` where torch has a fused one."""
     groups, rate = parameter_groups(model, config), config.learning_rate
     if isinstance(config, SgdOptim):
         return torch.optim.SGD(

@@ -20,24 +20,25 @@ from tinygpt.counting import (
 from tinygpt.data import corpora, survey
 from tinygpt.data.datamodule import TokenData
 from tinygpt.horizon import Plan
-from tinygpt.training.callbacks import Journal, peak_memory
 from tinygpt.training.evaluation import Scores
-from tinygpt.training.trainer import Device
+from tinygpt.training.hardware import Device, peak_memory
 
 
 def make_results(
     config: Config,
     hash_: str,
-    plan: Plan,
     data: TokenData,
     device: Device,
-    journal: Journal,
+    state: dict[str, Any],
     final: Scores | None,
     test: Scores | None,
-    branched: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything a study wants to know of a finished run; ``final`` is None for a diverged one."""
-    steps = journal.state["steps"]
+    """Return what a study wants to know of a run that ended.
+
+    ``state`` is the Journal's; ``final`` is None for a run that diverged.
+    """
+    assert data.plan is not None
+    steps = state["steps"]
     return {
         "schema_version": rundir.SCHEMA_VERSION,
         "study": config.study,
@@ -45,21 +46,20 @@ def make_results(
         "config_hash": hash_,
         "git_commit": rundir.git_commit(),
         "seed": config.seed,
-        "status": journal.state["status"],
-        **_losses(journal, data, final, test),
-        "skipped_steps": journal.state["skipped_steps"],
-        "grad_norm_spikes": journal.state["grad_norm_spikes"],
+        "status": state["status"],
+        **_losses(state, data, final, test),
+        "skipped_steps": state["skipped_steps"],
+        "grad_norm_spikes": state["grad_norm_spikes"],
         **sizes_of(config, data, steps),
-        "schedule_finished": steps >= plan.total_steps,
-        **branched,
-        **_recipe(config, plan, data, device),
+        "schedule_finished": steps >= data.plan.total_steps,
+        **_recipe(config, data.plan, data, device),
         **survey.results(data.prepared.index.get("survey")),
-        **_speed(config, data, device, journal),
+        **_speed(config, data, device, state),
     }
 
 
 def planned(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
-    """What the results of a run will say of its sizes and its recipe, known beforehand."""
+    """Return what is known of the results before training: sizes and recipe."""
     assert data.plan is not None
     vocab_size = data.prepared.tokenizer.vocab_size
     return {
@@ -73,11 +73,10 @@ def planned(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
 
 
 def _losses(
-    journal: Journal, data: TokenData, final: Scores | None, test: Scores | None
+    state: dict[str, Any], data: TokenData, final: Scores | None, test: Scores | None
 ) -> dict[str, Any]:
-    names = Scores(0, 0, 0, 0).named("val"), Scores(0, 0, 0, 0).named("test")
-    val = final.named("val") if final else dict.fromkeys(names[0])
-    state = journal.state
+    nothing = Scores(0, 0, 0, 0)
+    val = final.named("val") if final else dict.fromkeys(nothing.named("val"))
     losses: dict[str, float | None] = {
         **{f"final_{name}": value for name, value in val.items()},
         "initial_val_loss": state["initial_val_loss"],
@@ -85,7 +84,7 @@ def _losses(
         "best_val_step": state["best_val_step"],
         "final_train_loss": state["final_train_loss"],
         "irreducible_loss_exact": data.floor("val"),
-        **(test.named("test") if test else dict.fromkeys(names[1])),
+        **(test.named("test") if test else dict.fromkeys(nothing.named("test"))),
         "test_irreducible_loss_exact": data.floor("test") if "test" in data.splits else None,
     }
     # JSON has no NaN and no infinity
@@ -93,7 +92,7 @@ def _losses(
 
 
 def sizes_of(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
-    """What the results say of the sizes of a run that ends after so many steps."""
+    """Return the sizes of a run that ends after ``steps`` steps, as results.json has them."""
     model, vocab_size = config.model, data.prepared.tokenizer.vocab_size
     rank = config.optim.lora.rank
     sizes = count_parameters(model, vocab_size)
@@ -142,9 +141,11 @@ def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict
     }
 
 
-def _speed(config: Config, data: TokenData, device: Device, journal: Journal) -> dict[str, Any]:
-    seconds = journal.state["seconds"]
-    tokens = journal.state["steps"] * config.train.batch_tokens
+def _speed(
+    config: Config, data: TokenData, device: Device, state: dict[str, Any]
+) -> dict[str, Any]:
+    seconds = state["seconds"]
+    tokens = state["steps"] * config.train.batch_tokens
     rate = tokens / seconds if seconds > 0 else None
     vocab_size, rank = data.prepared.tokenizer.vocab_size, config.optim.lora.rank
     flops = flops_per_token(config.model, vocab_size, lora_rank=rank)
@@ -158,7 +159,7 @@ def _speed(config: Config, data: TokenData, device: Device, journal: Journal) ->
 
 
 def _peak_flops(device: Device) -> int | None:
-    """The card's published peak at the run's precision, where Lightning's table has it."""
+    """Return the card's published peak at the run's precision, where Lightning's table has it."""
     if device.accelerator != "cuda":
         return None
     dtypes = {"32": torch.float32, "64": torch.float64, "16-mixed": torch.float16}

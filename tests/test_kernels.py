@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinygpt.model import linear, loss
-from tinygpt.model.loss import mean_loss, token_scores
+from tinygpt.model import kernels
+from tinygpt.model.kernels import mean_loss, token_scores
 
 has_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -21,9 +21,9 @@ has_onednn = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def as_torch_decides() -> Iterator[None]:
-    linear.use_onednn(False)
+    kernels.use_onednn(False)
     yield
-    linear.use_onednn(None)
+    kernels.use_onednn(None)
 
 
 def made(
@@ -51,11 +51,11 @@ def test_value_and_gradients_are_those_of_the_plain_loss(
 ) -> None:
     """Whatever the number of pieces: here of 128 tokens, the last one short."""
     hidden, weight, targets = made(tokens, width, vocabulary, torch.float64, seed)
-    before, loss.PIECE["cpu"] = loss.PIECE["cpu"], 1
+    before, kernels.PIECE["cpu"] = kernels.PIECE["cpu"], 1
     try:
         found = with_gradients(mean_loss(hidden, weight, targets), hidden, weight)
     finally:
-        loss.PIECE["cpu"] = before
+        kernels.PIECE["cpu"] = before
     for ours, theirs in zip(
         found, with_gradients(plain(hidden, weight, targets), hidden, weight), strict=True
     ):
@@ -67,7 +67,7 @@ def test_value_and_gradients_are_those_of_the_plain_loss(
 @pytest.mark.parametrize("vocabulary", [31, 20_000])
 def test_in_32_bits(by_onednn: bool, vocabulary: int) -> None:
     hidden, weight, targets = made(300, 24, vocabulary, torch.float32)
-    linear.use_onednn(by_onednn)
+    kernels.use_onednn(by_onednn)
     found = with_gradients(mean_loss(hidden, weight, targets), hidden, weight)
     for ours, theirs in zip(
         found, with_gradients(plain(hidden, weight, targets), hidden, weight), strict=True
@@ -167,12 +167,12 @@ def test_a_layer_by_onednn_is_torchs_own(
     rows: int, length: int, inputs: int, outputs: int, bias: bool
 ) -> None:
     torch.manual_seed(0)
-    layer = linear.Linear(inputs, outputs, bias=bias)
+    layer = kernels.Linear(inputs, outputs, bias=bias)
     x = torch.randn(rows, length, inputs, requires_grad=True)
     wanted = torch.randn(rows, length, outputs)
     found = {}
     for by_onednn in (True, False):
-        linear.use_onednn(by_onednn)
+        kernels.use_onednn(by_onednn)
         y = layer(x)
         found[by_onednn] = [y, *torch.autograd.grad((y * wanted).sum(), [x, *layer.parameters()])]
     for ours, theirs in zip(found[True], found[False], strict=True):
@@ -182,12 +182,12 @@ def test_a_layer_by_onednn_is_torchs_own(
 
 @has_onednn
 def test_half_precision_and_64_bits_are_left_to_torch() -> None:
-    linear.use_onednn(True)
-    layer = linear.Linear(8, 8)
+    kernels.use_onednn(True)
+    layer = kernels.Linear(8, 8)
     x = torch.randn(40, 8)
-    assert linear.takes_onednn(x)
-    assert not linear.takes_onednn(x.double())
+    assert kernels.takes_onednn(x)
+    assert not kernels.takes_onednn(x.double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not linear.takes_onednn(x)
+        assert not kernels.takes_onednn(x)
         assert layer(x).dtype == torch.bfloat16
     assert layer.double()(x.double()).dtype == torch.float64

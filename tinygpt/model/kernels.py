@@ -1,0 +1,235 @@
+"""The two places where a step spends its time: matrix products on the CPU, and the loss.
+
+Products: MKL, torch's own choice, uses AVX-512 on Intel's processors alone.  On AMD's that have
+it, a product by oneDNN, which torch carries too, takes less than half the time, and with AVX2
+still a seventh less.  torch asks oneDNN only in half precision, so ``Linear`` calls it here.
+
+Loss: the logits of a batch, tokens x vocabulary, are by far its largest tensor, and a step would
+read and write them several times.  Here the head and the cross-entropy run together over pieces
+of the tokens, whose logits stay in the processor's cache, and the gradient of a piece is computed
+as soon as its logits are; so neither all logits nor all of their gradients ever exist (as in Liger
+Kernel, Hsu et al. 2024, and Wijmans et al. 2024, "Cut your losses").
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FEW_ROWS = 16  # with fewer, calling oneDNN costs more than the product
+# Logits of one piece: on the CPU what its cache holds, elsewhere what keeps the device busy.
+PIECE = {"cpu": 2**20, "mps": 2**25, "cuda": 2**26}
+LEAST_ROWS = 128  # on a smaller piece the products become slow
+
+
+def onednn_is_there() -> bool:
+    """Return whether this torch has oneDNN and TINYGPT_MATMUL=torch does not switch it off."""
+    if os.environ.get("TINYGPT_MATMUL") == "torch":
+        return False
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Return whether torch has both libraries and the processor is not Intel's."""
+    if not onednn_is_there() or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        is_intel = "Intel" in platform.processor()
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not is_intel
+
+
+_in_use: list[bool] = []  # empty: as onednn_is_faster says
+
+
+def use_onednn(wanted: bool | None) -> None:
+    """Use oneDNN in this process or not; None: where it is faster."""
+    _in_use[:] = [] if wanted is None else [wanted]
+
+
+def onednn_is_used() -> bool:
+    return _in_use[0] if _in_use else onednn_is_faster()
+
+
+def takes_onednn(x: Tensor) -> bool:
+    """Return whether oneDNN multiplies ``x``: float32 on the CPU, outside compiled code."""
+    return (
+        x.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and x.dtype == torch.float32
+        and onednn_is_used()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a b' + bias by oneDNN: (..., k) x (n, k) -> (..., n)."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return out
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """Return grad' x by oneDNN: (N, out), (N, in) -> (out, in).
+
+    oneDNN needs the rows of its second factor contiguous, so the narrower of the two is the one
+    that it has to reorder.
+    """
+    if grad.shape[1] > x.shape[1]:
+        return onednn_product(x.t(), grad.t()).t()
+    return onednn_product(grad.t(), x.t())
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return onednn_product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad_x = onednn_product(grad, weight.t()) if needs_x else None
+        grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_weight = weight_gradient(grad, x) if needs_weight else None
+        return grad_x, grad_weight, grad.sum(0) if ctx.has_bias else None
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, by oneDNN where that is in use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if takes_onednn(x) and x.numel() >= FEW_ROWS * self.in_features:
+            if torch.is_grad_enabled():
+                out: Tensor = _OneDnnLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+                return out
+            return onednn_product(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+def piece_rows(weight: Tensor) -> int:
+    """Return how many tokens make a piece, for a head (V, C).
+
+    The gradient of the head is read and written once a piece, so a wide head takes fewer pieces.
+    """
+    vocab_size, width = weight.shape
+    return max(LEAST_ROWS, width // 2, PIECE.get(weight.device.type, 2**25) // vocab_size)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b': (n, k) x (m, k) -> (n, m)."""
+    return onednn_product(a, b) if takes_onednn(a) else a @ b.t()
+
+
+def _pieces(
+    hidden: Tensor, weight: Tensor, targets: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield of each piece its tokens, logits (n, V), softmax (n, V) and losses (n,)."""
+    rows = piece_rows(weight)
+    for first in range(0, len(hidden), rows):
+        piece = slice(first, first + rows)
+        logits = _product(hidden[piece], weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        probabilities = torch.softmax(logits, dim=1)
+        wanted = logits.gather(1, targets[piece, None])
+        # the largest probability is exp(0) / sum: safe where that of the target vanishes
+        losses = logits.amax(1) - probabilities.amax(1).log() - wanted[:, 0]
+        yield piece, logits, probabilities, losses
+
+
+class _LossInPieces(torch.autograd.Function):
+    """The mean loss, whose gradients are computed in the forward pass already."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden)
+        # of the transpose (C, V): in this order the product is faster
+        grad_columns = torch.zeros(weight.t().shape, dtype=wide, device=weight.device)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        by_onednn = takes_onednn(hidden)
+        columns = weight.t().contiguous() if by_onednn else weight.t()
+        for piece, _, probabilities, losses in _pieces(hidden, weight, targets):
+            total += losses.sum()
+            wanted = targets[piece, None]
+            # now the gradient of the logits
+            probabilities.scatter_(1, wanted, probabilities.gather(1, wanted) - 1)
+            grad = probabilities.to(hidden.dtype)
+            grad_hidden[piece] = _product(grad, columns)
+            tokens = hidden[piece].t()
+            if by_onednn:
+                grad_columns += onednn_product(tokens, grad.t())
+            elif grad.dtype == wide:
+                grad_columns.addmm_(tokens, grad)
+            else:
+                grad_columns += tokens @ grad
+        ctx.gradients, ctx.dtype = (grad_hidden, grad_columns), weight.dtype
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad_hidden, grad_columns), ctx.gradients = ctx.gradients, None
+        factor = grad / len(grad_hidden)
+        return grad_hidden.mul_(factor), grad_columns.mul_(factor).to(ctx.dtype).t(), None
+
+
+def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats of the logits hidden x weight'.
+
+    ``hidden`` (N, C), ``weight`` (V, C), ``targets`` (N,).  Differentiable once.
+    """
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        # a GPU takes a small batch faster in one piece, and in a compiled graph
+        if hidden.device.type != "cpu" and len(hidden) <= piece_rows(weight):
+            logits = hidden @ weight.t()
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            return F.cross_entropy(logits.to(wide), targets)
+        out: Tensor = _in_pieces(hidden, weight, targets)
+        return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _in_pieces(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    out: Tensor = _LossInPieces.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def token_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, top: int | None = None
+) -> tuple[Tensor, ...]:
+    """Return of each token its loss, and 1 where the likeliest token is right: (N,) each.
+
+    With ``top`` also 1 where fewer than ``top`` tokens are likelier than the right one (N,).
+    Shapes as in ``mean_loss``.
+    """
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    found: list[tuple[Tensor, ...]] = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for piece, logits, _, losses in _pieces(hidden, weight, targets):
+            wanted = targets[piece]
+            scores = [losses, (logits.argmax(1) == wanted).to(losses.dtype)]
+            if top is not None:
+                likelier = ~(logits <= logits.gather(1, wanted[:, None]))  # NaN counts as likelier
+                scores.append((likelier.sum(1) < top).to(losses.dtype))
+            found.append(tuple(scores))
+    return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Return ``x`` as autocast would hand it to a matrix product."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
