@@ -152,8 +152,12 @@ def log_beginning(
         lines += [f"        {line}" for line in Survey.read(index["survey"]).lines()]
     for name, info in index["splits"].items():
         if info:
-            others = ("unknown_tokens", "empty_documents", "left_out_documents")
-            odd = [f", {info[key]:,} {key.replace('_', ' ')}" for key in others if info[key]]
+            others = {
+                "unknown_tokens": "unknown tokens",
+                "empty_documents": "empty documents",
+                "left_out_documents": "documents skipped",
+            }
+            odd = [f", {info[key]:,} {words}" for key, words in others.items() if info[key]]
             lines.append(
                 f"        {name:<5} {info['documents']:>8,} documents, {short(info['tokens'])} "
                 f"tokens, {info['bytes'] / 1e6:.3g} MB, {short(info['characters'])} characters"
