@@ -194,30 +194,23 @@ def _check_table_keys(arguments: Arguments) -> None:
 
 def _read(arguments: Arguments) -> tuple[Table, Path]:
     """The runs, where they say what, and the folder for the report."""
-    from tinygpt.scaling.elsewhere import Reading, Table, find_columns, read
+    from tinygpt.scaling.elsewhere import Table, find_columns, read
     from tinygpt.scaling.runs import comparable, load_runs
 
     named = dataclasses.asdict(arguments.columns)
     if arguments.table:
-        units = dataclasses.asdict(arguments.units)
-        asked = Reading(
-            named,
-            arguments.loss,
-            units,
-            arguments.loss_unit,
-            arguments.decimal,
-            arguments.last,
-            arguments.where,
-        )
         packed = r"(\.\w+)?\.(gz|bz2|xz|zst|zip)$|\.\w+$"
         stem = re.sub(packed, "", Path(arguments.table).name, flags=re.IGNORECASE)
         folder = Path(arguments.output_dir or "outputs") / f"fit-{stem}"
-        return read(arguments.table, asked), folder
+        keys = ("loss", "loss_unit", "decimal", "last", "where")
+        given = {name: getattr(arguments, name) for name in keys}
+        units = dataclasses.asdict(arguments.units)
+        return read(arguments.table, named, units=units, **given), folder
     table = load_runs(*arguments.runs)
     if table.empty:
         raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there")
-    given = {name: column for name, column in named.items() if column is not None}
-    columns, _ = find_columns(table, given, arguments.loss)
+    named = {name: column for name, column in named.items() if column is not None}
+    columns, _ = find_columns(table, named, arguments.loss)
     used, left_out = comparable(table, columns.loss, arguments.where)
     return Table(used, left_out, columns, []), _folder(arguments)
 

@@ -1,11 +1,10 @@
-"""What a table of runs says where, what was varied in it, and which laws can tell of it."""
+"""Name the columns of a table of runs, find what was varied, and choose the laws to compare."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from tinygpt.scaling.points import positive
 from tinygpt.scaling.runs import RATES, SETTINGS
 
 SAME = 1.1  # sizes or tokens that differ by less than this factor were not varied
-# What makes a size, what makes a length: the law has them in its variables.
+# Settings that make a size or a length: the law has them in its variables.
 SHAPE = ("d_model", "n_layers", "n_heads", "d_ff", "config.model.n_kv_heads", "config.model.d_ff")
 LENGTH = (
     "train_tokens",
@@ -43,7 +42,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a table says what; the defaults are those of ``results.json``."""
+    """The columns that a law and its checks read; the defaults are those of ``results.json``."""
 
     n: str = "parameters_non_embedding"
     n_total: str | None = "model_parameters"
@@ -54,21 +53,21 @@ class Columns:
     loss: str = "final_val_loss"
     seed: str | None = "seed"
     run: str | None = "folder"
-    loss_unit: str | None = None  # said beside the loss; of our own and of bits it is known
+    loss_unit: str | None = None  # shown beside the loss; known for our own losses and for bits
 
     @property
     def loss_label(self) -> str:
-        """What an axis of the loss says."""
+        """Return the label of an axis of the loss."""
         unit = self.loss_unit or next((u for words, u in UNITS.items() if words in self.loss), "")
         return f"loss ({unit})" if unit else "loss"
 
     def where(self, runs: pd.DataFrame) -> dict[str, str]:
-        """Variable -> column, of those that the table has."""
+        """Return the columns that the table has by their variables."""
         found = {"N": self.n, "D": self.d, "U": self.u, "T": self.t, "C": self.c}
         return {name: column for name, column in found.items() if column and column in runs}
 
     def compute(self, runs: pd.DataFrame) -> Array:
-        """FLOPs of each run, (n,): as recorded, else 6·N·D; ones where there is neither."""
+        """Return the FLOPs of each run, (n,): as recorded, else 6·N·D, else ones."""
         where = self.where(runs)
         if "C" in where:
             return positive(runs, where["C"])
@@ -77,32 +76,32 @@ class Columns:
         return np.ones(len(runs))
 
     def size(self, runs: pd.DataFrame, variables: Mapping[str, str]) -> tuple[Array, str]:
-        """What says which runs are the larger ones, (n,), and its name: the compute, or the x of
-        a law in one variable where the table does not have it or all runs share one budget."""
+        """Return what orders runs by size, (n,), and its name: the compute, or the x of a law in
+        one variable where compute is not known or all runs share one budget."""
         compute, x = self.compute(runs), variables.get("x")
         if x is None or compute.max() > SAME_BUDGET * compute.min():
             return compute, "compute"
         return positive(runs, x), x
 
     def floor(self, runs: pd.DataFrame) -> float | None:
-        """The entropy of the corpus, where it is known exactly and is that of all runs."""
+        """Return the entropy of the corpus, where it is known exactly and the same for all runs."""
         name = "irreducible_loss_exact"
         if self.loss != "final_val_loss" or name not in runs or runs[name].isna().any():
             return None
         return float(runs[name].iloc[0]) if runs[name].nunique() == 1 else None
 
     def cluster(self, runs: pd.DataFrame) -> str | None:
-        """The column of the run's name where several rows, its checkpoints, share one."""
+        """Return the column of the run's name where several rows, its checkpoints, share one."""
         return self.run if self.run in runs and runs[self.run].duplicated().any() else None
 
     def name_of(self, runs: pd.DataFrame, row: int) -> str:
-        """The name of a run, by its place in the table; its row where it has none."""
+        """Return the name of the run at a position of the table; its row where it has none."""
         if self.run and self.run in runs:
             return str(runs[self.run].iloc[row])
         return f"row {runs.index[row]}"
 
     def as_results(self, runs: pd.DataFrame) -> pd.DataFrame:
-        """The table with the names of ``results.json``, which the checks of the design read."""
+        """Return the table with the names of ``results.json``, which the design checks read."""
         known = {
             "parameters_non_embedding": self.n,
             "train_tokens": self.d,
@@ -117,17 +116,17 @@ class Columns:
 
 
 def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
-    """N, D and T if they take several values; U where it is not simply all of D."""
+    """Return the variables that differ between runs: N, D and T; U where it is not all of D; C
+    alone where there is neither N nor D."""
     found = [v for v in "NDT" if where.get(v) in runs and _spread(runs[where[v]]) > SAME]
     if where.get("U") in runs:
         unique = runs[where["U"]]
         tokens = runs[where["D"]] if "D" in where else np.inf
-        repeated = (tokens > 1.001 * unique).any()
-        if unique.nunique() > 1 and repeated:
+        if unique.nunique() > 1 and (tokens > 1.001 * unique).any():
             found.append("U")
     if "T" in found and len(found) > 1 and "N" not in found:
         found.remove("T")
-    if not {"N", "D"} & set(where) and where.get("C") in runs and not found:
+    if not found and not {"N", "D"} & set(where) and where.get("C") in runs:
         found += ["C"] if _spread(runs[where["C"]]) > SAME else []
     return found
 
@@ -135,39 +134,33 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
 def other_settings(
     runs: pd.DataFrame, columns: Columns, variables: Iterable[str]
 ) -> dict[str, dict[str, list[str]]]:
-    """Settings that differ though no law here has them: setting -> value -> names of its runs.
+    """Return the settings that differ between runs though no law here has them, each with its
+    values, the commonest first, and the names of their runs.
 
-    The commonest value comes first.  Not named are ``variables``, what goes with one of them
-    value for value (the warm-up with the tokens), the shape that makes a size, the seed, and the
-    rates, of which ``comparable`` keeps the best of each setting.
+    Not returned are ``variables``, what divides the runs as one of them does (the warm-up that
+    goes with the tokens), the shape that makes a size, the seed, and the learning rates, of which
+    ``comparable`` keeps the best of each setting.
     """
     scaled = [name for name in [*variables, columns.u] if name in runs]
-    known = [name for name in (*SETTINGS, columns.t, *FINGERPRINTS) if name and name in runs]
+    known = [name for name in (*SETTINGS, columns.t, *FINGERPRINTS) if name in runs]
     known += [name for name in map(str, runs) if name.startswith("config.")]
     passed = {*SHAPE, *LENGTH, *RATES, *scaled, columns.seed}
     found = {}
-    for name in dict.fromkeys(known):
-        values = runs[name].map(_as_typed).where(runs[name].notna(), "none")
-        if name in passed or values.nunique() < 2 or len(runs) == values.nunique():
+    for name in dict.fromkeys(name for name in known if name not in passed):
+        # a whole number in a column with gaps is a float to pandas
+        values = runs[name].map(lambda v: f"{v:.12g}" if isinstance(v, float) else str(v))
+        values = values.where(runs[name].notna(), "none")
+        count = values.nunique()
+        if count < 2 or count == len(runs):
             continue
-        if any(_same_split(values, runs[other]) for other in scaled):
+        pairs = [pd.DataFrame({"one": values, "other": runs[other]}) for other in scaled]
+        if any(len(two.drop_duplicates()) == count == two["other"].nunique() for two in pairs):
             continue
-        found[name] = {
+        found[str(name)] = {
             str(value): [columns.name_of(runs, int(row)) for row in np.flatnonzero(values == value)]
             for value in values.value_counts().index
         }
     return found
-
-
-def _as_typed(value: Any) -> str:
-    """A whole number in a column with gaps is a float to pandas."""
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
-
-
-def _same_split(one: pd.Series, other: pd.Series) -> bool:
-    """Whether two columns divide the runs in the same way."""
-    pairs = pd.DataFrame({"one": one, "other": other}).drop_duplicates()
-    return len(pairs) == one.nunique() == other.nunique()
 
 
 def _spread(values: pd.Series) -> float:
@@ -177,9 +170,9 @@ def _spread(values: pd.Series) -> float:
 def choice(
     law: str, variable: str, varied: Sequence[str], where: dict[str, str]
 ) -> tuple[Sequence[str], dict[str, str], dict[str, str]]:
-    """The laws to compare, their variables' columns, and how to call them.
+    """Return the laws to compare, the columns of their variables, and what these are called.
 
-    Raises ConfigError for a law or a variable that there is not, and where nothing varies.
+    Raises ConfigError for an unknown law or variable, and where nothing varies.
     """
     if variable != "auto":
         if variable not in where:
@@ -209,32 +202,24 @@ def choice(
 def read_places(text: str) -> list[dict[str, float]]:
     """Return what ``predict=`` asks for, as ``[{n: 13e9, d: 5e12}]`` or ``n=13e9,d=5e12``: by
     letter, in capitals.  Raises ConfigError."""
-    allowed = "must be as [{n: 13e9, d: 5e12}]"
     plain = text.strip() if text.strip()[:1] in ("[", "{") else f"{{{text}}}"
     try:
         found = yaml.safe_load(re.sub(r"([A-Za-z])\s*[:=]\s*", r"\1: ", plain))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"predict={text}: {allowed}") from error
-    rows = [found] if isinstance(found, dict) else found
-    if (
-        not isinstance(rows, list)
-        or not rows
-        or not all(isinstance(row, dict) and row and None not in row.values() for row in rows)
-    ):
-        raise ConfigError(f"predict={text}: {allowed}")
-    places = []
-    for row in rows:
-        place = {}
-        for name, value in row.items():
-            if str(name).upper() not in WORDS:
-                raise ConfigError(f"predict={text}: {name}: must be one of n, d, u, t, c")
-            try:
-                place[str(name).upper()] = number = float(str(value))
-            except ValueError:
-                number = float("nan")
-            if not 0 < number < float("inf"):
-                raise ConfigError(f"predict={text}: {name}={value}: must be a number above zero")
-        places.append(place)
+    except yaml.YAMLError:
+        found = None
+    rows = found if isinstance(found, list) and found else [found]
+    if not all(isinstance(row, dict) and row and None not in row.values() for row in rows):
+        raise ConfigError(f"predict={text}: must be as [{{n: 13e9, d: 5e12}}]")
+    places = [{str(name).upper(): value for name, value in row.items()} for row in rows]
+    for place in places:
+        for name, value in place.items():
+            if name not in WORDS:
+                raise ConfigError(f"predict={text}: {name.lower()}: must be one of n, d, u, t, c")
+            number = pd.to_numeric(str(value), errors="coerce")
+            if not 0 < number < np.inf:
+                wrong = f"{name.lower()}={value}: must be a number above zero"
+                raise ConfigError(f"predict={text}: {wrong}")
+            place[name] = float(number)
     return places
 
 
@@ -246,17 +231,18 @@ def places_of(
     Unique tokens that are not given are all of D.  Raises ConfigError for what is missing, and
     for a letter that a law in N and D does not have.
     """
-    letter = next((v for v, column in where.items() if column == variables.get("x")), "")
-    letters = {name: letter if name == "x" else name for name in variables}
-    goes_by = " and ".join(one.lower() for one in letters.values())
+    x = next((v for v, column in where.items() if column == variables.get("x")), "")
+    letters = {name: x if name == "x" else name for name in variables}
+    wanted = list(letters.values())
     places, unused = [], dict[str, None]()
     for one in asked:
-        given = {"U": one["D"], **one} if "U" in letters.values() and "D" in one else dict(one)
-        missing = [v for v in letters.values() if v not in given]
-        more = [v for v in given if v not in letters.values()]
-        if missing or (more and not letter):
-            wrong = f"{missing[0].lower()} is missing" if missing else f"{more[0].lower()} is none"
-            raise ConfigError(f"predict: {wrong}: the law goes by {goes_by}")
+        given = {"U": one["D"], **one} if "U" in wanted and "D" in one else one
+        missing = [f"{v.lower()} is missing" for v in wanted if v not in given]
+        more = [v for v in given if v not in wanted]
+        missing += [] if x else [f"{v.lower()} is none" for v in more]
+        if missing:
+            goes_by = " and ".join(wanted).lower()
+            raise ConfigError(f"predict: {missing[0]}: the law goes by {goes_by}")
         unused |= dict.fromkeys(more)
         places.append({name: float(given[v]) for name, v in letters.items()})
     listed = ", ".join(unused).lower()

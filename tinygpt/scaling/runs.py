@@ -1,4 +1,4 @@
-"""Run folders → one table, a row a run."""
+"""Read run folders into one table, a row a run, and choose the runs that can enter a law."""
 
 from __future__ import annotations
 
@@ -33,55 +33,50 @@ NUMBERS = (
 
 
 def load_runs(*folders: str | Path) -> pd.DataFrame:
-    """Every run under ``folders`` (runs, studies, or ``outputs``), finished or not.
+    """Read every run under ``folders`` (runs, studies, or ``outputs``), finished or not.
 
     The columns are the keys of ``results.json``, then ``config.<key>`` for every other key in
-    which the runs differ, then ``error`` and ``folder``.  ``status`` is ``failed`` where a run
-    has only left its error, ``unfinished`` where it has begun; their losses are missing.
+    which the runs differ, then ``error`` and ``folder``.  A run without results has the status
+    ``failed`` if it left an error, else ``unfinished``, and no losses.
     """
     return pd.DataFrame(read_rows(*folders)).infer_objects()
 
 
 def load_curves(*folders: str | Path) -> pd.DataFrame:
-    """The training curves of the runs under ``folders``, as ``curves_of``."""
+    """Read the training curves of the runs under ``folders``, as ``curves_of`` does."""
     return curves_of(load_runs(*folders))
 
 
 def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
-    """The training curves of runs from ``load_runs`` that left results: a row a line of metrics.
+    """Read the training curves of runs from ``load_runs`` that left results: a row for each line
+    of metrics.
 
-    The columns of ``metrics.csv``, then of the run ``run_name study seed status`` and the two
-    counts of parameters, and the FLOPs up to there, ``flops_6nd`` and ``flops_exact``.  A branch
-    has the curve of its trunk up to where it began.  Empty where no run has left one.
+    The columns are those of ``metrics.csv``, then of the run ``run_name study seed status`` and
+    the two counts of parameters, and the FLOPs up to there, ``flops_6nd`` and ``flops_exact``.  A
+    branch has the curve of its trunk up to where it began.  Empty where no run has left one.
     """
     if "flops_exact" not in runs:
         return pd.DataFrame()
     runs = runs[runs["flops_exact"].notna()].set_index("folder")
     files = {folder: rundir.RunDir(Path(folder)).metrics for folder in runs.index}
     logs = {f: rundir.MetricsFile(path).columns() for f, path in files.items() if path.exists()}
-    named = {"folder": [folder for folder, log in logs.items() for _ in log["step"]]}
-    if not named["folder"]:
+    lines: dict[str, list[Any]] = {"folder": [f for f, log in logs.items() for _ in log["step"]]}
+    if not lines["folder"]:
         return pd.DataFrame()
-    numbers = {name: _numbers([log[name] for log in logs.values()]) for name in rundir.METRICS}
-    curves = pd.DataFrame(named | numbers)
+    for name in rundir.METRICS:  # an empty field was not measured
+        lines[name] = [float(value or "nan") for log in logs.values() for value in log[name]]
     sizes = ["parameters_non_embedding", "model_parameters"]
     known = [name for name in ("run_name", "study", "seed", "status", *sizes) if name in runs]
-    curves = curves.join(runs[known], on="folder")
+    curves = pd.DataFrame(lines).join(runs[known], on="folder")
     for name in runs.columns.intersection(["flops_6nd", "flops_exact"]):
-        per_token = (runs[name] / runs["train_tokens"]).rename(name)
-        curves[name] = curves["folder"].map(per_token) * curves["tokens"]
+        curves[name] = curves["folder"].map(runs[name] / runs["train_tokens"]) * curves["tokens"]
     return curves
-
-
-def _numbers(columns: Sequence[Sequence[str]]) -> list[float]:
-    """As Python wrote them, nan and inf too; empty: not measured."""
-    return [float(value or "nan") for column in columns for value in column]
 
 
 def comparable(
     table: pd.DataFrame, loss: str, where: str | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The runs whose final losses can stand in one law, and the others, with a ``reason``.
+    """Return the runs whose final losses can enter one law, and the others, with a ``reason``.
 
     ``where`` is a condition on the columns, as ``pandas.DataFrame.query`` reads it; what does not
     meet it is left out.  Raises ConfigError for a condition that cannot be read, for a run that
@@ -109,16 +104,16 @@ def entering(
     reason = pd.Series("", index=table.index)
     if where is not None:
         reason[~_meets(table, where)] = f"not {where}"
-    _mark_twice(table, reason)
+    _mark_repeated(table, reason)
     for name in table:
         if str(name).casefold() in ("status", "state"):
-            _mark_status(table[name], reason, [] if notes is None else notes)
+            _mark_unfinished(table[name], reason, [] if notes is None else notes)
     for name in dict.fromkeys([loss, *needed]):
         if name not in table:
             continue
         reason[(reason == "") & table[name].isna()] = "no loss" if name == loss else f"no {name}"
         below = (reason == "") & (table[name] <= 0) if needed else pd.Series(False, table.index)
-        if 2 * below.sum() <= (reason == "").sum():  # else it is no such column, and is refused
+        if 2 * below.sum() <= (reason == "").sum():  # else the column is another one: refused later
             reason[below] = f"{name} is not above zero"
     if not (reason == "").any():
         kinds = ", ".join(f"{count} {one}" for one, count in reason.value_counts().items())
@@ -126,30 +121,32 @@ def entering(
     return reason
 
 
-FINISHED = {*("finished", "stopped_early", "completed", "complete", "done", "success")}
-FINISHED |= {"succeeded", "ok"}
-UNFINISHED = {*("unfinished", "running", "failed", "crashed", "killed", "diverged", "preempted")}
-UNFINISHED |= {"preempting", "error", "errored", "aborted", "cancelled", "canceled", "timeout"}
-UNFINISHED |= {"oom", "pending", "queued", "scheduled", "interrupted", "stopped", "failure"}
+# How a run ended, in the words of W&B, MLflow and our own.
+FINISHED = "finished stopped_early completed complete done success succeeded ok"
+UNFINISHED = (
+    "unfinished running failed crashed killed diverged preempted preempting error errored aborted "
+    "cancelled canceled timeout oom pending queued scheduled interrupted stopped failure"
+)
 
 
-def _mark_status(column: pd.Series, reason: pd.Series, notes: list[str]) -> None:
-    """Leaves out what has not finished, in the words of W&B, MLflow and our own."""
-    words = column.astype(str).str.strip().str.casefold()
-    if not words.isin(FINISHED | UNFINISHED).any():
+def _mark_unfinished(column: pd.Series, reason: pd.Series, notes: list[str]) -> None:
+    """Write the status of runs that have not finished to ``reason``."""
+    stated = column.astype(str).str.strip().where(column.notna(), f"no {column.name}")
+    words = stated.str.casefold()
+    known = words.isin([*FINISHED.split(), *UNFINISHED.split()])
+    if not known.any():
         kinds = ", ".join(map(str, column.dropna().unique()[:4]))
         notes.append(f"status: {column.name} says nothing of how a run ended ({kinds}); all enter")
         return
-    unknown = sorted(set(column[column.notna() & ~words.isin(FINISHED | UNFINISHED)].astype(str)))
+    unknown = sorted(set(column[column.notna() & ~known].astype(str)))
     if unknown:
         notes.append(f"status: {', '.join(unknown[:4])} ({column.name}) is not known as finished")
-    ended = words.isin(FINISHED)
-    stated = column.astype(str).str.strip().where(column.notna(), f"no {column.name}")
-    reason[~ended & (reason == "")] = stated[~ended]
+    left_out = ~words.isin(FINISHED.split()) & (reason == "")
+    reason[left_out] = stated[left_out]
 
 
 def refuse_several(used: pd.DataFrame, loss: str, seed: str | None = None) -> None:
-    """Raises ConfigError for losses of several tokenizers or corpora."""
+    """Raise ConfigError for losses of several tokenizers or corpora, unless these are seeds."""
     for name in ("tokenizer_fingerprint", "dataset"):
         if name in used and used[name].nunique() > 1 and "bits_per" not in loss and name != seed:
             shown = name.split("_")[0] if name.split("_")[0] in used else name
@@ -164,7 +161,7 @@ def refuse_several(used: pd.DataFrame, loss: str, seed: str | None = None) -> No
 
 
 def left_out_lines(left: pd.DataFrame, total: int) -> list[str]:
-    """What was left out of a table, a line a reason, with the rows or the folders."""
+    """Return a line for each reason to leave runs out, with their rows or folders."""
     lines = []
     kinds = left["reason"].str.replace(
         r"^(\S.*) \S+ is better there$", r"another \1 is better at the same place", regex=True
@@ -179,21 +176,22 @@ def left_out_lines(left: pd.DataFrame, total: int) -> list[str]:
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a column's name behind its last point or slash, in lower case."""
+    """Return the words of a column's name behind its last point or slash, in lower case."""
     last = re.split(r"[./]", name)[-1]
     return re.findall(r"[a-z]+[0-9]*", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", last).casefold())
 
 
-# In a condition nothing is called but what looks at a column; strings and names are set aside.
+# A condition may call only what looks at a column; strings and names in backticks are set aside.
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 _STR = "contains|startswith|endswith|match|fullmatch|lower|upper|strip|len"
 _LOOKS = re.compile(rf"\.(str\.({_STR})|isin|isna|notna|between)\(")
-# Nor is there a power of a power, or one of thousands: it would have no end.
+# Nor may it have a power of a power, or one of thousands, which would take forever.
 _POWERS = r"\*\*(?!\s*[-+]?[0-9]{1,3}(\.[0-9]+)?(?![0-9.]|\s*\*\*))|\)\s*\*\*(?!\s*[0-9](?![0-9]))"
 _CALLS = re.compile(rf"@|__|\\|\.\s*\w+\s*\(|{_POWERS}")
 
 
 def _meets(table: pd.DataFrame, where: str) -> pd.Series:
+    """Return which rows meet a condition.  Raises ConfigError for what is none."""
     calls = _CALLS.search(_LOOKS.sub("(", _QUOTED.sub("", where)))
     if calls or "\\" in where:
         raise ConfigError(f"where={where}: {calls[0] if calls else chr(92)} has no place in it")
@@ -214,8 +212,8 @@ def _meets(table: pd.DataFrame, where: str) -> pd.Series:
 def best_rates(
     table: pd.DataFrame, loss: str, reason: pd.Series, rate: str, place: Sequence[str] = PLACE
 ) -> pd.Series:
-    """Where several learning rates were tried at one ``place`` and in one setting the best, by
-    its mean loss, is the run; return the reasons with those of the others."""
+    """Return the reasons with those of runs at a learning rate that is not the best, by its mean
+    loss, of those tried at the same ``place`` (columns of sizes) and in the same setting."""
     runs, reason = table[reason == ""], reason.copy()
     settings = [*place, *(name for name in SETTINGS if name not in RATES)]
     settings = [name for name in dict.fromkeys(settings) if name in runs and name != rate]
@@ -231,39 +229,33 @@ def best_rates(
     return reason
 
 
-def _mark_twice(table: pd.DataFrame, reason: pd.Series) -> None:
-    """Leaves out a row that is there already.  Raises ConfigError for a run in two folders."""
+def _mark_repeated(table: pd.DataFrame, reason: pd.Series) -> None:
+    """Write the row that a row repeats to ``reason``.  Raises ConfigError for a run in two
+    folders."""
+    rows = table[reason == ""]
     if {"config_hash", "folder"} <= set(table):
-        known = table[table["config_hash"].notna() & (reason == "")]
+        known = rows[rows["config_hash"].notna()]
         twice = known[known["config_hash"].duplicated(keep=False)]
         if len(twice):
             one, other = twice[twice["config_hash"] == twice["config_hash"].iloc[0]]["folder"][:2]
             raise ConfigError(f"runs: {one} and {other} are the same run; give it once")
         return
-    rows = table[reason == ""]
     rows = rows[[name for name in rows if not str(name).startswith("Unnamed: ")]]
-    if not rows.duplicated().any():
-        return
-    first: dict[int, Any] = {}
-    labels = rows.groupby(list(rows), dropna=False, sort=False).ngroup()
-    for row, label in zip(rows.index, labels, strict=True):
-        if first.setdefault(label, row) != row:
-            reason[row] = f"same as row {first[label]}"
+    if rows.duplicated().any():
+        labels = rows.groupby(list(rows), dropna=False, sort=False).ngroup()
+        first = rows.index.to_series().groupby(labels).transform("first")
+        repeated = first[labels.duplicated()]
+        reason[repeated.index] = "same as row " + repeated.astype(str)
 
 
 def read_rows(
     *folders: str | Path, find: Callable[[Path], list[Path]] = rundir.find_runs
 ) -> list[dict[str, Any]]:
-    """The rows of ``load_runs``, in the order of the folders' names; what is missing is None.
-
-    ``find`` says which runs of a folder are meant.
-    """
-    paths = [path for folder in folders for path in find(Path(folder))]
-    rows, configs = [], []
-    for path in paths:
-        run = rundir.RunDir(path)
-        rows.append(_outcome(run))
-        configs.append(_flat(fileio.read_yaml(run.config) if run.config.exists() else {}))
+    """Return the rows of ``load_runs``, in the order of the folders' names, None for what is
+    missing.  ``find`` lists the runs in a folder."""
+    runs = [rundir.RunDir(path) for folder in folders for path in find(Path(folder))]
+    rows = [_outcome(run) for run in runs]
+    configs = [_flat(fileio.read_yaml(r.config) if r.config.exists() else {}) for r in runs]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     known = {name.rsplit(".", 1)[-1] for name in columns}
     differing = [
@@ -285,50 +277,42 @@ def read_rows(
 
 
 def _outcome(run: rundir.RunDir) -> dict[str, Any]:
-    common = {"study": run.path.parent.name, "run_name": run.path.name, "folder": str(run.path)}
+    """Return the row of a run.  Raises ConfigError for a file that is not one of a run."""
+    place = {"study": run.path.parent.name, "run_name": run.path.name, "folder": str(run.path)}
     if run.results.exists():
-        return {**_results(run.results), **common, "error": None}
-    begun = fileio.read_json(run.environment)
+        found = fileio.read_json(run.results)
+        for name, value in found.items():
+            _check_cell(run.results, name, value)
+        if not rundir.is_adaptation(run.path):
+            found = {**found, **{name: None for name in (*TEXTS, *NUMBERS) if name not in found}}
+        return {**found, **place, "error": None}
+    config_hash = fileio.read_json(run.environment).get("config_hash")
+    _check_cell(run.environment, "config_hash", config_hash)
     error = fileio.read_json(run.error).get("error") if run.error.exists() else None
-    for path, name, value in (
-        (run.environment, "config_hash", begun.get("config_hash")),
-        (run.error, "error", error or ""),
-    ):
-        if not isinstance(value, str):
-            raise ConfigError(f"{path}: {name}={value!r:.40}: must be a text")
+    _check_cell(run.error, "error", error or "", ("error",))
     status = "failed" if error else "unfinished"
-    return {**common, "config_hash": begun["config_hash"], "status": status, "error": error}
+    return {**place, "config_hash": config_hash, "status": status, "error": error}
 
 
-def _results(path: Path) -> dict[str, Any]:
-    """``results.json``; what that of a training lacks is null.  Raises ConfigError for a value
-    that cannot stand in a table of numbers and texts."""
-    found = fileio.read_json(path)
-    for name, value in found.items():
-        if name in NUMBERS:
-            holds = value is None or is_number(value)
-        elif name in TEXTS:
-            holds = isinstance(value, str)
-        else:
-            holds = isinstance(value, str | bool | None) or is_number(value)
-        if not holds:
-            wanted = "text" if name in TEXTS else "number" if name in NUMBERS else "number or text"
-            raise ConfigError(f"{path}: {name}={value!r:.40}: must be a {wanted}")
-    if rundir.is_adaptation(path.parent):
-        return found
-    return {**found, **{name: None for name in (*TEXTS, *NUMBERS) if name not in found}}
-
-
-def is_number(value: Any) -> bool:
-    """Finite, and a whole one fits into 64 bits."""
-    return type(value) in (int, float) and abs(value) < (2**63 if type(value) is int else math.inf)
+def _check_cell(path: Path, name: str, value: Any, texts: Sequence[str] = TEXTS) -> None:
+    """Raise ConfigError for a value that cannot stand in a table of numbers and texts."""
+    most = 2**63 if type(value) is int else math.inf  # a whole number fits into 64 bits
+    is_number = type(value) in (int, float) and abs(value) < most
+    if name in texts:
+        holds, wanted = isinstance(value, str), "text"
+    elif name in NUMBERS:
+        holds, wanted = value is None or is_number, "number"
+    else:
+        holds, wanted = isinstance(value, str | bool | None) or is_number, "number or text"
+    if not holds:
+        raise ConfigError(f"{path}: {name}={value!r:.40}: must be a {wanted}")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat

@@ -1,0 +1,184 @@
+"""Decide what the sizes in a table of runs count: units, perplexities, and what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.columns import Columns
+from tinygpt.scaling.runs import words_of
+
+Units = Mapping[str, float]  # of n, d and c: how many parameters, tokens or FLOPs one is
+SCALES = {  # the last word of a column's name
+    1e3: ("k", "thousand", "thousands"),
+    1e6: ("m", "mm", "million", "millions"),
+    1e9: ("b", "bn", "g", "billion", "billions"),
+    1e12: ("t", "tn", "trillion", "trillions"),
+}
+FLOPS = {  # the end of a column's name, its letters alone
+    8.64e19: ("PFLOP-days", r"p(eta)?f(lops?)?s?days?"),
+    8.64e16: ("TFLOP-days", r"t(era)?f(lops?)?s?days?"),
+    1e21: ("1e+21 FLOPs", "z(etta)?flops?"),
+    1e18: ("1e+18 FLOPs", "e(xa)?flops?"),
+    1e15: ("1e+15 FLOPs", "p(eta)?flops?"),
+    1e12: ("1e+12 FLOPs", "t(era)?flops?"),
+    1e9: ("1e+09 FLOPs", "g(iga)?flops?"),
+}
+LEAST = {"n": 1e3, "d": 1e3, "c": 1e6}  # medians of plain counts
+LARGEST = 20.0  # loss of a token: a guess among 5e8 of them
+
+
+def in_units(
+    table: pd.DataFrame, used: pd.DataFrame, columns: Columns, named: Mapping[str, str],
+    stated: Units, notes: list[str],
+) -> tuple[pd.DataFrame, Columns]:  # fmt: skip
+    """Return the table with columns in parameters, tokens and FLOPs, where its own are in others.
+
+    ``named`` are the columns that were given by letter, ``stated`` their units.  Raises
+    ConfigError where the units must be given.
+    """
+    sizes = {key: named[key] for key in "ndc" if key in named}
+    units = _choose(used, sizes, {k: unit for k, unit in stated.items() if k in sizes}, notes)
+    if "u" in named:  # counted as the tokens are
+        units["u"] = stated.get("u", units.get("d", 1.0))
+    for key, unit in units.items():
+        if unit != 1:
+            column = f"{named[key]} × {unit:g}"
+            table = table.assign(**{column: table[named[key]] * unit})
+            columns = dataclasses.replace(columns, **{key: column})
+    if columns.d not in table and {columns.n, columns.c} <= set(table):
+        column = f"{columns.c} / (6 {columns.n})"
+        notes.append(f"tokens: D = {column}, by C = 6 N D")
+        table = table.assign(**{column: (table[columns.c] / (6 * table[columns.n])).round()})
+        columns = dataclasses.replace(columns, d=column)
+    return table, columns
+
+
+def _choose(
+    used: pd.DataFrame, named: Mapping[str, str], stated: Units, notes: list[str]
+) -> dict[str, float]:
+    """Return the unit of each named column: as stated, else by its name, else by C = 6 N D."""
+    values = {key: used[column].astype(float) for key, column in named.items()}
+    plain = {key: stated.get(key, 1.0) for key in named}
+    for key, unit in stated.items():
+        if unit != 1:
+            notes.append(f"units: {named[key]} is in {unit:g}, as given")
+    if not named or _are_plausible(values, plain, stated):
+        times = _over_6nd(values, plain) if len(named) == 3 else 1.0
+        if not 1 / 3 <= times <= 3:
+            notes.append(f"compute: {named['c']} is {times:.2g} times 6 N D (the median)")
+        return plain
+    by_name = {k: stated.get(k) or _unit_in(k, column) for k, column in named.items()}
+    chosen, why = [by_name], "by their names"
+    if not _are_plausible(values, by_name, stated):
+        chosen, why = _by_compute(values, plain, stated), "for then C is about 6 N D"
+    if len(chosen) != 1:
+        raise ConfigError(_question(values, named))
+    (units,) = chosen
+    changed = {key: unit for key, unit in units.items() if unit != plain[key]}
+    said = (f"{named[key]} is in {_word(key, unit)}" for key, unit in changed.items())
+    notes.append(f"units: {', '.join(said)}, {why}")
+    return units
+
+
+def _are_plausible(
+    values: Mapping[str, pd.Series], units: Units, stated: Units, factor: float = 30.0
+) -> bool:
+    """Return whether these are counts that go together, C with 6 N D to a factor."""
+    counts = {key: value * units[key] for key, value in values.items()}
+    if any(counts[key].median() < LEAST[key] for key in counts if key not in stated):
+        return False
+    if "d" not in counts and {"n", "c"} <= set(counts):
+        counts["d"] = counts["c"] / (6 * counts["n"])
+    is_stated = {"n", "d"} <= set(stated) or not {"n", "d"} <= set(counts)
+    if not is_stated and not 0.1 <= float((counts["d"] / counts["n"]).median()) <= 1e4:
+        return False
+    if len(values) < 3 or "c" in stated:
+        return True
+    return 1 / factor <= _over_6nd(values, units) <= factor
+
+
+def _over_6nd(values: Mapping[str, pd.Series], units: Units) -> float:
+    n, d, c = (values[key] * units[key] for key in "ndc")
+    return float((c / (6 * n * d)).median())
+
+
+def _by_compute(
+    values: Mapping[str, pd.Series], plain: Units, stated: Units
+) -> list[dict[str, float]]:
+    """Return the units, with the fewest changes, by which C is within a factor 3 of 6 N D."""
+    if len(values) < 3:
+        return []
+    sizes = {key: values[key] for key in "nd"}
+    scales = [1.0] if _are_plausible(sizes, plain, stated) else [1.0, *SCALES]
+    choices = {"n": [unit for unit in scales if unit < 1e12], "d": scales, "c": [1.0, *FLOPS]}
+    choices |= {key: [unit] for key, unit in stated.items()}
+    every = [dict(zip("ndc", one, strict=True)) for one in itertools.product(*choices.values())]
+    found = [units for units in every if _are_plausible(values, units, stated, 3.0)]
+    changes = [sum(unit != 1 for unit in units.values()) for units in found]
+    return [units for units, n in zip(found, changes, strict=True) if n == min(changes)]
+
+
+def _unit_in(key: str, column: str) -> float:
+    """Return what a column's name says that it counts in, as params_m, tokens (B) or pf-days."""
+    if key == "c":
+        letters = re.sub("[^a-z]", "", column.casefold())
+        return next((u for u, (_, end) in FLOPS.items() if re.search(f"{end}$", letters)), 1.0)
+    _, *words = re.findall("[a-z]+", column.casefold()) or [""]
+    return next((u for u, names in SCALES.items() if words and words[-1] in names), 1.0)
+
+
+def _word(key: str, unit: float) -> str:
+    if key == "c":
+        return FLOPS[unit][0] if unit in FLOPS else f"{unit:g} FLOPs"
+    return SCALES[unit][-1] if unit in SCALES else f"{unit:g}"
+
+
+def _question(values: Mapping[str, pd.Series], named: Mapping[str, str]) -> str:
+    """Return what does not go together, and the keys that settle it."""
+    plain = dict.fromkeys(named, 1.0)
+    found = ", ".join(f"{named[key]} {v.median():.3g}" for key, v in values.items())
+    if {"n", "d"} <= set(named):
+        found += f", so D/N is {(values['d'] / values['n']).median():.2g}"
+    if len(named) == 3:
+        found += f" and C / 6ND {_over_6nd(values, plain):.2g}"
+    kinds = {"n": ("parameters", "1e6"), "d": ("tokens", "1e9"), "c": ("FLOPs", "8.64e19")}
+    return (
+        f"columns.{next(iter(named))}={next(iter(named.values()))}: the medians are {found}; if "
+        f"these are not plain counts of {', '.join(kinds[key][0] for key in named)}, say in what "
+        f"they are, as {' '.join(f'units.{key}={kinds[key][1]}' for key in named)}; "
+        f"if they are, {' '.join(f'units.{key}=1' for key in named)}"
+    )
+
+
+def in_nats(
+    table: pd.DataFrame, used: pd.DataFrame, columns: Columns, unit: str | None, notes: list[str]
+) -> tuple[pd.DataFrame, Columns]:
+    """Return the table with the logarithm of a perplexity for its loss.
+
+    ``unit`` is that of the loss, as given.  Raises ConfigError for values that are neither.
+    """
+    loss, words = columns.loss, set(words_of(columns.loss))
+    is_perplexity = bool({"ppl", "perplexity"} & words) and not {"log", "nll", "loss"} & words
+    if unit == "perplexity" or (unit is None and is_perplexity):
+        for row, value in used[loss].items():
+            if value <= 1:
+                raise ConfigError(f"{loss}={value:g}: row {row}: no perplexity is below 1")
+        notes.append(f"loss: {loss} is a perplexity; its logarithm is fitted")
+        column = f"log({loss})"
+        table = table.assign(**{column: np.log(table[loss].where(table[loss] > 0))})
+        return table, dataclasses.replace(columns, loss=column)
+    large = used[loss][used[loss] > LARGEST]
+    if unit is None and len(large):
+        raise ConfigError(
+            f"{loss}={large.iloc[0]:g}: row {large.index[0]}: too large for a loss per token; "
+            "loss_unit=perplexity takes the logarithm of perplexities, where= leaves rows out, and "
+            "loss_unit= with the unit in words says that it is right"
+        )
+    return table, dataclasses.replace(columns, loss_unit=unit or columns.loss_unit)
