@@ -25,7 +25,7 @@ from tinygpt import cli
 from tinygpt.config import BpeTokenizer, ConfigError, CustomData
 from tinygpt.data import shards
 from tinygpt.data.corpora import open_corpus
-from tinygpt.data.reading import find_files
+from tinygpt.data.files import find_files
 from tinygpt.fileio import write_text
 from tinygpt.rundir import MetricsFile, RunDir
 from tinygpt.sweeping.jobs import compose_jobs, expand

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import LAYOUTS, REAL_DATA, lay_out, write_rows
+from tests.conftest import LAYOUTS, lay_out, write_rows
 from tinygpt.cli import compose_config
 from tinygpt.config import ByteTokenizer, ConfigError, CustomData, HubData, SyntheticData
-from tinygpt.data import corpora, reading
-from tinygpt.data.corpora import (
-    describe,
-    open_corpus,
-    split_documents,
-    split_of,
-)
-from tinygpt.data.reading import END_OF_TEXT, SECTION, cut
+from tinygpt.data import textfiles
+from tinygpt.data.corpora import describe, open_corpus, split_documents, split_of
 from tinygpt.data.shards import prepare
+from tinygpt.data.textfiles import END_OF_TEXT, SECTION, cut
 
 
 def custom(path: Path | str, **more: Any) -> CustomData:
@@ -83,19 +77,6 @@ def test_proportions_are_kept() -> None:
     assert sides["train"] / 20_000 == pytest.approx(0.85, abs=0.011)
 
 
-def test_copies_land_on_one_side(tmp_path: Path) -> None:
-    rows = [json.dumps({"text": f"story {n % 50}"}) for n in range(500)]
-    config = custom(
-        written(tmp_path / "a.jsonl", "\n".join(rows)), val_fraction=0.3, test_fraction=0.3
-    )
-    sides: dict[str, set[str]] = {}
-    for split, document in split_documents(open_corpus(config), config):
-        sides.setdefault(document.text, set()).add(split)
-    assert len(sides) == 50
-    assert {len(where) for where in sides.values()} == {1}
-    assert set.union(*sides.values()) == {"train", "val", "test"}
-
-
 def test_the_sources_own_validation_is_used_and_kept_out_of_training(
     tmp_path: Path, cache: Path
 ) -> None:
@@ -129,29 +110,6 @@ def test_own_test_file_and_no_test_at_all(tmp_path: Path) -> None:
     config = custom(train, val_is_test=True, val_fraction=0.3, test_fraction=0.3)
     found = Counter(split for split, _ in split_documents(open_corpus(config), config))
     assert set(found) == {"train", "val"}
-
-
-def test_max_documents_reads_no_further() -> None:
-    class Endless:
-        def __init__(self) -> None:
-            self.own: set[str] = set()
-            self.read = 0
-
-        def fingerprint(self) -> str:
-            return ""
-
-        def documents(self, split: str) -> Iterator[corpora.Document]:
-            while True:
-                self.read += 1
-                yield corpora.Document(f"story {self.read}")
-
-        def position(self) -> None:
-            return None
-
-    corpus = Endless()
-    config = custom("x", max_documents=7)
-    assert len(list(split_documents(corpus, config))) == 7
-    assert corpus.read == 7
 
 
 # --- cutting a stream of text
@@ -203,13 +161,6 @@ def test_sections_end_at_blank_lines(line_end: str) -> None:
     assert blank.join(sections).split() == " ".join(paragraphs).split()
 
 
-def test_sections_end_at_lines_where_none_is_blank() -> None:
-    lines = [f"line {n} " + "x" * 60 for n in range(300)]
-    sections = list(cut(["\n".join(lines)], "sections"))
-    assert "\n".join(sections).split("\n") == lines
-    assert all(SECTION <= len(section) < SECTION + 100 for section in sections[:-1])
-
-
 def test_one_gigantic_line_is_cut_too() -> None:
     words = " ".join(str(n) for n in range(20_000))
     sections = list(cut(chunks_of(words, 777), "sections"))
@@ -231,63 +182,27 @@ def test_none_is_one_document() -> None:
 def test_a_text_file_is_cut_where_auto_says(tmp_path: Path) -> None:
     marked = written(tmp_path / "marked.txt", f"one\n\ntwo{END_OF_TEXT}\nthree{END_OF_TEXT}")
     assert texts(custom(marked)) == ["one\n\ntwo", "three"]
-    book = written(tmp_path / "book.txt", "a paragraph\n\n" * 1000)
-    assert len(texts(custom(book))) > 3
-    assert texts(custom(book, separator="none")) == [("a paragraph\n\n" * 1000).strip()]
-    assert texts(custom(marked, separator="\n\n")) == [
-        "one",
-        f"two{END_OF_TEXT}\nthree{END_OF_TEXT}",
-    ]
+    odd = written(tmp_path / "odd [1]*.txt", "a paragraph\n\n" * 1000)  # like a glob
+    assert len(texts(custom(odd))) > 3
+    assert texts(custom(odd, separator="none")) == [("a paragraph\n\n" * 1000).strip()]
+    expected = ["one", f"two{END_OF_TEXT}\nthree{END_OF_TEXT}"]
+    assert texts(custom(marked, separator="\n\n")) == expected
 
 
 def test_the_mark_is_found_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "a.txt", f"one{END_OF_TEXT}two")
     for size in range(1, 20):
-        monkeypatch.setattr(reading, "CHUNK", size)
+        monkeypatch.setattr(textfiles, "CHUNK", size)
         assert texts(custom(path)) == ["one", "two"]
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
-    bom = b"\xef\xbb\xbf"
-    assert texts(custom(written(tmp_path / "a.txt", bom + b"hello"))) == ["hello"]
-    assert texts(custom(written(tmp_path / "a.csv", bom + b"text,n\nhello,1\n"))) == ["hello"]
-    assert texts(custom(written(tmp_path / "a.jsonl", bom + b'{"text": "hello"}'))) == ["hello"]
-
-
-def test_a_folder_and_a_glob(tmp_path: Path) -> None:
-    written(tmp_path / "b.txt", "two")
-    written(tmp_path / "a.txt", "one")
-    written(tmp_path / "sub" / "c.jsonl", '{"text": "three"}\n')
-    written(tmp_path / "picture.png", b"\0\1\2")
-    assert texts(custom(tmp_path)) == ["one", "two", "three"]
-    assert texts(custom(tmp_path / "*.txt")) == ["one", "two"]
-    assert texts(custom(f"{tmp_path}/**/*.jsonl")) == ["three"]
-    odd = written(tmp_path / "odd [1]*.txt", "a name that looks like a glob")
-    assert texts(custom(odd)) == ["a name that looks like a glob"]
 
 
 # --- rows
 
 
-def test_csv_with_all_that_quotes_allow(tmp_path: Path) -> None:
-    rows = ['a "word", quoted', "two\nlines", "two\r\nlines", "ünï ✓", "", "x,y"]
-    path = tmp_path / "a.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "text"])
-        writer.writerows(enumerate(rows))
-    assert texts(custom(path)) == rows
-    written(path, "id,text\r\n1,one\r\n2,\r\n3,three,,\r\n\r\n")
-    assert texts(custom(path)) == ["one", "", "three"]
-    written(path, "id,text\r\n1,one\r\n2,two, more\r\n")
-    with pytest.raises(ConfigError, match=r"line 3 has 3 values for 2 columns"):
-        texts(custom(path))
-
-
 def test_csv_in_small_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "a.csv", 'text\n"one\ntwo"\n"three ""and"" four"\n')
     for size in range(1, 12):
-        monkeypatch.setattr(reading, "CHUNK", size)
+        monkeypatch.setattr(textfiles, "CHUNK", size)
         assert texts(custom(path)) == ["one\ntwo", 'three "and" four']
 
 
@@ -306,12 +221,6 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
     assert found == ["a\ufffdb 🦕"]
 
 
-def test_parquet_with_nulls(tmp_path: Path) -> None:
-    table = pa.table({"n": [1, 2, 3], "text": ["one", None, "three"]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert texts(custom(tmp_path / "a.parquet")) == ["one", "", "three"]
-
-
 def test_a_large_file_is_streamed(tmp_path: Path) -> None:
     """The first documents come without the rest being read: the file's end is not even text."""
     path = tmp_path / "a.jsonl"
@@ -324,35 +233,6 @@ def test_a_large_file_is_streamed(tmp_path: Path) -> None:
 
 
 # --- what cannot be read
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "line"),
-    [
-        ("a.txt", b"", "data.path={}: this file is empty"),
-        ("a.txt", b"ab\0cd", "data.path={}: not a text file (it has zero bytes)"),
-        ("a.txt", "text".encode("utf-16-le"), "data.path={}: not a text file"),
-        (
-            "a.txt",
-            b"caf\xe9 au lait",
-            "data.path={}: not UTF-8 text: invalid continuation byte at byte 3",
-        ),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "data.path={}: line 2 is not JSON"),
-        ("a.jsonl", b'["a"]\n', "data.path={}: line 1 is not a JSON object"),
-        ("a.csv", b'text\n"never closed\n', "data.path={}: not readable as CSV"),
-        ("a.csv", b"\xff\xfd", "data.path={}: not UTF-8 text"),
-        ("a.parquet", b"PAR1 and no more", "data.path={}: not readable as parquet"),
-    ],
-)
-def test_a_bad_file_is_one_line(tmp_path: Path, name: str, content: bytes, line: str) -> None:
-    path = written(tmp_path / name, content)
-    assert refused(custom(path)).startswith(line.format(path))
-
-
-def test_parquet_with_text_that_is_none(tmp_path: Path) -> None:
-    raw = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
-    pyarrow.parquet.write_table(pa.table({"text": raw}), tmp_path / "a.parquet")
-    assert refused(custom(tmp_path / "a.parquet")).startswith(f"data.path={tmp_path}/a.parquet: ")
 
 
 def test_a_path_that_leads_nowhere(tmp_path: Path) -> None:
@@ -382,16 +262,6 @@ def test_a_fingerprint_is_of_the_content_not_the_path(tmp_path: Path) -> None:
     assert of("a.csv", "some text") != here  # the same bytes, read otherwise
     written(tmp_path / "val.txt", "v")
     assert of("here.txt", "some text", val_file=str(tmp_path / "val.txt")) != here
-
-
-def test_a_folders_fingerprint(tmp_path: Path) -> None:
-    for place in ("x", "y"):
-        written(tmp_path / place / "a.txt", "one")
-        written(tmp_path / place / "b.txt", "two")
-    found = [open_corpus(custom(tmp_path / place)).fingerprint() for place in ("x", "y")]
-    assert found[0] == found[1]
-    written(tmp_path / "y" / "c.txt", "three")
-    assert open_corpus(custom(tmp_path / "y")).fingerprint() != found[0]
 
 
 def test_the_embedded_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,25 +341,12 @@ def test_what_the_hub_lacks(hub: Path, more: dict[str, Any], line: str) -> None:
     assert refused(hub_data(**more)).startswith(line)
 
 
-def test_a_damaged_file_of_the_hub(hub: Path) -> None:
-    path = hub / "data" / "train-00001-of-00002.parquet"
-    path.write_bytes(path.read_bytes()[:100])
-    assert refused(hub_data()).startswith("data.repo=owner/name: ")
-
-
 def test_the_hubs_fingerprint(hub: Path, tmp_path: Path) -> None:
     first = open_corpus(hub_data()).fingerprint()
     assert open_corpus(hub_data(repo=str(hub))).fingerprint() == first
     assert open_corpus(hub_data(val_split=None)).fingerprint() != first
     parquet(hub / "data" / "validation-00000-of-00001.parquet", ["held out", "also"])
     assert open_corpus(hub_data()).fingerprint() != first
-
-
-def test_other_files_beside_the_data(hub: Path) -> None:
-    (hub / ".gitattributes").write_text("")
-    (hub / "picture.png").write_bytes(b"\0\1\2")
-    assert texts(hub_data(), "val") == ["held out", "too"]
-    assert len(open_corpus(hub_data()).fingerprint()) == 64
 
 
 def test_a_separator_cuts_the_rows_of_the_hub(hub: Path) -> None:
@@ -587,12 +444,6 @@ def test_a_configuration_is_the_sub_folder_of_its_name(offline: Path) -> None:
     )
 
 
-def test_the_sample_of_fineweb_alone(offline: Path) -> None:
-    layout = LAYOUTS["fineweb_edu"]._replace(readme="")
-    lay_out(offline, layout, {"train": ["one", "two"]})
-    assert texts(shipped("fineweb_edu", "data.config=null")) == ["one", "two"]
-
-
 # --- real text
 
 
@@ -604,18 +455,3 @@ def test_real_books(real_data: Path) -> None:
         assert 0 < len(document.text) <= 2 * SECTION
     assert found["train"] > 1000
     assert found["val"] / found.total() == pytest.approx(0.05, abs=0.02)
-
-
-def test_real_stories(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(REAL_DATA / "hub")
-    config = HubData(
-        name="tinystories",
-        repo="roneneldan/TinyStories",
-        separator="none",
-        text_column="text",
-        val_split="validation",
-        max_documents=500,
-    )
-    found = Counter(split for split, _ in split_documents(open_corpus(config), config))
-    assert found["train"] + found["test"] + found["duplicate"] == 500
-    assert found["val"] > 0

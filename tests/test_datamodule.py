@@ -107,12 +107,6 @@ def test_a_batch_depends_on_seed_and_step_alone(
     assert torch.equal(step_tokens(data, seed, step, 32, micro, world), whole)
 
 
-def test_micro_batches_of_4_and_32_are_the_same_sequences(data: TokenData) -> None:
-    for step in range(20):
-        few = step_tokens(data, 7, step, 32, micro=4, world=1)
-        assert torch.equal(few, step_tokens(data, 7, step, 32, micro=32, world=1))
-
-
 def test_the_order_of_asking_does_not_matter(data: TokenData) -> None:
     made = batches(data, 3, plan(8, 4))
     forth = {index: made[index][0] for index in range(100)}
@@ -140,16 +134,6 @@ def test_every_epoch_is_a_permutation_of_its_own(
         assert epochs[0] != windows.starts.tolist()
 
 
-def test_another_seed_is_another_order_of_the_same_windows(data: TokenData) -> None:
-    count = len(data.windows.starts)
-    orders = []
-    for seed in (0, 1, 2):
-        made = batches(data, seed, plan(count, count))
-        orders.append(made.starts(0).tolist())
-        assert sorted(orders[-1]) == data.windows.starts.tolist()
-    assert len({tuple(order) for order in orders}) == 3
-
-
 def test_targets_are_the_tokens_behind_the_inputs(
     data: TokenData, raw: dict[str, list[int]]
 ) -> None:
@@ -171,14 +155,6 @@ def test_stride_sets_the_windows_apart(
     tokens = len(raw["train"]) - 1
     assert data.windows.used_tokens + data.windows.dropped_tokens == tokens
     assert data.windows.dropped_tokens < stride
-
-
-def test_fraction_is_a_prefix_of_the_windows(corpus: Path, cache: Path, data: TokenData) -> None:
-    half = opened(cli.compose_config(tiny(corpus, "data.fraction=0.5")), cache)
-    count = len(half.windows.starts)
-    assert 0.4 < count / len(data.windows.starts) < 0.6
-    assert half.windows.starts.tolist() == data.windows.starts[:count].tolist()
-    assert half.prepared.folder == data.prepared.folder
 
 
 def loader(data: TokenData, plan_: Plan, global_step: int) -> Iterator[Any]:
@@ -299,22 +275,6 @@ def test_no_floor_where_a_story_is_longer_than_the_window(synthetic: TokenData) 
 
 
 # Splits
-
-
-def test_no_document_is_in_two_splits(data: TokenData, raw: dict[str, list[int]]) -> None:
-    tokenizer = data.prepared.tokenizer
-    documents = {}
-    for name, tokens in raw.items():
-        ends = [place for place, token in enumerate(tokens) if token == tokenizer.eot_id]
-        pairs = itertools.pairwise(ends)
-        documents[name] = [tokenizer.decode(tokens[a + 1 : b]) for a, b in pairs]
-        assert all(text.startswith("Story ") for text in documents[name])
-    train, val, test = (set(documents[name]) for name in ("train", "val", "test"))
-    assert min(len(train), len(val), len(test)) > 15
-    assert not train & val
-    assert not train & test
-    assert not val & test
-    assert len(train | val | test) == 400
 
 
 @pytest.mark.parametrize(

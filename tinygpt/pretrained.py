@@ -17,8 +17,9 @@ from tinygpt.config import Config, ConfigError, ModelConfig, SavedTokenizer
 from tinygpt.counting import resolved_d_ff
 from tinygpt.data import shards
 from tinygpt.data.corpora import Corpus
+from tinygpt.data.huggingface import open_tokenizer
 from tinygpt.data.network import model_folder
-from tinygpt.data.tokenizers import Tokenizer, open_tokenizer
+from tinygpt.data.tokenizers import Tokenizer
 from tinygpt.model.families import from_config, vocab_rows
 
 # What of a model is chosen anew for each training: the rest is the shape of the weights.

@@ -21,7 +21,8 @@ from tinygpt.config import (
     key,
 )
 from tinygpt.data.corpora import FileCorpus, first_bytes, split_documents
-from tinygpt.data.tokenizers import Tokenizer, open_tokenizer, train_tokenizer
+from tinygpt.data.huggingface import open_tokenizer
+from tinygpt.data.tokenizers import train_tokenizer
 
 USAGE = """\
 usage: python -m tinygpt.tokenizer COMMAND key=value ...
@@ -35,7 +36,7 @@ hold out.  encode prints the ids on one line, separated by commas, as decode tak
 
 @dataclass
 class TrainArguments(CustomData):
-    """Those of the text, as ``data=custom`` has them, and those of the tokenizer."""
+    """The keys of ``data=custom`` and those of the tokenizer."""
 
     name: str = "custom"
     val_fraction: float = key(0.0, least=0.0, below=1.0)
@@ -67,34 +68,33 @@ def train(argv: Sequence[str]) -> None:
     if arguments.kind == "bpe":
         config = BpeTokenizer(vocab_size=arguments.vocab_size)
     corpus = FileCorpus(arguments)
-    texts = _texts(corpus, arguments)
-    tokenizer = train_tokenizer(config, first_bytes(texts, arguments.train_bytes))
+    survey = corpus.survey
+
+    def texts() -> Iterator[str]:
+        for split, document in split_documents(corpus, arguments):
+            survey.documents += bool(document.text)
+            survey.empty_documents += not document.text
+            if split == "train":
+                yield document.text
+
+    tokenizer = train_tokenizer(config, first_bytes(texts(), arguments.train_bytes))
     tokenizer.save(Path(arguments.out))
-    print(*corpus.survey.lines(), sep="\n")
+    print(*survey.lines(), sep="\n")
     print(f"{arguments.out}: {tokenizer.kind}, {tokenizer.vocab_size} tokens")
     if isinstance(config, BpeTokenizer) and tokenizer.vocab_size < config.vocab_size:
         note = f"note: vocab_size={config.vocab_size}: the text is too short to learn so many"
         print(note, file=sys.stderr)
 
 
-def _texts(corpus: FileCorpus, arguments: TrainArguments) -> Iterator[str]:
-    """Yield the training documents, and count all that are read."""
-    for split, document in split_documents(corpus, arguments):
-        corpus.survey.documents += bool(document.text)
-        corpus.survey.empty_documents += not document.text
-        if split == "train":
-            yield document.text
-
-
 def encode(argv: Sequence[str]) -> None:
     arguments = read_arguments(EncodeArguments, argv, USAGE)
     if (arguments.text is None) == (arguments.path is None):
         raise ConfigError("text, path: exactly one of the two must be given")
-    tokenizer = _open(arguments.tokenizer)
-    text = (
-        arguments.text if arguments.path is None else read_text("path", arguments.path, newline="")
-    )
-    ids = tokenizer.encode(text or "")
+    tokenizer = open_tokenizer("tokenizer", arguments.tokenizer)
+    text = arguments.text or ""
+    if arguments.path is not None:
+        text = read_text("path", arguments.path, newline="")
+    ids = tokenizer.encode(text)
     print(",".join(map(str, ids)))
     if tokenizer.unknown_id is not None and (unknown := ids.count(tokenizer.unknown_id)):
         print(f"note: {unknown} of {len(ids)} characters are unknown", file=sys.stderr)
@@ -102,11 +102,7 @@ def encode(argv: Sequence[str]) -> None:
 
 def decode(argv: Sequence[str]) -> None:
     arguments = read_arguments(DecodeArguments, argv, USAGE)
-    print(_open(arguments.tokenizer).decode(arguments.ids))
-
-
-def _open(place: str) -> Tokenizer:
-    return open_tokenizer("tokenizer", place)
+    print(open_tokenizer("tokenizer", arguments.tokenizer).decode(arguments.ids))
 
 
 @one_line_errors

@@ -15,7 +15,7 @@ from tests.fuzz.harness import SEEDS, Harness, scratch
 from tinygpt import checks, cli, pretrained
 from tinygpt.config import Config
 from tinygpt.counting import padded_vocab
-from tinygpt.data.tokenizers import open_tokenizer
+from tinygpt.data.huggingface import open_tokenizer
 from tinygpt.model.gpt import GPT
 from tinygpt.trained import initial_weights
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tinygpt.config import ConfigError, CustomData
-from tinygpt.data.readers import HEAD_CHARACTERS, HEAD_ROWS
+from tinygpt.data.readers import HEAD_CHARACTERS, HEAD_ROWS, Row
 from tinygpt.data.survey import Survey
 
-Row = dict[str, Any]
 WORDY = 0.5  # share of the values with several words, from which a column is prose
 SHOWN = 12  # names in a message
+TURNS = (("role", "content"), ("from", "value"))  # the fields of a chat's turn
+_MISSING = object()
 
 
 @dataclass
@@ -41,10 +42,8 @@ def head_of(rows: Iterator[Row], asked: str = "auto") -> list[Row]:
     for row in itertools.islice(rows, HEAD_ROWS):
         head.append(row)
         found = found or all(isinstance(_value(row, name), str) for name in names)
-        if found and len(head) >= 100:
-            break
         size += sum(_size(value) + 8 for value in row.values())
-        if size > HEAD_CHARACTERS:
+        if (found and len(head) >= 100) or size > HEAD_CHARACTERS:
             break
     return head
 
@@ -62,41 +61,48 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
     names = list(dict.fromkeys(name for row in head for name in row))
     texts = {name: [row[name] for row in head if isinstance(row.get(name), str)] for name in names}
     lengths = {name: sum(map(len, values)) for name, values in texts.items() if values}
-    if asked != "auto":
-        columns = _asked(asked)
-        for column in columns:
-            _check(column, head, names, where)
+
+    def chosen(columns: list[str]) -> Choice:
         return Choice(columns, [name for name in lengths if name not in columns])
+
+    if asked != "auto":
+        for column in _asked(asked):
+            _check(column, head, names, where)
+        return chosen(_asked(asked))
     if first is not None and all(texts.get(name) for name in first.columns):
-        return Choice(first.columns, [name for name in lengths if name not in first.columns])
-    by_name = [n for n in names if n.casefold() == "text" and (texts[n] or _is_empty(head, n))]
+        return chosen(first.columns)
+    by_name = [
+        name
+        for name in names
+        if name.casefold() == "text" and (texts[name] or all(row.get(name) is None for row in head))
+    ]
     if by_name:
-        found = "text" if "text" in by_name else by_name[0]
-        return Choice([found], [name for name in lengths if name != found])
+        return chosen(["text" if "text" in by_name else by_name[0]])
     prose = {name: lengths[name] for name in lengths if _is_prose(texts[name])}
     if len(names) == 1 and lengths:
         prose = lengths
-    nested: dict[str, int] = {}
+    nested = Counter[str]()
     for row in head:
         for name, value in row.items():
             if not isinstance(value, str):
                 for leaf, size in _leaves(name, value):
-                    nested[leaf] = nested.get(leaf, 0) + size
+                    nested[leaf] += size
     best = max(prose, key=lambda name: prose[name], default=None)
     inner = max(nested, key=lambda name: nested[name], default=None)
+    key = f"data.text_column=auto: {where}"
     if inner is not None and nested[inner] > (prose[best] if best is not None else 0):
-        beside = f", more than in {best}" if best is not None else ""
+        beside, other = "", ""
+        if best is not None:
+            beside, other = f", more than in {best}", f" or data.text_column={best}"
         raise ConfigError(
-            f"data.text_column=auto: {where}: most text is inside {inner}{beside}; "
-            f"give data.text_column={inner}"
-            + (f" or data.text_column={best}" if best is not None else "")
+            f"{key}: most text is inside {inner}{beside}; give data.text_column={inner}{other}"
         )
     if best is None:
         raise ConfigError(
-            f"data.text_column=auto: {where} has no column of text; it has {_shown(names)}; "
-            "data.text_column= names one all the same"
+            f"{key} has no column of text; it has {_shown(names)}; data.text_column= names one all "
+            "the same"
         )
-    return Choice([best], [name for name in lengths if name != best])
+    return chosen([best])
 
 
 def _asked(asked: str) -> list[str]:
@@ -108,34 +114,29 @@ def _asked(asked: str) -> list[str]:
 def _check(column: str, head: Sequence[Row], names: list[str], where: str) -> None:
     """Raise ConfigError for a column that is not there, or holds no text in any row."""
     key = f"data.text_column={column}: {where}"
-    values = [(number, _value(row, column)) for number, row in enumerate(head, 1)]
-    present = [(number, value) for number, value in values if value is not _MISSING]
-    if not present:
+    values = [_value(row, column) for row in head]
+    if all(value is _MISSING for value in values):
         raise ConfigError(f"{key} has no such column; it has {_shown(names)}")
-    filled = [(number, value) for number, value in present if value is not None]
+    filled = [(n, v) for n, v in enumerate(values, 1) if v is not _MISSING and v is not None]
     if filled and all(_text(value, key, number) is None for number, value in filled):
         number, value = filled[0]
         raise ConfigError(f"{key}: holds no text but {value!r:.40} (row {number})")
 
 
-def _shown(names: list[str]) -> str:
+def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
-
-
-def _is_empty(head: Sequence[Row], name: str) -> bool:
-    return all(row.get(name) is None for row in head)
 
 
 def _is_prose(values: list[str]) -> bool:
     """Return whether the values vary, and are mostly neither labels nor ids, links or numbers."""
     if len(values) > 1 and len(set(values)) == 1:
         return False
-    size = sum(map(len, values)) / len(values)
-    few = len(values) / (2 if size < 40 else 20)
-    if len(values) >= (6 if size < 40 else 20) and len(set(values)) <= few:
+    is_short = sum(map(len, values)) < 40 * len(values)
+    enough, few = (6, len(values) / 2) if is_short else (20, len(values) / 20)
+    if len(values) >= enough and len(set(values)) <= few:
         return False
-    wordy = sum(_is_wordy(value) for value in values if value.strip())
-    return wordy >= WORDY * sum(bool(value.strip()) for value in values) > 0
+    filled = [value for value in values if value.strip()]
+    return sum(map(_is_wordy, filled)) >= WORDY * len(filled) > 0
 
 
 def _is_wordy(value: str) -> bool:
@@ -173,12 +174,7 @@ def _size(value: Any) -> int:
             return 0
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(_size, value))
-    return 0
-
-
-_MISSING = object()
+    return sum(map(_size, value)) if isinstance(value, list | tuple) else 0
 
 
 def _value(row: Any, column: str) -> Any:
@@ -188,15 +184,16 @@ def _value(row: Any, column: str) -> Any:
         return _MISSING if all(one is _MISSING for one in found) else found
     if not isinstance(row, dict):
         return _MISSING
-    if column in row:
-        return row[column]
-    first, dot, rest = column.partition(".")
-    while dot:
-        if first in row:
-            return None if row[first] is None else _value(row[first], rest)
-        more, dot, rest = rest.partition(".")
-        first += "." + more
+    for name in (column, *prefixes(column)):
+        if name in row:
+            rest = column[len(name) + 1 :]
+            return _value(row[name], rest) if rest and row[name] is not None else row[name]
     return _MISSING
+
+
+def prefixes(column: str) -> list[str]:
+    """Return the names that a column of a table may have for ``column`` to be in it."""
+    return list(itertools.accumulate(column.split("."), "{}.{}".format))
 
 
 def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> Iterator[str]:
@@ -208,18 +205,12 @@ def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> It
     struct and for bytes that are not UTF-8.
     """
     for number, row in enumerate(rows, start=1):
-        parts = []
-        for column in choice.columns:
-            value = _value(row, column)
-            if value is None or value is _MISSING:
-                continue
-            text = _text(value, f"data.text_column={column}: {where}", number)
-            if text is None:
-                survey.values_not_text += 1
-            else:
-                parts.append(text)
-        if parts or all(_value(row, c) in (None, _MISSING) for c in choice.columns):
-            yield "\n\n".join(part for part in parts if part)
+        values = [(column, _value(row, column)) for column in choice.columns]
+        filled = [(c, v) for c, v in values if v is not None and v is not _MISSING]
+        found = [_text(v, f"data.text_column={c}: {where}", number) for c, v in filled]
+        survey.values_not_text += found.count(None)
+        if not filled or found.count(None) < len(found):
+            yield "\n\n".join(text for text in found if text)
 
 
 def _text(value: Any, key: str, number: int) -> str | None:
@@ -243,32 +234,26 @@ def _text(value: Any, key: str, number: int) -> str | None:
             f"data.text_column={column}{(leaves or ['.' + next(iter(value), 'field')])[0]}"
         )
     if isinstance(value, list | tuple):
-        parts = [part for one in value if (part := _part(one, key, number)) is not None]
-        is_chat = any(isinstance(one, dict) for one in value)
-        if is_chat:
-            return "\n\n".join(part for part in parts if part)
-        return "\n".join(parts) if parts or not value else None
+        parts = [_text(one, key, number) for one in value if one is not _MISSING]
+        found = [part for part in parts if part is not None]
+        if any(isinstance(one, dict) for one in value):  # a chat
+            return "\n\n".join(part for part in found if part)
+        return "\n".join(found) if found or not value else None
     return None
 
 
-def _part(value: Any, key: str, number: int) -> str | None:
-    if value is None or value is _MISSING or (isinstance(value, float) and math.isnan(value)):
-        return None
-    return _text(value, key, number)
-
-
-def _turns(value: dict[str, Any]) -> list[dict[str, Any]]:
+def _turns(value: Row) -> list[Row]:
     """Return the turns of a chat that is kept as a list of roles and one of contents."""
-    for names in (("role", "content"), ("from", "value")):
+    for names in TURNS:
         lists = [value.get(name) for name in names]
         if all(isinstance(one, list) for one in lists):
             return [dict(zip(names, turn, strict=False)) for turn in zip(*lists, strict=False)]
     return []
 
 
-def _message(value: dict[str, Any]) -> str | None:
+def _message(value: Row) -> str | None:
     """Return ``role: content`` of a turn of a chat; None for another struct."""
-    for role, content in (("role", "content"), ("from", "value")):
+    for role, content in TURNS:
         if role in value and content in value:
             said = value[content]
             if isinstance(said, list):  # of parts, {type: text, text: ...}
@@ -281,19 +266,13 @@ def _message(value: dict[str, Any]) -> str | None:
     return None
 
 
-def prefixes(column: str) -> list[str]:
-    """Return the names that a column of a table may have for ``column`` to be in it."""
-    parts = column.split(".")
-    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-
-
 def chosen_before(head: Sequence[Row], config: CustomData) -> str:
     """Return the column that earlier versions chose; what was made from another is made anew."""
     if config.text_column != "auto":
         return config.text_column
-    lengths: dict[str, int] = {}
+    lengths = Counter[str]()
     for row in head[:100]:
         for name, value in row.items():
             if isinstance(value, str):
-                lengths[name] = lengths.get(name, 0) + len(value)
+                lengths[name] += len(value)
     return "text" if "text" in lengths else max(lengths, key=lambda n: lengths[n], default="")

@@ -9,26 +9,19 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from tinygpt import fileio
 from tinygpt.config import ConfigError, CustomData, DataConfig, HubData, SyntheticData, first_line
-from tinygpt.data import columns
-from tinygpt.data.columns import prefixes
+from tinygpt.data import columns, textfiles
+from tinygpt.data.files import find_files
 from tinygpt.data.network import require_hub
-from tinygpt.data.readers import Rows, encoding_found, format_of, packing, text_chunks
-from tinygpt.data.reading import (
-    END_OF_TEXT,
-    SECTION,
-    cut,
-    find_files,
-    is_separated,
-    keeps_indentation,
-    scan,
-)
+from tinygpt.data.readers import Rows
 from tinygpt.data.survey import Survey
+from tinygpt.data.textfiles import END_OF_TEXT, cut
 
 
 class Document(NamedTuple):
@@ -44,17 +37,17 @@ class Corpus(Protocol):
     own: set[str]
 
     def fingerprint(self) -> str:
-        """Changes whenever the text does; independent of where it lies."""
+        """Return what changes whenever the text does, independent of where it lies."""
 
     def documents(self, split: str) -> Iterator[Document]:
-        """The documents of ``split``: ``train``, or one of ``own``."""
+        """Yield the documents of ``split``: ``train``, or one of ``own``."""
 
     def position(self) -> tuple[int, int] | None:
-        """How many bytes of it have been read this time, and of how many, where one can tell."""
+        """Return how many bytes have been read this time, and of how many, where one can tell."""
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """The corpus that ``config`` names.  Raises ConfigError where it cannot be read."""
+    """Return the corpus that ``config`` names.  Raises ConfigError where it cannot be read."""
     if isinstance(config, SyntheticData):
         return SyntheticCorpus(config)
     if isinstance(config, HubData):
@@ -64,7 +57,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
-    """``train``, ``val`` or ``test``, by a hash of the document: it never changes sides."""
+    """Return the split of a document, by a hash of its text: it never changes sides."""
     place = int.from_bytes(_short_hash(text), "big") / 2**64
     if place < val_fraction:
         return "val"
@@ -72,7 +65,7 @@ def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
 
 
 def split_documents(corpus: Corpus, config: DataConfig) -> Iterator[tuple[str, Document]]:
-    """Every document with its split: the source's own validation and test first, then the rest.
+    """Yield every document with its split: the source's own validation and test, then the rest.
 
     A training document that stands in the source's own validation or test text too is given the
     split ``duplicate``, so that it can be counted and kept out of training.
@@ -98,17 +91,14 @@ def _short_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
 
 
-def first_bytes(
-    texts: Iterable[str], limit: int, progress: Callable[[int], None] = lambda size: None
-) -> Iterator[str]:
-    """Whole texts until ``limit`` bytes of UTF-8 are reached."""
+def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Yield whole texts until ``limit`` bytes of UTF-8 are reached."""
     size = 0
     for text in texts:
         if size >= limit:
             return
         yield text
         size += len(text.encode("utf-8", "replace"))
-        progress(size)
 
 
 class SyntheticCorpus:
@@ -135,139 +125,176 @@ class SyntheticCorpus:
         return None
 
 
+class Scan(NamedTuple):
+    """What is known of a file before it is read; ``size`` in bytes."""
+
+    sha256: str
+    has_end_of_text: bool
+    size: int
+    has_carriage_return: bool
+    has_indented_line: bool
+    is_plain: bool  # neither packed nor in another encoding than UTF-8
+
+
+# A line that begins with white space, of which U+00A0 and U+3000 have other first bytes.
+_INDENTED = re.compile(rb"[\n\r\v\f](?:[ \t\x1f]|\xc2|\xe1\x9a|\xe2\x80|\xe2\x81|\xe3\x80)")
+
+
+def scan(path: Path, where: str, encoding: str | None = None) -> Scan:
+    """Read a file once, for its checksum and what decides how a text is cut.
+
+    Raises ConfigError, which ``where`` begins, for one that is empty, no text or cannot be read.
+    """
+    sha, size, mark, tail, line_end = hashlib.sha256(), 0, END_OF_TEXT.encode(), b"", b"\n"
+    has_mark = has_return = has_indented = False
+    try:
+        with path.open("rb") as file:
+            marked = file.read(4).startswith(tuple(textfiles.MARKS))
+            is_plain = not (textfiles.packing(path) or marked or encoding)
+            file.seek(0)
+            while chunk := file.read(textfiles.CHUNK):
+                sha.update(chunk)
+                size += len(chunk)
+                if not is_plain:
+                    continue
+                if b"\0" in chunk and path.suffix.lower() not in textfiles.BINARY:
+                    raise ConfigError(f"{where}: not a text file (it has zero bytes)")
+                tail += chunk
+                has_mark = has_mark or mark in tail
+                has_return = has_return or b"\r" in chunk
+                has_indented = has_indented or _INDENTED.search(line_end + chunk) is not None
+                line_end, tail = chunk[-1:], tail[-len(mark) :]
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
+    if size == 0:
+        raise ConfigError(f"{where}: this file is empty")
+    if not is_plain and textfiles.format_of(path) == "text":
+        has_mark = any(textfiles.around_marks(textfiles.text_chunks(path, {}, encoding)))
+    return Scan(sha.hexdigest(), has_mark, size, has_return, has_indented, is_plain)
+
+
 class FileCorpus:
-    """Files of the user's own: .txt cut into documents, one document a row otherwise."""
+    """Files of the user's own: texts cut into documents, and tables with one document a row."""
 
     def __init__(self, config: CustomData) -> None:
         self.config, self.survey = config, Survey()
-        self.files = {"train": find_files("data.path", config.path, self.survey)}
-        for split, key in (("val", "val_file"), ("test", "test_file")):
-            value = getattr(config, key)
-            if value is not None:
+        self.files: dict[str, list[Path]] = {}
+        self.scans: dict[Path, Scan] = {}
+        for split, key in (("train", "path"), ("val", "val_file"), ("test", "test_file")):
+            if (value := getattr(config, key)) is not None:
                 self.files[split] = find_files(f"data.{key}", value, self.survey)
+        for split, paths in self.files.items():
+            key = "path" if split == "train" else f"{split}_file"
+            for path in paths:
+                self.scans[path] = scan(path, f"data.{key}={path}", config.encoding)
         self.own = set(self.files) - {"train"}
-        self.scans = {
-            path: scan(
-                path,
-                f"data.{'path' if split == 'train' else split + '_file'}={path}",
-                config.encoding,
-            )
-            for split, paths in self.files.items()
-            for path in paths
+        self.tables = {p: Rows(p, config) for p in self.scans if textfiles.format_of(p) != "text"}
+        self.choices: dict[Path, columns.Choice] = {}
+        self._choose()
+        self.separators = {
+            path: self._separator(path) for path in self.scans if path not in self.tables
         }
-        self.tables = {path: Rows(path, config) for path in self.scans if format_of(path) != "text"}
-        self.choices = self._choose()
-        self.separators = self._separators()
-
         self.read: dict[Path, int] = {}  # bytes
+
+    def _choose(self) -> None:
+        """Choose the text column of each table: the same in all that have the same columns."""
+        asked = self.config.text_column
+        alike: dict[frozenset[str], columns.Choice] = {}
+        self.chosen_as_before: dict[Path, bool] = {}
+        for path, rows in self.tables.items():
+            head = columns.head_of(rows.read({}), asked)
+            names = frozenset(name for row in head for name in row)
+            if names not in alike:
+                first = next(iter(self.choices.values()), None)
+                alike[names] = columns.choose(head, asked, str(path), first)
+            self.choices[path] = alike[names]
+            before = columns.chosen_before(head, self.config)
+            self.chosen_as_before[path] = before == str(alike[names])
+        every = self.choices.values()
+        self.survey.text_column = ", ".join(dict.fromkeys(map(str, every))) or None
+        others = (name for choice in every for name in choice.others)
+        self.survey.other_columns = list(dict.fromkeys(others))
+
+    def _separator(self, path: Path) -> str:
+        """Return where a text is cut: ``separator``, or what ``auto`` finds."""
+        if self.config.separator != "auto":
+            return self.config.separator
+        has_mark = self.scans[path].has_end_of_text and textfiles.is_separated(
+            self._chunks(path, {})
+        )
+        return END_OF_TEXT if has_mark else "sections"
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        found = {split: [self._identity(p) for p in paths] for split, paths in self.files.items()}
+        found = {split: [self.identity(p) for p in paths] for split, paths in self.files.items()}
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+    def identity(self, path: Path) -> list[Any]:
+        """Return what a file's documents follow from: its content and how it is read.
+
+        One that earlier versions cut or read as other documents has a mark, so that nothing made
+        from those is taken for this.
+        """
+        known = self.scans[path]
+        if path in self.tables:
+            suffix, dialect = f".{self.tables[path].format}", self.tables[path].dialect
+            is_new = not (
+                path.suffix == suffix
+                and (dialect is None or dialect.is_default)
+                and known.is_plain
+                and self.chosen_as_before[path]
+            )
+        else:
+            suffix, separator = "", self.separators[path]
+            before = END_OF_TEXT if known.has_end_of_text else "sections"
+            is_new = (
+                known.has_carriage_return
+                or not known.is_plain
+                or (self.config.separator == "auto" and separator != before)
+                or (
+                    known.has_indented_line
+                    and textfiles.keeps_indentation(separator)
+                    and any(one[0].isspace() for one in cut(self._chunks(path, {}), separator))
+                )
+            )
+        return [known.sha256, suffix, 2] if is_new else [known.sha256, suffix]
 
     def documents(self, split: str) -> Iterator[Document]:
         self.read |= dict.fromkeys(self.files[split], 0)
         for path in self.files[split]:
             self.survey.formats.update(self._formats(path))
-            for text in self._texts(path):
-                yield Document(text)
-
-    def position(self) -> tuple[int, int]:
-        return sum(self.read.values()), sum(scan.size for scan in self.scans.values())
-
-    def _identity(self, path: Path) -> list[Any]:
-        """Return what a file's documents follow from: its content and how it is read.
-
-        A text that earlier versions cut into other documents has a mark, so that nothing made
-        from those is taken for this.
-        """
-        known = self.scans[path]
-        if path in self.tables:
-            named = [known.sha256, f".{self.tables[path].format}"]
-            same = path.suffix == named[1] and self._read_alike(path)
-            return named if same else [*named, 2]
-        separator = self.separators[path]
-        before = END_OF_TEXT if known.has_end_of_text else "sections"
-        is_new = (
-            known.has_carriage_return
-            or not known.is_plain
-            or (self.config.separator == "auto" and separator != before)
-            or (
-                known.has_indented_line
-                and keeps_indentation(separator)
-                and any(text[0].isspace() for text in cut(self._chunks(path, {}), separator))
-            )
-        )
-        return [known.sha256, "", 2] if is_new else [known.sha256, ""]
-
-    def _separators(self) -> dict[Path, str]:
-        """Return where each text is cut: ``separator``, or what ``auto`` finds."""
-        found = {}
-        for path, known in self.scans.items():
-            found[path] = self.config.separator
-            if found[path] == "auto" and path not in self.tables:
-                has_mark = known.has_end_of_text and is_separated(self._chunks(path, {}))
-                found[path] = END_OF_TEXT if has_mark else "sections"
-        return found
+            if path in self.tables:
+                choice = self.choices[path]
+                tops = [name for column in choice.columns for name in columns.prefixes(column)]
+                rows = self.tables[path].read(self.read, tops)
+                texts = columns.texts(rows, choice, str(path), self.survey)
+            else:
+                texts = cut(self._chunks(path, self.read), self.separators[path])
+            yield from map(Document, texts)
 
     def _chunks(self, path: Path, read: dict[Path, int]) -> Iterator[str]:
-        return text_chunks(path, read, self.config.encoding)
-
-    def _texts(self, path: Path) -> Iterator[str]:
-        if path not in self.tables:
-            return cut(self._chunks(path, self.read), self.separators[path])
-        choice = self.choices[path]
-        tops = [name for column in choice.columns for name in prefixes(column)]
-        rows = self.tables[path].read(self.read, tops)
-        return columns.texts(rows, choice, str(path), self.survey)
-
-    def _choose(self) -> dict[Path, columns.Choice]:
-        """Choose the text column of each table: the same in all that have the same columns."""
-        found: dict[Path, columns.Choice] = {}
-        alike: dict[frozenset[str], columns.Choice] = {}
-        self.heads_alike: dict[Path, bool] = {}
-        for path, rows in self.tables.items():
-            head = columns.head_of(rows.read({}), self.config.text_column)
-            names = frozenset(name for row in head for name in row)
-            if names not in alike:
-                first = next(iter(found.values()), None)
-                alike[names] = columns.choose(head, self.config.text_column, str(path), first)
-            found[path] = alike[names]
-            self.heads_alike[path] = columns.chosen_before(head, self.config) == str(found[path])
-        every = list(found.values())
-        self.survey.text_column = ", ".join(dict.fromkeys(map(str, every))) or None
-        others = (name for choice in every for name in choice.others)
-        self.survey.other_columns = list(dict.fromkeys(others))
-        return found
-
-    def _read_alike(self, path: Path) -> bool:
-        """Return whether earlier versions read the same documents of a table."""
-        dialect = self.tables[path].dialect
-        is_default = dialect is None or dialect.is_default
-        return is_default and self.scans[path].is_plain and self.heads_alike[path]
+        return textfiles.text_chunks(path, read, self.config.encoding)
 
     def _formats(self, path: Path) -> list[str]:
         """Return what was detected of a file, and what was given."""
-        found = [packing(path).lstrip(".")]
-        if format_of(path) != "parquet":
-            found.append(self.config.encoding or encoding_found(path))
+        found = [textfiles.packing(path).lstrip(".")]
+        if textfiles.format_of(path) != "parquet":
+            found.append(self.config.encoding or textfiles.encoding_found(path))
         if path in self.tables:
             rows = self.tables[path]
-            found.append(
-                str(
-                    rows.dialect
-                    or {"jsonl": "JSON lines", "json": "JSON"}.get(rows.format, rows.format)
-                )
-            )
+            named = {"jsonl": "JSON lines", "json": "JSON"}
+            found.append(str(rows.dialect or named.get(rows.format, rows.format)))
         elif self.separators[path] == END_OF_TEXT:
             found.append(f"cut at {END_OF_TEXT}")
         elif self.separators[path] == "sections":
-            found.append(f"cut into sections of about {SECTION:,} characters")
+            found.append(f"cut into sections of about {textfiles.SECTION:,} characters")
         return [", ".join(part for part in found if part)] if any(found) else []
+
+    def position(self) -> tuple[int, int]:
+        return sum(self.read.values()), sum(known.size for known in self.scans.values())
 
 
 class HubCorpus:
@@ -275,6 +302,7 @@ class HubCorpus:
 
     def __init__(self, config: HubData) -> None:
         self.config, self.survey = config, Survey()
+        self.where = f"data.repo={config.repo}"
         self.local = Path(config.repo).is_dir()
         if not self.local:
             require_hub(config.repo)
@@ -298,7 +326,7 @@ class HubCorpus:
         return chosen
 
     def _place(self) -> tuple[str, str | None]:
-        """What the hub library is to open, and the configuration's name in it.
+        """Return what the hub library is to open, and the configuration's name in it.
 
         Only a README.md says what configurations there are.  In a local folder without one, as
         the hub's own parquet branch comes, a configuration is the sub-folder of its name.
@@ -311,7 +339,7 @@ class HubCorpus:
         return repo, name
 
     def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """Calls the hub library and makes whatever it raises one line."""
+        """Call the hub library; its errors become one line."""
         import datasets
 
         datasets.logging.set_verbosity_error()
@@ -322,7 +350,7 @@ class HubCorpus:
             raise self._refused(error) from error
 
     def _refused(self, error: Exception) -> ConfigError:
-        return ConfigError(f"data.repo={self.config.repo}: {first_line(error)}")
+        return ConfigError(f"{self.where}: {first_line(error)}")
 
     def fingerprint(self) -> str:
         config = self.config
@@ -342,34 +370,28 @@ class HubCorpus:
 
     def documents(self, split: str) -> Iterator[Document]:
         config = self.config
-        stream = self._ask(
-            lambda hub: hub.load_dataset(
-                *self._place(),
-                split=self.splits[split],
-                streaming=True,
-                revision=config.revision,
-            )
-        )
-        rows = self._rows(iter(stream))
-        where = f"data.repo={config.repo}"
+        rows = self._rows(split)
         head = columns.head_of(rows, config.text_column)
-        choice = columns.choose(head, config.text_column, where)
+        choice = columns.choose(head, config.text_column, self.where)
         self.survey.text_column, self.survey.other_columns = str(choice), choice.others
-        texts = columns.texts(itertools.chain(head, rows), choice, where, self.survey)
+        texts = columns.texts(itertools.chain(head, rows), choice, self.where, self.survey)
         if config.separator not in ("auto", "none"):
             texts = cut((text + "\n" for text in texts), config.separator)
-        return (Document(text) for text in texts)
+        return map(Document, texts)
 
-    def position(self) -> None:
-        return None
-
-    def _rows(self, stream: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
+        config, name = self.config, self.splits[split]
+        options = {"split": name, "streaming": True, "revision": config.revision}
+        stream = self._ask(lambda hub: hub.load_dataset(*self._place(), **options))
         try:
             yield from stream
         except (OSError, ValueError, RuntimeError) as error:
             raise self._refused(error) from error
 
+    def position(self) -> None:
+        return None
+
 
 def describe(config: DataConfig) -> str:
-    """The name of a corpus, as results.json has it."""
+    """Return the name of a corpus, as results.json has it."""
     return config.repo if isinstance(config, HubData) and config.name == "hub" else config.name

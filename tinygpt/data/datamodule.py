@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,6 +23,7 @@ from tinygpt.config import Config, ConfigError
 from tinygpt.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora
 from tinygpt.data.shards import (
+    WORDS,
     EvalWindows,
     Prepared,
     Split,
@@ -36,22 +38,20 @@ IGNORED = -100  # a target that is not scored: padding behind a short window
 Batch = tuple[Tensor, Tensor]  # inputs (B, T), targets (B, T), both int64
 
 
+@dataclass(eq=False)
 class TrainBatches(Dataset[Batch]):
     """Indexed by the pass (micro-step) of this device: inputs and the tokens behind them."""
 
-    def __init__(
-        self,
-        split: Split,
-        windows: TrainWindows,
-        *,
-        length: int,
-        seed: int,
-        plan: Plan,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.split, self.windows, self.length, self.seed = split, windows, length, seed
-        self.plan, self.rank, self.world_size = plan, rank, world_size
+    split: Split
+    windows: TrainWindows
+    _: KW_ONLY
+    length: int
+    seed: int
+    plan: Plan
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
         self._epoch = functools.lru_cache(maxsize=2)(self._permutation)
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class TrainBatches(Dataset[Batch]):
         return np.random.default_rng([self.seed, epoch]).permutation(self.windows.starts)
 
     def starts(self, step: int) -> NDArray[np.int64]:
-        """Positions ``(batch_size,)`` of the windows of optimizer step ``step``, all devices."""
+        """Return positions ``(batch_size,)`` of the windows of optimizer step ``step``."""
         count = len(self.windows.starts)
         first = step * self.plan.batch_size
         places = np.arange(first, first + self.plan.batch_size)
@@ -81,14 +81,16 @@ class TrainBatches(Dataset[Batch]):
         return tokens[:, :-1], tokens[:, 1:]  # the one place where labels are shifted
 
 
+@dataclass(eq=False)
 class EvalBatches(Dataset[Batch]):
     """Every target of a split once; short windows are padded with targets that are ignored."""
 
-    def __init__(
-        self, split: Split, windows: EvalWindows, *, length: int, batch_size: int, pad: int
-    ) -> None:
-        self.split, self.windows, self.length = split, windows, length
-        self.batch_size, self.pad = batch_size, pad
+    split: Split
+    windows: EvalWindows
+    _: KW_ONLY
+    length: int
+    batch_size: int
+    pad: int
 
     def __len__(self) -> int:
         return -(-len(self.windows.starts) // self.batch_size)
@@ -182,7 +184,28 @@ class TokenData(pl.LightningDataModule):
         self.splits = {name: prepared.split(name) for name, info in splits.items() if info}
         stride = data.stride or self.length
         self.windows = self.splits["train"].train_windows(self.length, stride, data.fraction)
-        self._refuse_short_splits()
+        for name, split in self.splits.items():
+            tokens = split.info["tokens"]
+            enough = len(self.windows.starts) > 0 if name == "train" else tokens >= self.length
+            if not enough:
+                raise ConfigError(
+                    f"model.max_seq_len={self.length}: longer than the {WORDS[name]} split of "
+                    f"{tokens} tokens; lower it, {self._lengthen(name)}"
+                )
+
+    def _lengthen(self, name: str) -> str:
+        """Say what makes a split long enough: the key that cuts it short, or more text."""
+        data, info = self.config.data, self.splits[name].info
+        cut = "max_tokens" if name == "train" else "eval_tokens"
+        limit = getattr(data, cut)
+        if limit is not None and limit <= self.length:
+            return f"or raise data.{cut}={limit}"
+        share = {"val": data.val_fraction, "test": data.test_fraction}.get(
+            name, data.fraction * (1 - data.val_fraction - data.test_fraction)
+        )
+        key = "data.fraction" if name == "train" else f"data.{name}_fraction"
+        wanted = 2 * (self.length + 1) * info["bytes"] / info["tokens"] / share
+        return f"raise {key} or take more text, about {kilobytes(wanted)} in all"
 
     def derive_plan(self, accelerator: str, devices: int) -> Plan:
         """Set and return ``plan``: everything that is counted in steps on these devices."""
@@ -198,33 +221,8 @@ class TokenData(pl.LightningDataModule):
         )
         return self.plan
 
-    def _refuse_short_splits(self) -> None:
-        for name, split in self.splits.items():
-            tokens = split.info["tokens"]
-            enough = len(self.windows.starts) > 0 if name == "train" else tokens >= self.length
-            if not enough:
-                words = {"train": "training", "val": "validation", "test": "test"}[name]
-                raise ConfigError(
-                    f"model.max_seq_len={self.length}: longer than the {words} split of {tokens} "
-                    f"tokens; lower it, {self._lengthen(name)}"
-                )
-
-    def _lengthen(self, name: str) -> str:
-        """What makes a split long enough: the key that cuts it short, or so much more text."""
-        data, info = self.config.data, self.splits[name].info
-        cut = "max_tokens" if name == "train" else "eval_tokens"
-        limit = getattr(data, cut)
-        if limit is not None and limit <= self.length:
-            return f"or raise data.{cut}={limit}"
-        share = {"val": data.val_fraction, "test": data.test_fraction}.get(
-            name, data.fraction * (1 - data.val_fraction - data.test_fraction)
-        )
-        key = "data.fraction" if name == "train" else f"data.{name}_fraction"
-        wanted = 2 * (self.length + 1) * info["bytes"] / info["tokens"] / share
-        return f"raise {key} or take more text, about {kilobytes(wanted)} in all"
-
     def floor(self, split: str) -> float | None:
-        """Nats per token below which no model can come, where the corpus knows it exactly.
+        """Return the nats per token below which no model can come, where they are known.
 
         Known only if every window can begin with a document and hold it whole.
         """

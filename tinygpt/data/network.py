@@ -25,7 +25,7 @@ GPT2_SHA256 = {
 
 
 def reachable(url: str) -> bool:
-    """Whether anything answers at ``url``, through whatever proxy the environment names."""
+    """Return whether anything answers at ``url``, through the proxy that the environment names."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -46,18 +46,16 @@ def reachable(url: str) -> bool:
 
 
 def require_hub(repo: str) -> None:
-    """Raises ConfigError within two seconds where the Hugging Face hub cannot be reached."""
-    reason = _no_hub()
-    if reason:
+    """Raise ConfigError within two seconds where the Hugging Face hub cannot be reached."""
+    if reason := _no_hub():
         raise ConfigError(
-            f"data.repo={repo}: {reason}; start "
-            "where the data lies in a folder of that name, or use data=custom data.path=... or "
-            "data=synthetic"
+            f"data.repo={repo}: {reason}; start where the data lies in a folder of that name, or "
+            "use data=custom data.path=... or data=synthetic"
         )
 
 
 def _no_hub() -> str:
-    """Why the hub cannot be reached, else nothing."""
+    """Return why the hub cannot be reached, else nothing."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return "no network (HF_HUB_OFFLINE is set)"
     there = reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
@@ -66,7 +64,7 @@ def _no_hub() -> str:
 
 @functools.cache
 def model_folder(key: str, name: str) -> Path:
-    """The folder ``name``, else the files of the model on the hub that is called so.
+    """Return the folder ``name``, else that with the files of the hub's model of this name.
 
     Without a network those that were fetched before.  Raises ConfigError, naming ``key``.
     """
@@ -98,7 +96,7 @@ def model_folder(key: str, name: str) -> Path:
 
 
 def gpt2_files() -> dict[str, bytes]:
-    """GPT-2's encoder.json and vocab.bpe from tiktoken's cache, else by its download.
+    """Return GPT-2's encoder.json and vocab.bpe from tiktoken's cache, else by its download.
 
     Raises ConfigError, within two seconds where there is no network.
     """
@@ -119,8 +117,8 @@ def gpt2_files() -> dict[str, bytes]:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether tiktoken would take this file from its cache.  It deletes one that is damaged and
-    goes to the network, so that is found out first."""
+    """Return whether tiktoken would take this file from its cache.  It deletes one that is damaged
+    and goes to the network, so that is found out first."""
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
     places = os.environ
     folder = places.get("TIKTOKEN_CACHE_DIR", places.get("DATA_GYM_CACHE_DIR", default))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,23 +21,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tinygpt import fileio
-from tinygpt.config import ConfigError, DataConfig, TokenizerConfig
+from tinygpt.config import ConfigError, DataConfig, SavedTokenizer, TokenizerConfig
 from tinygpt.data import corpora
 from tinygpt.data.corpora import Corpus, split_documents
+from tinygpt.data.huggingface import open_tokenizer
 from tinygpt.data.survey import Survey
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
-from tinygpt.data.writing import SplitWriter, finish, write
+from tinygpt.data.writing import BATCH_CHARACTERS, Placed, SplitWriter, write
 
 FORMAT = 3  # of the files here; part of the cache key
 VERIFY_BYTES = 1 << 30  # larger files are checked by their size alone
-SPLITS = ("train", "val", "test")
-READ = ("gpt2", "saved")  # tokenizers that are read, from files of somebody's
+WORDS = {"train": "training", "val": "validation", "test": "test"}
+SPLITS = tuple(WORDS)
+CHANCE = 3.0  # expected documents of a split that make it all but sure (95 %) that it has one
+READ = ("gpt2", "saved")  # tokenizers that are read from files, not trained
 
 Progress = Callable[[str, int, int | None], None]  # what is being done; bytes so far, of how many
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """``cache_dir``, else ``$TINYGPT_CACHE``, else ``~/.cache/tinygpt``."""
+    """Return ``cache_dir``, else ``$TINYGPT_CACHE``, else ``~/.cache/tinygpt``."""
     chosen = cache_dir or os.environ.get("TINYGPT_CACHE") or "~/.cache/tinygpt"
     return Path(chosen).expanduser()
 
@@ -56,7 +59,7 @@ class Split:
         self.unscored = len(self.info.get("unscored_ids", ()))
 
     def gather(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Tokens ``(B, length)`` from positions ``starts`` ``(B,)``; none crosses a shard."""
+        """Return tokens ``(B, length)`` from positions ``starts`` ``(B,)`` in one shard each."""
         ends = np.cumsum([len(shard) for shard in self.shards])
         which = np.searchsorted(ends, starts, side="right")
         out = np.empty((len(starts), length), dtype=np.int64)
@@ -68,7 +71,8 @@ class Split:
         return out
 
     def train_windows(self, length: int, stride: int, fraction: float) -> TrainWindows:
-        """Windows of ``length`` inputs and the token behind them, of a prefix of the documents."""
+        """Return windows of ``length`` inputs and the token behind them, of a prefix of the
+        documents."""
         documents = max(1, round(fraction * self.info["documents"]))
         starts: list[NDArray[np.int64]] = []
         dropped = used = base = 0
@@ -85,7 +89,7 @@ class Split:
     def eval_windows(
         self, length: int, whole_documents: bool, stride: int | None = None
     ) -> EvalWindows:
-        """Windows in which every target counts once; the last of a shard may be short.
+        """Return windows in which every target counts once; the last of a shard may be short.
 
         ``whole_documents``: a window begins where a document does and holds whole documents, as
         many as fit; the longest must fit.  Else windows begin ``stride`` apart (null: ``length``),
@@ -157,10 +161,10 @@ class Prepared:
 
 
 def fingerprints(corpus: Corpus, tokenizer: TokenizerConfig) -> dict[str, str]:
-    """What stands for the files that a configuration names, in the hash of a run."""
+    """Return what stands for the files that a configuration names, in the hash of a run."""
     content = {"data": corpus.fingerprint()}
     if tokenizer.kind in READ:
-        content["tokenizer"] = train_tokenizer(tokenizer, ()).fingerprint()
+        content["tokenizer"] = _untrained(tokenizer).fingerprint()
     return content
 
 
@@ -171,11 +175,11 @@ def prepare(
     cache: Path,
     progress: Progress = lambda what, done, total: None,
 ) -> Prepared:
-    """The tokenized corpus, from the cache or made now.
+    """Return the tokenized corpus, from the cache or made now.
 
     Two processes that ask for the same wait for each other; what was torn is made again, what was
-    killed on its way goes on from the last whole shard.  Raises ConfigError where the corpus does
-    not give the splits that it should.
+    killed on its way is resumed from the last whole shard.  Raises ConfigError where the corpus
+    does not give the splits that it should.
     """
     source = corpus.fingerprint()
     vocabulary = _tokenizer(corpus, source, data, tokenizer, cache, progress)
@@ -196,8 +200,8 @@ def prepare(
 def prepare_whole(
     corpus: Corpus, data: DataConfig, tokenizer: Tokenizer, cache: Path, progress: Progress
 ) -> Prepared:
-    """All of a corpus as one split, ``all``, by a tokenizer that is there; from the cache or made
-    now.  Raises ConfigError where there is no text in it."""
+    """Return all of a corpus as one split, ``all``, by a tokenizer that is there; from the cache
+    or made now.  Raises ConfigError where there is no text in it."""
     source = corpus.fingerprint()
     key = fileio.digest([FORMAT, source, tokenizer.fingerprint(), _cutting(data), "all"])
     folder = cache / "data" / f"{data.name}-{key[:16]}"
@@ -205,17 +209,17 @@ def prepare_whole(
     def tokenized(temporary: Path) -> dict[str, Any]:
         writers = {"all": SplitWriter(temporary, "all", tokenizer, None)}
         documents = (("all", document) for document in corpus.documents("train"))
-        write(documents, tokenizer, writers, temporary, _saying("tokenizing", corpus, progress))
-        info = finish(temporary, writers)["all"]
-        if not info["documents"]:
+        reported = _reported(documents, "tokenizing", corpus, progress)
+        infos, _ = write(reported, tokenizer, writers, temporary)
+        if not infos["all"]["documents"]:
             raise ConfigError(f"data.path={getattr(data, 'path', data.name)}: no text in it")
-        return {"dtype": writers["all"].dtype.name, "splits": {"all": info}}
+        return {"dtype": writers["all"].dtype.name, "splits": infos}
 
     return Prepared(folder, _cached(folder, source, tokenized), tokenizer)
 
 
 def _cached(folder: Path, source: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """The index of the shards in ``folder``, which ``make`` writes where they are not there."""
+    """Return the index of the shards in ``folder``, which ``make`` writes if they are missing."""
     with _lock(folder):
         index = load_index(folder)
         if index is None:
@@ -227,7 +231,7 @@ def _cached(folder: Path, source: str, make: Callable[[Path], dict[str, Any]]) -
 
 
 def _cutting(data: DataConfig) -> list[Any]:
-    """The keys that say which document is in which split; ``fraction`` only takes a prefix."""
+    """Return the keys that say which document is in which split; ``fraction`` takes a prefix."""
     names = ("max_documents", "val_fraction", "test_fraction", "val_is_test")
     return [getattr(data, name, None) for name in (*names, "separator", "text_column")]
 
@@ -241,24 +245,21 @@ def _lock(path: Path) -> filelock.BaseFileLock:
 
 
 def load_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a whole, undamaged folder of shards; None where it has to be made again."""
+    """Return the index of a whole, undamaged folder of shards; None if it has to be made again."""
     try:
         index = fileio.read_json(folder / "index.json")
         rest = {name: value for name, value in index.items() if name != "checksum"}
         if index.get("checksum") != fileio.digest(rest):
             return None
-        splits = [info for info in index["splits"].values() if info]
-        entries = [entry for info in splits for entry in (*info["files"], info["offsets"])]
-        whole = all(_is_whole(folder / e["file"], e["size"], e["sha256"]) for e in entries)
+        for info in filter(None, index["splits"].values()):
+            for entry in (*info["files"], info["offsets"]):
+                path, size = folder / entry["file"], entry["size"]
+                is_same = path.stat().st_size == size
+                if not is_same or (size <= VERIFY_BYTES and fileio.sha256(path) != entry["sha256"]):
+                    return None
     except (ConfigError, OSError, AttributeError, KeyError, TypeError, ValueError):
         return None
-    return index if whole else None
-
-
-def _is_whole(path: Path, size: int, sha256: str) -> bool:
-    if path.stat().st_size != size:
-        return False
-    return size > VERIFY_BYTES or fileio.sha256(path) == sha256
+    return index
 
 
 def _tokenizer(
@@ -269,55 +270,60 @@ def _tokenizer(
     cache: Path,
     progress: Progress,
 ) -> Tokenizer:
-    """Trained on the first ``train_bytes`` of the training split, whatever prefix is used later."""
+    """Train on the first ``train_bytes`` of the training split, whatever prefix is used later."""
     train_bytes = getattr(config, "train_bytes", None)
     if train_bytes is None:
-        return train_tokenizer(config, ())
+        return _untrained(config)
     key = fileio.digest([FORMAT, source, _cutting(data), vars(config)])
     stem = cache / "tokenizers" / f"{config.kind}-{key[:16]}"
     with _lock(stem):
         for path in stem.parent.glob(f"{stem.name}-*.json"):
             with contextlib.suppress(ConfigError):
                 found = load_tokenizer(path)
-                if path.stem.endswith(_short(found)):  # else damaged, and made again
+                if path.stem.endswith(found.fingerprint()[:16]):  # else damaged, and made again
                     return found
         for path in stem.parent.glob(f".{stem.name}-*.tmp"):  # of one that was killed
             path.unlink()
-        documents = split_documents(corpus, data)
+        what = "reading text for the tokenizer"
+        documents = _reported(split_documents(corpus, data), what, corpus, progress)
         texts = (document.text for split, document in documents if split == "train")
-        say = _saying("reading text for the tokenizer", corpus, progress)
-        tokenizer = train_tokenizer(config, corpora.first_bytes(texts, train_bytes, say))
-        tokenizer.save(stem.with_name(f"{stem.name}-{_short(tokenizer)}.json"))
+        tokenizer = train_tokenizer(config, corpora.first_bytes(texts, train_bytes))
+        tokenizer.save(stem.with_name(f"{stem.name}-{tokenizer.fingerprint()[:16]}.json"))
     return tokenizer
 
 
-def _saying(what: str, corpus: Corpus, progress: Progress) -> Callable[[int], None]:
-    """Tells ``progress`` how far the source is, or as much text as there was where it is endless
-    or elsewhere."""
-
-    def say(size: int) -> None:
-        done, total = corpus.position() or (size, None)
-        progress(what, done, total)
-
-    return say
+def _untrained(config: TokenizerConfig) -> Tokenizer:
+    if isinstance(config, SavedTokenizer):
+        return open_tokenizer("tokenizer.path", config.path)
+    return train_tokenizer(config, ())
 
 
-def _short(tokenizer: Tokenizer) -> str:
-    return tokenizer.fingerprint()[:16]
+def _reported(
+    documents: Iterator[Placed], what: str, corpus: Corpus, progress: Progress
+) -> Iterator[Placed]:
+    """Yield the documents, and tell ``progress`` now and then how far the source is, or how much
+    text there was where it is endless or elsewhere."""
+    size = told = 0
+    for split, document in documents:
+        size += len(document.text)
+        if size - told >= BATCH_CHARACTERS // 4:
+            done, total = corpus.position() or (size, None)
+            progress(what, done, total)
+            told = size
+        yield split, document
 
 
 def _tokenize(
     corpus: Corpus, data: DataConfig, tokenizer: Tokenizer, folder: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Writes the shards of all splits into ``folder`` and returns the index."""
+    """Write the shards of all splits into ``folder`` and return the index."""
     limits = {"train": data.max_tokens, "val": data.eval_tokens, "test": data.eval_tokens}
     writers = {name: SplitWriter(folder, name, tokenizer, limits[name]) for name in SPLITS}
     survey: Survey | None = getattr(corpus, "survey", None)
     if survey is not None:
         survey.restart()  # a tokenizer may have been trained on the same text
-    say = _saying("tokenizing", corpus, progress)
-    duplicates = write(split_documents(corpus, data), tokenizer, writers, folder, say)
-    infos = finish(folder, writers)
+    documents = _reported(split_documents(corpus, data), "tokenizing", corpus, progress)
+    infos, duplicates = write(documents, tokenizer, writers, folder)
     if survey is not None:
         survey.empty_documents = sum(info["empty_documents"] for info in infos.values())
         kept = (info["documents"] + info["left_out_documents"] for info in infos.values())
@@ -338,29 +344,23 @@ def _tokenize(
     }
 
 
-CHANCE = 3.0  # expected documents of a split that make it all but sure (95 %) that it has one
-
-
 def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
-    found = sum(info["documents"] for info in infos.values())
-    words = {"train": "training", "val": "validation", "test": "test"}[name]
-    mend = {
+    """Raise ConfigError, with how much text of such documents fills every split."""
+    remedy = {
         "train": "lower data.val_fraction and data.test_fraction",
         "val": "raise data.val_fraction or give data.val_file",
         "test": "raise data.test_fraction, give data.test_file or set data.test_fraction=0",
     }[name]
+    needed, found = "", sum(info["documents"] for info in infos.values())
+    if found:
+        shares = (data.val_fraction, data.test_fraction, 1 - data.val_fraction - data.test_fraction)
+        size = sum(info["bytes"] for info in infos.values()) / found
+        wanted = CHANCE * size / min(share for share in shares if share > 0)
+        needed = f", about {kilobytes(wanted)} in documents of that size"
     raise ConfigError(
-        f"data.path={getattr(data, 'path', data.name)}: the {words} split is empty, as the corpus "
-        f"has only {found} documents; {mend}, or take more text{_needed(found, infos, data)}"
+        f"data.path={getattr(data, 'path', data.name)}: the {WORDS[name]} split is empty, as the "
+        f"corpus has only {found} documents; {remedy}, or take more text{needed}"
     )
-
-
-def _needed(found: int, infos: dict[str, Any], data: DataConfig) -> str:
-    """How much text of such documents fills every split."""
-    fractions = (data.val_fraction, data.test_fraction, 1 - data.val_fraction - data.test_fraction)
-    size = sum(info["bytes"] for info in infos.values()) / max(found, 1)
-    wanted = CHANCE * size / min(fraction for fraction in fractions if fraction > 0)
-    return f", about {kilobytes(wanted)} in documents of that size" if found else ""
 
 
 def kilobytes(size: float) -> str:

@@ -1,4 +1,4 @@
-"""What was read of a corpus and what was left out, so that nothing is skipped silently."""
+"""What was read of a corpus and what was skipped, so that nothing is skipped silently."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+SHOWN = 8  # reasons
 
 
 @dataclass
@@ -37,14 +39,15 @@ class Survey:
         return cls(**{**facts, **counters})
 
     def lines(self) -> list[str]:
-        """Return what a command prints: what was read, what was left out, which column it was."""
+        """Return what a command prints: what was read and skipped, and the column chosen."""
         read = [_many(self.files, "file")] if self.files else []
-        left_out = [_many(self.empty_documents, "empty document")] if self.empty_documents else []
+        skipped = counted(self.skipped)
+        if self.empty_documents:
+            skipped.append(_many(self.empty_documents, "empty document"))
         if self.values_not_text:
-            left_out.append(_many(self.values_not_text, "value") + " not text")
-        left_out = counted(self.skipped) + left_out
-        skipped = f"; skipped {', '.join(left_out)}" if left_out else ""
-        found = [f"text: {', '.join([*read, _many(self.documents, 'document')])}{skipped}"]
+            skipped.append(_many(self.values_not_text, "value") + " not text")
+        beside = f"; skipped {', '.join(skipped)}" if skipped else ""
+        found = [f"text: {', '.join([*read, _many(self.documents, 'document')])}{beside}"]
         formats = "; ".join(self.formats)
         if self.text_column is not None:
             others = f" (not {', '.join(self.other_columns)})" if self.other_columns else ""
@@ -56,25 +59,18 @@ class Survey:
 
 def results(facts: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what ``results.json`` says of a survey; all null for a corpus that is not read."""
-    names = (
-        *("text_files", "text_files_skipped", "text_column", "text_columns_other", "text_formats"),
-        *("documents_read", "documents_empty", "values_not_text"),
-    )
-    if facts is None:
-        return dict.fromkeys(names)
-    survey = Survey.read(facts)
-    values = (
-        survey.files or None,
-        ", ".join(counted(survey.skipped)) or None,
-        survey.text_column,
-        ", ".join(survey.other_columns) or None,
-        "; ".join(survey.formats) or None,
-        *(survey.documents, survey.empty_documents, survey.values_not_text),
-    )
-    return dict(zip(names, values, strict=True))
-
-
-SHOWN = 8  # reasons
+    survey = Survey() if facts is None else Survey.read(facts)
+    values = {
+        "text_files": survey.files or None,
+        "text_files_skipped": ", ".join(counted(survey.skipped)) or None,
+        "text_column": survey.text_column,
+        "text_columns_other": ", ".join(survey.other_columns) or None,
+        "text_formats": "; ".join(survey.formats) or None,
+        "documents_read": survey.documents,
+        "documents_empty": survey.empty_documents,
+        "values_not_text": survey.values_not_text,
+    }
+    return dict.fromkeys(values) if facts is None else values
 
 
 def counted(skipped: Counter[str]) -> list[str]:
@@ -82,7 +78,7 @@ def counted(skipped: Counter[str]) -> list[str]:
     several = skipped.most_common()
     found = [_many(count, reason) for reason, count in several[:SHOWN]]
     rest = sum(count for _, count in several[SHOWN:])
-    return found + ([f"{_many(rest, 'other')}"] if rest else [])
+    return found + ([_many(rest, "other")] if rest else [])
 
 
 def _many(count: int, thing: str) -> str:

@@ -189,7 +189,7 @@ class Grammar:
         return np.random.Generator(np.random.Philox(seeds))
 
     def _make_table(self) -> None:
-        """Names and true attributes of the entities that occur, then of those held out."""
+        """Draw names and true attributes of the entities that occur, then of those held out."""
         self.n_entities = -(-self.config.n_facts // len(RELATIONS))
         total = self.n_entities + self.config.heldout_entities
         syllables = 2
@@ -202,7 +202,7 @@ class Grammar:
         self.truth: Ints = np.floor(rng.random((total, len(RELATIONS))) * self.n_values).astype(int)
 
     def _make_distributions(self) -> None:
-        """By size k of the cast: probabilities of the sentence kinds and of the distances."""
+        """Set the probabilities of sentence kinds and of distances, by the size k of the cast."""
         shape = self.shape
         kinds = np.tile(list(KINDS.values()), (shape.cast + 1, 1))
         kinds[shape.cast, -1] = 0.0
@@ -214,7 +214,7 @@ class Grammar:
     # Writing
 
     def _make_pieces(self) -> None:
-        """All strings a story is joined from, and where each class of them begins."""
+        """Collect all strings a story is joined from, and where each class of them begins."""
         pieces = [""]
         self._base: dict[str, int] = {}
         slots = {c: words for c, words in self.words.items() if c not in RELATIONS}
@@ -233,13 +233,13 @@ class Grammar:
         self._pieces = np.array(pieces, dtype=object)
 
     def stories(self, start: int = 0) -> Iterator[tuple[str, float]]:
-        """Story ``start`` and all that follow, without end, each with its -ln p in nats."""
+        """Yield story ``start`` and all that follow, without end, each with its -ln p in nats."""
         first, skip = divmod(start, BLOCK)
         blocks = (zip(*self._block(block), strict=True) for block in itertools.count(first))
         return itertools.islice(itertools.chain.from_iterable(blocks), skip, None)
 
     def _block(self, block: int) -> tuple[list[str], list[float]]:
-        """Stories ``block * BLOCK`` up to the next block, drawn all at once."""
+        """Draw stories ``block * BLOCK`` up to the next block, all at once."""
         rng, shape = self._rng(1, block), self.shape
         positions = shape.most_sentences + 2
         length = shape.least_sentences + (rng.random(BLOCK) * shape.lengths).astype(int)
@@ -262,7 +262,8 @@ class Grammar:
         return ["".join(row) for row in rows], total.tolist()
 
     def _draw_kinds(self, rng: np.random.Generator, length: Ints) -> tuple[Ints, Ints, Floats]:
-        """The kind of each sentence (4 opening, 5 closing, -1 none), the cast before it, -ln p."""
+        """Draw the kind of each sentence (4 opening, 5 closing, -1 none); return it with the cast
+        before it and -ln p."""
         positions = self.shape.most_sentences + 2
         kinds = np.full((BLOCK, positions), -1)
         casts = np.zeros((BLOCK, positions), dtype=np.int64)
@@ -329,33 +330,32 @@ class Grammar:
 
     @cached_property
     def entities(self) -> list[Entity]:
-        """Those of the stories, the most frequent first."""
+        """Return the entities of the stories, the most frequent first."""
         return [self._attributes(i) for i in range(self.n_entities)]
 
     @cached_property
     def heldout(self) -> list[Entity]:
-        """Entities with attributes that no story mentions."""
+        """Return entities with attributes that no story mentions."""
         return [self._attributes(i) for i in range(self.n_entities, len(self.names))]
 
     def _attributes(self, index: int) -> Entity:
         row = self.truth[index].tolist()
         return Entity(
-            self.names[index],
-            {r: self.values[r][v] for r, v in zip(RELATIONS, row, strict=True)},
+            self.names[index], {r: self.values[r][v] for r, v in zip(RELATIONS, row, strict=True)}
         )
 
     @property
     def opening(self) -> str:
-        """That of a story, for a fact or a question to stand behind as in training."""
+        """Return a story's opening, for a fact or a question to stand behind as in training."""
         return _render(self.templates["opening"][0], self.words["name"])
 
     def statement(self, entity: Entity, attribute: str, template: int = 0) -> str:
-        """The true sentence by that template of ``STATEMENTS[attribute]``."""
+        """Return the true sentence by that template of ``STATEMENTS[attribute]``."""
         text = STATEMENTS[attribute][template]
         return _render(text, [entity.name, entity.attributes[attribute]])
 
     def queries(self, entity: Entity, attribute: str) -> list[tuple[str, str]]:
-        """(prompt, answer) by each template of ``QUERIES``; answers begin with their space."""
+        """Return (prompt, answer) by each template of ``QUERIES``; answers begin with a space."""
         prompts = [text.split(" {" + attribute)[0] for text in QUERIES[attribute]]
         answer = " " + entity.attributes[attribute]
         return [(prompt.replace("{entity}", entity.name), answer) for prompt in prompts]

@@ -1,8 +1,8 @@
-"""Documents to shards on disk: encoded by threads, split by split; what is whole outlives a kill.
+"""Documents to shards on disk: encoded by threads, split by split; whole shards outlive a kill.
 
 Whenever a shard is whole all that has been read is written out, and ``progress.json`` beside it
 says how far that was.  The same happens at the same documents in every preparation, so that one
-that goes on from there ends with the same files.
+that is resumed from there ends with the same files.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,39 +23,33 @@ from numpy.typing import NDArray
 from tinygpt import fileio
 from tinygpt.config import ConfigError
 from tinygpt.data.corpora import Document
-from tinygpt.data.tokenizers import Ids, Tokenizer
+from tinygpt.data.library import Ids, Tokenizer
 
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 1 << 20  # text of a split written at a time; a quarter of it is encoded at once
 MARK = "progress.json"
 MOST_THREADS = 8  # that encode; more than these wait for the one that reads
 
-T = TypeVar("T")
-R = TypeVar("R")
+Placed = tuple[str, Document]  # a document and its split
 
 
 def write(
-    documents: Iterable[tuple[str, Document]],
+    documents: Iterable[Placed],
     tokenizer: Tokenizer,
     writers: Mapping[str, SplitWriter],
     folder: Path,
-    say: Callable[[int], None],
-) -> int:
-    """Every document to the writer of its split, until that for training has enough; returns how
-    many were duplicates, which go to none.
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Write every document to its split, until that for training has enough.
 
-    What stands in ``folder`` from a preparation that was killed is gone on with: what had been
-    written of ``documents`` is read once more, but not encoded.  ``say`` is told now and then how
-    many characters have been written.
+    Returns the splits' entries in the index, and how many documents were duplicates, which go to
+    no split.  What stands in ``folder`` from a preparation that was killed is resumed: what had
+    been written of ``documents`` is read once more, but not encoded.
     """
     done = _resumed(folder, writers)
-    size = said = 0
     rest = iter(documents)
-    for _, document in itertools.islice(rest, done["documents"]):
-        size += len(document.text)
-        said = _said(say, size, said)
-    with contextlib.closing(_encoded(rest, tokenizer, writers)) as read:
-        for split, document, ids in read:
+    collections.deque(itertools.islice(rest, done["documents"]), maxlen=0)
+    with contextlib.closing(_encoded(rest, tokenizer, writers)) as encoded:
+        for split, document, ids in encoded:
             done["documents"] += 1
             if split == "duplicate":
                 done["duplicates"] += 1
@@ -64,41 +57,21 @@ def write(
             writer = writers[split]
             whole = writer.whole
             writer.add(document, ids)
-            size += len(document.text)
-            said = _said(say, size, said)
             if split == "train" and writer.full:
                 break
             if writer.whole > whole:
-                _mark(folder, writers, done)
-    return done["duplicates"]
-
-
-def _said(say: Callable[[int], None], size: int, said: int) -> int:
-    """Says ``size`` where that is much more than was said; the size that was said last."""
-    if size - said < BATCH_CHARACTERS // 4:
-        return said
-    say(size)
-    return size
-
-
-def finish(folder: Path, writers: Mapping[str, SplitWriter]) -> dict[str, dict[str, Any]]:
-    """The splits' entries in the index.  Until all are there the mark stays, and what it needs."""
+                found = {"done": done, "splits": {n: w.state() for n, w in writers.items()}}
+                fileio.write_json(folder / MARK, {**found, "checksum": fileio.digest(found)})
+    # until all entries are there the mark stays, and what it needs
     infos = {name: writer.finish() for name, writer in writers.items()}
     (folder / MARK).unlink(missing_ok=True)
     for writer in writers.values():
         writer.offsets.unlink(missing_ok=True)
-    return infos
-
-
-def _mark(folder: Path, writers: Mapping[str, SplitWriter], done: Mapping[str, int]) -> None:
-    """Puts down how far it has come; all that has been written is on disk before that is."""
-    states = {name: writer.state() for name, writer in writers.items()}
-    found = {"done": done, "splits": states}
-    fileio.write_json(folder / MARK, {**found, "checksum": fileio.digest(found)})
+    return infos, done["duplicates"]
 
 
 def _resumed(folder: Path, writers: Mapping[str, SplitWriter]) -> dict[str, int]:
-    """What the mark in ``folder`` counts, with every writer where it was then.
+    """Return what the mark in ``folder`` counts, with every writer where it was then.
 
     Where there is no mark, or it is not whole or its files are not, all begins anew.
     """
@@ -108,7 +81,7 @@ def _resumed(folder: Path, writers: Mapping[str, SplitWriter]) -> dict[str, int]
         if found.pop("checksum", None) != fileio.digest(found):
             raise ConfigError(f"{folder / MARK}: damaged")
         for name, writer in writers.items():
-            writer.go_on(found["splits"][name])
+            writer.resume(found["splits"][name])
         done: dict[str, int] = found["done"]
     except (ConfigError, OSError):
         for path in folder.iterdir():
@@ -119,76 +92,59 @@ def _resumed(folder: Path, writers: Mapping[str, SplitWriter]) -> dict[str, int]
     return done
 
 
-def _check_values(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": fileio.sha256(path)}
-
-
-@dataclass
-class _Part:
-    """Documents in a row, as many as are encoded at once."""
-
-    documents: list[tuple[str, Document]] = field(default_factory=list)
-    failure: Exception | None = None  # of the source, behind these documents
-
-
 def _encoded(
-    documents: Iterable[tuple[str, Document]],
-    tokenizer: Tokenizer,
-    writers: Mapping[str, SplitWriter],
+    documents: Iterable[Placed], tokenizer: Tokenizer, writers: Mapping[str, SplitWriter]
 ) -> Generator[tuple[str, Document, Ids | None], None, None]:
-    """The documents in their order with their ids, None where nobody wants them.
+    """Yield the documents in their order with their ids, None where they are not needed.
 
     Threads encode, as tiktoken leaves the interpreter to the others; the source is read at most
     two parts a thread ahead.
     """
 
-    def encode(part: _Part) -> Iterator[Ids | None]:
+    def encode(part: list[Placed]) -> Iterator[Ids | None]:
         # a split that is full now is full when these come to be written
         wanted = [
             bool(document.text) and split in writers and not writers[split].full
-            for split, document in part.documents
+            for split, document in part
         ]
-        texts = [document.text for _, document in itertools.compress(part.documents, wanted)]
+        texts = [document.text for _, document in itertools.compress(part, wanted)]
         found = iter(tokenizer.encode_batch(texts))
         return (next(found) if here else None for here in wanted)
 
-    for part, ids in _in_order(encode, _parts(documents)):
-        for (split, document), one in zip(part.documents, ids, strict=True):
-            yield split, document, one
-        if part.failure:
-            raise part.failure
+    threads, parts = min(MOST_THREADS, _cpus()), _parts(documents)
+    waiting: collections.deque[Any] = collections.deque()
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            for part, failure in itertools.islice(parts, threads + 1 - len(waiting)):
+                waiting.append((part, failure, pool.submit(encode, part)))
+            if not waiting:
+                return
+            part, failure, future = waiting.popleft()
+            for (split, document), ids in zip(part, future.result(), strict=True):
+                yield split, document, ids
+            if failure:
+                raise failure
 
 
-def _parts(documents: Iterable[tuple[str, Document]]) -> Iterator[_Part]:
-    part, size = _Part(), 0
+def _parts(documents: Iterable[Placed]) -> Iterator[tuple[list[Placed], Exception | None]]:
+    """Yield as many documents as are encoded at once, and how the source failed behind them."""
+    part: list[Placed] = []
+    size = 0
+    failure = None
     try:
         for split, document in documents:
-            part.documents.append((split, document))
+            part.append((split, document))
             size += len(document.text)
             if size >= BATCH_CHARACTERS // 4:
-                yield part
-                part, size = _Part(), 0
+                yield part, None
+                part, size = [], 0
     except Exception as error:  # it counts only if what was read before is not enough
-        part.failure = error
-    yield part
-
-
-def _in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
-    """Every item with what ``work`` makes of it on another thread, a few at a time."""
-    threads = min(MOST_THREADS, _cpus())
-    waiting: collections.deque[tuple[T, Future[R]]] = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append((item, pool.submit(work, item)))
-            if len(waiting) > threads:
-                first, result = waiting.popleft()
-                yield first, result.result()
-        for first, result in waiting:
-            yield first, result.result()
+        failure = error
+    yield part, failure
 
 
 def _cpus() -> int:
-    """Those that this process may use, where the system says."""
+    """Return how many this process may use, where the system says."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -204,7 +160,7 @@ class SplitWriter:
         self.begin()
 
     def begin(self) -> None:
-        """With nothing."""
+        """Forget all that was written."""
         self.pending: list[tuple[Document, Ids]] = []
         self.pending_characters = 0
         self.full = False
@@ -214,7 +170,7 @@ class SplitWriter:
         self.info: dict[str, Any] = dict.fromkeys(
             (*counts, "longest_document", "empty_documents", "left_out_documents"), 0
         )
-        self.nats: float | None = 0.0
+        self.nats: float | None = 0.0  # null: not known of every document
 
     @property
     def whole(self) -> int:
@@ -222,7 +178,7 @@ class SplitWriter:
         return len(self.files) - (0 < self.shard_tokens < SHARD_TOKENS)
 
     def state(self) -> dict[str, Any]:
-        """All there is to this writer, once what waits is written: the files are on disk."""
+        """Return all there is to this writer; what waited is written and on the disk."""
         self._flush()
         paths = [self.folder / entry["file"] for entry in self.files] + [self.offsets]
         there = [path for path in paths if path.exists()]
@@ -238,9 +194,9 @@ class SplitWriter:
             "sizes": {path.name: path.stat().st_size for path in there},
         }
 
-    def go_on(self, state: Mapping[str, Any]) -> None:
-        """From ``state``; what was written later is cut off.  Raises OSError where less is there,
-        or other than there was."""
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take up ``state``; what was written later is cut off.  Raises OSError where less is
+        there, or other than there was."""
         for path in (*self.folder.glob(f"{self.name}_*.bin"), self.offsets):
             if path.name not in state["sizes"]:
                 path.unlink(missing_ok=True)
@@ -267,23 +223,22 @@ class SplitWriter:
                 self._flush()
 
     def _flush(self) -> None:
+        """Write what waits, up to the document with which ``limit`` is reached, and count it."""
         if not self.pending:
             return
-        documents, encoded = [list(side) for side in zip(*self.pending, strict=True)]
-        end = len(self.tokenizer.separator)
-        lengths = np.array([len(ids) + end for ids in encoded], dtype=np.int64)
-        kept = len(encoded)
+        info, end = self.info, np.array(self.tokenizer.separator, dtype=self.dtype)
+        lengths = np.array([len(ids) + len(end) for _, ids in self.pending], dtype=np.int64)
+        kept = len(lengths)
         if self.limit is not None:
-            within = np.cumsum(lengths) + self.info["tokens"] >= self.limit
-            if within.any():
-                kept, self.full = int(within.argmax()) + 1, True
-                self.info["left_out_documents"] += len(encoded) - kept
-        self._write(encoded[:kept], lengths[:kept])
-        self._count(documents[:kept], encoded[:kept], lengths[:kept])
+            reached = np.cumsum(lengths) + info["tokens"] >= self.limit
+            if reached.any():
+                kept, self.full = int(reached.argmax()) + 1, True
+                info["left_out_documents"] += len(lengths) - kept
+        lengths, texts = lengths[:kept], [document.text for document, _ in self.pending[:kept]]
+        encoded = [ids for _, ids in self.pending[:kept]]
+        nats = [document.nats for document, _ in self.pending[:kept]]
         self.pending, self.pending_characters = [], 0
 
-    def _write(self, encoded: list[Any], lengths: NDArray[np.int64]) -> None:
-        end = np.array(self.tokenizer.separator, dtype=self.dtype)
         if not self.files or self.shard_tokens >= SHARD_TOKENS:
             self.files.append({"file": f"{self.name}_{len(self.files):05d}.bin", "documents": 0})
             self.shard_tokens = 0
@@ -294,34 +249,29 @@ class SplitWriter:
         self._append(path, np.concatenate([part for ids in encoded for part in (ids, end)]))
         self._append(self.offsets, self.shard_tokens + np.cumsum(lengths))
         self.shard_tokens += int(lengths.sum())
-        self.files[-1]["documents"] += len(encoded)
+        self.files[-1]["documents"] += kept
+
+        info["documents"] += kept
+        info["tokens"] += int(lengths.sum())
+        info["bytes"] += sum(len(text.encode()) for text in texts)
+        info["characters"] += sum(map(len, texts))
+        info["longest_document"] = max(info["longest_document"], int(lengths.max()))
+        if (unknown := self.tokenizer.unknown_id) is not None:
+            info["unknown_tokens"] += sum(int((ids == unknown).sum()) for ids in encoded)
+        if None in nats or self.nats is None:
+            self.nats = None
+        else:
+            self.nats += math.fsum(n for n in nats if n)
 
     def _append(self, path: Path, values: NDArray[Any]) -> None:
         with fileio.naming(path), path.open("ab") as file:
             file.write(values.tobytes())
 
-    def _count(
-        self, documents: list[Document], encoded: list[Any], lengths: NDArray[np.int64]
-    ) -> None:
-        info, unknown = self.info, self.tokenizer.unknown_id
-        info["documents"] += len(documents)
-        info["tokens"] += int(lengths.sum())
-        info["bytes"] += sum(len(document.text.encode()) for document in documents)
-        info["characters"] += sum(len(document.text) for document in documents)
-        info["longest_document"] = max(info["longest_document"], int(lengths.max()))
-        if unknown is not None:
-            info["unknown_tokens"] += sum(int((ids == unknown).sum()) for ids in encoded)
-        nats = [document.nats for document in documents]
-        known = None not in nats and self.nats is not None
-        self.nats = (
-            self.nats + math.fsum(n for n in nats if n) if known and self.nats is not None else None
-        )
-
     def finish(self) -> dict[str, Any]:
-        """The split's entry in the index: counts, the exact floor, files with checksums."""
+        """Return the split's entry in the index: counts, the exact floor, files with checksums."""
         self._flush()
         for entry in self.files:
-            entry |= _check_values(self.folder / entry["file"])
+            entry |= _checksums(self.folder / entry["file"])
         name = f"{self.name}.offsets.npy"
         there = self.offsets.exists()
         offsets = np.memmap(self.offsets, np.int64, "r") if there else np.zeros(0, np.int64)
@@ -332,10 +282,14 @@ class SplitWriter:
         return {
             **self.info,
             **({"unscored_ids": unscored} if unscored else {}),
-            "irreducible_loss_exact": nats / tokens
-            if nats is not None and tokens and not unscored
-            else None,
+            "irreducible_loss_exact": None
+            if nats is None or not tokens or unscored
+            else nats / tokens,
             "fingerprint": fileio.digest([entry["sha256"] for entry in self.files]),
             "files": self.files,
-            "offsets": {"file": name, **_check_values(self.folder / name)},
+            "offsets": {"file": name, **_checksums(self.folder / name)},
         }
+
+
+def _checksums(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": fileio.sha256(path)}

@@ -1,0 +1,149 @@
+"""The files of a corpus: a path, a folder, a glob or a list of these, each file once."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tinygpt.config import ConfigError
+from tinygpt.data.survey import Survey, counted
+from tinygpt.data.textfiles import BINARY, MARKS, PACKED, inner_suffix
+
+# What is read of a folder, packed or not; a file that is named, also by a glob, has any suffix.
+_KINDS = """
+csv tsv jsonl ndjson json parquet
+txt text md markdown mdx rst adoc asciidoc org tex log
+srt vtt asm awk bash bat c cc clj cljs coffee cpp cs css cu cuh cxx d dart el erl ex exs
+f f90 f95 fish for fs glsl go gradle graphql groovy h hh hpp hs hxx java jl js jsx kt
+kts lean less lisp lua m mjs ml mli mm nim pas php pl pm proto ps1 py pyi pyx r rb rkt
+rs s sass scala scm scss sh sol sql sv svelte swift tcl ts tsx v vb vhd vhdl vim vue zig
+zsh
+"""
+FOLDER_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
+
+
+def find_files(key: str, value: str | Sequence[str], survey: Survey | None = None) -> list[Path]:
+    """Return the files that a path, a folder, a glob or a list of these names, each once.
+
+    What a folder or a glob holds beside them is counted in ``survey``.  Raises ConfigError.
+    """
+    survey = survey or Survey()
+    files: list[Path] = []
+    for place in _places(value):
+        try:
+            files += _files_of(key, place, Path(place).expanduser(), survey.skipped)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"{key}={place}: cannot be read ({reason})") from error
+    if not files:
+        raise ConfigError(f"{key}={value}: must name a file, a folder or a glob")
+    files = _once(files, survey.skipped)
+    survey.files += len(files)
+    return files
+
+
+def _places(value: str | Sequence[str]) -> Sequence[str]:
+    """Return what a list ``[a.txt,'b, c.txt']`` names; any other text names itself."""
+    if not isinstance(value, str):
+        return value
+    if not (value[:1] == "[" and value[-1:] == "]") or os.path.exists(value):
+        return [value] if value else []
+    words = shlex.shlex(value[1:-1], posix=True)
+    words.whitespace, words.whitespace_split = ",", True
+    words.escape = words.commenters = ""
+    try:
+        return [word.strip() for word in words]
+    except ValueError:  # an apostrophe in a name
+        return [word.strip() for word in value[1:-1].split(",")]
+
+
+def _files_of(key: str, value: str, path: Path, skipped: Counter[str]) -> list[Path]:
+    if path.is_dir():
+        there = _walk(path, skipped)
+        suffixes = {inner_suffix(file) for file in there} & FOLDER_SUFFIXES
+        if suffixes != {".json"}:  # beside text, .json holds settings
+            suffixes -= {".json"}
+        files = [file for file in there if inner_suffix(file) in suffixes]
+        skipped.update(_shown_suffix(file) for file in there if inner_suffix(file) not in suffixes)
+    elif path.exists():
+        if not path.is_file():
+            raise ConfigError(f"{key}={value}: not a file")
+        return [path]
+    else:
+        matches = sorted(
+            map(Path, glob.glob(str(path), recursive=True)),
+            key=lambda match: (len(match.parts), match),
+        )
+        files = [file for file in matches if file.is_file()]
+        if not files:
+            several = f"; several are a list, '{key}=[{value}]'" if "," in value else ""
+            reason = "not a file" if matches else "no such file or folder" + several
+            raise ConfigError(f"{key}={value}: {reason}")
+        if len(files) < len(matches) and "**" not in value:  # which matches folders on its way
+            skipped["folder"] += len(matches) - len(files)
+    kept = []
+    for file in _once(files, skipped):
+        if (unread := _reason_to_skip(file)) is None:
+            kept.append(file)
+        else:
+            skipped[unread] += 1
+    if not kept:
+        beside = ", ".join(counted(skipped)) or "it is empty"
+        raise ConfigError(
+            f"{key}={value}: no text in there ({beside}); name the files, or a glob, to read others"
+        )
+    return sorted(kept)
+
+
+def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
+    """Return the files under ``root``; linked folders come last and are followed once."""
+    files: list[Path] = []
+    real, linked = [root], list[Path]()
+    seen = set(root.resolve().parents)  # a link up there would lead back here
+    while real or linked:
+        folder = real.pop() if real else linked.pop(0)
+        if folder.resolve() in seen:
+            skipped["repeated folder"] += 1
+            continue
+        seen.add(folder.resolve())
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or path.name in ("__MACOSX", "__pycache__"):
+                skipped["hidden folder" if path.is_dir() else "hidden file"] += 1
+            elif path.is_dir():
+                (linked if path.is_symlink() else real).append(path)
+            elif path.is_file():
+                files.append(path)
+            else:
+                skipped["broken link" if path.is_symlink() else "special file"] += 1
+    return files
+
+
+def _once(files: Iterable[Path], skipped: Counter[str]) -> list[Path]:
+    """Return every file by one of its names, which is not a link where it has another."""
+    kept: dict[tuple[int, int], Path] = {}
+    order = list(files)
+    for path in sorted(order, key=Path.is_symlink):
+        status = path.stat()
+        if kept.setdefault((status.st_dev, status.st_ino), path) is not path:
+            skipped["duplicate file"] += 1
+    names = set(kept.values())
+    return [path for path in dict.fromkeys(order) if path in names]
+
+
+def _shown_suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return (inner_suffix(path) + suffix if suffix in PACKED else suffix) or "without suffix"
+
+
+def _reason_to_skip(path: Path) -> str | None:
+    """Return why a file that no name asks for holds no text, as git tells it: by its first 8 kB."""
+    with path.open("rb") as file:
+        head = file.read(8192)
+    if not head:
+        return "empty file"
+    is_packed = path.suffix.lower() in (*BINARY, *PACKED) or head.startswith(tuple(MARKS))
+    return "binary file" if b"\0" in head and not is_packed else None

@@ -1,0 +1,307 @@
+"""Files to text, packed or not and in any encoding, and text to documents; a chunk at a time."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import contextlib
+import gzip
+import io
+import itertools
+import lzma
+import re
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tinygpt.config import ConfigError, one_line
+
+CHUNK = 1 << 20  # bytes read at a time
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+BINARY = (".parquet", ".arrow")
+ROW_FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
+# Byte order marks of what is not UTF-8, the longer ones first: they begin as the shorter do.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError),
+    *(lzma.LZMAError, zlib.error, zipfile.BadZipFile),
+)
+
+END_OF_TEXT = "<|endoftext|>"
+SECTION = 2000  # characters: about the length of a document cut from a long text
+
+_BLANK_LINE = re.compile(r"\n[ \t]*\n")
+_MARK = re.compile(rf"(.)(.){re.escape(END_OF_TEXT)}(?=(.))", re.DOTALL)
+_QUOTES = "\"'`“”‘’«»„()[]{}<>*_"
+_ENDS = ".!?…。！？\"'”’»)\n"  # of a text
+ENOUGH_MARKS, MANY_MARKS = 1000, 50  # that are looked at; without quotes in no text about them
+
+
+# --- packed files
+
+
+def packing(path: Path) -> str:
+    """Return the suffix by which a file is packed, or an empty text."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in PACKED else ""
+
+
+def inner_suffix(path: Path) -> str:
+    """Return the suffix, in lower case, that says what a file holds, below that of its packing."""
+    if not packing(path):
+        return path.suffix.lower()
+    suffix = Path(path.stem).suffix.lower()
+    if packing(path) == ".zip" and suffix not in ROW_FORMATS and path.is_file():
+        with contextlib.suppress(OSError, zipfile.BadZipFile, ConfigError):
+            return Path(_member(zipfile.ZipFile(path), path).filename).suffix.lower()
+    return suffix
+
+
+def format_of(path: Path) -> str:
+    """Return ``jsonl``, ``json``, ``csv`` or ``parquet`` by the suffix, for any other ``text``."""
+    return ROW_FORMATS.get(inner_suffix(path), "text")
+
+
+def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
+    """Return the one file of a .zip, beside those that macOS adds.  Raises ConfigError."""
+    found = [
+        one
+        for one in archive.infolist()
+        if not one.is_dir() and not re.search(r"(^|/)(__MACOSX/|\._|\.DS_Store)", one.filename)
+    ]
+    if len(found) != 1:
+        raise ConfigError(
+            f"data.path={path}: a .zip must hold one file, this one has {len(found)}; unpack it "
+            "and give the folder"
+        )
+    if found[0].flag_bits & 1:
+        raise ConfigError(f"data.path={path}: this .zip is encrypted; unpack it")
+    return found[0]
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a file: what is unpacked of it, and the file itself, whose place tells how far it is.
+
+    Raises ConfigError for what cannot be unpacked.
+    """
+    kind = packing(path)
+    try:
+        with path.open("rb") as raw:
+            stream: Any = raw
+            if kind in _OPENERS:
+                stream = _OPENERS[kind](raw)
+            elif kind == ".zst":
+                import pyarrow
+
+                stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd")
+            elif kind == ".zip":
+                archive = zipfile.ZipFile(raw)
+                stream = archive.open(_member(archive, path))
+            yield stream, raw
+    except _DAMAGED as error:
+        if not kind or isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"data.path={path}: damaged or no {kind} ({one_line(error)})") from error
+
+
+# --- text
+
+
+def text_chunks(path: Path, read: dict[Path, int], encoding: str | None = None) -> Iterator[str]:
+    """Yield the text of a file in chunks; ``read`` counts how many bytes of it have been read.
+
+    UTF-8, or what a byte order mark says, unless ``encoding`` names another.  Raises ConfigError
+    for bytes that are no such text, naming their place.
+    """
+    with unpacked(path) as (stream, raw):
+        first = stream.read(CHUNK)
+        decoder = codecs.getincrementaldecoder(_encoding(first, encoding))()
+        offset = lines = 0
+        for chunk in itertools.chain([first], iter(lambda: stream.read(CHUNK), b""), [None]):
+            pending = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(chunk or b"", final=chunk is None)
+            except UnicodeError as error:
+                start = getattr(error, "start", 0)
+                line = lines + getattr(error, "object", b"")[:start].count(b"\n") + 1
+                raise ConfigError(
+                    f"data.path={path}: not {encoding or 'UTF-8'} text: "
+                    f"{getattr(error, 'reason', error)} at byte {offset - pending + start:,}, line "
+                    f"{line:,}; data.encoding= names another, as latin-1"
+                ) from error
+            if "\0" in text:
+                raise ConfigError(f"data.path={path}: not a text file (it has zero bytes)")
+            offset += len(chunk or b"")
+            lines += text.count("\n")
+            read[path] = raw.tell()
+            if text:
+                yield text if encoding is None else unicode_only(text)
+
+
+def _encoding(first: bytes, asked: str | None) -> str:
+    found = next((name for mark, name in MARKS.items() if first.startswith(mark)), "utf-8-sig")
+    if asked is None:
+        return found
+    same = codecs.lookup(asked).name == codecs.lookup(found.removesuffix("-sig")).name
+    return found if same else asked
+
+
+def encoding_found(path: Path) -> str:
+    """Return the encoding, other than UTF-8, that a byte order mark names, else an empty text."""
+    with unpacked(path) as (stream, _):
+        found = _encoding(stream.read(4), None)
+    return "" if found.startswith("utf-8") else found.upper()
+
+
+def split_at(chunks: Iterable[str], separator: str) -> Iterator[str]:
+    """Yield the pieces of a stream of text between the separators."""
+    pending: list[str] = []
+    tail = ""
+    for chunk in chunks:
+        *ended, tail = (tail + chunk).split(separator)
+        for piece in ended:
+            yield "".join([*pending, piece])
+            pending = []
+        # what may hold the beginning of a separator waits for the next chunk
+        safe = max(0, len(tail) - len(separator) + 1)
+        pending.append(tail[:safe])
+        tail = tail[safe:]
+    yield "".join([*pending, tail])
+
+
+def unicode_only(value: Any) -> Any:
+    """Replace half of a surrogate pair, which JSON can spell but is no character, by U+FFFD."""
+    if isinstance(value, dict):
+        return {name: unicode_only(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [unicode_only(one) for one in value]
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return re.sub("[\ud800-\udfff]", "\ufffd", value)
+
+
+# --- documents
+
+
+def cut(chunks: Iterable[str], separator: str) -> Iterator[str]:
+    """Cut documents from a stream of text: ``none`` (one), ``sections``, or at a separator.
+
+    Line ends become ``\\n``.  Blank lines around a document are dropped, and white space behind it;
+    before it, too, where the separator is a mark such as ``<|endoftext|>``.
+    """
+    chunks, separator = unix_lines(chunks), "".join(unix_lines([separator]))
+    if separator == "none":
+        pieces: Iterator[str] = iter(["".join(chunks)])
+    elif separator == "sections":
+        pieces = _sections(chunks)
+    else:
+        pieces = split_at(chunks, separator)
+    keeps = keeps_indentation(separator)
+    for piece in pieces:
+        text = piece.strip()
+        if text and keeps:
+            before = piece[: piece.find(text[0])]
+            text = (before + ".").splitlines()[-1][:-1] + text
+        if text:
+            yield text
+
+
+def keeps_indentation(separator: str) -> bool:
+    """Return whether a document begins with a line, whose indentation is its own."""
+    return separator in ("none", "sections") or separator.isspace()
+
+
+def unix_lines(chunks: Iterable[str]) -> Iterator[str]:
+    """Yield the same text with ``\\n`` for every ``\\r\\n`` and ``\\r``."""
+    decoder = io.IncrementalNewlineDecoder(None, translate=True)
+    for chunk in chunks:
+        yield decoder.decode(chunk)
+    yield decoder.decode("", final=True)
+
+
+def is_separated(chunks: Iterable[str]) -> bool:
+    """Return whether ``<|endoftext|>`` stands between documents, not in sentences about it.
+
+    Between documents it has a line of its own, or a text ends directly before it or begins directly
+    behind it, without blanks, commas or quotation marks around it, in at least half of all cases;
+    or it follows the end of a sentence nearly everywhere; or it is everywhere and never quoted.
+    """
+    between = sentences = quoted = count = 0
+    for last, before, behind in itertools.islice(around_marks(chunks), ENOUGH_MARKS):
+        count += 1
+        is_quoted = before in _QUOTES and behind in _QUOTES
+        # scripts without spaces between words glue a mention to its sentence
+        in_sentence = before.isalnum() and before >= "\u0e00"
+        after_blank = before in " \t" and last in _ENDS
+        directly = before not in " \t=,;:" or (after_blank and behind == "\n")
+        between += directly and not (is_quoted or in_sentence or behind in " \t.,;:!?)")
+        sentences += after_blank
+        quoted += is_quoted
+    return (
+        between * 2 >= count > 0
+        or (count > 1 and (between + sentences) * 10 >= count * 9)
+        or (count >= MANY_MARKS and quoted * 10 <= count)
+    )
+
+
+def around_marks(chunks: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield the two characters before and the one behind every mark."""
+    tail = "\n\n"
+    for chunk in itertools.chain(unix_lines(chunks), ["\n"]):
+        text = tail + chunk
+        yield from _MARK.findall(text)
+        tail = text[-len(END_OF_TEXT) - 2 :]
+
+
+def _sections(chunks: Iterable[str]) -> Iterator[str]:
+    buffer, in_line = "", False
+
+    def section(start: int, end: int | None = None) -> str:
+        nonlocal in_line
+        text = buffer[start:end]
+        if in_line:  # which was cut: its spaces indent nothing
+            text = re.sub(r"\A[^\S\n]+", "", text)
+        in_line = end is not None and buffer[end - 1] != "\n"
+        return text
+
+    for chunk in chunks:
+        buffer += chunk
+        start = 0
+        while len(buffer) - start > 2 * SECTION:
+            end = _section_end(buffer, start)
+            yield section(start, end)
+            start = end
+        buffer = buffer[start:]
+    end = _section_end(buffer, 0) if len(buffer) > SECTION * 3 // 2 else 0
+    if end:
+        yield section(0, end)
+    yield section(end)
+
+
+def _section_end(buffer: str, start: int) -> int:
+    """Return the first blank line after SECTION characters, else a line's end, a space, a cut."""
+    window = (start + SECTION, start + 2 * SECTION)
+    blank = _BLANK_LINE.search(buffer, *window)
+    if blank:
+        return blank.end()
+    for mark in ("\n", " "):
+        place = buffer.find(mark, *window)
+        if place >= 0:
+            return place + 1
+    return window[0]
