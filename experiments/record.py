@@ -99,10 +99,8 @@ def head(runs: pd.DataFrame) -> str:
 def refit(runs: pd.DataFrame, facts: Facts, law: str = "") -> Fit:
     """The study's law, or another, through ``runs``, in the way of its fit.json."""
     columns = {name: one["column"] for name, one in facts["variables"].items()}
-    how = {name: facts["method"][name] for name in ("estimator", "threshold")}
-    return fit(
-        runs, law or facts["law"], loss=facts["loss"], threshold_unit="absolute", **how, **columns
-    )
+    how = {"estimator": facts["method"]["estimator"], "limit": facts["method"]["threshold"]}
+    return fit(runs, law or facts["law"], loss=facts["loss"], **how, **columns)
 
 
 def used(name: str, runs: pd.DataFrame, facts: Facts) -> pd.DataFrame:

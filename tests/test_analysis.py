@@ -503,10 +503,9 @@ def test_one_estimator_compares_all_laws() -> None:
     assert "heavy tails" in found.fit.reason
 
 
-@pytest.mark.parametrize("estimator", ["absolute", "likelihood"])
-def test_the_scatter_does_not_vanish_where_hardly_a_residual_is_inside(estimator: str) -> None:
+def test_the_scatter_does_not_vanish_where_hardly_a_residual_is_inside() -> None:
     runs = table(chinchilla, 0.01, seeds=1, points=5)
-    found = analysed(runs, law="power", variable="D", estimator=estimator)
+    found = analysed(runs, law="power", variable="D", estimator="likelihood")
     squares = analysed(runs, law="power", variable="D", estimator="least_squares")
     assert found.fit.scale == pytest.approx(squares.fit.scale, rel=1.0)
 
@@ -855,6 +854,11 @@ def test_a_sum_of_powers_of_one_s_own_splits_a_budget(forget: None) -> None:
         ({"name": "power"}, "law=power: is one of tinygpt's own; choose another name"),
         ({"variables": ("N", "T")}, "law=shifted: variables=('N', 'T'): must be one of ('x',), "),
         ({"expression": None}, "law=shifted: give it either powers or an expression"),
+        ({"expression": lambda p, x: np.logaddexp(p["E"], p["A"])}, "law=shifted: expression: "),
+        (
+            {"expression": lambda p, x: np.abs(p["alpha"]) + p["A"] * x["x"]},
+            "law=shifted: expression: must be analytic in its parameters",
+        ),
     ],
 )
 def test_a_law_that_cannot_be_one(change: dict[str, Any], line: str, forget: None) -> None:

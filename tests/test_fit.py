@@ -18,9 +18,9 @@ import pytest
 
 from tests.conftest import Command, tiny
 from tinygpt import fileio, fit, rundir, scaling
-from tinygpt.scaling import own_laws, plots
+from tinygpt.scaling import plots
 from tinygpt.scaling.intervals import predict_interval
-from tinygpt.scaling.laws import LAWS
+from tinygpt.scaling.laws import BUILT_IN, LAWS
 from tinygpt.scaling.runs import curves_of, load_runs
 
 FLOOR, AMOUNT, ALPHA = 0.9, 60.0, 0.4
@@ -40,7 +40,7 @@ def table(sizes: int = 6, seeds: int = 2) -> pd.DataFrame:
 
 
 def test_the_help_names_every_law() -> None:
-    assert set(own_laws.BUILT_IN) <= set(fit.USAGE.split())
+    assert set(BUILT_IN) <= set(fit.USAGE.split())
 
 
 def results(row: dict[str, Any], width: int) -> dict[str, Any]:
@@ -286,6 +286,8 @@ def test_predicted_from_the_command_line(
         ("objective=nats", "objective=nats: must be one of log, raw"),
         ("isoflop=spline", "isoflop=spline: must be one of cubic, akima, parabola"),
         ("isoflop=akima", "isoflop=akima: needs a law in N and D"),
+        ("estimator=absolute", "estimator=absolute: removed; estimator=likelihood comes to"),
+        ("threshold_unit=absolute", "threshold_unit: removed; threshold= is in units of the noise"),
         ("law=none.py:mine", "law=none.py:mine: none.py: [Errno 2] No such file"),
         ("law=laws.py:mine", "law=laws.py:mine: laws.py defines no Law called mine"),
         ("law=bad.py:mine", "law=bad.py:mine: bad.py: boom"),

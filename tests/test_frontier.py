@@ -18,7 +18,6 @@ from tinygpt.scaling import fit as fit_law
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.frontier import CURVES, LAW, PROFILES, frontier, predict
 from tinygpt.scaling.isoflop import PowerLaw, budgets, envelope, isoflop
-from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.runs import load_curves
 from tinygpt.scaling.split import (
     best_split,
@@ -460,20 +459,6 @@ def test_without_degrees_of_freedom_there_are_no_bands() -> None:
     found = predict(law, 1e20)
     assert np.isnan(found.n.low)
     assert np.isnan(found.loss.low)
-
-
-@pytest.mark.parametrize("name", LAWS)
-def test_the_loss_at_other_places_for_each_parameter_vector(name: str) -> None:
-    """What the numeric split asks of every law: rows of places, as if one vector at a time."""
-    law = LAWS[name]
-    random = np.random.default_rng(0)
-    theta = random.uniform(0.2, 0.8, (3, len(law)))
-    x = {variable: random.normal(size=(3, 5)) for variable in law.variables}
-    together = law.log_loss(theta, x)
-    assert together.shape == (3, 5)
-    for i in range(3):
-        one = law.derivatives(theta[i : i + 1], {v: rows[i] for v, rows in x.items()})
-        assert together[i] == pytest.approx(one.value[0], rel=1e-12)
 
 
 # --- FLOPs as recorded

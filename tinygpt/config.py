@@ -526,6 +526,8 @@ REMOVED = {
         ["methods=uniform_directive", "methods=fixed_best_directive"],
         "methods=[lora_doc,restem] compares the document with learned directives",
     ),
+    "estimator=absolute": "estimator=likelihood comes to the same law",
+    "threshold_unit": "threshold= is in units of the noise",
 }
 # Flags of Lightning's Trainer that the recipe decides, by the keys that do.
 DECIDED = {

@@ -37,8 +37,8 @@ law=auto                the best by AICc, or the name of one: power power_consta
                         or FILE.py:NAME, one of your own (docs/laws.md)
 variable=auto           what a law in one variable goes by: N D U T C
 loss=final_val_loss     the column of the loss; final_val_bits_per_byte compares tokenizers
-estimator=auto          least_squares huber absolute likelihood
-threshold=NUMBER        of huber, in units of the noise; threshold_unit=absolute: in log L
+estimator=auto          least_squares huber likelihood
+threshold=NUMBER        of huber, in units of the noise
 objective=log           raw: residuals of the loss itself, not of its logarithm
 budgets=1e15,1e16       FLOPs to split between parameters and tokens
 predict=PLACES          the loss, with its interval, at '[{n: 13e9, d: 5e12}, {n: 7e9, d: 2e12}]';
@@ -90,7 +90,6 @@ class Arguments:
     loss: str = "final_val_loss"
     estimator: str = "auto"
     threshold: Optional[float] = key(None, above=0.0)
-    threshold_unit: str = key("noise", among=("noise", "absolute"))
     objective: str = key("log", among=("log", "raw"))
     budgets: list[float] = field(default_factory=list)
     predict: Optional[str] = None
@@ -110,11 +109,11 @@ def main() -> None:
         adaptation_report.make(arguments.runs, _folder(arguments), arguments.seed)
         return
     _check_table_keys(arguments)
-    from tinygpt.scaling import own_laws
+    from tinygpt.scaling import laws
     from tinygpt.scaling.columns import read_places
 
     places = [] if arguments.predict is None else read_places(arguments.predict)
-    law = own_laws.load(arguments.law) if ".py:" in arguments.law else arguments.law
+    law = laws.load(arguments.law) if ".py:" in arguments.law else arguments.law
     table, folder = _read(arguments)
     import pandas as pd
 
@@ -130,7 +129,6 @@ def main() -> None:
         variable=arguments.variable,
         estimator=arguments.estimator,
         threshold=arguments.threshold,
-        threshold_unit=arguments.threshold_unit,
         objective=arguments.objective,
         budgets=arguments.budgets,
         places=places,

@@ -11,8 +11,7 @@ from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, predict
 from tinygpt.scaling.intervals import Interval, bootstrap, delta, intervals, of_loss, profile
 from tinygpt.scaling.isoflop import Envelope, IsoFlop, envelope, isoflop
-from tinygpt.scaling.laws import LAWS, Law, logaddexp, sum_of_powers
-from tinygpt.scaling.own_laws import register
+from tinygpt.scaling.laws import LAWS, Law, logaddexp, register, sum_of_powers
 from tinygpt.scaling.runs import load_curves, load_runs
 from tinygpt.scaling.split import best_split, by_law, flops_per_token, recorded
 from tinygpt.scaling.tables import read_table

@@ -120,7 +120,6 @@ def analyse(
     law: str = "auto",
     estimator: str = "auto",
     threshold: float | None = None,
-    threshold_unit: str = "noise",
     variable: str = "auto",
     objective: str = "log",
     budgets: Sequence[float] = (),
@@ -155,7 +154,6 @@ def analyse(
         "loss": columns.loss,
         "estimator": estimator,
         "threshold": threshold,
-        "threshold_unit": threshold_unit,
         "objective": objective,
         "seed": seed,
         **variables,
@@ -190,7 +188,7 @@ def analyse(
     others = other_settings(runs, columns, variables.values())
     settings |= {"estimator": best.estimator}
     if best.estimator == "huber":
-        settings |= {"threshold": best.optimum.threshold, "threshold_unit": "absolute"}
+        settings |= {"limit": best.optimum.threshold}
     total = _in_total(runs, best, columns, settings)
     checks = [
         *check_design(named),

@@ -1,8 +1,14 @@
-"""One law through the points of a table: estimators by name, and the fit as an object."""
+"""One law through the points of a table: where a search starts, the best minimum, estimators.
+
+A sum of powers is fitted by variable projection: on a grid of exponents the coefficients follow
+in closed form, and every local minimum of that surface is polished.  Other laws are polished from
+many starts instead.  The threshold of a robust estimator comes down step by step on the way.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,15 +17,13 @@ import pandas as pd
 from scipy import optimize, special
 
 from tinygpt.checks import did_you_mean
-from tinygpt.config import ConfigError
-from tinygpt.scaling.laws import LAWS, Array, Law
-from tinygpt.scaling.newton import bounds
-from tinygpt.scaling.optimum import Optimum, find_optimum
+from tinygpt.config import REMOVED, ConfigError
+from tinygpt.scaling.laws import LAWS, Array, Law, check
 from tinygpt.scaling.points import Points
+from tinygpt.scaling.solver import FADING, NDBool, Solved, bounds, objective, solve, term_mask
 
-ESTIMATORS = ("auto", "least_squares", "huber", "absolute", "likelihood")
+ESTIMATORS = ("auto", "least_squares", "huber", "likelihood")
 OBJECTIVES = ("log", "raw")
-UNITS = ("noise", "absolute")  # of Huber's threshold
 # Which column is which variable, unless the caller says otherwise.
 COLUMNS = {
     "N": "parameters_non_embedding",
@@ -30,8 +34,183 @@ COLUMNS = {
 LOSS = "final_val_loss"
 EFFICIENT = 1.345  # Huber's threshold in units of the noise: 95 % efficient under a normal
 HUBER_DENSITY = 1e-3  # threshold of the likelihood in units of its scale
-ABSOLUTE = 1e-7  # Huber's threshold in units of the noise, where he is as good as absolute
 FEWEST_TO_JUDGE = 20  # residuals; the distribution of fewer cannot be judged
+
+# --- where a search starts
+
+EXPONENTS = np.geomspace(0.015, 2.4, 34)
+MOST_ON_GRID = 1000  # points that the surface of the grid is drawn from
+N_STARTS = 1024  # of a law that is no sum of powers; the best are polished
+N_POLISHED = 32
+# Where the starts of a law that is no sum of powers lie: exponents, logarithms of coefficients
+# (of a term: relative to the least loss).
+LIKELY = {
+    "E": (-3.0, 0.0),
+    **dict.fromkeys(("A", "B", "Nc", "Dc"), (-4.0, 1.0)),
+    **dict.fromkeys(("alpha", "beta"), (0.03, 1.0)),
+    **dict.fromkeys(("rn", "rd"), (0.0, 4.0)),
+    "gamma": (0.3, 2.0),
+    "c": (-3.0, 5.0),
+    "f": (-3.0, 1.0),
+    "x1": (0.0, 1.0),
+}
+
+
+def grid_starts(law: Law, points: Points) -> Array:
+    """Return the local minima of a sum of powers over a grid of its exponents, (B, P).
+
+    At each node the coefficients that minimise the sum of squared relative errors, none of them
+    negative, follow in closed form, by trying each set of active terms.
+    """
+    from scipy.ndimage import minimum_filter  # slow to import
+
+    points = points.rows(slice(None, None, 1 + len(points) // MOST_ON_GRID))
+    kinds, dimensions = len(law.coefficients), len(law.exponents)
+    grid = np.array(list(itertools.product(EXPONENTS, repeat=dimensions)))
+    theta = np.hstack([np.zeros((len(grid), kinds)), grid])
+    terms = np.moveaxis(np.exp(law.terms(theta, points.x) - points.y), 0, 1)  # (G, K, n)
+    gram, target = terms @ np.swapaxes(terms, 1, 2), terms.sum(axis=2)
+    least = np.full(len(grid), np.inf)
+    coefficients = np.zeros((len(grid), kinds))
+    for count in range(1, kinds + 1):
+        for active in itertools.combinations(range(kinds), count):
+            part = gram[:, active, :][:, :, active]
+            ridge = 1e-13 * np.trace(part, axis1=1, axis2=2)[:, None, None] * np.eye(count)
+            found = np.linalg.solve(part + ridge, target[:, active, None])[..., 0]
+            value = -np.sum(found * target[:, active], axis=1)
+            take = (found >= 0).all(axis=1) & (value < least)
+            least[take], coefficients[take] = value[take], 0.0
+            coefficients[np.ix_(take, active)] = found[take]
+    theta[:, :kinds] = np.log(np.maximum(coefficients, 1e-6))
+    surface = least.reshape((len(EXPONENTS),) * dimensions)
+    lowest = np.flatnonzero(surface <= minimum_filter(surface, size=3, mode="nearest"))
+    starts: Array = theta[lowest[np.argsort(least[lowest], kind="stable")[:8]]]
+    return starts
+
+
+def spread_starts(law: Law, points: Points, seed: int) -> Array:
+    """Return starts for any law: a Sobol sequence over what its parameters may reasonably be."""
+    from scipy.stats import qmc  # slow to import
+
+    names = law.parameters
+    unit = qmc.Sobol(len(names), seed=seed).random(N_STARTS)
+    ends = np.array([LIKELY.get(name) or _likely(law, name) for name in names])
+    starts = ends[:, 0] + unit * (ends[:, 1] - ends[:, 0])
+    least = points.y.min()
+    for j, name in enumerate(names):
+        if name in (law.powers or ("E", "A", "B")):
+            starts[:, j] += least
+        if name in ("Nc", "Dc"):  # its power is what is about as large as the loss
+            exponent = starts[:, names.index("alpha" if name == "Nc" else "beta")]
+            starts[:, j] = (starts[:, j] + least) / exponent
+        if name == "x1":
+            starts[:, j] = np.quantile(points.x["x"], unit[:, j])
+    starts = np.clip(starts, *bounds(law, points))
+    with np.errstate(all="ignore"):
+        found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
+    best: Array = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
+    return best
+
+
+def _likely(law: Law, name: str) -> tuple[float, float]:
+    """Return where to look for a parameter of a law of the user's: within its bounds, if any."""
+    if name in law.bounds:
+        ends = np.array(law.bounds[name], dtype=float)
+        with np.errstate(divide="ignore"):
+            low, high = np.log(ends) if name in law.coefficients else ends
+        return max(low, -10.0), min(high, 10.0)
+    return (-4.0, 2.0) if name in law.coefficients else (0.03, 1.0)
+
+
+# --- the best minimum
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best minimum found, and what certifies it."""
+
+    law: Law  # without the terms that went to zero
+    theta: Array  # (P,)
+    threshold: float
+    objective: float  # Σ huber(residual, threshold)
+    gradient_norm: float
+    smallest_eigenvalue: float  # of the Hessian, in the free parameters for centred variables
+    converged: bool
+    basins: tuple[float, ...]  # the objectives of the distinct minima, best first
+    starts: int
+    at_bound: tuple[str, ...]  # terms that went to zero, parameters at the end of their range
+
+
+def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int = 0) -> Optimum:
+    """Return the least sum of Huber's losses of the residuals.
+
+    The threshold comes down from the largest residual, a factor of √10 at a time: at each stage
+    the minima of the last are the starts.
+    """
+    grid = law.powers and max(map(len, law.powers.values())) == 1 and len(law.exponents) <= 2
+    starts = grid_starts(law, points) if grid else spread_starts(law, points, seed)
+    found = _distinct(solve(law, points, starts))
+    low, high = bounds(law, points)
+    if "E" in law.parameters and not (law.powers and found.converged[0]):
+        zero = found.theta[: N_POLISHED // 4].copy()  # a slope in E may lead away from E = 0
+        zero[:, law.parameters.index("E")] = low[law.parameters.index("E")]
+        found = _distinct(solve(law, points, np.vstack([found.theta, zero])))
+    if np.isfinite(threshold):
+        largest = float(np.abs(points.residuals(law, found.theta[0])).max())
+        count = max(1, int(np.ceil(2 * np.log10(max(largest, 1e-300) / threshold))))
+        for stage in threshold * 10.0 ** (np.arange(count - 1, -1, -1) / 2):
+            found = _distinct(solve(law, points, found.theta, stage))
+    theta = found.theta[0]
+    reach = np.where(term_mask(law), 0.5 * FADING, 0.0)  # a term so close to its floor is none
+    free = ~((theta <= low + reach) | (theta >= high))
+    gone = [name for name, stays in zip(law.parameters, free, strict=True) if not stays]
+    if gone and law.powers and len(law.powers) > 1:
+        rest = find_optimum(law.without(gone[0]), points, threshold, seed)
+        return replace(rest, at_bound=(gone[0], *rest.at_bound), starts=len(starts))
+    return Optimum(
+        law,
+        theta,
+        threshold,
+        float(found.objective[0]),
+        float(np.linalg.norm(found.gradient[0, free])),
+        _smallest_eigenvalue(law, points, theta, threshold, free),
+        bool(found.converged[0]),
+        tuple(found.objective.tolist()),
+        len(starts),
+        tuple(gone),
+    )
+
+
+def _distinct(found: Solved) -> Solved:
+    """Return each minimum once, the best first."""
+    order = np.lexsort((~found.converged, found.objective))
+    near = 1e-6 * abs(found.objective[order[0]]) + 1e-300
+    kept: list[int] = []
+    for i in order:
+        if not np.isfinite(found.objective[i]) or (kept and not found.converged[i]):
+            continue
+        if all(
+            abs(found.objective[i] - found.objective[k]) > near
+            or np.abs(found.theta[i] - found.theta[k]).max() > 1e-3
+            for k in kept
+        ):
+            kept.append(int(i))
+    return found[kept]
+
+
+def _smallest_eigenvalue(
+    law: Law, points: Points, theta: Array, threshold: float, free: NDBool
+) -> float:
+    """Return that of the whole Hessian of the objective, by differences of its gradient."""
+    steps = 1e-5 * np.eye(len(law))[free]
+    with np.errstate(all="ignore"):
+        _, up, _ = objective(law, points, theta + steps, threshold)
+        _, down, _ = objective(law, points, theta - steps, threshold)
+    hessian = ((up - down) / 2e-5)[:, free]
+    return float(np.linalg.eigvalsh((hessian + hessian.T) / 2)[0])
+
+
+# --- a fit
 
 
 @dataclass(frozen=True)
@@ -57,7 +236,7 @@ class Fit:
         """By name; a term that went to zero has coefficient 0 and no exponent (nan)."""
         found = self.optimum.law.natural(self.optimum.theta, self.points.centres)
         missing = dict.fromkeys(self.law.coefficients, 0.0)
-        missing |= {name: float("nan") for name in self.law.exponents}
+        missing |= dict.fromkeys(self.law.exponents, float("nan"))
         return {name: found.get(name, missing[name]) for name in self.law.parameters}
 
     @cached_property
@@ -71,14 +250,14 @@ class Fit:
         return "L" if self.points.raw else "log L"
 
     def relative(self, spread: float, loss: Any = None) -> Any:
-        """A spread of residuals as a part of ``loss``, by default of the mean of the runs."""
+        """Return a spread of residuals as a part of ``loss``, by default the mean of the runs."""
         if not self.points.raw:
             return spread
         return spread / (np.exp(self.points.y.mean()) if loss is None else loss)
 
     @property
     def bounds_met(self) -> dict[str, str]:
-        """What is to be said of each parameter that lies at a bound, by its name."""
+        """What to say of each parameter that lies at a bound, by its name."""
         found = self.optimum
         low = dict(zip(found.law.parameters, bounds(found.law, self.points)[0], strict=True))
         theta = dict(zip(found.law.parameters, found.theta, strict=True))
@@ -86,35 +265,33 @@ class Fit:
         for name in found.at_bound:
             least = name in theta and theta[name] <= low[name]
             if name not in theta or (name in ("E", "A", "B") and name not in self.law.bounds):
-                met[name] = "went to zero, its natural bound: these data do not show that term"
+                words = "went to zero, its natural bound: these data do not show that term"
             elif name == "x1":
                 end = "smallest" if least else "largest"
-                met[name] = f"is the {end} x of the runs, its natural bound: they show no break"
+                words = f"is the {end} x of the runs, its natural bound: they show no break"
             elif least and self.law.bounds[name][0] == 0:
-                met[name] = "is at its natural bound: below zero the loss would rise"
+                words = "is at its natural bound: below zero the loss would rise"
             else:
                 end = f"{'lower' if least else 'upper'} bound"
-                met[name] = f"is at its {end}: its value comes from the bound, not from the runs"
-        values = {name: f"{name} = {self.parameters[name]:.4g}" for name in met}
-        return {name: f"{values[name]} {words}" for name, words in met.items()}
+                words = f"is at its {end}: its value comes from the bound, not from the runs"
+            met[name] = f"{name} = {self.parameters[name]:.4g} {words}"
+        return met
 
     @property
     def degrees(self) -> int:
-        """Of freedom: points less parameters."""
+        """Degrees of freedom: points less parameters."""
         return len(self.points) - len(self.optimum.law)
 
     @property
     def r_squared(self) -> float:
         """The share of the variance of log L, or of L, that the law explains."""
         y = self.points.response
-        total = float(np.sum((y - y.mean()) ** 2))
-        return 1.0 - float(np.sum(self.residuals**2)) / total
+        return 1.0 - float(np.sum(self.residuals**2)) / float(np.sum((y - y.mean()) ** 2))
 
     def predict(self, **values: Any) -> Array:
-        """The loss at new values of the law's variables, as ``N=..., D=...``."""
+        """Return the loss at new values of the law's variables, as ``N=..., D=...``."""
         x = self.points.at(values)
-        found: Array = np.exp(self.optimum.law.log_loss(self.optimum.theta[None], x)[0])
-        return found
+        return np.asarray(np.exp(self.optimum.law.log_loss(self.optimum.theta[None], x)[0]))
 
 
 def fit(
@@ -124,64 +301,51 @@ def fit(
     loss: str = LOSS,
     estimator: str = "auto",
     threshold: float | None = None,
-    threshold_unit: str = "noise",
+    limit: float | None = None,
     objective: str = "log",
     seed: int = 0,
     **columns: str,
 ) -> Fit:
-    """Fits ``law`` to a table, a row a run.
+    """Fit ``law`` to a table, a row a run.
 
     ``columns`` say where the variables of the law stand, as ``N="params"``; ``loss`` names that
-    of the loss.  ``estimator``: ``least_squares`` (of log L), ``huber`` (with ``threshold``, by
-    default 1.345 times the noise; ``threshold_unit="absolute"`` for one in log L, as the 1e-3 of
-    Hoffmann et al. 2022), ``absolute`` (least absolute deviations), ``likelihood`` (Huber's
-    density with its scale as a parameter, ``threshold`` in units of it: Besiroglu et al. 2024),
-    or ``auto``: least squares unless the residuals speak against it.  ``objective`` says whether
-    residuals are those of log L (``log``) or of L (``raw``).  ``seed`` is that of the starts, where
-    there are random ones.
+    of the loss.  ``estimator``: ``least_squares`` (of log L), ``huber`` (with ``threshold`` in
+    units of the noise, by default 1.345; or with a ``limit`` in log L itself, as the 1e-3 of
+    Hoffmann et al. 2022), ``likelihood`` (Huber's density with its scale as a parameter,
+    ``threshold`` in units of it: Besiroglu et al. 2024), or ``auto``: least squares unless the
+    residuals speak against it.  ``objective`` says whether residuals are those of log L
+    (``log``) or of L (``raw``).  ``seed`` is that of the starts, where there are random ones.
 
     Raises ConfigError, one line, where the table cannot carry the law.
     """
     form = _named(law)
+    if removed := REMOVED.get(f"estimator={estimator}"):
+        raise ConfigError(f"estimator={estimator}: removed; {removed}")
     if estimator not in ESTIMATORS:
         raise ConfigError(f"estimator={estimator}: must be one of {', '.join(ESTIMATORS)}")
-    if threshold_unit not in UNITS:
-        raise ConfigError(f"threshold_unit={threshold_unit}: must be one of {', '.join(UNITS)}")
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective={objective}: must be one of {', '.join(OBJECTIVES)}")
     if threshold is not None and not threshold > 0:
         raise ConfigError(f"threshold={threshold:g}: must be above zero")
-    where = {name: {**COLUMNS, **columns}[name] for name in _plain(form)}
+    where = {name.removeprefix("log "): "" for name in form.variables}
+    where = {name: {**COLUMNS, **columns}[name] for name in where}
     points = Points.read(table, form, where, loss, raw=objective == "raw")
     reason = "asked for"
-    squares = find_optimum(form, points, seed=seed)
+    optimum = find_optimum(form, points, seed=seed)
     if estimator == "auto":
-        estimator, reason = judge(points.residuals(squares.law, squares.theta))
-    optimum = squares
+        estimator, reason = judge(points.residuals(optimum.law, optimum.theta))
     if estimator == "huber":
-        limit = EFFICIENT if threshold is None else threshold
-        if threshold_unit == "noise":
-            limit *= max(robust_scale(points, squares), 1e-12)
+        limit = limit or (threshold or EFFICIENT) * robust_scale(points, optimum)
         optimum = find_optimum(form, points, limit, seed)
-    elif estimator == "absolute":
-        optimum = _absolute(form, points, squares, seed)
     elif estimator == "likelihood":
-        optimum = _likelihood(form, points, squares, threshold or HUBER_DENSITY, seed)
-    return Fit(
-        form,
-        optimum,
-        points,
-        table,
-        where,
-        loss,
-        estimator,
-        reason,
-        residual_scale(points, optimum),
-    )
+        optimum = _likelihood(form, points, optimum, threshold or HUBER_DENSITY, seed)
+    scale = residual_scale(points, optimum)
+    return Fit(form, optimum, points, table, where, loss, estimator, reason, scale)
 
 
 def _named(law: str | Law) -> Law:
     if isinstance(law, Law):
+        check(law)
         return law
     if law not in LAWS:
         nearest = did_you_mean(law, list(LAWS))
@@ -189,12 +353,8 @@ def _named(law: str | Law) -> Law:
     return LAWS[law]
 
 
-def _plain(law: Law) -> list[str]:
-    return [name.removeprefix("log ") for name in law.variables]
-
-
 def judge(residuals: Array) -> tuple[str, str]:
-    """The estimator that residuals of least squares ask for, and why."""
+    """Return the estimator that residuals of least squares ask for, and why."""
     n = len(residuals)
     if n < FEWEST_TO_JUDGE:
         return "least_squares", f"{n} residuals are too few to judge their distribution"
@@ -205,55 +365,49 @@ def judge(residuals: Array) -> tuple[str, str]:
     excess = float(stats.kurtosis(residuals))
     p = float(stats.kurtosistest(residuals).pvalue)
     if excess > 0 and p < 0.01:
-        return (
-            "huber",
-            f"the residuals have heavy tails (excess kurtosis {excess:.1f}, p = {p:.1g})",
-        )
+        words = f"the residuals have heavy tails (excess kurtosis {excess:.1f}, p = {p:.1g})"
+        return "huber", words
     return "least_squares", f"the residuals have no heavy tails (excess kurtosis {excess:.1f})"
 
 
 def robust_scale(points: Points, optimum: Optimum) -> float:
-    """From the median absolute residual, corrected for the fitted parameters."""
+    """Return the median absolute residual as a standard deviation, corrected for the fitted
+    parameters; never zero."""
     residuals = np.abs(points.residuals(optimum.law, optimum.theta))
     degrees = max(1, len(points) - len(optimum.law))
-    return float(np.median(residuals) / special.ndtri(0.75) * np.sqrt(len(points) / degrees))
+    scale = float(np.median(residuals) / special.ndtri(0.75) * np.sqrt(len(points) / degrees))
+    return max(scale, 1e-12)
 
 
 def residual_scale(points: Points, optimum: Optimum) -> float:
-    """The standard deviation that an M-estimator implies; of least squares the usual one.
+    """Return the standard deviation that an M-estimator implies; of least squares the usual one.
 
     Where the threshold leaves hardly a residual inside, the estimator is the median's: its error
     is that of a mean times √(π/2).
     """
     residuals = points.residuals(optimum.law, optimum.theta)
-    if np.sum(np.abs(residuals) <= optimum.threshold) < 2 * len(optimum.law):
+    inside = int(np.sum(np.abs(residuals) <= optimum.threshold))
+    if inside < 2 * len(optimum.law):
         return robust_scale(points, optimum) * float(np.sqrt(np.pi / 2))
     slope = np.clip(residuals, -optimum.threshold, optimum.threshold)
-    inside = max(np.mean(np.abs(residuals) <= optimum.threshold), 1 / len(points))
     degrees = max(1, len(points) - len(optimum.law))
-    return float(np.sqrt(np.sum(slope**2) / degrees) / inside)
-
-
-def _absolute(law: Law, points: Points, squares: Optimum, seed: int) -> Optimum:
-    noise = max(robust_scale(points, squares), 1e-9)
-    return find_optimum(law, points, ABSOLUTE * noise, seed)
+    return float(np.sqrt(np.sum(slope**2) / degrees) / inside * len(points))
 
 
 def _likelihood(law: Law, points: Points, squares: Optimum, unit: float, seed: int) -> Optimum:
-    """Alternates the law, given the scale, and the scale, given the law, until both stand."""
-    optimum, threshold = squares, np.inf
+    """Alternate the law, given the scale, and the scale, given the law, until both stand."""
+    optimum = squares
     for _ in range(100):
-        residuals = np.abs(points.residuals(optimum.law, optimum.theta))
-        new = unit * _density_scale(residuals, unit)
-        if np.isfinite(threshold) and abs(new / threshold - 1) < 1e-6:
+        sizes = np.abs(points.residuals(optimum.law, optimum.theta))
+        new = unit * _density_scale(sizes, unit)
+        if np.isfinite(optimum.threshold) and abs(new / optimum.threshold - 1) < 1e-6:
             break
-        threshold = new
-        optimum = find_optimum(law, points, threshold, seed)
+        optimum = find_optimum(law, points, new, seed)
     return optimum
 
 
 def _density_scale(sizes: Array, unit: float) -> float:
-    """Where n·log σ + Σ huber(r/σ) is least."""
+    """Return where n·log σ + Σ huber(r/σ) is least."""
 
     def slope(log_scale: float) -> float:
         ratio = sizes / np.exp(log_scale)

@@ -7,34 +7,25 @@ the quantiles of Student's t.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special
+from scipy import special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.laws import Array
-from tinygpt.scaling.newton import (
-    FADING,
-    LEAST,
-    LEAST_FACTOR,
-    NDBool,
-    bounds,
-    huber,
-    objective,
-    polish,
-    term_mask,
-)
+from tinygpt.scaling.solver import LEAST, Hold, bounds, huber, solve, term_mask
 
 LEVEL = 0.95
 REPLICAS = 1000  # where the bootstrap stands in
-FAINT = np.log(1e-4)  # of a term that is zero: from where its profile is followed
+FAINT = float(np.log(1e-4))  # of a term that is zero: from where its profile is followed
 FURTHEST = 30.0  # standard errors that a profile is followed
+STIFFNESS = 1e6  # of a target that is held, in units of the curvature of its profile
 
 
 @dataclass(frozen=True)
@@ -60,68 +51,84 @@ class Interval:
 class Target:
     """A function of the parameters; ``is_log``: what is reported is its exponential."""
 
-    derivatives: Callable[[Array], tuple[float, Array, Array]]  # (P,) -> value, (P,), (P, P)
+    function: Callable[[Array], tuple[Array, Array]]  # (B, P) -> values (B,), gradients (B, P)
     is_log: bool
+
+    def at(self, theta: Array) -> tuple[float, Array]:
+        """Return the value and its gradient, (P,), at one vector."""
+        value, gradient = self.function(theta[None])
+        return float(value[0]), gradient[0]
 
     def report(self, value: float) -> float:
         return float(np.exp(value)) if self.is_log else float(value)
 
 
 def of_parameter(fit: Fit, name: str) -> Target:
-    """A parameter of the formula.  Raises ConfigError for a name that the law has not."""
+    """Return a parameter of the formula.  Raises ConfigError for a name that the law has not."""
     law = fit.optimum.law
     if name not in law.parameters:
         raise ConfigError(f"{name}: must be one of {', '.join(law.parameters)}")
     row = law.shift(fit.points.centres)[law.parameters.index(name)]
-    flat = np.zeros((len(law), len(law)))
     return Target(
-        lambda theta: (float(row[:-1] @ theta + row[-1]), row[:-1], flat),
+        lambda theta: (theta @ row[:-1] + row[-1], np.broadcast_to(row[:-1], theta.shape)),
         name in law.coefficients,
     )
 
 
 def of_loss(fit: Fit, **values: float) -> Target:
-    """The loss at one place, as ``N=..., D=...``."""
+    """Return the loss at one place, as ``N=..., D=...``."""
     law, x = fit.optimum.law, fit.points.at(values)
-    one = np.ones((1, 1))
 
-    def derivatives(theta: Array) -> tuple[float, Array, Array]:
-        found = law.derivatives(theta[None], x)
-        return float(found.value[0, 0]), found.gradient[0, 0], found.curvature(one)[0]
+    def function(theta: Array) -> tuple[Array, Array]:
+        value, gradient = law.derivatives(theta, x)
+        return value[:, 0], gradient[:, 0]
 
-    return Target(derivatives, is_log=True)
+    return Target(function, is_log=True)
 
 
 # --- from the curvature at the optimum
 
 
 def covariance(fit: Fit) -> Array:
-    """Of the parameters for centred variables, (P, P): s² (JᵀJ)⁻¹.
+    """Return that of the parameters for centred variables, (P, P): s² (JᵀJ)⁻¹.
 
     s is the scale of an M-estimator (Huber & Ronchetti 2009, section 7.6); of least squares it is
     the standard error of the residuals.  A parameter at its bound does not vary.
     """
     law = fit.optimum.law
-    jacobian = fit.points.derivatives(law, fit.optimum.theta[None]).gradient[0]
-    free = np.array([name not in fit.optimum.at_bound for name in law.parameters])
+    free = [j for j, name in enumerate(law.parameters) if name not in fit.optimum.at_bound]
+    jacobian = fit.points.jacobian(law, fit.optimum.theta)[:, free]
     found = np.zeros((len(law), len(law)))
-    found[np.ix_(free, free)] = fit.scale**2 * np.linalg.pinv(
-        jacobian[:, free].T @ jacobian[:, free]
-    )
+    found[np.ix_(free, free)] = fit.scale**2 * np.linalg.pinv(jacobian.T @ jacobian)
     return found
 
 
+def standard_error(fit: Fit, target: Target) -> float:
+    """Return that of the target by the delta method."""
+    _, gradient = target.at(fit.optimum.theta)
+    return float(np.sqrt(max(float(gradient @ covariance(fit) @ gradient), 0.0)))
+
+
 def delta(fit: Fit, target: Target, level: float = LEVEL, new_run: bool = False) -> Interval:
-    """The delta method with a t quantile; ``new_run`` adds the scatter of a single run."""
-    value, gradient, _ = target.derivatives(fit.optimum.theta)
-    variance = float(gradient @ covariance(fit) @ gradient)
-    variance += fit.relative(fit.scale, target.report(value)) ** 2 if new_run else 0.0
-    reach = _quantile(fit, level) * float(np.sqrt(max(variance, 0.0)))
+    """Return that of the delta method; ``new_run`` adds the scatter of a single run."""
+    value, _ = target.at(fit.optimum.theta)
+    scatter = fit.relative(fit.scale, target.report(value)) if new_run else 0.0
+    reach = quantile_of(fit, level) * float(np.hypot(standard_error(fit, target), scatter))
     low, high = target.report(value - reach), target.report(value + reach)
     return Interval(target.report(value), low, high, level, "delta")
 
 
-def _quantile(fit: Fit, level: float) -> float:
+def new_runs(fit: Fit, x: Mapping[str, Array]) -> tuple[Array, Array]:
+    """Return the log loss at centred log variables, (n,), and the standard error of a run there."""
+    value, gradient = fit.optimum.law.derivatives(fit.optimum.theta[None], x)
+    variance = np.einsum("np,pq,nq->n", gradient[0], covariance(fit), gradient[0])
+    scatter = fit.relative(fit.scale, np.exp(value[0]))
+    return value[0], np.sqrt(variance + scatter**2)
+
+
+def quantile_of(fit: Fit, level: float = LEVEL) -> float:
+    """Return Student's quantile of a two-sided interval.  Raises ConfigError without degrees of
+    freedom."""
     if fit.degrees < 1:
         raise ConfigError(
             f"{fit.law.name}: {len(fit.points)} points leave nothing to judge "
@@ -134,151 +141,65 @@ def _quantile(fit: Fit, level: float) -> float:
 
 
 def profile(fit: Fit, target: Target, level: float = LEVEL) -> Interval:
-    """All values for which the law, refitted with the target held there, is not refuted.
+    """Return all values for which the law, refitted with the target held there, is not refuted.
 
     The objective may rise by t² times what one residual is worth: exact for least squares of a
     linear model (Bates & Watts 1988, section 6.1).  Where it never rises so far, the target is
     not identified on that side.
     """
-    theta = fit.optimum.theta
-    value, gradient, _ = target.derivatives(theta)
-    step = float(np.sqrt(gradient @ covariance(fit) @ gradient))
-    allowed = fit.optimum.objective + _quantile(fit, level) ** 2 * _worth(fit)
-    if step == 0.0 and (term_mask(fit.optimum.law) & (gradient != 0)).any():
-        start = theta + (FAINT - LEAST) * (gradient != 0)  # a term that is zero can only grow
-        high = _follow(fit, target, start, value + FAINT - LEAST, 1.0, allowed)
-        return Interval(0.0, 0.0, target.report(high), level, "profile")
-    if step == 0.0:  # at a bound: only the other end is the data's
-        free = replace(fit, optimum=replace(fit.optimum, at_bound=()))
-        held = (theta <= bounds(fit.optimum.law, fit.points)[0]) & (gradient != 0)
-        inward = 1.0 if held.any() else -1.0
-        step = inward * float(np.sqrt(gradient @ covariance(free) @ gradient))
-        start = theta + 1e-6 * step * (gradient != 0)  # else it would be held at its bound
-        ends = sorted([-inward * np.inf, _follow(fit, target, start, value, step, allowed)])
-        low, high = map(target.report, ends)
-        return Interval(target.report(value), low, high, level, "profile")
-    low, high = (
-        target.report(_follow(fit, target, theta, value, sign * step, allowed))
-        for sign in (-1.0, 1.0)
-    )
-    return Interval(target.report(value), low, high, level, "profile")
+    theta, quantile = fit.optimum.theta, quantile_of(fit, level)
+    value, gradient = target.at(theta)
+    step = standard_error(fit, target)
+    estimate, low, high = value, -np.inf, np.inf
+    if step > 0.0:
+        low, high = (_follow(fit, target, theta, sign * step, quantile) for sign in (-1.0, 1.0))
+    elif (term_mask(fit.optimum.law) & (gradient != 0)).any():  # a term that is zero can but grow
+        start = theta + (FAINT - LEAST) * (gradient != 0)
+        estimate, high = -np.inf, _follow(fit, target, start, 1.0, quantile)
+    else:  # at a bound: only the other end is the data's
+        step = standard_error(replace(fit, optimum=replace(fit.optimum, at_bound=())), target)
+        if ((theta <= bounds(fit.optimum.law, fit.points)[0]) & (gradient != 0)).any():
+            high = _follow(fit, target, theta, step, quantile)
+        else:
+            low = _follow(fit, target, theta, -step, quantile)
+    low, high = target.report(low), target.report(high)
+    return Interval(target.report(estimate), low, high, level, "profile")
 
 
-def _worth(fit: Fit) -> float:
-    """By how much the objective rises, on average, where a parameter is off by its error."""
-    limit = fit.optimum.threshold
-    slope = np.clip(fit.residuals, -limit, limit)
-    inside = float(np.mean(np.abs(fit.residuals) <= limit))
-    return 0.5 * float(np.sum(slope**2)) / fit.degrees / inside
+def _follow(fit: Fit, target: Target, theta: Array, step: float, quantile: float) -> float:
+    """Return where the profile, followed from ``theta``, has risen enough; ±inf if it does not.
 
-
-def _follow(
-    fit: Fit, target: Target, theta: Array, value: float, step: float, allowed: float
-) -> float:
-    """Where the profile, followed from ``theta``, reaches ``allowed``; ±inf if it does not."""
-    at, move = 0.0, 0.5
-    while at < FURTHEST:
-        found = _held(fit, target, theta, value + (at + move) * step)
-        if found is None:
-            move /= 2
-            if move < 1e-3:
-                break
-            continue
-        if found[1] >= allowed:
-            return _crossing(fit, target, theta, value + at * step, found[0], move * step, allowed)
-        theta, at, move = found[0], at + move, min(2 * move, 2.0)
-    return float(np.copysign(np.inf, step))
-
-
-def _crossing(
-    fit: Fit, target: Target, theta: Array, at: float, beyond: Array, step: float, allowed: float
-) -> float:
-    """Between ``at`` and ``at + step``: Brent's method on the profile."""
-
-    def excess(share: float) -> float:
-        start = theta + share * (beyond - theta)
-        found = _held(fit, target, start, at + share * step)
-        return (found[1] if found else _value(fit, start)) - allowed
-
-    if excess(0.0) >= 0.0:
-        return at
-    share = optimize.brentq(excess, 0.0, 1.0, xtol=1e-4)
-    return float(at + share * step)
-
-
-def _value(fit: Fit, theta: Array) -> float:
-    found = fit.points.residuals(fit.optimum.law, theta)
-    return float(huber(found, fit.optimum.threshold).sum())
-
-
-def _held(fit: Fit, target: Target, theta: Array, value: float) -> tuple[Array, float] | None:
-    """The best parameters with the target held at ``value``, and their objective.
-
-    Newton's method on the Lagrangian, in the terms as ``polish`` does it, with the absolute
-    eigenvalues of the Hessian along the constraint, and shortened where it does not go down.
-    None where it finds no such minimum.
+    ``step`` is one standard error in the direction to go.  The square root of the rise is nearly
+    linear in the target, so that the secant soon finds where it is enough.
     """
-    law, points = fit.optimum.law, fit.points
-    limit = np.array([fit.optimum.threshold])
-    ends = bounds(law, points)
-    terms = term_mask(law)
-
-    def at(theta: Array) -> tuple[Array, Array, Array, float, Array, Array]:
-        found = objective(law, points, points.response[None], theta[None], limit, None)
-        return (*(part[0] for part in found), *target.derivatives(theta))
-
-    here, multiplier, price, length = at(theta), 0.0, 0.0, 1.0
-    for _ in range(100):
-        _, gradient, hessian, now, normal, bend = here
-        slope = gradient - multiplier * normal
-        bent = hessian - multiplier * bend - np.diag(slope * terms)
-        free = ~((theta <= ends[0]) & (slope > 0)) & ~((theta >= ends[1]) & (slope < 0))
-        if not normal[free].any():
-            return None
-        move = np.zeros(len(theta))
-        move[free], multiplier = _constrained(
-            bent[np.ix_(free, free)], gradient[free], normal[free], value - now
-        )
-        longest = float(np.abs(move).max())
-        if longest < 1e-9:
-            return theta, float(here[0])
-        price = max(price, 2 * abs(multiplier))  # of missing the target, as the line is searched
-        length = min(1.0, 2.0 / longest)
-        while True:
-            trial = _moved(theta, length * move, normal, terms, ends)
-            there = at(trial)
-            merit = float(here[0]) + price * abs(value - now)
-            if float(there[0]) + price * abs(value - there[3]) <= merit * (1 + 1e-12):
-                break
-            length *= 0.5
-            if length * longest < 1e-9:
-                return (theta, float(here[0])) if abs(value - now) < 1e-9 else None
-        theta, here = trial, there
-    return None
-
-
-def _moved(
-    theta: Array, move: Array, normal: Array, terms: NDBool, ends: tuple[Array, Array]
-) -> Array:
-    """Within the bounds; a term that all but vanishes does so if the target hardly has it."""
-    move = np.where(terms, np.log1p(np.maximum(move, LEAST_FACTOR - 1)), move)
-    fading = terms & (theta + move < ends[0] + FADING) & (move < 0) & (np.abs(normal) < 1e-3)
-    found: Array = np.where(fading, ends[0], np.clip(theta + move, *ends))
-    return found
-
-
-def _constrained(
-    hessian: Array, gradient: Array, normal: Array, missing: float
-) -> tuple[Array, float]:
-    """A step down that meets a linear constraint, and the multiplier there."""
-    across = normal / (normal @ normal)
-    along = np.linalg.qr(np.column_stack([normal, np.eye(len(normal))]))[0][:, 1:]
-    move = across * missing
-    values, vectors = np.linalg.eigh(along.T @ hessian @ along)
-    size = np.maximum(np.abs(values), 1e-12 * np.abs(values).max(initial=1e-300))
-    slope = vectors.T @ (along.T @ (gradient + hessian @ move))
-    move = move - along @ (vectors @ (slope / size))
-    return move, float(across @ (gradient + hessian @ move))
+    law, points, limit = fit.optimum.law, fit.points, fit.optimum.threshold
+    slope, inside = np.clip(fit.residuals, -limit, limit), np.abs(fit.residuals) <= limit
+    # by how much the objective rises, on average, where a parameter is off by its error
+    worth = 0.5 * float(np.sum(slope**2)) / fit.degrees / float(inside.mean())
+    start, _ = target.at(theta)
+    near, below = start, -quantile  # a target value, and how far the root of the rise there is off
+    far: float | None = None
+    above = 0.0
+    wanted = start + quantile * step
+    for _ in range(60):
+        hold = Hold(target.function, wanted, STIFFNESS * 2 * worth / step**2)
+        held = solve(law, points, theta[None], limit, hold=hold).theta[0]
+        there, _ = target.at(held)
+        rise = float(huber(points.residuals(law, held), limit).sum()) - fit.optimum.objective
+        off = float(np.sqrt(max(rise, 0.0) / worth)) - quantile
+        if abs(off) < 1e-7 * quantile or (far is not None and abs(far - near) < 1e-7 * abs(step)):
+            return there
+        if off > 0:
+            far, above = there, off
+        elif (there - near) * step <= 0 or abs(there - start) > FURTHEST * abs(step):
+            return wanted if far is not None else float(np.copysign(np.inf, step))
+        else:
+            theta, near, below = held, there, off
+        if far is None:
+            wanted = start + (near - start) * min(2.5, quantile / max(quantile + below, 1e-9) + 0.1)
+        else:
+            wanted = near + np.clip(below / (below - above), 0.1, 0.9) * (far - near)
+    return near
 
 
 # --- bootstrap
@@ -291,34 +212,31 @@ class Bootstrap:
     fit: Fit
     theta: Array  # (B, P)
     failed: int  # replicas that came to no minimum
-    kind: str
 
     @property
     def method(self) -> str:
         """What it is, and how many replicas it could not use."""
         lost = f"; {self.failed} of {self.failed + len(self.theta)} refits failed"
-        return f"bootstrap ({self.kind}{lost if self.failed else ''})"
+        return f"bootstrap (pairs{lost if self.failed else ''})"
 
     @cached_property
     def parameters(self) -> pd.DataFrame:
         """A row a replica, by the names of the formula."""
         law = self.fit.optimum.law
-        affine = law.shift(self.fit.points.centres)
-        plain = self.theta @ affine[:, :-1].T + affine[:, -1]
-        plain[:, : len(law.coefficients)] = np.exp(plain[:, : len(law.coefficients)])
+        plain = law.plain(self.theta, self.fit.points.centres)
         return pd.DataFrame(plain, columns=list(law.parameters))
 
     def predict(self, **values: Any) -> Array:
-        """The loss by every replica, (B, n)."""
+        """Return the loss by every replica, (B, n)."""
         x = self.fit.points.at(values)
         return np.exp(self.fit.optimum.law.log_loss(self.theta, x))
 
     def interval(self, name: str, level: float = LEVEL) -> Interval:
-        """Percentiles over the replicas."""
+        """Return percentiles of a parameter over the replicas."""
         return self._within(self.fit.parameters[name], self.parameters[name].to_numpy(), level)
 
     def of_loss(self, level: float = LEVEL, **place: float) -> Interval:
-        """Percentiles of the loss at one place."""
+        """Return percentiles of the loss at one place."""
         return self._within(float(self.fit.predict(**place)[0]), self.predict(**place)[:, 0], level)
 
     def _within(self, estimate: float, values: Array, level: float) -> Interval:
@@ -326,56 +244,23 @@ class Bootstrap:
         return Interval(estimate, float(low), float(high), level, self.method)
 
 
-def bootstrap(
-    fit: Fit,
-    n: int = 4000,
-    kind: str = "pairs",
-    cluster: str | None = None,
-    seed: int = 0,
-) -> Bootstrap:
-    """Refits the law ``n`` times, starting from the optimum.
+def bootstrap(fit: Fit, n: int = 4000, cluster: str | None = None, seed: int = 0) -> Bootstrap:
+    """Refit the law ``n`` times to runs drawn with replacement, starting from the optimum.
 
-    ``pairs`` draws runs with replacement, or whole groups of rows that agree in the column
-    ``cluster`` (rows that are checkpoints of one run are no independent points).  ``wild`` keeps
-    every run and turns the signs of the residuals at random (Wu 1986, with leverages corrected
-    as by HC3); rows of a cluster turn together.  Raises ConfigError for another ``kind`` and for a
-    column that is not there.
+    With ``cluster``, whole groups of rows that agree in that column are drawn: rows that are
+    checkpoints of one run are no independent points.  Raises ConfigError for a column that is not
+    there.
     """
-    if kind not in ("pairs", "wild"):
-        raise ConfigError(f"bootstrap={kind}: must be pairs or wild")
-    random = np.random.default_rng(seed)
-    groups = _groups(fit, cluster)
-    law, points = fit.optimum.law, fit.points
-    start = np.repeat(fit.optimum.theta[None], n, axis=0)
-    weights: Array | None
-    count = int(groups.max()) + 1
-    if kind == "pairs":
-        drawn = random.multinomial(count, np.full(count, 1 / count), size=n)
-        weights = drawn[:, groups].astype(float)
-    else:
-        signs = random.choice([-1.0, 1.0], size=(n, count))[:, groups]
-        fitted = points.response - fit.residuals
-        lost = fitted + signs * fit.residuals / np.maximum(1 - _leverages(fit), 1e-3)
-        lost = np.log(np.maximum(lost, 1e-3 * fitted)) if points.raw else lost
-        points, weights = points.with_losses(lost), None
-    found = polish(law, points, start, fit.optimum.threshold, weights)
-    good = found.converged & np.isfinite(found.theta).all(axis=1)
-    return Bootstrap(fit, found.theta[good], int((~good).sum()), kind)
-
-
-def _groups(fit: Fit, cluster: str | None) -> np.ndarray[Any, np.dtype[np.intp]]:
-    if cluster is None:
-        return np.arange(len(fit.points))
-    if cluster not in fit.table:
+    if cluster is not None and cluster not in fit.table:
         raise ConfigError(f"cluster={cluster}: no such column")
-    return np.asarray(pd.factorize(fit.table[cluster])[0], dtype=np.intp)
-
-
-def _leverages(fit: Fit) -> Array:
-    jacobian = fit.points.derivatives(fit.optimum.law, fit.optimum.theta[None]).gradient[0]
-    basis, _ = np.linalg.qr(jacobian)
-    found: Array = np.sum(basis**2, axis=1)
-    return found
+    groups = pd.factorize(fit.table[cluster])[0] if cluster else np.arange(len(fit.points))
+    count = int(groups.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n)
+    start = np.repeat(fit.optimum.theta[None], n, axis=0)
+    weights = drawn[:, groups].astype(float)
+    found = solve(fit.optimum.law, fit.points, start, fit.optimum.threshold, weights)
+    good = found.converged & np.isfinite(found.theta).all(axis=1)
+    return Bootstrap(fit, found.theta[good], int((~good).sum()))
 
 
 # --- what is used unless a caller says otherwise
@@ -384,7 +269,7 @@ def _leverages(fit: Fit) -> Array:
 def intervals(
     fit: Fit, names: Sequence[str] = (), level: float = LEVEL, seed: int = 0
 ) -> dict[str, Interval]:
-    """The default interval of each parameter: profile likelihood for least squares and Huber.
+    """Return the default interval of each parameter: the profile of least squares and Huber.
 
     Where the threshold is so low that hardly a residual lies within it the curvature says
     nothing, and the bootstrap over runs stands in.  An E of zero has an upper end.
@@ -400,7 +285,7 @@ def intervals(
 def predict_interval(
     fit: Fit, level: float = LEVEL, new_run: bool = False, **place: float
 ) -> Interval:
-    """The default interval of the loss at one place, as ``N=..., D=...``: by the profile.
+    """Return the default interval of the loss at one place, as ``N=..., D=...``: the profile.
 
     ``new_run`` is for the loss that one more run would measure there: its scatter is added in
     square, on the logarithmic scale.
@@ -412,7 +297,7 @@ def predict_interval(
         found = bootstrap(fit, REPLICAS).of_loss(level, **place)
     if not new_run:
         return found
-    scatter = _quantile(fit, level) * fit.relative(fit.scale, found.estimate)
+    scatter = quantile_of(fit, level) * fit.relative(fit.scale, found.estimate)
     with np.errstate(divide="ignore"):
         below, above = np.log([found.estimate, found.high]) - np.log([found.low, found.estimate])
     low = found.estimate * float(np.exp(-np.hypot(below, scatter)))
@@ -425,7 +310,7 @@ def _has_curvature(fit: Fit) -> bool:
 
 
 def with_constant(fit: Fit) -> Fit:
-    """The same fit with E in its law again, at its floor, where E went to zero.
+    """Return the same fit with E in its law again, at its floor, where E went to zero.
 
     Intervals are those of the whole law: E may be more than zero within them.
     """

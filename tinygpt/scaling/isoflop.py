@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy import interpolate, special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.points import positive
-
-Rows = np.ndarray[Any, np.dtype[np.intp]]
 
 METHODS = ("cubic", "akima", "parabola")
 # Runs whose compute differs by less than this factor share a budget; the rule that holds runs
@@ -42,42 +41,38 @@ class PowerLaw:
     exponent: Interval
     log_k: float
     centre: float  # mean log C of the points
-    scale: float  # standard deviation of log y about the line; nan with two points
+    scale: float  # standard deviation of log y about the line; inf with two points
     points: int
     spread: float  # Σ (log C - centre)²
 
     @classmethod
     def through(cls, flops: Array, y: Array, level: float = LEVEL) -> PowerLaw:
-        """Of y at ``flops``, (n,) both.  Raises ConfigError for fewer than two budgets."""
-        x, logs = np.log(flops), np.log(y)
-        if len(x) < 2 or np.ptp(x) == 0:
-            raise ConfigError(f"power law of compute: needs 2 budgets or more, there are {len(x)}")
+        """Return that of y at ``flops``, (n,) both.  Raises ConfigError for fewer than two."""
+        x, logs, n = np.log(flops), np.log(y), len(flops)
+        if n < 2 or np.ptp(x) == 0:
+            raise ConfigError(f"power law of compute: needs 2 budgets or more, there are {n}")
         centre, spread = float(x.mean()), float(np.sum((x - x.mean()) ** 2))
         slope = float((x - centre) @ logs / spread)
         left = logs - logs.mean() - slope * (x - centre)
-        scale = float(np.sqrt(left @ left / (len(x) - 2))) if len(x) > 2 else float("nan")
-        reach = _t(level, len(x)) * scale / np.sqrt(spread) if len(x) > 2 else np.inf
+        scale = float(np.sqrt(left @ left / (n - 2))) if n > 2 else np.inf
+        reach = _t(level, n) * scale / np.sqrt(spread)
         exponent = Interval(slope, float(slope - reach), float(slope + reach), level, "regression")
-        return cls(exponent, float(logs.mean()) - slope * centre, centre, scale, len(x), spread)
+        return cls(exponent, float(logs.mean()) - slope * centre, centre, scale, n, spread)
 
     def __call__(self, flops: Any) -> Array:
-        found: Array = np.exp(self.log_k + self.exponent.estimate * np.log(flops))
-        return found
+        return np.asarray(np.exp(self.log_k + self.exponent.estimate * np.log(flops)))
 
     def at(self, flops: float) -> Interval:
-        """y at a budget, with the interval of the line there."""
-        level = self.exponent.level
-        estimate = float(self(flops))
-        if self.points < 3:
-            return Interval(estimate, 0.0, float("inf"), level, "regression")
+        """Return y at a budget, with the interval of the line there."""
+        estimate, level = float(self(flops)), self.exponent.level
         away = (np.log(flops) - self.centre) ** 2 / self.spread
         reach = _t(level, self.points) * self.scale * np.sqrt(1 / self.points + away)
-        low, high = estimate * np.exp(-reach), estimate * np.exp(reach)
-        return Interval(estimate, float(low), float(high), level, "regression")
+        low, high = float(estimate * np.exp(-reach)), float(estimate * np.exp(reach))
+        return Interval(estimate, low, high, level, "regression")
 
 
 def _t(level: float, points: int) -> float:
-    return float(special.stdtrit(points - 2, 0.5 + level / 2))
+    return float(special.stdtrit(max(points - 2, 1), 0.5 + level / 2))
 
 
 @dataclass(frozen=True)
@@ -97,8 +92,8 @@ class Minima:
 
     @classmethod
     def through(cls, rows: Sequence[tuple[float, float, float, float]], level: float) -> Minima:
-        """From rows of FLOPs, N, D and loss."""
-        flops, n, d, loss = np.array(rows, dtype=float).reshape(-1, 4).T
+        """Return those of rows of FLOPs, N, D and loss."""
+        flops, n, d, loss = np.array(rows, dtype=float).T
         laws = (PowerLaw.through(flops, y, level) for y in (n, d, loss))
         return cls(flops, n, d, loss, *laws)
 
@@ -111,7 +106,7 @@ class Profile:
     """The runs of one budget, and the size at which their loss is least.
 
     ``loss`` is that at the budget itself, where the compute of the runs differs a little.
-    ``best`` is (C, N, D, L) at the minimum; None with a ``reason`` where it is not to be had.
+    ``best`` is (C, N, D, L) at the minimum; None with a ``reason`` where there is none.
     """
 
     flops: Array  # of each run, (n,)
@@ -119,9 +114,9 @@ class Profile:
     d: Array
     loss: Array
     method: str
-    best: tuple[float, float, float, float] | None
-    parabola: float | None  # N at the minimum of a parabola through the same runs
-    reason: str
+    best: tuple[float, float, float, float] | None = None
+    parabola: float | None = None  # N at the minimum of a parabola through the same runs
+    reason: str = ""
 
     @property
     def budget(self) -> float:
@@ -129,14 +124,8 @@ class Profile:
         return float(np.exp(np.log(self.flops).mean()))
 
     def curve(self, n: Array) -> Array:
-        """The loss by the interpolation, at sizes within those that were run."""
-        logs, mean = by_size(self.n, self.loss)
-        if self.method == "akima":
-            found: Array = interpolate.Akima1DInterpolator(logs, mean, method="makima")(np.log(n))
-            return found
-        degree = _degree(self.method, len(logs))
-        centre = float(logs.mean())
-        return np.asarray(_polynomial(self.n, self.loss, degree, centre)(np.log(n) - centre))
+        """Return the loss by the interpolation, at sizes within those that were run."""
+        return np.asarray(_curve(self.n, self.loss, self.method)[0](np.log(n)))
 
 
 @dataclass(frozen=True)
@@ -159,7 +148,7 @@ def isoflop(
     same_budget: float = SAME_BUDGET,
     level: float = LEVEL,
 ) -> IsoFlop:
-    """The minimum of the loss over log N in each budget (approach 2 of Hoffmann et al. 2022).
+    """Return the minimum of the loss over log N in each budget (approach 2 of Hoffmann et al.).
 
     ``method``: ``cubic`` or ``parabola``, least squares through all rows, seeds among them, or
     ``akima`` (the modified one, which does not overshoot), which needs one value a size and so
@@ -178,25 +167,25 @@ def isoflop(
     sizes, tokens, flops, losses = (positive(runs, column) for column in (n, d, c, loss))
     groups = budgets(flops, same_budget)
     losses = _at_one_compute(flops, losses, groups)
-    profiles = [
+    profiles = tuple(
         _profile(flops[rows], sizes[rows], tokens[rows], losses[rows], method) for rows in groups
-    ]
+    )
     minima = [profile.best for profile in profiles if profile.best]
     if len(minima) < 2:
         reason = f"{len(minima)} of {len(profiles)} budgets have a minimum; a power law needs 2"
-        return IsoFlop(tuple(profiles), None, reason)
-    return IsoFlop(tuple(profiles), Minima.through(minima, level), "")
+        return IsoFlop(profiles, None, reason)
+    return IsoFlop(profiles, Minima.through(minima, level), "")
 
 
-def budgets(flops: Array, same: float = SAME_BUDGET) -> list[Rows]:
-    """The rows of each budget, the smallest first: cut where log C jumps by log ``same``."""
+def budgets(flops: Array, same: float = SAME_BUDGET) -> list[NDArray[np.intp]]:
+    """Return the rows of each budget, the smallest first: cut where log C jumps by log ``same``."""
     order = np.argsort(flops, kind="stable")
     jumps = np.flatnonzero(np.diff(np.log(flops[order])) > np.log(same))
     return list(np.split(order, jumps + 1))
 
 
-def _at_one_compute(flops: Array, losses: Array, groups: list[Rows]) -> Array:
-    """The losses as if every run of a budget had spent its geometric mean, (n,).
+def _at_one_compute(flops: Array, losses: Array, groups: list[NDArray[np.intp]]) -> Array:
+    """Return the losses as if every run of a budget had spent its geometric mean, (n,).
 
     A few per cent of compute that go with the size would else move the minimum by as much as a
     tenth.  The slope is that of the least losses from budget to budget: at a minimum in N the loss
@@ -216,68 +205,59 @@ def _at_one_compute(flops: Array, losses: Array, groups: list[Rows]) -> Array:
 
 def _profile(flops: Array, n: Array, d: Array, loss: Array, method: str) -> Profile:
     logs, mean = by_size(n, loss)
-    if method == "cubic" and len(logs) == 3:
-        method = "parabola"
-
-    def without(reason: str) -> Profile:
-        return Profile(flops, n, d, loss, method, None, None, reason)
-
+    method = "parabola" if method == "cubic" and len(logs) == 3 else method
+    best = int(np.argmin(mean))
+    found, reason = None, ""
     if len(logs) < 3:
-        return without(f"{len(logs)} size{'s' * (len(logs) != 1)}; a minimum needs 3")
-    if flops.max() > WIDEST_BUDGET * flops.min():
-        return without(
+        reason = f"{len(logs)} size{'s' * (len(logs) != 1)}; a minimum needs 3"
+    elif flops.max() > WIDEST_BUDGET * flops.min():
+        reason = (
             f"the compute of these runs goes from {flops.min():.3g} to {flops.max():.3g} FLOPs "
             "without a gap: they are no one budget"
         )
-    best = int(np.argmin(mean))
-    if best in (0, len(mean) - 1):
+    elif best in (0, len(mean) - 1):
         end, wanted = ("smallest", "smaller") if best == 0 else ("largest", "larger")
-        return without(
+        reason = (
             f"the loss is least at the {end} size, N = {np.exp(logs[best]):.3g}: "
             f"the minimum needs {wanted} ones"
         )
-    parabola = _minimum(n, loss, "parabola")
-    found = _minimum(n, loss, method)
+    else:
+        found = _minimum(n, loss, method)
+        reason = "" if found else f"the {method} has no minimum between the sizes that were run"
     if found is None:
-        return without(f"the {method} has no minimum between the sizes that were run")
+        return Profile(flops, n, d, loss, method, reason=reason)
     at, least = found
-    budget = np.log(flops).mean()
-    per_token = np.interp(at, logs, by_size(n, np.log(flops / d))[1])
-    best_n = None if parabola is None else float(np.exp(parabola[0]))
+    budget = float(np.log(flops).mean())
+    per_token = float(np.interp(at, logs, by_size(n, np.log(flops / d))[1]))
     values = (float(np.exp(budget)), float(np.exp(at)), float(np.exp(budget - per_token)), least)
-    return Profile(flops, n, d, loss, method, values, best_n, "")
+    parabola = _minimum(n, loss, "parabola")
+    by_parabola = float(np.exp(parabola[0])) if parabola else None
+    return Profile(flops, n, d, loss, method, values, by_parabola)
 
 
 def by_size(n: Array, values: Array) -> tuple[Array, Array]:
-    """log N of the distinct sizes in order, and the mean of ``values`` at each."""
+    """Return log N of the distinct sizes in order, and the mean of ``values`` at each."""
     sizes, where = np.unique(n, return_inverse=True)
     return np.log(sizes), np.bincount(where, values) / np.bincount(where)
 
 
-def _degree(method: str, sizes: int) -> int:
-    return 3 if method == "cubic" and sizes > 3 else 2
-
-
-def _polynomial(n: Array, loss: Array, degree: int, centre: float) -> np.polynomial.Polynomial:
-    return np.polynomial.Polynomial.fit(np.log(n) - centre, loss, degree)
+def _curve(n: Array, loss: Array, method: str) -> tuple[Any, Array]:
+    """Return the curve of the loss in log N, and where it is flat."""
+    if method == "akima":
+        curve: Any = interpolate.Akima1DInterpolator(*by_size(n, loss), method="makima")
+        flat = curve.derivative().roots(extrapolate=False)
+        return curve, flat[np.isfinite(flat)]
+    curve = np.polynomial.Polynomial.fit(np.log(n), loss, 3 if method == "cubic" else 2)
+    flat = curve.deriv().roots()
+    return curve, flat[np.isreal(flat)].real
 
 
 def _minimum(n: Array, loss: Array, method: str) -> tuple[float, float] | None:
-    """log N and the loss at the least of the curve between the ends; None if it is at an end."""
-    logs, mean = by_size(n, loss)
-    if method == "akima":
-        curve = interpolate.Akima1DInterpolator(logs, mean, method="makima")
-        found = curve.derivative().roots(extrapolate=False)
-        places = np.concatenate([found[np.isfinite(found)], logs])
-        values = curve(places)
-        centre = 0.0
-    else:
-        centre = float(logs.mean())
-        polynomial = _polynomial(n, loss, _degree(method, len(logs)), centre)
-        roots = polynomial.deriv().roots()
-        places = np.concatenate([roots[np.isreal(roots)].real + centre, logs[[0, -1]]])
-        places = places[(places >= logs[0]) & (places <= logs[-1])]
-        values = polynomial(places - centre)
+    """Return log N and the loss at the least of the curve; None if that is at an end."""
+    logs, _ = by_size(n, loss)
+    curve, flat = _curve(n, loss, method)
+    places = np.concatenate([flat[(flat > logs[0]) & (flat < logs[-1])], logs])
+    values = curve(places)
     least = int(np.argmin(values))
     if not logs[0] < places[least] < logs[-1]:
         return None
@@ -310,7 +290,7 @@ def envelope(
     smooth: int = 1,
     level: float = LEVEL,
 ) -> Envelope:
-    """Which size has the least loss at each budget (approach 1 of Hoffmann et al. 2022).
+    """Return which size has the least loss at each budget (approach 1 of Hoffmann et al. 2022).
 
     ``curves`` has a row a checkpoint: the run, its N, tokens seen, FLOPs spent, the loss.  Rows
     without a loss or before the first step are left out; between checkpoints log L is a monotone
@@ -318,11 +298,11 @@ def envelope(
     which favours what scatters: ``smooth`` takes the mean of so many neighbouring checkpoints of
     a run, of log C, log D and log L alike.
 
-    The stairs of the envelope give a point for each size: the middle, in log C, of the stretch
+    The steps of the envelope give a point for each size: the middle, in log C, of the stretch
     where it is best.  The first and the last size have no such stretch, nor has one that starts
     or ends because a curve does.  The intervals are those of the regression through these points.
-    A loss halfway down a decaying schedule is above that of a run which ends there, so that the
-    way needs a constant rate, or schedules of several lengths a size.
+    A loss halfway down a decaying schedule is above that of a run which ends there, so that this
+    needs a constant rate, or schedules of several lengths a size.
 
     Raises ConfigError where columns are absent or no run has two checkpoints.
     """
@@ -338,29 +318,20 @@ def envelope(
         raise ConfigError(
             f"{loss}: no run has {smooth + 1} checkpoints; an envelope needs training curves"
         )
-    logs = pd.DataFrame({name: np.log(positive(rows, name)) for name in (c, d, loss)})
-    runs = rows[run].to_numpy()
-    if smooth > 1:
-        logs = logs.groupby(runs).rolling(smooth).mean().droplevel(0).sort_index()
-    there = logs[loss].notna().to_numpy()
-    logs, runs, sizes = logs[there], runs[there], positive(rows, n)[there]
-    grid = np.linspace(logs[c].min(), logs[c].max(), BUDGETS)
-    every, plain = [], logs[[c, loss, d]].to_numpy(dtype=float)
-    for part in pd.Series(range(len(runs))).groupby(runs).indices.values():
-        x = plain[part, 0]
-        every.append((sizes[part[0]], *_between(x, plain[part, 1:], grid).T))
-    of_run, losses, tokens = (np.array(values) for values in zip(*every, strict=True))
-    return _envelope(grid, of_run, losses, tokens, level)
-
-
-def _between(x: Array, y: Array, grid: Array) -> Array:
-    """The columns of ``y`` at ``grid``; nan beyond the ends of ``x``."""
-    found: Array = interpolate.PchipInterpolator(x, y, extrapolate=False)(grid)
-    return found
+    grid = np.log(np.geomspace(rows[c].min(), rows[c].max(), BUDGETS))
+    sizes, along = [], []
+    for _, part in rows.groupby(run):
+        logs = np.log(np.column_stack([positive(part, name) for name in (c, loss, d)]))
+        logs = np.lib.stride_tricks.sliding_window_view(logs, smooth, axis=0).mean(axis=-1)
+        sizes.append(float(part[n].iloc[0]))
+        between = interpolate.PchipInterpolator(logs[:, 0], logs[:, 1:], extrapolate=False)
+        along.append(between(grid))  # nan beyond the ends
+    losses, tokens = np.moveaxis(np.array(along), -1, 0)
+    return _envelope(grid, np.array(sizes), losses, tokens, level)
 
 
 def _envelope(grid: Array, sizes: Array, losses: Array, tokens: Array, level: float) -> Envelope:
-    """From N of each run, (R,), and its log L and log D along ``grid`` of log C, (R, G)."""
+    """Return that of N of each run, (R,), and its log L and log D along log C, (R, G)."""
     there = ~np.isnan(losses)
     some = there.any(axis=0)
     grid, losses, tokens, there = grid[some], losses[:, some], tokens[:, some], there[:, some]
@@ -383,8 +354,8 @@ def _envelope(grid: Array, sizes: Array, losses: Array, tokens: Array, level: fl
             middle = float(grid[cells].mean())
             d, loss = (np.interp(middle, grid[cells], v[cells]) for v in (seen, least))
             minima.append((np.exp(middle), size, np.exp(d), np.exp(loss)))
-    flops, d, loss = np.exp(grid), np.exp(seen), np.exp(least)
+    reason = ""
     if len(minima) < 2:
         reason = f"{len(minima)} sizes are best between a smaller and a larger one; it needs 2"
-        return Envelope(flops, best, d, loss, None, reason)
-    return Envelope(flops, best, d, loss, Minima.through(minima, level), "")
+    through = None if reason else Minima.through(minima, level)
+    return Envelope(np.exp(grid), best, np.exp(seen), np.exp(least), through, reason)

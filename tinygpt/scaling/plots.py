@@ -112,7 +112,7 @@ def reach(fit: Fit, places: dict[str, Array], new_run: bool = False) -> Array:
     theta = fit.optimum.theta[None]
     if fit.degrees < 1:
         return np.zeros_like(law.log_loss(theta, x)[0])
-    gradient = law.derivatives(theta, x).gradient[0]
+    gradient = law.derivatives(theta, x)[1][0]
     variance = np.einsum("np,pq,nq->n", gradient, covariance(fit), gradient)
     scatter = fit.relative(fit.scale, fit.predict(**places)) if new_run else 0.0
     variance = np.maximum(variance, 0.0) + scatter**2

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.laws import Array, Derivatives, Law, Rows
+from tinygpt.scaling.laws import Array, Law
 
 
 @dataclass(frozen=True)
@@ -19,40 +18,37 @@ class Points:
     """What a law is fitted to: log variables about their centres, log losses."""
 
     x: dict[str, Array]  # by variable of the law, (n,)
-    y: Array  # (n,), or (B, n) for a batch of different losses
+    y: Array  # (n,)
     centres: dict[str, float]
     raw: bool = False  # whether residuals are those of the loss itself, not of its logarithm
 
     @property
     def response(self) -> Array:
-        """What residuals are differences of, shaped as ``y``: log losses, or losses."""
+        """Return what residuals are differences of, (n,): log losses, or losses."""
         return np.exp(self.y) if self.raw else self.y
 
     def residuals(self, law: Law, theta: Array) -> Array:
         """Return measured - fitted, (n,), for one parameter vector."""
         fitted = law.log_loss(theta[None], self.x)[0]
-        found: Array = self.response - (np.exp(fitted) if self.raw else fitted)
-        return found
+        return np.asarray(self.response - (np.exp(fitted) if self.raw else fitted))
 
-    def derivatives(self, law: Law, theta: Array) -> Derivatives:
-        """Return those of the fitted response at these points, for (B, P) parameters."""
-        found = law.derivatives(theta, self.x, self.places)
+    def derivatives(self, law: Law, theta: Array) -> tuple[Array, Array]:
+        """Return the fitted response, (B, n), and its gradient in the parameters, (B, n, P)."""
+        value, gradient = law.derivatives(theta, self.x)
         if not self.raw:
-            return found
-        value, slope = np.exp(found.value), found.gradient
+            return value, gradient
+        loss: Array = np.exp(value)
+        return loss, gradient * loss[..., None]
 
-        def curvature(weights: Array) -> Array:
-            outer = np.swapaxes(slope * (weights * value)[..., None], 1, 2) @ slope
-            return found.curvature(weights * value) + outer
+    def jacobian(self, law: Law, theta: Array) -> Array:
+        """Return the gradient of the fitted response at each point, (n, P)."""
+        return np.asarray(self.derivatives(law, theta[None])[1][0])
 
-        return Derivatives(value, slope * value[..., None], curvature)
-
-    @cached_property
-    def places(self) -> tuple[Rows, Rows]:
-        """The first row at each distinct place, (m,), and which of these each row is at, (n,)."""
-        every = np.stack(list(self.x.values()), axis=1)
-        _, first, which = np.unique(every, axis=0, return_index=True, return_inverse=True)
-        return first, which.reshape(-1)
+    def rows(self, which: Any) -> Points:
+        """Return the points at some rows, with the same centres."""
+        return replace(
+            self, x={name: logs[which] for name, logs in self.x.items()}, y=self.y[which]
+        )
 
     def __len__(self) -> int:
         return int(self.y.shape[-1])
@@ -92,10 +88,6 @@ class Points:
                 f"different points; these {len(points)} runs are {distinct}"
             )
         return points
-
-    def with_losses(self, y: Array) -> Points:
-        """Other log losses, (B, n), at the same places."""
-        return replace(self, y=y)
 
     def at(self, values: Mapping[str, Any]) -> dict[str, Array]:
         """New values of the variables, as the law wants them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,10 +15,11 @@ from scipy import special
 from tinygpt.config import ConfigError
 from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.fitting import EFFICIENT, Fit, fit, judge, robust_scale
-from tinygpt.scaling.intervals import Target, covariance, delta, of_loss
+from tinygpt.scaling.intervals import Target, covariance, new_runs, quantile_of
 from tinygpt.scaling.laws import LAWS, Array
 
 HELD_OUT = 0.2  # at least so large a part of the settings, those of the largest compute
+Settings = dict[str, Any]  # arguments of ``fit``
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Candidate:
 
 
 def select(
-    runs: pd.DataFrame, laws: Sequence[str], compute: Array, **settings: str | float | int | None
+    runs: pd.DataFrame, laws: Sequence[str], compute: Array, **settings: Any
 ) -> list[Candidate]:
-    """Every law fitted to the same runs, the best first: by AICc.
+    """Return every law fitted to the same runs, the best first: by AICc.
 
     ``compute`` is that of each run, or whatever else says which are the larger ones; ``settings``
     are those of ``fit``.
@@ -60,64 +62,60 @@ def select(
     found = []
     for law in laws:
         try:
-            one = fitted.get(law) or fit(runs, law, **settings)  # type: ignore[arg-type]
+            one = replace(fitted.get(law) or fit(runs, law, **settings), reason=reason)
         except ConfigError as error:
             found.append(Candidate(law, "", None, str(error)))
             continue
-        one = replace(one, reason=reason)
         held = hold_out(one, compute, settings)
         found.append(Candidate(law, one.law.formula, one, "", aicc(one), held))
     return sorted(found, key=lambda one: (one.aicc, one.fit is None))
 
 
-Settings = dict[str, str | float | int | None]
-
-
 def _one_estimator(
     runs: pd.DataFrame, laws: Sequence[str], settings: Settings
 ) -> tuple[Settings, str, dict[str, Fit]]:
-    """The settings with one estimator and one threshold, so that the laws can be compared.
+    """Return the settings with one estimator and one limit, so that the laws can be compared.
 
     Both follow from the residuals of least squares about the law that these describe best; the
     fits by those come along, if they were needed.
     """
-    asked, unit = settings["estimator"], settings["threshold_unit"]
-    if asked not in ("auto", "huber") or (asked == "huber" and unit == "absolute"):
-        return settings, "asked for", {}
+    asked, reason = settings["estimator"], "asked for"
+    if asked not in ("auto", "huber"):
+        return settings, reason, {}
     squares = {}
-    plain = {**settings, "estimator": "least_squares", "threshold": None}
+    plain = {**settings, "estimator": "least_squares"}
     for law in laws:
         with contextlib.suppress(ConfigError):
-            squares[law] = fit(runs, law, **plain)  # type: ignore[arg-type]
+            squares[law] = fit(runs, law, **plain)
     if not squares:
-        return plain, "asked for", {}
+        return plain, reason, {}
     best = min(squares.values(), key=aicc)
-    kind, reason = ("huber", "asked for") if asked == "huber" else judge(best.residuals)
-    if kind == "least_squares":
+    if asked == "auto":
+        asked, reason = judge(best.residuals)
+    if asked == "least_squares":
         return plain, reason, squares
-    times = float(settings["threshold"] or EFFICIENT)
-    limit = times * max(robust_scale(best.points, best.optimum), 1e-12)
-    common = {**settings, "estimator": kind, "threshold": limit, "threshold_unit": "absolute"}
-    return common, reason, squares
+    noise = robust_scale(best.points, best.optimum)
+    limit = float(settings.get("threshold") or EFFICIENT) * noise
+    return {**settings, "estimator": asked, "limit": limit}, reason, squares
 
 
 def preferred(candidates: Sequence[Candidate]) -> Candidate:
-    """Of the laws that can hardly be told from the best, the one that stands first in LAWS."""
+    """Return the law that stands first in LAWS, of those hardly worse than the best."""
     near = [c for c in candidates if c.fit and c.aicc - candidates[0].aicc < CLEAR]
     order = list(LAWS)
     return min(near, key=lambda c: order.index(c.law)) if near else candidates[0]
 
 
 def aicc(fit: Fit) -> float:
-    """n log(2 objective / n) + 2 k n / (n - k - 1), where k counts the scale too.
+    """Return n log(2 objective / n) + 2 k n / (n - k - 1), where k counts the scale too.
 
-    Of least squares the likelihood is that of a normal, of absolute deviations Laplace's; of Huber
+    Of least squares the likelihood is that of a normal, of ``likelihood`` Laplace's; of Huber
     this is the quasi-likelihood.
     """
     n, k = len(fit.points), len(fit.optimum.law) + 1
     if n - k - 1 <= 0:
         return float("inf")
-    if fit.estimator in ("absolute", "likelihood"):  # that of Laplace
+    if fit.estimator == "likelihood":
         misfit = 2 * n * float(np.log(max(float(np.abs(fit.residuals).mean()), 1e-300)))
     else:
         misfit = n * float(np.log(2 * max(fit.optimum.objective, 1e-300) / n))
@@ -127,7 +125,7 @@ def aicc(fit: Fit) -> float:
 def split_by_compute(
     settings: NDArray[np.intp], compute: Array, least: int
 ) -> NDArray[np.bool_] | None:
-    """Which runs to hold out: those of the largest compute, whole settings at a time.
+    """Return which runs to hold out: those of the largest compute, whole settings at a time.
 
     At least a fifth of the settings, and never a part of a budget; None where fewer than
     ``least`` settings would be left.
@@ -144,43 +142,35 @@ def split_by_compute(
     return np.array([s in names for s in settings])
 
 
-def hold_out(
-    fitted: Fit, compute: Array, settings: dict[str, str | float | int | None]
-) -> HeldOut | None:
-    """None where too few runs are left to fit the law to."""
+def hold_out(fitted: Fit, compute: Array, settings: Settings) -> HeldOut | None:
+    """Return how the law fitted to the smaller runs predicts the larger; None of too few."""
     places = np.stack(list(fitted.points.x.values()), axis=1).round(12)
     labels = np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
     above = split_by_compute(labels, compute, len(fitted.law) + 1)
     if above is None:
         return None
-    fixed = {**settings, "estimator": fitted.estimator}
     try:
-        below = fit(fitted.table[~above], fitted.law, **fixed)  # type: ignore[arg-type]
+        fixed = {**settings, "estimator": fitted.estimator}
+        below = fit(fitted.table[~above], fitted.law, **fixed)
     except ConfigError:
         return None
     table = fitted.table[above]
     measured = table[fitted.loss].to_numpy(dtype=float)
     where = {name: table[column].to_numpy(dtype=float) for name, column in fitted.columns.items()}
-    errors = np.abs(below.predict(**where) - measured) / measured
-    within, half, intervals = 0, 0.0, {}
-    for i, value in enumerate(measured):
-        place = tuple(float(values[i]) for values in where.values())
-        if place not in intervals:  # seeds share it
-            target = of_loss(below, **dict(zip(where, place, strict=True)))
-            intervals[place] = delta(below, target, new_run=True)
-        within += value in intervals[place]
-        half += (intervals[place].high - intervals[place].low) / 2 / intervals[place].estimate
+    predicted, error = new_runs(below, below.points.at(where))
+    off = np.abs(np.exp(predicted) / measured - 1)
+    reach = quantile_of(below) * error
     cut = float(compute[~above].max())
     return HeldOut(
-        float(errors.mean()),
-        float(errors.max()),
-        within / len(measured),
-        half / len(measured),
-        len(measured),
-        cut,
-        float(compute.max()) / cut,
-        below,
-        above,
+        error=float(off.mean()),
+        worst=float(off.max()),
+        within=float(np.mean(np.abs(np.log(measured) - predicted) <= reach)),
+        half_width=float(np.sinh(reach).mean()),
+        runs=len(measured),
+        cut=cut,
+        distance=float(compute.max()) / cut,
+        below=below,
+        above=above,
     )
 
 
@@ -197,15 +187,14 @@ class Noise:
 
 
 def replicas(fit: Fit, columns: Sequence[str]) -> NDArray[np.intp]:
-    """A number for each run, (n,): the same for those that differ in their seed alone."""
+    """Return a number for each run, (n,): the same for those that differ in their seed alone."""
     same = [*fit.columns.values(), *(name for name in columns if name in fit.table)]
     groups = fit.table.groupby(list(dict.fromkeys(same)), dropna=False)
-    found: NDArray[np.intp] = np.asarray(groups.ngroup(), dtype=np.intp)
-    return found
+    return np.asarray(groups.ngroup(), dtype=np.intp)
 
 
 def seed_noise(fit: Fit, columns: Sequence[str] = ()) -> Noise | None:
-    """From runs that agree in the law's variables and in ``columns``; None without any.
+    """Return that of runs that agree in the law's variables and in ``columns``; None without any.
 
     The F test of lack of fit (Draper & Smith 1998, section 2.1) sets what the law leaves beside
     what the seeds scatter.
@@ -213,8 +202,7 @@ def seed_noise(fit: Fit, columns: Sequence[str] = ()) -> Noise | None:
     labels = replicas(fit, columns)
     count = np.bincount(labels)
     y = fit.points.response
-    mean = np.bincount(labels, y) / count
-    pure = float(np.sum((y - mean[labels]) ** 2))
+    pure = float(np.sum((y - (np.bincount(labels, y) / count)[labels]) ** 2))
     degrees = int(np.sum(count - 1))
     if degrees == 0 or pure == 0.0:
         return None
@@ -227,29 +215,29 @@ def seed_noise(fit: Fit, columns: Sequence[str] = ()) -> Noise | None:
 
 
 def structure(fit: Fit) -> float | None:
-    """p-value of there being no structure in the residuals; None where too few points tell.
+    """Return the p-value of no structure in the residuals; None where too few points tell.
 
     An F test of what second and third powers of the log variables explain of them beyond the
     law's own derivatives (Ramsey 1969, as a score test).
     """
-    own = fit.points.derivatives(fit.optimum.law, fit.optimum.theta[None]).gradient[0]
+    own = fit.points.jacobian(fit.optimum.law, fit.optimum.theta)
     logs = list(fit.points.x.values())
     extra = [a * b for i, a in enumerate(logs) for b in logs[i:]]
-    if len(fit.points) >= 4 * (len(extra) + own.shape[1]):
+    n, residuals = len(fit.points), fit.residuals
+    if n >= 4 * (len(extra) + own.shape[1]):
         extra += [a**3 for a in logs]
     both = np.column_stack([own, *extra])
-    n, rank = len(fit.points), int(np.linalg.matrix_rank(both))
+    rank = int(np.linalg.matrix_rank(both))
     gained = rank - int(np.linalg.matrix_rank(own))
     if n - rank < 3 or gained == 0:
         return None
-    residuals = fit.residuals
-    rest = residuals - both @ np.linalg.lstsq(both, residuals, rcond=None)[0]
-    before = residuals - own @ np.linalg.lstsq(own, residuals, rcond=None)[0]
-    left = float(rest @ rest)
+    before, left = (
+        float(np.sum((residuals - m @ np.linalg.lstsq(m, residuals, rcond=None)[0]) ** 2))
+        for m in (own, both)
+    )
     if left <= 1e-20:
         return None
-    ratio = (float(before @ before) - left) / gained / (left / (n - rank))
-    return float(special.fdtrc(gained, n - rank, ratio))
+    return float(special.fdtrc(gained, n - rank, (before - left) / gained / (left / (n - rank))))
 
 
 # --- what to run next
@@ -266,20 +254,16 @@ class NextRun:
 
 
 def next_run(fit: Fit, target: Target, places: dict[str, Array], costs: Array) -> NextRun | None:
-    """Among ``places``, by how much one more run there would narrow ``target``."""
+    """Return the one of ``places`` where one more run would narrow ``target`` most."""
     if fit.degrees < 1:
         return None
-    spread = covariance(fit)
-    _, normal, _ = target.derivatives(fit.optimum.theta)
-    x = fit.points.at(places)
-    jacobian = fit.optimum.law.derivatives(fit.optimum.theta[None], x).gradient[0]
-    now = float(normal @ spread @ normal)
-    shared = jacobian @ spread @ normal
-    own = np.einsum("np,pq,nq->n", jacobian, spread, jacobian)
-    scatter = fit.relative(fit.scale, fit.predict(**places))
-    then = now - shared**2 / (scatter**2 + own)
+    theta, x = fit.optimum.theta, fit.points.at(places)
+    _, error = new_runs(fit, x)
+    shared = covariance(fit) @ target.at(theta)[1]
+    now = float(target.at(theta)[1] @ shared)
+    then = now - (fit.optimum.law.derivatives(theta[None], x)[1][0] @ shared) ** 2 / error**2
     best = int(np.argmin(then))
-    reach = 2 * float(special.stdtrit(fit.degrees, 0.975))
+    reach = 2 * quantile_of(fit)
     return NextRun(
         {name: float(values[best]) for name, values in places.items()},
         float(costs[best]),

@@ -10,11 +10,16 @@ from numpy.typing import NDArray
 from scipy import special
 
 from tinygpt.scaling.evidence import SIGNIFICANT, Check
-from tinygpt.scaling.fitting import ABSOLUTE, Fit, residual_scale, robust_scale
-from tinygpt.scaling.intervals import covariance, of_loss, with_constant
+from tinygpt.scaling.fitting import (
+    HUBER_DENSITY,
+    Fit,
+    find_optimum,
+    residual_scale,
+    robust_scale,
+)
+from tinygpt.scaling.intervals import new_runs, of_loss, standard_error, with_constant
 from tinygpt.scaling.laws import Array
-from tinygpt.scaling.newton import polish
-from tinygpt.scaling.optimum import find_optimum
+from tinygpt.scaling.solver import solve
 
 ROUNDING = 1e-9  # of a log loss: what is less is no scatter
 
@@ -90,50 +95,41 @@ def _p_value(t: Array, degrees: int) -> Array:
 
 
 def _left_out(fit: Fit, place: Mapping[str, float]) -> tuple[Array, Array, Array, Array]:
-    """Of the law without each run, (n,): the log loss at ``place`` with its standard error; how far
-    the run lies from it, and that in standard errors of a new run there."""
+    """Return, of the law without each run, (n,): the log loss at ``place`` with its standard
+    error; how far the run lies from it, and that in standard errors of a new run there."""
     whole = _with_its_terms(fit)
     law, points, n = whole.optimum.law, fit.points, len(fit.points)
+    limit = fit.optimum.threshold
     starts = [whole.optimum.theta]
     if "E" in law.parameters:  # a run may have driven E to zero, or to the lowest loss
         half = whole.optimum.theta.copy()
         half[law.parameters.index("E")] = points.y.min() + np.log(0.5)
         starts.append(half)
-    weights = 1.0 - np.eye(n)
-    ends = [
-        polish(law, points, np.repeat(one[None], n, axis=0), fit.optimum.threshold, weights)
-        for one in starts
-    ]
+    ends = [solve(law, points, np.tile(one, (n, 1)), limit, 1.0 - np.eye(n)) for one in starts]
     best = np.argmin([end.objective for end in ends], axis=0)
     held = tuple(name for name in whole.optimum.at_bound if name in law.bounds)
     found = np.empty((4, n))
     for row in range(n):
+        others = points.rows(np.arange(n) != row)
         theta = ends[best[row]].theta[row]
-        stay = np.arange(n) != row
-        kept = {name: logs[stay] for name, logs in points.x.items()}
-        others = replace(points, x=kept, y=points.y[stay])
-        optimum = replace(
-            whole.optimum, theta=theta, threshold=fit.optimum.threshold, at_bound=held
-        )
+        optimum = replace(whole.optimum, theta=theta, threshold=limit, at_bound=held)
         less = replace(whole, points=others, optimum=optimum, scale=residual_scale(others, optimum))
-        spread = covariance(less)
-        value, slope, _ = of_loss(less, **place).derivatives(theta)
-        here = law.derivatives(theta[None], {k: v[row : row + 1] for k, v in points.x.items()})
-        off = float(points.y[row] - here.value[0, 0])
-        own = here.gradient[0, 0]
-        scatter = less.relative(less.scale, np.exp(here.value[0, 0]))
-        error = max(float(np.sqrt(scatter**2 + own @ spread @ own)), ROUNDING)
-        there = max(float(np.sqrt(slope @ spread @ slope)), ROUNDING)
-        found[:, row] = value, there, off, off / error
+        target = of_loss(less, **place)
+        here, error = new_runs(less, points.rows([row]).x)
+        off = float(points.y[row] - here[0])
+        there = max(standard_error(less, target), ROUNDING)
+        found[:, row] = target.at(theta)[0], there, off, off / max(error[0], ROUNDING)
     return found[0], found[1], found[2], found[3]
 
 
 def _with_its_terms(fit: Fit) -> Fit:
-    """Where a term has gone, perhaps by one run, the law by absolute deviations: one run hardly
-    moves that.  It is where the law without a run is looked for."""
+    """Return, where a term has gone, perhaps by one run, a law that one run hardly moves.
+
+    It is where the law without a run is looked for.
+    """
     if not fit.optimum.at_bound:
         return fit
-    limit = ABSOLUTE * max(robust_scale(fit.points, fit.optimum), 1e-9)
+    limit = HUBER_DENSITY * robust_scale(fit.points, fit.optimum)
     robust = find_optimum(fit.law, fit.points, limit)
     more = len(robust.law) > len(fit.optimum.law)
     return with_constant(replace(fit, optimum=robust) if more else fit)

@@ -17,7 +17,7 @@ from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.intervals import LEVEL, Bootstrap, Interval, bootstrap
 from tinygpt.scaling.isoflop import by_size
-from tinygpt.scaling.laws import Array, Law
+from tinygpt.scaling.laws import Array
 
 FlopsPerToken = Callable[[Array], Array]  # N -> FLOPs of training on one token
 
@@ -25,15 +25,16 @@ REPLICAS = 1000
 FURTHER = 10.0  # times the largest budget that was run: so far the bands go
 REACH = np.log(1e4)  # the best size is looked for within this factor of those that were run
 COARSE, FINE, ROUNDS = 64, 9, 12  # places in log N that are tried, and how often anew
+AT_ONCE = 1_000_000  # places that are tried together
 
 
 def six_n(n: Array) -> Array:
-    """The rule of thumb: 6 FLOPs a parameter and token."""
+    """Return 6 FLOPs a parameter and token: the rule of thumb."""
     return 6.0 * n
 
 
 def flops_per_token(n: Array, d: Array, flops: Array) -> FlopsPerToken:
-    """As recorded by runs of N, D and FLOPs, (n,) each; the mean of the logarithms at a size.
+    """Return what runs of N, D and FLOPs recorded, (n,) each; the mean of the logarithms at a size.
 
     Between sizes a monotone cubic in logarithms (corners would draw the best size to them),
     beyond them the slope over the last factor of 2 in N.  Runs that say 6·N give the rule of
@@ -48,15 +49,15 @@ def flops_per_token(n: Array, d: Array, flops: Array) -> FlopsPerToken:
 
     def at(size: Array) -> Array:
         x = np.log(size)
-        found = inner(np.clip(x, sizes[0], sizes[-1]))
-        found += first * np.minimum(x - sizes[0], 0) + last * np.maximum(x - sizes[-1], 0)
-        return np.asarray(np.exp(found))
+        inside = np.clip(x, sizes[0], sizes[-1])
+        beyond = np.where(x < inside, first, last) * (x - inside)
+        return np.asarray(np.exp(inner(inside) + beyond))
 
     return at
 
 
 def _end_slope(x: Array, y: Array) -> float:
-    """From the first point to the next that is a factor of 2 away, or else the last."""
+    """Return that from the first point to the next that is a factor of 2 away, or else the last."""
     if len(x) == 1:
         return 1.0  # as in 6·N
     far = np.flatnonzero(np.abs(x - x[0]) >= np.log(2) * (1 - 1e-9))
@@ -65,7 +66,7 @@ def _end_slope(x: Array, y: Array) -> float:
 
 
 def recorded(fit: Fit, compute: Array) -> FlopsPerToken:
-    """FLOPs per token of the runs of a fit, whose compute is ``compute``, (n,)."""
+    """Return the FLOPs per token of the runs of a fit, whose compute is ``compute``, (n,)."""
     n, d = (fit.table[fit.columns[name]].to_numpy(dtype=float) for name in "ND")
     return flops_per_token(n, d, compute)
 
@@ -74,7 +75,7 @@ def recorded(fit: Fit, compute: Array) -> FlopsPerToken:
 
 
 def closed_form(a: Any, b: Any, alpha: Any, beta: Any, flops: Any) -> tuple[Array, Array]:
-    """N and D that make A/N^alpha + B/D^beta least with 6·N·D = ``flops``; arrays broadcast.
+    """Return N and D that make A/N^alpha + B/D^beta least with 6·N·D = ``flops``; arrays broadcast.
 
     Hoffmann et al. 2022, eq. 4: N = G (C/6)^(beta/(alpha+beta)), D = C/(6 N),
     G = (alpha A / (beta B))^(1/(alpha+beta)).
@@ -87,7 +88,7 @@ def closed_form(a: Any, b: Any, alpha: Any, beta: Any, flops: Any) -> tuple[Arra
 def best_split(
     fit: Fit, flops: float, per_token: FlopsPerToken = six_n, unique: float = np.inf
 ) -> tuple[float, float]:
-    """N and D of the least loss for ``flops``.
+    """Return N and D of the least loss for ``flops``.
 
     ``per_token`` says what a token costs at a size; ``unique`` how many tokens there are before
     they repeat, for a law that knows of it.  Raises ConfigError where the law has no best split.
@@ -99,10 +100,13 @@ def best_split(
 def best_splits(
     fit: Fit, flops: Array, per_token: FlopsPerToken, unique: float
 ) -> tuple[Array, Array, Array]:
-    """N, D and L of the fitted law, (G,) each.  Raises ConfigError where it has no best split."""
+    """Return N, D and L of the fitted law, (G,) each.  Raises ConfigError where it has no best
+    split."""
     law = fit.optimum.law
-    missing = {"N", "D"} - _used(law)
-    if missing:
+    left = (
+        law.variables if law.powers is None else {v for term in law.powers.values() for v in term}
+    )
+    if missing := {"N", "D"} - set(left):
         gone = " and ".join(sorted(missing))
         raise ConfigError(f"law={fit.law.name}: as fitted it has no {gone}, and so no best split")
     n, d, loss = splits(fit, fit.optimum.theta[None], flops, per_token, unique)
@@ -114,73 +118,62 @@ def best_splits(
     return n[0], d[0], loss[0]
 
 
-def _used(law: Law) -> set[str]:
-    """The variables of the terms that are left."""
-    if law.powers is None:
-        return set(law.variables)
-    return {variable for powers in law.powers.values() for variable in powers}
-
-
 def splits(
     fit: Fit, theta: Array, flops: Array, per_token: FlopsPerToken, unique: float
 ) -> tuple[Array, Array, Array]:
-    """N, D and L for parameter vectors (B, P) at budgets (G,), each (B, G); nan: no minimum."""
-    law, centres = fit.optimum.law, fit.points.centres
-    terms = {name: set(powers) for name, powers in (law.powers or {}).items() if powers}
-    if per_token is six_n and terms == {"A": {"N"}, "B": {"D"}}:
-        affine = law.shift(centres)
-        plain = theta @ affine[:, :-1].T + affine[:, -1]
-        value = {name: plain[:, j : j + 1] for j, name in enumerate(law.parameters)}
-        assert law.powers is not None
-        alpha, beta = value[law.powers["A"]["N"]], value[law.powers["B"]["D"]]
-        with np.errstate(invalid="ignore"):  # exponents below zero: no minimum
-            n, d = closed_form(np.exp(value["A"]), np.exp(value["B"]), alpha, beta, flops)
-        n, d = (np.where((alpha > 0) & (beta > 0), v, np.nan) for v in (n, d))
-        log_n = np.log(n)
-    else:
-        size = max(1, int(1e6 / (len(flops) * COARSE)))
-        parts = np.array_split(theta, max(1, -(-len(theta) // size)))
-        found = [_numeric(fit, part, flops, per_token, unique) for part in parts]
-        log_n = np.concatenate(found)
-        n = np.exp(log_n)
-        d = flops / per_token(n)
-    with np.errstate(invalid="ignore"):
-        log_loss = law.log_loss(theta, _at(fit, log_n, np.log(d), unique))
-    return n, d, np.exp(log_loss)
+    """Return N, D and L for parameter vectors (B, P) at budgets (G,), each (B, G); nan: no
+    minimum."""
+    law = fit.optimum.law
+    powers = law.powers or {}
+    with np.errstate(invalid="ignore"):  # exponents below zero: no minimum
+        if per_token is six_n and {k: set(v) for k, v in powers.items() if v} == {
+            "A": {"N"},
+            "B": {"D"},
+        }:
+            plain = law.plain(theta, fit.points.centres)
+            value = {name: plain[:, j : j + 1] for j, name in enumerate(law.parameters)}
+            alpha, beta = value[powers["A"]["N"]], value[powers["B"]["D"]]
+            n, _ = closed_form(value["A"], value["B"], alpha, beta, flops)
+            log_n = np.log(np.where((alpha > 0) & (beta > 0), n, np.nan))
+        else:
+            parts = np.array_split(theta, -(-theta.size * len(flops) * COARSE // AT_ONCE) or 1)
+            log_n = np.concatenate(
+                [_best_size(fit, part, flops, per_token, unique) for part in parts]
+            )
+        log_d = np.log(flops) - np.log(per_token(np.exp(log_n)))
+        log_loss = law.log_loss(theta, _at(fit, log_n, log_d, unique))
+    return np.exp(log_n), np.exp(log_d), np.exp(log_loss)
 
 
 def _at(fit: Fit, log_n: Array, log_d: Array, unique: float) -> dict[str, Array]:
-    """The variables as the law wants them, (B, n) each."""
+    """Return the variables as the law wants them, (B, n) each."""
     logs = {"N": log_n, "D": log_d, "U": np.minimum(log_d, np.log(unique))}
     return {name: logs[name] - centre for name, centre in fit.points.centres.items()}
 
 
-def _numeric(
+def _best_size(
     fit: Fit, theta: Array, flops: Array, per_token: FlopsPerToken, unique: float
 ) -> Array:
-    """log N of the least loss, (B, G): a grid, then finer ones about its least."""
-    law = fit.optimum.law
+    """Return log N of the least loss, (B, G): by a grid, then finer ones about its least."""
     log_c = np.log(flops)[:, None]
-    sizes = np.log(fit.table[fit.columns["N"]].to_numpy(dtype=float))
-    tokens = np.log(fit.table[fit.columns["D"]].to_numpy(dtype=float))
+    sizes, tokens = (np.log(fit.table[fit.columns[v]].to_numpy(dtype=float)) for v in "ND")
     runs = np.log(per_token(np.exp(sizes))) + tokens
     reach = REACH + np.maximum(log_c - runs.max(), 0) + np.maximum(runs.min() - log_c, 0)
     low, high = sizes.min() - reach, sizes.max() + reach  # (G, 1)
-    shape = (len(theta), len(flops), 1)
-    left, right = np.broadcast_to(low, shape), np.broadcast_to(high, shape)
+    left, right = (np.broadcast_to(end, (len(theta), len(flops), 1)) for end in (low, high))
     for count in (COARSE, *[FINE] * ROUNDS):
-        steps = np.linspace(0.0, 1.0, count)
-        log_n = left + steps * (right - left)  # (B, G, count)
+        log_n = left + np.linspace(0.0, 1.0, count) * (right - left)  # (B, G, count)
         log_d = log_c - np.log(per_token(np.exp(log_n)))
         flat = (len(theta), len(flops) * count)
-        loss = law.log_loss(theta, _at(fit, log_n.reshape(flat), log_d.reshape(flat), unique))
-        best = np.argmin(loss.reshape(log_n.shape), axis=-1)[..., None]
-        left = np.take_along_axis(log_n, np.maximum(best - 1, 0), axis=-1)
-        right = np.take_along_axis(log_n, np.minimum(best + 1, count - 1), axis=-1)
-        middle = np.take_along_axis(log_n, best, axis=-1)
+        x = _at(fit, log_n.reshape(flat), log_d.reshape(flat), unique)
+        loss = fit.optimum.law.log_loss(theta, x).reshape(log_n.shape)
+        best = np.argmin(loss, axis=-1)[..., None]
+        left, middle, right = (
+            np.take_along_axis(log_n, np.clip(best + by, 0, count - 1), axis=-1)
+            for by in (-1, 0, 1)
+        )
     edge = (middle - low < 1e-3) | (high - middle < 1e-3)
-    found: Array = np.where(edge, np.nan, middle)[..., 0]
-    return found
+    return np.asarray(np.where(edge, np.nan, middle)[..., 0])
 
 
 # --- bands of the law
@@ -213,7 +206,6 @@ class LawSplit:
     n: Band
     d: Band
     loss: Band
-    tokens_per_parameter: Band
     a: Interval  # N ~ C^a
     b: Interval  # D ~ C^b
     c: Interval  # L ~ C^c, with the irreducible loss in L
@@ -230,34 +222,33 @@ def by_law(
     replicas: int | Bootstrap = REPLICAS,
     level: float = LEVEL,
 ) -> LawSplit:
-    """From the smallest budget of the runs to ten times the largest.
+    """Return the best split from the smallest budget of the runs to ten times the largest.
 
     ``compute`` is that of each run of the fit, (n,); ``per_token`` by default as they recorded
     it.  A fit without degrees of freedom gets no bands.  Raises ConfigError as ``best_split``.
     """
     per_token = per_token or recorded(fit, compute)
-    inside = np.geomspace(compute.min(), compute.max(), 33)
-    inside = inside if np.ptp(compute) > 0 else inside[:1]
+    inside = np.geomspace(compute.min(), compute.max(), 33 if np.ptp(compute) > 0 else 1)
     flops = np.append(inside, compute.max() * np.geomspace(1.0, FURTHER, 12)[1:])
-    theta, kind = parameter_vectors(fit, replicas)
+    theta, method = parameter_vectors(fit, replicas)
     one = best_splits(fit, flops, per_token, unique)
     many = splits(fit, theta, flops, per_token, unique)
     span = slice(len(inside)) if len(inside) > 1 else slice(None)
-    log_c = np.log(flops[span])
+    away = np.log(flops[span]) - np.log(flops[span]).mean()
     bands, exponents = [], []
     for best, values in zip(one, many, strict=True):
-        bands.append(band(best, values, level, kind))
-        slopes = (_slope(log_c, np.log(v[:, span]))[:, None] for v in (best[None], values))
-        exponents.append(band(next(slopes)[0], next(slopes), level, kind).at(0))
-    ratio = band(one[1] / one[0], many[1] / many[0], level, kind)
+        bands.append(band(best, values, level, method))
+        slopes = [np.log(v[:, span]) @ away / (away @ away) for v in (best[None], values)]
+        exponents.append(band(slopes[0], slopes[1][:, None], level, method).at(0))
     undefined = float(np.isnan(many[0]).any(axis=1).mean()) if len(theta) else 0.0
     n, d, loss = bands
     a, b, c = exponents
-    return LawSplit(flops, n, d, loss, ratio, a, b, c, undefined, len(inside) - 1)
+    return LawSplit(flops, n, d, loss, a, b, c, undefined, len(inside) - 1)
 
 
 def parameter_vectors(fit: Fit, replicas: int | Bootstrap) -> tuple[Array, str]:
-    """Of a bootstrap over runs, (B, P), and its name; none without degrees of freedom."""
+    """Return those of a bootstrap over runs, (B, P), and its name; none without degrees of
+    freedom."""
     if isinstance(replicas, int):
         if fit.degrees < 1 or replicas < 1:
             return np.empty((0, len(fit.optimum.law))), "none"
@@ -266,17 +257,10 @@ def parameter_vectors(fit: Fit, replicas: int | Bootstrap) -> tuple[Array, str]:
 
 
 def band(estimate: Array, values: Array, level: float, method: str) -> Band:
-    """Percentiles of the rows of ``values``, (B, G), that have a number."""
+    """Return percentiles of the rows of ``values``, (B, G), that have a number."""
     good = values[np.isfinite(values).all(axis=1)]
     if not len(good):
         none = np.full(np.shape(estimate), np.nan)
         return Band(estimate, none, none, level, "none")
     low, high = np.quantile(good, [0.5 - level / 2, 0.5 + level / 2], axis=0)
     return Band(estimate, low, high, level, method)
-
-
-def _slope(x: Array, y: Array) -> Array:
-    """Of the regression of each row of ``y`` on ``x``, (B,)."""
-    away = x - x.mean()
-    found: Array = y @ away / (away @ away)
-    return found
