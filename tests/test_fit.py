@@ -181,8 +181,11 @@ def test_an_older_run_in_the_folder_is_named(tinygpt: Command, tmp_path: Path) -
     assert found["other_settings"] == {"max_seq_len": {"128": 10, "64": 1}}
 
 
+ALONE = ("table=t.csv", "loss=loss", "columns.n=params")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("words", "line"),
     [
         ([], "runs: give runs=FOLDER, or table=FILE"),
         (["runs=a", "table=b.csv"], "runs: give runs=FOLDER, or table=FILE"),
@@ -193,46 +196,50 @@ def test_an_older_run_in_the_folder_is_named(tinygpt: Command, tmp_path: Path) -
         (["table=t.csv", "columns.m=size"], "columns.m: no such key"),
         (["table=t.csv"], "loss=final_val_loss: no such column; there are params, tokens"),
         (["table=t.csv", "loss=loss"], "columns.n: name the column of the parameters"),
-        (["table=t.csv", "loss=loss", "columns.n=params", "law=cubic"], "law=cubic: must be one"),
         (["run=a"], "run: no such key; did you mean runs or columns.run?"),
-        (["table=t.csv", "loss=loss", "columns.n=params", "budgets=1e15"], "budgets=1e+15: needs"),
         (["table=t.csv", "loss=loss", "columns.n=tokens"], "table=t.csv: params differs"),
+        ([*ALONE, "law=cubic"], "law=cubic: must be one"),
+        ([*ALONE, "budgets=1e15"], "budgets=1e+15: needs a law in N and D, or variable=C"),
+        ([*ALONE, "predict=13e9"], "predict=13e9: must be as [{n: 13e9, d: 5e12}]"),
+        ([*ALONE, "predict=[{d: 5e12}]"], "predict: n is missing: the law goes by n"),
+        ([*ALONE, "objective=nats"], "objective=nats: must be one of log, raw"),
+        ([*ALONE, "isoflop=spline"], "isoflop=spline: must be one of cubic, akima, parabola"),
+        ([*ALONE, "isoflop=akima"], "isoflop=akima: needs a law in N and D"),
+        ([*ALONE, "estimator=absolute"], "estimator=absolute: removed; estimator=likelihood"),
+        ([*ALONE, "threshold_unit=noise"], "threshold_unit: removed; threshold= is in units of"),
+        ([*ALONE, "law=none.py:mine"], "law=none.py:mine: none.py: [Errno 2] No such file"),
+        ([*ALONE, "law=laws.py:mine"], "law=laws.py:mine: laws.py defines no Law called mine"),
+        ([*ALONE, "law=bad.py:mine"], "law=bad.py:mine: bad.py: boom"),
+        ([*ALONE, "law=chinchila"], "law=chinchila: |; did you mean chinchilla?"),
+        ([*ALONE, "where=paramz > 1"], "where=paramz > 1: |; did you mean params"),
+        ([*ALONE, "loss=los"], "loss=los: |; did you mean loss"),
+        ([*ALONE, "columns.n=param"], "columns.n=param: |; did you mean params"),
     ],
 )
 def test_a_mistake_is_one_line(
-    tinygpt: Command, tmp_path: Path, arguments: list[str], line: str
-) -> None:
-    table().to_csv(tmp_path / "t.csv", index=False)
-    done = tinygpt("fit", *arguments)
-    assert done.stderr.startswith(f"error: {line}")
-    assert done.stderr.count("\n") == 1
-    assert (done.returncode, done.stdout) == (2, "")
-    assert {path.name for path in tmp_path.iterdir()} == {"t.csv"}
-
-
-@pytest.mark.parametrize(
-    ("word", "nearest"),
-    [
-        ("law=chinchila", "chinchilla?"),
-        ("where=paramz > 1", "params"),
-        ("loss=los", "loss"),
-        ("columns.n=param", "params"),
-    ],
-)
-def test_the_nearest_name_is_said(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
-    word: str,
-    nearest: str,
+    words: list[str],
+    line: str,
 ) -> None:
     table().to_csv(tmp_path / "t.csv", index=False)
-    words = ["table=t.csv", "loss=loss", "columns.n=params", word]
+    (tmp_path / "laws.py").write_text("mine = 1\n")
+    (tmp_path / "bad.py").write_text("raise ValueError('boom')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["fit", *words])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as left:
         fit.main()
-    assert f"; did you mean {nearest}" in capsys.readouterr().err
+    said = capsys.readouterr()
+    begins, _, nearest = line.partition("|")
+    assert said.err.startswith(f"error: {begins}")
+    assert nearest in said.err
+    assert (left.value.code, said.err.count("\n"), said.out) == (2, 1, "")
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {
+        "t.csv",
+        "laws.py",
+        "bad.py",
+    }
 
 
 def test_predicted_from_the_command_line(
@@ -276,42 +283,6 @@ def test_predicted_from_the_command_line(
     distance = next(c for c in found["checks"] if "no further beyond" in c["name"])
     assert (distance["passed"], distance["detail"][:8]) == (False, "×50,000 ")
     assert "×50,000 beyond; the runs span ×1,000" in said
-
-
-@pytest.mark.parametrize(
-    ("word", "line"),
-    [
-        ("predict=13e9", "predict=13e9: must be as [{n: 13e9, d: 5e12}]"),
-        ("predict=[{d: 5e12}]", "predict: n is missing: the law goes by n"),
-        ("objective=nats", "objective=nats: must be one of log, raw"),
-        ("isoflop=spline", "isoflop=spline: must be one of cubic, akima, parabola"),
-        ("isoflop=akima", "isoflop=akima: needs a law in N and D"),
-        ("estimator=absolute", "estimator=absolute: removed; estimator=likelihood comes to"),
-        ("threshold_unit=absolute", "threshold_unit: removed; threshold= is in units of the noise"),
-        ("law=none.py:mine", "law=none.py:mine: none.py: [Errno 2] No such file"),
-        ("law=laws.py:mine", "law=laws.py:mine: laws.py defines no Law called mine"),
-        ("law=bad.py:mine", "law=bad.py:mine: bad.py: boom"),
-    ],
-)
-def test_a_question_that_cannot_be_asked(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    word: str,
-    line: str,
-) -> None:
-    table().to_csv(tmp_path / "t.csv", index=False)
-    (tmp_path / "laws.py").write_text("mine = 1\n")
-    (tmp_path / "bad.py").write_text("raise ValueError('boom')\n")
-    monkeypatch.chdir(tmp_path)
-    words = ["table=t.csv", "loss=loss", "columns.n=params", word]
-    monkeypatch.setattr(sys, "argv", ["fit", *words])
-    with pytest.raises(SystemExit) as left:
-        fit.main()
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {line}")
-    assert (left.value.code, said.count("\n")) == (2, 1)
-    assert not (tmp_path / "outputs").exists()
 
 
 def test_tokens_from_the_compute(tinygpt: Command, tmp_path: Path) -> None:

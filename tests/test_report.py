@@ -14,17 +14,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from tinygpt.scaling import (
-    analysis,
-    document,
-    drawing,
-    evidence,
-    facts,
-    report,
-    single,
-    wording,
-)
-from tinygpt.scaling.advice import ADVICE
+from tinygpt.scaling import analysis, document, facts, report, wording
 from tinygpt.scaling.analysis import Analysis, analyse
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.intervals import Interval
@@ -136,12 +126,11 @@ def test_fit_json_has_no_nan_and_all_facts(folder: Path, joint: Analysis) -> Non
 def test_the_data_hash_is_that_of_the_values(joint: Analysis) -> None:
     moved = table().assign(name="elsewhere")
     changed = table().assign(loss=lambda t: t["loss"] * 1.001)
-    hashes = [
-        facts.data_hash(analysis_of(runs, law="power_constant", variable="N"))
-        for runs in (table(), moved, changed)
-    ]
-    assert hashes[0] == hashes[1] == facts.data_hash(joint)
-    assert hashes[2] != hashes[0]
+    first, second, third = (
+        facts.data_hash(dataclasses.replace(joint, runs=runs)) for runs in (table(), moved, changed)
+    )
+    assert first == second == facts.data_hash(joint)
+    assert third != first
 
 
 def test_the_report_says_the_numbers_of_fit_json(folder: Path) -> None:
@@ -196,6 +185,7 @@ def test_where_all_passes_it_says_so(alone: Analysis) -> None:
     text = _text(alone)
     assert alone.is_evidence
     assert "Not evidence yet" not in text
+    assert "rounded to what each interval supports" in text
     assert "All applicable checks pass." in text
     assert "FAIL" not in text
     assert "left out: 1 of 13 (diverged): row 0" in text
@@ -224,26 +214,12 @@ def test_unique_tokens_make_a_third_panel(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "unique tokens" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_any_number_of_panels(count: int) -> None:
-    figure, panels = drawing.side_by_side(count)
-    assert len(panels) == len(figure.axes) == count
-
-
-@pytest.mark.parametrize("width", [60, 80, 100, 300])
+@pytest.mark.parametrize("width", [60, 300])
 def test_the_terminal_is_wide_enough(joint: Analysis, width: int) -> None:
     text = printed(joint, width)
     assert max(map(len, text.splitlines())) <= min(width, 100)
     assert "report: there/report.html" in text
     assert joint.fit.law.name in text
-
-
-def test_every_advice_is_for_a_check_there_is() -> None:
-    modules = (evidence, analysis, single)
-    source = "".join(Path(str(module.__file__)).read_text() for module in modules)
-    for name in ADVICE:
-        known = name in source or name.replace(name.split()[0], "{name}", 1) in source
-        assert known, name
 
 
 @pytest.mark.parametrize(
@@ -273,10 +249,6 @@ def test_the_equation_can_be_used(joint: Analysis) -> None:
     place = {"N": 1e6, "D": 1e7}
     by_hand = eval(text, {"__builtins__": {}}, place)
     assert by_hand == pytest.approx(float(joint.fit.predict(**place)[0]), rel=1e-3)
-
-
-def test_what_one_coefficient_in_two_precisions_means(joint: Analysis) -> None:
-    assert "rounded to what each interval supports" in _text(joint)
 
 
 def test_laws_that_cannot_be_told_apart_say_which_is_shown(joint: Analysis) -> None:
@@ -336,7 +308,7 @@ def test_runs_of_other_settings_are_named_at_the_top() -> None:
     assert analysis_of(runs, columns).is_evidence
     runs.loc[3, "vocab_size"] = 512
     found = analysis_of(runs, columns)
-    assert "one vocabulary, context and text" in [c.name for c in found.checks if not c.passed]
+    assert "same_task" in [check.id for check in found.checks if not check.passed]
     assert not found.is_evidence
     name = runs["name"][3]
     text = _text(found)

@@ -28,7 +28,7 @@ from tests.test_training import Trained
 from tinygpt import cli
 from tinygpt.config import ConfigError
 from tinygpt.counting import flops_per_token
-from tinygpt.scaling import images
+from tinygpt.scaling import drawing
 from tinygpt.training.session import train
 
 QUIET = Console(quiet=True)
@@ -226,11 +226,11 @@ def test_a_sample_is_shown_as_it_is_whatever_it_looks_like(tmp_path: Path) -> No
 def test_the_same_fit_again_replaces_its_figures(tmp_path: Path) -> None:
     for name, height in (("scaling", 20), ("residuals", 30)):
         matplotlib.image.imsave(tmp_path / f"{name}.png", np.zeros((height, 40, 3)))
-    images.write(tmp_path, ["scaling", "residuals"])
+    drawing.write_events(tmp_path, ["scaling", "residuals"])
     looking = read(tmp_path / "tensorboard")
     matplotlib.image.imsave(tmp_path / "scaling.png", np.ones((10, 40, 3)))
     for _ in range(3):
-        images.write(tmp_path, ["scaling"])
+        drawing.write_events(tmp_path, ["scaling"])
         looking.Reload()
     assert sum(path.stat().st_size > 0 for path in (tmp_path / "tensorboard").iterdir()) == 1
     for board in (read(tmp_path / "tensorboard"), looking):

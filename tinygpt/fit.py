@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 USAGE = """\
 python -m tinygpt.fit runs=outputs/width [key=value ...]
 
-runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole; of adaptation (adapt.jsonl) with
-                        seed= and output_dir= alone
+runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole; adaptations (adapt.jsonl) take
+                        seed= and output_dir= only
 table=FILE              instead: a table with a row a run (docs/laws.md: files, dialects, numbers);
-                        its columns are named by
+                        name its columns by
                         columns.n= d= u= t= c= loss= seed= run= learning_rate=
                         (parameters, tokens, unique tokens, context, FLOPs, loss, seed, name);
-                        the last three are found by their usual names, none is said by =none
+                        the last three are found by their usual names; =none: there is none
 units.n=1e6             what a table counts in: units.n= d= u= c= (units.c=8.64e19: PFLOP-days)
 loss_unit=TEXT          of a table's loss, as 'nats per token'; perplexity: its logarithm is fitted
 decimal=,               the decimal mark of a table in which a comma could be either
@@ -35,7 +35,7 @@ law=auto                the best by AICc, or the name of one: power power_consta
                         chinchilla chinchilla_tied chinchilla_zero kaplan kaplan_constant coupled
                         data_constrained
                         or FILE.py:NAME, one of your own (docs/laws.md)
-variable=auto           what a law in one variable goes by: N D U T C
+variable=auto           the variable of a law in one variable: N D U T C
 loss=final_val_loss     the column of the loss; final_val_bits_per_byte compares tokenizers
 estimator=auto          least_squares huber likelihood
 threshold=NUMBER        of huber, in units of the noise
@@ -52,7 +52,7 @@ output_dir=FOLDER       where to put a folder fit-<name>; default: fit/ in the f
 
 @dataclass
 class TableColumns:
-    """Where a table from elsewhere says what."""
+    """The column of each quantity in a table from elsewhere."""
 
     n: Optional[str] = None
     d: Optional[str] = None
@@ -67,7 +67,7 @@ class TableColumns:
 
 @dataclass
 class TableUnits:
-    """How many parameters, tokens and FLOPs one is, in a table from elsewhere."""
+    """The unit of each count in a table from elsewhere: 1e6 for millions."""
 
     n: Optional[float] = key(None, above=0.0)
     d: Optional[float] = key(None, above=0.0)
@@ -114,38 +114,34 @@ def main() -> None:
 
     places = [] if arguments.predict is None else read_places(arguments.predict)
     law = laws.load(arguments.law) if ".py:" in arguments.law else arguments.law
-    table, folder = _read(arguments)
-    import pandas as pd
-
+    (table, folder), curves = _read(arguments), None
     from tinygpt.scaling import report  # scipy and matplotlib: once there is something to fit
     from tinygpt.scaling.analysis import analyse
-    from tinygpt.scaling.runs import curves_of
 
+    if arguments.runs:
+        import pandas as pd
+
+        from tinygpt.scaling.runs import curves_of
+
+        curves = curves_of(pd.concat([table.runs, table.left_out]).sort_index())
+    asked = ("variable", "estimator", "threshold", "objective", "budgets")
     analysis = analyse(
         table.runs,
         table.left_out,
         table.columns,
         law=law,
-        variable=arguments.variable,
-        estimator=arguments.estimator,
-        threshold=arguments.threshold,
-        objective=arguments.objective,
-        budgets=arguments.budgets,
         places=places,
-        isoflop=arguments.isoflop,
-        seed=arguments.seed,
-        curves=curves_of(pd.concat([table.runs, table.left_out]).sort_index())
-        if arguments.runs
-        else None,
+        curves=curves,
         condition=arguments.where,
         notes=table.notes,
+        **{name: getattr(arguments, name) for name in (*asked, "isoflop", "seed")},
     )
     report.write(analysis, folder)
     report.show(analysis, folder)
 
 
 def _are_adaptations(arguments: Arguments) -> bool:
-    """Whether the runs adapted a base.  Of a folder that holds both, the trainings are meant.
+    """Return whether the runs adapted a base.  Of a folder with both kinds, only trainings count.
 
     Raises ConfigError where folders of the two kinds are named.
     """
@@ -153,41 +149,40 @@ def _are_adaptations(arguments: Arguments) -> bool:
         if not Path(name).is_dir():
             raise ConfigError(f"runs={name}: no such folder")
     folders = [Path(name) for name in arguments.runs]
-    adapted = {folder: sorted(folder.rglob("adapt.jsonl")) for folder in folders}
+    adapted = {folder: len(list(folder.rglob("adapt.jsonl"))) for folder in folders}
     trained = [folder for folder in folders if rundir.find_runs(folder)]
     alone = [folder for folder in folders if adapted[folder] and folder not in trained]
     if trained and alone:
         raise ConfigError(
-            f"runs: {trained[0]} has trained models and {alone[0]} adapted ones; give them apart"
+            f"runs: {trained[0]} has trained models and {alone[0]} adapted ones; fit each alone"
         )
     for folder in trained:
-        if count := len(adapted[folder]):
+        if count := adapted[folder]:
             print(f"note: adaptations in {folder} are left out ({count}); give their folders alone")
     if not alone:
         return False
-    given, default = dataclasses.asdict(arguments), dataclasses.asdict(Arguments())
-    for name, value in given.items():
-        if value != default[name] and name not in ("runs", "seed", "output_dir"):
+    default = Arguments()
+    for name, value in vars(arguments).items():
+        if value != getattr(default, name) and name not in ("runs", "seed", "output_dir"):
             raise ConfigError(f"{name}: not for runs that adapted a model; seed, output_dir are")
     return True
 
 
+def _check_table_keys(arguments: Arguments) -> None:
+    """Raise ConfigError for what only a table can use."""
+    keys = [f"units.{name}" for name, unit in vars(arguments.units).items() if unit is not None]
+    keys += [n for n in ("loss_unit", "decimal", "last") if getattr(arguments, n) is not None]
+    keys += ["columns.learning_rate"] if arguments.columns.learning_rate is not None else []
+    if keys and not arguments.table:
+        raise ConfigError(f"{keys[0]}: for table= only; a run's own folder says it")
+
+
 def _folder(arguments: Arguments) -> Path:
-    """For the report on folders of runs."""
+    """Return where the report on folders of runs goes."""
     first = Path(arguments.runs[0])
     if arguments.output_dir:
         return Path(arguments.output_dir) / f"fit-{first.resolve().name}"
     return first / "fit"
-
-
-def _check_table_keys(arguments: Arguments) -> None:
-    """Raises ConfigError for what only a table can use."""
-    given, rate = dataclasses.asdict(arguments), arguments.columns.learning_rate
-    keys = [f"units.{name}" for name, unit in given["units"].items() if unit is not None]
-    keys += [name for name in ("loss_unit", "decimal", "last") if given[name] is not None]
-    keys += ["columns.learning_rate"] if rate is not None else []
-    if keys and not arguments.table:
-        raise ConfigError(f"{keys[0]}: for table= only; a run's own folder says it")
 
 
 def _read(arguments: Arguments) -> tuple[Table, Path]:

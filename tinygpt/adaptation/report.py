@@ -23,7 +23,7 @@ from tinygpt.adaptation.analysis import (
 )
 from tinygpt.adaptation.config import RATED
 from tinygpt.adaptation.plots import bases, title
-from tinygpt.scaling import document, images, wording
+from tinygpt.scaling import document, wording
 from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.wording import count
@@ -61,7 +61,6 @@ def write(adaptation: Adaptation, folder: Path) -> list[Path]:
     with fileio.turn(folder):
         fileio.remove_torn(folder, folder / "tensorboard")
         figures = plots.draw(adaptation, folder)
-        images.write(folder, figures)
         for name in TABLES:
             text = getattr(adaptation, name).to_csv(index=False, lineterminator="\n")
             fileio.write_text(folder / f"adaptation_{name}.csv", text)

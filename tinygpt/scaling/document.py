@@ -25,7 +25,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    text: str  # what stands in backticks is code, here and in items and cells
+    text: str  # text in backticks is code, here and in items and cells
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,6 @@ class Items:
 class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-
-    def __post_init__(self) -> None:
-        if any(len(row) != len(self.header) for row in self.rows):
-            raise ValueError(f"a row has another number of cells than {self.header}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,6 @@ def write(blocks: Sequence[Block], folder: Path) -> list[str]:
 
 
 def markdown(blocks: Iterable[Block]) -> str:
-    """Return the report as Markdown."""
     return "\n\n".join(map(_markdown, blocks)) + "\n"
 
 
@@ -152,7 +147,7 @@ def _inline(text: str) -> str:
 
 
 def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) -> None:
-    """Print the report without its figures, and where it lies."""
+    """Print the report without its figures, and its path."""
     console = console or Console(highlight=False, markup=False)
     console.width = min(console.width, WIDTH)
     for block in blocks:

@@ -5,7 +5,8 @@ Colours tell categories by Okabe and Ito's palette, ordered values by viridis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from tinygpt import fileio
+from tinygpt.scaling.wording import letter
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73"),
@@ -49,7 +51,7 @@ LABELS = {
 
 
 def save(figures: Mapping[str, Figure | None], folder: Path) -> list[str]:
-    """Write each figure as PNG and SVG and return the names of those there are.
+    """Write each figure as PNG, SVG and for TensorBoard; return the names of those there are.
 
     To be called within ``STYLE``.  A figure that is None is removed if an earlier one lies there.
     """
@@ -68,7 +70,44 @@ def save(figures: Mapping[str, Figure | None], folder: Path) -> list[str]:
                 continue
             with fileio.replacing(path) as temporary:
                 figure.savefig(temporary, format=kind, metadata=metadata)
-    return [name for name, figure in figures.items() if figure is not None]
+    names = [name for name, figure in figures.items() if figure is not None]
+    write_events(folder, names)
+    return names
+
+
+def write_events(folder: Path, figures: Sequence[str]) -> None:
+    """Put each ``<figure>.png`` of ``folder`` into its ``tensorboard/`` in place of earlier ones.
+
+    A TensorBoard that is running follows: the new file has a later name, and begins a session in
+    which the earlier images are forgotten; the old one is emptied, then removed the next time.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    place, now = folder / "tensorboard", time.time_ns()
+    place.mkdir(parents=True, exist_ok=True)
+    before = list(place.glob("*"))
+    events = [
+        Event(file_version="brain.Event:2"),
+        Event(session_log=SessionLog(status=SessionLog.START)),
+    ]
+    for name in figures:
+        png = (folder / f"{name}.png").read_bytes()
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+        image = Summary.Image(width=width, height=height, encoded_image_string=png)
+        value = Summary.Value(tag=f"fit/{name}", image=image)
+        events.append(Event(summary=Summary(value=[value])))
+    with fileio.replacing(place / f"events.out.tfevents.{now}") as path, path.open("wb") as file:
+        records = RecordWriter(file)
+        for event in events:
+            event.wall_time = now / 1e9
+            records.write(event.SerializeToString())
+    for path in before:
+        if path.stat().st_size:
+            path.write_bytes(b"")  # a reader would stumble over a file that is gone
+        else:
+            path.unlink()
 
 
 def write_png(figure: Figure, path: Path) -> None:
@@ -114,7 +153,7 @@ def panels(figure: Figure, count: int, across: int) -> list[Axes]:
 
 
 def limit(axes: Axes, values: Any) -> None:
-    """Let a wide band run off: the axis is at most three times as long as these values."""
+    """Clip wide bands: the axis spans at most three times the range of these values."""
     low, high = float(values.min()), float(values.max())
     room = max(high / low, 1.02)
     bottom, top = axes.get_ylim()
@@ -136,17 +175,10 @@ def log_ticks(axis: Any) -> None:
         return
     narrow = high / low < 5
     axis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(_short))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: letter(value)))
     axis.set_minor_formatter(NullFormatter())
     if narrow:
         axis.set_minor_locator(NullLocator())
-
-
-def _short(value: float, _: int) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if 1e15 > value >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
 
 
 def legend(axes: Axes, above: bool = False, columns: int = 1) -> None:

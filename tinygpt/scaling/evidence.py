@@ -1,26 +1,20 @@
-"""What a set of runs can show: the evidence protocol of a scaling study.
+"""What a set of runs can show: the checklist of a plan before training, and of finished runs.
 
-``check_design`` reads a plan before anything is trained, or the table of finished runs;
-``check_fit`` reads the law that was fitted to them.
+``diagnostics`` adds the checks of the law that is fitted to them.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import special
 
 from tinygpt.scaling.runs import SETTINGS
-
-if TYPE_CHECKING:
-    from tinygpt.scaling.fitting import Fit
-    from tinygpt.scaling.intervals import Interval
-    from tinygpt.scaling.selection import Candidate, HeldOut, Noise
+from tinygpt.scaling.wording import times
 
 # What a study may vary as the x of a law, in the words of results.json.
 VARIABLES = {
@@ -30,89 +24,143 @@ VARIABLES = {
     "unique_train_tokens": "unique tokens",
 }
 SIGNIFICANT = 0.01  # a smaller p-value speaks against the law
-NEAR_FLOOR = 0.05
-MOSTLY_SEEDS = 0.5  # of the variance of the losses, from where there is little else in it
-LEVEL = 0.95  # of the intervals that held-out runs should lie in
-PLAIN = ("power_constant", "chinchilla")  # what other laws must be compared with
 CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
+# Columns with the outcome of a training; the loss before it and the entropy of the corpus are not.
+OUTCOME = re.compile(
+    r"^(?!initial|(\w+_)?irreducible).*(loss|perplexity|ppl|accuracy|bits_per|bpb|bpc|nll)", re.I
+)
+CHECKS = {  # id: (title, what to do if it fails)
+    "three_values": ("{what} has at least three values", "More values, further apart."),
+    "wide_range": ("{what} spans more than an order of magnitude", "Spread the values wider."),
+    "equal_tokens": ("equal training tokens for all sizes", "Train all sizes on equal tokens."),
+    "seeds": ("at least two seeds of every setting", "Run each setting again with another `seed`."),
+    "validation_set": ("one validation set", "Score all runs on one validation set."),
+    "no_repetition": ("no token is seen twice", "Use more text or fewer tokens, or vary both."),
+    "decayed": ("every run decays to its own end", "Let each learning rate decay to its end."),
+    "fair_rate": (
+        "a fair learning rate for every width",
+        "Sweep `optim.learning_rate` for each width, or use `model.parametrization=mup`.",
+    ),
+    "finished": ("all runs finished", "Start the same command again: it does what is missing."),
+    "rate_inside": ("the best learning rate is not at the edge of its sweep", "Extend the sweep."),
+    "recipe": ("one recipe", "Train all runs by one recipe, or fit each alone (`where=`)."),
+    "training_set": ("one training set", "Train all runs on one corpus, or vary its size alone."),
+    "precision": ("one precision", "Set `train.precision` and run the odd ones again."),
+    "code_version": ("one version of the code", "Run the odd ones again with the same version."),
+    "own_rows": ("every row is a run of its own", "Fit final losses alone."),
+    "one_variable": ("nothing but its variable differs between the runs", "Fit both variables."),
+    "same_task": ("one vocabulary, context and text", "Fit each alone (`where=`), or train again."),
+    "unchosen": (
+        "runs were not chosen by their loss",
+        "Choose runs by what was set before they were trained; `status` shows which diverged.",
+    ),
+    "single_run": (
+        "no single run sets the law",
+        "Repeat it with other seeds; leave a run out only for a reason that is not its loss.",
+    ),
+    "certified": ("a certified minimum inside its bounds", "Drop a term (`law=`), or add runs."),
+    "explains": (
+        "the law explains the losses",
+        "Spread the runs wider, add seeds where they scatter much, or ask for another law.",
+    ),
+    "enough_runs": (
+        "at least three runs more than parameters",
+        "Add runs, or drop a term (`law=`).",
+    ),
+    "tested": ("the law was put to a test", "Add larger runs to hold out, or second seeds."),
+    "best_law": (
+        "no other law describes these runs clearly better",
+        "Ask for that one, or add runs.",
+    ),
+    "structure": ("the residuals have no structure", "Fit another law or a narrower range."),
+    "lack_of_fit": (
+        "the law leaves no more than the seeds scatter",
+        "Try another law; more seeds would not help where the form is wrong.",
+    ),
+    "collinear": ("D does not go with N", "Train small models on much, large ones on little."),
+    "alpha": ("alpha is above zero", "Spread the sizes wider, or repeat them with more seeds."),
+    "beta": ("beta is above zero", "Spread the tokens wider, or repeat them with more seeds."),
+    "constant": ("E is identified", "Run larger models on more data, near the floor of the loss."),
+    "predicts": ("runs of larger {what}, held out, are predicted", "Add runs of larger {what}."),
+    "floor": (
+        "E meets the exact floor of the corpus",
+        "Run nearer to the floor; an E far off says that the form or the range is wrong.",
+    ),
+    "distance": (
+        "the prediction lies no further beyond the runs than they span",
+        "Add larger runs, or read only predictions that are nearer.",
+    ),
+    "splits_agree": ("the ways to split a budget agree", "Add sizes around the best one."),
+}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the checklist."""
+    """A line of the checklist."""
 
-    name: str
-    passed: bool | None  # None: does not apply, or cannot be told
+    id: str
+    title: str
+    passed: bool | None  # None: it does not apply, or is not known
     detail: str
+    advice: str  # what to do if it fails
+
+    @property
+    def outcome(self) -> str:
+        return "n/a" if self.passed is None else "pass" if self.passed else "FAIL"
 
 
-@dataclass(frozen=True)
-class Distance:
-    """How far a prediction lies beyond the runs, beside what they span: both are factors."""
-
-    beyond: float
-    span: float
-    what: str = ""  # "N = 1e12 is ", of one variable of several
+def check(id: str, passed: Any, detail: str, what: str = "") -> Check:
+    """Return a line of the checklist; ``what`` completes its title."""
+    title, advice = (text.format(what=what) for text in CHECKS[id])
+    return Check(id, title, None if passed is None else bool(passed), detail, advice)
 
 
-def check_design(runs: pd.DataFrame) -> list[Check]:
-    """The checklist of ``runs``: a row a run, columns named as in ``results.json``."""
-    spreads = [_spread(runs, name) for name in VARIABLES if _varies(runs, name)]
-    return [*spreads, *_judged(runs, _DESIGN)]
-
-
-def check_finished(runs: pd.DataFrame, all_runs: pd.DataFrame) -> list[Check]:
-    """What can be told of runs that are over; ``all_runs`` are those that were left out too."""
-    return [*_judged(all_runs, _OF_ALL), *_judged(runs, _OF_FITTED)]
-
+# --- the runs
 
 Verdict = tuple[bool | None, str]
 Rule = tuple[str, tuple[str, ...], Callable[[pd.DataFrame], Verdict]]
 
 
+def check_design(runs: pd.DataFrame) -> list[Check]:
+    """Return the checklist of ``runs``: a row a run, columns named as in ``results.json``."""
+    varied = [name for name in VARIABLES if name in runs and runs[name].nunique() > 1]
+    return [*(_spread(runs[name], VARIABLES[name]) for name in varied), *_judged(runs, DESIGN)]
+
+
+def check_finished(runs: pd.DataFrame, all_runs: pd.DataFrame) -> list[Check]:
+    """Return the checklist of finished runs; ``all_runs`` has those left out too."""
+    return [*_judged(all_runs, OF_ALL), *_judged(runs, OF_FITTED)]
+
+
 def _judged(runs: pd.DataFrame, rules: Sequence[Rule]) -> Iterator[Check]:
-    for name, columns, judge in rules:
+    for id, columns, judge in rules:
         missing = [c for c in columns if c not in runs or runs[c].isna().all()]
         passed, detail = (None, f"{missing[0]} is not in the table") if missing else judge(runs)
-        yield Check(name, passed, detail)
+        yield check(id, passed, detail)
 
 
-def _varies(runs: pd.DataFrame, name: str) -> bool:
-    return name in runs and runs[name].nunique() > 1
-
-
-def _spread(runs: pd.DataFrame, name: str) -> Check:
-    values = runs[name]
+def _spread(values: pd.Series, what: str) -> Check:
     points, ratio = values.nunique(), values.max() / max(1, values.min())
-    detail = f"{points} values, {_times(ratio)}; a law needs 3, and ×10 to be trusted"
-    words = VARIABLES[name]
+    detail = f"{points} values, {times(ratio)}; a law needs 3, and ×10 to be trusted"
     if points < 3:
-        return Check(f"{words} has at least three values", False, detail)
-    return Check(f"{words} spans more than an order of magnitude", bool(ratio >= 10), detail)
-
-
-def _times(ratio: float) -> str:
-    return f"×{ratio:,.0f}" if ratio >= 100 else f"×{ratio:.3g}"
+        return check("three_values", False, detail, what)
+    return check("wide_range", ratio >= 10, detail, what)
 
 
 def _equal_tokens(runs: pd.DataFrame) -> Verdict:
-    by_size = runs.groupby("parameters_non_embedding")["train_tokens"].agg(frozenset)
-    passed = bool(by_size.nunique() == 1)
-    many = by_size.iloc[0]
-    if passed and len(many) == 1:
-        return passed, f"{int(next(iter(many))):,} in every run"
-    if passed:
-        return passed, f"the same {len(many)} amounts for every size"
+    tokens = runs["train_tokens"]
+    by_size = tokens.groupby(runs["parameters_non_embedding"]).agg(frozenset)
+    if by_size.nunique() == 1:
+        many = tokens.nunique()
+        one = f"{int(tokens.iloc[0]):,} in every run"
+        return True, one if many == 1 else f"the same {many} amounts for every size"
     if _is_isoflop(runs):
         return None, "equal compute instead: sizes along budgets"
-    return (
-        passed,
-        f"{int(runs['train_tokens'].min()):,} to {int(runs['train_tokens'].max()):,}, by size",
-    )
+    return False, f"{int(tokens.min()):,} to {int(tokens.max()):,}, by size"
 
 
 def _is_isoflop(runs: pd.DataFrame) -> bool:
-    """Whether the runs lie on a few budgets, several sizes on each."""
+    """Return whether the runs lie on a few budgets, several sizes on each."""
     if "flops_exact" not in runs or runs["flops_exact"].isna().any():
         return False
     logs = np.sort(np.log(runs["flops_exact"].to_numpy(dtype=float)))
@@ -129,75 +177,72 @@ def _seeds(runs: pd.DataFrame) -> Verdict:
     return least >= 2, f"{least}"
 
 
-def _one_validation_set(runs: pd.DataFrame) -> Verdict:
-    sets = runs["validation_fingerprint"].nunique()
-    same = "all runs are scored on the same tokens"
-    return sets == 1, same if sets == 1 else f"{sets} different ones: compare with care"
-
-
 def _no_repetition(runs: pd.DataFrame) -> Verdict:
     epochs = float((runs["train_tokens"] / runs["unique_train_tokens"]).max())
     shown = f"{epochs:.3g}"
     return epochs <= 1.0, f"up to {shown} epoch{'' if shown == '1' else 's'}"
 
 
-def _ends_decayed(runs: pd.DataFrame) -> Verdict:
+def _decayed(runs: pd.DataFrame) -> Verdict:
     constant = int((runs["schedule"] == "constant").sum())
-    return constant == 0, (
-        f"{constant} runs at a constant rate" if constant else "final, not best, loss counts"
-    )
+    line = f"{constant} runs at a constant rate" if constant else "final, not best, loss counts"
+    return constant == 0, line
 
 
 def _fair_rate(runs: pd.DataFrame) -> Verdict:
-    """Under the standard parametrization the best rate falls with width."""
+    """Judge the rates: under the standard parametrization the best one falls with width."""
     if runs["d_model"].nunique() < 2:
         return None, "one width"
     fixed = runs[runs["parametrization"] == "standard"].groupby("d_model")["learning_rate"]
     if not len(fixed):
         return True, "transferred by mup"
     rates = fixed.agg(frozenset)
-    swept = all(len(tried) > 1 for tried in rates) or rates.nunique() == len(rates)
-    return swept, (
-        "swept or set for each width" if swept else "one rate for all widths, not transferred"
-    )
+    if all(len(tried) > 1 for tried in rates) or rates.nunique() == len(rates):
+        return True, "swept or set for each width"
+    return False, "one rate for all widths, not transferred"
 
 
 def _rate_inside(runs: pd.DataFrame) -> Verdict:
-    """Of sizes at which several rates were tried: whether the best is not the last one tried."""
-    swept, edge = 0, 0
+    """Judge where the best rate lies at each size that was trained with several."""
     names = ["parameters_non_embedding", "train_tokens", "optimizer"]
     settings = [name for name in names if name in runs]
-    for _, group in runs.groupby(settings) if settings else [((), runs)]:
-        mean = group.groupby("learning_rate")["final_val_loss"].mean()
-        if len(mean) > 2:
+    losses = runs.groupby([*settings, "learning_rate"])["final_val_loss"].mean().reset_index()
+    swept, edge = 0, 0
+    for _, group in losses.groupby(settings) if settings else [((), losses)]:
+        if len(group) > 2:
             swept += 1
-            edge += mean.idxmin() in (mean.index.min(), mean.index.max())
+            best = group.sort_values("final_val_loss")["learning_rate"].iloc[0]
+            edge += best in (group["learning_rate"].min(), group["learning_rate"].max())
     if not swept:
         return None, "no rate was swept here"
     return edge == 0, f"the best is at the edge for {edge} of {swept} settings"
 
 
-def _one_of(column: str) -> Callable[[pd.DataFrame], Verdict]:
+def _kinds(values: pd.Series) -> str:
+    """Return at most four values; of a fingerprint its beginning."""
+    return ", ".join(sorted(str(value)[:12] for value in values.dropna().unique())[:4])
+
+
+def _same(id: str, column: str, detail: str = "") -> Rule:
+    """Return the rule that all runs have the same value of ``column``; ``detail`` says so."""
+
     def judge(runs: pd.DataFrame) -> Verdict:
-        kinds = sorted(map(str, runs[column].dropna().unique()))
-        return len(kinds) == 1, kinds[0] if len(kinds) == 1 else f"{', '.join(kinds[:4])}"
+        same = runs[column].nunique() == 1
+        return same, detail if same and detail else _kinds(runs[column])
 
-    return judge
-
-
-def _one_recipe(runs: pd.DataFrame) -> Verdict:
-    """Apart from size, length and rate."""
-    kinds = {
-        name: sorted(map(str, runs[name].dropna().unique()))
-        for name in ("optimizer", "schedule", "batch_tokens", "weight_decay", "parametrization")
-        if name in runs and runs[name].nunique() > 1
-    }
-    varied = "; ".join(f"{name} {', '.join(values[:4])}" for name, values in kinds.items())
-    return not kinds, varied or "the same in every run"
+    return id, (column,), judge
 
 
-def _one_training_set(runs: pd.DataFrame) -> Verdict:
-    """Sets that differ in their size alone are the beginnings of one corpus."""
+def _recipe(runs: pd.DataFrame) -> Verdict:
+    """Judge everything but size, length and learning rate."""
+    names = ("optimizer", "schedule", "batch_tokens", "weight_decay", "parametrization")
+    varied = [name for name in names if name in runs and runs[name].nunique() > 1]
+    each = [f"{name} {_kinds(runs[name])}" for name in varied]
+    return not varied, "; ".join(each) or "the same in every run"
+
+
+def _training_set(runs: pd.DataFrame) -> Verdict:
+    """Judge the texts; sets that differ in their size alone are prefixes of one corpus."""
     sets = runs["data_fingerprint"].nunique()
     if sets == 1:
         return True, "all runs are trained on the same text"
@@ -207,250 +252,39 @@ def _one_training_set(runs: pd.DataFrame) -> Verdict:
     return False, f"{sets} different ones"
 
 
-def _all_ended(runs: pd.DataFrame) -> Verdict:
+def _finished(runs: pd.DataFrame) -> Verdict:
     odd = runs["status"].value_counts().drop("finished", errors="ignore")
-    return not len(odd), (
-        ", ".join(f"{count} {status}" for status, count in odd.items()) or "all finished"
-    )
+    each = ", ".join(f"{count} {status}" for status, count in odd.items())
+    return not len(odd), each or "all finished"
 
 
-_DESIGN: Sequence[Rule] = (
-    (
-        "equal training tokens for all sizes",
-        ("parameters_non_embedding", "train_tokens"),
-        _equal_tokens,
-    ),
-    ("at least two seeds of every setting", ("seed",), _seeds),
-    ("one validation set", ("validation_fingerprint",), _one_validation_set),
-    ("no token is seen twice", ("train_tokens", "unique_train_tokens"), _no_repetition),
-    ("every run decays to its own end", ("schedule",), _ends_decayed),
-    ("a fair learning rate for every width", ("d_model", "parametrization"), _fair_rate),
+DESIGN: Sequence[Rule] = (  # id, the columns it needs, the judge
+    ("equal_tokens", ("parameters_non_embedding", "train_tokens"), _equal_tokens),
+    ("seeds", ("seed",), _seeds),
+    _same("validation_set", "validation_fingerprint", "all are scored on the same tokens"),
+    ("no_repetition", ("train_tokens", "unique_train_tokens"), _no_repetition),
+    ("decayed", ("schedule",), _decayed),
+    ("fair_rate", ("d_model", "parametrization"), _fair_rate),
 )
-_OF_ALL: Sequence[Rule] = (
-    ("all runs came to their end", ("status",), _all_ended),
-    (
-        "the best learning rate is not at the edge of its sweep",
-        ("learning_rate", "final_val_loss"),
-        _rate_inside,
-    ),
+OF_ALL: Sequence[Rule] = (
+    ("finished", ("status",), _finished),
+    ("rate_inside", ("learning_rate", "final_val_loss"), _rate_inside),
 )
-_OF_FITTED: Sequence[Rule] = (
-    ("one recipe", ("optimizer",), _one_recipe),
-    ("one training set", ("data_fingerprint", "unique_train_tokens"), _one_training_set),
-    ("one precision", ("precision_resolved",), _one_of("precision_resolved")),
-    ("one version of the code", ("git_commit",), _one_of("git_commit")),
+OF_FITTED: Sequence[Rule] = (
+    ("recipe", ("optimizer",), _recipe),
+    ("training_set", ("data_fingerprint", "unique_train_tokens"), _training_set),
+    _same("precision", "precision_resolved"),
+    _same("code_version", "git_commit"),
 )
 
 
-# --- the law
-
-
-def check_fit(
-    fit: Fit,
-    held_out: HeldOut | None,
-    size: str,
-    intervals: Mapping[str, Interval],
-    noise: Noise | None,
-    structure: float | None,
-    floor: float | None,
-    distance: Distance | None,
-    rivals: Sequence[Candidate],
-) -> list[Check]:
-    """The checklist of a law.
-
-    ``size`` is what runs were held out by, ``structure`` the p-value of there being none in the
-    residuals, ``floor`` the exact entropy of the corpus, ``distance`` how far beyond the runs the
-    predictions lie, ``rivals`` all laws that were tried.
-    """
-    return [
-        _certified(fit),
-        _explains(fit, noise),
-        _enough(fit),
-        _tested(held_out, noise),
-        _unrivalled(fit, rivals),
-        _shapeless(structure),
-        _no_lack_of_fit(fit, noise),
-        *_not_collinear(fit),
-        *_falls(intervals),
-        *_constant_identified(fit, intervals),
-        _predicts(held_out, size),
-        *_meets_floor(fit, intervals, floor),
-        _distance(distance),
-    ]
-
-
-def _explains(fit: Fit, noise: Noise | None) -> Check:
-    """R² beside the greatest that any law could reach, which is what seeds leave: their scatter is
-    pure error (Draper & Smith 1998, section 2.1).
-
-    Where seeds make up half of the variance or more there is little to explain: the runs are no
-    evidence for any law, and the reason is not the law.
-    """
-    name = "the law explains the losses"
-    if fit.degrees < 1:
-        return Check(name, None, "it goes through every run")
-    ceiling, share = 1.0, 0.0
-    if noise:
-        y = fit.points.response
-        total = float(np.sum((y - y.mean()) ** 2))
-        ceiling = 1.0 - noise.scale**2 * noise.degrees / total
-        share = noise.scale**2 * (len(fit.points) - 1) / total
-    detail = f"R² of {fit.unit} {fit.r_squared:.4f}"
-    if share >= MOSTLY_SEEDS:
-        detail += f", of at most {ceiling:.2f} by any law: seeds differ as much as settings do; "
-        return Check(name, False, f"{detail}more seeds or a wider range is needed")
-    if ceiling < 1.0:
-        detail += f", of at most {ceiling:.4f} where seeds scatter so"
-    return Check(name, fit.r_squared >= 0.9 * ceiling, detail)
-
-
-def _enough(fit: Fit) -> Check:
-    detail = f"{len(fit.points)} runs, {len(fit.optimum.law)} parameters"
-    return Check("at least three runs more than parameters", fit.degrees >= 3, detail)
-
-
-def _tested(held_out: HeldOut | None, noise: Noise | None) -> Check:
-    name = "the law was put to a test"
-    against = ["runs held out"] if held_out else []
-    against += ["the scatter of the seeds"] if noise and noise.lack_of_fit is not None else []
-    return Check(name, bool(against), " and ".join(against) or "neither held-out runs nor seeds")
-
-
-def _certified(fit: Fit) -> Check:
-    found = fit.optimum
-    name = "a certified minimum inside its bounds"
-    bound = f"; at its bound: {', '.join(found.at_bound)}" if found.at_bound else ""
-    basins = "1 basin" if len(found.basins) == 1 else f"{len(found.basins)} basins"
-    detail = (
-        f"{basins}, gradient {found.gradient_norm:.1g}, "
-        f"least eigenvalue {found.smallest_eigenvalue:.2g}{bound}"
-    )
-    detail += "" if found.converged else "; not converged"
-    passed = found.converged and found.smallest_eigenvalue > 0 and not found.at_bound
-    if found.at_bound and set(found.at_bound) <= {"rn", "rd"}:
-        return Check(name, None, f"{detail}: repetition of N or D is not shown by these runs")
-    return Check(name, passed, detail)
-
-
-def _unrivalled(fit: Fit, rivals: Sequence[Candidate]) -> Check:
-    name = "no other law describes these runs clearly better"
-    own = next((c.aicc for c in rivals if c.law == fit.law.name), math.inf)
-    best = min(rivals, key=lambda c: c.aicc)
-    if not math.isfinite(best.aicc):
-        return Check(name, None, "too few runs to compare laws")
-    unjudged = [c.law for c in rivals if c.law in PLAIN and not math.isfinite(c.aicc)]
-    scored = sum(math.isfinite(c.aicc) for c in rivals)
-    if unjudged:
-        return Check(name, False, f"too few runs to judge {', '.join(unjudged)}")
-    if best.law == fit.law.name:
-        others = sorted(c.aicc for c in rivals if c.law != best.law)
-        ahead = f", AICc by {others[0] - best.aicc:.1f}" if scored > 1 else ""
-        return Check(name, True, f"{best.law} is the best of {scored}{ahead}")
-    clear = own - best.aicc > CLEAR
-    detail = f"{best.law} is {'' if clear else 'hardly '}better: AICc by {own - best.aicc:.1f}"
-    held = {c.law: c.held_out.error for c in rivals if c.held_out}
-    if best.law in held and fit.law.name in held:
-        detail += f", held-out error {held[best.law]:.2%} against {held[fit.law.name]:.2%}"
-    return Check(name, not clear, detail)
-
-
-def _shapeless(p: float | None) -> Check:
-    name = "the residuals have no structure"
-    if p is None:
-        return Check(name, None, "too few points to tell")
-    return Check(name, p >= SIGNIFICANT, f"second and third powers of the logs: p = {p:.2g}")
-
-
-def _no_lack_of_fit(fit: Fit, noise: Noise | None) -> Check:
-    name = "the law leaves no more than the seeds scatter"
-    if noise is None or noise.lack_of_fit is None:
-        return Check(name, None, "no two runs differ in their seed alone")
-    detail = (
-        f"seeds scatter by {fit.relative(noise.scale):.2%} of the loss; "
-        f"lack of fit: p = {noise.lack_of_fit:.2g}"
-    )
-    return Check(name, noise.lack_of_fit >= SIGNIFICANT, detail)
-
-
-def correlation(fit: Fit) -> float | None:
-    """Of log N and log D, its size; None where the law has not both."""
-    if not {"N", "D"} <= set(fit.points.x):
-        return None
-    return abs(float(np.corrcoef(fit.points.x["N"], fit.points.x["D"])[0, 1]))
-
-
-def _not_collinear(fit: Fit) -> Iterator[Check]:
-    r = correlation(fit)
-    if r is not None:
-        yield Check("D does not go with N", r < 0.9, f"correlation of the logs {r:.2f}")
-
-
-def _falls(intervals: Mapping[str, Interval]) -> Iterator[Check]:
-    """The exponents that say how fast a term falls are above zero, with their intervals."""
-    for name in ("alpha", "beta"):
-        if name in intervals:
-            one = intervals[name]
-            yield Check(f"{name} is above zero", one.low > 0, _reach(one))
-
-
-def _reach(one: Interval) -> str:
-    """The estimate and its interval; an end that the data do not set is said to be open."""
-    low = "open" if one.low in (0.0, -math.inf) else f"{one.low:.3f}"
-    high = "open" if one.high == math.inf else f"{one.high:.3f}"
-    return f"{one.estimate:.3f}, {low} to {high}"
-
-
-def _constant_identified(fit: Fit, intervals: Mapping[str, Interval]) -> Iterator[Check]:
-    if "E" not in fit.law.coefficients:
-        return
-    name = "E is identified"
-    if "E" in fit.optimum.at_bound:
-        yield Check(name, False, "the best E is zero")
-    elif "E" in intervals:
-        one = intervals["E"]
-        wide = one.high - one.low > 0.5 * one.estimate
-        yield Check(name, one.identified and not wide, _reach(one))
-
-
-def _predicts(held_out: HeldOut | None, size: str) -> Check:
-    by_compute = size == "compute"
-    name = "runs of larger x, held out, are predicted"
-    if by_compute:
-        name = "runs of larger compute, held out, are predicted"
-    if held_out is None:
-        return Check(name, None, "too few runs to hold any out")
-    detail = (
-        f"{held_out.runs} runs up to {_times(held_out.distance)} beyond the rest"
-        f"{'' if by_compute else f' in {size}'}: off by "
-        f"{held_out.error:.2%}, at most {held_out.worst:.2%}; {held_out.within:.0%} of them in "
-        f"their 95 % interval (±{held_out.half_width:.1%} on average)"
-    )
-    inside = round(held_out.within * held_out.runs)
-    p = float(special.bdtr(inside, held_out.runs, LEVEL))
-    return Check(name, p >= SIGNIFICANT, detail)
-
-
-def _meets_floor(
-    fit: Fit, intervals: Mapping[str, Interval], floor: float | None
-) -> Iterator[Check]:
-    if floor is None or "E" not in fit.law.coefficients:
-        return
-    name = "E meets the exact floor of the corpus"
-    found = fit.parameters["E"]
-    off = found / floor - 1
-    detail = f"E {found:.4f}, entropy of the corpus {floor:.4f} ({off:+.1%})"
-    if not {"N", "D"} <= set(fit.columns):  # the limit of one variable alone lies higher
-        above = "E" not in intervals or intervals["E"].high >= floor
-        yield Check(name, None if above else False, f"{detail}: of one variable, the rest fixed")
-        return
-    if "E" in intervals and floor in intervals["E"]:
-        detail += ", inside the interval"
-    yield Check(name, abs(off) <= NEAR_FLOOR, detail)
-
-
-def _distance(one: Distance | None) -> Check:
-    name = "the prediction lies no further beyond the runs than they span"
-    if one is None:
-        return Check(name, None, "nothing can be predicted")
-    detail = f"{one.what}{_times(one.beyond)} beyond; the runs span {_times(one.span)}"
-    return Check(name, bool(one.beyond <= one.span), detail)
+def check_choice(condition: str, loss: str, left_out: pd.DataFrame) -> Check:
+    """Judge a ``where=``: any law fits runs that were picked by their result."""
+    words = re.sub(r"'[^']*'|\"[^\"]*\"", " ", condition)
+    names = re.findall(r"`([^`]+)`", words)
+    names += re.findall(r"[^\W\d]\w*", re.sub("`[^`]+`", " ", words))
+    read = [name for name in dict.fromkeys(names) if name == loss or OUTCOME.search(name)]
+    gone = int((left_out["reason"] == f"not {condition}").sum())
+    detail = f"where={condition}: {gone} left out"
+    detail += f" by {', '.join(read)}, an outcome of training" if read and gone else ""
+    return check("unchosen", not (read and gone), detail)

@@ -14,7 +14,7 @@ import pandas as pd
 from tinygpt import fileio
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.fitting import Fit
-from tinygpt.scaling.frontier import Frontier
+from tinygpt.scaling.frontier import Budget, Frontier
 from tinygpt.scaling.intervals import Interval
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.selection import Candidate
@@ -56,7 +56,9 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         **_pick(analysis, "floor", "noise"),
         "structure_p": analysis.structure,
         "selection": [_candidate(one, analysis.candidates[0]) for one in analysis.candidates],
-        "checks": [_pick(check, "name", "passed", "detail") for check in analysis.checks],
+        "checks": [
+            {"name": check.title, **_pick(check, "passed", "detail")} for check in analysis.checks
+        ],
         "single_runs": [
             {"run": analysis.columns.name_of(runs, one.row)}
             | {name: value for name, value in vars(one).items() if name != "row"}
@@ -72,15 +74,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
             for one in analysis.predictions
         ],
         "unanswered": analysis.unanswered,
-        "budgets": [
-            {
-                name: {"estimate": value.estimate, "interval": value}
-                if isinstance(value, Interval)
-                else value
-                for name, value in vars(one).items()
-            }
-            for one in analysis.budgets
-        ],
+        "budgets": [_budget(one) for one in analysis.budgets],
         "frontier": analysis.frontier and _frontier(analysis.frontier),
         "next_run": analysis.next_run,
     }
@@ -95,8 +89,7 @@ def _pick(one: Any, *names: str) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Return ``value`` as JSON can hold it, with None for what JSON has no word for."""
     if isinstance(value, Interval):  # an end that the data do not set is None
-        ends = {"low": value.low or None, "high": value.high}
-        value = {**ends, **_pick(value, "level", "method")}
+        value = {"low": value.low or None, **_pick(value, "high", "level", "method")}
     elif dataclasses.is_dataclass(value):
         value = vars(value)
     elif isinstance(value, np.generic):
@@ -145,7 +138,18 @@ def _candidate(one: Candidate, best: Candidate) -> dict[str, Any]:
     }
 
 
+def _budget(one: Budget) -> dict[str, Any]:
+    intervals = ("n", "d", "loss", "run")
+    each = {name: getattr(one, name) for name in intervals}
+    return {
+        "flops": one.flops,
+        **{name: {"estimate": of.estimate, "interval": of} for name, of in each.items()},
+        **_pick(one, "twice_too_large", "twice_too_small"),
+    }
+
+
 def _frontier(path: Frontier) -> dict[str, Any]:
+    law = path.law
     return {
         "largest_budget": path.budget,
         "ways": path.table().to_dict("records"),
@@ -158,8 +162,11 @@ def _frontier(path: Frontier) -> dict[str, Any]:
             }
             for one in path.isoflop.profiles
         ],
-        "law": _pick(path, "flops", "n", "d", "loss"),
-        "replicas_without_best_split": path.law and path.law.undefined,
+        "law": {
+            "flops": law.flops if law else [],
+            **{name: getattr(law, name).estimate if law else [] for name in ("n", "d", "loss")},
+        },
+        "replicas_without_best_split": law and law.undefined,
     }
 
 

@@ -6,7 +6,7 @@ Three ways stand side by side: a law of the loss (``split``), IsoFLOP profiles a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -17,7 +17,7 @@ import pandas as pd
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.intervals import LEVEL, Bootstrap, Interval, delta, of_loss
-from tinygpt.scaling.isoflop import Envelope, IsoFlop, Minima, envelope, isoflop
+from tinygpt.scaling.isoflop import Envelope, IsoFlop, envelope, isoflop
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.split import (
     REPLICAS,
@@ -30,6 +30,7 @@ from tinygpt.scaling.split import (
     six_n,
     splits,
 )
+from tinygpt.scaling.wording import number
 
 # When ways disagree.  A cubic through a skewed profile and the stairs of an envelope are off by
 # about 0.01 in the exponent and 5 % in N themselves; a factor of 2 in N is worth knowing of even
@@ -47,7 +48,7 @@ CHEAPER = 1e-3  # the least share of a budget that is looked at for what a wrong
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one way says; N, D and L at the largest budget that was run.
+    """The result of one way; N, D and L at the largest budget that was run.
 
     L of profiles and curves is by a pure power law, which lies below a loss with an irreducible
     part at both ends.
@@ -60,10 +61,6 @@ class Estimate:
     n: Interval
     d: Interval
     loss: Interval
-
-    @property
-    def tokens_per_parameter(self) -> float:
-        return self.d.estimate / self.n.estimate
 
 
 @dataclass(frozen=True)
@@ -78,32 +75,15 @@ class Frontier:
     missing: dict[str, str]  # way -> why it says nothing
     disagreements: tuple[str, ...]
 
-    @property
-    def flops(self) -> Array:
-        """The budgets of the law's curve, (G,); empty without one."""
-        return self.law.flops if self.law else np.empty(0)
-
-    @property
-    def n(self) -> Array:
-        return self.law.n.estimate if self.law else np.empty(0)
-
-    @property
-    def d(self) -> Array:
-        return self.law.d.estimate if self.law else np.empty(0)
-
-    @property
-    def loss(self) -> Array:
-        return self.law.loss.estimate if self.law else np.empty(0)
-
     def table(self) -> pd.DataFrame:
-        """A row a way: exponents, and N, D, L at the largest budget, each with its ends."""
+        """Return a row a way: exponents, and N, D, L at the largest budget, each with its ends."""
         rows: list[dict[str, Any]] = []
         for one in self.estimates:
             row: dict[str, Any] = {"way": one.way}
             for name in ("a", "b", "c", "n", "d", "loss"):
                 found: Interval = getattr(one, name)
                 row |= {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
-            row["tokens_per_parameter"] = one.tokens_per_parameter
+            row["tokens_per_parameter"] = one.d.estimate / one.n.estimate
             row["interval"] = one.a.method
             rows.append(row)
         return pd.DataFrame(rows)
@@ -116,92 +96,70 @@ def frontier(
     curves: pd.DataFrame | Envelope | None = None,
     method: str = "cubic",
     per_token: FlopsPerToken | None = None,
-    unique: float = np.inf,
     replicas: int | Bootstrap = REPLICAS,
-    level: float = LEVEL,
 ) -> Frontier:
-    """The best split by the law, by IsoFLOP profiles of the runs, and by their ``curves``.
+    """Return the best split by the law, by IsoFLOP profiles of the runs, and by their ``curves``.
 
     ``compute`` is that of each run of the fit, (n,); ``method`` that of ``isoflop``; ``curves``
     as from ``load_curves``, or their envelope where other columns or smoothing are wanted; their
     FLOPs must be counted as those of the runs.  A way that says nothing is in ``missing`` with
     its reason.
     """
+    budget, n = float(compute.max()), fit.columns["N"]
+    estimates: list[Estimate] = []
     missing: dict[str, str] = {}
-    budget = float(compute.max())
-    columns: dict[str, Any] = {"n": fit.columns["N"], "d": fit.columns["D"]}
-    settings: dict[str, Any] = {"unique": unique, "replicas": replicas, "level": level}
     law, around = None, None
     try:
-        law = by_law(fit, compute, per_token=per_token, **settings)
+        law = by_law(fit, compute, per_token=per_token, replicas=replicas)
+        ends = (band.at(law.largest) for band in (law.n, law.d, law.loss))
+        estimates.append(Estimate(LAW, law.a, law.b, law.c, *ends))
     except ConfigError as error:
         missing[LAW] = str(error)
     runs = fit.table.assign(compute=compute)
-    profiles = isoflop(runs, **columns, c="compute", loss=fit.loss, method=method, level=level)
+    profiles = isoflop(runs, n=n, d=fit.columns["D"], c="compute", loss=fit.loss, method=method)
     try:
-        around = _around(curves, columns["n"], fit.loss, level)
+        around = _around(curves, n, fit.loss)
     except ConfigError as error:
         missing[CURVES] = str(error)
-    estimates = []
-    if law:
-        estimates.append(_of_law(law))
     for way, found in ((PROFILES, profiles), (CURVES, around)):
         if found and found.minima:
-            estimates.append(_of_minima(way, found.minima, budget))
+            laws = (found.minima.n_law, found.minima.d_law, found.minima.loss_law)
+            exponents, places = [one.exponent for one in laws], [one.at(budget) for one in laws]
+            estimates.append(Estimate(way, *exponents, *places))
         elif found:
             missing[way] = found.reason
     apart = tuple(_disagreements(estimates, budget))
     return Frontier(budget, law, profiles, around, tuple(estimates), missing, apart)
 
 
-def _around(curves: pd.DataFrame | Envelope | None, n: str, loss: str, level: float) -> Envelope:
-    """The envelope of ``curves`` in the loss that the runs were fitted by."""
-    if curves is None or (isinstance(curves, pd.DataFrame) and curves.empty):
-        raise ConfigError("no training curves were given")
+def _around(curves: pd.DataFrame | Envelope | None, n: str, loss: str) -> Envelope:
+    """Return the envelope of ``curves`` in the loss that the runs were fitted by."""
     if isinstance(curves, Envelope):
         return curves
+    if curves is None or curves.empty:
+        raise ConfigError("no training curves were given")
     same = loss.removeprefix("final_")
-    return envelope(curves, n=n, loss=same if same in curves else "val_loss", level=level)
+    return envelope(curves, n=n, loss=same if same in curves else "val_loss")
 
 
-def _of_law(law: LawSplit) -> Estimate:
-    ends = (band.at(law.largest) for band in (law.n, law.d, law.loss))
-    return Estimate(LAW, law.a, law.b, law.c, *ends)
+def _disagreements(estimates: Sequence[Estimate], budget: float) -> Iterator[str]:
+    """Name exponents and best sizes that differ by more than their intervals and by more than the
+    ways are off themselves; sizes a factor of 2 apart in any case."""
 
+    def apart(one: Interval, other: Interval) -> bool:
+        return one.high < other.low or other.high < one.low
 
-def _of_minima(way: str, minima: Minima, budget: float) -> Estimate:
-    laws = (minima.n_law, minima.d_law, minima.loss_law)
-    return Estimate(way, *(law.exponent for law in laws), *(law.at(budget) for law in laws))
+    def words(way: str, one: Interval) -> str:
+        return f"{way} {number(one.estimate)} ({number(one.low)} to {number(one.high)})"
 
-
-def _disagreements(estimates: list[Estimate], budget: float) -> Iterator[str]:
-    """Exponents and best sizes that differ by more than their intervals and by more than the ways
-    are off themselves; sizes a factor of 2 apart in any case."""
     for one, other in combinations(estimates, 2):
-        if _apart(one.a, other.a) and abs(one.a.estimate - other.a.estimate) > EXPONENT_APART:
-            yield _differ("the exponent of N", one.way, one.a, other.way, other.a)
+        if apart(one.a, other.a) and abs(one.a.estimate - other.a.estimate) > EXPONENT_APART:
+            both = f"{words(one.way, one.a)}, {words(other.way, other.a)}"
+            yield f"the exponent of N: {both}"
         factor = float(np.exp(abs(np.log(one.n.estimate / other.n.estimate))))
-        clear = _apart(one.n, other.n) and factor > SIZE_APART
-        if clear or factor > SIZE_FAR_APART:
-            what = f"the best N at {short(budget)} FLOPs"
-            yield _differ(what, one.way, one.n, other.way, other.n)
-
-
-def _apart(one: Interval, other: Interval) -> bool:
-    return one.high < other.low or other.high < one.low
-
-
-def _differ(what: str, way: str, one: Interval, other_way: str, other: Interval) -> str:
-    def words(found: Interval) -> str:
-        return f"{short(found.estimate)} ({short(found.low)} to {short(found.high)})"
-
-    return f"{what}: {way} {words(one)}, {other_way} {words(other)}"
-
-
-def short(value: float) -> str:
-    """Three digits: 0.452, 1.2e6, 1e15."""
-    digits, e, power = f"{value:.3g}".partition("e")
-    return digits + e + (str(int(power)) if e else "")
+        if factor > SIZE_FAR_APART or (factor > SIZE_APART and apart(one.n, other.n)):
+            both = f"{words(one.way, one.n)}, {words(other.way, other.n)}"
+            yield f"the best N at {number(budget)} FLOPs: {both}"
 
 
 # --- a budget
@@ -227,17 +185,13 @@ class Budget:
     twice_too_large: WrongSize
     twice_too_small: WrongSize
 
-    @property
-    def tokens_per_parameter(self) -> float:
-        return self.d.estimate / self.n.estimate
-
     def __str__(self) -> str:
+        n, d = self.n.estimate, self.d.estimate
         half = (self.loss.high - self.loss.low) / 2
         large, small = self.twice_too_large, self.twice_too_small
         return (
-            f"with {short(self.flops)} FLOPs: N = {short(self.n.estimate)}, "
-            f"D = {short(self.d.estimate)} ({short(self.tokens_per_parameter)} tokens per "
-            f"parameter), L = {self.loss.estimate:.3f} ± {half:.3f}; "
+            f"with {number(self.flops)} FLOPs: N = {number(n)}, D = {number(d)} "
+            f"({number(d / n)} tokens per parameter), L = {self.loss.estimate:.3f} ± {half:.3f}; "
             "a model twice too large or too small costs "
             f"+{100 * large.loss:.2g} % or +{100 * small.loss:.2g} % in loss, "
             f"as if {100 * large.compute:.2g} % or {100 * small.compute:.2g} % "
@@ -252,9 +206,8 @@ def predict(
     per_token: FlopsPerToken = six_n,
     unique: float = np.inf,
     replicas: int | Bootstrap = REPLICAS,
-    level: float = LEVEL,
 ) -> Budget:
-    """The best N and D for ``flops``, the loss there, and what a factor of 2 in N costs.
+    """Return the best N and D for ``flops``, the loss there, and what a factor of 2 in N costs.
 
     ``per_token`` says what a token costs at a size (``recorded`` reads it off the runs),
     ``unique`` how many tokens there are before they repeat.  The intervals of N and D are
@@ -270,8 +223,8 @@ def predict(
         place["U"] = min(place["D"], unique)
     theta, kind = parameter_vectors(fit, replicas)
     many = splits(fit, theta, budgets[-1:], per_token, unique)
-    at_n = band(n[-1:], many[0], level, kind).at(0)
-    at_d = band(d[-1:], many[1], level, kind).at(0)
+    at_n = band(n[-1:], many[0], LEVEL, kind).at(0)
+    at_d = band(d[-1:], many[1], LEVEL, kind).at(0)
     wrong = []
     for factor in (2.0, 0.5):
         size = np.array([factor * n[-1]])
@@ -279,14 +232,15 @@ def predict(
         off = float(fit.predict(N=size, D=tokens, U=np.minimum(tokens, unique))[0])
         saved = np.interp(off, loss[::-1], np.log(budgets)[::-1])
         wrong.append(WrongSize(off / float(loss[-1]) - 1, 1 - float(np.exp(saved)) / flops))
-    return Budget(flops, at_n, at_d, *_of_loss(fit, place, level), *wrong)
+    return Budget(flops, at_n, at_d, *loss_at(fit, place), *wrong)
 
 
-def _of_loss(fit: Fit, place: dict[str, float], level: float) -> tuple[Interval, Interval]:
-    """Of the law and of a single run at ``place``."""
+def loss_at(fit: Fit, place: dict[str, float]) -> tuple[Interval, Interval]:
+    """Return the loss of the law and of a single run at ``place``; without degrees of freedom
+    their ends are nan."""
     if fit.degrees < 1:
         nan = float("nan")
-        none = Interval(float(fit.predict(**place)[0]), nan, nan, level, "none")
+        none = Interval(float(fit.predict(**place)[0]), nan, nan, LEVEL, "none")
         return none, none
     target = of_loss(fit, **place)
-    return delta(fit, target, level), delta(fit, target, level, new_run=True)
+    return delta(fit, target), delta(fit, target, new_run=True)

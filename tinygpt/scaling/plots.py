@@ -13,8 +13,6 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from scipy import special
 
-from tinygpt import rundir
-from tinygpt.config import ConfigError
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.drawing import (
     BLACK,
@@ -53,8 +51,8 @@ CAPTIONS = {
     ),
     "extrapolation": "The law fitted to the smaller runs predicts the larger ones, held out.",
     "isoflop": (
-        "Loss against size at equal compute, a curve through each budget; stars: minima. Without a "
-        "star there is none that stands; `fit.json` says why."
+        "Loss against size at equal compute, a curve through each budget; stars: minima. A budget "
+        "without a star has no reliable minimum; `fit.json` says why."
     ),
     "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
     "curves": "The loss of every run as it trains; dashed: the lowest loss of any run by compute.",
@@ -86,7 +84,7 @@ def draw(analysis: Analysis, folder: Path) -> list[str]:
 
 
 def values(analysis: Analysis, name: str) -> Array:
-    """Return what the runs have of a variable, (n,)."""
+    """Return a variable of the law at every run, (n,)."""
     return np.asarray(analysis.fit.table[analysis.variables[name]], dtype=float)
 
 
@@ -95,14 +93,13 @@ def losses(analysis: Analysis) -> Array:
 
 
 def label(analysis: Analysis, name: str) -> str:
-    """Return what the axis of a variable says."""
+    """Return the label of the axis of a variable."""
     if name == "N" and analysis.words[name] == "parameters without embeddings":
         return "parameters N (without embeddings)"
     return LABELS.get(name, analysis.words[name])
 
 
 def size_of(fit: Fit) -> float:
-    """Return the size of the points."""
     return 2.5 if len(fit.points) > MANY_RUNS else 4.0
 
 
@@ -128,14 +125,14 @@ def band(fit: Fit, axes: Axes, places: dict[str, Array], colour: Any, **style: A
     axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, zorder=1, **style)
 
 
-def _floors(analysis: Analysis, axes: Axes) -> None:
+def _floors(analysis: Analysis, axes: Axes, constant: bool = True) -> None:
     """Draw the entropy of the corpus, if it is known, and the law's constant if it is in sight."""
     style: Any = {"linewidth": 1, "zorder": 1}
     if analysis.floor is not None:
         axes.axhline(analysis.floor, color=GREEN, linestyle="-.", label="exact floor", **style)
-    constant = analysis.fit.parameters.get("E", 0.0)
-    if len(analysis.variables) == 1 and constant > 0.8 * losses(analysis).min():
-        axes.axhline(constant, color=GREY, linestyle=":", label="E", **style)
+    level = analysis.fit.parameters.get("E", 0.0) if constant else 0.0
+    if len(analysis.variables) == 1 and level > 0.8 * losses(analysis).min():
+        axes.axhline(level, color=GREY, linestyle=":", label="E", **style)
 
 
 def _other(name: str, names: list[str]) -> str | None:
@@ -212,7 +209,7 @@ def _family(analysis: Analysis, figure: Figure, axes: Axes, name: str, other: st
 
 
 def residuals(analysis: Analysis) -> Figure:
-    """Draw what the law leaves, against each variable."""
+    """Draw the residuals in per cent of the loss, against each variable."""
     fit, names = analysis.fit, list(analysis.variables)
     fitted = fit.predict(**{name: values(analysis, name) for name in names})
     left = 100 * (losses(analysis) / fitted - 1)
@@ -257,8 +254,14 @@ def contours(analysis: Analysis) -> Figure | None:
     axes.clabel(lines, fmt="%.3g", fontsize=6, inline_spacing=2)
     style: Any = {"c": measured, "s": size_of(fit) ** 2 * 1.3, **colours}
     axes.scatter(n, d, edgecolors="black", linewidths=0.3, zorder=3, **style)
-    if path := analysis.frontier:
-        axes.plot(path.n, path.d, color=RED, linewidth=1.4, label="least loss for its compute")
+    if analysis.frontier and (path := analysis.frontier.law):
+        axes.plot(
+            path.n.estimate,
+            path.d.estimate,
+            color=RED,
+            linewidth=1.4,
+            label="least loss for its compute",
+        )
         legend(axes, above=True)
     log_axes(axes, label(analysis, "N"), label(analysis, "D"))
     axes.set(xlim=(sizes[0], sizes[-1]), ylim=(tokens[0], tokens[-1]))
@@ -333,7 +336,7 @@ def frontier(analysis: Analysis) -> Figure | None:
 
 
 def isoflop(analysis: Analysis) -> Figure | None:
-    """Draw the loss against size along each budget, with the minima that stand."""
+    """Draw the loss against size along each budget, with its minimum."""
     every = analysis.frontier.isoflop.profiles if analysis.frontier else ()
     profiles = [one for one in every if len(np.unique(one.n)) >= 3]
     if sum(one.best is not None for one in profiles) < 2:
@@ -359,87 +362,40 @@ def isoflop(analysis: Analysis) -> Figure | None:
 
 def curves(analysis: Analysis) -> Figure | None:
     """Draw the losses of the runs as they train, and the least that any has by some compute."""
-    column = analysis.columns.run
-    if not column or column not in analysis.runs or analysis.columns.d not in analysis.runs:
+    known = analysis.curves
+    if known is None or known.empty or "folder" not in analysis.runs:
         return None
-    logs = _logs(analysis, [str(one) for one in analysis.runs[column]])
+    known = known[known["folder"].isin(analysis.runs["folder"]) & (known["tokens"] > 0)]
     name = analysis.fit.loss.removeprefix("final_")
-    few = any(len(curve_of(log, name)[1]) < FEW_LOSSES for log in logs.values())
-    name = "train_loss" if few and name == "val_loss" else name
-    total = analysis.runs[analysis.columns.d].to_numpy(dtype=float)
-    found = []
-    for row, log in logs.items():
-        x, y = curve_of(log, name)
-        if len(y):
-            found.append((row, x, analysis.compute[row] * x / total[row], y))
-    if not found:
+    if name == "val_loss" and known.groupby("folder")[name].count().min() < FEW_LOSSES:
+        name = "train_loss"
+    if name not in known:
         return None
-    rows, tokens, flops, loss = map(list, zip(*found, strict=True))
+    known = known[np.isfinite(known[name]) & (known[name] > 0)]
+    if known.empty:
+        return None
     figure, (left, right) = side_by_side(2)
-    size, norm, colours = analysis.columns.n, None, BLUE
-    if size in analysis.runs and analysis.runs[size].nunique() > 1:
-        sizes = analysis.runs[size].to_numpy(dtype=float)
-        norm = log_norm(sizes)
-        colours = viridis(norm)(sizes[rows])
-    for axes, spent in ((left, tokens), (right, flops)):
-        lines = [np.column_stack(pair) for pair in zip(spent, loss, strict=True)]
+    each = [one for _, one in known.groupby("folder")]
+    sizes, norm, colours = analysis.columns.n, None, BLUE
+    if sizes in known and known[sizes].nunique() > 1:
+        norm = log_norm(known[sizes])
+        colours = viridis(norm)(np.array([one[sizes].iloc[0] for one in each]))
+    word = f"{'training ' if name == 'train_loss' else ''}{analysis.columns.loss_label}"
+    for axes, spent, letter in ((left, "tokens", "D"), (right, "flops_exact", "C")):
+        lines = [one[[spent, name]].to_numpy() for one in each]
         many = LineCollection(lines, colors=colours, linewidths=0.8, alpha=0.8)
         many.set_rasterized(len(lines) > MANY_CURVES)  # else the SVG takes megabytes
         axes.add_collection(many)
         axes.autoscale()
-    right.plot(*envelope(flops, loss), color=BLACK, linestyle=DASHED, label="lowest of all")
-    word = analysis.columns.loss_label
-    word = f"training {word}" if name == "train_loss" else word
-    for axes, x_word in ((left, LABELS["D"]), (right, LABELS["C"])):
-        if analysis.floor is not None:
-            axes.axhline(analysis.floor, color=GREEN, linestyle="-.", label="exact floor")
-        log_axes(axes, x_word, word)
+        if axes is right:
+            ordered = known.sort_values([spent, name])
+            least = ordered[ordered[name] <= ordered[name].cummin()]
+            style: Any = {"color": BLACK, "linestyle": DASHED, "label": "lowest of all"}
+            axes.plot(least[spent], least[name], **style)
+        _floors(analysis, axes, constant=False)
+        log_axes(axes, LABELS[letter], word)
         if axes.get_legend_handles_labels()[0]:
             legend(axes)
     if norm is not None:
         colour_bar(figure, right, norm, "parameters N")
     return figure
-
-
-def _logs(analysis: Analysis, folders: list[str]) -> dict[int, dict[str, Array]]:
-    """Return the metrics of the runs, by row; those of a table are looked for in its folders."""
-    known = analysis.curves
-    if known is None or not len(known):
-        logs = {row: read_log(rundir.RunDir(Path(name))) for row, name in enumerate(folders)}
-        return {row: log for row, log in logs.items() if log}
-    columns = {name: known[name].to_numpy(dtype=float) for name in rundir.METRICS}
-    lines = known.groupby("folder").indices
-    return {
-        row: {name: column[lines[folder]] for name, column in columns.items()}
-        for row, folder in enumerate(folders)
-        if folder in lines
-    }
-
-
-def read_log(run: rundir.RunDir) -> dict[str, Array]:
-    """Return the columns of metrics.csv; none if it cannot be read, which is a curve less."""
-    try:
-        log = rundir.MetricsFile(run.metrics).columns() if run.metrics.is_file() else {}
-    except (OSError, ConfigError):
-        return {}
-    return {name: np.array([float(v or "nan") for v in cells]) for name, cells in log.items()}
-
-
-def curve_of(log: dict[str, Array], name: str) -> tuple[Array, Array]:
-    """Return tokens and values where ``name`` was measured, but not before the first step."""
-    if name not in log:
-        return np.array([]), np.array([])
-    tokens, loss = log["tokens"], log[name]
-    there = (tokens > 0) & np.isfinite(loss) & (loss > 0)
-    return tokens[there], loss[there]
-
-
-def envelope(flops: list[Array], loss: list[Array]) -> tuple[Array, Array]:
-    """Return the least loss that any run has by so many FLOPs, interpolated in the logarithms."""
-    grid = np.geomspace(min(one.min() for one in flops), max(one.max() for one in flops), 200)
-    found = np.full((len(flops), len(grid)), np.inf)
-    for line, x, y in zip(found, flops, loss, strict=True):
-        inside = (grid >= x.min()) & (grid <= x.max())
-        line[inside] = np.exp(np.interp(np.log(grid[inside]), np.log(x), np.log(y)))
-    least = np.minimum.accumulate(found.min(axis=0))
-    return grid[np.isfinite(least)], least[np.isfinite(least)]

@@ -10,16 +10,24 @@ import pandas as pd
 from rich.console import Console
 
 from tinygpt import fileio
-from tinygpt.scaling import document, images, plots, wording
-from tinygpt.scaling.advice import ADVICE
+from tinygpt.scaling import document, plots, wording
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.document import FAIL, Block, Code, Heading, Items, Paragraph, Picture, Table
-from tinygpt.scaling.evidence import CLEAR, Check
+from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.facts import data_hash, facts, shared_trunks
 from tinygpt.scaling.intervals import LEVEL
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.selection import Candidate, preferred
-from tinygpt.scaling.wording import UNKNOWN, count, estimate, number, percent, reach, with_interval
+from tinygpt.scaling.wording import (
+    UNKNOWN,
+    capital,
+    count,
+    estimate,
+    number,
+    percent,
+    reach,
+    with_interval,
+)
 
 MOST_ROWS = 10  # of a table that grows with the runs
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
@@ -36,7 +44,6 @@ def write(analysis: Analysis, folder: Path) -> list[Path]:
     with fileio.turn(folder):
         fileio.remove_torn(folder, folder / "tensorboard")
         figures = plots.draw(analysis, folder)
-        images.write(folder, figures)
         files = document.write(list(compose(analysis, figures)), folder)
         for name, table in (("runs.csv", analysis.runs), ("left_out.csv", analysis.left_out)):
             if len(table):
@@ -50,7 +57,7 @@ def write(analysis: Analysis, folder: Path) -> list[Path]:
 
 
 def show(analysis: Analysis, folder: Path, console: Console | None = None) -> None:
-    """Print what the report says first, and where it lies."""
+    """Print the most important sections, and the path of the report."""
     blocks = [*answer(analysis), *notes(analysis), *warning(analysis), *law(analysis)]
     blocks += [*selection(analysis), *checklist(analysis, brief=True), *predictions(analysis)]
     blocks += [*budgets(analysis), *next_run(analysis)]
@@ -83,11 +90,9 @@ def compose(analysis: Analysis, figures: Sequence[str]) -> Iterator[Block]:
     yield from method(analysis)
     yield Heading("Files")
     lines = ["`fit.json`: all numbers, to full precision", "`runs.csv`: the runs that were fitted"]
-    if len(analysis.left_out):
-        lines.append("`left_out.csv`: the runs that were not, and why")
-    lines.append("figures, as `.png` and `.svg`: " + ", ".join(f"`{name}`" for name in figures))
-    lines.append("`tensorboard/`: the figures for its page of images")
-    yield Items(lines)
+    lines += ["`left_out.csv`: the runs that were not, and why"] if len(analysis.left_out) else []
+    lines += [f"figures, as `.png` and `.svg`: {', '.join(f'`{name}`' for name in figures)}"]
+    yield Items([*lines, "`tensorboard/`: the figures for its page of images"])
 
 
 def answer(analysis: Analysis) -> Iterator[Block]:
@@ -102,14 +107,13 @@ def answer(analysis: Analysis) -> Iterator[Block]:
     word = "are described by" if len(analysis.candidates) > 1 else "were fitted by"
     text = f"{count(len(analysis.runs), 'run')} {word} {fit.law.name}"
     text += f": {', '.join(exponents)}." if exponents else "."
-    if analysis.is_evidence:
-        text += " All applicable checks pass."
-    yield Paragraph(text)
+    yield Paragraph(text + (" All applicable checks pass." if analysis.is_evidence else ""))
     if analysis.others:
         each = "; ".join(_differing(name, values) for name, values in analysis.others.items())
         yield Paragraph(
-            f"These runs differ in more than this law and their seeds, and are fitted together: "
-            f"{each}. Where that was not meant, `where=` or another folder keeps them apart."
+            "These runs differ in more than the variables of the law and their seeds, and are "
+            f"fitted together: {each}. If that was not meant, `where=` or another folder keeps "
+            "them apart."
         )
 
 
@@ -125,37 +129,25 @@ def _differing(setting: str, values: Mapping[str, Sequence[str]]) -> str:
 
 
 def warning(analysis: Analysis) -> Iterator[Block]:
-    """Return the checks that fail, and what would repair each."""
-    failed = [check for check in analysis.checks if _outcome(check) == FAIL]
+    """Return the checks that fail, each with what to do."""
+    failed = [check for check in analysis.checks if check.outcome == FAIL]
     if failed:
         yield Heading("Not evidence yet")
         many = f"{len(failed)} checks fail" if len(failed) > 1 else "A check fails"
         yield Paragraph(
             f"{many}. The law below describes these runs. Fix this before relying on it:"
         )
-        each = (f"{FAIL}: {one.name} ({one.detail}). {_advice(one)}" for one in failed)
-        yield Items([line.strip() for line in each])
-
-
-def _outcome(check: Check) -> str:
-    return "n/a" if check.passed is None else "pass" if check.passed else FAIL
-
-
-def _advice(check: Check) -> str:
-    default = "More of them." if "span" in check.name else ""
-    default = "More values, further apart." if "values" in check.name else default
-    return ADVICE.get(check.name, default)
+        yield Items([f"{FAIL}: {one.title} ({one.detail}). {one.advice}" for one in failed])
 
 
 def notes(analysis: Analysis) -> Iterator[Block]:
-    """Return what was assumed and left out as the runs were read."""
     if analysis.notes:
         yield Heading("As the runs were read")
         yield Items(analysis.notes)
 
 
 def runs(analysis: Analysis) -> Iterator[Block]:
-    """Return what the runs span."""
+    """Return the range of each variable, and of the loss."""
     fit, compute = analysis.fit, analysis.compute
     yield Heading("Runs")
     points = len({tuple(row) for row in np.stack(list(fit.points.x.values()), 1).round(12)})
@@ -186,13 +178,13 @@ def _span(values: pd.Series) -> list[str]:
 
 
 def law(analysis: Analysis) -> Iterator[Block]:
-    """Return the law with its parameters, and what it leaves."""
+    """Return the law with its parameters and the size of its residuals."""
     fit, source = analysis.fit, analysis.fit.law.source
     yield Heading("The law" if analysis.is_evidence else "The law, as far as it goes")
     left = fit.optimum.law  # of the law, without the terms that went to zero
     yield Code(f"{wording.formula(left)}\n{wording.equation(left, fit.parameters)}")
     letters = f"L: {analysis.columns.loss_label}; {wording.variables(analysis.words)}"
-    yield Paragraph(f"{letters}. {_capital(source)}.")
+    yield Paragraph(f"{letters}. {capital(source)}.")
     met = list(fit.bounds_met.values())
     if analysis.in_total:
         met += [f"embeddings counted, {line}" for line in analysis.in_total.bounds_met.values()]
@@ -233,7 +225,7 @@ def _parameters(analysis: Analysis) -> Table:
 
 
 def _constant(analysis: Analysis) -> Iterator[str]:
-    """Return what is to be thought of E."""
+    """Judge the constant E."""
     fit, floor = analysis.fit, analysis.floor
     constant, interval = fit.parameters.get("E"), analysis.intervals.get("E")
     if constant and interval and not wording.is_set(interval.low):
@@ -283,31 +275,25 @@ def _candidate(one: Candidate, best: Candidate) -> list[str]:
 
 def _how_clear(analysis: Analysis) -> str:
     candidates, chosen = analysis.candidates, analysis.chosen
-    best = candidates[0]
-    fitted = [one for one in candidates if one.fit is not None]
+    best, *others = [one for one in candidates if one.fit is not None]
     if not np.isfinite(best.aicc):
-        return "Too few runs to choose between laws: the first that could be fitted stands."
-    near = [best.law, *(one.law for one in fitted[1:] if one.aicc - best.aicc < CLEAR)]
+        return "Too few runs to choose between laws: the first that could be fitted is shown."
+    near = [one.law for one in (best, *others) if one.aicc - best.aicc < CLEAR]
     if len(near) > 1 and chosen.law in near:
-        others = ", ".join(law for law in near if law != chosen.law)
-        text = f"{others} can hardly be told from {chosen.law}"
+        tied = ", ".join(law for law in near if law != chosen.law)
+        text = f"{tied} can hardly be distinguished from {chosen.law}"
         if chosen.law == preferred(candidates).law:
             text += f": of laws within {CLEAR:g} AICc of the best the first in the list is shown."
         else:
             text += ", which was asked for."
-    elif chosen is not best:
-        gap = number(chosen.aicc - best.aicc)
-        text = f"{chosen.law} was asked for; {best.law} is better by AICc, by {gap}."
-    elif len(fitted) > 1 and np.isfinite(fitted[1].aicc):
-        gap = number(fitted[1].aicc - best.aicc)
-        text = f"{best.law} is best by AICc, {gap} ahead of {fitted[1].law}."
     else:
-        text = f"{best.law} is the only law that these runs can judge."
-    errors = {one.law: one.held_out.error for one in fitted if one.held_out}
+        text = f"{best.law} is best by AICc"
+        if others and np.isfinite(others[0].aicc):
+            text += f", {number(others[0].aicc - best.aicc)} ahead of {others[0].law}"
+        text += "." if chosen is best else f"; {chosen.law} was asked for."
+    errors = {one.law: one.held_out.error for one in (best, *others) if one.held_out}
     least = min(errors, key=lambda law: errors[law], default=chosen.law)
-    if least != chosen.law:
-        text += f" The held-out runs are predicted best by {least}."
-    return text
+    return text + (f" {least} predicts the held-out runs best." if least != chosen.law else "")
 
 
 def checklist(analysis: Analysis, brief: bool = False) -> Iterator[Block]:
@@ -315,24 +301,22 @@ def checklist(analysis: Analysis, brief: bool = False) -> Iterator[Block]:
     yield Heading("Checklist")
     rows: dict[str, list[list[str]]] = {FAIL: [], "pass": [], "n/a": []}
     for check in analysis.checks:
-        outcome = _outcome(check)
-        rows[outcome].append([outcome, check.name, check.detail])
+        rows[check.outcome].append([check.outcome, check.title, check.detail])
     failed, passed, other = map(len, rows.values())
-    shown = rows[FAIL] + rows["pass"] + ([] if brief else rows["n/a"])
-    yield Table(["", "check", "found"], shown)
+    yield Table(["", "check", "found"], rows[FAIL] + rows["pass"] + ([] if brief else rows["n/a"]))
     yield Paragraph(f"{passed} pass, {failed} fail, {other} not applicable.")
 
 
 def single_runs(analysis: Analysis) -> Iterator[Block]:
-    """Return what each run alone does to the prediction, and which lie far from the rest."""
+    """Return how far each run alone moves the prediction, and the outliers."""
     yield Heading("Single runs")
     if not analysis.single:
-        yield Paragraph("Not left out one by one: too few of them, or several rows of a run.")
+        yield Paragraph("No run was left out in turn: there are too few, or several rows per run.")
         return
     moved = [100 * one.moved for one in analysis.single]
     reached = f"{min(moved):+.2f} to {max(moved):+.2f} %"
     where = "prediction below" if analysis.predictions else "loss at the largest run"
-    text = f"Beside a law fitted without it, each run moves the {where}: by {reached}."
+    text = f"Each run moves the {where} by {reached}, compared with a law fitted without it."
     outliers = [one for one in analysis.single if one.is_outlier]
     if outliers:
         yield Paragraph(f"{text} Far from the law of the others, or from the seeds beside it:")
@@ -354,7 +338,7 @@ def single_runs(analysis: Analysis) -> Iterator[Block]:
 
 
 def predictions(analysis: Analysis) -> Iterator[Block]:
-    """Return the loss where nothing was trained."""
+    """Return the predicted losses with their intervals."""
     yield Heading("Prediction")
     if analysis.unanswered:
         yield Paragraph(" ".join(analysis.unanswered))
@@ -395,13 +379,8 @@ def optimum(analysis: Analysis) -> Iterator[Block]:
 
 
 def budgets(analysis: Analysis) -> Iterator[Block]:
-    """Return the best split of what was asked for with ``budgets=``."""
     if analysis.budgets:
-        yield Items([f"{_capital(str(one))}." for one in analysis.budgets])
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+        yield Items([f"{capital(str(one))}." for one in analysis.budgets])
 
 
 def next_run(analysis: Analysis) -> Iterator[Block]:
@@ -424,7 +403,6 @@ def next_run(analysis: Analysis) -> Iterator[Block]:
 
 
 def method(analysis: Analysis) -> Iterator[Block]:
-    """Return how the numbers were computed."""
     fit, minimum = analysis.fit, analysis.fit.optimum
     yield Heading("How it was computed")
     text = f"Estimator, of {fit.unit}: {ESTIMATORS[fit.estimator]} ({fit.reason})."

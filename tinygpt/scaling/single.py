@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from tinygpt.scaling.evidence import SIGNIFICANT, Check
+from tinygpt.scaling.evidence import SIGNIFICANT
 from tinygpt.scaling.fitting import (
     HUBER_DENSITY,
     Fit,
@@ -147,26 +147,3 @@ def _beside_siblings(y: Array, replicas: NDArray[np.intp]) -> tuple[Array, Array
     scale = np.maximum(np.sqrt(np.maximum(rest, 0.0) / max(degrees, 1)), ROUNDING)
     scatters = residual * np.sqrt(own) / scale
     return residual * own, np.where(degrees > 0, scatters, np.nan), max(degrees, 0)
-
-
-def no_single_run(single: Sequence[SingleRun], names: Sequence[str]) -> Check:
-    """``single`` are all runs, what moves the prediction most first; ``names`` those of all."""
-    name = "no single run sets the law"
-    if not single:
-        return Check(name, None, "too few runs to leave one out, or several rows of a run")
-    setting = [one for one in single if one.sets_law]
-    if setting:
-        each = [
-            f"{names[one.row]} ({one.off:+.1%}, {one.errors:+.1f} standard errors, off the law of "
-            f"the others; moves the predicted loss by {one.moved:+.1%})"
-            for one in setting[:3]
-        ]
-        more = f" and {len(setting) - 3} more" if len(setting) > 3 else ""
-        return Check(name, False, "; ".join(each) + more)
-    most = max(single, key=lambda one: abs(one.moved))
-    detail = f"none moves the predicted loss by more than {abs(most.moved):.2%} ({names[most.row]})"
-    odd = [names[one.row] for one in single if one.is_outlier]
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        detail += f"; far from the rest without doing so: {', '.join(odd[:3])}{more}"
-    return Check(name, True, detail)

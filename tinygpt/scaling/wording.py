@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from tinygpt.scaling.intervals import Interval
-from tinygpt.scaling.laws import Law
+if TYPE_CHECKING:  # figures of evaluations want no law
+    from tinygpt.scaling.intervals import Interval
+    from tinygpt.scaling.laws import Law
 
 UNKNOWN = "–"
 
@@ -30,9 +32,26 @@ def percent(value: float) -> str:
     return f"{number(100 * value, 2)} %"
 
 
+def times(ratio: float) -> str:
+    """Return ``×3.2`` or ``×1,000``."""
+    return f"×{ratio:,.0f}" if ratio >= 100 else f"×{ratio:.3g}"
+
+
+def letter(value: float) -> str:
+    """Return ``500k`` or ``2.5M``, as the ticks of an axis need it."""
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if 1e15 > value >= size:
+            return f"{value / size:g}{name}"
+    return f"{value:g}"
+
+
 def count(number: int, word: str, many: str = "") -> str:
     """Return ``1 run`` or ``2 runs``; ``many`` is a plural that is not the word with an s."""
     return f"{number:,} {word if number == 1 else many or word + 's'}"
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def estimate(value: float, interval: Interval | None) -> str:
@@ -49,12 +68,13 @@ def reach(interval: Interval | None) -> str:
     if interval is None:
         return UNKNOWN
     low, high = (_end(end, interval) for end in (interval.low, interval.high))
-    if is_set(interval.low) and is_set(interval.high):
-        return f"{low} to {high}"
-    if is_set(interval.low):
-        return f"above {low}, no upper end"
-    if is_set(interval.high):
-        return f"below {high}, no lower end"
+    match is_set(interval.low), is_set(interval.high):
+        case True, True:
+            return f"{low} to {high}"
+        case True, False:
+            return f"above {low}, no upper end"
+        case False, True:
+            return f"below {high}, no lower end"
     return "not set by the data"
 
 
@@ -69,18 +89,17 @@ def is_set(end: float) -> bool:
 
 
 def _end(value: float, interval: Interval) -> str:
-    """Return an end to the place of the estimate; if it lies decades away, to two digits."""
+    """Return an end to the digits of the estimate; if it is decades away, to two digits."""
     text = _to_place(value, _place(interval)) if is_set(value) else ""
     far = abs(value) > 100 * abs(interval.estimate) > 0 or (text == "0" and value > 0)
     return number(value, 2) if far else text
 
 
 def _place(interval: Interval) -> int:
-    """Return the power of ten at which half the width of an interval has its second digit."""
+    """Return the power of ten of the second digit of half the width of an interval."""
     value = interval.estimate
-    half = max(
-        (abs(end - value) for end in (interval.low, interval.high) if is_set(end)), default=0
-    )
+    widths = [abs(end - value) for end in (interval.low, interval.high) if is_set(end)]
+    half = max(widths, default=0)
     if half == 0:
         return _place_of(value or 1.0) - 2
     return min(_place_of(half) - 1, _place_of(value or half))  # never rounded away altogether
@@ -107,13 +126,10 @@ def formula(law: Law) -> str:
         return law.formula
     terms = []
     for coefficient, powers in law.powers.items():
-        below = " ".join(f"{_base(x)}^{exponent}" for x, exponent in powers.items())
+        bases = {x: f"(ln {x[4:]})" if x.startswith("log ") else x for x in powers}
+        below = " ".join(f"{bases[x]}^{exponent}" for x, exponent in powers.items())
         terms.append(f"{coefficient} / {below}" if below else coefficient)
     return f"L = {' + '.join(terms)}"
-
-
-def _base(variable: str) -> str:
-    return f"(ln {variable[4:]})" if variable.startswith("log ") else variable
 
 
 def equation(law: Law, parameters: Mapping[str, float]) -> str:
@@ -127,5 +143,5 @@ def equation(law: Law, parameters: Mapping[str, float]) -> str:
 
 
 def variables(words: Mapping[str, str]) -> str:
-    """Return what the letters of a law stand for."""
+    """Return the meaning of each letter of a law."""
     return ", ".join(f"{name}: {word}" for name, word in words.items())

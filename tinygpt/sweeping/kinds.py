@@ -126,7 +126,7 @@ class Trainings(Kind):
             say(console, "\nwhat this design can show")
             for check in check_design(pd.DataFrame([job.row for job in jobs])):
                 mark = {True: "yes", False: "NO ", None: " - "}[check.passed]
-                console.print(f"  {mark}  {check.name}: {check.detail}", highlight=False)
+                console.print(f"  {mark}  {check.title}: {check.detail}", highlight=False)
 
     def run(self, job: Job, console: Console) -> dict[str, Any]:
         from tinygpt.training.session import Branch, train
