@@ -218,9 +218,9 @@ def test_pages_escape_what_they_are_told(tmp_path: Path) -> None:
 
 def test_samples_are_code_to_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tinygpt.training.board import Board
+    from tinygpt.training.loggers import Board
 
-    board = Board(tmp_path, 1, 0.0)
+    board = Board(tmp_path, {}, 1, 0.0)
     board.log_text("<script>alert(1)</script>\n# a\x0b[b](javascript:c)\n", 1)
     board.close("success")
     events = EventAccumulator(str(tmp_path))
