@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import Command
 from tinygpt import benchmark, cli, measuring
 from tinygpt.model.gpt import GPT
 from tinygpt.training.module import LanguageModel
@@ -140,35 +139,19 @@ def test_the_bare_loop_does_the_work_of_the_trainer(
     assert not torch.equal(before, bare["token_embedding.weight"])
 
 
-def test_a_rate_is_an_amount_over_the_seconds() -> None:
-    found = measuring.rate("training", "tokens/s", 100, [1.0, 2.0, 4.0, 5.0, 8.0])
-    assert (found["median"], found["low"], found["high"]) == (25, 20, 50)
-    assert (found["samples"], found["unit"]) == (5, "tokens/s")
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["modle=tiny"], "modle: no such key; did you mean model"),
         (["model=huge"], "model=huge: no such choice; there are gpt2_small, large"),
         (["model="], "model=: give at least one"),
-        (["steps=0"], "steps=0: must be at least 1"),
         (["seconds=0"], "seconds=0.0: must be at least 0.001"),
-        (["hardware.compile=often"], "hardware.compile=often: must be one of auto, off"),
         (["train.steps=9"], "train.steps=9: not a key of the benchmark; the benchmark sets it"),
         # what earlier versions had
         (["measure=train"], "measure=train: not a key of the benchmark; all is measured; seconds="),
         (["rounds=3"], "rounds=3: not a key of the benchmark; steps= says how many training"),
         (["baseline=old"], "baseline=old: not a key of the benchmark; compare the bench.csv"),
-        (["vocab_size=4096"], "vocab_size=4096: no such key; did you mean tokenizer.vocab_size="),
         (["batch_size=8"], "batch_size=8: no such key; did you mean train.batch_tokens=8*L"),
-        (["max_seq_len=64"], "max_seq_len: no such key; did you mean model.max_seq_len?"),
-        (["precision=32"], "precision: no such key; did you mean train.precision?"),
-        (["accelerator=cpu"], "accelerator=cpu: no such key; did you mean hardware=cpu?"),
-        *(
-            ([f"{name}=auto"], f"{name}: no such key; did you mean hardware.{name}?")
-            for name in ("threads", "compile")
-        ),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -212,11 +195,3 @@ def test_a_process_that_fails_is_told(
     shown = capsys.readouterr()
     assert (left.value.code, shown.err) == (wanted, line)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has it")
-def test_what_only_the_other_process_can_know_is_one_line_too(tinygpt: Command) -> None:
-    done = tinygpt("benchmark", "hardware.accelerator=cuda", "model=tiny")
-    assert done.stderr.startswith("error: hardware.accelerator=cuda: this machine")
-    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")

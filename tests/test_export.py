@@ -30,7 +30,6 @@ GPT2 = REAL_DATA / "gpt2-bpe"
 LLAMA = ["model.position=rope", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=false"]
 TOKENIZERS = {
     "char": ["tokenizer=char"],
-    "byte": ["tokenizer=byte"],
     "bpe": ["tokenizer=bpe", "tokenizer.vocab_size=300"],
     "gpt2": ["tokenizer=gpt2", f"tokenizer.vocab_dir={GPT2}"],
 }
@@ -279,12 +278,6 @@ def test_what_is_no_export_is_never_replaced(
     check_target("new/folder", force)
 
 
-def test_a_mixture_is_refused_and_leaves_nothing(corpus: Path, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", corpus, "model.position=rope")
-    assert said(export, run, tmp_path / "out").startswith("model.norm=layernorm: Hugging")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_torn_export_leaves_the_old_one(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,18 +293,3 @@ def test_a_torn_export_leaves_the_old_one(
         export(run, tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["to=x"], "run: must be given, as run=..."),
-        (["run=."], "to: must be given, as to=..."),
-        (["run=nowhere", "to=x"], "run=nowhere: no such folder"),
-        (["run=.", "to=x", "force=perhaps"], "force=perhaps: must be true or false"),
-        (["run=.", "to=x", "chekpoint=best"], "chekpoint: no such key; did you mean checkpoint?"),
-    ],
-)
-def test_a_wrong_word_is_a_line(words: list[str], line: str, tinygpt: Command) -> None:
-    done = tinygpt("export", *words)
-    assert (done.returncode, done.stderr) == (2, f"error: {line}\n")

@@ -65,23 +65,6 @@ def test_a_run_goes_on_from_where_another_ended(
     assert (made.config.model.d_model, made.config.model.bias) == (16, False)
 
 
-def test_weights_in_64_bits_are_taken_whole(corpus: Path, cache: Path, tmp_path: Path) -> None:
-    first = run(tiny(corpus, "train.precision=64", "run_name=first"), tmp_path, cache)
-    words = further(corpus, tmp_path / "runs" / "first", "train.precision=64", "run_name=second")
-    second = run([*words, "train.steps=1"], tmp_path, cache)
-    assert second["initial_val_loss"] == first["final_val_loss"]
-
-
-def test_any_checkpoint_can_be_begun_from(
-    corpus: Path, cache: Path, outputs: Path, base: Path
-) -> None:
-    early = base / "checkpoints" / "step_4.ckpt"
-    results = run(further(corpus, early, "run_name=early", "train.steps=1"), outputs, cache)
-    rows = rundir.MetricsFile(base / "metrics.csv").read()
-    scored = {row["step"]: row["val_loss"] for row in rows}
-    assert results["initial_val_loss"] == pytest.approx(float(scored["4"]), abs=1e-12)
-
-
 def test_a_shorter_context_takes_the_first_positions(
     corpus: Path, cache: Path, outputs: Path, base: Path
 ) -> None:
@@ -372,12 +355,6 @@ def test_another_shape_or_tokenizer_is_explained(corpus: Path, base: Path, tmp_p
         str(lone): "lies in no run",
     }.items():
         assert why in said(f"init_from={name}")
-
-
-def test_what_equals_its_own_may_be_said(corpus: Path, base: Path) -> None:
-    more = ["model.d_model=16", "model.d_ff=64", "tokenizer=saved", f"tokenizer.path={base}"]
-    config = cli.compose_config([*further(corpus, base), *more])
-    assert config.model == cli.compose_config(further(corpus, base)).model
 
 
 def test_a_saved_tokenizer_serves_a_new_run(

@@ -31,13 +31,10 @@ HASHES = {
 }
 LINES = [
     ("sweep.stack=auto", "runs go side by side with launcher=local"),
-    ("sweep.stack=off", "runs go side by side with launcher=local"),
     ("hardware.strategy=fsdp", "hardware.strategy=ddp"),
     ("hardware.matmul=torch", "TINYGPT_MATMUL=torch"),
     ("+hardware.allocator=keep", "freed memory is always kept"),
     ("hardware.compile=regional", "hardware.compile=on"),
-    ("hardware.compile=whole", "hardware.compile=on"),
-    ("hardware.compile=graphs", "hardware.compile=on"),
 ]
 
 
@@ -60,20 +57,6 @@ def test_a_removed_key_is_answered_in_a_line(word: str, instead: str) -> None:
         with pytest.raises(ConfigError) as error:
             compose()
         assert str(error.value).startswith(line)
-
-
-def test_the_command_leaves_with_code_2(tinygpt: Command) -> None:
-    for words in (["sweep.stack=4", "--multirun", "seed=1,2"], ["hardware.strategy=fsdp"]):
-        done = tinygpt("run", *words)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"error: {words[0]}: removed; ")
-        assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("value", ["true", "True", "whatever"])
-def test_compile_is_auto_off_or_on(value: str) -> None:
-    with pytest.raises(ConfigError, match=f"^hardware.compile={value}: must be one of auto, off,"):
-        cli.compose_config([f"hardware.compile={value}"])
 
 
 def make_old(trained: Trained, stack: str = "off", **begun: object) -> None:

@@ -218,6 +218,7 @@ def test_pages_escape_what_they_are_told(tmp_path: Path) -> None:
 
 def test_samples_are_code_to_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     from tinygpt.training.loggers import Board
 
     board = Board(tmp_path, {}, 1, 0.0)

@@ -158,22 +158,6 @@ def test_any_text_can_be_printed(encoding: str, printed: bytes) -> None:
     assert done.stdout.replace(b"\r\n", b"\n") == printed
 
 
-def test_a_rich_table_can_be_printed_in_ascii() -> None:
-    program = PRINTING + (
-        "from rich.console import Console; from rich.table import Table; "
-        "t = Table('a → b'); t.add_row('µ'); Console().print(t)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "a -> b" in done.stdout
-    assert "\\xb5" in done.stdout
-
-
 def test_a_reader_that_leaves_is_no_error() -> None:
     process = start(PRINTING + "[print('x' * 9999, flush=True) for _ in range(99)]; sys.exit(7)")
     assert process.stdout is not None

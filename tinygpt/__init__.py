@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tinygpt.training.module import LanguageModel as LanguageModel
 
 __version__ = "0.1.0"
-_HOME = {
+_HOME = {  # public names come from where they live when they are first used: torch takes seconds
     "LanguageModel": "tinygpt.training.module",
     "TokenData": "tinygpt.data.datamodule",
     "TrainedRun": "tinygpt.trained",
@@ -24,16 +24,7 @@ _HOME = {
     "load_run": "tinygpt.trained",
     "loss_by_position": "tinygpt.evaluating.runs",
 }
-__all__ = [
-    "LanguageModel",
-    "TokenData",
-    "TrainedRun",
-    "compare",
-    "compose",
-    "evaluate_runs",
-    "load_run",
-    "loss_by_position",
-]
+__all__ = ["compose", *_HOME]
 
 
 def compose(*overrides: str) -> Config:
@@ -47,7 +38,6 @@ def compose(*overrides: str) -> Config:
 
 
 def __getattr__(name: str) -> Any:
-    """Public names come from where they live when they are first used: torch takes seconds."""
     if name not in _HOME:
         raise AttributeError(f"module 'tinygpt' has no attribute '{name}'")
     import importlib

@@ -1,4 +1,4 @@
-"""What a configuration must keep to: known keys, bounds, and what must fit together.
+"""What a configuration must fulfil: known keys, bounds, and values that go together.
 
 Every mistake is a ConfigError of one line, found before torch is imported.
 """
@@ -26,31 +26,38 @@ from tinygpt.config import (
     Config,
     ConfigError,
     Settings,
-    SgdOptim,
     rate_is_scaled,
 )
+from tinygpt.config.errors import require as require
 
 T = TypeVar("T")
+LIMITS = {
+    "least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
 
 
 def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
-    """The composed configuration as dataclasses; ``check`` says whether it can be had.
+    """Return the composed configuration as dataclasses; ``check`` says whether it is valid.
 
-    ``overrides`` are the command line's ``key=value`` strings: a horizon given there replaces the
-    one that a recipe brings.  Raises ConfigError.
+    A horizon among the command line's ``overrides`` replaces the one of a recipe.  Raises
+    ConfigError.
     """
-    given = horizon_given(overrides)
     config = as_dataclasses(composed, Config)
+    values = dict(item.lstrip("+").partition("=")[::2] for item in overrides)  # the last counts
+    given = [name for name in HORIZONS if values.get(f"train.{name}", "null") != "null"]
     for name in HORIZONS:
-        if given not in (None, name):
+        if given and name not in given:
             setattr(config.train, name, None)
-    if not any(getattr(config.train, name) is not None for name in HORIZONS):
+    if all(getattr(config.train, name) is None for name in HORIZONS):
         config.train.tokens = DEFAULT_TOKENS
     return config
 
 
 def as_dataclasses(composed: DictConfig, cls: type[T]) -> T:
-    """The composed configuration, of the schema ``cls``.  Raises ConfigError for other keys."""
+    """Return the composed configuration, of schema ``cls``.  Raise ConfigError for other keys."""
     config = OmegaConf.to_object(composed)
     assert isinstance(config, cls)
     for name in _extra_keys(composed, config):
@@ -58,28 +65,17 @@ def as_dataclasses(composed: DictConfig, cls: type[T]) -> T:
     return config
 
 
-def horizon_given(overrides: Sequence[str]) -> str | None:
-    """The horizon key that the command line sets, if any.  Raises ConfigError for two of them."""
-    pairs = [item.lstrip("+").partition("=")[::2] for item in overrides if "=" in item]
-    last = dict(pairs)  # of a key given twice the last counts
-    given = [f"train.{h}" for h in HORIZONS if last.get(f"train.{h}", "null") != "null"]
-    if len(set(given)) > 1:
-        raise ConfigError(f"{' and '.join(sorted(set(given)))}: give the horizon once")
-    return given[-1].removeprefix("train.") if given else None
-
-
 def unknown_key(name: str, known: Sequence[str]) -> str:
-    """The line for a key that does not exist, with the nearest ones that do."""
+    """Return the line for a key that does not exist, with the nearest ones that do."""
     if name in REMOVED:
         return f"{name}: removed; {REMOVED[name]}"
     if name in known:
-        group = name.split(".")[0]
-        return f"{name}: not a key of the chosen {group}"
+        return f"{name}: not a key of the chosen {name.split('.')[0]}"
     return f"{name}: no such key{did_you_mean(name, known)}"
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """The end of an error line: what ``name`` may have been meant for, if anything is near."""
+    """Return the end of an error line: the names nearest to ``name``, if any is near."""
     last = name.rsplit(".", 1)[-1]
     found = difflib.get_close_matches(name, known, n=2, cutoff=0.85)
     found += [k for k in known if k.rsplit(".", 1)[-1] == last]  # right name, wrong place
@@ -92,23 +88,21 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def key_names(section: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of every leaf of a configuration or of a schema class, but an experiment's
-    tables of values and the arguments of the user's callbacks."""
+    """Yield the dotted names of every leaf of a configuration or of a schema class, except an
+    experiment's tables and the arguments of the user's callbacks."""
     for item in dataclasses.fields(section):
-        if item.name in ("sweep", "callbacks"):
-            continue
         value = getattr(section, item.name, None)
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and item.name != "sweep":
             yield from key_names(value, f"{prefix}{item.name}.")
-        else:
+        elif item.name not in ("sweep", "callbacks"):
             yield prefix + item.name
 
 
 def _extra_keys(composed: DictConfig, config: Any, prefix: str = "") -> Iterator[str]:
-    """Keys that Hydra's ``+key=value`` added to a schema that does not have them."""
+    """Yield the keys that ``+key=value`` added to a schema that does not have them."""
     names = {item.name for item in dataclasses.fields(config)}
-    for key_, value in composed.items():
-        name = str(key_)
+    for key, value in composed.items():
+        name = str(key)
         if name not in names:
             yield f"{prefix}{name}"
         elif isinstance(value, DictConfig) and dataclasses.is_dataclass(getattr(config, name)):
@@ -116,14 +110,19 @@ def _extra_keys(composed: DictConfig, config: Any, prefix: str = "") -> Iterator
 
 
 def check(config: Config) -> None:
-    """Bounds of every key, then what must fit together.  Raises ConfigError, one line."""
+    """Check the bounds of every key, then what must fit together.  Raises ConfigError."""
     check_bounds(config)
-    model, data, train = config.model, config.data, config.train
-    given = [f"train.{name}" for name in HORIZONS if getattr(train, name) is not None]
-    require(len(given) == 1, f"{' and '.join(given)}: give the horizon once")
-    _divides("model.n_heads", model.n_heads, "model.d_model", model.d_model)
-    if model.n_kv_heads is not None:
-        _divides("model.n_kv_heads", model.n_kv_heads, "model.n_heads", model.n_heads)
+    model, data, train, optim = config.model, config.data, config.train, config.optim
+    horizons = sorted(f"train.{name}" for name in HORIZONS if getattr(train, name) is not None)
+    require(len(horizons) == 1, f"{' and '.join(horizons)}: give the horizon once")
+    for small, large in (
+        ("model.n_heads", "model.d_model"),
+        ("model.n_kv_heads", "model.n_heads"),
+        ("model.max_seq_len", "train.batch_tokens"),
+    ):
+        value, whole = (operator.attrgetter(name)(config) for name in (small, large))
+        fits = value is None or whole % value == 0
+        require(fits, f"{small}={value}: must divide {large}={whole}")
     require(
         model.position != "rope" or model.d_model // model.n_heads % 2 == 0,
         f"model.n_heads={model.n_heads}: rope needs an even d_model / n_heads, "
@@ -141,11 +140,10 @@ def check(config: Config) -> None:
         f"model.rope_scaling={scaling}: must be null, or with position=rope numbers above 0 for "
         f"{', '.join(LLAMA3)}, the low below the high",
     )
-    _divides("model.max_seq_len", model.max_seq_len, "train.batch_tokens", train.batch_tokens)
-    stride = data.stride or model.max_seq_len
     require(
-        stride <= model.max_seq_len,
-        f"data.stride={stride}: more than model.max_seq_len={model.max_seq_len} would skip tokens",
+        (data.stride or 0) <= model.max_seq_len,
+        f"data.stride={data.stride}: more than model.max_seq_len={model.max_seq_len} would skip "
+        "tokens",
     )
     require(
         data.val_fraction + data.test_fraction < 1,
@@ -153,25 +151,18 @@ def check(config: Config) -> None:
         "their sum must be below 1",
     )
     check_text(data)
+    betas = getattr(optim, "betas", [0.0, 0.0])
+    require(len(betas) == 2, f"optim.betas={betas}: must be two numbers")
+    nesterov = optim.kind == "sgd" and getattr(optim, "nesterov", False)
+    momentum = getattr(optim, "momentum", 0.0)
+    require(not nesterov or momentum > 0, "optim.nesterov=true: needs optim.momentum above 0")
+    uri = config.logger.mlflow.tracking_uri if config.logger.mlflow else None
     require(
-        len(getattr(config.optim, "betas", (0.0, 0.0))) == 2,
-        f"optim.betas={getattr(config.optim, 'betas', None)}: must be two numbers",
-    )
-    require(
-        not (isinstance(config.optim, SgdOptim) and config.optim.nesterov)
-        or getattr(config.optim, "momentum", 0) > 0,
-        "optim.nesterov=true: needs optim.momentum above 0",
-    )
-    mlflow = config.logger.mlflow
-    uri = mlflow.tracking_uri if mlflow else None
-    require(
-        uri is None
-        or re.match(r"(sqlite|postgresql|mysql|mssql|https?)(\+\w+)?://", uri) is not None,
+        not uri or bool(re.match(r"(sqlite|postgresql|mysql|mssql|https?)(\+\w+)?://", uri)),
         f"logger.mlflow.tracking_uri={uri}: must be a database or a server, as sqlite:///FILE or "
         "http://HOST:PORT; MLflow takes no folders any more",
     )
-    _check_rate_scaling(config)
-    _check_lora(config)
+    _check_rates(config)
     require(
         config.hardware.devices != 0,
         "hardware.devices=0: must be at least 1, or -1 for all there are",
@@ -186,7 +177,7 @@ def check(config: Config) -> None:
 
 
 def check_names(named: Mapping[str, str | None]) -> None:
-    """Raises ConfigError for a value that cannot name a folder."""
+    """Raise ConfigError for a value that cannot name a folder."""
     for name, value in named.items():
         require(
             value is None or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", value) is not None,
@@ -194,39 +185,40 @@ def check_names(named: Mapping[str, str | None]) -> None:
         )
 
 
-def _check_rate_scaling(config: Config) -> None:
-    kind, allowed = config.optim.kind, f"allowed with optim={', '.join(SCALED_BY_WIDTH)}"
-    holds = kind in SCALED_BY_WIDTH or not rate_is_scaled(config.model, config.optim)
-    if config.optim.scale_rate_with_width:
-        require(holds, f"optim.scale_rate_with_width=true: not with optim={kind}; {allowed}")
-    line = f"model.parametrization=mup: has no rule for the rates of optim={kind}; {allowed}, muon"
-    require(holds, line)
-
-
-def _check_lora(config: Config) -> None:
-    rank, d_model = config.optim.lora.rank, config.model.d_model
+def _check_rates(config: Config) -> None:
+    """Check what µP and LoRA need of the optimizer."""
+    model, optim = config.model, config.optim
+    allowed = f"allowed with optim={', '.join(SCALED_BY_WIDTH)}"
+    if optim.kind not in SCALED_BY_WIDTH and rate_is_scaled(model, optim):
+        if optim.scale_rate_with_width:
+            raise ConfigError(
+                f"optim.scale_rate_with_width=true: not with optim={optim.kind}; {allowed}"
+            )
+        raise ConfigError(
+            f"model.parametrization=mup: has no rule for the rates of optim={optim.kind}; "
+            f"{allowed}, muon"
+        )
+    rank, alpha = optim.lora.rank, optim.lora.alpha
     if rank is None:
-        alpha = config.optim.lora.alpha
         require(alpha is None, f"optim.lora.alpha={alpha}: needs optim.lora.rank")
         return
     given = f"optim.lora.rank={rank}"
     require(config.init_from is not None, f"{given}: needs init_from, whose weights it keeps")
-    require(rank <= d_model, f"{given}: must be at most model.d_model={d_model}")
-    standard = config.model.parametrization == "standard"
+    require(rank <= model.d_model, f"{given}: must be at most model.d_model={model.d_model}")
+    standard = model.parametrization == "standard"
     require(standard, f"{given}: has no rule for its rates under model.parametrization=mup")
-    require(config.optim.kind != "muon", f"{given}: not with optim=muon, as its factors are thin")
+    require(optim.kind != "muon", f"{given}: not with optim=muon, as its factors are thin")
 
 
 def check_sweepable(config: Settings) -> None:
-    """Raises ConfigError for a job that a sweep cannot run.
+    """Raise ConfigError for a job that a sweep cannot run.
 
     Each further process of a run repeats its command: in a sweep it would repeat the sweep.
     """
-    hardware = config.hardware
     trainer = getattr(config, "trainer", None)
     require(trainer is None or not trainer.fast_dev_run, "trainer.fast_dev_run=true: no --multirun")
-    several = {"devices": hardware.devices, "num_nodes": hardware.num_nodes}
-    for name, value in several.items():
+    for name in ("devices", "num_nodes"):
+        value = getattr(config.hardware, name)
         require(
             value == 1,
             f"hardware.{name}={value}: a sweep runs jobs of one device side by side; "
@@ -235,19 +227,19 @@ def check_sweepable(config: Settings) -> None:
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:
-    """Every field of a dataclass against the bounds its ``key`` gave.  Raises ConfigError."""
+    """Check every field of a dataclass against the bounds of its ``key``.  Raises ConfigError."""
     for item in dataclasses.fields(section):
-        value, name, bounds = getattr(section, item.name), prefix + item.name, item.metadata
+        value, name = getattr(section, item.name), prefix + item.name
         if dataclasses.is_dataclass(value):
             check_bounds(value, name + ".")
             continue
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
-                _check_value(name, one, **bounds)
+                _check_value(name, one, item.metadata)
 
 
 def check_text(data: object) -> None:
-    """Raise ConfigError for what no text can be read by."""
+    """Raise ConfigError for a separator, delimiter or encoding by which no text can be read."""
     line = "data.separator='': must be auto, none or a text that separates documents"
     require(getattr(data, "separator", "auto") != "", line)
     delimiter, encoding = (getattr(data, name, None) for name in ("delimiter", "encoding"))
@@ -265,39 +257,16 @@ def check_text(data: object) -> None:
 
 
 def check_scale(scale: str) -> None:
-    """Raises ConfigError where no experiment can have that scale."""
-    _check_value("scale", scale, among=SCALES)
+    """Raise ConfigError for a scale that no experiment has."""
+    _check_value("scale", scale, {"among": SCALES})
 
 
-def _check_value(
-    name: str,
-    value: Any,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    among: Sequence[str] | None = None,
-) -> None:
+def _check_value(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name}={value}: must be a finite number")
-    if among is not None and value not in among:
-        raise ConfigError(f"{name}={value}: must be one of {', '.join(among)}")
-    limits = [
-        ("at least", least, operator.ge),
-        ("above", above, operator.gt),
-        ("at most", most, operator.le),
-        ("below", below, operator.lt),
-    ]
-    for words, limit, holds in limits:
-        if limit is not None and not holds(value, limit):
-            raise ConfigError(f"{name}={value}: must be {words} {limit:.10g}")
-
-
-def require(holds: bool, line: str) -> None:
-    """Raises ConfigError with ``line`` where something does not hold."""
-    if not holds:
-        raise ConfigError(line)
-
-
-def _divides(small_key: str, small: int, large_key: str, large: int) -> None:
-    require(large % small == 0, f"{small_key}={small}: must divide {large_key}={large}")
+    for bound, limit in bounds.items():
+        if bound == "among":
+            require(value in limit, f"{name}={value}: must be one of {', '.join(limit)}")
+        else:
+            words, holds = LIMITS[bound]
+            require(holds(value, limit), f"{name}={value}: must be {words} {limit:.10g}")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import functools
-import operator
 import os
 import re
 import signal
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
-from os.path import expanduser
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -25,31 +24,34 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from tinygpt import checks, explaining, fileio, signals, streams, words
+from tinygpt import checks, signals, streams, words
 from tinygpt import config as schema
 from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig
 from tinygpt.config import Config, ConfigError, RunError, Settings, is_out_of_memory
-from tinygpt.explaining import Command, full_key, plain
+from tinygpt.words import CONF_DIR as CONF_DIR
+from tinygpt.words import Command
 
 T = TypeVar("T")
 S = TypeVar("S", bound=Settings)
 P = ParamSpec("P")
 
-CONF_DIR = explaining.CONF_DIR
 # Threads that wait must not spin: they would take the cores from those that others keep waiting.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 PATHS = ("runs", "table", "output_dir")  # of the commands without Hydra
-STRANGE = (AssertionError, AttributeError, TypeError)  # of OmegaConf, at a key that is null
-LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
+TRUTH = {"true": True, "yes": True, "on": True, "1": True}
+TRUTH |= {"false": False, "no": False, "off": False, "0": False}
+
+
+# --- composing
 
 
 @functools.cache
 def register_schemas() -> None:
-    """Makes the dataclasses known to Hydra, so that it checks names and types as it composes."""
+    """Make the dataclasses known to Hydra, so that it checks names and types as it composes."""
     store = ConfigStore.instance()
     for command in COMMANDS:
         store.store(name=f"schema_{command.name}", node=command.schema)
@@ -59,7 +61,7 @@ def register_schemas() -> None:
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
-    """The checked configuration of ``tinygpt.run`` that ``overrides`` ask for.
+    """Return the checked configuration of ``tinygpt.run`` with ``overrides``.
 
     Raises ConfigError, one line.
     """
@@ -67,28 +69,28 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 
 def compose_for(command: Command[S], overrides: Sequence[str]) -> S:
-    """The checked configuration that ``overrides`` ask for.  Raises ConfigError, one line."""
-    overrides = words.as_meant(with_lists(overrides), command)
+    """Return the checked configuration with ``overrides``.  Raise ConfigError, one line."""
+    overrides = words.as_meant(overrides, command)
     with in_one_line(overrides, command):
-        _check_experiment(overrides, command)
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        values = [item for item in parsed if _is_plain_value(item)]
-        groups = tuple(item.input_line or "" for item in parsed if not _is_plain_value(item))
-        composed = copy.deepcopy(_composed(command.file, groups))
-        for item in values:
-            _set(composed, item)
-        return command.read(composed, overrides)
+        parsed = _parsed(command, overrides)
+        for item in parsed:
+            if item.is_sweep_override():
+                raise ConfigError(words.several(item))
+        return command.read(_composed(command, parsed), overrides)
 
 
 def checked_adaptation(composed: DictConfig, overrides: Sequence[str]) -> AdaptConfig:
-    """As dataclasses, checked.  Raises ConfigError."""
+    """Return the composed configuration as dataclasses, checked.  Raise ConfigError."""
     config = checks.as_dataclasses(composed, AdaptConfig)
     adapting.check_adapt(config)
     return config
 
 
 def checked(composed: DictConfig, overrides: Sequence[str]) -> Config:
-    """As dataclasses, with what ``init_from`` brings, checked.  Raises ConfigError."""
+    """Return the composed configuration as dataclasses, with what ``init_from`` brings, checked.
+
+    Raises ConfigError.
+    """
     config = checks.typed(composed, overrides)
     if config.init_from is not None:
         from tinygpt import pretrained  # reads files
@@ -98,20 +100,71 @@ def checked(composed: DictConfig, overrides: Sequence[str]) -> Config:
     return config
 
 
-@functools.lru_cache(maxsize=64)
-def _composed(file: str, overrides: tuple[str, ...]) -> DictConfig:
-    """What the chosen groups come to.
+def _parsed(command: Command[S], overrides: Sequence[str]) -> list[Override]:
+    """Parse the overrides.  Raise ConfigError for a choice that is none, and for an experiment of
+    another command, by the keys that it sets."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for item in parsed:
+        group, value = item.key_or_group, item.value()
+        path = Path(CONF_DIR, group)
+        if group == "experiment" and (item.is_sweep_override() or isinstance(value, list)):
+            raise ConfigError(f"{item.input_line}: takes one experiment; give a command to each")
+        is_given = isinstance(value, str | list | dict) or item.is_sweep_override()
+        may_be_null = value is None and group in ("experiment", "data")
+        if path.is_dir() and not is_given and not may_be_null:
+            choices = (file.stem for file in path.glob("*.yaml"))
+            raise ConfigError(words.no_such_choice(str(item.input_line), choices))
+        file = path / f"{value}.yaml"
+        if group == "experiment" and file.is_file():
+            text, ours = file.read_text(encoding="utf-8"), _sections(command)
+            for other in COMMANDS:
+                only_theirs = "|".join(_sections(other) - ours)
+                if only_theirs and re.search(rf"^ *({only_theirs})[.:]", text, re.M):
+                    line = f"{item.input_line}: is one of python -m tinygpt.{other.name}"
+                    raise ConfigError(line)
+    return parsed
 
-    Hydra reads a dozen files for that, 60 ms; setting the values of a sweep's thousand jobs on
-    copies of it takes one.
-    """
+
+def _sections(command: Command[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(command.schema)}
+
+
+def _composed(
+    command: Command[S], parsed: Sequence[Override], with_hydra: bool = False
+) -> DictConfig:
+    """Compose the chosen groups, then set the values as Hydra does: + adds a key, ++ adds or sets
+    it.  Values of a sweep are left out."""
+    items = [item for item in parsed if not item.is_sweep_override()]
+    groups = tuple(str(item.input_line) for item in items if not _is_plain_value(item))
+    composed = copy.deepcopy(_composed_groups(command.file, groups, with_hydra))
+    for item in items:
+        if not _is_plain_value(item):
+            continue
+        name, value = item.key_or_group, item.value()
+        place, _, _ = name.rpartition(".")
+        if place and OmegaConf.select(composed, place, default=0) is None:
+            section, _, choice = place.partition(".")
+            needed = f"{section}={choice or ', where the text is from'}"
+            raise ConfigError(f"{item.input_line}: needs {needed}")
+        there = OmegaConf.select(composed, name, throw_on_missing=False)
+        if item.is_add() and there is not None and not isinstance(value, dict | list):
+            raise ConfigError(f"{item.input_line}: the key is there already, set it without +")
+        added = item.is_add() or item.is_force_add()
+        OmegaConf.update(composed, name, value, merge=True, force_add=added)
+    return composed
+
+
+@functools.lru_cache(maxsize=64)
+def _composed_groups(file: str, overrides: tuple[str, ...], with_hydra: bool) -> DictConfig:
+    """Hydra reads a dozen files for that, 60 ms; setting the values of a sweep's thousand jobs on
+    copies of it takes one."""
     with _initialized():
-        return compose(file, overrides=list(overrides))
+        return compose(file, overrides=list(overrides), return_hydra_config=with_hydra)
 
 
 @contextlib.contextmanager
 def _initialized() -> Iterator[None]:
-    """Hydra knows conf/: it does already where it is Hydra that called."""
+    """Tell Hydra of conf/, unless it is Hydra that called."""
     if GlobalHydra.instance().is_initialized():
         yield
     else:
@@ -120,206 +173,123 @@ def _initialized() -> Iterator[None]:
 
 
 def _is_plain_value(item: Override) -> bool:
-    """``model.d_model=64``: neither the choice of a group nor a sweep."""
+    """Return whether it is like ``model.d_model=64``: neither the choice of a group nor a sweep."""
     name = item.key_or_group
     is_group = item.package is not None or Path(CONF_DIR, name).is_dir()
     return not (is_group or item.is_sweep_override() or name.startswith("hydra"))
 
 
-def _set(composed: DictConfig, item: Override) -> None:
-    """Set a value as Hydra does when it composes: + adds a key, ++ adds it or sets it."""
-    name, value = item.key_or_group, item.value()
-    there = OmegaConf.select(composed, name, throw_on_missing=False)
-    if item.is_add() and there is not None and not isinstance(value, dict | list):
-        raise ConfigError(f"{item.input_line}: the key is there already, set it without +")
-    added = item.is_add() or item.is_force_add()
-    OmegaConf.update(composed, name, value, merge=True, force_add=added)
+@contextlib.contextmanager
+def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]:
+    """Raise as a ConfigError, one line, what Hydra and OmegaConf raise."""
+    register_schemas()
+    words.check(overrides, command)
+    longest = f"{max(overrides, key=len, default=''):.60}"
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(words.explain(error, overrides, command)) from error
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:  # OmegaConf's own
+        line = f"{longest}: cannot be set from the command line ({schema.first_line(error)})"
+        raise ConfigError(line) from error
+    except OSError as error:  # a choice is sought as a file
+        raise ConfigError(f"{longest}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{longest}: nested too deeply") from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    """Return a parser of the options that ``hydra.main`` has, which it does not offer itself."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("overrides", nargs="*")
-    for names in ("help h", "hydra-help", "resolve", "run r", "multirun m", "shell-completion sc"):
-        parser.add_argument(*_options(names), action="store_true")
-    for names in ("package p", "config-path cp", "config-name cn", "config-dir cd"):
-        parser.add_argument(*_options(names))
-    parser.add_argument("--experimental-rerun")
-    parser.add_argument("--version", action="version", version=f"Hydra {hydra_version}")
-    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-    shown = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
-    parser.add_argument("--info", "-i", const="all", nargs="?", choices=shown)
-    return parser
-
-
-def _options(names: str) -> list[str]:
-    long, *short = names.split()
-    return [f"--{long}", *(f"-{name}" for name in short)]
+# --- starting a command with Hydra
 
 
 def start(command: Command[S], job: Callable[[], object]) -> None:
-    """What a command does with ``sys.argv``: prints its help, or has Hydra call ``job``.
+    """Print the help that ``sys.argv`` asks for, or have Hydra call ``job``.
 
     Every mistake is found before torch is imported and before anything is written: those of a
     single run here, those of a sweep's jobs by sweeping.
     """
-    parser = _parser()
-    parser.error = functools.partial(_unknown_option, command)  # type: ignore[method-assign]
-    # it may stand anywhere; argparse wants options before or behind the overrides
+    # --multirun may stand anywhere; argparse wants options before or behind the overrides
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("--multirun", "-m"))
-    sys.argv[1:] = words.as_meant(with_lists(sys.argv[1:]), command)
-    arguments = parser.parse_args(sys.argv[1:])
+    sys.argv[1:] = words.as_meant(sys.argv[1:], command)
+    arguments = _read_options(command, sys.argv[1:])
     overrides = arguments.overrides
     if arguments.help:
         print(help_text(command))
         return
-    words.check_options(vars(arguments))
     register_schemas()
     if not any((arguments.hydra_help, arguments.info, arguments.shell_completion)):
         if not sweeps(command, overrides, arguments.multirun):
             if "hydra/sweeper=optuna" in overrides:
                 raise ConfigError("hydra/sweeper=optuna: needs --multirun")
-            check_single(compose_for(command, overrides), overrides)
+            config = compose_for(command, overrides)
+            kind = config.launcher.kind
+            if kind != "serial":
+                raise ConfigError(f"launcher={kind}: needs --multirun, or an experiment")
+            if any(item.startswith("scale=") for item in overrides):
+                raise ConfigError(f"scale={config.scale}: needs an experiment that has scales")
         elif not {item.split("=")[0] for item in overrides} & {"study", "experiment"}:
             sys.argv.append(f"study={sweep_name(command, overrides)}")
     job()
 
 
-def _unknown_option(command: Command[S], message: str) -> NoReturn:
-    raise ConfigError(words.explain_option(sys.argv[1:], message, command))
+def _read_options(command: Command[S], argv: Sequence[str]) -> argparse.Namespace:
+    """Read the options of ``hydra.main`` that lead somewhere here.  Raises ConfigError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--version", action="version", version=f"Hydra {hydra_version}")
+    parser.add_argument("--package", "-p")
+    parser.add_argument("--resolve", action="store_true")
+    one = parser.add_mutually_exclusive_group()
+    for names in (["--run", "-r"], ["--multirun", "-m"], ["--hydra-help"]):
+        one.add_argument(*names, action="store_true")
+    one.add_argument("--shell-completion", "-sc", action="store_true")
+    one.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    shown = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    one.add_argument("--info", "-i", const="all", nargs="?", choices=shown)
 
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
 
-def check_single(config: Settings, overrides: Sequence[str]) -> None:
-    """Refuses what only a sweep can use.  Raises ConfigError."""
-    if config.launcher.kind != "serial":
-        raise ConfigError(f"launcher={config.launcher.kind}: needs --multirun, or an experiment")
-    if "scale" in {item.split("=")[0] for item in overrides}:
-        raise ConfigError(f"scale={config.scale}: needs an experiment that has scales")
+    parser.error = refuse  # type: ignore[method-assign]
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        option = next((word for word in unknown if word.startswith("-")), unknown[0])
+        raise ConfigError(words.explain_option(option, command))
+    if (arguments.resolve or arguments.package) and not arguments.cfg:
+        raise ConfigError("--resolve, --package: need --cfg job, whose configuration they show")
+    return arguments
 
 
 def sweep_name(command: Command[S], overrides: Sequence[str]) -> str:
-    """The study of a bare sweep, named after the keys that it sweeps."""
+    """Return the study of a bare sweep, named after the keys that it sweeps."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     swept = [o.get_key_element().rsplit(".", 1)[-1] for o in parsed if o.is_sweep_override()]
     return "-".join([command.sweep, *sorted(swept)])
 
 
-def _check_experiment(overrides: Sequence[str], command: Command[S]) -> None:
-    """Raises ConfigError for an experiment of another command, by the keys that it sets, and for
-    several at once, of which the last alone would be done."""
-    names = [item.partition("=")[2] for item in overrides if item.startswith("experiment=")]
-    if names and re.search(r"[\[,(]", names[-1]):
-        raise ConfigError(f"experiment={names[-1]}: takes one experiment; give a command to each")
-    path = Path(CONF_DIR, "experiment", f"{names[-1] if names else ''}.yaml")
-    if not path.is_file():
-        return
-    found = fileio.read_yaml(path)
-    tables = [table for table in found.get("sweep", {}).values() if isinstance(table, dict)]
-    tables += [found, *(row for table in tables for row in table.get("together", []))]
-    keys = {key.split(".")[0] for table in tables for key in table}
-    for other in COMMANDS:
-        theirs, ours = (set(explaining.fields_of(one.schema)) for one in (other, command))
-        if keys & (theirs - ours):
-            raise ConfigError(f"experiment={names[-1]}: is one of python -m tinygpt.{other.name}")
-
-
 def help_text(command: Command[S]) -> str:
-    """What Hydra would print, but it lists every group first, a second's work, to leave it out."""
+    """Return what Hydra would print, but it lists every group first, a second's work."""
     shown = OmegaConf.load(Path(CONF_DIR, "hydra", "help", f"{command.name}.yaml"))
     return str(OmegaConf.create({"hydra": {"help": shown}}).hydra.help.template)
 
 
 def sweeps(command: Command[S], overrides: Sequence[str], multirun: bool) -> bool:
-    """Whether the command line, or the experiment it names, asks for a sweep."""
-    with in_one_line(overrides, command), _initialized():
-        _check_experiment(overrides, command)
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        composed = hydra.compose_config(
-            command.file, list(overrides), RunMode.MULTIRUN, from_shell=False
-        )
+    """Return whether the command line, or the experiment it names, asks for a sweep."""
+    with in_one_line(overrides, command):
+        composed = _composed(command, _parsed(command, overrides), with_hydra=True)
         checks.check_scale(composed.scale)
-        _check_targets(composed)
+        words.check_targets(composed)
     return multirun or composed.hydra.mode == RunMode.MULTIRUN
 
 
-# What Hydra may make an object of, by the names in a configuration.
-TARGETS = ("hydra_plugins.", "hydra._internal.core_plugins.", "optuna.samplers.")
-LOGGING = (
-    *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler"),
-    "colorlog.ColoredFormatter",
-)
-STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-
-
-def _check_targets(value: Any, name: str = "") -> None:
-    """Raises ConfigError for a class or function that a configuration must not name.
-
-    Hydra calls what stands under ``_target_`` and Python's logging what stands under ``()`` and
-    ``class`` or behind ``ext://``, whatever it is, as soon as a configuration is composed.
-    """
-    if isinstance(value, DictConfig | ListConfig):
-        value = OmegaConf.to_container(value, resolve=False)
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_targets(inner, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for inner in value:
-            _check_targets(inner, name)
-    elif isinstance(value, str):
-        last = name.rpartition(".")[2]
-        is_callback = re.fullmatch(r"callbacks\.\w+\._target_", name) is not None
-        calls = (
-            (last == "_target_" and not is_callback and not value.startswith(TARGETS))
-            or (last in ("()", "class") and value not in LOGGING)
-            or ("://" in value and value.startswith(("ext", "cfg")) and value not in STREAMS)
-        )
-        if calls:
-            raise ConfigError(f"{name}={value}: names code that no configuration may call")
-
-
-@contextlib.contextmanager
-def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]:
-    """Raises as a ConfigError, one line, what Hydra and OmegaConf raise."""
-    register_schemas()
-    _check_words(overrides)
-    words.check(overrides, command)
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (HydraException, OmegaConfBaseException, ValueError, *STRANGE) as error:
-        raise ConfigError(explaining.explain(error, overrides, command)) from error
-    except OSError as error:  # a choice is sought as a file
-        raise ConfigError(f"{max(overrides, key=len):.60}: {error.strerror}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{max(overrides, key=len):.60}: nested too deeply") from error
-
-
-def with_lists(overrides: Sequence[str]) -> list[str]:
-    """Put lists of files and columns into quotes, as a configuration keeps them as one text."""
-    keys = "|".join(map(re.escape, explaining.LISTS))
-    pattern = re.compile(rf"(\+*(?:{keys}))=(\[[^\[\]]*\])")
-    found = ((item, pattern.fullmatch(item)) for item in overrides)
-    return [
-        f"{match[1]}='{match[2].replace(chr(39), chr(92) + chr(39))}'" if match else item
-        for item, match in found
-    ]
-
-
-def _check_words(overrides: Sequence[str]) -> None:
-    for item in overrides:
-        if item.startswith("~"):
-            raise ConfigError(f"{item}: a key cannot be removed, only set")
-        if not re.match(r"\+{0,2}[A-Za-z_][\w./@:-]*=", item):
-            raise ConfigError(f"'{item}': must be key=value")
-        if len(item) > LONGEST or re.search("[0-9]{1000}", item):
-            raise ConfigError(f"{item:.60}...: longer than any value ({len(item)} characters)")
+# --- commands without Hydra
 
 
 def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
-    """Fills the dataclass ``cls`` from ``key=value`` arguments, ``field.key=value`` for a
-    dataclass in it.
+    """Fill the dataclass ``cls`` from ``key=value`` arguments, ``field.key=value`` for a dataclass
+    in it.
 
     A text is taken verbatim after the first ``=``; a list is split at commas.  ``--help`` prints
     ``usage``.  Raises ConfigError for an unknown key, a missing one or a wrong type.
@@ -327,49 +297,55 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
     if any(item in ("-h", "--help") for item in argv):
         print(usage)
         raise SystemExit(0)
-    values, kinds = OmegaConf.structured(cls), explaining.kinds(cls)
-    verbatim: dict[str, Any] = {}  # OmegaConf would see ${...} and ??? in a text
-    names = list(kinds)
+    kinds = words.kinds(cls)
+    given: dict[str, Any] = {}
     for item in argv:
         name, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(f"{item}: must be key=value, one of {', '.join(names)}")
-        if name not in names:
-            raise ConfigError(checks.unknown_key(name, names))
-        read = _read(value, kinds[name])
-        if name in PATHS:
-            read = words.files(value) if isinstance(read, list) else read and expanduser(read)
-        if read is not None and str in (kinds[name], *typing.get_args(kinds[name])):
-            verbatim[name], read = read, type(read)()
-        section, _, last = name.rpartition(".")
+            raise ConfigError(f"{item}: must be key=value, one of {', '.join(kinds)}")
+        if name not in kinds:
+            raise ConfigError(checks.unknown_key(name, list(kinds)))
         try:
-            (OmegaConf.select(values, section) if section else values)[last] = read
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{name}={value}: {plain(str(error))}") from error
-    try:
-        arguments = OmegaConf.to_object(values)
-    except MissingMandatoryValue as error:
-        name = full_key(error)
-        raise ConfigError(f"{name}: must be given, as {name}=...") from error
-    for name, read in verbatim.items():
-        section, _, last = name.rpartition(".")
-        setattr(operator.attrgetter(section)(arguments) if section else arguments, last, read)
+            given[name] = _read(value, kinds[name], is_path=name in PATHS)
+        except (KeyError, ValueError) as error:
+            expected = words.described(kinds[name], of_element=True)
+            raise ConfigError(f"{name}={value}: must be {expected}") from error
+    arguments = _filled(cls, given)
     checks.check_bounds(arguments)
-    return arguments  # type: ignore[return-value]
+    return arguments
 
 
-def _read(text: str, kind: Any) -> Any:
-    """``text`` as OmegaConf should see it for a field of type ``kind``."""
-    kinds = typing.get_args(kind) or (kind,)
+def _read(text: str, kind: Any, is_path: bool) -> Any:
+    """Return the value of type ``kind`` that ``text`` spells."""
     if typing.get_origin(kind) is list:
-        return text.split(",") if text else []
-    return None if text == "null" and type(None) in kinds else text
+        items = words.files(text) if is_path else text.split(",") if text else []
+        (inner,) = typing.get_args(kind)
+        return [_read(item, inner, is_path=False) for item in items]
+    if typing.get_origin(kind) is typing.Union:  # Optional
+        inner = next(one for one in typing.get_args(kind) if one is not type(None))
+        return None if text == "null" else _read(text, inner, is_path)
+    if kind is bool:
+        return TRUTH[text.lower()]
+    return os.path.expanduser(text) if is_path else kind(text)
+
+
+def _filled(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
+    hints, values = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        name, kind = prefix + field.name, hints[field.name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            values[field.name] = _filled(kind, given, f"{name}.")
+        elif name in given:
+            values[field.name] = given[name]
+        elif field.default == MISSING:
+            raise ConfigError(f"{name}: must be given, as {name}=...")
+    return cls(**values)
 
 
 def read_text(key: str, place: str, newline: str | None = None) -> str:
-    """The text of the file that ``key`` names, without a byte order mark.  Raises ConfigError.
+    """Return the text of the file that ``key`` names, without a byte order mark.
 
-    ``newline=""`` keeps its line ends; else they become line feeds.
+    ``newline=""`` keeps its line ends; else they become line feeds.  Raises ConfigError.
     """
     try:
         with Path(place).expanduser().open(encoding="utf-8-sig", newline=newline) as file:
@@ -380,11 +356,14 @@ def read_text(key: str, place: str, newline: str | None = None) -> str:
         raise ConfigError(f"{key}={place}: not UTF-8 text (byte {error.start})") from error
 
 
-def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
-    """Turns what the user can mend into one line on stderr: ConfigError 2, RunError 1, a signal
-    128 and its number.
+# --- errors and exit codes
 
-    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.  Before torch is there it says, too, how
+
+def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
+    """Print what the user can fix as one line on stderr and exit: ConfigError 2, RunError 1, a
+    signal 128 and its number.
+
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.  Also sets, before torch is imported, how
     threads wait.
     """
 
@@ -416,8 +395,8 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def _stopped_by(error: BaseException | None) -> signals.Stopped | None:
-    """Return the signal behind ``error``: a library's clean-up may have stumbled over what it
-    left half done."""
+    """Return the signal behind ``error``: a library's clean-up may have failed on what it left
+    half done."""
     while error is not None and not isinstance(error, KeyboardInterrupt | signals.Stopped):
         error = error.__context__
     return signals.Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else error
@@ -434,35 +413,23 @@ def _leave(error: Exception, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-_HARDWARE = {"": schema.HardwareConfig}
 RUN = Command(
-    "run",
-    "config",
-    "sweep",
-    {
-        **schema.CHOICES,
-        "model": {"": schema.ModelConfig},
-        "train": {"": schema.TrainConfig},
-        "hardware": _HARDWARE,
-        "logger": {"": schema.LoggerConfig},
-    },
-    Config,
-    checked,
+    name="run",
+    file="config",
+    sweep="sweep",
+    variants=schema.CHOICES,
+    schema=Config,
+    read=checked,
 )
 ADAPT = Command(
-    "adapt",
-    "adapt",
-    "adaptation",
-    {
+    name="adapt",
+    file="adapt",
+    sweep="adaptation",
+    variants={
         **{group: schema.CHOICES[group] for group in ("data", "launcher")},
         "policy": adapting.POLICIES,
-        "documents": {"": adapting.DocumentsConfig},
-        "inner": {"": adapting.InnerConfig},
-        "tuning": {"": adapting.TuningConfig},
-        "outer": {"": adapting.OuterConfig},
-        "hardware": _HARDWARE,
     },
-    AdaptConfig,
-    checked_adaptation,
+    schema=AdaptConfig,
+    read=checked_adaptation,
 )
 COMMANDS: tuple[Command[Any], ...] = (RUN, ADAPT)

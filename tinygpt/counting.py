@@ -22,7 +22,7 @@ class Parameters:
 
 
 def resolved_d_ff(model: ModelConfig) -> int:
-    """The width of the feed-forward layer: ``d_ff``, or by default 4·d_model.
+    """Return the width of the feed-forward layer: ``d_ff``, or by default 4·d_model.
 
     SwiGLU has three matrices where the others have two, so its default is two thirds of that,
     rounded up to a multiple of 8, and a block keeps about the same size.
@@ -35,12 +35,12 @@ def resolved_d_ff(model: ModelConfig) -> int:
 
 
 def padded_vocab(vocab_size: int, multiple: int) -> int:
-    """The rows of the embedding: ``vocab_size`` rounded up to a multiple."""
+    """Return the rows of the embedding: ``vocab_size`` rounded up to a multiple."""
     return -(-vocab_size // multiple) * multiple
 
 
 def _linear_layers(model: ModelConfig) -> list[tuple[int, int]]:
-    """(inputs, outputs) of the matrices of one block."""
+    """Return (inputs, outputs) of the matrices of one block."""
     d_model, d_ff = model.d_model, resolved_d_ff(model)
     head_dim = d_model // model.n_heads
     n_kv_heads = model.n_kv_heads or model.n_heads
@@ -50,7 +50,7 @@ def _linear_layers(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
-    """What ``sum(p.numel() for p in GPT(model, vocab_size).parameters())`` would give."""
+    """Count what ``sum(p.numel() for p in GPT(model, vocab_size).parameters())`` would give."""
     layers = _linear_layers(model)
     norm = model.d_model * (2 if model.norm == "layernorm" and model.bias else 1)
     block = sum(m * n for m, n in layers) + 2 * norm
@@ -66,14 +66,14 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
 
 
 def lora_parameters(model: ModelConfig, rank: int) -> int:
-    """Of adapters of that rank beside every matrix of the blocks: all that LoRA trains."""
+    """Count the parameters of LoRA: adapters of that rank beside every matrix of the blocks."""
     return model.n_layers * sum(rank * (m + n) for m, n in _linear_layers(model))
 
 
 def flops_per_token(
     model: ModelConfig, vocab_size: int, seq_len: int | None = None, lora_rank: int | None = None
 ) -> float:
-    """FLOPs of training on one token of a sequence of ``seq_len`` (null: max_seq_len).
+    """Return the FLOPs of training on one token of a sequence of ``seq_len`` (None: max_seq_len).
 
     Every matrix product of the forward pass, the head included, times 3, as the backward pass
     has two for each of them; under LoRA the weights have no gradient, so they have one, and the
@@ -85,13 +85,11 @@ def flops_per_token(
     attention = 2 * 2 * length * model.d_model  # scores and values, all heads together
     head = 2 * model.d_model * padded_vocab(vocab_size, model.pad_vocab_to_multiple)
     if lora_rank is not None:
-        adapters = 2 * lora_parameters(model, lora_rank)
-        return 2.0 * (model.n_layers * linear + head) + 3.0 * (
-            model.n_layers * attention + adapters
-        )
+        learned = model.n_layers * attention + 2 * lora_parameters(model, lora_rank)
+        return 2.0 * (model.n_layers * linear + head) + 3.0 * learned
     return 3.0 * (model.n_layers * (linear + attention) + head)
 
 
 def flops_6nd(parameters_total: int, tokens: int) -> float:
-    """The rule of thumb C = 6·N·D, where N counts all parameters."""
+    """Return the rule of thumb C = 6·N·D, where N counts all parameters."""
     return 6.0 * parameters_total * tokens

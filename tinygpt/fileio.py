@@ -20,20 +20,20 @@ import yaml
 
 from tinygpt.config import ConfigError, one_line
 
-DEEPEST = 100  # levels of a file of YAML
-# Read by the C library, if it is there: ten times faster.
+DEEPEST = 100  # levels of a YAML file
+# The C library's, if it is there, is ten times faster.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-# --- written
+# --- writing
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` and, if the block succeeds, renames it to ``path``.
+    """Yield a temporary path beside ``path`` and, if the block succeeds, rename it to ``path``.
 
     The content is on disk before the rename, so a reader sees the old file or the new one.  The
-    folder must be there: one that vanishes on the way is not made again with less in it.
+    folder must exist: one that vanishes on the way is not made again with less in it.
     """
     with naming(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -44,7 +44,9 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files for the owner alone
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files for the owner alone
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # what stopped the write may stop this too
@@ -53,10 +55,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path, kept: bool = False) -> Iterator[Path]:
-    """Yields a new folder beside ``folder`` that takes its place once the block is through.
+    """Yield a new folder beside ``folder`` that replaces it when the block is done.
 
-    One process at a time; what another left behind that died is removed.  ``kept``: it is in the
-    new folder, for this one to go on with.
+    One process at a time; what a killed process left behind is removed, or with ``kept`` left in
+    the new folder, for this process to resume.
     """
     new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
     if old.exists() and not folder.exists():  # killed between the two renames
@@ -81,14 +83,14 @@ def replacing_folder(folder: Path, kept: bool = False) -> Iterator[Path]:
 
 
 def remove_torn(*folders: Path) -> None:
-    """Removes what a killed process was writing there; call it where no other one writes."""
+    """Remove what a killed process was writing; call it only where no other process writes."""
     for folder in folders:
         for path in folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Raises ConfigError, naming ``key``, where ``folder`` can be neither made nor written to."""
+    """Raise ConfigError, naming ``key``, where ``folder`` can be neither made nor written to."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"{key}={folder}: {there} is a file; give a folder")
@@ -98,8 +100,8 @@ def check_writable(key: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Tells of what a write failed: on a full disk the error itself does not, or it names a file
-    on its way to ``path``."""
+    """Name ``path`` in the error of a failed write: on a full disk the error itself names no file,
+    or a temporary one."""
     try:
         yield
     except OSError as error:
@@ -112,32 +114,24 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def write_text(path: Path, text: str) -> None:
-    """Atomically, into a folder that is made where it is not there."""
+    """Write a file atomically, into a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def copy(source: Path, path: Path) -> None:
-    """As ``replacing`` does, the content of another file."""
     with replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def write_json(path: Path, values: Any) -> None:
-    """As ``write_text``."""
     write_text(path, to_json(values))
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """As ``write_text``, a line a row; None, and what a row lacks, is an empty field."""
+    """Write one line per row; None, and what a row lacks, is an empty field."""
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
@@ -146,12 +140,12 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[s
 
 
 def to_json(values: Any) -> str:
-    """Keys keep their order; a NaN is refused, as JSON has none."""
+    """Return JSON with its keys in order.  Raise ValueError for a NaN, as JSON has none."""
     return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def append(path: Path, content: bytes, sync: bool = False) -> None:
-    """All of it in one write, or nothing.  ``sync``: on the disk when it returns.
+    """Append all of ``content`` in one write, or nothing.  ``sync``: wait until it is on disk.
 
     Raises OSError on a full disk.
     """
@@ -164,13 +158,13 @@ def append(path: Path, content: bytes, sync: bool = False) -> None:
             os.fsync(file.fileno())
 
 
-# --- read
+# --- reading
 
 
 def read_json(path: Path, **needed: type) -> dict[str, Any]:
-    """The object in a file, which has ``needed``, values of these types.
+    """Return the object in a file, in which the ``needed`` values must have these types.
 
-    Raises ConfigError, naming the file, where there is none, and the first value that is not so.
+    Raises ConfigError, naming the file and the first value that has another type.
     """
     try:
         values = parse_object(path.read_text(encoding="utf-8"))
@@ -184,8 +178,8 @@ def read_json(path: Path, **needed: type) -> dict[str, Any]:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Raises ValueError for what is no JSON object, or has half of a surrogate pair, which is no
-    character."""
+    """Parse a JSON object.  Raise ValueError for anything else, and for half of a surrogate pair,
+    which is no character."""
     values = parse_json(text)
     if not isinstance(values, dict):
         raise ValueError("not an object")
@@ -195,7 +189,7 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Raises ValueError for what is none, or is nested deeper than Python calls go."""
+    """Parse JSON.  Raise ValueError also where it is nested deeper than Python's calls go."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -203,8 +197,11 @@ def parse_json(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The table in a file, as plain values.  Raises ConfigError, naming the file, for anything
-    else, and for aliases, by which a small file can stand for an endless one."""
+    """Return the table in a file, as plain values.
+
+    Raises ConfigError, naming the file, for anything else, and for aliases, by which a small file
+    can stand for an endless one.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         if "&" in text and any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, _Loader)):
@@ -214,25 +211,24 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: not a table of YAML")
-    if _nested(values, 0):
+    if _is_deep(values, 0):  # the reader of YAML goes on where calls in Python would end
         raise ConfigError(f"{path}: not a readable YAML file (nested too deeply)")
     return values
 
 
-def _nested(value: Any, depth: int) -> bool:
-    """Deeper than any configuration: the reader of YAML goes on where calls in Python would end."""
+def _is_deep(value: Any, depth: int) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return depth > DEEPEST or any(_nested(one, depth + 1) for one in inner)
+    return depth > DEEPEST or any(_is_deep(one, depth + 1) for one in inner)
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of the canonical JSON of ``value``, in hexadecimal."""
+    """Return the SHA-256 of the canonical JSON of ``value``, in hexadecimal."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -245,7 +241,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
-    """Keeps a second process out of ``folder``, of a run or a study, which is made.
+    """Make ``folder``, of a run or a study, and keep a second process out of it.
 
     Raises ConfigError if one is there.
     """
@@ -256,9 +252,8 @@ def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
     except filelock.Timeout as error:
         raise ConfigError(f"{folder}: another process is training this {what}") from error
     except OSError as error:
-        raise ConfigError(
-            f"output_dir={output_dir}: cannot be written ({error.strerror})"
-        ) from error
+        line = f"output_dir={output_dir}: cannot be written ({error.strerror})"
+        raise ConfigError(line) from error
     try:
         yield
     finally:
@@ -266,6 +261,6 @@ def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
 
 
 def turn(folder: Path) -> contextlib.AbstractContextManager[object]:
-    """Waits while another process writes its report into ``folder``, which is made."""
+    """Make ``folder`` and wait while another process writes its report into it."""
     folder.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))

@@ -23,9 +23,9 @@ class Plan:
     eval_steps: int
     checkpoint_steps: int
     keep_steps: int | None
-    batch_size: int  # sequences an optimizer step
-    micro_batch_size: int  # sequences a pass on one device
-    accumulate: int  # passes an optimizer step on one device
+    batch_size: int  # sequences per optimizer step
+    micro_batch_size: int  # sequences per pass on one device
+    accumulate: int  # passes per optimizer step on one device
 
 
 def derive(
@@ -37,46 +37,44 @@ def derive(
     devices: int = 1,
     pass_tokens: int = 8192,
 ) -> Plan:
-    """Everything counted in steps, from the horizon and the batch, in this one place.
+    """Derive everything counted in steps from the horizon and the batch.
 
     ``windows`` is the number of training windows of one epoch, ``pass_tokens`` what the device
     takes well in one pass.  Raises ConfigError if the batch cannot be cut up as asked for.
     """
-    train, length = config.train, config.model.max_seq_len
+    train, schedule, length = config.train, config.schedule, config.model.max_seq_len
     batch_size = train.batch_tokens // length
-    total = _total_steps(train, parameters, flops_per_token, windows / batch_size)
-    schedule = config.schedule
-    if schedule.warmup_steps is not None:
-        warmup = schedule.warmup_steps
-        require(
-            warmup < total,
-            f"schedule.warmup_steps={warmup}: must be below the {total} steps of the run",
-        )
-    else:
-        warmup = int(schedule.warmup_fraction * total)
-    eval_steps = _steps(train.eval_every, train.batch_tokens) or math.ceil(total / 10)
-    require(
-        batch_size % devices == 0,
-        f"hardware.devices={config.hardware.devices}: {devices} devices cannot share the batch of "
-        f"{batch_size} sequences evenly (train.batch_tokens={train.batch_tokens} / "
-        f"model.max_seq_len={length}); their number must divide it",
+    batch = (
+        f"the batch of {batch_size} sequences (train.batch_tokens={train.batch_tokens} / "
+        f"model.max_seq_len={length})"
     )
+    total = _total_steps(train, parameters, flops_per_token, windows / batch_size)
+    warmup = schedule.warmup_steps
+    if warmup is None:
+        warmup = int(schedule.warmup_fraction * total)
+    line = f"schedule.warmup_steps={warmup}: must be below the {total} steps of the run"
+    require(warmup < total, line)
+    given = f"hardware.devices={config.hardware.devices}: {devices} devices cannot share {batch}"
+    require(batch_size % devices == 0, f"{given} evenly; their number must divide it")
     micro = config.hardware.micro_batch_size
     if micro is None:
-        micro = _largest_divisor(batch_size // devices, max(1, pass_tokens // length))
-    require(
-        batch_size % (micro * devices) == 0,
-        f"hardware.micro_batch_size={micro}: must divide the batch of {batch_size} sequences "
-        f"(train.batch_tokens={train.batch_tokens} / model.max_seq_len={length})"
-        + (f" on {devices} devices" if devices > 1 else ""),
-    )
+        share, most = batch_size // devices, max(1, pass_tokens // length)
+        micro = next(d for d in range(min(share, most), 0, -1) if share % d == 0)
+    line = f"hardware.micro_batch_size={micro}: must divide {batch}"
+    line += f" on {devices} devices" if devices > 1 else ""
+    require(batch_size % (micro * devices) == 0, line)
+
+    def steps(tokens: int | None) -> int | None:
+        return None if tokens is None else max(1, tokens // train.batch_tokens)
+
+    eval_steps = steps(train.eval_every) or math.ceil(total / 10)
     return Plan(
         total_steps=total,
         train_tokens=total * train.batch_tokens,
         warmup_steps=warmup,
         eval_steps=eval_steps,
-        checkpoint_steps=_steps(train.checkpoint_every, train.batch_tokens) or eval_steps,
-        keep_steps=_steps(train.keep_every, train.batch_tokens),
+        checkpoint_steps=steps(train.checkpoint_every) or eval_steps,
+        keep_steps=steps(train.keep_every),
         batch_size=batch_size,
         micro_batch_size=micro,
         accumulate=batch_size // (micro * devices),
@@ -84,34 +82,22 @@ def derive(
 
 
 def _total_steps(train: TrainConfig, parameters: int, flops_per_token: float, epoch: float) -> int:
-    """Whole steps that the horizon pays for; ``epoch`` is the steps of one pass over the data."""
-    if train.steps is not None:
-        return train.steps
-    if train.epochs is not None:
-        total = train.epochs * epoch
-    elif train.tokens_per_param is not None:
-        total = train.tokens_per_param * parameters / train.batch_tokens
-    elif train.flops is not None:
-        total = train.flops / flops_per_token / train.batch_tokens
-    else:
-        assert train.tokens is not None
-        total = train.tokens / train.batch_tokens
-    name = next(h for h in HORIZONS if getattr(train, h) is not None)
-    require(
-        total >= 1,
-        f"train.{name}={getattr(train, name)}: less than one step of "
-        f"train.batch_tokens={train.batch_tokens}",
-    )
-    require(
-        total <= MOST_STEPS,
-        f"train.{name}={getattr(train, name)}: {total:.3g} steps are more than {MOST_STEPS:.0e}",
-    )
+    """Return the whole steps that the horizon pays for; ``epoch`` is the steps of one epoch."""
+    name = next(name for name in HORIZONS if getattr(train, name) is not None)
+    value = getattr(train, name)
+    match name:
+        case "steps":
+            total = float(value)
+        case "epochs":
+            total = value * epoch
+        case "tokens_per_param":
+            total = value * parameters / train.batch_tokens
+        case "flops":
+            total = value / flops_per_token / train.batch_tokens
+        case _:
+            total = value / train.batch_tokens
+    given = f"train.{name}={value}"
+    less = f"{given}: less than one step of train.batch_tokens={train.batch_tokens}"
+    require(total >= 1, less)
+    require(total <= MOST_STEPS, f"{given}: {total:.3g} steps are more than {MOST_STEPS:.0e}")
     return int(total)
-
-
-def _steps(tokens: int | None, batch_tokens: int) -> int | None:
-    return None if tokens is None else max(1, tokens // batch_tokens)
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return next((d for d in range(min(number, limit), 0, -1) if number % d == 0), 1)

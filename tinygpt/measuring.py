@@ -1,7 +1,6 @@
 """Time one configuration of ``python -m tinygpt.run``, in a process that does nothing else.
 
-``tinygpt.benchmark`` starts it: each model has a peak of memory, threads and compiled code of its
-own in a process of its own.
+``tinygpt.benchmark`` starts it: peak memory, threads and compiled code then belong to one model.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,14 @@ from tinygpt.training.session import open_data, open_machine, train
 from tinygpt.training.trainer import make_trainer
 
 Row = dict[str, Any]
+Samples = Any  # an array of numbers
 
 
-def row(measure: str, unit: str, samples: Sequence[float], scale: float = 1.0) -> Row:
-    """Return a row of the table: the median and the quartiles of ``scale`` times the samples."""
-    low, median, high = np.percentile(np.asarray(samples) * scale, (25, 50, 75)).tolist()
+def row(measure: str, unit: str, samples: Samples) -> Row:
+    """Return a row of the table: the median and the quartiles of the samples."""
+    low, median, high = np.percentile(samples, (25, 50, 75)).tolist()
     numbers = {"median": median, "low": low, "high": high, "samples": len(samples)}
     return {"measure": measure, **numbers, "unit": unit, "threads": torch.get_num_threads()}
-
-
-def rate(measure: str, unit: str, amount: float, seconds: Sequence[float]) -> Row:
-    """Return a row with ``amount`` over the median and the quartiles of ``seconds``."""
-    found = row(measure, unit, seconds)
-    slow, fast = amount / found["high"], amount / found["low"]
-    return found | {"median": amount / found["median"], "low": slow, "high": fast}
 
 
 class Bench:
@@ -72,13 +65,12 @@ class Bench:
         if compiled == "on":
             self.model.compile()
 
-    def timed(self, work: Callable[[], object]) -> list[float]:
+    def timed(self, work: Callable[[], object]) -> Samples:
         """Return the seconds of a call, once for each block of calls that torch's timer makes."""
         timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=self.seconds).times
+        return np.array(timer.blocked_autorange(min_run_time=self.seconds).times)
 
     def autocast(self) -> torch.autocast:
-        """Return the context of a pass in mixed precision, or one that does nothing."""
         device = self.device
         return torch.autocast(device.accelerator, self.dtype, device.precision in AUTOCAST)
 
@@ -106,42 +98,42 @@ class Bench:
 
         return step
 
-    def of_model(self, steps: Sequence[float], peak_memory: float) -> Iterator[Row]:
+    def of_model(self, steps: Samples, peak_memory: float) -> Iterator[Row]:
         """Yield what training and sampling cost; ``steps`` are the real Trainer's, in seconds."""
         config, model, device = self.config, self.model, self.device.accelerator
         tokens, passes = config.train.batch_tokens, self.plan.accumulate
-        flops = tokens * flops_per_token(config.model, self.tokenizer.vocab_size)
-        parameters = count_parameters(config.model, self.tokenizer.vocab_size).total
+        vocab_size = self.tokenizer.vocab_size
+        speed = tokens * flops_per_token(config.model, vocab_size) / steps
         side = 1024 if device == "cpu" else 8192  # large enough for full speed
         a, b = (torch.randn(side, side, device=device).to(self.dtype) for _ in range(2))
-        product = rate("matrix product", "GFLOP/s", 2e-9 * side**3, self.timed(lambda: a @ b))
-        best = 1e9 * product["median"] * self.device.world_size
-        yield row("parameters", "", [parameters])
+        product = 2 * side**3 / self.timed(lambda: a @ b)
+        best = np.median(product) * self.device.world_size
+        yield row("parameters", "", [count_parameters(config.model, vocab_size).total])
         yield row("tokens per step", "", [tokens])
-        yield rate("training", "tokens/s", tokens, steps)
-        yield row("training step", "ms", steps, 1e3)
-        yield rate("training FLOPs", "GFLOP/s", 1e-9 * flops, steps)
-        yield product
-        yield rate("MFU", "%", 100 * flops / best, steps)
-        yield row("peak memory", "MB", [peak_memory], 1e-6)
-        yield row("bare step", "ms", self.timed(self.bare_step()), 1e3)
+        yield row("training", "tokens/s", tokens / steps)
+        yield row("training step", "ms", 1e3 * steps)
+        yield row("training FLOPs", "GFLOP/s", 1e-9 * speed)
+        yield row("matrix product", "GFLOP/s", 1e-9 * product)
+        yield row("MFU", "%", 100 * speed / best)
+        yield row("peak memory", "MB", [1e-6 * peak_memory])
+        yield row("bare step", "ms", 1e3 * self.timed(self.bare_step()))
         batch, weights = self.batches[0], list(model.parameters())
-        yield row("forward", "ms", self.timed(lambda: self.loss(batch)), 1e3 * passes)
+        yield row("forward", "ms", 1e3 * passes * self.timed(lambda: self.loss(batch)))
         both = self.timed(lambda: torch.autograd.grad(self.loss(batch), weights))
-        yield row("forward+backward", "ms", both, 1e3 * passes)
+        yield row("forward+backward", "ms", 1e3 * passes * both)
         prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
         count = max(1, config.model.max_seq_len - 1)
         with self.autocast():
             sampling = self.timed(lambda: generate(model, prompt, count))
-        yield rate("generation", "tokens/s", count, sampling)
+        yield row("generation", "tokens/s", count / sampling)
         documents = corpora.open_corpus(config.data).documents("train")
         texts = list(corpora.first_bytes((document.text for document in documents), 1_000_000))
         size = 1e-6 * sum(len(text.encode()) for text in texts)
-        encode = self.tokenizer.encode_batch
-        yield rate("tokenization", "MB/s", size, self.timed(lambda: encode(texts)))
+        encoding = self.timed(lambda: self.tokenizer.encode_batch(texts))
+        yield row("tokenization", "MB/s", size / encoding)
 
     def overhead(self) -> Iterator[Row]:
-        """Yield what Lightning adds to a step: CPU time, of steps with and without it in turns."""
+        """Yield what Lightning adds to a step: CPU time, of alternating steps with and without."""
         bare_step, marks = self.bare_step(), list[float]()
 
         def after_step(*_: Any) -> None:
@@ -150,16 +142,16 @@ class Bench:
             marks.append(time.process_time())
 
         callback = LambdaCallback(on_train_batch_end=after_step)
-        place, plan = rundir.RunDir(Path(self.config.output_dir)), self.plan
-        trainer = make_trainer(place, plan, self.device, [callback], plan.total_steps)
+        place = rundir.RunDir(Path(self.config.output_dir))
+        trainer = make_trainer(place, self.plan, self.device, [callback], self.plan.total_steps)
         module = LanguageModel(self.config, self.tokenizer.vocab_size, self.plan)
         with quiet_lightning():
             trainer.fit(module, datamodule=self.data)
         begun, ended = np.reshape(marks, (-1, 2)).T  # of the bare steps
-        ours, bare = begun[1:] - ended[:-1], (ended - begun)[1:]
-        yield row("Trainer's step", "CPU ms", ours, 1e3)
-        yield row("bare step", "CPU ms", bare, 1e3)
-        yield row("Lightning's part", "CPU ms", ours - bare, 1e3)
+        ours, bare = 1e3 * (begun[1:] - ended[:-1]), 1e3 * (ended - begun)[1:]
+        yield row("Trainer's step", "CPU ms", ours)
+        yield row("bare step", "CPU ms", bare)
+        yield row("Lightning's part", "CPU ms", ours - bare)
 
 
 def environment(device: Device) -> str:
@@ -185,10 +177,10 @@ def main() -> None:
         run = rundir.RunDir(Path(config.output_dir, str(config.study), str(config.run_name)))
         with run.metrics.open(newline="") as file:
             lines = [line for line in csv.DictReader(file) if line["tokens_per_second"]]
-        rates = [float(line["tokens_per_second"]) for line in lines[1:]]  # the first warms up
+        rates = np.array([float(line["tokens_per_second"]) for line in lines[1:]])  # 0 warms up
         bench = Bench(config, float(seconds), fileio.read_json(run.environment)["compile"])
-        steps = [config.train.batch_tokens / rate for rate in rates]
-        rows = list(bench.of_model(steps, float(lines[-1]["peak_memory_bytes"])))
+        peak_memory = float(lines[-1]["peak_memory_bytes"])
+        rows = list(bench.of_model(config.train.batch_tokens / rates, peak_memory))
     fileio.write_json(Path(out), {"environment": environment(bench.device), "rows": rows})
 
 

@@ -1,7 +1,6 @@
 """What a run can begin from: the weights of another run, or of a Hugging Face model.
 
-It brings its own shape and its own tokenizer.  Free of torch: the weights themselves are read by
-trained.py once the configuration stands.
+It brings its own shape and its own tokenizer.  Torch-free: trained.py reads the weights themselves.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from tinygpt.model.families import from_config, vocab_rows
 
 # What of a model is chosen anew for each training: the rest is the shape of the weights.
 OWN = ("dropout", "attention", "gradient_checkpointing")
-SHAPE = tuple(f.name for f in dataclasses.fields(ModelConfig) if f.name not in OWN)
 
 
 class Source(NamedTuple):
@@ -36,33 +34,29 @@ class Source(NamedTuple):
 
 
 def locate(name: str) -> Source:
-    """The run folder, checkpoint, Hugging Face folder or model on the hub of that name.
+    """Find the run folder, checkpoint, Hugging Face folder or model on the hub of that name.
 
     Raises ConfigError where there is none.
     """
-    path = Path(name).expanduser()
+    path, given = Path(name).expanduser(), f"init_from={name}"
     if path.suffix == ".ckpt" and path.is_file():
         if not rundir.RunDir(path.parent.parent).config.exists():
-            raise ConfigError(
-                f"init_from={name}: lies in no run, whose config.yaml tells its shape"
-            )
+            raise ConfigError(f"{given}: lies in no run, whose config.yaml tells its shape")
         return Source(name, path.parent.parent, path)
     folder = model_folder("init_from", name)
     if (folder / "config.json").exists():
         return Source(name, folder, None)
     run = rundir.RunDir(folder)
     if not run.config.exists():
-        raise ConfigError(
-            f"init_from={name}: neither the folder of a run nor of a Hugging Face model"
-        )
+        raise ConfigError(f"{given}: neither the folder of a run nor of a Hugging Face model")
     for checkpoint in (run.checkpoints / "final.ckpt", run.last):
         if checkpoint.exists():
             return Source(name, folder, checkpoint)
-    raise ConfigError(f"init_from={name}: this run has no checkpoint yet")
+    raise ConfigError(f"{given}: this run has no checkpoint yet")
 
 
 def adopt(config: Config, overrides: Sequence[str]) -> None:
-    """Gives ``config`` the shape and the tokenizer of what ``config.init_from`` names.
+    """Give ``config`` the shape and the tokenizer of what ``config.init_from`` names.
 
     Raises ConfigError where ``overrides``, the command line, ask for others.
     """
@@ -94,26 +88,27 @@ def _shape(source: Source, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def _adopt_shape(model: ModelConfig, own: ModelConfig, keys: set[str], name: str) -> None:
-    for field in SHAPE:
-        has, wanted = _resolved(own, field), _resolved(model, field)
-        if has != wanted and ("model" in keys or f"model.{field}" in keys):
-            if field == "max_seq_len" and (wanted < has or own.position == "rope"):
-                continue  # fewer positions, or RoPE, which needs no table of them
-            why = (
-                f"init_from={name} has only {has} learned positions"
-                if field == "max_seq_len"
-                else f"init_from={name} has {_written(has)} and brings its own shape"
+    """Copy the shape ``own`` into ``model``; ``keys`` are those of the command line."""
+
+    def resolved(shape: ModelConfig, field: str) -> Any:
+        if field == "d_ff":
+            return resolved_d_ff(shape)
+        value = getattr(shape, field)
+        return value or shape.n_heads if field == "n_kv_heads" else value
+
+    for field in (f.name for f in dataclasses.fields(ModelConfig) if f.name not in OWN):
+        has, wanted = resolved(own, field), resolved(model, field)
+        if has != wanted and keys & {"model", f"model.{field}"}:
+            why = f"has {_written(has)} and brings its own shape"
+            if field == "max_seq_len":
+                if wanted < has or own.position == "rope":
+                    continue  # fewer positions, or RoPE, which needs no table of them
+                why = f"has only {has} learned positions"
+            given = f"model.{field}" if f"model.{field}" in keys else "model"
+            raise ConfigError(
+                f"model.{field}={_written(wanted)}: init_from={name} {why}; leave {given}= out"
             )
-            given = "model" if f"model.{field}" not in keys else f"model.{field}"
-            raise ConfigError(f"model.{field}={_written(wanted)}: {why}; leave {given}= out")
         setattr(model, field, getattr(own, field))
-
-
-def _resolved(model: ModelConfig, field: str) -> Any:
-    """A value, or what null stands for."""
-    if field == "d_ff":
-        return resolved_d_ff(model)
-    return model.n_kv_heads or model.n_heads if field == "n_kv_heads" else getattr(model, field)
 
 
 def _written(value: Any) -> str:
@@ -121,22 +116,21 @@ def _written(value: Any) -> str:
 
 
 def _check_tokenizer(config: Config, own: Tokenizer) -> None:
-    kind, name = config.tokenizer.kind, config.init_from
     if not isinstance(config.tokenizer, SavedTokenizer):
         raise ConfigError(
-            f"tokenizer={kind}: init_from={name} brings its own vocabulary, of {own.vocab_size} "
-            f"tokens ({own.kind}); leave tokenizer= out"
+            f"tokenizer={config.tokenizer.kind}: init_from={config.init_from} brings its own "
+            f"vocabulary, of {own.vocab_size} tokens ({own.kind}); leave tokenizer= out"
         )
     given = open_tokenizer("tokenizer.path", config.tokenizer.path)
     if given.fingerprint() != own.fingerprint():
         raise ConfigError(
-            f"tokenizer.path={config.tokenizer.path}: not the tokenizer that init_from={name} "
-            "was trained with; leave tokenizer= out"
+            f"tokenizer.path={config.tokenizer.path}: not the tokenizer that "
+            f"init_from={config.init_from} was trained with; leave tokenizer= out"
         )
 
 
 def contents(corpus: Corpus, config: Config) -> dict[str, str]:
-    """Fingerprints of all that a configuration names and does not hold, for its hash."""
+    """Return fingerprints of all that a configuration names and does not hold, for its hash."""
     found = shards.fingerprints(corpus, config.tokenizer)
     if config.init_from is not None:
         found["init_from"] = fingerprint(config.init_from)
@@ -144,20 +138,20 @@ def contents(corpus: Corpus, config: Config) -> dict[str, str]:
 
 
 def fingerprint(name: str) -> str:
-    """Of the weights, and of how a Hugging Face model computes with them."""
+    """Return the fingerprint of weights, and of how a Hugging Face model computes with them."""
+
+    def hashed(path: Path) -> str:
+        status = path.stat()
+        return _hashed(path, status.st_size, status.st_mtime_ns)
+
     source = locate(name)
     if source.checkpoint is not None:
-        return _sha256(source.checkpoint)
+        return hashed(source.checkpoint)
     files = [source.folder / "config.json", *sorted(source.folder.glob("*.safetensors"))]
-    return fileio.digest([_sha256(path) for path in files])
-
-
-def _sha256(path: Path) -> str:
-    status = path.stat()
-    return _hashed(path, status.st_size, status.st_mtime_ns)
+    return fileio.digest([hashed(path) for path in files])
 
 
 @functools.lru_cache(maxsize=64)
 def _hashed(path: Path, size: int, changed: int) -> str:
-    """A sweep asks a thousand times; a file that changes is read again."""
+    """Hash a file once, as a sweep asks a thousand times; one that changes is read again."""
     return fileio.sha256(path)

@@ -74,14 +74,14 @@ class Arguments(Sampling):
 
 
 class Wanted(NamedTuple):
-    """A text to be: its encoded beginning and its seed."""
+    """A text to be written: its encoded beginning and its seed."""
 
     begun: list[int]
     seed: int
 
 
 def read_prompts(arguments: Arguments) -> list[str]:
-    """Raises ConfigError."""
+    """Return the prompts that are asked for.  Raise ConfigError."""
     if arguments.prompts is None:
         return [arguments.prompt]
     if arguments.prompt:
@@ -93,7 +93,7 @@ def read_prompts(arguments: Arguments) -> list[str]:
 
 
 def notes(run: TrainedRun, prompts: Sequence[str], begun: Sequence[Sequence[int]]) -> Iterator[str]:
-    """What the model does not read as it was given."""
+    """Yield what the model does not read as it was given."""
     from tinygpt.model.generate import context_start
 
     unknown = run.tokenizer.unknown_id
@@ -104,8 +104,7 @@ def notes(run: TrainedRun, prompts: Sequence[str], begun: Sequence[Sequence[int]
         yield f"not in the alphabet of this run: {names}; read, and shown, as {shown}"
     if run.tokenizer.convention:
         yield run.tokenizer.convention
-    context = run.model.config.max_seq_len
-    longest = max(map(len, begun))
+    context, longest = run.model.config.max_seq_len, max(map(len, begun))
     if longest > context:
         count = sum(len(ids) > context for ids in begun)
         read = longest - context_start(longest, context)
@@ -116,7 +115,7 @@ def notes(run: TrainedRun, prompts: Sequence[str], begun: Sequence[Sequence[int]
 
 
 def batches(texts: Sequence[Wanted]) -> Iterator[list[int]]:
-    """Indices of texts that can be written side by side, their beginnings being as long."""
+    """Yield indices of texts that can be written side by side: their beginnings are as long."""
     by_length: dict[int, list[int]] = {}
     for index, text in enumerate(texts):
         by_length.setdefault(len(text.begun), []).append(index)
@@ -126,28 +125,27 @@ def batches(texts: Sequence[Wanted]) -> Iterator[list[int]]:
 
 
 class Writer:
-    """Has the texts written, and shows them."""
+    """Generates the texts and shows them."""
 
     def __init__(self, run: TrainedRun, arguments: Arguments, console: Console) -> None:
         self.run, self.arguments, self.console = run, arguments, console
         self.tokenizer = run.tokenizer
 
     def write(self, texts: Sequence[Wanted]) -> None:
-        """One alone as it comes; several side by side, shown in their order."""
+        """Show one text alone as it comes; generate several side by side, shown in order."""
         if len(texts) == 1 or self.arguments.top:
             for index, text in enumerate(texts):
-                self.head(index, texts)
+                self.show_head(index, texts)
                 new = self.tokens(text)
                 self.show(text.begun, list(new) if self.arguments.top else new)
             return
         done: dict[int, list[int]] = {}
         shown = 0
         for indices in batches(texts):
-            steps = self.steps([texts[index] for index in indices])
-            columns = [step.tokens.tolist() for step in steps]
+            columns = [s.tokens.tolist() for s in self.steps([texts[index] for index in indices])]
             done.update(zip(indices, map(list, zip(*columns, strict=True)), strict=True))
             while shown in done:
-                self.head(shown, texts)
+                self.show_head(shown, texts)
                 self.show(texts[shown].begun, done.pop(shown))
                 shown += 1
 
@@ -156,8 +154,22 @@ class Writer:
         length, cache = self.arguments.max_new_tokens, self.arguments.cache
         return self.run.stream(begun, seeds, length, self.arguments, cache)
 
-    def head(self, index: int, texts: Sequence[Wanted]) -> None:
-        """What stands between texts."""
+    def tokens(self, text: Wanted) -> Iterator[int]:
+        """Yield the tokens of one text; with ``top`` show what each was drawn from."""
+        ids = list(text.begun)
+        for number, step in enumerate(self.steps([text]), start=1):
+            if self.arguments.top:
+                before = self.tokenizer.decode(ids[1:])[-SHOWN:]
+                where = f"  after {before!r}" if before else "  at the beginning"
+                self.console.print(Text.assemble((f"step {number}", "bold"), (where, "dim")))
+                self.console.print(self.table(step, ids[1:]), Text())
+            ids.append(int(step.tokens))
+            yield ids[-1]
+            if ids[-1] == self.tokenizer.eot_id:
+                return
+
+    def show_head(self, index: int, texts: Sequence[Wanted]) -> None:
+        """Show what stands between texts."""
         if self.console.is_terminal and len(texts) > 1:
             title = f"{index + 1} of {len(texts)} · seed {texts[index].seed}"
             self.console.rule(Text(title, "dim"), style="dim")
@@ -165,7 +177,7 @@ class Writer:
             self.put(self.tokenizer.decode([self.tokenizer.eot_id]) + "\n")
 
     def show(self, begun: Sequence[int], new: Iterable[int]) -> None:
-        """The text, as its tokens come: what is shown of it will not change."""
+        """Show a text as its tokens come; what is shown of it will not change."""
         spoken = Unfolding(self.tokenizer)
         self.put(spoken.add(begun[1:]), "bold")
         token = None
@@ -179,7 +191,7 @@ class Writer:
         self.put("\n")
 
     def put(self, text: str, style: str = "none") -> None:
-        """As it is: in a Segment Rich expands no tabs, drops and wraps nothing."""
+        """Print a text as it is: in a Segment Rich expands no tabs, drops and wraps nothing."""
         if self.console.is_terminal:
             text = CONTROL.sub(lambda found: rf"\x{ord(found[0]):02x}", text)
         segment = Segment(text, self.console.get_style(style))
@@ -187,48 +199,34 @@ class Writer:
         if sys.stdout in streams.gone:
             raise SystemExit(0)
 
-    def tokens(self, text: Wanted) -> Iterator[int]:
-        """Of one text, as they come; with ``top`` it shows what each was drawn from."""
-        ids = list(text.begun)
-        for number, step in enumerate(self.steps([text]), start=1):
-            if self.arguments.top:
-                before = self.tokenizer.decode(ids[1:])[-SHOWN:]
-                where = f"  after {before!r}" if before else "  at the beginning"
-                self.console.print(Text.assemble((f"step {number}", "bold"), (where, "dim")))
-                self.console.print(self.table(step, ids[1:]), Text())
-            ids.append(int(step.tokens))
-            yield ids[-1]
-            if ids[-1] == self.tokenizer.eot_id:
-                return
-
     def table(self, step: Step, before: Sequence[int]) -> Table:
-        """The likeliest tokens, the chosen one, all others: their shares add up to 1."""
+        """Return the likeliest tokens, the chosen one and all others: their shares add up to 1."""
+
+        def percent(probability: Tensor) -> str:
+            return f"{probability:.2%}" if probability > 0 else "–"
+
         model, drawn = step.logits[0].float().softmax(-1), step.filtered[0].float().softmax(-1)
         chosen = int(step.tokens)
         shown = model.topk(min(self.arguments.top, len(model))).indices.tolist()
         shown += [chosen] * (chosen not in shown)
         table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-        table.add_column("")
-        for name in ("rank", "token", "id", "model", "drawn from"):
-            table.add_column(name, justify="left" if name == "token" else "right")
+        for name in ("", "rank", "token", "id", "model", "drawn from"):
+            table.add_column(name, justify="left" if name in ("", "token") else "right")
         for token in shown:
+            mark, style = ("▶", "bold") if token == chosen else ("", None)
             rank = 1 + int((model > model[token]).sum())
-            row = [
-                "▶" if token == chosen else "",
-                str(rank),
-                self.spelled(token, before),
-                str(token),
-            ]
-            row += [percent(model[token]), percent(drawn[token])]
-            table.add_row(*map(Text, row), style="bold" if token == chosen else None)
+            row = [mark, str(rank), self.spelled(token, before), str(token)]
+            table.add_row(
+                *map(Text, [*row, percent(model[token]), percent(drawn[token])]), style=style
+            )
         model[shown] = drawn[shown] = 0
         row = ["", "", f"{len(model) - len(shown):,} others", ""]
         table.add_row(*row, percent(model.sum()), percent(drawn.sum()), style="dim")
         return table
 
     def spelled(self, token: int, before: Sequence[int] = ()) -> str:
-        """What it adds to the text of ``before``, in quotes, with spaces and control characters to
-        be seen; special tokens without."""
+        """Return what a token adds to the text of ``before``, in quotes, with spaces and control
+        characters to be seen; special tokens without."""
         tokenizer, alone = self.tokenizer, self.tokenizer.decode([token])
         if token in (tokenizer.eot_id, tokenizer.bos_id, tokenizer.unknown_id):
             return alone
@@ -237,21 +235,17 @@ class Writer:
         return repr(longer[len(list(same)) :] or alone)
 
 
-def percent(probability: Tensor) -> str:
-    return f"{probability:.2%}" if probability > 0 else "–"
-
-
 class Unfolding:
     """The text of tokens that come one after another: what each of them adds, once it is sure.
 
-    Decoded are only the tokens since the last but one sure place: what a decoder makes of a token
+    Only the tokens since the last but one sure place are decoded: what a decoder makes of a token
     may depend on the one before it (Llama's leaves out the space of the first).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.sure = 0  # of these, how many were shown, with others behind them to be
+        self.sure = 0  # how many of them were shown; the others follow
 
     def add(self, ids: Sequence[int]) -> str:
         self.ids += ids
@@ -259,7 +253,7 @@ class Unfolding:
         return self._shown(text) if self.tokenizer.is_settled(self.ids, text) else ""
 
     def rest(self) -> str:
-        """What the end of the text leaves as it is."""
+        """Return what is left at the end, as it is."""
         return self._shown(self.tokenizer.decode(self.ids))
 
     def _shown(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""What was trained, to be used: a run folder → model, tokenizer, config, results.
+"""Load a run folder: model, tokenizer, configuration and results.
 
 run = tinygpt.load_run("outputs/runs/stories")
 print(run.generate("Once upon a time", top_p=0.9))
@@ -25,12 +25,12 @@ from tinygpt.model.huggingface import from_hugging_face, read_weights
 from tinygpt.model.lora import merged
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-WEIGHTS = "model."  # what the names of the model's own have before them in a checkpoint
+WEIGHTS = "model."  # prefix of the model's own weights in a checkpoint
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run as it was at one of its checkpoints.
+    """A run at one of its checkpoints.
 
     ``results`` is ``results.json``, None for a run that has not ended.  ``model`` is in
     evaluation mode, its weights in float32 (float64 where it was trained so).
@@ -46,13 +46,13 @@ class TrainedRun:
 
     @property
     def tokens(self) -> int:
-        """Training tokens up to the checkpoint."""
+        """Return the training tokens up to the checkpoint."""
         return self.step * self.config.train.batch_tokens
 
     def generate(
         self, prompt: str = "", max_new_tokens: int = 200, *, seed: int = 0, **sampling: Any
     ) -> str:
-        """The prompt, as the beginning of a document, and what follows, to its end at most.
+        """Return the prompt, as the beginning of a document, and what follows, to its end at most.
 
         ``sampling`` are the fields of config.Sampling: temperature, top_k, top_p, min_p,
         repetition_penalty.  The same prompt and seed give the same text.  Raises ConfigError for
@@ -64,7 +64,7 @@ class TrainedRun:
         return self.tokenizer.decode([*begun[1:], *new])
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """As training saw the beginning of a document."""
+        """Return the token ids of a prompt, as training saw the beginning of a document."""
         return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
 
     def stream(
@@ -75,7 +75,7 @@ class TrainedRun:
         sampling: Sampling,
         use_cache: bool = True,
     ) -> Iterator[Step]:
-        """Continues B encoded prompts of one length side by side, each with its seed.
+        """Continue B encoded prompts of one length side by side, each with its seed.
 
         What is drawn for a text depends on its prompt and seed alone, so that it is the same
         whatever stands beside it.
@@ -100,7 +100,7 @@ class TrainedRun:
 def load_run(
     path: str | Path, checkpoint: str | None = None, device: str | torch.device = "cpu"
 ) -> TrainedRun:
-    """The run in the folder ``path``, ready to be used on ``device`` (``auto``: the fastest).
+    """Return the run in the folder ``path``, on ``device`` (``auto``: the fastest).
 
     ``checkpoint`` is ``final``, ``best``, ``last`` or ``step_<N>``; None: ``final``, of a run that
     has not ended ``last``.  Raises ConfigError, one line, for what is not a run, has no such
@@ -126,7 +126,7 @@ def load_run(
 
 
 def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor], int]:
-    """The model's weights, with LoRA's adapters in them, and the step; ``config`` is the run's.
+    """Return the model's weights, with LoRA's adapters merged in, and the step.
 
     Tensors and plain data only, never code.  Raises ConfigError for a damaged file.
     """
@@ -145,7 +145,7 @@ def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor]
 
 
 def check_sums(path: Path) -> None:
-    """Raises ValueError or BadZipFile where a checkpoint is not as it was written.
+    """Raise ValueError or BadZipFile where a checkpoint is not as it was written.
 
     It is a zip file with a checksum of every tensor, which torch writes and does not read.
     Nothing in it is compressed: what is could be of any size.
@@ -157,9 +157,8 @@ def check_sums(path: Path) -> None:
 
 
 def initial_weights(config: Config, vocab_size: int) -> dict[str, torch.Tensor] | None:
-    """What ``config.init_from`` names, as the state of a GPT of its shape; None where it is null.
-
-    Of learned positions the first ``max_seq_len``.  Raises ConfigError for damaged files.
+    """Return the weights that ``config.init_from`` names, of learned positions the first
+    ``max_seq_len``; None where it is null.  Raises ConfigError for damaged files.
     """
     if config.init_from is None:
         return None
@@ -177,8 +176,8 @@ def initial_weights(config: Config, vocab_size: int) -> dict[str, torch.Tensor] 
 
 
 def usable_device(device: str | torch.device, key: str = "device") -> torch.device:
-    """``auto`` is the fastest there is.  Raises ConfigError, naming ``key``, where there is none
-    of its kind."""
+    """Return the device, for ``auto`` the fastest.  Raise ConfigError, naming ``key``, where there
+    is none of its kind."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     there = [*["cuda"] * cuda, *["mps"] * mps, "cpu"]
     wanted = torch.device(there[0] if device == "auto" else device)

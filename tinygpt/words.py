@@ -1,5 +1,4 @@
-"""The words of a command line, as they are meant: text stays text, and what people type who come
-from elsewhere is answered with the key that it is here."""
+"""The words of a command line: which keys there are, how Hydra must be told, what errors mean."""
 
 from __future__ import annotations
 
@@ -9,86 +8,91 @@ import importlib.util
 import os
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-from tinygpt.checks import did_you_mean
-from tinygpt.config import DECIDED, REMOVED, ConfigError, install
-from tinygpt.explaining import Command, kinds
+from hydra.core.override_parser.types import Override
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+)
 
+from tinygpt import checks
+from tinygpt.config import ConfigError, Settings, first_line, install
+from tinygpt.config.names import DECIDED, DEVICES, OTHER_CHOICES, REMOVED, SYNONYMS
+
+S = TypeVar("S", bound=Settings)
+
+_HERE = Path(__file__).resolve().parent
+# Inside an installed wheel conf/ lies in the package, in a checkout beside it.
+CONF_DIR = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir()))
+FILES = ("data.path", "data.val_file", "data.test_file")  # keys of one path, or a list of them
+LISTS = (*FILES, "data.text_column")  # that a configuration keeps as one text
+LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
+# What Hydra may make an object of, by the names in a configuration.
+TARGETS = ("hydra_plugins.", "hydra._internal.core_plugins.", "optuna.samplers.")
+LOGGING = (
+    *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler"),
+    "colorlog.ColoredFormatter",
+)
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 # A quoted text, or a word alone in its place: the value, or one of a list or of choice(...).
 _WORD = re.compile(
     r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<=[=,(\[])(\s*)([^\s,()\[\]{}'"\\]+)(?=\s*(?:[,)\]]|$))"""
 )
 _RANGES = re.compile(r"=\s*(?:tag\(.*)?(?:range|interval|glob|int|float|bool)\(")
+_LIST_OF_TEXTS = re.compile(rf"(\+*(?:{'|'.join(map(re.escape, LISTS))}))=(\[[^\[\]]*\])")
 
-# What others call it, and what it is here; {} is the value.
-SYNONYMS = {
-    **dict.fromkeys(("lr", "learning_rate", "max_lr", "peak_lr"), "optim.learning_rate={}"),
-    **dict.fromkeys(("wd", "weight_decay"), "optim.weight_decay={}"),
-    **dict.fromkeys(("n_embd", "embed_dim", "hidden_size", "dim"), "model.d_model={}"),
-    **dict.fromkeys(("n_layer", "num_layers", "num_hidden_layers", "layers"), "model.n_layers={}"),
-    **dict.fromkeys(("n_head", "num_heads", "num_attention_heads"), "model.n_heads={}"),
-    **dict.fromkeys(
-        ("block_size", "context_length", "context_size", "seq_len", "max_length"),
-        "model.max_seq_len={}",
-    ),
-    "dropout": "model.dropout={}",
-    "vocab_size": "tokenizer.vocab_size={}",
-    **dict.fromkeys(
-        ("max_steps", "max_iters", "num_steps", "iterations", "iters", "steps"), "train.steps={}"
-    ),
-    **dict.fromkeys(("epochs", "max_epochs", "num_epochs", "num_train_epochs"), "train.epochs={}"),
-    **dict.fromkeys(
-        ("batch_size", "per_device_train_batch_size", "train_batch_size"),
-        "train.batch_tokens={}*L with L=model.max_seq_len, as it counts tokens",
-    ),
-    **dict.fromkeys(
-        ("accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum_steps"),
-        "hardware.micro_batch_size=B/{} with B the sequences of train.batch_tokens",
-    ),
-    **dict.fromkeys(("device", "accelerator"), "hardware={}"),
-    **dict.fromkeys(("grad_clip", "gradient_clip_val", "max_grad_norm"), "train.grad_clip_norm={}"),
-    **dict.fromkeys(("warmup", "warmup_iters", "warmup_steps"), "schedule.warmup_steps={}"),
-}
-DEVICES = {"gpu": "cuda", "nvidia": "cuda", "cuda:0": "cuda", "metal": "mps"}
-# Choices that Hydra's plugins have, or that other programs know, and what to say instead.
-CHOICES = {
-    **{f"hardware={word}": f"hardware={ours}" for word, ours in DEVICES.items()},
-    "hydra/launcher=joblib": "launcher=local",
-    "hydra/launcher=submitit_local": "launcher=local",
-    "hydra/launcher=submitit_slurm": "launcher=slurm",
-    "hydra/launcher=ray": "launcher=ray",
-}
-# What Hydra would do with its own folders; here a run has its own.
-FOLDERS = {
-    "hydra.run.dir": "a run's folder is output_dir/study/run_name; use output_dir={}",
-    "hydra.sweep.dir": "a study's folder is output_dir/study; use output_dir={}",
-    "hydra.sweep.subdir": "a run's folder is output_dir/study/run_name; use run_name=",
-    "hydra.output_subdir": "a run's folder keeps its configuration as config.yaml",
-    "hydra.job.chdir": "commands stay in the folder where they are started",
-}
-OPTIONS = {
-    "config_name": "a command has one configuration; use experiment=NAME, or key=value",
-    "config_path": "a command has one configuration; use experiment=NAME, or key=value",
-    "config_dir": "a command has one configuration; use experiment=NAME, or key=value",
-    "experimental_rerun": "use the overrides of that run; it goes on from its last checkpoint",
-}
+
+@dataclass(frozen=True, eq=False)
+class Command(Generic[S]):
+    """A command whose configuration Hydra composes."""
+
+    name: str  # behind python -m tinygpt.
+    file: str  # in conf/, beside those of the groups
+    sweep: str  # what the study of a bare sweep is called
+    variants: Mapping[str, Mapping[str, type]]  # of the groups that have several, by their name
+    schema: type[S]
+    read: Callable[[DictConfig, Sequence[str]], S]  # what was composed, checked
+
+
+# --- keys and their types
+
+
+def kinds(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every key of a dataclass; those of a dataclass in it are ``field.key``."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        for inner in (kind, *typing.get_args(kind)):
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+                found |= kinds(inner, f"{prefix}{name}.")
+                break
+        else:
+            found[prefix + name] = kind
+    return found
+
+
+@functools.cache
+def key_types(command: Command[Any]) -> dict[str, Any]:
+    """Return the type of every key of a command, in any variant of its groups."""
+    found = {name: kind for name, kind in kinds(command.schema).items() if name[:6] != "sweep."}
+    for group, variants in command.variants.items():
+        for cls in variants.values():
+            found |= kinds(cls, f"{group}.")
+    return found
 
 
 @functools.cache
 def value_types(command: Command[Any]) -> dict[str, set[Any]]:
-    """Return what the values of every key may be: those of a list are its elements'."""
-    found = dict(kinds(command.schema))
-    for group, choices in command.sections.items():
-        for cls in choices.values():
-            found |= kinds(cls, f"{group}.")
-    for name, kind in list(found.items()):
-        for inner in typing.get_args(kind):
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-                found |= kinds(inner, f"{name}.")
-    return {name: _leaves(kind) for name, kind in found.items()}
+    """Return what the values of every key may be; those of a list are its elements'."""
+    return {name: _leaves(kind) for name, kind in key_types(command).items()}
 
 
 def _leaves(kind: Any) -> set[Any]:
@@ -96,14 +100,39 @@ def _leaves(kind: Any) -> set[Any]:
     return set().union(*map(_leaves, inner)) - {type(None)} if inner else {kind}
 
 
-def as_meant(overrides: Sequence[str], command: Command[Any]) -> list[str]:
-    """Return the overrides with numbers written as the schema needs them, for Hydra to read.
+def names(command: Command[Any]) -> list[str]:
+    """Return all keys and sections of a command, sorted."""
+    types = key_types(command)
+    return sorted({*types, *(name.partition(".")[0] for name in types)})
 
-    It takes 1.10 for the number 1.1, whatever the key, and cannot read ~: a text gets quotes.
-    1e6 is a float, which no integer may be: it is written out.
+
+def described(kind: Any, of_element: bool = False) -> str:
+    """Return what a value of this type looks like, for an error line."""
+    if typing.get_origin(kind) is typing.Union:
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    if typing.get_origin(kind) is list:
+        if not of_element:
+            return "a list, as [a,b]"
+        kind = typing.get_args(kind)[0]
+    texts = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    return texts.get(kind, "set key by key")
+
+
+# --- rewritten for Hydra
+
+
+def as_meant(overrides: Sequence[str], command: Command[Any]) -> list[str]:
+    """Return the overrides with values written as the schema needs them, for Hydra to read.
+
+    Hydra takes 1.10 for the number 1.1, whatever the key, and cannot read ~: a text gets quotes,
+    and so do lists of files and columns, which a configuration keeps as one text.  1e6 is a float,
+    which no integer may be: it is written out.
     """
     found = []
     for item in overrides:
+        if match := _LIST_OF_TEXTS.fullmatch(item):
+            quoted = match[2].replace("'", "\\'")
+            item = f"{match[1]}='{quoted}'"
         types = value_types(command).get(item.partition("=")[0].lstrip("+"), set())
         if types in ({str}, {int}) and not _RANGES.search(item):
             item = _WORD.sub(_as_text if types == {str} else _as_whole, item)
@@ -127,7 +156,7 @@ def _as_whole(match: re.Match[str]) -> str:
 
 
 def _is_literal(word: str) -> bool:
-    """Whether Hydra may read it as a number or a truth value."""
+    """Return whether Hydra may read it as a number or a truth value."""
     try:
         return word.lower() in ("true", "false") or float(word) is not None
     except ValueError:
@@ -148,68 +177,134 @@ def files(text: str) -> list[str]:
     return found
 
 
+# --- mistakes that are seen before Hydra reads
+
+
 def check(overrides: Sequence[str], command: Command[Any]) -> None:
-    """Raise ConfigError for what means something elsewhere, with what to say here."""
+    """Raise ConfigError for what is no ``key=value``, and for a name that is no key here, with
+    what to write instead."""
     for item in overrides:
+        if item.startswith("~"):
+            raise ConfigError(f"{item}: a key cannot be removed, only set")
+        if not re.match(r"\+{0,2}[A-Za-z_][\w./@:-]*=", item):
+            raise ConfigError(f"'{item}': must be key=value")
+        if len(item) > LONGEST or re.search("[0-9]{1000}", item):
+            raise ConfigError(f"{item:.60}...: longer than any value ({len(item)} characters)")
         name, _, value = item.lstrip("+").partition("=")
         if item == "hydra/sweeper=optuna" and importlib.util.find_spec("optuna") is None:
             raise ConfigError(f"{item}: is not installed; {install('optuna')}")
-        if item in CHOICES:
-            raise ConfigError(f"{item}: no such choice; did you mean {CHOICES[item]}?")
-        is_default = name == "hydra.job.chdir" and value.lower() in ("false", "null")
-        removed = REMOVED.get(name) or REMOVED.get(f"{name}={value}")
-        if removed:
+        if item in OTHER_CHOICES:
+            raise ConfigError(f"{item}: no such choice; did you mean {OTHER_CHOICES[item]}?")
+        if removed := REMOVED.get(name) or REMOVED.get(f"{name}={value}"):
             raise ConfigError(f"{name}={value}: removed; {removed}")
-        if name in DECIDED:
-            raise ConfigError(f"{name}={value}: is decided by {DECIDED[name]}")
-        if name in FOLDERS and not is_default and "LOCAL_RANK" not in os.environ:
-            raise ConfigError(f"{item}: {FOLDERS[name].format(value)}")
-        meant = name not in value_types(command) and _synonym(name, value, command)
-        if meant:
+        decided = DECIDED.get(name) or DECIDED.get(name.rpartition(".")[0])
+        # Lightning sets Hydra's folders for the further processes of a run
+        is_theirs = "LOCAL_RANK" in os.environ or value.lower() in ("false", "null")
+        if decided and not (name.startswith("hydra") and is_theirs):
+            raise ConfigError(f"{name}={value}: is decided by {decided}")
+        if name not in key_types(command) and (meant := synonym(name, value, command)):
             raise ConfigError(f"{name}={value}: no such key; did you mean {meant}?")
 
 
-def _synonym(name: str, value: str, command: Command[Any]) -> str:
-    """Return what somebody means by this key, "" where that cannot be told."""
-    meant = SYNONYMS.get(name.rpartition(".")[2], "")
+def synonym(name: str, value: str, command: Command[Any]) -> str:
+    """Return the override that other programs spell ``name=value``, or "" if none is known."""
+    last = name.rpartition(".")[2]
+    meant = next((ours for ours, theirs in SYNONYMS.items() if last in theirs.split()), "")
     key = meant.partition("=")[0]
-    if key not in value_types(command).keys() | command.sections.keys() or name.startswith("hydra"):
+    if key not in names(command) or name.startswith("hydra"):
         return ""
     return meant.format(DEVICES.get(value, value) if key == "hardware" else value)
 
 
-def explain_option(words: Sequence[str], message: str, command: Command[Any]) -> str:
-    """Return the line for argparse's ``message`` on a command line's ``words``."""
-    if message.startswith("argument "):  # one of Hydra's, with another value than it takes
-        return message.removeprefix("argument ")
-    unknown = message.rpartition(": ")[2]
-    option = next((word for word in unknown.split() if word.startswith("-")), unknown)
-    name, _, value = option.lstrip("-").partition("=")
-    name = name.replace("-", "_")
-    if "=" not in option:
-        rest = words[words.index(option) + 1 :] if option in words else []
-        value = rest[0] if rest and "=" not in rest[0] and not rest[0].startswith("--") else "..."
-    meant = _synonym(name, value, command)
-    if name in value_types(command):
-        meant = f"{name}={value}"
-    if meant:
-        return f"{option}: no such option; did you mean {meant}?"
-    near = did_you_mean(name, list(value_types(command)))
-    return f"{unknown}: no such option; --help shows what there is{near}"
+def explain_option(option: str, command: Command[Any]) -> str:
+    """Return the line for an option that there is not, often meant for a key."""
+    name, equals, value = option.lstrip("-").partition("=")
+    name, value = name.replace("-", "_"), value if equals else "..."
+    meant = f"{name}={value}" if name in key_types(command) else synonym(name, value, command)
+    hint = f"; did you mean {meant}?" if meant else checks.did_you_mean(name, names(command))
+    return f"{option}: no such option{hint or '; --help shows what there is'}"
 
 
-def check_options(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError for options of Hydra that lead nowhere here, or exclude one another."""
-    for name, line in OPTIONS.items():
-        if given.get(name) is not None:
-            raise ConfigError(f"--{name.replace('_', '-')}: {line}")
-    shows = [name for name in ("cfg", "info", "shell_completion") if given.get(name)]
-    if shows and (given.get("multirun") or given.get("run") or len(shows) > 1):
-        other = "multirun" if given.get("multirun") else "run" if given.get("run") else shows[1]
-        line = f"--{other} --{shows[0]}: only one of them; plan=true lists the jobs of a sweep"
-        raise ConfigError(line.replace("_", "-"))
-    if given.get("run") and given.get("multirun"):
-        raise ConfigError("--run --multirun: only one of them")
-    for name in ("resolve", "package"):
-        if given.get(name) and not given.get("cfg"):
-            raise ConfigError(f"--{name}: needs --cfg job, whose configuration it shows")
+def several(item: Override) -> str:
+    """Return the line for several values where one is needed."""
+    name, _, value = str(item.input_line).partition("=")
+    if name.lstrip("+") in FILES:
+        return f"{item.input_line}: several files are a list, '{name}=[{value}]'"
+    return f"{item.input_line}: several values need --multirun, a list [a,b], a text 'key=\"a,b\"'"
+
+
+def check_targets(value: Any, name: str = "") -> None:
+    """Raise ConfigError for a class or function that a configuration must not name.
+
+    Hydra calls what stands under ``_target_`` and Python's logging what stands under ``()`` and
+    ``class`` or behind ``ext://``, whatever it is, as soon as a configuration is composed.
+    """
+    if isinstance(value, DictConfig | ListConfig):
+        value = OmegaConf.to_container(value, resolve=False)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_targets(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            check_targets(inner, name)
+    elif isinstance(value, str):
+        last = name.rpartition(".")[2]
+        is_callback = re.fullmatch(r"callbacks\.\w+\._target_", name) is not None
+        calls = (
+            (last == "_target_" and not is_callback and not value.startswith(TARGETS))
+            or (last in ("()", "class") and value not in LOGGING)
+            or ("://" in value and value.startswith(("ext", "cfg")) and value not in STREAMS)
+        )
+        if calls:
+            raise ConfigError(f"{name}={value}: names code that no configuration may call")
+
+
+# --- what Hydra and OmegaConf raise
+
+
+def explain(error: BaseException, overrides: Sequence[str], command: Command[Any]) -> str:
+    """Return a library's error as one line with the key, the value and what is allowed."""
+    if isinstance(error, MissingConfigException):
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        shipped = [path.stem for path in Path(CONF_DIR, group).glob("*.yaml")]
+        return no_such_choice(f"{group}={choice}", error.options or shipped)
+    if isinstance(error, OverrideParseException):
+        name, _, value = error.override.partition("=")
+        value = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f"{error.override}: cannot be read; in quotes it can: '{name}=\"{value}\"'"
+    cause: BaseException = error
+    # under a debugger OmegaConf chains further causes that no longer name the key
+    while cause.__cause__ is not None and not getattr(cause, "full_key", None):
+        cause = cause.__cause__
+    name = getattr(cause, "full_key", None) or ""
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{name}: must be given, as {name}=..."
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return _unknown_key(name, command)
+    if not name:
+        return first_line(cause)
+    key = re.sub(r"\[\d+\]$", "", name)
+    values = [item.split("=", 1)[1] for item in overrides if item.lstrip("+").startswith(f"{key}=")]
+    given = f"{key}={values[-1] if values else '?'}"
+    if isinstance(cause, InterpolationResolutionError):
+        return f"{given}: {first_line(cause)}"
+    return f"{given}: must be {described(key_types(command).get(key), key != name)}"
+
+
+def no_such_choice(given: str, choices: Iterable[str]) -> str:
+    """Return the line for ``group=choice``, where the group has other ``choices``."""
+    known = sorted(choices)
+    near = checks.did_you_mean(given.partition("=")[2], known)
+    return f"{given}: no such choice" + (f"; there are {', '.join(known)}{near}" if known else "")
+
+
+def _unknown_key(name: str, command: Command[Any]) -> str:
+    """Return the line for a key, with the choices of its group that have it."""
+    line = checks.unknown_key(name, names(command))
+    group, _, last = name.partition(".")
+    owners: list[str] = []
+    for cls in command.variants.get(group, {}).values():
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if last in fields:
+            owners += fields["source" if group == "data" else "kind"].metadata["among"]
+    return f"{line}; it is one of {group}={' or '.join(owners)}" if owners else line

@@ -16,16 +16,13 @@ from tinygpt import fileio, rundir
 from tinygpt.checks import check_bounds, check_names, check_text, require
 from tinygpt.config import (
     REMOVED,
-    SCALES,
     Config,
     ConfigError,
     CustomData,
     DataConfig,
-    HardwareConfig,
-    LauncherConfig,
     LoraConfig,
     ModelConfig,
-    SweepConfig,
+    Settings,
     SyntheticData,
     install,
     key,
@@ -129,7 +126,7 @@ POLICIES: dict[str, type] = {"self": SelfPolicy, "model": ModelPolicy, "file": F
 
 
 @dataclass
-class AdaptConfig:
+class AdaptConfig(Settings):
     """The whole configuration, as ``config.yaml`` in the folder of an adaptation keeps it."""
 
     run: str = MISSING  # the folder of the trained run that adapts
@@ -141,18 +138,6 @@ class AdaptConfig:
     tuning: TuningConfig = field(default_factory=TuningConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
     policy: PolicyConfig = MISSING
-    hardware: HardwareConfig = MISSING
-    launcher: LauncherConfig = MISSING
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    scale: str = key("laptop", among=SCALES)
-    seed: int = key(42, least=0, most=2**32 - 1)
-    study: Optional[str] = None
-    run_name: Optional[str] = None
-    output_dir: str = "outputs"
-    cache_dir: Optional[str] = None
-    force: bool = False
-    plan: bool = False
-    fit: bool = True
 
 
 def check_adapt(config: AdaptConfig) -> None:

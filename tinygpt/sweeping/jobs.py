@@ -17,8 +17,8 @@ from rich.console import Console
 from tinygpt import cli, rundir, words
 from tinygpt.checks import check_sweepable
 from tinygpt.config import HORIZONS, Config, ConfigError
-from tinygpt.explaining import Command
 from tinygpt.horizon import Plan
+from tinygpt.words import Command
 
 
 class Kind(Protocol):

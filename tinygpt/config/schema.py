@@ -1,8 +1,7 @@
-"""The configuration schema: every key, its type and its bounds.
+"""The configuration schema of ``python -m tinygpt.run``: every key, its type, bounds and default.
 
-The YAML files under ``conf/`` carry values; this module says what is allowed, ``checks.py`` what
-must fit together, ``horizon.py`` what follows in steps.  It imports
-omegaconf at most, so that a mistyped key is reported before torch is loaded.
+A file under ``conf/`` holds only what differs from these defaults.  Imports omegaconf at most, so
+that a mistyped key is reported before torch is loaded.
 """
 
 from __future__ import annotations
@@ -10,58 +9,30 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Optional, Protocol
+from typing import Any, Optional
 
 from omegaconf import MISSING
+
+from tinygpt.config.errors import ConfigError
+from tinygpt.config.settings import (
+    LocalLauncher,
+    LoggerConfig,
+    RayLauncher,
+    SerialLauncher,
+    Settings,
+    SlurmLauncher,
+    TrainerConfig,
+    key,
+)
 
 DEFAULT_TOKENS = 2_000_000
 HUB_NAME = r"\w[\w.-]*(/[\w.-]+)?"  # how a model on the hub can be called
 HORIZONS = ("tokens", "steps", "epochs", "tokens_per_param", "flops")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")
 PRECISIONS = ("auto", "32", "64", "bf16-mixed", "16-mixed")
-SCALES = ("smoke", "laptop", "gpu")
 SCALED_BY_WIDTH = ("adamw", "adam", "lion")  # optimizers whose rate goes with 1/width
 # The numbers of Llama 3's RoPE scaling.
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-class ConfigError(ValueError):
-    """Something the user asked for cannot be had: one line that names the key, the bad value
-    and what is allowed.  Commands print it and leave with exit code 2."""
-
-
-class RunError(RuntimeError):
-    """A run failed after it had begun; one line.  Commands leave with exit code 1."""
-
-
-def install(extra: str) -> str:
-    """How to get what an extra of pyproject.toml brings: no index has a tinygpt to ask for."""
-    return f"`pip install -e '.[{extra}]'` in the folder of tinygpt"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the graphics card or of the machine, for which torch has no class."""
-    if isinstance(error, MemoryError):
-        return True
-    words = ("out of memory", "you tried to allocate")
-    return isinstance(error, RuntimeError) and any(some in str(error) for some in words)
-
-
-def one_line(error: BaseException) -> str:
-    """All that it says."""
-    return " ".join(str(error).split())
-
-
-def first_line(error: BaseException) -> str:
-    """Of what a library says at length; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def key(default: Any, **bounds: Any) -> Any:
-    """A field with bounds: ``least`` >=, ``most`` <=, ``above`` >, ``below`` <, ``among``."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=bounds)
-    return field(default=default, metadata=bounds)
 
 
 @dataclass
@@ -86,8 +57,8 @@ class ModelConfig:
     attention: str = key("sdpa", among=("sdpa", "manual"))
     gradient_checkpointing: bool = False
     pad_vocab_to_multiple: int = key(1, least=1)  # rows of the embedding are rounded up to this
-    parametrization: str = key("standard", among=("standard", "mup"))
-    mup_base_width: int = key(64, least=1)  # the d_model that the learning rate was tuned at
+    parametrization: str = key("standard", among=("standard", "mup"))  # mup: one rate fits all
+    mup_base_width: int = key(64, least=1)  # the width the rate was tuned at
 
 
 @dataclass
@@ -128,8 +99,8 @@ def unescaped(text: str) -> str:
 class TextData(DataConfig):
     """Text that somebody wrote: how a file or a row becomes documents."""
 
-    separator: str = "auto"
-    text_column: str = "auto"
+    separator: str = "auto"  # auto: <|endoftext|> if there, else sections of about 2,000 characters
+    text_column: str = "auto"  # auto: text, else the column with the most prose; a.b, [a,b]
 
     def __post_init__(self) -> None:
         """Read a backslash with n, t, r or another one as the character that it stands for."""
@@ -220,7 +191,7 @@ class OptimConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     learning_rate: float = key(1e-3, above=0.0)
     weight_decay: float = key(0.1, least=0.0)
-    decay_embeddings: bool = True
+    decay_embeddings: bool = True  # norms and biases are never decayed
     scale_rate_with_width: Optional[bool] = None  # null: as model.parametrization needs it
 
 
@@ -254,9 +225,9 @@ class AdafactorOptim(OptimConfig):
     (Shazeer & Stern 2018)."""
 
     kind: str = key("adafactor", among=("adafactor",))
-    beta2_decay: float = key(-0.8, least=-1.0, below=0.0)
-    least_rms: float = key(1e-3, above=0.0)
-    clip_threshold: float = key(1.0, least=1.0)
+    beta2_decay: float = key(-0.8, least=-1.0, below=0.0)  # step n keeps 1 - n^beta2_decay
+    least_rms: float = key(1e-3, above=0.0)  # what a parameter near zero counts as
+    clip_threshold: float = key(1.0, least=1.0)  # the largest RMS of an update
 
 
 @dataclass
@@ -267,15 +238,15 @@ class MuonOptim(OptimConfig):
     kind: str = key("muon", among=("muon",))
     momentum: float = key(0.95, least=0.0, below=1.0)
     nesterov: bool = True
-    ns_steps: int = key(5, least=1, most=99)
-    adam_learning_rate: float = key(1e-2, above=0.0)
+    ns_steps: int = key(5, least=1, most=99)  # Newton-Schulz iterations
+    adam_learning_rate: float = key(1e-2, above=0.0)  # of all the rest, as betas and eps
     betas: list[float] = key([0.9, 0.95], least=0.0, below=1.0)  # noqa: RUF009
     eps: float = key(1e-8, above=0.0)
 
 
 @dataclass
 class ScheduleConfig:
-    """How the learning rate goes with the step: a linear warmup, then what the kind says."""
+    """The learning rate by step: a linear warmup, then what the kind says."""
 
     kind: str = MISSING
     warmup_steps: Optional[int] = key(None, least=0)  # null: warmup_fraction of all steps
@@ -304,14 +275,14 @@ class WsdSchedule(ScheduleConfig):
 
 @dataclass
 class TrainConfig:
-    """The training recipe.  The horizon is given once; intervals are in training tokens."""
+    """The training recipe.  Its horizon, tokens to flops, is given once; default: tokens."""
 
     tokens: Optional[int] = key(None, least=1, most=10**18)
     steps: Optional[int] = key(None, least=1, most=10**12)
     epochs: Optional[float] = key(None, above=0.0)
-    tokens_per_param: Optional[float] = key(None, above=0.0)
-    flops: Optional[float] = key(None, above=0.0)
-    batch_tokens: int = key(2048, least=1)
+    tokens_per_param: Optional[float] = key(None, above=0.0)  # counts all parameters
+    flops: Optional[float] = key(None, above=0.0)  # exact, of forward and backward
+    batch_tokens: int = key(2048, least=1)  # an optimizer step
     precision: str = key("auto", among=PRECISIONS)
     grad_clip_norm: Optional[float] = key(1.0, above=0.0)
     skip_nonfinite: bool = False  # leave out a step whose gradient is not finite, and count it
@@ -320,152 +291,31 @@ class TrainConfig:
     checkpoint_every: Optional[int] = key(None, least=1)  # tokens; null: eval_every
     keep_every: Optional[int] = key(None, least=1)  # tokens; keeps step_<N>.ckpt; null: none
     early_stopping_patience: Optional[int] = key(None, least=1)  # evaluations; null: off
-    sample_prompt: str = ""
-    sample_tokens: int = key(120, least=0)
+    sample_prompt: str = ""  # empty: from the beginning of a document
+    sample_tokens: int = key(120, least=0)  # 0: no samples
 
 
 @dataclass
-class HardwareConfig:
-    """Where it runs.  Nothing here changes what is learned."""
+class Config(Settings):
+    """The configuration of a run, as ``config.yaml`` in its folder keeps it."""
 
-    accelerator: str = key("auto", among=("auto", "cpu", "mps", "cuda"))
-    devices: int = key(1, least=-1)  # on each node, a process each; -1: all there are
-    num_nodes: int = key(1, least=1)
-    strategy: str = key("auto", among=("auto", "ddp"))  # auto: ddp for several devices
-    micro_batch_size: Optional[int] = key(None, least=1)  # sequences; null: what fits well
-    threads: Optional[int] = key(None, least=1, most=4096)  # CPU threads; null: as many as pay
-    compile: str = key("auto", among=("auto", "off", "on"))
-
-
-@dataclass
-class TrainerConfig:
-    """Flags of Lightning's Trainer beside those that the recipe decides; null: its own default."""
-
-    fast_dev_run: Optional[bool] = None  # one step and one batch of validation; writes no run
-    limit_val_batches: Optional[int] = key(None, least=1)
-    profiler: Optional[str] = key(None, among=("simple", "advanced", "pytorch"))
-    detect_anomaly: Optional[bool] = None
-
-
-@dataclass
-class TensorBoardLog:
-    flush_seconds: int = key(10, least=1)
-
-
-@dataclass
-class WandbLog:
-    project: str = "tinygpt"
-    entity: Optional[str] = None
-    offline: bool = True
-
-
-@dataclass
-class MlflowLog:
-    experiment: Optional[str] = None  # null: the study
-    tracking_uri: Optional[str] = None  # null: sqlite, <output_dir>/mlflow.db
-
-
-@dataclass
-class LoggerConfig:
-    """metrics.csv is always written; these come on top."""
-
-    tensorboard: Optional[TensorBoardLog] = None
-    wandb: Optional[WandbLog] = None
-    mlflow: Optional[MlflowLog] = None
-
-
-@dataclass
-class LauncherConfig:
-    """Where the runs of a sweep are trained."""
-
-    kind: str = MISSING
-
-
-@dataclass
-class SerialLauncher(LauncherConfig):
-    """One run after the other, in this process."""
-
-    kind: str = key("serial", among=("serial",))
-
-
-@dataclass
-class LocalLauncher(LauncherConfig):
-    """Processes on this machine, each with its share of the cores, or with a GPU of its own."""
-
-    kind: str = key("local", among=("local",))
-    n_jobs: Optional[int] = key(None, least=1)  # null: one a GPU; without GPUs one a core
-
-
-@dataclass
-class SlurmLauncher(LauncherConfig):
-    """An array of Slurm jobs, one a run; preempted or out of time, they are queued again."""
-
-    kind: str = key("slurm", among=("slurm",))
-    partition: Optional[str] = None
-    minutes: int = key(60, least=1)
-    cpus: int = key(4, least=1)
-    gpus: int = key(0, least=0)
-    memory_gb: Optional[int] = key(None, least=1)
-    n_jobs: int = key(256, least=1)  # at once
-    requeues: int = key(10, least=0)  # after preemption or the end of the time
-    sbatch: dict[str, Any] = field(default_factory=dict)  # any other option: account, qos, ...
-
-
-@dataclass
-class RayLauncher(LauncherConfig):
-    """A Ray cluster, or one that is started on this machine."""
-
-    kind: str = key("ray", among=("ray",))
-    address: Optional[str] = None  # null: a cluster of its own here
-    cpus: int = key(1, least=1)  # a run
-    gpus: float = key(0.0, least=0.0)
-
-
-@dataclass
-class SweepConfig:
-    """What an experiment varies, at each scale: keys with their values, every combination.
-
-    Under ``together`` stands a list of such tables whose combinations follow one another, for
-    keys that go together.
-    """
-
-    smoke: dict[str, Any] = field(default_factory=dict)
-    laptop: dict[str, Any] = field(default_factory=dict)
-    gpu: dict[str, Any] = field(default_factory=dict)
-    share_trunk: bool = False  # runs that differ in length alone share their constant-rate part
-
-
-@dataclass
-class Config:
-    """The whole of it, as ``config.yaml`` in a run folder keeps it."""
-
-    model: ModelConfig = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = MISSING
     tokenizer: TokenizerConfig = MISSING
     optim: OptimConfig = MISSING
     schedule: ScheduleConfig = MISSING
-    train: TrainConfig = MISSING
-    hardware: HardwareConfig = MISSING
-    logger: LoggerConfig = MISSING
-    launcher: LauncherConfig = MISSING
-    sweep: SweepConfig = field(default_factory=SweepConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     # the user's own, each by its _target_ and its arguments: +callbacks.ema._target_=my_code.EMA
     callbacks: dict[str, Any] = field(default_factory=dict)
-    scale: str = key("laptop", among=SCALES)
-    init_from: Optional[str] = None  # a run, or a Hugging Face model, whose weights it begins with
-    seed: int = key(42, least=0, most=2**32 - 1)
-    study: Optional[str] = None
-    run_name: Optional[str] = None
-    output_dir: str = "outputs"
-    cache_dir: Optional[str] = None
-    force: bool = False
-    plan: bool = False
-    fit: bool = True
+    # weights to begin with: a run, one of its checkpoints, a Hugging Face folder or a model on the
+    # hub (GPT-2 or Llama); it brings its own shape and tokenizer
+    init_from: Optional[str] = None
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps.  Raises ConfigError where only the data decides it."""
+        """Return the number of optimizer steps.  Raise ConfigError if only the data decides it."""
         train = self.train
         if train.steps is not None:
             return train.steps
@@ -475,24 +325,6 @@ class Config:
             "steps: follows from the data; after data.prepare_data() and data.setup() it is "
             "data.plan.total_steps"
         )
-
-
-class Settings(Protocol):
-    """What every command that can be swept has in its configuration: where it runs, how it is
-    called and kept."""
-
-    hardware: HardwareConfig
-    launcher: LauncherConfig
-    sweep: SweepConfig
-    scale: str
-    seed: int
-    study: Optional[str]
-    run_name: Optional[str]
-    output_dir: str
-    cache_dir: Optional[str]
-    force: bool
-    plan: bool
-    fit: bool
 
 
 @dataclass
@@ -509,42 +341,6 @@ class Sampling:
     min_p: float = key(0.0, least=0.0, most=1.0)  # of those with this share of the likeliest's
 
 
-# Keys and values that are no more, each with what to use instead.
-REMOVED = {
-    "sweep.stack": "runs go side by side with launcher=local launcher.n_jobs=2",
-    "hardware.strategy=fsdp": "hardware.strategy=ddp shares the batch out over the devices",
-    "hardware.allocator": "freed memory is always kept for the next step",
-    "hardware.matmul": "TINYGPT_MATMUL=torch in the environment switches oneDNN off",
-    **dict.fromkeys(
-        [f"hardware.compile={how}" for how in ("regional", "whole", "graphs")],
-        "hardware.compile=on compiles the whole model",
-    ),
-    "policy=table": "policy=self draws each choice from the model's own logits",
-    "outer.shared": "the base that adapts is always the run itself",
-    "tuning.directives": "tuning.learning_rates= lists what is tried on the tune documents",
-    **dict.fromkeys(
-        ["methods=uniform_directive", "methods=fixed_best_directive"],
-        "methods=[lora_doc,restem] compares the document with learned directives",
-    ),
-    "estimator=absolute": "estimator=likelihood comes to the same law",
-    "threshold_unit": "threshold= is in units of the noise",
-}
-# Flags of Lightning's Trainer that the recipe decides, by the keys that do.
-DECIDED = {
-    "trainer.max_steps": "train.steps",
-    "trainer.max_epochs": "train.epochs",
-    "trainer.accumulate_grad_batches": "hardware.micro_batch_size",
-    "trainer.precision": "train.precision",
-    "trainer.gradient_clip_val": "train.grad_clip_norm",
-    "trainer.log_every_n_steps": "train.log_every",
-    "trainer.val_check_interval": "train.eval_every",
-    "trainer.logger": "logger",
-    "trainer.callbacks": "+callbacks.NAME._target_",
-    **{
-        f"trainer.{name}": f"hardware.{name}"
-        for name in ("accelerator", "devices", "num_nodes", "strategy")
-    },
-}
 # The variants of each group, by their name in conf/.
 CHOICES: dict[str, dict[str, type]] = {
     "data": {"synthetic": SyntheticData, "hub": HubData, "custom": CustomData},
@@ -573,7 +369,7 @@ CHOICES: dict[str, dict[str, type]] = {
 
 
 def variant(group: str, values: Mapping[str, Any]) -> type:
-    """The dataclass whose ``kind`` (of data: ``source``) is that of ``values``.
+    """Return the dataclass whose ``kind`` (of data: ``source``) is that of ``values``.
 
     Raises ConfigError where there is none.
     """
@@ -586,12 +382,12 @@ def variant(group: str, values: Mapping[str, Any]) -> type:
 
 
 def width_ratio(model: ModelConfig) -> float:
-    """How many times wider than ``mup_base_width`` the model is: the m of µP's rules."""
+    """Return how many times wider than ``mup_base_width`` the model is: the m of µP's rules."""
     return model.d_model / model.mup_base_width
 
 
 def rate_is_scaled(model: ModelConfig, optim: OptimConfig) -> bool:
-    """Whether the matrices inside the blocks get their rate divided by ``width_ratio``.
+    """Return whether the learning rate of the matrices in the blocks is divided by ``width_ratio``.
 
     Under µP a step must change what a matrix does by as much at any width.  A step of Adam or
     Lion does more the wider the matrix; one of Muon has the same spectral norm at any width.
