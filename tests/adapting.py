@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tinygpt import fileio, rundir
 from tinygpt.adaptation.config import AdaptConfig, identify, methods_of
-from tinygpt.adaptation.records import FIELDS, Record, RecordsFile
+from tinygpt.adaptation.records import FIELDS, Record, append, read_records, repair
 from tinygpt.config import RunError
 
 # Run by every Python that finds it first: the workers of a sweep too.
@@ -74,12 +74,12 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
         run.log.touch()
         fileio.write_json(run.environment, {"config_hash": hash_})
         run.write_config(config)
-        file, records = RecordsFile(run.records), records_of(config)
-        file.repair()
-        done = {record["run_id"] for record in file.read()}
+        records = records_of(config)
+        repair(run.records)
+        done = {record["run_id"] for record in read_records(run.records)[0]}
         for number, record in enumerate(records):
             if record["run_id"] not in done:
-                file.append([record])
+                append(run.records, [record])
             stop = os.environ.get("TINYGPT_TEST_STOP") == f"seed={config.seed}"
             if stop and number == len(records) // 2:
                 fileio.write_json(run.error, {"error": "RunError: stopped"})

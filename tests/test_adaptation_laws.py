@@ -18,6 +18,7 @@ from tinygpt import fileio, rundir
 from tinygpt.adaptation import analysis, report
 from tinygpt.adaptation.analysis import Adaptation, analyse_adaptation
 from tinygpt.adaptation.analysis import load_records as load
+from tinygpt.adaptation.records import FIELDS
 from tinygpt.config import ConfigError
 from tinygpt.scaling import document
 from tinygpt.scaling.laws import Array
@@ -37,20 +38,15 @@ EFFECTS = {
 
 def record(**values: Any) -> dict[str, Any]:
     """One line of ``adapt.jsonl`` with all its fields."""
-    found: dict[str, Any] = json.loads(
-        """{"git_commit": "abc", "seed": 0, "method": "lora_doc", "iteration": null,
-        "task": "new_facts", "split": "test", "base_parameters": 182272,
-        "doc_id": "a", "doc_sha256": "a", "edit_id": "e", "edit": {}, "edit_text_sha256": "t",
-        "inner_steps": 10, "lora_rank": 8, "lora_alpha": 16, "lora_params": 9000, "lr": 0.001,
-        "batch_tokens": 256, "policy_backend": "self", "policy_model": "m",
-        "policy_prompt_tokens": 0, "policy_tokens": 0, "edit_train_tokens": 100,
-        "eval_tokens": 2048, "sft_tokens": 0, "flops_est": 1e9,
-        "heldout_before": 5.0, "heldout_after": 4.5, "delta_val_loss": -0.5, "reward": 0.5,
-        "accuracy_before": 0.0, "accuracy_after": 0.5,
-        "base_before": 2.0, "base_after": 2.25, "forgetting": 0.25,
-        "train_loss_first": 5.0, "train_loss_last": 3.0, "accepted": null, "times_proposed": null,
-        "wall_s": 0.1, "cpu_s": 0.1, "device": "cpu", "error": null}"""
+    found: dict[str, Any] = dict.fromkeys(FIELDS) | json.loads(
+        """{"seed": 0, "method": "lora_doc", "task": "new_facts", "split": "test", "doc_id": "a",
+        "doc_sha256": "a", "edit_id": "e", "edit": {}, "inner_steps": 10, "lora_rank": 8,
+        "base_parameters": 182272, "lr": 0.001, "batch_tokens": 256, "policy_backend": "self",
+        "policy_model": "m", "policy_prompt_tokens": 0, "policy_tokens": 0, "sft_tokens": 0,
+        "flops_est": 1e9, "reward": 0.5, "forgetting": 0.25, "accuracy_before": 0.0,
+        "accuracy_after": 0.5}"""
     )
+    del found["tokens_processed"], found["run_id"]
     found |= values
     found.setdefault("tokens_processed", found["inner_steps"] * found["batch_tokens"])
     found.setdefault("run_id", fileio.digest(found)[:16])
@@ -59,9 +55,9 @@ def record(**values: Any) -> dict[str, Any]:
 
 def study(
     sizes: tuple[int, ...] = (182_272,),
-    documents: int = 12,
+    documents: int = 9,
     ranks: tuple[int, ...] = (4, 8),
-    seeds: int = 2,
+    seeds: int = 1,
     task: str = "new_facts",
     gain: float = 0.0,
 ) -> list[dict[str, Any]]:
@@ -140,15 +136,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Adaptation:
 
 
 # --- statistics
-
-
-@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=25))
-def test_the_front_against_brute_force(points: list[tuple[int, int]]) -> None:
-    forgetting, reward = np.array(points, dtype=float).T
-    expected = [
-        not any(f <= x and r >= y and (f < x or r > y) for f, r in points) for x, y in points
-    ]
-    assert list(analysis.pareto_front(forgetting, reward)) == expected
 
 
 def differences() -> tuple[Array, Array]:
@@ -298,17 +285,10 @@ def test_the_summary_of_a_table_computed_by_hand(tmp_path: Path) -> None:
     assert "1 record of 9 without a result: diverged (`lora_doc`)" in found.notes
 
 
-def test_a_document_that_was_passed_over_is_told(tmp_path: Path) -> None:
-    nothing = dict.fromkeys(("method", "split", "seed", "inner_steps", "tokens_processed"))
-    nothing |= dict.fromkeys(("reward", "forgetting", "accuracy_after", "lora_rank", "edit_id"))
-    rows = [record(method="restem_it0", iteration=0)]
-    passed = {
-        **record(doc_sha256="short"),
-        **nothing,
-        "error": "left out: too short",
-        "run_id": "p",
-    }
-    found = analyse_adaptation(load(written([*rows, passed], tmp_path)))
+def test_a_skipped_document_of_an_earlier_version_is_counted(tmp_path: Path) -> None:
+    nothing = dict.fromkeys(FIELDS) | {"run_id": "p", "error": "left out: too short"}
+    rows = [record(method="restem_it0", iteration=0), nothing]
+    found = analyse_adaptation(load(written(rows, tmp_path)))
     assert found.notes == ("1 record of 2 without a result: left out: too short",)
     assert len(found.summary) == len(found.restem) == 1
 
@@ -394,37 +374,29 @@ def test_a_win_is_said_with_its_size_and_what_it_costs(whole: Adaptation) -> Non
     assert not wins["method"].isin(["lora_edit", "restem_it0"]).any()
 
 
-def test_no_evidence_is_said_as_plainly(tmp_path: Path) -> None:
-    raw, _ = differences()
-    same = raw + np.random.default_rng(1).normal(0, 0.1, len(raw))
-    rows = [
-        record(method=method, doc_sha256=str(doc), reward=value, base_parameters=size)
-        for size in (1000, 2000)
-        for method, values in (("lora_doc", raw), ("lora_edit", same))
-        for doc, value in enumerate(values)
-    ]
-    said = first_words(analyse_adaptation(load(written(rows, tmp_path))))
-    assert "no evidence that it does, in any of 1 comparison at equal tokens" in said
-    assert "no evidence at any of the 2 sizes of the base" in said
-
-
 @pytest.mark.parametrize(
     ("better", "words"),
     [
+        ((None, None), "no evidence at any of the 2 sizes of the base"),
         ((False, True, True), "it wins from 2,000 parameters on, not below"),
         ((True, True, True), "it wins somewhere at every size, from 1,000 parameters on"),
         ((True, False, True), "it wins at 1,000, 3,000 parameters, but not at every larger"),
     ],
 )
-def test_from_what_size_on(tmp_path: Path, better: tuple[bool, ...], words: str) -> None:
+def test_from_what_size_on(tmp_path: Path, better: tuple[bool | None, ...], words: str) -> None:
     raw, edit = differences()
+    same = raw + np.random.default_rng(1).normal(0, 0.1, len(raw))
+    edits = {True: edit + 0.3, False: edit - 0.3, None: same}
     rows = [
         record(method=method, doc_sha256=str(doc), reward=value, base_parameters=1000 * (n + 1))
         for n, wins in enumerate(better)
-        for method, values in (("lora_doc", raw), ("lora_edit", edit + (0.3 if wins else -0.3)))
+        for method, values in (("lora_doc", raw), ("lora_edit", edits[wins]))
         for doc, value in enumerate(values)
     ]
-    assert words in first_words(analyse_adaptation(load(written(rows, tmp_path))))
+    said = first_words(analyse_adaptation(load(written(rows, tmp_path))))
+    assert words in said
+    told = "no evidence that it does, in any of 1 comparison at equal tokens"
+    assert said.count(told) == sum(wins is not True for wins in better)
 
 
 def test_only_train_documents_yet(tmp_path: Path) -> None:
@@ -438,8 +410,8 @@ def test_only_train_documents_yet(tmp_path: Path) -> None:
 
 
 def test_the_command_makes_all_files(tinygpt: Command, tmp_path: Path) -> None:
-    written(study(documents=6, seeds=1), tmp_path / "s" / "facts")
-    other = study(documents=5, seeds=1, ranks=(8,), task="domain_shift")
+    written(study(documents=4), tmp_path / "s" / "facts")
+    other = study(documents=3, ranks=(8,), task="domain_shift")
     written(other, tmp_path / "s" / "shift")
     done = tinygpt("fit", "runs=s", COLUMNS="200")
     assert (done.returncode, done.stderr) == (0, "")
@@ -462,7 +434,7 @@ def test_the_command_makes_all_files(tinygpt: Command, tmp_path: Path) -> None:
 
 
 def test_figures_of_iterations_that_are_gone_go_too(tmp_path: Path) -> None:
-    every, folder = study(documents=2, seeds=1, ranks=(8,)), tmp_path / "fit"
+    every, folder = study(documents=2, ranks=(8,)), tmp_path / "fit"
     rows = [row for row in every if row["method"] in ("lora_doc", "restem_it0", "restem_it1")]
     for kept in (rows, [row for row in rows if not row["method"].startswith("restem")]):
         found = analyse_adaptation(load(written(kept, tmp_path)))

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from tests.conftest import Command, Starts
-from tests.test_adaptation import TIMES, base, run  # noqa: F401  fixtures
+from tests.test_adaptation import TIMES, base, run, timeless  # noqa: F401  fixtures
 from tinygpt import cli
 from tinygpt.adaptation.config import (
     AdaptConfig,
@@ -27,11 +27,10 @@ from tinygpt.adaptation.config import (
     count_records,
 )
 from tinygpt.adaptation.documents import Document, new_facts
-from tinygpt.adaptation.edits import SelfEdit
+from tinygpt.adaptation.edits import Policy, Proposal, SelfEdit
 from tinygpt.adaptation.inner import Base
 from tinygpt.adaptation.loop import Study, adapt, make_results, run_methods
-from tinygpt.adaptation.policies import Policy, Proposal
-from tinygpt.adaptation.records import FIELDS, LinesFile, Record, RecordsFile
+from tinygpt.adaptation.records import FIELDS, Record, read_lines, read_records
 from tinygpt.config import LoraConfig
 from tinygpt.fileio import sha256
 from tinygpt.trained import TrainedRun
@@ -40,15 +39,13 @@ NOTHING = 1e-30  # a rate by which no weight moves
 GOOD, BETTER = 3e-3, 1e-2
 
 
-class Scripted:
+class Scripted(Policy):
     """Proposes directives of given rates, the same for every document; learns by taking the next
     list of them."""
 
     backend = "scripted"
     model = "none"
-    parameters: int | None = 10
-    sft_tokens = 0
-    ops: Sequence[str] = ("continue",)
+    parameters = 10
 
     def __init__(self, rates: Sequence[Sequence[float]], taught: list[Any] | None = None) -> None:
         self.rates = list(rates)
@@ -104,17 +101,18 @@ def study(base: Base, tmp_path: Path) -> Callable[..., Study]:  # noqa: F811
     def make(
         config: AdaptConfig, policy: Scripted | None = None, folder: Path = tmp_path, **more: Any
     ) -> Study:
-        policy = policy or Scripted([[GOOD]])
         documents = new_facts(config.documents, base.run)
-        files = RecordsFile(folder / "adapt.jsonl"), LinesFile(folder / "edits.jsonl")
-        return Study(config, base, documents, policy, *files, folder / "policies", **more)
+        return Study(config, base, documents, policy or Scripted([[GOOD]]), folder, **more)
 
     return make
 
 
+def kept(study: Study) -> list[Record]:
+    return read_records(study.records)[0]
+
+
 def of(study: Study, method: str, split: str) -> list[Record]:
-    every = study.records.read()
-    return [r for r in every if (r["method"], r["split"]) == (method, split)]
+    return [r for r in kept(study) if (r["method"], r["split"]) == (method, split)]
 
 
 def test_the_rate_is_the_best_on_the_tune_documents(study: Callable[..., Study]) -> None:
@@ -139,7 +137,11 @@ def test_the_rate_is_the_best_on_the_tune_documents(study: Callable[..., Study])
     assert [r["inner_steps"] for r in of(one, "none", "test")] == [0, 0]
     assert {r["edit"]["source"] for r in of(one, "oracle", "test")} == {"both"}
     assert all(len(r["edit"]["text"]) >= 2 for r in of(one, "oracle", "test"))
-    assert len(one.records.read()) == count_records(one.config)
+    assert len(kept(one)) == count_records(one.config)
+    results = make_results(one, "abc")
+    last = [r["reward"] for r in of(one, "lora_doc", "test") if r["inner_steps"] == 4]
+    assert (results["reward_lora_doc"], results["reward_none"]) == (np.mean(last), 0)
+    assert (results["records"], results["errors"]) == (len(kept(one)), 0)
 
 
 def test_what_is_forgotten_can_count(study: Callable[..., Study]) -> None:
@@ -172,7 +174,7 @@ def test_of_each_document_the_best_edit_is_learned_from_if_it_gains(
     assert [{r["sft_tokens"] for r in some} for some in tested] == [{0}, {100}, {200}]
     assert {(r["policy_prompt_tokens"], r["policy_tokens"]) for r in tested[0]} == {(7, 5)}
     assert {r["accepted"] for some in tested for r in some} == {None}
-    assert len(one.records.read()) == count_records(one.config) - 2 * 2 * 2  # two, not four
+    assert len(kept(one)) == count_records(one.config) - 2 * 2 * 2  # two, not four
 
 
 def test_nothing_is_learned_from_edits_that_gain_nothing(study: Callable[..., Study]) -> None:
@@ -205,10 +207,6 @@ class Killed(BaseException):
     pass
 
 
-def plain(records: Sequence[Record]) -> list[Record]:
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
-
-
 def test_a_study_killed_anywhere_goes_on_as_if_nothing_had_been(
     study: Callable[..., Study], tmp_path: Path
 ) -> None:
@@ -228,36 +226,24 @@ def test_a_study_killed_anywhere_goes_on_as_if_nothing_had_been(
             if left <= 0:
                 raise Killed
 
-        again = study(config, Scripted(rates, taught), folder, advance=advance)
-        with (folder / "adapt.jsonl").open("ab") as file:
-            file.write(b'{"run_id": "torn')
-        with (folder / "edits.jsonl").open("ab") as file:
-            file.write(b'{"key')
+        for name in ("adapt.jsonl", "edits.jsonl"):
+            with (folder / name).open("ab") as file:
+                file.write(b'{"run_id": "torn')
         again = study(config, Scripted(rates, taught), folder, advance=advance)
         try:
             run_methods(again)
             break
         except Killed:
             continue
-    assert plain(again.records.read()) == plain(whole.records.read())
-    assert again.edits.read() == whole.edits.read()
+    assert timeless(kept(again)) == timeless(kept(whole))
+    assert read_lines(again.edits) == read_lines(whole.edits)
     assert len(taught) == 1  # a policy that was saved is not trained again
     assert make_results(again, "") == make_results(whole, "")
-    before = again.records.path.read_bytes()
+    before = again.records.read_bytes()
     last = study(config, Scripted(rates), folder)
     run_methods(last)
     assert last.policy.calls == 0  # type: ignore[attr-defined]
-    assert last.records.path.read_bytes() == before
-
-
-def test_the_results_are_the_means_of_the_records(study: Callable[..., Study]) -> None:
-    one = study(config_of("none", "lora_doc"))
-    run_methods(one)
-    results = make_results(one, "abc")
-    last = [r["reward"] for r in of(one, "lora_doc", "test") if r["inner_steps"] == 4]
-    assert results["reward_lora_doc"] == np.mean(last)
-    assert results["reward_none"] == 0
-    assert (results["records"], results["errors"]) == (len(one.records.read()), 0)
+    assert last.records.read_bytes() == before
 
 
 # --- the command with a real model
@@ -292,7 +278,7 @@ def adapted(words: list[str]) -> dict[str, Any]:
 
 def records(folder: Path) -> list[dict[str, Any]]:
     (path,) = folder.rglob("adapt.jsonl")
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in RecordsFile(path).read()]
+    return timeless(read_records(path)[0])
 
 
 def test_all_methods_leave_their_records_and_the_base_as_it_was(
@@ -346,27 +332,6 @@ def test_a_killed_adaptation_goes_on_to_the_same_records(
     assert records(killed) == records(whole)
     again = tinygpt("adapt", *words)
     assert "already finished" in again.stdout
-
-
-@pytest.mark.slow
-def test_a_sweep_ends_with_its_report(
-    run: TrainedRun,  # noqa: F811
-    cache: Path,
-    tmp_path: Path,
-    tinygpt: Command,
-) -> None:
-    words = [w for w in words_of(run, cache, tmp_path) if not w.startswith(("fit", "inner.lora"))]
-    words += ["experiment=adaptation", "scale=smoke", "launcher=local", "launcher.n_jobs=2"]
-    words += ["documents.test=3", "methods=[none,lora_doc,lora_edit,restem]"]
-    done = tinygpt("adapt", "--multirun", *words)
-    assert done.returncode == 0, done.stderr
-    study = tmp_path / "adaptation-smoke"
-    assert len(list(study.rglob("adapt.jsonl"))) == 4
-    files = {path.name for path in (study / "fit").iterdir()}
-    figures = {f"{n}.png" for n in ("adaptation_laws", "pareto_forgetting", "restem")}
-    assert files >= {"report.html", "report.md", "adaptation_summary.csv", *figures}
-    assert "self-editing" in done.stdout.lower()
-    assert (study / "sweep_summary.csv").read_text().count("\n") == 5
 
 
 def test_forced_it_is_made_anew(run: TrainedRun, cache: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -17,7 +17,7 @@ from tinygpt.config import ConfigError
 @hydra.main(config_path=cli.CONF_DIR, config_name=cli.ADAPT.file, version_base="1.3")
 @cli.one_line_errors
 def job(composed: DictConfig) -> None:
-    """One adaptation."""
+    """Do one adaptation."""
     overrides = list(HydraConfig.get().overrides.task)
     config = cli.checked_adaptation(composed, overrides)
     from tinygpt.sweeping.jobs import study_name

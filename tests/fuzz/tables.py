@@ -10,7 +10,7 @@ import pandas as pd
 from tests.fuzz.harness import SEEDS, Harness, file_of
 from tinygpt import fit
 from tinygpt.adaptation import analysis
-from tinygpt.adaptation.records import RecordsFile, read_records
+from tinygpt.adaptation.records import read_records, repair
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.elsewhere import Table
 from tinygpt.scaling.laws import LAWS
@@ -62,10 +62,9 @@ def records(data: bytes) -> None:
 
 
 def records_to_go_on_with(data: bytes) -> None:
-    file = RecordsFile(file_of("begun/adapt.jsonl", data))
-    file.read()
-    file.repair()
-    file.read()
+    path = file_of("begun/adapt.jsonl", data)
+    repair(path)
+    read_records(path)
 
 
 HARNESSES = [

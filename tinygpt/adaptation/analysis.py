@@ -1,8 +1,7 @@
-"""Analyse a study of adaptation: records, means by document, paired differences, laws in the
-steps.  Torch-free.
+"""Analyse a study of adaptation: means by document, paired differences, laws in the steps.
 
 Documents are what is drawn at random: records of a document are averaged first, and every
-interval is over documents.
+interval is over documents.  Torch-free.
 """
 
 from __future__ import annotations
@@ -17,19 +16,20 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from tinygpt.adaptation.records import NUMBERS, WHOLE, read_records
+from tinygpt.adaptation.records import NUMBERS, WHOLE, Record, read_records
 from tinygpt.config import ConfigError
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.wording import count
 
 LOG = "adapt.jsonl"
-RAW = "lora_doc"  # what every method is compared with: the same inner loop on the raw document
-REFERENCES = ("none", RAW, "oracle", "full_ft_doc")  # no edits of the model's own choice
+RAW = "lora_doc"  # every method is compared with the same inner loop on the raw document
+REFERENCES = ("none", RAW, "oracle", "full_ft_doc")  # methods without edits of the model's choice
 REMOVED = ("uniform_directive", "fixed_best_directive")  # methods of earlier versions
 ORDER = ("none", RAW, "lora_edit", "lora_doc+edit", "restem", "oracle", "full_ft_doc")
 BASE = ["task", "base_parameters"]
 METHOD = ["method", "iteration", "lora_rank"]
+PLACE = [*BASE, *METHOD]
 OUTCOMES = ["reward", "forgetting", "accuracy_gain"]
 MEANS = [
     *("accuracy_before", "accuracy_after"),
@@ -42,7 +42,17 @@ REASONS = 8  # shown at most
 FEWEST_STEPS = 3  # different k that can contradict a power law
 
 
-# --- the records
+@dataclass(frozen=True)
+class Adaptation:
+    """``summary``, ``paired``, ``laws`` and ``restem`` have a row a setting; losses in nats."""
+
+    records: pd.DataFrame
+    summary: pd.DataFrame
+    paired: pd.DataFrame  # test documents, each method less ``lora_doc`` at equal tokens
+    laws: pd.DataFrame  # reward = c·k^a, or the reason why there is none
+    restem: pd.DataFrame  # by iteration, at the largest k
+    notes: tuple[str, ...]  # what was left out or averaged over
+    seed: int
 
 
 def load_records(*folders: str | Path) -> pd.DataFrame:
@@ -53,7 +63,7 @@ def load_records(*folders: str | Path) -> pd.DataFrame:
     that is no record and for one ``run_id`` with two rewards.
     """
     paths = {path.resolve(): path for one in folders for path in sorted(Path(one).rglob(LOG))}
-    rows: list[dict[str, Any]] = []
+    rows: list[Record] = []
     torn = 0
     for path in paths.values():
         found, cut = read_records(path)
@@ -61,7 +71,13 @@ def load_records(*folders: str | Path) -> pd.DataFrame:
         torn += cut
     if not rows:
         raise ConfigError(f"runs={','.join(map(str, folders))}: no record of an adaptation yet")
-    table = _typed(pd.DataFrame(rows))
+    table = pd.DataFrame(rows)
+    types: dict[str, Any] = dict.fromkeys(WHOLE, "Int64") | dict.fromkeys(NUMBERS, float)
+    numbers = {name: pd.to_numeric(table[name]) for name in types}
+    table = table.assign(**numbers).astype({**types, "accepted": "boolean"})
+    measured = np.isfinite(table["reward"]) & np.isfinite(table["forgetting"])
+    error = table["error"].astype(object).mask(table["error"].isna(), None)
+    table["error"] = error.mask(~measured & error.isna(), "not finite")
     old = table["method"].isin(REMOVED)
     table = table[~old]
     once = table.drop_duplicates(["run_id", "reward"], ignore_index=True)
@@ -76,15 +92,6 @@ def load_records(*folders: str | Path) -> pd.DataFrame:
     return once
 
 
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    kinds: dict[str, Any] = dict.fromkeys(WHOLE, "Int64") | dict.fromkeys(NUMBERS, float)
-    numbers = {name: pd.to_numeric(table[name]) for name in kinds}
-    table = table.assign(**numbers).astype({**kinds, "accepted": "boolean"})
-    measured = np.isfinite(table["reward"]) & np.isfinite(table["forgetting"])
-    error = table["error"].astype(object).mask(table["error"].isna(), None)
-    return table.assign(error=error.mask(~measured & error.isna(), "not finite"))
-
-
 def by_order(methods: Iterable[str]) -> list[str]:
     """Sort methods: references first and last, iterations by number."""
 
@@ -92,22 +99,6 @@ def by_order(methods: Iterable[str]) -> list[str]:
         return ORDER.index(name if name in ORDER else "restem"), len(name), name
 
     return sorted(set(methods), key=place)
-
-
-# --- everything at once
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """``summary``, ``paired``, ``laws`` and ``restem`` have a row a setting; losses in nats."""
-
-    records: pd.DataFrame
-    summary: pd.DataFrame
-    paired: pd.DataFrame  # test documents, each method less ``lora_doc`` at equal tokens
-    laws: pd.DataFrame  # reward = c·k^a, or the reason why there is none
-    restem: pd.DataFrame  # by iteration, at the largest k
-    notes: tuple[str, ...]  # what was left out or averaged over
-    seed: int
 
 
 def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
@@ -129,7 +120,7 @@ def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
 
 
 def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
-    lengths = r": (at most )?\d+ of \d+ tokens$"
+    lengths = r": (at most )?\d+ of \d+ tokens$"  # earlier versions kept records of short documents
     table = table.assign(error=table["error"].str.replace(lengths, "", regex=True))
     reasons = table["error"].value_counts()
     for reason, number in reasons.head(REASONS).items():
@@ -139,14 +130,16 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
         yield f"{line} ({where})" if where else line
     if len(reasons) > REASONS:
         yield f"{len(reasons) - REASONS} other reasons, each of fewer records"
-    if counts.get("torn"):
-        yield f"{count(counts['torn'], 'torn last line')} left out: the study was killed there"
-    if counts.get("removed"):
-        names = " and ".join(f"`{name}`" for name in REMOVED)
-        yield f"{count(counts['removed'], 'record')} of the removed methods {names} left out"
-    if counts.get("repeated"):
-        yield f"{count(counts['repeated'], 'record')} found in several runs and counted once"
-    keys = [*BASE, "split", *METHOD, "inner_steps"]
+    names = " and ".join(f"`{name}`" for name in REMOVED)
+    told = {
+        "torn": ("torn last line", "left out: the study was killed there"),
+        "removed": ("record", f"of the removed methods {names} left out"),
+        "repeated": ("record", "found in several runs and counted once"),
+    }
+    for name, (what, words) in told.items():
+        if number := counts.get(name, 0):
+            yield f"{count(number, what)} {words}"
+    keys = [*PLACE, "split", "inner_steps"]
     places = table.groupby([*keys, "seed", "doc_sha256"], dropna=False)["folder"].nunique()
     if (places > 1).any():
         yield (
@@ -259,7 +252,7 @@ def paired(table: pd.DataFrame) -> pd.DataFrame:
     both = others.merge(raw, on=[*place, "doc_sha256", "seed"], suffixes=("", "_raw"))
     for name in OUTCOMES:
         both[f"{name}_more"] = both[name] - both[f"{name}_raw"]
-    keys = [*BASE, *METHOD, "inner_steps"]
+    keys = [*PLACE, "inner_steps"]
     names = [f"{name}{end}" for name in OUTCOMES for end in ("", "_raw", "_more")]
     documents = _document_means(both, keys, names)
     rows = [
@@ -324,9 +317,9 @@ def holm(p: Array) -> Array:
 def laws(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Fit reward = c·k^a of each method to its means over test documents, or say why not."""
     good, rows = _tested(table), []
-    for key, group in good[good["method"] != "none"].groupby([*BASE, *METHOD], dropna=False):
+    for key, group in good[good["method"] != "none"].groupby(PLACE, dropna=False):
         means = group.pivot_table(index="doc_sha256", columns="inner_steps", values="reward")
-        row = dict(zip([*BASE, *METHOD], key, strict=True))
+        row = dict(zip(PLACE, key, strict=True))
         rows.append(row | power_law(means.dropna(), seed))
     if not rows:
         return pd.DataFrame()
@@ -418,10 +411,6 @@ def _proposed(records: pd.DataFrame) -> dict[str, float]:
 
 def pareto_front(forgetting: Array, reward: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Return of points, (n,), whether no other forgets no more and gains no less, one strictly."""
-    front = np.zeros(len(reward), dtype=bool)
-    best, at = -np.inf, np.inf
-    for i in np.lexsort((-reward, forgetting)):
-        front[i] = reward[i] > best or (reward[i] == best and forgetting[i] == at)
-        if reward[i] > best:
-            best, at = reward[i], forgetting[i]
-    return front
+    no_less = (forgetting <= forgetting[:, None]) & (reward >= reward[:, None])
+    strictly = (forgetting < forgetting[:, None]) | (reward > reward[:, None])
+    return np.asarray(~(no_less & strictly).any(axis=1))

@@ -38,7 +38,7 @@ from tinygpt.model.search import Path, Tree, likeliest, tree_of
 from tinygpt.trained import TrainedRun
 from tinygpt.training.corpus import own_corpus
 
-SPLITS = ("train", "tune", "test")
+SPLITS = ("test", "tune", "train")  # so that test documents do not depend on how many are learned
 AT_ONCE = 64  # beginnings of answers that go through a model together
 
 
@@ -122,8 +122,8 @@ class Document:
     sha256: str  # of its text
     context: str
     context_ids: list[int]
-    split: str
     heldout: Heldout
+    split: str = ""
     unknown: int = 0  # characters of context and held-out part that the tokenizer lacks
     oracle: Sequence[str] = ()
 
@@ -132,43 +132,43 @@ class Document:
         return "new_facts" if self.heldout.questions else "domain_shift"
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A document that cannot be used, and why."""
-
-    doc_id: str
-    sha256: str
-    error: str
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Hold the documents used, in the order test, tune, train, and those that were skipped."""
-
-    used: list[Document]
-    left_out: list[LeftOut]
-
-
-def open_documents(config: DocumentsConfig, base: TrainedRun, data: DataConfig | None) -> Documents:
-    """Return those of ``config.task``: of the corpus ``data``, or facts of the base's own grammar.
-
-    Raises ConfigError where there are too few.
+def open_documents(
+    config: DocumentsConfig, base: TrainedRun, data: DataConfig | None
+) -> tuple[list[Document], int]:
+    """Return the documents of ``config.task``, from the corpus ``data`` or the base's own grammar,
+    and how many were skipped because they are too short.  Raises ConfigError if too few are left.
     """
     if config.task == "new_facts":
-        return Documents(new_facts(config, base), [])
+        return new_facts(config, base), 0
     assert data is not None
     texts = (document.text for document in corpora.open_corpus(data).documents("train"))
     return domain_shift(config, base, itertools.islice(texts, data.max_documents))
 
 
-def domain_shift(config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]) -> Documents:
-    """Return distinct texts in the order of a seeded hash, the too short among them skipped.
+def _asked(config: DocumentsConfig) -> tuple[int, str]:
+    """Return how many documents there must be, and the keys that say so."""
+    keys = [f"documents.{name}={getattr(config, name)}" for name in reversed(SPLITS)]
+    return config.train + config.tune + config.test, ", ".join(keys)
 
-    Raises ConfigError where fewer are left than are asked for.
+
+def _split(documents: Sequence[Document], config: DocumentsConfig) -> list[Document]:
+    names = [name for name in SPLITS for _ in range(getattr(config, name))]
+    pairs = zip(documents, names, strict=True)
+    return [dataclasses.replace(document, split=name) for document, name in pairs]
+
+
+# --- documents of a corpus
+
+
+def domain_shift(
+    config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]
+) -> tuple[list[Document], int]:
+    """Return distinct texts in the order of a seeded hash, and how many too short ones come before
+    the last of them.  Raises ConfigError where fewer are left than are asked for.
     """
-    asked = config.train + config.tune + config.test
+    asked, keys = _asked(config)
     kept: list[tuple[str, Document]] = []
-    short: dict[str, LeftOut] = {}
+    short: list[str] = []
     seen: set[str] = set()
     for text in texts:
         sha = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
@@ -177,57 +177,40 @@ def domain_shift(config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]
             continue
         seen.add(sha)
         found = _cut(text, sha, config, base)
-        if isinstance(found, LeftOut):
-            short[place] = found
+        if found is None:
+            short.append(place)
         else:
             kept = heapq.nsmallest(asked, [*kept, (place, found)], key=lambda pair: pair[0])
     if len(kept) < asked:
-        keys = ", ".join(f"documents.{name}={getattr(config, name)}" for name in SPLITS)
         raise ConfigError(
             f"{keys}: only {len(kept)} documents of {len(seen)} are long enough; lower these, "
             f"documents.context_tokens={config.context_tokens} or "
             f"documents.heldout_tokens={config.heldout_tokens}; or give longer documents "
             "(data.separator=none: a file is one)"
         )
-    passed = [found for place, found in sorted(short.items()) if place < kept[-1][0]]
-    return Documents(_split([document for _, document in kept], config), passed)
+    documents = _split([document for _, document in kept], config)
+    return documents, sum(place < kept[-1][0] for place in short)
 
 
-def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Document | LeftOut:
-    words = re.sub(r"\W+", "-", " ".join(text[:200].split()[:4])).strip("-").lower()
-    doc_id = f"{words[:40]}-{sha[:6]}"
+def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Document | None:
+    """Return the document of a text, None if it is too short."""
     tokenizer, length = base.tokenizer, base.model.config.max_seq_len
     begin = config.context_tokens + length
     needed = begin + config.heldout_tokens
     most = len(text.encode("utf-8", "surrogatepass"))  # no token is less than a byte
     ids = tokenizer.encode(text) if most >= needed else []
     if len(ids) < needed:
-        found = len(ids) if ids else f"at most {most}"
-        return LeftOut(doc_id, sha, f"too short: {found} of {needed} tokens")
+        return None
+    words = re.sub(r"\W+", "-", " ".join(text[:200].split()[:4])).strip("-").lower()
+    doc_id = f"{words[:40]}-{sha[:6]}"
     context, rest = ids[: config.context_tokens], ids[begin - 1 : needed]
     unknown = tokenizer.unknown_id
     # a tokenizer with an unknown token has one for each character
     shown = text[: len(context)] if unknown is not None else tokenizer.decode(context)
-    return Document(
-        doc_id=doc_id,
-        sha256=sha,
-        context=shown,
-        context_ids=[tokenizer.start_id, *context],
-        split="",
-        heldout=Heldout(
-            *windows([rest[i : i + length + 1] for i in range(0, len(rest) - 1, length)])
-        ),
-        unknown=(context + rest[1:]).count(unknown) if unknown is not None else 0,
-    )
-
-
-def _split(documents: Sequence[Document], config: DocumentsConfig) -> list[Document]:
-    """Name test documents first, so that they do not depend on how many are learned from."""
-    names = [name for name in reversed(SPLITS) for _ in range(getattr(config, name))]
-    return [
-        dataclasses.replace(document, split=name)
-        for document, name in zip(documents, names, strict=True)
-    ]
+    rows = [rest[first : first + length + 1] for first in range(0, len(rest) - 1, length)]
+    lacking = (context + rest[1:]).count(unknown) if unknown is not None else 0
+    context_ids = [tokenizer.start_id, *context]
+    return Document(doc_id, sha, shown, context_ids, Heldout(*windows(rows)), unknown=lacking)
 
 
 def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -240,42 +223,39 @@ def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
+# --- facts of the embedded corpus
+
+
 def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
     """Return facts of entities that the base never saw, an entity at a time.
 
-    Raises ConfigError where its corpus is not the embedded one or has too few of them, or its
-    context is too short.
+    Raises ConfigError where its corpus has too few of them, or its context is too short.
     """
-    data = base.config.data
-    if not isinstance(data, SyntheticData):
-        raise ConfigError(
-            "documents.task=new_facts: needs a run that was trained on data=synthetic; "
-            f"{base.path} was trained on {data.name}"
-        )
+    data, tokenizer, length = base.config.data, base.tokenizer, base.model.config.max_seq_len
+    assert isinstance(data, SyntheticData)  # check_adapt refuses others
     grammar = Grammar(data)
     there, relations = len(grammar.heldout), len(RELATIONS)
-    asked = config.train + config.tune + config.test
+    asked, keys = _asked(config)
     if asked > there * relations:
-        keys = ", ".join(f"documents.{name}={getattr(config, name)}" for name in SPLITS)
         raise ConfigError(
             f"{keys}: {asked} facts, but the run kept {there} entities out of its corpus "
             f"(data.heldout_entities), with {relations} facts each"
         )
     order = np.random.default_rng(config.seed).permutation(there)
     tree = {
-        relation: tree_of(_answer(base.tokenizer, f" {v}") for v in grammar.values[relation])
+        relation: tree_of(_answer(tokenizer, f" {value}") for value in grammar.values[relation])
         for relation in RELATIONS
     }
     found = []
     for n in range(asked):
         entity = grammar.heldout[order[n % there]]
         relation = RELATIONS[(n + n // there) % relations]
-        found.append(_fact(grammar, entity, relation, tree[relation], base.tokenizer))
+        found.append(_fact(grammar, entity, relation, tree[relation], tokenizer))
     longest = max(document.heldout.inputs.shape[1] for document in found)
-    if longest > base.model.config.max_seq_len:
+    if longest > length:
         raise ConfigError(
             f"documents.task=new_facts: a question takes {longest} tokens, and the context of the "
-            f"run is model.max_seq_len={base.model.config.max_seq_len}"
+            f"run is model.max_seq_len={length}"
         )
     return _split(found, config)
 
@@ -302,7 +282,6 @@ def _fact(
         sha256=hashlib.sha256(context.encode()).hexdigest(),
         context=context,
         context_ids=[tokenizer.start_id, *tokenizer.encode(context)],
-        split="",
         heldout=Heldout(inputs, targets, questions),
         oracle=others,
     )

@@ -1,5 +1,4 @@
-"""One adaptation from its configuration to its results: what each method trains on, and the study
-of all of them.
+"""One adaptation from its configuration to its results: a study of several methods.
 
 A score is the reward after the most steps, less ``forgetting_weight`` times what was forgotten.
 Rates are chosen by their mean score on the tune documents; the test documents are looked at once,
@@ -8,14 +7,13 @@ with what was chosen.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,34 +24,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tinygpt import fileio, rundir
+from tinygpt.adaptation import records as lines
 from tinygpt.adaptation.config import (
     AdaptConfig,
-    check_inner,
+    FilePolicy,
+    ModelPolicy,
+    SelfPolicy,
     count_records,
     identify,
     methods_of,
 )
-from tinygpt.adaptation.documents import Document, Documents, open_documents, own_validation
-from tinygpt.adaptation.edits import SelfEdit, read
-from tinygpt.adaptation.inner import (
-    Base,
-    Origin,
-    Trial,
-    record_left_out,
-    run_trial,
-)
-from tinygpt.adaptation.policies import Policy, Proposal, make_policy, seed_of
-from tinygpt.adaptation.records import LinesFile, Record, RecordsFile
+from tinygpt.adaptation.documents import Document, open_documents, own_validation
+from tinygpt.adaptation.edits import Policy, Proposal, SelfEdit, read
+from tinygpt.adaptation.inner import Base, Trial, run_trial
+from tinygpt.adaptation.policies import OwnPolicy, ReplayPolicy, seed_of
+from tinygpt.adaptation.prompted import HuggingFacePolicy, MlxPolicy
+from tinygpt.adaptation.records import Record
 from tinygpt.config import LoraConfig
-from tinygpt.trained import load_run
+from tinygpt.trained import TrainedRun, load_run
 from tinygpt.training.console import logging_to, preparing, short
 from tinygpt.training.hardware import resolve_device, set_up
 from tinygpt.training.session import failures_recorded
 
 log = logging.getLogger("tinygpt")
 
-EDITS = "edits.jsonl"  # in the form that policy=file reads
-TEXTS = 4  # of a document, about, where a method has text of the policy's
+TEXTS = 4  # of a document, about, if a method has text of the policy's
 SOURCES = {
     "lora_doc": "doc",
     "lora_edit": "edit",
@@ -63,12 +58,9 @@ SOURCES = {
 }
 
 
-# --- a study
-
-
 @dataclass
 class Study:
-    """Its records and edits so far; what is there is not computed again.
+    """The records and edits so far; what is there is not computed again.
 
     ``advance`` is called with the number of new records.
     """
@@ -77,38 +69,37 @@ class Study:
     base: Base
     documents: Sequence[Document]
     policy: Policy
-    records: RecordsFile
-    edits: LinesFile
-    policies: Path  # the folder of those that were trained
+    folder: Path
     advance: Callable[[int], None] = lambda count: None
     known: dict[str, Record] = field(default_factory=dict, init=False)  # by run id
-    # by what they were asked for
-    _proposed: dict[str, list[Proposal]] = field(default_factory=dict, init=False)
+    proposals: dict[str, list[Proposal]] = field(default_factory=dict, init=False)  # by question
 
     def __post_init__(self) -> None:
-        for file in (self.records, self.edits):
-            file.repair()
-        self.known = {record["run_id"]: record for record in self.records.read()}
-        for line in self.edits.read():
+        self.records = self.folder / "adapt.jsonl"
+        self.edits = self.folder / "edits.jsonl"  # as policy=file reads it
+        for path in (self.records, self.edits):
+            lines.repair(path)
+        self.known = {record["run_id"]: record for record in lines.read_records(self.records)[0]}
+        for line in lines.read_lines(self.edits)[0]:
             proposal = Proposal(read(line["edit"]), line["prompt_tokens"], line["tokens"])
-            self._proposed.setdefault(line["key"], []).append(proposal)
+            self.proposals.setdefault(line["key"], []).append(proposal)
 
     def split(self, name: str) -> list[Document]:
         return [document for document in self.documents if document.split == name]
 
-    def keep(self, records: Iterable[Record]) -> None:
-        """Write those that are new, at once."""
-        new = {r["run_id"]: r for r in records if r["run_id"] not in self.known}
-        self.records.append(list(new.values()))
-        self.known |= new
-        self.advance(len(new))
-
     def outcome(self, trial: Trial) -> list[Record]:
         """Return the trial's records, from the file or anew; they are not kept yet."""
-        ids = trial.run_ids(self.base)
+        ids = [trial.run_id(self.base, steps) for steps in trial.steps]
         if all(run_id in self.known for run_id in ids):
             return [self.known[run_id] for run_id in ids]
         return run_trial(self.base, trial)
+
+    def keep(self, records: Iterable[Record]) -> None:
+        """Write those that are new, at once."""
+        new = {r["run_id"]: r for r in records if r["run_id"] not in self.known}
+        lines.append(self.records, list(new.values()))
+        self.known |= new
+        self.advance(len(new))
 
     def tested(self, method: str) -> dict[int, list[Record]]:
         """Return the method's records of test documents, by steps."""
@@ -119,7 +110,7 @@ class Study:
         return found
 
     def score(self, records: Sequence[Record]) -> float:
-        """Return the score of a trial, -inf where it has no result."""
+        """Return the score of a trial, -inf if it has no result."""
         last = records[-1]
         if last["error"] is not None:
             return -math.inf
@@ -127,68 +118,63 @@ class Study:
         return float(last["reward"] - self.config.tuning.forgetting_weight * forgotten)
 
     def proposed(
-        self, key: str, document: Document, make: Callable[[], list[Proposal]]
+        self, question: str, document: Document, make: Callable[[], list[Proposal]]
     ) -> list[Proposal]:
         """Return proposals from the file, else make and keep them."""
-        key = f"{key} {document.sha256}"
-        if key not in self._proposed:
+        key = f"{question} {document.sha256}"
+        if key not in self.proposals:
             made = make()
             about = {"key": key, "doc_id": document.doc_id, "doc_sha256": document.sha256}
-            self.edits.append([about | dataclasses.asdict(proposal) for proposal in made])
-            self._proposed[key] = made
-        return self._proposed[key]
-
-    def written(self, edit: SelfEdit, document: Document) -> Proposal:
-        """Return the directive with text of the untrained policy, the same for all rates."""
-        if edit.source == "doc":
-            return Proposal(edit)
-        plain = SelfEdit("edit", text_ops=edit.text_ops, n=edit.n)
-        seed = seed_of(self.config.seed, "text", document.sha256, edit.text_ops, edit.n)
-        (text,) = self.proposed(
-            f"text {'+'.join(edit.text_ops)} {edit.n}",
-            document,
-            lambda: [self.policy.with_text(plain, document, seed=seed)],
-        )
-        return dataclasses.replace(text, edit=dataclasses.replace(edit, text=text.edit.text))
+            lines.append(self.edits, [about | dataclasses.asdict(one) for one in made])
+            self.proposals[key] = made
+        return self.proposals[key]
 
     def trial(self, method: str, directive: SelfEdit | None, document: Document) -> Trial:
-        """Return the trial of a method whose directive is known."""
-        inner = self.config.inner
+        """Return the trial of a method whose directive is known, with its text.
+
+        The text is the untrained policy's, the same for all rates, or the oracle's.
+        """
+        inner, proposal, policy = self.config.inner, None, None
         if method == "full_ft_doc":
             inner = dataclasses.replace(inner, lora=LoraConfig())
-        if directive is None or method == "oracle":
-            edit = directive and dataclasses.replace(directive, text=list(document.oracle))
-            return Trial(method, document, edit, self.config.seed, inner)
-        text = self.written(directive, document)
-        origin = _origin(self.policy, text, None) if text.edit.text else Origin()
-        return Trial(method, document, text.edit, self.config.seed, inner, origin)
+        if directive is not None:
+            proposal = Proposal(directive)
+            if method == "oracle":
+                proposal = Proposal(dataclasses.replace(directive, text=list(document.oracle)))
+            elif directive.source != "doc":
+                ops, n = directive.text_ops, directive.n
+                plain = SelfEdit("edit", text_ops=ops, n=n)
+                seed = seed_of(self.config.seed, "text", document.sha256, ops, n)
+                (written,) = self.proposed(
+                    f"text {'+'.join(ops)} {n}",
+                    document,
+                    lambda: [self.policy.with_text(plain, document, seed=seed)],
+                )
+                edit = dataclasses.replace(directive, text=written.edit.text)
+                proposal, policy = dataclasses.replace(written, edit=edit), self.policy
+        return Trial(method, document, proposal, self.config.seed, inner, policy)
 
     def sampled(
-        self, policy: Policy, iteration: int, document: Document, count: int
-    ) -> list[Proposal]:
-        """Return edits of a policy; it explores on train documents alone."""
-        outer = self.config.outer
+        self, policy: Policy, iteration: int, document: Document, count: int, seeds: int = 1
+    ) -> list[Trial]:
+        """Return the trials of edits that a policy proposes, each as often, with ``seeds`` seeds.
+
+        It explores on train documents alone.
+        """
+        outer, method = self.config.outer, f"restem_it{iteration}"
         explore = outer.explore_later if iteration else outer.explore
         explore = explore if document.split == "train" else 0.0
         seed = seed_of(self.config.seed, "sampled", iteration, document.sha256)
-        return self.proposed(
-            f"restem_it{iteration} {document.split}",
+        found = self.proposed(
+            f"{method} {document.split}",
             document,
             lambda: policy.propose(document, count, seed=seed, explore=explore),
         )
-
-    def trial_of(
-        self, policy: Policy, iteration: int, document: Document, found: Proposal, number: int = 0
-    ) -> Trial:
-        """Return the trial of an edit that a policy proposed; ``number`` tells trainings apart."""
-        origin = _origin(policy, found, iteration)
-        method, seed = f"restem_it{iteration}", self.config.seed + number
-        return Trial(method, document, found.edit, seed, self.config.inner, origin)
-
-
-def _origin(policy: Policy, found: Proposal, iteration: int | None) -> Origin:
-    who = (policy.backend, policy.model, policy.parameters, iteration)
-    return Origin(*who, found.prompt_tokens, found.tokens, policy.sft_tokens)
+        return [
+            Trial(method, document, one, self.config.seed + n, self.config.inner, policy, iteration)
+            for one in found
+            for n in range(seeds)
+        ]
 
 
 # --- the methods
@@ -211,7 +197,7 @@ def tune(method: str, study: Study) -> SelfEdit:
     ops, rates = list(study.policy.ops), study.config.tuning.learning_rates
     source = SOURCES[method]
     plain = SelfEdit(source, ops, n=max(1, TEXTS // len(ops))) if source != "doc" else SelfEdit()
-    if not study.split("tune"):  # allowed where there is one rate
+    if not study.split("tune"):  # allowed if there is one rate
         return dataclasses.replace(plain, lr=rates[0])
     scores: dict[float, float] = {}
     for rate in rates:
@@ -221,18 +207,12 @@ def tune(method: str, study: Study) -> SelfEdit:
             study.keep(records)
             each.append(study.score(records))
         scores[rate] = float(np.mean(each))
-    best = max(scores, key=lambda rate: scores[rate])
-    ends = {min(scores): ", the lowest tried", max(scores): ", the highest tried"}
-    rest = ", ".join(f"{rate:g} {score:+.3f}" for rate, score in scores.items() if rate != best)
-    log.info(
-        "tuned   %s: %s, rate %g%s: %+.3f%s",
-        method,
-        source,
-        best,
-        ends.get(best, "") if rest else "",
-        scores[best],
-        f" ({rest})" if rest else "",
-    )
+    best = max(scores, key=scores.__getitem__)
+    others = ", ".join(f"{rate:g} {score:+.3f}" for rate, score in scores.items() if rate != best)
+    end = {min(scores): ", the lowest tried", max(scores): ", the highest tried"}.get(best, "")
+    end, others = (end, f" ({others})") if others else ("", "")
+    line = "tuned   %s: %s, rate %g%s: %+.3f%s"
+    log.info(line, method, source, best, end, scores[best], others)
     return dataclasses.replace(plain, lr=best)
 
 
@@ -252,56 +232,54 @@ def _log_tested(study: Study, method: str) -> None:
 
 
 def learn(study: Study) -> None:
-    """Do ReST-EM: test the policy before and after each iteration; in each, for every train
-    document, learn from the best of its edits, if its mean score is above 0."""
+    """Do ReST-EM: test the policy before and after each iteration."""
     policy = study.policy
     for iteration in range(study.config.outer.iterations + 1):
+        if iteration > 0:
+            policy = _improved(study, policy, iteration - 1)
         for document in study.split("test"):
-            (found,) = study.sampled(policy, iteration, document, 1)
-            study.keep(study.outcome(study.trial_of(policy, iteration, document, found)))
+            (trial,) = study.sampled(policy, iteration, document, 1)
+            study.keep(study.outcome(trial))
         _log_tested(study, f"restem_it{iteration}")
-        if iteration < study.config.outer.iterations:
-            policy = _improved(study, policy, iteration)
 
 
 def _improved(study: Study, policy: Policy, iteration: int) -> Policy:
+    """Train the policy on the best of its edits of each train document, if its mean score over
+    the inner seeds is above 0."""
     outer = study.config.outer
     chosen: list[tuple[Document, SelfEdit]] = []
-    scores: list[float] = []
+    every: list[float] = []
     for document in study.split("train"):
-        each: dict[str, list[float]] = {}
-        records: list[Record] = []
-        proposals = study.sampled(policy, iteration, document, outer.samples)
-        distinct = {one.edit.edit_id: one for one in proposals}
-        for edit_id, found in distinct.items():
-            for number in range(outer.inner_seeds):
-                outcome = study.outcome(study.trial_of(policy, iteration, document, found, number))
-                records += outcome
-                each.setdefault(edit_id, []).append(study.score(outcome))
-        means = {edit_id: float(np.mean(some)) for edit_id, some in each.items()}
-        best = max(means, key=lambda edit_id: means[edit_id])
+        trials = study.sampled(policy, iteration, document, outer.samples, outer.inner_seeds)
+        edits = [trial.proposal.edit for trial in trials if trial.proposal]
+        times = Counter(edit.edit_id for edit in edits)
+        # the same edit may be proposed more than once
+        distinct = {trial.run_id(study.base, 0): trial for trial in trials}
+        outcomes = [study.outcome(trial) for trial in distinct.values()]
+        scores: dict[str, list[float]] = {}
+        for records in outcomes:
+            scores.setdefault(records[0]["edit_id"], []).append(study.score(records))
+        means = {edit_id: float(np.mean(some)) for edit_id, some in scores.items()}
+        best = max(means, key=means.__getitem__)
         accepted = best if means[best] > 0 else None
-        if accepted is not None:
-            chosen.append((document, distinct[accepted].edit))
-        scores += [score for some in each.values() for score in some]
-        times = Counter(found.edit.edit_id for found in proposals)
-        study.keep(
-            record | {"accepted": one == accepted, "times_proposed": times[one]}
-            for record in records
-            for one in [record["edit_id"]]
-        )
+        chosen += [(document, edit) for edit in edits if edit.edit_id == accepted][:1]
+        every += [score for some in scores.values() for score in some]
+        for record in (record for records in outcomes for record in records):
+            record["accepted"] = record["edit_id"] == accepted
+            record["times_proposed"] = times[record["edit_id"]] // outer.inner_seeds
+        study.keep(record for records in outcomes for record in records)
     log.info(
         "learned restem_it%d: from the best edit of %d of %d train documents, those that gained by "
         "one; mean score of all %d edits %s",
         iteration + 1,
         len(chosen),
         len(study.split("train")),
-        len(scores),
-        f"{np.mean(scores):+.3f}" if np.isfinite(scores).all() else "none: some failed",
+        len(every),
+        f"{np.mean(every):+.3f}" if np.isfinite(every).all() else "none: some failed",
     )
     if not chosen:
         return policy
-    folder = study.policies / f"iteration_{iteration + 1}"
+    folder = study.folder / "policies" / f"iteration_{iteration + 1}"
     if folder.exists():
         return policy.load(folder)
     learned = policy.sft(chosen, outer, seed=seed_of(study.config.seed, "sft", iteration))
@@ -316,8 +294,8 @@ def _improved(study: Study, policy: Policy, iteration: int) -> Policy:
 def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[str, Any]:
     """Make the records that ``config`` asks for, resume making them, or find them all there.
 
-    Returns the results.  Raises ConfigError before a folder is made where something asked for
-    cannot be had, RunError where it fails on its way.
+    Returns the results.  Raises ConfigError before a folder is made for what cannot be had,
+    RunError where it fails on its way.
     """
     device = resolve_device(config.hardware, "32")
     set_up(config.hardware, device)
@@ -325,33 +303,46 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
     if (found := _finished(config, run, hash_, console)) is not None:
         return found
     base_run = load_run(config.run, config.checkpoint, device.accelerator)
-    check_inner(config.inner, base_run.config.model)
     with preparing(console) as progress:
-        documents = open_documents(config.documents, base_run, config.data)
+        documents, skipped = open_documents(config.documents, base_run, config.data)
         tokens = config.documents.forgetting_tokens
         base = Base(base_run, own_validation(base_run, tokens, config.cache_dir, progress))
-    policy = make_policy(config, base_run, documents.used)
+    policy = make_policy(config, base_run, documents)
+    columns = (TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not console.is_terminal
     with run.locked(), failures_recorded(run):
         if (found := _finished(config, run, hash_, console)) is not None:
             return found
         _begin(config, run, hash_, str(device.accelerator))
-        with logging_to(console, run), _progress_bar(console, config) as advance:
-            study = Study(
-                config,
-                base,
-                documents.used,
-                policy,
-                RecordsFile(run.records),
-                LinesFile(run.path / EDITS),
-                run.path / "policies",
-                advance,
-            )
-            _introduce(study, run, documents)
+        with (
+            logging_to(console, run),
+            Progress(*columns, console=console, transient=True, disable=hidden) as bar,
+        ):
+            task = bar.add_task("", total=count_records(config))
+            advance = functools.partial(bar.advance, task)
+            study = Study(config, base, documents, policy, run.path, advance)
+            _introduce(study, skipped)
             run_methods(study)
             results = make_results(study, hash_)
             fileio.write_json(run.results, results)
-            log.info("records %s", study.records.path)
+            log.info("records %s", study.records)
     return results
+
+
+def make_policy(config: AdaptConfig, run: TrainedRun, documents: Sequence[Document]) -> Policy:
+    """Return the policy of ``config``, to be asked about ``documents``; ``run`` is what adapts.
+
+    Raises ConfigError, one line.
+    """
+    policy, rates = config.policy, config.tuning.learning_rates
+    if isinstance(policy, SelfPolicy):
+        return OwnPolicy(run, policy, rates)
+    if isinstance(policy, FilePolicy):
+        return ReplayPolicy(policy.path, documents)
+    assert isinstance(policy, ModelPolicy)
+    if policy.kind == "mlx":
+        return MlxPolicy(policy, rates)
+    return HuggingFacePolicy(policy, rates, run.model.output_weight.device)
 
 
 def _finished(
@@ -368,11 +359,11 @@ def _finished(
 def _begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> None:
     """Make the folder and say whose it is, or keep what a killed process left to resume.
 
-    Where forced, an earlier adaptation of the same configuration goes first.
+    If forced, an earlier adaptation of the same configuration goes first.
     """
     if config.force:
         run.clear()
-        for path in (run.path / EDITS, run.environment, run.config):
+        for path in (run.path / "edits.jsonl", run.environment, run.config):
             path.unlink(missing_ok=True)
         for name in ("policies", "fit"):
             shutil.rmtree(run.path / name, ignore_errors=True)
@@ -385,31 +376,20 @@ def _begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> 
         run.write_config(config)
 
 
-@contextlib.contextmanager
-def _progress_bar(console: Console, config: AdaptConfig) -> Iterator[Callable[[int], None]]:
-    """Show how many records there are, on a terminal."""
-    columns = (TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=count_records(config))
-        yield functools.partial(bar.advance, task)
-
-
-def _introduce(study: Study, run: rundir.RunDir, documents: Documents) -> None:
-    """Log what is adapted to what, and keep the records of documents that are skipped."""
+def _introduce(study: Study, skipped: int) -> None:
+    """Log what is adapted to what."""
     config, base, task = study.config, study.base, study.config.documents.task
     before = [base.before(document) for document in study.split("test")]
     own, heldout = before[0].base, np.mean([one.heldout for one in before])
     log.info("base    %s, %s parameters", config.run, short(base.parameters))
     log.info("        loss %.3f on its own text, %.3f on the test documents", own, heldout)
     counts = ", ".join(f"{len(study.split(name))} {name}" for name in ("train", "tune", "test"))
-    short_ones = f"; {len(documents.left_out)} too short" if documents.left_out else ""
-    log.info("task    %s: %s documents%s", task, counts, short_ones)
+    too_short = f"; {skipped} skipped, too short" if skipped else ""
+    log.info("task    %s: %s documents%s", task, counts, too_short)
     log.info("methods %s; policy %s", ", ".join(methods_of(config)), study.policy.backend)
-    log.info("folder  %s%s", run.path, ", going on where it stopped" if study.known else "")
+    log.info("folder  %s%s", study.folder, ", resuming" if study.known else "")
     facts = ", share of right answers" if task == "new_facts" else ""
-    log.info("told    after k steps: reward (forgetting)%s; means over documents", facts)
-    study.keep(record_left_out(base, one, task) for one in documents.left_out)
+    log.info("shown   after k steps: reward (forgetting)%s; means over documents", facts)
 
 
 def make_results(study: Study, hash_: str) -> dict[str, Any]:

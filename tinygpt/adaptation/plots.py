@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from tinygpt.adaptation.analysis import BASE, RAW, REFERENCES, Adaptation, by_order, pareto_front
 from tinygpt.scaling.drawing import (
@@ -28,13 +27,14 @@ from tinygpt.scaling.drawing import (
     RED,
     SKY,
     STYLE,
+    log_ticks,
     panels,
     save,
 )
 
 REWARD = "reward (nats per token)"
 FORGETTING = "forgetting (nats per token)"
-ACROSS = 5  # panels of methods
+ACROSS = 3  # panels of methods
 COLOURS = {
     "none": BLACK,
     RAW: BLUE,
@@ -44,9 +44,8 @@ COLOURS = {
     "full_ft_doc": GREY,
 }
 MARKERS = "o^sDvP*X"  # of the k, from the least
-TRAIN, TEST = ORANGE, BLUE
 DOTTED: Any = {"linewidth": 0.8, "linestyle": (0, (1, 1))}
-DASHES = (0, (4, 2))
+DASHED: Any = {"linewidth": 0.6, "linestyle": (0, (4, 2)), "color": BLACK}
 
 
 def draw(adaptation: Adaptation, folder: Path) -> list[str]:
@@ -60,26 +59,20 @@ def draw(adaptation: Adaptation, folder: Path) -> list[str]:
         return save(figures, folder)
 
 
-def title(task: Any, parameters: Any) -> str:
-    return f"{str(task).replace('_', ' ')}, {int(parameters):,} parameters"
-
-
 def bases(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the part of each task and size of the base, with its title."""
     for (task, parameters), part in table.groupby(BASE):
-        yield title(task, parameters), part
+        yield f"{str(task).replace('_', ' ')}, {int(str(parameters)):,} parameters", part
 
 
 def colours(methods: list[str]) -> dict[str, Any]:
     """Return one for each method; iterations from light to dark."""
     rounds = [name for name in methods if name not in COLOURS]
     depths = dict(zip(rounds, np.linspace(1.0, 0.4, len(rounds))[::-1], strict=True))
-    return {
-        name: tuple(1 - depths[name] * (1 - part) for part in to_rgb(RED))
-        if name in depths
-        else COLOURS[name]
-        for name in methods
+    shades = {
+        n: tuple(1 - depth * (1 - part) for part in to_rgb(RED)) for n, depth in depths.items()
     }
+    return {name: shades.get(name) or COLOURS[name] for name in methods}
 
 
 def _tested(adaptation: Adaptation) -> pd.DataFrame:
@@ -87,63 +80,54 @@ def _tested(adaptation: Adaptation) -> pd.DataFrame:
     return table[(table["split"] == "test") & (table["documents"] > 0)]
 
 
-# --- against steps and tokens
-
-
 def steps(adaptation: Adaptation) -> Figure | None:
-    """Draw a panel a method, a line a rank, with the law if there is one; then against tokens."""
+    """Draw for each base a panel a method, a line a rank with its band and the law if there is
+    one; then all methods of the largest rank against tokens."""
     table = _tested(adaptation)
     table = table[(table["method"] != "none") & (table["inner_steps"] > 0)]
     if table.empty:
         return None
+    ranks = sorted(table["lora_rank"].dropna().unique())
+    shades = dict(zip(ranks, (SKY, RED, GREEN, PURPLE, ORANGE) * len(ranks), strict=False))
+    methods = colours(by_order(table["method"]))
     parts = list(bases(table))
-    rows = [-(-part["method"].nunique() // ACROSS) for _, part in parts]
-    heights = [1.45 * n + 2.5 for n in rows]
-    figure = Figure(figsize=(PAGE, sum(heights)))
-    blocks = figure.subfigures(len(parts), 1, squeeze=False, height_ratios=heights)
-    for block, (name, part), down in zip(blocks.ravel(), parts, rows, strict=True):
-        _block(adaptation, block, name, part, down)
+    count = sum(part["method"].nunique() + 1 for _, part in parts)
+    figure = Figure(figsize=(PAGE, 1.7 * -(-count // ACROSS) + 0.8))
+    every = iter(panels(figure, count, ACROSS))
+    for name, part in parts:
+        raw = part[part["method"] == RAW]
+        for method in by_order(part["method"]):
+            axes = next(every)
+            axes.axhline(0, color=GREY, linewidth=0.5)
+            for rank, line in raw.groupby("lora_rank") if method != RAW else ():
+                axes.plot(line["inner_steps"], line["reward"], color=shades[rank], **DOTTED)
+            for rank, line in part[part["method"] == method].groupby("lora_rank", dropna=False):
+                _line(adaptation, axes, line, shades.get(rank, GREY))
+            axes.set(xscale="log", xlabel="inner steps k", ylabel="reward (nats)")
+            axes.set(ylim=_limits(part), title=f"{name}\n{method}")
+            taken = [float(k) for k in sorted(part["inner_steps"].unique())]
+            axes.set_xticks(taken, [f"{k:g}" for k in taken])
+            axes.minorticks_off()
+        axes = next(every)
+        largest = part["lora_rank"].isna() | (part["lora_rank"] == part["lora_rank"].max())
+        for method, line in part[largest].groupby("method"):
+            style = "s-" if method in REFERENCES else "o-"
+            shade = {"color": methods[str(method)], "markersize": 3}
+            axes.plot(line["tokens_total"], line["reward"], style, **shade)
+        axes.set(xscale="log", xlabel="tokens a document, the policy's too", ylim=_limits(part))
+        axes.set(title=f"{name}\nall, largest rank")
+        log_ticks(axes.xaxis)
+    for axes in figure.axes:
+        axes.title.set_fontsize(7)
+    marks = [Line2D([], [], color=shades[rank], label=f"rank {rank}") for rank in ranks]
+    marks.append(Line2D([], [], color=GREY, label=f"{RAW}, same rank", **DOTTED))
+    marks.append(Line2D([], [], label="c·k^a", **DASHED))
+    marks += [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in methods.items()]
+    figure.legend(handles=marks, loc="outside lower center", ncols=6)
     return figure
 
 
-def _block(
-    adaptation: Adaptation, block: SubFigure, name: str, part: pd.DataFrame, down: int
-) -> None:
-    block.suptitle(name, fontsize=8, fontweight="bold")
-    top, bottom = block.subfigures(2, 1, squeeze=False, height_ratios=[1.45 * down, 2.3]).ravel()
-    methods = by_order(part["method"])
-    grid = top.subplots(down, ACROSS, sharex=True, sharey=True, squeeze=False)
-    ranks = sorted(part["lora_rank"].dropna().unique())
-    shades = dict(zip(ranks, (SKY, RED, GREEN, PURPLE, ORANGE) * len(ranks), strict=False))
-    for axes in grid.ravel()[len(methods) :]:
-        axes.remove()
-    raw = part[part["method"] == RAW]
-    for axes, method in zip(grid.ravel(), methods, strict=False):
-        axes.set_title(method, fontsize=7, pad=3)
-        axes.axhline(0, color=GREY, linewidth=0.5)
-        for rank, lines in raw.groupby("lora_rank") if method != RAW else ():
-            x = lines["inner_steps"].astype(float)
-            axes.plot(x, lines["reward"], color=shades[rank], **DOTTED)
-        for rank, line in part[part["method"] == method].groupby("lora_rank", dropna=False):
-            _line(adaptation, axes, line, GREY if pd.isna(rank) else shades[rank])
-    grid[0, 0].set_ylim(_shown(part))
-    grid[0, 0].set_xscale("log")
-    found = sorted(part["inner_steps"].unique())
-    grid[0, 0].set_xticks([float(k) for k in found], [str(k) for k in found])
-    grid[0, 0].xaxis.minorticks_off()
-    for axes in grid[:, 0]:
-        axes.set_ylabel("reward (nats)")
-    for column in range(min(ACROSS, len(methods))):
-        grid[(len(methods) - 1 - column) // ACROSS, column].tick_params(labelbottom=True)
-    top.supxlabel("inner steps k", fontsize=8)
-    marks = [Line2D([], [], color=shades[rank], label=f"rank {rank}") for rank in ranks]
-    marks.append(Line2D([], [], color=GREY, label=f"{RAW} there", **DOTTED))
-    marks.append(Line2D([], [], color=BLACK, linestyle=DASHES, linewidth=0.8, label="c·k^a"))
-    top.legend(handles=marks, loc="outside upper center", ncols=len(marks))
-    _against_tokens(bottom, part, methods)
-
-
-def _shown(part: pd.DataFrame) -> tuple[float, float]:
+def _limits(part: pd.DataFrame) -> tuple[float, float]:
     """Return limits that hold the means, below zero no more than there is above."""
     low, high = float(part["reward"].min()), max(float(part["reward"].max()), 0.0)
     low = max(min(low, 0.0), -high) if high else low
@@ -159,30 +143,7 @@ def _line(adaptation: Adaptation, axes: Axes, line: pd.DataFrame, colour: Any) -
     mine = adaptation.laws.merge(line[[*BASE, "method", "lora_rank"]].head(1))
     for c, a in mine[["c", "a"]].dropna().to_numpy(dtype=float):
         grid = np.geomspace(k.min(), k.max(), 50)
-        axes.plot(grid, c * grid**a, color=BLACK, linewidth=0.6, linestyle=DASHES)
-
-
-def _against_tokens(block: SubFigure, part: pd.DataFrame, methods: list[str]) -> None:
-    axes = block.subplots()
-    shades = colours(methods)
-    ranked = part["lora_rank"].isna() | (part["lora_rank"] == part["lora_rank"].max())
-    for method in methods:
-        line = part[ranked & (part["method"] == method)]
-        style = "s-" if method in REFERENCES else "o-"
-        x, y, colour = line["tokens_total"], line["reward"], shades[method]
-        axes.plot(x, y, style, color=colour, markersize=3, label=method)
-    axes.axhline(0, color=GREY, linewidth=0.5)
-    rank = part["lora_rank"].max()
-    axes.set(xscale="log", ylabel="reward (nats)", ylim=_shown(part))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    of_rank = "" if pd.isna(rank) else f", rank {rank}"
-    axes.set_xlabel(f"tokens a document: trained on, and read and written by the policy{of_rank}")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-
-
-# --- against forgetting
+        axes.plot(grid, c * grid**a, **DASHED)
 
 
 def pareto(adaptation: Adaptation) -> Figure | None:
@@ -194,94 +155,65 @@ def pareto(adaptation: Adaptation) -> Figure | None:
     across = min(2, len(parts))
     down = -(-len(parts) // across)
     figure = Figure(figsize=(PAGE if across > 1 else PAGE * 0.75, 2.7 * down + 0.2))
-    grid = panels(figure, len(parts), across)
     shades = colours(by_order(table["method"]))
     markers = dict(zip(sorted(table["inner_steps"].unique()), MARKERS * 9, strict=False))
     ranks = sorted(table["lora_rank"].dropna().unique())
-    for axes, (name, part) in zip(grid, parts, strict=False):
-        axes.set_title(name, fontsize=8)
-        _front(axes, part)
+    for axes, (name, part) in zip(panels(figure, len(parts), across), parts, strict=True):
+        # what is reached at no more than so much forgetting, without being told what to write
+        own = part[part["method"] != "oracle"]
+        front = own[pareto_front(own["forgetting"].to_numpy(), own["reward"].to_numpy())]
+        front = front.sort_values("forgetting")
+        shown: dict[str, Any] = {"where": "post", "color": BLACK, "linewidth": 0.8, "zorder": 1}
+        axes.step(front["forgetting"], front["reward"], **shown)
         for row in part.to_dict("records"):
             hollow = len(ranks) > 1 and row["lora_rank"] == ranks[0]
-            face = "white" if hollow else shades[row["method"]]
-            shown: dict[str, Any] = {"color": shades[row["method"]], "markerfacecolor": face}
-            shown |= {"marker": markers[row["inner_steps"]], "markersize": 4, "linestyle": ""}
-            axes.plot(row["forgetting"], row["reward"], **shown)
+            shade, marker = shades[row["method"]], markers[row["inner_steps"]]
+            face: Any = "white" if hollow else shade
+            axes.plot(row["forgetting"], row["reward"], marker, color=shade, mfc=face, ms=4)
         axes.set(xlabel=FORGETTING, ylabel=REWARD)
-    marks = [Line2D([], [], color=c, marker="o", ls="", label=name) for name, c in shades.items()]
-    marks += [
-        Line2D([], [], color=BLACK, marker=mark, ls="", label=f"k = {k}")
-        for k, mark in markers.items()
-        if k > 0
-    ]
+        axes.set_title(name, fontsize=8)
+    dot: dict[str, Any] = {"color": BLACK, "marker": "o", "ls": "", "markersize": 4}
+    marks = [Line2D([], [], **dot | {"color": c}, label=name) for name, c in shades.items()]
+    steps = {f"k = {k}": mark for k, mark in markers.items() if k > 0}
+    marks += [Line2D([], [], **dot | {"marker": mark}, label=name) for name, mark in steps.items()]
     if len(ranks) > 1:
-        shown = {"color": BLACK, "marker": "o", "ls": "", "markerfacecolor": "white"}
-        marks.append(Line2D([], [], **shown, label=f"hollow: rank {ranks[0]}"))
+        marks.append(Line2D([], [], **dot, mfc="white", label=f"hollow: rank {ranks[0]}"))
     marks.append(Line2D([], [], color=BLACK, linewidth=0.8, label="front"))
-    for mark in marks:
-        mark.set_markersize(4)
     figure.legend(handles=marks, loc="outside right center")
     return figure
 
 
-def _front(axes: Axes, part: pd.DataFrame) -> None:
-    """Draw as steps what is reached at no more than so much forgetting, without ``oracle``."""
-    part = part[part["method"] != "oracle"]
-    x, y = part["forgetting"].to_numpy(), part["reward"].to_numpy()
-    front = part[pareto_front(x, y)].sort_values("forgetting")
-    axes.step(
-        front["forgetting"], front["reward"], where="post", color=BLACK, linewidth=0.8, zorder=1
-    )
-
-
-# --- by iteration
-
-
 def iterations(adaptation: Adaptation) -> Figure | None:
-    """Draw mean and best reward of the edits of a document, by iteration."""
+    """Draw mean and best reward of the edits of a document, by iteration, and what the raw
+    document gives on test documents."""
     table = adaptation.restem
     if table.empty:
         return None
-    parts = list(table.groupby([*BASE, "lora_rank"], dropna=False))
+    raw = _tested(adaptation)
+    raw = raw[raw["method"] == RAW]
+    parts = [(name, *pair) for name, base in bases(table) for pair in base.groupby("lora_rank")]
     across = min(3, len(parts))
-    down = -(-len(parts) // across)
     width = {1: COLUMN * 1.35, 2: PAGE * 0.85, 3: PAGE}[across]
-    figure = Figure(figsize=(width, 2.4 * down + 0.3))
+    figure = Figure(figsize=(width, 2.4 * -(-len(parts) // across) + 0.3))
     grid = panels(figure, len(parts), across)
-    for axes, ((task, parameters, rank), part) in zip(grid, parts, strict=False):
-        k = part["inner_steps"].iloc[0]
-        axes.set_title(f"{title(task, parameters)}\nrank {rank}, k = {k}", fontsize=7)
-        _rounds(axes, part)
-        _level(adaptation, axes, (task, parameters, rank, k))
-        axes.set(xlabel="ReST-EM iteration", ylabel=REWARD)
+    for axes, (name, rank, part) in zip(grid, parts, strict=True):
+        axes.set_title(f"{name}\nrank {rank}, k = {part['inner_steps'].iloc[0]}", fontsize=7)
+        for split, colour, aside in (("train", ORANGE, -0.04), ("test", BLUE, 0.04)):
+            line = part[part["split"] == split]
+            edits = line["edits"].max() if len(line) else 0
+            for what, style in (("mean", "o-"), ("best", "^--")) if edits > 1 else [("mean", "o-")]:
+                of = f" of {edits:.2g} edits" if edits > 1 else ""
+                ends = [line[what] - line[f"{what}_low"], line[f"{what}_high"] - line[what]]
+                bars: dict[str, Any] = {"color": colour, "markersize": 3.5, "elinewidth": 0.8}
+                x = line["iteration"].to_numpy(dtype=float) + aside
+                bars["label"] = f"{split}: {what}{of}"
+                if edits:
+                    axes.errorbar(x, line[what], yerr=np.stack(ends), fmt=style, **bars)
+        for level in raw.merge(part[[*BASE, "lora_rank", "inner_steps"]].head(1))["reward"]:
+            axes.axhline(level, color=GREY, label=f"test: {RAW}", **DOTTED)
         rounds = sorted(part["iteration"].unique())
+        axes.set(xlabel="ReST-EM iteration", ylabel=REWARD)
         axes.set(xticks=rounds, xlim=(rounds[0] - 0.3, rounds[-1] + 0.3))
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(handles)))
     return figure
-
-
-def _rounds(axes: Axes, part: pd.DataFrame) -> None:
-    for split, colour, aside in (("train", TRAIN, -0.04), ("test", TEST, 0.04)):
-        line = part[part["split"] == split]
-        if line.empty:
-            continue
-        x = line["iteration"].to_numpy(dtype=float) + aside
-        edits = line["edits"].max()
-        for name, style in (("mean", "o-"), ("best", "^--")):
-            if edits <= 1 and name == "best":
-                continue
-            label = f"{split}: {name} of {edits:.2g} edits" if edits > 1 else f"{split}: mean"
-            reach = np.stack([line[name] - line[f"{name}_low"], line[f"{name}_high"] - line[name]])
-            bars: dict[str, Any] = {"color": colour, "markersize": 3.5, "elinewidth": 0.8}
-            axes.errorbar(x, line[name], yerr=reach, fmt=style, **bars, label=label)
-
-
-def _level(adaptation: Adaptation, axes: Axes, place: tuple[Any, ...]) -> None:
-    """Draw what the raw document gives, on test documents."""
-    table = _tested(adaptation)
-    table = table[table["method"] == RAW]
-    for name, value in zip([*BASE, "lora_rank", "inner_steps"], place, strict=True):
-        table = table[table[name] == value]
-    for level in table["reward"]:
-        axes.axhline(level, color=GREY, label=f"test: {RAW}", **DOTTED)

@@ -1,7 +1,7 @@
-"""Propose edits: the protocol of a policy, language models as policies, and a file of edits.
+"""Who proposes edits: the base itself, or a file of edits.  Models that read instructions are in
+``prompted``.
 
-A language model draws a directive slot by slot, then writes the texts that it asks for.  Models
-that read instructions are in ``prompted``.
+A language model draws a directive slot by slot, then writes the texts that it asks for.
 """
 
 from __future__ import annotations
@@ -9,96 +9,34 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
+import string
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_model
+from torch import Tensor
 
 from tinygpt.adaptation import edits
-from tinygpt.adaptation.config import (
-    AdaptConfig,
-    FilePolicy,
-    InnerConfig,
-    ModelPolicy,
-    OuterConfig,
-    SelfPolicy,
-    WritingPolicy,
-)
+from tinygpt.adaptation.config import OuterConfig, SelfPolicy
 from tinygpt.adaptation.documents import Document
-from tinygpt.adaptation.edits import Row, SelfEdit, Slot
-from tinygpt.adaptation.inner import Score, adapt, merge
+from tinygpt.adaptation.edits import Policy, Proposal, Row, SelfEdit, Slots
+from tinygpt.adaptation.inner import logits_of, trainable_copy, training
 from tinygpt.config import ConfigError, RunError, Sampling
 from tinygpt.fileio import digest, parse_json, replacing
 from tinygpt.model.gpt import GPT
+from tinygpt.model.lora import merged
 from tinygpt.trained import TrainedRun
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """An edit, and what it cost the policy in tokens: read, and written."""
-
-    edit: SelfEdit
-    prompt_tokens: int = 0
-    tokens: int = 0
-
-
-class Policy(Protocol):
-    backend: str  # the kind in the configuration
-    model: str  # where its weights are from
-    parameters: int | None  # of the model that reads and writes; None: not known
-    sft_tokens: int  # that it was trained on since it was new, in all
-    ops: Sequence[str]  # the texts that it can write
-
-    def propose(
-        self, document: Document, count: int, *, seed: int, explore: float
-    ) -> list[Proposal]:
-        """Return ``count`` edits, the same for the same seed; ``explore`` is the share of uniform
-        choice in each slot.  Raises RunError where the policy has diverged."""
-
-    def with_text(self, edit: SelfEdit, document: Document, *, seed: int) -> Proposal:
-        """Return the directive ``edit`` with text for this document, where its source needs any.
-
-        Raises RunError for text that the policy cannot write.
-        """
-
-    def sft(
-        self, examples: Sequence[tuple[Document, SelfEdit]], config: OuterConfig, *, seed: int
-    ) -> Policy:
-        """Return a new policy, trained on the tokens of edits that paid; without any, itself.
-
-        Raises RunError where its training diverges, and for a policy that cannot learn.
-        """
-
-    def save(self, folder: Path) -> None:
-        """Write what ``load`` needs into an existing folder."""
-
-    def load(self, folder: Path) -> Policy:
-        """Return the policy that a later state of this one saved.  Raises ConfigError."""
-
-
-def make_policy(config: AdaptConfig, run: TrainedRun, documents: Sequence[Document] = ()) -> Policy:
-    """Return the policy of ``config``, where ``run`` is what adapts.
-
-    ``documents`` are those that it will be asked about: a file must have edits of each.  Raises
-    ConfigError, one line.
-    """
-    policy, rates = config.policy, config.tuning.learning_rates
-    if isinstance(policy, SelfPolicy):
-        return OwnPolicy(run, policy, rates)
-    if isinstance(policy, ModelPolicy):
-        from tinygpt.adaptation.prompted import HuggingFacePolicy, MlxPolicy  # builds on Writer
-
-        if policy.kind == "mlx":
-            return MlxPolicy(policy, rates)
-        return HuggingFacePolicy(policy, rates, run.model.output_weight.device)
-    assert isinstance(policy, FilePolicy)
-    return ReplayPolicy(policy.path, documents)
+def seed_of(*what: Any) -> int:
+    """Return a seed for each thing that is drawn, so that the order of drawing does not matter."""
+    return int(digest(what)[:15], 16)
 
 
 # --- any language model
@@ -111,68 +49,70 @@ class Text(NamedTuple):
     tokens: int
 
 
-def seed_of(*what: Any) -> int:
-    """Return a seed for each thing that is drawn, so that the order of drawing does not matter."""
-    return int(digest(what)[:15], 16)
-
-
-def learned_rows(given: Sequence[int], written: Sequence[int], length: int) -> Iterator[Row]:
-    """Yield rows of ``length`` targets at most, of which only the tokens written count.
-
-    Before them stands as much as fits of what they were written behind, one token at least.
-    """
-    for first in range(0, len(written), length):
-        some = written[first : first + length]
-        before = [*given, *written[:first]][-(length + 1 - len(some)) :]
-        yield Row([*before, *some], [0] * (len(before) - 1) + [1] * len(some))
-
-
 class Writer(Policy):
-    """Proposes edits by a language model, given how that model reads and writes."""
+    """Propose edits by a language model, given how that model reads, writes and is trained."""
 
-    slots: list[Slot]
+    lm: Any  # the model itself
+    length: int  # the most tokens that it reads at once
+    slots: Slots
     tokens: list[int]  # that stand for the options of a slot
-    length: int  # the most tokens that the model reads at once
-    parameters: int | None = None
-    sft_tokens = 0
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def behind(self, what: str, document: Document, count: int) -> list[list[int]]:
+        """Return the tokens behind which ``count`` texts of a kind are written, or behind which a
+        ``directive`` is drawn."""
+
+    @abstractmethod
+    def logits(self, ids: Sequence[int], allowed: Sequence[int]) -> Sequence[float]:
+        """Return those of the tokens ``allowed``, as the one that follows ``ids``."""
+
+    @abstractmethod
+    def texts(self, prompts: Sequence[list[int]], seed: int) -> list[Text]:
+        """Return what follows the prompts of an edit.  Raises RunError for a diverged model."""
+
+    @abstractmethod
+    def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Any:
+        """Return a copy of the model, trained on ``rows``.  Raises RunError if that diverges."""
+
+    def set_slots(self, rates: Sequence[float], unknown_id: int | None, where: str) -> None:
+        """Choose tokens of letters, which stand for the first, the second ... option of any slot.
+
+        Raises ConfigError, which ``where`` begins, for a tokenizer with too few.
+        """
+        self.slots = edits.slots(rates, self.ops)
+        found = [ids[-1] for letter in string.ascii_letters if (ids := self.encode(letter))]
+        tokens = list(dict.fromkeys(token for token in found if token != unknown_id))
+        most = max(map(len, self.slots.values()))
+        if len(tokens) < most:
+            raise ConfigError(
+                f"{where}: the tokenizer has {len(tokens)} letters; a policy needs {most}"
+            )
+        self.tokens = tokens[:most]
 
     def propose(
         self, document: Document, count: int, *, seed: int, explore: float
     ) -> list[Proposal]:
-        prefix = self.prefix(document)
-        seeds = [seed_of(seed, document.sha256, n) for n in range(count)]
-        drawn = [
-            edits.decode(
-                self.logits, prefix, self.slots, self.tokens, explore, np.random.default_rng(one)
-            )
-            for one in seeds
-        ]
-        read, wrote = len(prefix), len(self.slots)
-        return [
-            Proposal(written.edit, written.prompt_tokens + read, written.tokens + wrote)
-            for written in self.write([edit for edit, _ in drawn], document, seeds)
-        ]
+        (prefix,) = self.behind("directive", document, 1)
+        found = []
+        for one in [seed_of(seed, document.sha256, n) for n in range(count)]:
+            rng = np.random.default_rng(one)
+            edit, drawn = edits.decode(self.logits, prefix, self.slots, self.tokens, explore, rng)
+            text = self.with_text(edit, document, seed=one)
+            read, wrote = text.prompt_tokens + len(prefix), text.tokens + len(drawn)
+            found.append(Proposal(text.edit, read, wrote))
+        return found
 
     def with_text(self, edit: SelfEdit, document: Document, *, seed: int) -> Proposal:
-        return self.write([edit], document, [seed])[0]
-
-    def write(
-        self, directives: Sequence[SelfEdit], document: Document, seeds: Sequence[int]
-    ) -> list[Proposal]:
-        """Return each with the text that it asks for, and what that cost."""
-        prompts = [self.prompts(edit, document) for edit in directives]
-        written = self.texts(prompts, seeds)
-        return [
-            Proposal(
-                dataclasses.replace(edit, text=[text.text for text in texts]),
-                sum(map(len, asked)),
-                sum(text.tokens for text in texts),
-            )
-            for edit, asked, texts in zip(directives, prompts, written, strict=True)
-        ]
+        prompts = self.prompts(edit, document)
+        texts = self.texts(prompts, seed) if prompts else []
+        written = dataclasses.replace(edit, text=[text.text for text in texts])
+        return Proposal(written, sum(map(len, prompts)), sum(text.tokens for text in texts))
 
     def prompts(self, edit: SelfEdit, document: Document) -> list[list[int]]:
-        """Return the tokens behind which each text is written; none where none is needed.
+        """Return the tokens behind which each text is written; none if none is needed.
 
         Raises RunError for a kind of text that the policy cannot write.
         """
@@ -186,13 +126,12 @@ class Writer(Policy):
 
     def sft(
         self, examples: Sequence[tuple[Document, SelfEdit]], config: OuterConfig, *, seed: int
-    ) -> Policy:
+    ) -> Writer:
         rows = self.rows(examples, config.tokens_per_step)
         if not rows:
             return self
-        learned = self.trained(rows, config, seed_of(seed, "sft"))
-        learned.sft_tokens = self.sft_tokens + config.steps * config.tokens_per_step
-        return learned
+        model = self.trained(rows, config, seed_of(seed, "sft"))
+        return self.with_model(model, self.sft_tokens + config.steps * config.tokens_per_step)
 
     def rows(
         self, examples: Sequence[tuple[Document, SelfEdit]], tokens_per_step: int
@@ -202,38 +141,55 @@ class Writer(Policy):
         for document, edit in examples:
             written = [edits.directive_tokens(edit, self.slots, self.tokens)]
             written += map(self.encode, edit.text)
-            given = [self.prefix(document), *self.prompts(edit, document)]
+            given = [*self.behind("directive", document, 1), *self.prompts(edit, document)]
             for pair in zip(given, written, strict=True):
                 found += learned_rows(*pair, min(self.length, tokens_per_step))
         return found
 
-    @abstractmethod
-    def encode(self, text: str) -> list[int]: ...
+    def with_model(self, model: Any, sft_tokens: int) -> Writer:
+        new = copy.copy(self)
+        new.lm, new.sft_tokens = model, sft_tokens
+        return new
 
-    @abstractmethod
-    def prefix(self, document: Document) -> list[int]:
-        """Return the tokens behind which a directive is drawn."""
+    def save(self, folder: Path) -> None:
+        with replacing(folder / "policy.safetensors") as temporary:
+            save_model(self.lm, str(temporary), {"sft_tokens": str(self.sft_tokens)})
 
-    @abstractmethod
-    def behind(self, op: str, document: Document, count: int) -> list[list[int]]:
-        """Return the tokens behind which ``count`` texts of a kind are written."""
+    def load(self, folder: Path) -> Writer:
+        path, model = folder / "policy.safetensors", copy.deepcopy(self.lm)
+        try:
+            load_model(model, path)
+            with safe_open(path, "pt") as file:
+                return self.with_model(model, int(file.metadata()["sft_tokens"]))
+        except (OSError, SafetensorError, RuntimeError, TypeError, LookupError) as error:
+            raise ConfigError(f"{path}: not a policy that the model of {self.model} was") from error
 
-    @abstractmethod
-    def logits(self, ids: Sequence[int], allowed: Sequence[int]) -> Sequence[float]:
-        """Return those of the tokens ``allowed``, as the one that follows ``ids``."""
 
-    @abstractmethod
-    def texts(
-        self, prompts: Sequence[Sequence[list[int]]], seeds: Sequence[int]
-    ) -> list[list[Text]]:
-        """Return what follows the prompts of some edits, of which each has its seed.
+def fine_tune(
+    model: Any,
+    forward: Callable[[Tensor, Tensor], Tensor],
+    rows: Sequence[Row],
+    config: OuterConfig,
+    seed: int,
+) -> None:
+    """Train ``model`` on ``rows``, as ``training`` does.  Raises RunError if it diverges."""
+    rate = config.learning_rate
+    losses = training(model, forward, rows, rate, config.lora, config.tokens_per_step, seed)
+    for step, loss in enumerate(itertools.islice(losses, config.steps), start=1):
+        if not math.isfinite(loss):
+            line = f"outer.learning_rate={rate}: the policy's training diverged at step {step}"
+            raise RunError(line)
 
-        Raises RunError where the model has diverged.
-        """
 
-    @abstractmethod
-    def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Writer:
-        """Return a copy whose model was trained on ``rows``.  Raises RunError if that diverges."""
+def learned_rows(given: Sequence[int], written: Sequence[int], length: int) -> Iterator[Row]:
+    """Yield rows of ``length`` targets at most, of which only the tokens written count.
+
+    Before them stands as much as fits of what they were written behind, one token at least.
+    """
+    for first in range(0, len(written), length):
+        some = written[first : first + length]
+        before = [*given, *written[:first]][-(length + 1 - len(some)) :]
+        yield Row([*before, *some], [0] * (len(before) - 1) + [1] * len(some))
 
 
 # --- the base itself
@@ -244,106 +200,59 @@ class OwnPolicy(Writer):
     draws a directive, and texts are what it continues parts of that context with."""
 
     backend = "self"
-    ops: Sequence[str] = ("continue",)
 
-    def __init__(self, run: TrainedRun, config: WritingPolicy, rates: Sequence[float]) -> None:
+    def __init__(self, run: TrainedRun, config: SelfPolicy, rates: Sequence[float]) -> None:
         """Raises ConfigError for a tokenizer without enough letters."""
-        self.run, self.model = run, str(run.path)
+        self.run, self.lm, self.model = run, run.model, str(run.path)
         self.parameters = sum(weight.numel() for weight in run.model.parameters())
         self.length = run.model.config.max_seq_len
         self.sampling = Sampling(temperature=config.temperature, top_k=config.top_k)
         self.max_edit_tokens = config.max_edit_tokens
-        self.slots = edits.slots(rates, self.ops)
-        tokenizer, most = run.tokenizer, max(len(slot.options) for slot in self.slots)
-        where = f"tokenizer.kind={tokenizer.kind}"
-        self.tokens = edits.option_tokens(tokenizer.encode, tokenizer.unknown_id, most, where)
+        tokenizer = run.tokenizer
+        self.set_slots(rates, tokenizer.unknown_id, f"tokenizer.kind={tokenizer.kind}")
 
     def encode(self, text: str) -> list[int]:
         return self.run.tokenizer.encode(text)
 
-    def prefix(self, document: Document) -> list[int]:
-        # the last token of a directive is not read
-        return document.context_ids[-max(1, self.length + 1 - len(self.slots)) :]
-
-    def behind(self, op: str, document: Document, count: int) -> list[list[int]]:
+    def behind(self, what: str, document: Document, count: int) -> list[list[int]]:
         """Return evenly spread chunks; one alone is the end of the context, which says least of
         what follows it.  A short context is a chunk itself."""
         ids = document.context_ids
+        if what == "directive":  # whose last token is not read
+            return [ids[-max(1, self.length + 1 - len(self.slots)) :]]
         size = min(len(ids), max(1, self.length // 2))
         starts = np.linspace(len(ids) - size, 0, count).round().astype(int).tolist()
         return [ids[start : start + size] for start in starts]
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int], allowed: Sequence[int]) -> Sequence[float]:
-        model = self.run.model
-        read = torch.tensor([ids[-self.length :]], device=model.output_weight.device)
-        last: list[float] = model.logits(model.hidden(read)[0, -1])[list(allowed)].tolist()
+        read = torch.tensor([ids[-self.length :]], device=self.lm.output_weight.device)
+        last: list[float] = self.lm.logits(self.lm.hidden(read)[0, -1])[list(allowed)].tolist()
         return last
 
-    def texts(
-        self, prompts: Sequence[Sequence[list[int]]], seeds: Sequence[int]
-    ) -> list[list[Text]]:
+    def texts(self, prompts: Sequence[list[int]], seed: int) -> list[Text]:
         """Return all, written side by side: the prompts of a document are of one length."""
-        pairs = zip(prompts, seeds, strict=True)
-        flat = [(ids, seed_of(seed, n)) for some, seed in pairs for n, ids in enumerate(some)]
-        if not flat:
-            return [[] for _ in prompts]
-        tokenizer = self.run.tokenizer
-        begun, drawn = [ids for ids, _ in flat], [seed for _, seed in flat]
-        steps = self.run.stream(begun, drawn, self.max_edit_tokens, self.sampling)
-        columns = [step.tokens.tolist() for step in steps]
-        rows = [
-            list(itertools.takewhile(tokenizer.eot_id.__ne__, row))
-            for row in zip(*columns, strict=True)
-        ]
-        written = iter([Text(tokenizer.decode(row), len(row)) for row in rows])
-        return [list(itertools.islice(written, len(some))) for some in prompts]
+        tokenizer, seeds = self.run.tokenizer, [seed_of(seed, n) for n in range(len(prompts))]
+        run = dataclasses.replace(self.run, model=self.lm)
+        steps = run.stream(prompts, seeds, self.max_edit_tokens, self.sampling)
+        rows = zip(*(step.tokens.tolist() for step in steps), strict=True)
+        new = [list(itertools.takewhile(tokenizer.eot_id.__ne__, row)) for row in rows]
+        return [Text(tokenizer.decode(row), len(row)) for row in new]
 
-    def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> OwnPolicy:
-        inner = InnerConfig([config.steps], config.tokens_per_step, config.lora)
-        found = adapt(
-            self.run.model,
-            rows,
-            config.learning_rate,
-            inner,
-            seed,
-            lambda _: Score(0.0, None, 0.0),  # the outer loop scores it, by its edits
-        )
-        if found.error:
-            rate = config.learning_rate
-            raise RunError(f"outer.learning_rate={rate}: the policy's training {found.error}")
-        return self._with(
-            found.model if config.lora.rank is None else merge(found.model, config.lora)
-        )
-
-    def _with(self, model: GPT) -> OwnPolicy:
-        new = copy.copy(self)
-        new.run = dataclasses.replace(self.run, model=model)
-        return new
-
-    def save(self, folder: Path) -> None:
-        spent = {"sft_tokens": str(self.sft_tokens)}
-        with replacing(folder / "policy.safetensors") as temporary:
-            save_file(self.run.model.state_dict(), temporary, spent)
-
-    def load(self, folder: Path) -> OwnPolicy:
-        path, like = folder / "policy.safetensors", self.run.model
-        model = GPT(like.config, like.vocab_size).to(like.output_weight)
-        try:
-            with safe_open(path, "pt") as file:
-                model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-                spent = int(file.metadata()["sft_tokens"])
-        except (OSError, SafetensorError, RuntimeError, TypeError, LookupError) as error:
-            raise ConfigError(f"{path}: not a policy that the model of {self.model} was") from error
-        new = self._with(model.eval())
-        new.sft_tokens = spent
-        return new
+    def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> GPT:
+        model = trainable_copy(self.lm, config.lora, seed)
+        fine_tune(model, logits_of(model), rows, config, seed)
+        if config.lora.rank is None:
+            return model
+        plain = GPT(model.config, model.vocab_size).to(model.output_weight)
+        plain.load_state_dict(merged(model.state_dict(), config.lora))
+        return plain.eval()
 
 
 # --- a file
 
 
-class ReplayPolicy:
+class ReplayPolicy(Policy):
     """Edits that were written before, a JSON object a line.
 
     Each has an ``edit`` and whose it is: ``doc_sha256``, the SHA-256 of the document's text, or
@@ -352,12 +261,9 @@ class ReplayPolicy:
     """
 
     backend = "file"
-    parameters: int | None = None
-    ops: Sequence[str] = ("continue",)  # whatever its texts are
-    sft_tokens = 0
 
     def __init__(self, path: str, documents: Sequence[Document] = ()) -> None:
-        """Raises ConfigError for a line that is none, naming its number, and where one of
+        """Raises ConfigError, naming the number of a line that is none, and if one of
         ``documents`` has no edit."""
         self.model = path
         self._proposals: dict[str, list[Proposal]] = {}
@@ -372,17 +278,15 @@ class ReplayPolicy:
                 except ConfigError as error:
                     raise ConfigError(f"policy.path={path}: line {number}: {error}") from error
                 self._proposals.setdefault(owner, []).append(proposal)
-        try:
-            for document in documents:
-                self._of(document)
-        except RunError as error:
-            raise ConfigError(str(error)) from error
+        for document in documents:
+            self._of(document)
 
     def _of(self, document: Document) -> list[Proposal]:
         for name in (document.sha256, document.doc_id):
             if name in self._proposals:
                 return self._proposals[name]
-        raise RunError(f"policy.path={self.model}: has no edit of the document {document.doc_id}")
+        line = f"policy.path={self.model}: has no edit of the document {document.doc_id}"
+        raise ConfigError(line)
 
     def propose(
         self, document: Document, count: int, *, seed: int, explore: float
@@ -400,17 +304,6 @@ class ReplayPolicy:
             where = f"policy.path={self.model}"
             raise RunError(f"{where}: has no text for the document {document.doc_id}")
         return dataclasses.replace(chosen, edit=dataclasses.replace(edit, text=chosen.edit.text))
-
-    def sft(
-        self, examples: Sequence[tuple[Document, SelfEdit]], config: OuterConfig, *, seed: int
-    ) -> Policy:
-        raise RunError("policy.kind=file: its edits are written; it cannot be trained")
-
-    def save(self, folder: Path) -> None:
-        """Write nothing: the file stays as it is."""
-
-    def load(self, folder: Path) -> Policy:
-        return self
 
 
 def _read_proposal(line: bytes) -> tuple[str, Proposal]:

@@ -1,5 +1,5 @@
-"""Policies of a language model that reads instructions, from a local folder: of transformers, or
-one that mlx_lm reads on Apple silicon.
+"""Policies that read instructions: a language model in a local folder, of transformers, or one that
+mlx_lm reads on Apple silicon.
 
 The prompts follow those of Zweiger et al. 2025 (implications, rewrite, self-qa), in other words.
 """
@@ -23,18 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinygpt.adaptation import edits
 from tinygpt.adaptation.config import ModelPolicy, OuterConfig
 from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import TEXT_OPS, Row
-from tinygpt.adaptation.inner import training
-from tinygpt.adaptation.policies import Policy, Text, Writer, seed_of
-from tinygpt.config import ConfigError, LoraConfig, RunError, first_line, install
-from tinygpt.fileio import read_json, replacing_folder, write_json
+from tinygpt.adaptation.policies import Text, Writer, fine_tune, seed_of
+from tinygpt.config import ConfigError, RunError, first_line, install
+from tinygpt.fileio import read_json
 from tinygpt.model.generate import NO_CHOICE
 
-Frame = tuple[str, str]  # what stands before the document in a prompt, and behind it
-FRAMES: dict[str, Frame] = {
+# What stands before the document in a prompt, and behind it.
+FRAMES: dict[str, tuple[str, str]] = {
     "continue": ("", ""),
     "restate": (
         "Text:\n",
@@ -57,36 +55,30 @@ ANSWER = re.compile(r"\s*\n\s*(?=(?:Answer|A):)")  # on a line of its own it wou
 
 
 class PromptedPolicy(Writer):
-    """Its tokenizer is one of transformers; so are those of mlx_lm."""
+    """A language model whose tokenizer is one of transformers; so are those of mlx_lm."""
 
     ops: Sequence[str] = TEXT_OPS
 
     def __init__(self, config: ModelPolicy, rates: Sequence[float], tokenizer: Any) -> None:
-        """Raises ConfigError where the prompts and the text do not fit into the context, and for
-        a tokenizer without enough letters."""
+        """Raises ConfigError if the prompts and the text do not fit into the context, and for a
+        tokenizer without enough letters."""
         self.model, self.config, self.tokenizer = config.path, config, tokenizer
-        self.length = _context(config.path)
-        self.slots = edits.slots(rates, self.ops)
         where = f"policy.path={config.path}"
-        most = max(len(slot.options) for slot in self.slots)
-        self.tokens = edits.option_tokens(self.encode, tokenizer.unk_token_id, most, where)
-        self.frames = FRAMES | {"directive": self._questions()}
+        self.set_slots(rates, tokenizer.unk_token_id, where)
+        letters = [tokenizer.decode([token]).strip() for token in self.tokens]
+        asked = "\n\nHow does a language model best learn this text?\n"
+        for name, options in self.slots.items():
+            said = ["+".join(o) if isinstance(o, list) else str(o) for o in options]
+            choices = ", ".join(f"{a} = {o}" for a, o in zip(letters, said, strict=False))
+            asked += f"{QUESTIONS[name]}: {choices}\n"
+        asked += "The letters of the best choices, in this order: "
+        self.frames = FRAMES | {"directive": ("Text:\n", asked)}
         room = min(map(self._room, self.frames))
         if room < 1:
             raise ConfigError(
                 f"{where}: its context of {self.length} tokens is too short; prompts and "
                 f"policy.max_edit_tokens={config.max_edit_tokens} take {self.length - room}"
             )
-
-    def _questions(self) -> Frame:
-        letters = [self.tokenizer.decode([token]).strip() for token in self.tokens]
-        asked = ""
-        for slot in self.slots:
-            said = ["+".join(o) if isinstance(o, list) else str(o) for o in slot.options]
-            options = ", ".join(f"{a} = {o}" for a, o in zip(letters, said, strict=False))
-            asked += f"{QUESTIONS[slot.name]}: {options}\n"
-        before = "\n\nHow does a language model best learn this text?\n"
-        return "Text:\n", f"{before}{asked}The letters of the best choices, in this order: "
 
     def _room(self, name: str) -> int:
         """Return how many tokens of a document a prompt can have."""
@@ -102,50 +94,49 @@ class PromptedPolicy(Writer):
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
-    def prefix(self, document: Document) -> list[int]:
-        return self.behind("directive", document, 1)[0]
-
-    def behind(self, op: str, document: Document, count: int) -> list[list[int]]:
+    def behind(self, what: str, document: Document, count: int) -> list[list[int]]:
         """Return prompts with the end of a document that is too long."""
-        return [self._prompt(op, self.encode(document.context)[-self._room(op) :])] * count
+        return [self._prompt(what, self.encode(document.context)[-self._room(what) :])] * count
 
-    def texts(
-        self, prompts: Sequence[Sequence[list[int]]], seeds: Sequence[int]
-    ) -> list[list[Text]]:
-        found = []
-        for some, seed in zip(prompts, seeds, strict=True):
-            groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(some)]
-            each = [self.continued(ids, count, seed_of(seed, ids)) for ids, count in groups]
-            found.append([Text(ANSWER.sub(" ", text), n) for texts in each for text, n in texts])
-        return found
+    def texts(self, prompts: Sequence[list[int]], seed: int) -> list[Text]:
+        groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts)]
+        each = [self.continued(ids, count, seed_of(seed, ids)) for ids, count in groups]
+        return [Text(ANSWER.sub(" ", text), n) for texts in each for text, n in texts]
 
     @abstractmethod
     def continued(self, prompt: list[int], count: int, seed: int) -> list[Text]:
         """Return so many texts behind one prompt."""
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """Return ``config.json`` of a local folder.  Raises ConfigError where there is none."""
+def _context(path: str) -> int:
+    """Return the most tokens that the model in a local folder reads at once.
+
+    Raises ConfigError if it is no such folder, or brings code of its own.
+    """
     folder, where = Path(path).expanduser(), f"policy.path={path}"
     if not folder.is_dir():
         raise ConfigError(f"{where}: no such folder")
     if not (folder / "config.json").exists():
         raise ConfigError(f"{where}: not the folder of a model, as it has no config.json")
     try:
-        return read_json(folder / "config.json")
+        values = read_json(folder / "config.json")
     except ConfigError as error:
         raise ConfigError(f"{where}: not the folder of a model ({error})") from error
-
-
-def _context(path: str) -> int:
-    """Return the most tokens that the model reads at once, unlimited if its file has no limit."""
-    values = read_config(path)
+    if "model_file" in values:
+        raise ConfigError(f"{where}: brings code of its own; it is not run")
     found = values.get("max_position_embeddings") or values.get("n_positions") or sys.maxsize
     if type(found) is not int or found < 1:
-        raise ConfigError(
-            f"policy.path={path}: max_position_embeddings={found!r:.40}: must be a whole number"
-        )
+        line = f"max_position_embeddings={found!r:.40}: must be a whole number"
+        raise ConfigError(f"{where}: {line}")
     return found
+
+
+def _imported(name: str, kind: str) -> Any:
+    """Import a library.  Raises ConfigError, naming the extra ``kind``, if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"policy.kind={kind}: needs {install(kind)}") from error
 
 
 # --- transformers
@@ -157,16 +148,15 @@ class HuggingFacePolicy(PromptedPolicy):
     backend = "hf"
 
     def __init__(self, config: ModelPolicy, rates: Sequence[float], device: torch.device) -> None:
-        """Raises ConfigError for what cannot be read, and where a library is missing."""
-        read_config(config.path)
-        try:
-            importlib.import_module("transformers")
-            importlib.import_module("peft")
-        except ImportError as error:
-            raise ConfigError(f"policy.kind=hf: needs {install('hf')}") from error
+        """Raises ConfigError for what cannot be read, and if a library is missing."""
+        self.length = _context(config.path)
+        for name in ("transformers", "peft"):
+            _imported(name, "hf")
         folder, where = Path(config.path).expanduser(), f"policy.path={config.path}"
-        self.device = device
-        self.lm = _language_model(folder, where, device)
+        # from tensors alone: pickled weights can hold any code
+        options = {"use_safetensors": True, "dtype": torch.float32}
+        model = _from_folder("AutoModelForCausalLM", folder, where, **options)
+        self.device, self.lm = device, model.to(device).eval()
         self.parameters = sum(weight.numel() for weight in self.lm.parameters())
         super().__init__(config, rates, _from_folder("AutoTokenizer", folder, where))
 
@@ -195,34 +185,33 @@ class HuggingFacePolicy(PromptedPolicy):
                 pad_token_id=ends[0],
                 logits_processor=[_finite],
             )
-        new = [
-            list(itertools.takewhile(lambda token: token not in ends, row))
-            for row in rows[:, len(prompt) :].tolist()
-        ]
-        decode = self.tokenizer.decode
-        return [Text(decode(row, skip_special_tokens=True), len(row)) for row in new]
+        found = []
+        for row in rows[:, len(prompt) :].tolist():
+            new = list(itertools.takewhile(lambda token: token not in ends, row))
+            found.append(Text(self.tokenizer.decode(new, skip_special_tokens=True), len(new)))
+        return found
 
-    def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> HuggingFacePolicy:
-        return self._with(merged(fine_tuned(self.lm, rows, config, seed)))
+    def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Any:
+        """Train adapters of all linear layers but the head, which may be tied; or all weights."""
+        from peft import LoraConfig, get_peft_model
 
-    def _with(self, lm: Any) -> HuggingFacePolicy:
-        new = copy.copy(self)
-        new.lm = lm
-        return new
+        model, rank = copy.deepcopy(self.lm).requires_grad_(True), config.lora.rank
+        if rank is not None:
+            alpha = config.lora.alpha or 2 * rank
+            kind: Any = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+            with _seeded(seed, self.device), warnings.catch_warnings():
+                # peft notices by itself that GPT-2's matrices are transposed, and calls
+                # transformers in a deprecated way
+                warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **kind))
+        model.eval()  # no dropout
 
-    def save(self, folder: Path) -> None:
-        """Write a folder that can be a ``policy.path`` too."""
-        with replacing_folder(folder / "policy") as new:
-            self.lm.save_pretrained(new)
-            self.tokenizer.save_pretrained(new)
-            write_json(new / "policy.json", {"sft_tokens": self.sft_tokens})
+        def forward(inputs: Tensor, counted: Tensor) -> Any:
+            return model(input_ids=inputs).logits[counted]
 
-    def load(self, folder: Path) -> HuggingFacePolicy:
-        saved = folder / "policy"
-        spent = read_json(saved / "policy.json")
-        new = self._with(_language_model(saved, str(saved), self.device))
-        new.sft_tokens = spent["sft_tokens"]
-        return new
+        fine_tune(model, forward, rows, config, seed)
+        return (model if rank is None else model.merge_and_unload()).eval()
 
 
 def _from_folder(kind: str, folder: Path, where: str, **options: Any) -> Any:
@@ -236,12 +225,6 @@ def _from_folder(kind: str, folder: Path, where: str, **options: Any) -> Any:
     except Exception as error:  # whatever the files lead it to
         why = first_line(error)
         raise ConfigError(f"{where}: {kind} of transformers cannot read it ({why})") from error
-
-
-def _language_model(folder: Path, where: str, device: torch.device) -> Any:
-    """Load from tensors alone: pickled weights can hold any code."""
-    options = {"use_safetensors": True, "dtype": torch.float32}
-    return _from_folder("AutoModelForCausalLM", folder, where, **options).to(device).eval()
 
 
 def _finite(ids: Tensor, scores: Tensor) -> Tensor:
@@ -259,59 +242,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def fine_tuned(lm: Any, rows: Sequence[Row], config: OuterConfig, seed: int) -> Any:
-    """Return a copy, trained as ``inner.adapt`` trains ours; its adapters are still in it.
-
-    Raises RunError where it diverges.
-    """
-    device = next(lm.parameters()).device
-    model = copy.deepcopy(lm).requires_grad_(True)
-    with _seeded(seed, device):
-        model = model if config.lora.rank is None else _with_adapters(model, config.lora)
-    model.eval()  # no dropout
-    rate = config.learning_rate
-    losses = training(
-        model,
-        lambda inputs, counted: model(input_ids=inputs).logits[counted],
-        rows,
-        rate,
-        config.tokens_per_step,
-        seed,
-    )
-    for step, loss in enumerate(itertools.islice(losses, config.steps), start=1):
-        if not math.isfinite(loss):
-            raise RunError(
-                f"outer.learning_rate={rate}: the policy's training diverged at step {step}"
-            )
-    return model
-
-
-def _with_adapters(model: Any, lora: LoraConfig) -> Any:
-    """Add them to all linear layers but the head, which may be tied."""
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-
-    assert lora.rank is not None
-    peft = PeftConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha or 2 * lora.rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        # peft notices by itself that GPT-2's matrices are transposed, and calls transformers in a
-        # deprecated way
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return get_peft_model(model, peft)
-
-
-def merged(model: Any) -> Any:
-    """Return it without adapters, which are added to the matrices."""
-    plain = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    return plain.eval()
-
-
 # --- mlx_lm
 
 
@@ -321,19 +251,14 @@ class MlxPolicy(PromptedPolicy):
     backend = "mlx"
 
     def __init__(self, config: ModelPolicy, rates: Sequence[float]) -> None:
-        """Raises ConfigError on other machines, and where the library or the model is missing."""
+        """Raises ConfigError on other machines, and if the library or the model is missing."""
         machine = platform.system(), platform.machine()
         if machine != ("Darwin", "arm64"):
             here = " ".join(machine)
             raise ConfigError(f"policy.kind=mlx: needs Apple silicon, and this is {here}; use hf")
-        if "model_file" in read_config(config.path):
-            raise ConfigError(f"policy.path={config.path}: brings code of its own; it is not run")
-        try:
-            self.mlx = importlib.import_module("mlx.core")
-            self.mlx_lm = importlib.import_module("mlx_lm")
-            sampling = importlib.import_module("mlx_lm.sample_utils")
-        except ImportError as error:
-            raise ConfigError(f"policy.kind=mlx: needs {install('mlx')}") from error
+        self.length = _context(config.path)
+        self.mlx, self.mlx_lm = _imported("mlx.core", "mlx"), _imported("mlx_lm", "mlx")
+        sampling = _imported("mlx_lm.sample_utils", "mlx")
         try:
             self.lm, tokenizer = self.mlx_lm.load(str(Path(config.path).expanduser()))
         except Exception as error:  # whatever the files lead mlx_lm to
@@ -366,11 +291,5 @@ class MlxPolicy(PromptedPolicy):
             found.append(Text(text, tokens))
         return found
 
-    def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Writer:
-        raise RunError("policy.kind=mlx: cannot be trained here; use hf")
-
-    def save(self, folder: Path) -> None:
-        """Write nothing: the model stays as it is."""
-
-    def load(self, folder: Path) -> Policy:
-        return self
+    def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Any:
+        raise RunError("policy.kind=mlx: cannot be trained; use self or hf")

@@ -1,7 +1,4 @@
-"""``adapt.jsonl``: a JSON object a line, as a study writes it and as an analysis reads it.
-
-Free of torch and pandas.
-"""
+"""Files of JSON lines: ``adapt.jsonl`` (a record a line) and ``edits.jsonl``.  Torch-free."""
 
 from __future__ import annotations
 
@@ -26,87 +23,67 @@ FIELDS = (
     *("train_loss_first", "train_loss_last", "doc_unknown_tokens", "edit_unknown_tokens"),
     *("times_proposed", "accepted", "wall_s", "cpu_s", "device", "error"),
 )
-# What an analysis needs of them, by kind.
+# The fields that an analysis and a resumed study need, by type; each may be null.
 WHOLE = ("base_parameters", "iteration", "lora_rank", "inner_steps", "seed")
 NUMBERS = (
     *("reward", "forgetting", "accuracy_before", "accuracy_after", "lr", "flops_est"),
     *("tokens_processed", "policy_prompt_tokens", "policy_tokens", "sft_tokens", "times_proposed"),
 )
 TEXTS = ("run_id", "task", "split", "method", "doc_sha256", "edit_id", "error")
-NEEDED = (*TEXTS, *WHOLE, *NUMBERS, "accepted")
+TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(TEXTS, (str,)),
+    **dict.fromkeys(WHOLE, (int,)),
+    **dict.fromkeys(NUMBERS, (int, float)),
+    "accepted": (bool,),
+}
 
 
-class LinesFile:
-    """JSON objects, a line each; lines are whole or not there.  One process writes it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def repair(self) -> None:
-        """Cut off a torn last line, which will be written anew; before any ``append``."""
-        if self.path.exists():
-            with fileio.naming(self.path), self.path.open("rb+") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
-
-    def read(self) -> list[Record]:
-        """Return the whole lines.  Raises ConfigError, naming the line, for what is no object."""
-        if not self.path.exists():
-            return []
-        found = []
-        *lines, _ = self.path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                found.append(fileio.parse_object(line.decode()))
-            except ValueError as error:
-                raise ConfigError(f"{self.path}: line {number} is not JSON ({error})") from error
-        return found
-
-    def append(self, values: Sequence[Record]) -> None:
-        """Write all of them at once or none; they are on the disk when it returns."""
-        lines = [json.dumps(value, allow_nan=False) for value in values]
-        fileio.append(self.path, "".join(f"{line}\n" for line in lines).encode(), sync=True)
+def append(path: Path, rows: Sequence[Record]) -> None:
+    """Write all rows at once or none; they are on the disk when it returns."""
+    lines = [json.dumps(row, allow_nan=False) for row in rows]
+    fileio.append(path, "".join(f"{line}\n" for line in lines).encode(), sync=True)
 
 
-class RecordsFile(LinesFile):
-    """``adapt.jsonl``."""
-
-    def read(self) -> list[Record]:
-        """Also raises ConfigError, naming the line, for what is no record."""
-        found = super().read()
-        for number, record in enumerate(found, start=1):
-            if record.keys() != set(FIELDS) or not isinstance(record["run_id"], str):
-                raise ConfigError(f"{self.path}: line {number} is not a record of an adaptation")
-        return found
+def repair(path: Path) -> None:
+    """Cut off a torn last line, if there is a file; call it before any ``append``."""
+    if path.exists():
+        with fileio.naming(path), path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Return the records, and whether a torn line follows them."""
-    lines = path.read_bytes().split(b"\n")
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+def read_lines(path: Path) -> tuple[list[Record], bool]:
+    """Return the objects, and whether a torn line follows them.
+
+    Raises ConfigError, naming the line, for what is not an object.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows: list[Record] = []
+    for number, line in enumerate(lines, start=1):
         try:
-            row = fileio.parse_object(line.decode())
+            rows.append(fileio.parse_object(line.decode()))
         except ValueError as error:
-            if number == len(lines):  # no line end: it was being written
+            if number == len(lines):  # without a line end: it was being written
                 return rows, bool(line.strip())
             raise ConfigError(f"{path}: line {number} is not JSON ({error})") from error
-        for name in NEEDED:
-            if name not in row:
-                raise ConfigError(f"{path}: line {number} has no {name}")
-        for name in NEEDED:
-            if not _is_of_its_kind(name, row[name]):
-                value = f"{row[name]!r:.40}"
-                raise ConfigError(f"{path}: line {number}: {name}={value} is of another kind")
-        rows.append(row)
     return rows, False
 
 
-def _is_of_its_kind(name: str, value: Any) -> bool:
+def read_records(path: Path) -> tuple[list[Record], bool]:
+    """Do as ``read_lines``, and raise ConfigError for a line that is not a record."""
+    rows, torn = read_lines(path)
+    for number, row in enumerate(rows, start=1):
+        for name in [name for name in TYPES if name not in row]:
+            raise ConfigError(f"{path}: line {number} has no {name}")
+        for name, types in TYPES.items():
+            if not _is_one_of(types, row[name]):
+                value = f"{name}={row[name]!r:.40}"
+                raise ConfigError(f"{path}: line {number}: {value} is of another type")
+    return rows, torn
+
+
+def _is_one_of(types: tuple[type, ...], value: Any) -> bool:
     if value is None:
         return True
-    if name in TEXTS:
-        return isinstance(value, str)
-    if name == "accepted":
-        return type(value) is bool
-    kinds = (int,) if name in WHOLE else (int, float)
-    return type(value) in kinds and abs(value) < (2**63 if type(value) is int else math.inf)
+    if type(value) in (int, float) and abs(value) >= (2**63 if type(value) is int else math.inf):
+        return False
+    return type(value) in types

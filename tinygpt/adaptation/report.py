@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ from rich.console import Console
 from tinygpt import fileio
 from tinygpt.adaptation import plots
 from tinygpt.adaptation.analysis import (
-    BASE,
     FEW,
+    PLACE,
     RAW,
     Adaptation,
     analyse_adaptation,
     by_order,
     load_records,
 )
-from tinygpt.adaptation.config import RATED
-from tinygpt.adaptation.plots import bases, title
+from tinygpt.adaptation.plots import bases
 from tinygpt.scaling import document, wording
 from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
 from tinygpt.scaling.intervals import LEVEL, Interval
@@ -30,8 +30,8 @@ from tinygpt.scaling.wording import count
 
 CAPTIONS = {
     "adaptation_laws": (
-        "Mean reward on test documents after k inner steps, with its 95 % band; below, against "
-        "all tokens that a document took, those of the policy's fine-tuning not counted. Losses "
+        "Mean reward on test documents after k inner steps, with its 95 % band, and against all "
+        "tokens that a document took, those of the policy's fine-tuning not counted. Losses "
         "larger than the gains run off below."
     ),
     "pareto_forgetting": (
@@ -43,13 +43,20 @@ CAPTIONS = {
         "reward it is shown with: it is an upper end, not what the policy gives."
     ),
 }
-TABLES = ("summary", "paired", "laws")
+TABLES = {
+    "summary": "every setting, of every split",
+    "paired": f"every comparison with `{RAW}`",
+    "laws": "reward = c·k^a by method, or why there is none",
+}
+BRIEF = ("method", "reward", "forgetting", "accuracy", "failed")  # columns of what is printed
+MARKS = {"better": " ▲", "worse": " ▼", "no evidence": ""}
+Cells = dict[str, str]  # of a row, by column
 
 
 def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
     """Write the whole report on the records under ``runs``, and print the answer.
 
-    Raises ConfigError where there are none or they contradict each other.
+    Raises ConfigError if there are none or they contradict each other.
     """
     adaptation = analyse_adaptation(load_records(*runs), seed)
     write(adaptation, folder)
@@ -78,27 +85,37 @@ def show(adaptation: Adaptation, folder: Path, console: Console | None = None) -
 
 def compose(adaptation: Adaptation, figures: Sequence[str]) -> Iterator[Block]:
     """Yield the whole report, in the order it is read."""
+    pictures = {name: Picture(name, CAPTIONS[name]) for name in figures}
     yield from answer(adaptation)
     yield from outcomes(adaptation)
     yield from differences(adaptation)
-    yield from choices(adaptation)
-    yield from _pictures(figures, "pareto_forgetting", "adaptation_laws")
+    yield from (pictures[name] for name in list(CAPTIONS)[1::-1] if name in pictures)
     yield from powers(adaptation)
     yield from rounds(adaptation)
-    yield from _pictures(figures, "restem")
-    yield from splits(adaptation)
+    yield from (pictures[name] for name in list(CAPTIONS)[2:] if name in pictures)
     yield from notes(adaptation)
-    yield from method(adaptation)
+    yield Heading("How it was computed")
+    yield Paragraph(
+        "Records of a document are averaged first; every interval is over documents. Means: "
+        "percentiles of the bootstrap, widened for few documents (Hesterberg 2015), and "
+        f"for fewer than {FEW} Student's t; accuracies: Clopper and Pearson's. Differences: "
+        "Student's t, with Wilcoxon's signed ranks beside it; Holm's correction is over all "
+        "self-edits, ranks and steps of a base, and apart from them over the references (those "
+        "whose directive is not the model's own choice). Equal tokens are those trained on; what "
+        "the policy reads and writes comes on top and is listed. Records without a result are in "
+        "no mean: a method that fails often looks better than it is. "
+        f"Seed {adaptation.seed}."
+    )
     yield Heading("Files")
-    lines = ["`adaptation_summary.csv`: every setting, of every split"]
-    lines.append("`adaptation_paired.csv`: every comparison with `lora_doc`")
-    lines.append("`adaptation_laws.csv`: reward = c·k^a by method, or why there is none")
+    lines = [f"`adaptation_{name}.csv`: {words}" for name, words in TABLES.items()]
     lines.append("figures, as `.png` and `.svg`: " + ", ".join(f"`{name}`" for name in figures))
     yield Items(lines)
 
 
-def _pictures(figures: Sequence[str], *names: str) -> Iterator[Block]:
-    yield from (Picture(name, CAPTIONS[name]) for name in names if name in figures)
+def notes(adaptation: Adaptation) -> Iterator[Block]:
+    if adaptation.notes:
+        yield Heading("Notes")
+        yield Items([f"{line}." for line in adaptation.notes])
 
 
 # --- the answer
@@ -117,8 +134,10 @@ def answer(adaptation: Adaptation) -> Iterator[Block]:
         return
     yield Items([f"{name}: {_verdict(part)}" for name, part in bases(edits)])
     for task, part in edits.groupby("task"):
-        if part["base_parameters"].nunique() > 1:
-            yield Paragraph(f"{str(task).replace('_', ' ')}: {_from_what_size(part)}")
+        sizes = sorted(part["base_parameters"].unique())
+        wins = sorted(part[part["verdict"] == "better"]["base_parameters"].unique())
+        if len(sizes) > 1:
+            yield Paragraph(f"{str(task).replace('_', ' ')}: {_from_what_size(sizes, wins)}")
 
 
 def _verdict(part: pd.DataFrame) -> str:
@@ -149,13 +168,7 @@ def _largest(rows: pd.DataFrame, negative: bool = False) -> str:
     )
 
 
-def _p(value: float, equal: str = "") -> str:
-    return "< 0.001" if value < 1e-3 else f"{equal}{wording.number(value, 2)}"
-
-
-def _from_what_size(part: pd.DataFrame) -> str:
-    sizes = sorted(part["base_parameters"].unique())
-    wins = sorted(part[part["verdict"] == "better"]["base_parameters"].unique())
+def _from_what_size(sizes: list[int], wins: list[int]) -> str:
     if not wins:
         return f"no evidence at any of the {len(sizes)} sizes of the base."
     if wins == sizes:
@@ -166,74 +179,11 @@ def _from_what_size(part: pd.DataFrame) -> str:
     return f"it wins at {listed} parameters, but not at every larger size: no size to name."
 
 
-# --- tables
+# --- numbers as text
 
 
-def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
-    """Say what each method brings on test documents, after the fewest and the most steps;
-    ``brief``: after the most alone, at the largest rank."""
-    table = adaptation.summary
-    table = table[(table["split"] == "test") & (table["documents"] > 0)]
-    if table.empty:
-        yield Paragraph("No test document has a result yet.")
-        return
-    yield Heading("What each method brings")
-    yield Paragraph(
-        "Test documents; reward: by how much the held-out loss falls; forgetting: by how much the "
-        f"loss on the base's own text rises (nats per token), with {100 * LEVEL:.0f} % intervals."
-    )
-    for name, part in bases(table):
-        last = part["inner_steps"].max()
-        ends = [part[part["inner_steps"] > 0]["inner_steps"].min(), last]
-        if brief:
-            ends, rank = [last], part["lora_rank"].max()
-            part = part[part["lora_rank"].isna() | (part["lora_rank"] == rank)]
-            name += f" (rank {_rank({'lora_rank': rank})}, k = {last})"
-        part = part[part["inner_steps"].isin(ends) | (part["method"] == "none")]
-        rows = [_outcome(row) for row in _by_method(part)]
-        kept = [column for column in rows[0] if any(row[column] for row in rows)]
-        kept = [column for column in kept if not brief or column in BRIEF]
-        yield Heading(name, 3)
-        yield Table(kept, [[row[column] for column in kept] for row in rows])
-
-
-def _by_method(table: pd.DataFrame) -> Iterator[dict[Any, Any]]:
-    """Yield its rows, those of a method together."""
-    for method in by_order(table["method"]):
-        yield from table[table["method"] == method].to_dict("records")
-
-
-BRIEF = ("method", "reward", "forgetting", "accuracy", "failed")
-
-
-def _outcome(row: dict[Any, Any]) -> dict[str, str]:
-    """Return the cells by column, empty where there is nothing to say."""
-    facts = np.isfinite(row["accuracy_after"])
-    return {
-        "method": f"`{row['method']}`",
-        "rank": _rank(row),
-        "k": str(row["inner_steps"]),
-        "reward": _signed(row, "reward", "reward_"),
-        "forgetting": _signed(row, "forgetting", "forgetting_"),
-        "before": wording.percent(row["accuracy_before"]) if facts else "",
-        "accuracy": _share(row) if facts else "",
-        "gained": _points(row) if facts else "",
-        "tokens": wording.whole(row["tokens_processed"]),
-        "policy's": f"{row['policy_tokens']:,.0f}",
-        "documents": f"{row['documents']} × {count(row['seeds'], 'seed')}",
-        "failed": f"{row['errors']} of {row['records']}" if row["errors"] else "",
-    }
-
-
-def _share(row: dict[Any, Any]) -> str:
-    low, high = (f"{100 * row[f'accuracy_after_{end}']:.0f}" for end in ("low", "high"))
-    return f"{wording.percent(row['accuracy_after'])} ({low} to {high})"
-
-
-def _points(row: dict[str, Any]) -> str:
-    """Return the accuracy gained and its interval, in points."""
-    mean, low, high = (100 * row[f"accuracy_gain{end}"] for end in ("", "_low", "_high"))
-    return f"{mean:+.0f}" + (f" ({low:.0f} to {high:.0f})" if np.isfinite(low) else "")
+def _p(value: float, equal: str = "") -> str:
+    return "< 0.001" if value < 1e-3 else f"{equal}{wording.number(value, 2)}"
 
 
 def _rank(row: Any) -> str:
@@ -253,6 +203,75 @@ def _signed(row: Any, name: str, prefix: str = "") -> str:
     return f"{'+' if value > 0 else ''}{wording.estimate(value, found)} ({wording.reach(found)})"
 
 
+# --- tables
+
+
+def _tables(
+    table: pd.DataFrame,
+    cells: Callable[[dict[Any, Any]], Cells],
+    columns: Sequence[str] | None = None,
+    title: str = "",
+) -> Iterator[Block]:
+    """Yield a table a base, its rows by method, without empty columns."""
+    for name, part in bases(table):
+        rows = [
+            cells(row)
+            for method in by_order(part["method"])
+            for row in part[part["method"] == method].to_dict("records")
+        ]
+        kept = [column for column in columns or rows[0] if any(row[column] for row in rows)]
+        yield Heading(name + title, 3)
+        yield Table(kept, [[row[column] for column in kept] for row in rows])
+
+
+def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
+    """Say what each method brings on test documents, after the fewest and the most steps;
+    ``brief``: after the most alone, at the largest rank."""
+    table = adaptation.summary
+    table = table[(table["split"] == "test") & (table["documents"] > 0)]
+    if table.empty:
+        yield Paragraph("No test document has a result yet.")
+        return
+    yield Heading("What each method brings")
+    yield Paragraph(
+        "Test documents; reward: by how much the held-out loss falls; forgetting: by how much the "
+        f"loss on the base's own text rises (nats per token), with {100 * LEVEL:.0f} % intervals."
+    )
+    for _, part in bases(table):
+        steps, rank = part["inner_steps"], part["lora_rank"].max()
+        last, title = steps.max(), ""
+        ends = [last] if brief else [steps[steps > 0].min(), last]
+        part = part[steps.isin(ends) | (part["method"] == "none")]
+        if brief:
+            part = part[part["lora_rank"].isna() | (part["lora_rank"] == rank)]
+            title = f" (rank {_rank({'lora_rank': rank})}, k = {last})"
+        yield from _tables(part, _outcome, BRIEF if brief else None, title)
+
+
+def _outcome(row: dict[Any, Any]) -> Cells:
+    share = points = before = ""
+    if np.isfinite(row["accuracy_after"]):
+        ends = [100 * row[f"accuracy_after_{end}"] for end in ("low", "high")]
+        before = wording.percent(row["accuracy_before"])
+        share = f"{wording.percent(row['accuracy_after'])} ({ends[0]:.0f} to {ends[1]:.0f})"
+        mean, low, high = (100 * row[f"accuracy_gain{end}"] for end in ("", "_low", "_high"))
+        points = f"{mean:+.0f}" + (f" ({low:.0f} to {high:.0f})" if np.isfinite(low) else "")
+    return {
+        "method": f"`{row['method']}`",
+        "rank": _rank(row),
+        "k": str(row["inner_steps"]),
+        "reward": _signed(row, "reward", "reward_"),
+        "forgetting": _signed(row, "forgetting", "forgetting_"),
+        "before": before,
+        "accuracy": share,
+        "gained": points,
+        "tokens": wording.whole(row["tokens_processed"]),
+        "policy's": f"{row['policy_tokens']:,.0f}",
+        "documents": f"{row['documents']} × {count(row['seeds'], 'seed')}",
+        "failed": f"{row['errors']} of {row['records']}" if row["errors"] else "",
+    }
+
+
 def differences(adaptation: Adaptation) -> Iterator[Block]:
     """Compare every method with ``lora_doc``, by steps."""
     table = adaptation.paired
@@ -264,43 +283,37 @@ def differences(adaptation: Adaptation) -> Iterator[Block]:
         "and tokens; ▲ better, ▼ worse (p < 0.05 by Holm), unmarked: no evidence. Beside it, at "
         "the most steps, the difference in forgetting and p by t, Wilcoxon and Holm."
     )
-    for name, part in bases(table):
+    for _, part in bases(table):
+        found = {(*_setting(row), row["inner_steps"]): row for row in part.to_dict("records")}
+        last = part.sort_values("inner_steps").drop_duplicates(PLACE, keep="last").sort_index()
         steps = sorted(part["inner_steps"].unique())
-        yield Heading(name, 3)
-        header = ["method", "rank", *(f"k = {k}" for k in steps), "documents", "forgetting"]
-        header += ["t", "Wilcoxon", "Holm"]
-        rows = [
-            _difference(group.set_index("inner_steps"), steps)
-            for one in by_order(part["method"])
-            for _, group in part[part["method"] == one].groupby(
-                ["iteration", "lora_rank"], dropna=False
-            )
-        ]
-        yield Table(header, rows)
+        yield from _tables(last, partial(_difference, found, steps))
     methods = set(adaptation.summary["method"]) - {"none", RAW} - set(table["method"])
     if methods:
         names = ", ".join(f"`{name}`" for name in by_order(methods))
         yield Paragraph(f"Without a document, seed and setting that `{RAW}` has too: {names}.")
 
 
-def _difference(group: pd.DataFrame, steps: Sequence[int]) -> list[str]:
-    marks = {"better": " ▲", "worse": " ▼", "no evidence": ""}
-    cells = [
-        f"{_signed(group.loc[k], 'difference')}{marks[str(group.loc[k, 'verdict'])]}"
-        if k in group.index
-        else wording.UNKNOWN
-        for k in steps
-    ]
-    last = group.loc[group.index.max()]
-    forgetting = _signed(last, "forgetting_difference", "forgetting_")
-    p = [_p(last[name]) for name in ("p", "wilcoxon_p", "holm_p")]
-    return [f"`{last['method']}`", _rank(last), *cells, str(last["documents"]), forgetting, *p]
+def _setting(row: dict[Any, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in PLACE)
+
+
+def _difference(found: dict[Any, dict[Any, Any]], steps: list[int], row: dict[Any, Any]) -> Cells:
+    """Return the cells of a setting; ``found`` has the comparisons by setting and steps."""
+    cells = {"method": f"`{row['method']}`", "rank": _rank(row)}
+    for k in steps:
+        one = found.get((*_setting(row), k))
+        text = _signed(one, "difference") + MARKS[one["verdict"]] if one else wording.UNKNOWN
+        cells[f"k = {k}"] = text
+    cells["documents"] = str(row["documents"])
+    cells["forgetting"] = _signed(row, "forgetting_difference", "forgetting_")
+    names = {"t": "p", "Wilcoxon": "wilcoxon_p", "Holm": "holm_p"}
+    return cells | {title: _p(row[name]) for title, name in names.items()}
 
 
 def powers(adaptation: Adaptation) -> Iterator[Block]:
     """Say reward = c·k^a, where it may be said."""
-    table = adaptation.laws
-    if table.empty:
+    if adaptation.laws.empty:
         return
     yield Heading("Reward by inner steps")
     yield Paragraph(
@@ -309,24 +322,20 @@ def powers(adaptation: Adaptation) -> Iterator[Block]:
         f"({100 * LEVEL:.0f} %) by the bootstrap over documents. Off: how far the law is from a "
         "mean at most."
     )
-    for name, part in bases(table):
-        yield Heading(name, 3)
-        rows = [_power(row) for row in _by_method(part)]
-        yield Table(["method", "rank", "c", "a", "off", ""], rows)
+    yield from _tables(adaptation.laws, _power)
 
 
-def _power(row: dict[Any, Any]) -> list[str]:
-    rank = _rank(row)
+def _power(row: dict[Any, Any]) -> Cells:
+    found = {"method": f"`{row['method']}`", "rank": _rank(row), "c": "", "a": "", "off": ""}
     if np.isnan(row["c"]):
-        return [f"`{row['method']}`", rank, "", "", "", f"none: {row['reason']}"]
-    shown = [_signed(row, name, f"{name}_").removeprefix("+") for name in ("c", "a")]
-    return [f"`{row['method']}`", rank, *shown, wording.percent(row["left"]), row["reason"]]
+        return found | {"": f"none: {row['reason']}"}
+    shown = {name: _signed(row, name, f"{name}_").removeprefix("+") for name in ("c", "a")}
+    return found | shown | {"off": wording.percent(row["left"]), "": row["reason"]}
 
 
 def rounds(adaptation: Adaptation) -> Iterator[Block]:
     """Say what the outer loop learned."""
-    table = adaptation.restem
-    if table.empty:
+    if adaptation.restem.empty:
         return
     yield Heading("By iteration")
     yield Paragraph(
@@ -334,100 +343,18 @@ def rounds(adaptation: Adaptation) -> Iterator[Block]:
         "of which an edit was learned from. On train documents the policy explores more at first: "
         "a part of what is gained there is not learning. On test documents it does not explore."
     )
-    header = ["base", "rank", "documents", "iteration", "edits", "mean", "best", "accepted"]
-    rows = [
-        [
-            title(row["task"], row["base_parameters"]),
-            _rank(row),
-            f"{row['documents']} {row['split']}",
-            str(row["iteration"]),
-            f"{row['edits']:.3g}",
-            _signed(row, "mean", "mean_"),
-            _signed(row, "best", "best_"),
-            wording.UNKNOWN if pd.isna(row["accepted"]) else wording.percent(row["accepted"]),
-        ]
-        for row in table.to_dict("records")
-    ]
-    yield Table(header, rows)
+    # rows of a split stay together, as those of a method do elsewhere
+    yield from _tables(adaptation.restem.assign(method=adaptation.restem["split"]), _round)
 
 
-def choices(adaptation: Adaptation) -> Iterator[Block]:
-    """Say which rates were chosen on the tune documents."""
-    table = adaptation.records
-    tuned = table["method"].isin(RATED) & (table["split"] == "test") & table["edit_id"].notna()
-    if "edit" not in table or not tuned.any():
-        return
-    yield Heading("What was chosen")
-    yield Paragraph(
-        "On tune documents, by the score after the most steps; a seed chooses by itself."
-    )
-    rows = []
-    for (task, size, method, rank), group in table[tuned].groupby(
-        [*BASE, "method", "lora_rank"], dropna=False
-    ):
-        tried = table[(table["method"] == method) & (table["split"] == "tune")]["edit"].dropna()
-        rates = {edit.get("lr") for edit in tried}
-        edits = group.drop_duplicates("seed")["edit"]
-        said = pd.Series([_directive(edit, rates) for edit in edits]).value_counts()
-        words = "; ".join(f"{one} ({count(times, 'seed')})" for one, times in said.items())
-        base = title(str(task), int(str(size)))
-        rows.append([base, f"`{method}`", _rank({"lora_rank": rank}), words])
-    yield Table(["base", "method", "rank", "chosen"], rows)
-
-
-def _directive(edit: dict[str, Any], rates: set[Any]) -> str:
-    """Say it in words, and whether a rate beyond those tried might be better."""
-    ends = {min(rates): "the lowest tried", max(rates): "the highest tried"} if rates else {}
-    words = [str(edit.get("source")), f"rate {edit.get('lr', float('nan')):g}"]
-    words += [ends[edit.get("lr")]] if len(rates) > 1 and edit.get("lr") in ends else []
-    return ", ".join(words)
-
-
-def splits(adaptation: Adaptation) -> Iterator[Block]:
-    """Show tune and train documents; the test documents alone count above."""
-    table = adaptation.summary
-    others = table[(table["split"] != "test") & (table["documents"] > 0)]
-    others = others[others["inner_steps"] == others.groupby(BASE)["inner_steps"].transform("max")]
-    if others.empty:
-        return
-    yield Heading("Tune and train documents")
-    yield Paragraph("At the most steps; rates were chosen on tune documents, the policy on train.")
-    for name, part in bases(others):
-        yield Heading(name, 3)
-        rows = [
-            [
-                row["split"],
-                f"`{row['method']}`",
-                _rank(row),
-                wording.UNKNOWN if pd.isna(row["tuned_lr"]) else f"{row['tuned_lr']:g}",
-                _signed(row, "reward", "reward_"),
-                _signed(row, "forgetting", "forgetting_"),
-                str(row["documents"]),
-            ]
-            for split in ("tune", "train")
-            for row in _by_method(part[part["split"] == split])
-        ]
-        header = ["split", "method", "rank", "rate", "reward", "forgetting", "documents"]
-        yield Table(header, rows)
-
-
-def notes(adaptation: Adaptation) -> Iterator[Block]:
-    if adaptation.notes:
-        yield Heading("Notes")
-        yield Items([f"{line}." for line in adaptation.notes])
-
-
-def method(adaptation: Adaptation) -> Iterator[Block]:
-    yield Heading("How it was computed")
-    yield Paragraph(
-        "Records of a document are averaged first; every interval is over documents. Means: "
-        "percentiles of the bootstrap, widened for few documents (Hesterberg 2015), and "
-        f"of fewer than {FEW} Student's t; "
-        "accuracies: Clopper and Pearson's. Differences: "
-        "Student's t, with Wilcoxon's signed ranks beside it; Holm's correction is over all "
-        "self-edits, ranks and steps of a base, and apart from them over the references (those "
-        "whose directive is not the model's own choice). Equal tokens are those trained on; what "
-        "the policy reads and writes comes on top and is listed. Records without a result are in "
-        "no mean: a method "
-        f"that fails often looks better than it is. Seed {adaptation.seed}."
-    )
+def _round(row: dict[Any, Any]) -> Cells:
+    accepted = row["accepted"]
+    return {
+        "rank": _rank(row),
+        "documents": f"{row['documents']} {row['split']}",
+        "iteration": str(row["iteration"]),
+        "edits": f"{row['edits']:.3g}",
+        "mean": _signed(row, "mean", "mean_"),
+        "best": _signed(row, "best", "best_"),
+        "accepted": wording.UNKNOWN if pd.isna(accepted) else wording.percent(accepted),
+    }
