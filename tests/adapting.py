@@ -9,10 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio
 from tinygpt.adaptation.config import AdaptConfig, identify, methods_of
 from tinygpt.adaptation.records import FIELDS, Record, append, read_records, repair
 from tinygpt.config import RunError
+from tinygpt.runs import rundir
 
 # Run by every Python that finds it first: the workers of a sweep too.
 SITE = """

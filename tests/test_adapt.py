@@ -15,7 +15,7 @@ from rich.console import Console
 
 from tests.adapting import SITE, records_of, results_of
 from tests.conftest import ROOT, Command
-from tinygpt import cli, fileio, rundir
+from tinygpt import cli, fileio
 from tinygpt.adaptation import records
 from tinygpt.adaptation.config import (
     METHODS,
@@ -30,6 +30,7 @@ from tinygpt.adaptation.config import (
 from tinygpt.config import ConfigError, HardwareConfig, SerialLauncher
 from tinygpt.data.tokenizers import Bytes
 from tinygpt.evaluating import options as evaluating
+from tinygpt.runs import rundir
 from tinygpt.scaling.runs import load_runs
 from tinygpt.sweeping.jobs import Job, compose_jobs, expand
 from tinygpt.sweeping.kinds import ADAPTATION

@@ -33,7 +33,7 @@ from tinygpt.data.datamodule import IGNORED
 from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import Bytes, Char, Tokenizer
 from tinygpt.model.gpt import GPT
-from tinygpt.trained import TrainedRun, load_run
+from tinygpt.runs.load import TrainedRun, load_run
 from tinygpt.training.session import train
 
 TIMES = ("wall_s", "cpu_s")  # of a record, that differ from one time to the next

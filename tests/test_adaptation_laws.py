@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tests.conftest import Command
-from tinygpt import fileio, rundir
+from tinygpt import fileio
 from tinygpt.adaptation import analysis, report
 from tinygpt.adaptation.analysis import Adaptation, analyse_adaptation
 from tinygpt.adaptation.analysis import load_records as load
 from tinygpt.adaptation.records import FIELDS
 from tinygpt.config import ConfigError
+from tinygpt.runs import rundir
 from tinygpt.scaling import document
 from tinygpt.scaling.laws import Array
 

@@ -30,9 +30,9 @@ from tinygpt.adaptation.policies import ReplayPolicy
 from tinygpt.config import ConfigError, CustomData
 from tinygpt.data.corpora import open_corpus, split_documents
 from tinygpt.data.huggingface import read_tokenizer
+from tinygpt.runs.load import load_run
 from tinygpt.scaling.runs import comparable, load_runs
 from tinygpt.scaling.tables import read_table
-from tinygpt.trained import load_run
 
 NAMED: dict[str, Harness] = {harness.name: harness for harness in HARNESSES}
 RUN = Path(__file__).parent / "fuzz" / "run"

@@ -26,7 +26,7 @@ from tinygpt.data import shards
 from tinygpt.data.corpora import open_corpus
 from tinygpt.data.files import find_files
 from tinygpt.fileio import write_text
-from tinygpt.rundir import MetricsFile, RunDir
+from tinygpt.runs.rundir import MetricsFile, RunDir
 from tinygpt.sweeping.jobs import compose_jobs, expand
 from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.training.session import train

@@ -24,7 +24,7 @@ from tinygpt.cli import compose_config, read_arguments
 from tinygpt.config import DEFAULT_TOKENS, HORIZONS, Config, ConfigError, RunError, key
 from tinygpt.data.shards import cache_root
 from tinygpt.fileio import locked
-from tinygpt.rundir import config_hash, folder_of, run_name
+from tinygpt.runs.rundir import config_hash, folder_of, run_name
 
 USAGE = "usage: python -m tinygpt.test prompt=TEXT"
 

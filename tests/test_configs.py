@@ -23,20 +23,21 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from tests.conftest import LAYOUTS, REAL_DATA, Command, lay_out, tiny
 from tests.grammar import entropy
-from tinygpt import cli, rundir
+from tinygpt import cli
 from tinygpt import config as schema
 from tinygpt.config import Config, ConfigError
-from tinygpt.counting import count_parameters, flops_per_token, padded_vocab
+from tinygpt.config.counting import count_parameters, flops_per_token, padded_vocab
+from tinygpt.config.horizon import derive
 from tinygpt.data import corpora
 from tinygpt.data.corpora import HubCorpus, open_corpus
 from tinygpt.data.datamodule import TokenData
 from tinygpt.data.shards import cache_root, prepare
 from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import Bytes, train_tokenizer
-from tinygpt.horizon import derive
 from tinygpt.model import gpt
 from tinygpt.model.families import to_config
 from tinygpt.model.gpt import GPT
+from tinygpt.runs import rundir
 from tinygpt.training import hardware, loggers
 from tinygpt.training.optim import make_optimizer, rate_factor
 from tinygpt.training.session import train

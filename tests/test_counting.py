@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinygpt.config import ACTIVATIONS, ModelConfig
-from tinygpt.counting import (
+from tinygpt.config.counting import (
     Parameters,
     count_parameters,
     flops_per_token,

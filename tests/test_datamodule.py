@@ -19,10 +19,10 @@ from torch import Tensor
 from tests.conftest import tiny
 from tinygpt import cli
 from tinygpt.config import Config, ConfigError
+from tinygpt.config.horizon import Plan
 from tinygpt.data.corpora import open_corpus
 from tinygpt.data.datamodule import IGNORED, EvalBatches, TokenData, TrainBatches
 from tinygpt.data.shards import EvalWindows, TrainWindows, prepare
-from tinygpt.horizon import Plan
 
 LENGTH = 32  # of the windows of ``tiny``
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 import tinygpt
 from tests.conftest import Command, tiny
-from tinygpt import cli, fileio, rundir
+from tinygpt import cli, fileio
 from tinygpt.config import ConfigError, SyntheticData
 from tinygpt.data.shards import Split
 from tinygpt.data.synthetic import Grammar
@@ -45,7 +45,8 @@ from tinygpt.evaluating.options import (
 from tinygpt.evaluating.scoring import Machine, Positions, as_in_training
 from tinygpt.model.gpt import GPT
 from tinygpt.model.search import likeliest, tree_of
-from tinygpt.trained import TrainedRun, load_run
+from tinygpt.runs import rundir
+from tinygpt.runs.load import TrainedRun, load_run
 from tinygpt.training.hardware import Device
 from tinygpt.training.session import train
 

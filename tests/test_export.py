@@ -23,7 +23,7 @@ from tinygpt.data.tokenizers import train_tokenizer
 from tinygpt.export import FILES, check_target, export
 from tinygpt.model.generate import generate
 from tinygpt.model.gpt import GPT
-from tinygpt.trained import TrainedRun
+from tinygpt.runs.load import TrainedRun
 from tinygpt.training.session import train
 
 GPT2 = REAL_DATA / "gpt2-bpe"

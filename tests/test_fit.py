@@ -17,7 +17,8 @@ import pandas as pd
 import pytest
 
 from tests.conftest import Command, tiny
-from tinygpt import fileio, fit, rundir, scaling
+from tinygpt import fileio, fit, scaling
+from tinygpt.runs import rundir
 from tinygpt.scaling import plots
 from tinygpt.scaling.intervals import predict_interval
 from tinygpt.scaling.laws import BUILT_IN, LAWS

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from tests.conftest import OPTIMIZERS, tiny
 from tests.test_training import Trained, run, same_weights
-from tinygpt import cli, rundir
+from tinygpt import cli
 from tinygpt.config import ModelConfig
 from tinygpt.model.gpt import Attention, make_norm, manual_attention
 from tinygpt.model.kernels import mean_loss, token_scores
+from tinygpt.runs import rundir
 from tinygpt.training import session, trainer
 from tinygpt.training.module import LanguageModel
 

@@ -16,7 +16,7 @@ from tests.conftest import Command, tiny
 from tests.test_training import Trained
 from tinygpt import cli, fileio
 from tinygpt.config import ConfigError, HardwareConfig
-from tinygpt.horizon import Plan
+from tinygpt.config.horizon import Plan
 from tinygpt.model import kernels
 from tinygpt.model.gpt import GPT
 from tinygpt.training import hardware

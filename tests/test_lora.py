@@ -13,7 +13,7 @@ from rich.console import Console
 from tests.conftest import Command, tiny
 from tinygpt import cli, load_run
 from tinygpt.config import ConfigError, LoraConfig, ModelConfig
-from tinygpt.counting import lora_parameters
+from tinygpt.config.counting import lora_parameters
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora, merged
 from tinygpt.training.session import train

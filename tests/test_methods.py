@@ -33,7 +33,7 @@ from tinygpt.adaptation.loop import Study, adapt, make_results, run_methods
 from tinygpt.adaptation.records import FIELDS, Record, read_lines, read_records
 from tinygpt.config import LoraConfig
 from tinygpt.fileio import sha256
-from tinygpt.trained import TrainedRun
+from tinygpt.runs.load import TrainedRun
 
 NOTHING = 1e-30  # a rate by which no weight moves
 GOOD, BETTER = 3e-3, 1e-2

@@ -43,7 +43,7 @@ from tinygpt.adaptation.policies import OwnPolicy, ReplayPolicy, Writer, learned
 from tinygpt.adaptation.prompted import HuggingFacePolicy
 from tinygpt.config import ConfigError, LoraConfig, ModelConfig, RunError
 from tinygpt.model.gpt import GPT
-from tinygpt.trained import TrainedRun, load_run
+from tinygpt.runs.load import TrainedRun, load_run
 from tinygpt.training.session import train
 
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.nn import functional as F
 
 from tests.conftest import Command, tiny
-from tinygpt import cli, fileio, load_run, rundir
+from tinygpt import cli, fileio, load_run
 from tinygpt.config import BpeTokenizer, ConfigError
 from tinygpt.data.corpora import open_corpus, split_documents
 from tinygpt.data.datamodule import TokenData
@@ -23,7 +23,8 @@ from tinygpt.data.shards import prepare
 from tinygpt.data.tokenizers import train_tokenizer
 from tinygpt.evaluating.runs import evaluate_runs
 from tinygpt.export import export
-from tinygpt.pretrained import contents
+from tinygpt.runs import rundir
+from tinygpt.runs.pretrained import contents
 from tinygpt.training.session import train
 
 

@@ -9,8 +9,9 @@ import yaml
 
 from tests.conftest import Command, tiny
 from tests.test_training import Trained
-from tinygpt import cli, fileio, load_run, rundir
+from tinygpt import cli, fileio, load_run
 from tinygpt.config import ConfigError
+from tinygpt.runs import rundir
 from tinygpt.scaling import load_runs
 from tinygpt.sweeping.jobs import compose_jobs, expand
 from tinygpt.sweeping.kinds import TRAINING

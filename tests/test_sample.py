@@ -27,8 +27,8 @@ from tinygpt.config import Sampling
 from tinygpt.data.library import Foreign
 from tinygpt.data.tokenizers import Bytes, Tokenizer
 from tinygpt.model.generate import LOOK_EVERY
+from tinygpt.runs.load import TrainedRun, load_run
 from tinygpt.sample import Arguments, Unfolding, Wanted, Writer
-from tinygpt.trained import TrainedRun, load_run
 from tinygpt.training.session import train
 
 EOT = "<|endoftext|>"
@@ -231,7 +231,7 @@ def test_a_model_that_has_diverged_is_one_line(
     run = load_run(runs["byte"])
     with torch.no_grad():
         run.model.token_embedding.weight.fill_(torch.nan)
-    monkeypatch.setattr("tinygpt.trained.load_run", lambda *_: run)
+    monkeypatch.setattr("tinygpt.runs.load.load_run", lambda *_: run)
     for more in ([], ["n=3"], ["top=2"], ["temperature=0"]):
         out, err = said(f"run={runs['byte']}", *more, code=1)
         assert out == ""

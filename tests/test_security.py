@@ -19,14 +19,15 @@ from omegaconf import OmegaConf
 from tests.conftest import ROOT, Command
 from tests.fuzz.folders import RUN
 from tests.fuzz.models import GPT2
-from tinygpt import cli, rundir
+from tinygpt import cli
 from tinygpt.config import ConfigError
 from tinygpt.data.huggingface import read_tokenizer
 from tinygpt.data.tokenizers import load_tokenizer
 from tinygpt.model.huggingface import read_weights
+from tinygpt.runs import rundir
+from tinygpt.runs.load import load_run
 from tinygpt.scaling import document
 from tinygpt.scaling.runs import comparable
-from tinygpt.trained import load_run
 from tinygpt.training.trainer import AtomicCheckpoints
 
 SOURCES = {

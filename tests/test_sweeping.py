@@ -24,9 +24,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from tests.conftest import ROOT, Command, Starts, tiny
-from tinygpt import cli, rundir
+from tinygpt import cli
 from tinygpt.config import ConfigError, RunError, WsdSchedule
 from tinygpt.fileio import read_yaml
+from tinygpt.runs import rundir
 from tinygpt.scaling.runs import load_runs
 from tinygpt.sweeping.engines import Outcome
 from tinygpt.sweeping.jobs import Job, compose_jobs, expand, flops_of

@@ -16,9 +16,10 @@ import torch
 
 from tests.conftest import tiny
 from tests.test_training import Trained
-from tinygpt import cli, rundir
-from tinygpt.checks import key_names
+from tinygpt import cli
 from tinygpt.config import Config, ConfigError
+from tinygpt.config.checks import key_names
+from tinygpt.runs import rundir
 from tinygpt.training.callbacks import Checkpoints
 from tinygpt.training.loggers import OUTCOME, check_loggers, mlflow_uri
 from tinygpt.training.loggers import flat as flat_keys

@@ -11,8 +11,9 @@ from rich.console import Console
 
 import tinygpt
 from tests.conftest import tiny
-from tinygpt import cli, rundir
+from tinygpt import cli
 from tinygpt.config import ConfigError
+from tinygpt.runs import rundir
 from tinygpt.training.session import train
 
 

@@ -25,13 +25,14 @@ from torch.nn import functional as F
 
 from tests.conftest import OPTIMIZERS, Command, tiny
 from tests.grammar import entropy
-from tinygpt import cli, rundir
+from tinygpt import cli
 from tinygpt.config import Config, ConfigError, DecaySchedule, ModelConfig, SyntheticData
-from tinygpt.counting import count_parameters, flops_per_token
+from tinygpt.config.counting import count_parameters, flops_per_token
+from tinygpt.config.horizon import derive
 from tinygpt.data.synthetic import Grammar
 from tinygpt.data.tokenizers import load_tokenizer
-from tinygpt.horizon import derive
 from tinygpt.model.gpt import GPT
+from tinygpt.runs import rundir
 from tinygpt.training.callbacks import Journal
 from tinygpt.training.console import print_summary
 from tinygpt.training.optim import rate_factor

@@ -27,7 +27,7 @@ from tests.test_tracking import interrupt_at, samples, stop_at
 from tests.test_training import Trained
 from tinygpt import cli
 from tinygpt.config import ConfigError
-from tinygpt.counting import flops_per_token
+from tinygpt.config.counting import flops_per_token
 from tinygpt.scaling import drawing
 from tinygpt.training.session import train
 

@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from tinygpt.evaluating.runs import evaluate_runs as evaluate_runs
     from tinygpt.evaluating.runs import loss_by_position as loss_by_position
     from tinygpt.evaluating.table import compare as compare
-    from tinygpt.trained import TrainedRun as TrainedRun
-    from tinygpt.trained import load_run as load_run
+    from tinygpt.runs.load import TrainedRun as TrainedRun
+    from tinygpt.runs.load import load_run as load_run
     from tinygpt.training.module import LanguageModel as LanguageModel
 
 __version__ = "0.1.0"
 _HOME = {  # public names come from where they live when they are first used: torch takes seconds
     "LanguageModel": "tinygpt.training.module",
     "TokenData": "tinygpt.data.datamodule",
-    "TrainedRun": "tinygpt.trained",
+    "TrainedRun": "tinygpt.runs.load",
     "compare": "tinygpt.evaluating.table",
     "evaluate_runs": "tinygpt.evaluating.runs",
-    "load_run": "tinygpt.trained",
+    "load_run": "tinygpt.runs.load",
     "loss_by_position": "tinygpt.evaluating.runs",
 }
 __all__ = ["compose", *_HOME]

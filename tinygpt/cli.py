@@ -27,11 +27,11 @@ from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tinygpt import checks, signals, streams, words
 from tinygpt import config as schema
+from tinygpt import signals, streams, words
 from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig
-from tinygpt.config import Config, ConfigError, RunError, Settings, is_out_of_memory
+from tinygpt.config import Config, ConfigError, RunError, Settings, checks, is_out_of_memory
 from tinygpt.words import CONF_DIR as CONF_DIR
 from tinygpt.words import Command
 
@@ -93,7 +93,7 @@ def checked(composed: DictConfig, overrides: Sequence[str]) -> Config:
     """
     config = checks.typed(composed, overrides)
     if config.init_from is not None:
-        from tinygpt import pretrained  # reads files
+        from tinygpt.runs import pretrained  # reads files
 
         pretrained.adopt(config, overrides)
     checks.check(config)

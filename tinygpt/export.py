@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Optional
 
 from omegaconf import MISSING
 
-from tinygpt import cli, counting, fileio, rundir
-from tinygpt.config import HUB_NAME, Config, ConfigError, CustomData, HubData
+from tinygpt import cli, fileio
+from tinygpt.config import HUB_NAME, Config, ConfigError, CustomData, HubData, counting
 from tinygpt.model import families
+from tinygpt.runs import rundir
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tinygpt.trained import TrainedRun
+    from tinygpt.runs.load import TrainedRun
 
 USAGE = """\
 python -m tinygpt.export run=outputs/runs/x to=FOLDER [key=value ...]
@@ -51,7 +52,7 @@ def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
     families.family(rundir.read_config(rundir.open_run(arguments.run).config).model)
     check_target(arguments.to, arguments.force)
-    from tinygpt.trained import load_run  # torch: once the words are right
+    from tinygpt.runs.load import load_run  # torch: once the words are right
 
     run = load_run(arguments.run, arguments.checkpoint)
     export(run, Path(arguments.to))

@@ -260,7 +260,7 @@ def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
-def turn(folder: Path) -> contextlib.AbstractContextManager[object]:
+def report_lock(folder: Path) -> contextlib.AbstractContextManager[object]:
     """Make ``folder`` and wait while another process writes its report into it."""
     folder.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))

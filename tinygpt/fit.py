@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from tinygpt import cli, rundir
+from tinygpt import cli
 from tinygpt.config import ConfigError, key
+from tinygpt.runs import rundir
 
 if TYPE_CHECKING:
     from tinygpt.scaling.elsewhere import Table

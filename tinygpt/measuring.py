@@ -21,12 +21,13 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from tinygpt import cli, fileio, rundir
+from tinygpt import cli, fileio
 from tinygpt.config import Config
-from tinygpt.counting import count_parameters, flops_per_token
+from tinygpt.config.counting import count_parameters, flops_per_token
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TrainBatches
 from tinygpt.model.generate import generate
+from tinygpt.runs import rundir
 from tinygpt.training.hardware import AUTOCAST, Device, quiet_lightning
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.session import open_data, open_machine, train

@@ -16,15 +16,16 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
-from tinygpt import cli, rundir, signals, streams
+from tinygpt import cli, signals, streams
 from tinygpt.config import ConfigError, Sampling, key
+from tinygpt.runs import rundir
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tinygpt.data.tokenizers import Tokenizer
     from tinygpt.model.generate import Step
-    from tinygpt.trained import TrainedRun
+    from tinygpt.runs.load import TrainedRun
 
 USAGE = """\
 python -m tinygpt.sample run=FOLDER prompt="Once upon a time" [key=value ...]
@@ -267,7 +268,7 @@ def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
     prompts = read_prompts(arguments)
     rundir.open_run(arguments.run)
-    from tinygpt.trained import load_run  # torch: once there is something to load
+    from tinygpt.runs.load import load_run  # torch: once there is something to load
 
     run = load_run(arguments.run, arguments.checkpoint, arguments.device)
     begun = [run.encode_prompt(prompt) for prompt in prompts]

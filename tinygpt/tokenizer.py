@@ -10,7 +10,6 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from tinygpt.checks import check_text
 from tinygpt.cli import one_line_errors, read_arguments, read_text
 from tinygpt.config import (
     BpeTokenizer,
@@ -20,6 +19,7 @@ from tinygpt.config import (
     TokenizerConfig,
     key,
 )
+from tinygpt.config.checks import check_text
 from tinygpt.data.corpora import FileCorpus, first_bytes, split_documents
 from tinygpt.data.huggingface import open_tokenizer
 from tinygpt.data.tokenizers import train_tokenizer

@@ -24,8 +24,7 @@ from omegaconf.errors import (
     MissingMandatoryValue,
 )
 
-from tinygpt import checks
-from tinygpt.config import ConfigError, Settings, first_line, install
+from tinygpt.config import ConfigError, Settings, checks, first_line, install
 from tinygpt.config.names import DECIDED, DEVICES, OTHER_CHOICES, REMOVED, SYNONYMS
 
 S = TypeVar("S", bound=Settings)

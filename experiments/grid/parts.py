@@ -20,7 +20,7 @@ import torch
 from tinygpt.config import SyntheticData
 from tinygpt.data.corpora import open_corpus, split_documents
 from tinygpt.data.synthetic import Grammar
-from tinygpt.trained import TrainedRun, load_run
+from tinygpt.runs.load import TrainedRun, load_run
 
 STORIES = 1000
 OF_A_KIND = {

@@ -25,7 +25,7 @@ from tests.test_sweeping import comparable
 from tests.warm import Within
 from tinygpt.data import shards, writing
 from tinygpt.fileio import replacing_folder
-from tinygpt.rundir import MetricsFile, read_config
+from tinygpt.runs.rundir import MetricsFile, read_config
 
 SHORT = ("train.steps=4", "train.sample_tokens=2", "logger=csv", "study=s")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

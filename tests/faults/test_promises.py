@@ -11,7 +11,8 @@ from tests.faults.conftest import succeeded
 from tests.faults.test_kills import SHORT, files
 from tests.faults.warm import Warm
 from tests.test_resume import MEASURED
-from tinygpt import fileio, rundir
+from tinygpt import fileio
+from tinygpt.runs import rundir
 
 SWEEP = ("--multirun", "model.d_model=8,16,32", "seed=1,2", *SHORT)
 
@@ -41,9 +42,9 @@ def test_a_result_is_traced_to_its_folder_its_code_and_its_configuration(
     warm: Warm, corpus: Path
 ) -> None:
     """From the table of a report, with nothing but what stands in the files."""
-    from tinygpt import pretrained
     from tinygpt.data.corpora import open_corpus
     from tinygpt.data.shards import load_index
+    from tinygpt.runs import pretrained
 
     succeeded(warm("run", *tiny(corpus, *SWEEP)))
     with (warm.folder / "outputs/s/fit/runs.csv").open() as file:

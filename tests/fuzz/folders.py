@@ -11,11 +11,12 @@ from unittest import mock
 import torch
 
 from tests.fuzz.harness import SEEDS, Harness, scratch
-from tinygpt import checks, rundir, trained
-from tinygpt.config import ConfigError
+from tinygpt.config import ConfigError, checks
 from tinygpt.data import shards
+from tinygpt.runs import load as trained
+from tinygpt.runs import rundir
+from tinygpt.runs.load import load_run
 from tinygpt.scaling.runs import comparable, load_curves, load_runs, read_rows
-from tinygpt.trained import load_run
 
 RUN = SEEDS.parent / "run"  # a finished run of a minute model
 CACHE = SEEDS.parent / "shards"  # its tokens

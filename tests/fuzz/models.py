@@ -12,12 +12,13 @@ from unittest import mock
 import torch
 
 from tests.fuzz.harness import SEEDS, Harness, scratch
-from tinygpt import checks, cli, pretrained
-from tinygpt.config import Config
-from tinygpt.counting import padded_vocab
+from tinygpt import cli
+from tinygpt.config import Config, checks
+from tinygpt.config.counting import padded_vocab
 from tinygpt.data.huggingface import open_tokenizer
 from tinygpt.model.gpt import GPT
-from tinygpt.trained import initial_weights
+from tinygpt.runs import pretrained
+from tinygpt.runs.load import initial_weights
 
 GPT2 = SEEDS.parent / "gpt2"  # a minute one, with its tokenizer
 

@@ -7,10 +7,11 @@ import dataclasses
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.fuzz.harness import Harness, file_of
-from tinygpt import cli, fileio, fit, rundir, sample
+from tinygpt import cli, fileio, fit, sample
 from tinygpt.adaptation import edits
 from tinygpt.adaptation.policies import ReplayPolicy
 from tinygpt.evaluating.options import read_task
+from tinygpt.runs import rundir
 
 LINE = 1 << 10  # bytes: the time goes with the length; tests/test_bad_input.py has a long one
 

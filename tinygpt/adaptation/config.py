@@ -12,8 +12,7 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from tinygpt import fileio, rundir
-from tinygpt.checks import check_bounds, check_names, check_text, require
+from tinygpt import fileio
 from tinygpt.config import (
     REMOVED,
     Config,
@@ -26,6 +25,8 @@ from tinygpt.config import (
     install,
     key,
 )
+from tinygpt.config.checks import check_bounds, check_names, check_text, require
+from tinygpt.runs import rundir
 
 METHODS = ("none", "lora_doc", "lora_edit", "lora_doc+edit", "oracle", "full_ft_doc", "restem")
 RATED = METHODS[1:6]  # methods whose learning rate is chosen on tune documents

@@ -23,19 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio
 from tinygpt.adaptation.config import DocumentsConfig
 from tinygpt.config import ConfigError, DataConfig, SyntheticData
+from tinygpt.config.horizon import PASS_TOKENS
 from tinygpt.data import corpora
 from tinygpt.data.datamodule import IGNORED, TokenData
 from tinygpt.data.shards import Progress
 from tinygpt.data.synthetic import RELATIONS, STATEMENTS, Entity, Grammar
 from tinygpt.data.tokenizers import Tokenizer
-from tinygpt.horizon import PASS_TOKENS
 from tinygpt.model.gpt import GPT
 from tinygpt.model.kernels import token_scores
 from tinygpt.model.search import Path, Tree, likeliest, tree_of
-from tinygpt.trained import TrainedRun
+from tinygpt.runs import rundir
+from tinygpt.runs.load import TrainedRun
 from tinygpt.training.corpus import own_corpus
 
 SPLITS = ("test", "tune", "train")  # so that test documents do not depend on how many are learned

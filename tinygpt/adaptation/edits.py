@@ -19,8 +19,8 @@ import numpy as np
 
 from tinygpt.adaptation.config import OuterConfig
 from tinygpt.adaptation.documents import Document
-from tinygpt.checks import check_bounds
 from tinygpt.config import ConfigError, RunError, key
+from tinygpt.config.checks import check_bounds
 from tinygpt.data.tokenizers import Tokenizer
 from tinygpt.fileio import digest
 from tinygpt.model.generate import NO_CHOICE

@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio
 from tinygpt.adaptation.config import InnerConfig
 from tinygpt.adaptation.documents import Document, Heldout, windows
 from tinygpt.adaptation.edits import Policy, Proposal, Row, materialise
 from tinygpt.adaptation.records import FIELDS, Record
 from tinygpt.config import LoraConfig, RunError
-from tinygpt.counting import lora_parameters
+from tinygpt.config.counting import lora_parameters
 from tinygpt.data.datamodule import IGNORED
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import add_lora
-from tinygpt.trained import TrainedRun
+from tinygpt.runs import rundir
+from tinygpt.runs.load import TrainedRun
 
 CLIP = 1.0  # norm of the gradient
 WARMUP = 3  # steps, if all weights are trained: Adam's first step moves each by the full rate

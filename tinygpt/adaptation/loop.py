@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio
 from tinygpt.adaptation import records as lines
 from tinygpt.adaptation.config import (
     AdaptConfig,
@@ -41,7 +41,8 @@ from tinygpt.adaptation.policies import OwnPolicy, ReplayPolicy, seed_of
 from tinygpt.adaptation.prompted import HuggingFacePolicy, MlxPolicy
 from tinygpt.adaptation.records import Record
 from tinygpt.config import LoraConfig
-from tinygpt.trained import TrainedRun, load_run
+from tinygpt.runs import rundir
+from tinygpt.runs.load import TrainedRun, load_run
 from tinygpt.training.console import logging_to, preparing, short
 from tinygpt.training.hardware import resolve_device, set_up
 from tinygpt.training.session import failures_recorded

@@ -31,7 +31,7 @@ from tinygpt.config import ConfigError, RunError, Sampling
 from tinygpt.fileio import digest, parse_json, replacing
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import merged
-from tinygpt.trained import TrainedRun
+from tinygpt.runs.load import TrainedRun
 
 
 def seed_of(*what: Any) -> int:

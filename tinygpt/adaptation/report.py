@@ -65,7 +65,7 @@ def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
 
 def write(adaptation: Adaptation, folder: Path) -> list[Path]:
     """Write report, figures and tables; what an earlier analysis left is replaced."""
-    with fileio.turn(folder):
+    with fileio.report_lock(folder):
         fileio.remove_torn(folder, folder / "tensorboard")
         figures = plots.draw(adaptation, folder)
         for name in TABLES:

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from tinygpt.checks import require
 from tinygpt.config import Config, ConfigError
-from tinygpt.counting import count_parameters, flops_per_token
+from tinygpt.config.checks import require
+from tinygpt.config.counting import count_parameters, flops_per_token
+from tinygpt.config.horizon import PASS_TOKENS, Plan, derive
 from tinygpt.data import corpora
 from tinygpt.data.shards import (
     WORDS,
@@ -32,7 +33,6 @@ from tinygpt.data.shards import (
     kilobytes,
     prepare,
 )
-from tinygpt.horizon import PASS_TOKENS, Plan, derive
 
 IGNORED = -100  # a target that is not scored: padding behind a short window
 Batch = tuple[Tensor, Tensor]  # inputs (B, T), targets (B, T), both int64

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from tinygpt import checks, fileio, rundir
-from tinygpt.config import PRECISIONS, ConfigError, key
+from tinygpt import fileio
+from tinygpt.config import PRECISIONS, ConfigError, checks, key
+from tinygpt.runs import rundir
 
 
 @dataclass

@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from tinygpt import checks, rundir
-from tinygpt.config import ConfigError, RunError, SyntheticData
-from tinygpt.counting import count_parameters, flops_per_token
+from tinygpt.config import ConfigError, RunError, SyntheticData, checks
+from tinygpt.config.counting import count_parameters, flops_per_token
 from tinygpt.data.synthetic import Grammar
 from tinygpt.evaluating.options import Options, OtherText, Task, find, names_of, read_tasks
 from tinygpt.evaluating.scoring import (
@@ -28,7 +27,8 @@ from tinygpt.evaluating.scoring import (
 )
 from tinygpt.evaluating.tasks import score_facts, score_samples, score_task
 from tinygpt.model.gpt import GPT
-from tinygpt.trained import TrainedRun, load_run
+from tinygpt.runs import rundir
+from tinygpt.runs.load import TrainedRun, load_run
 
 NEAR = 0.01  # of the final loss: where a run counts as converged
 LISTS = ("checkpoints", "task")  # a text stands for a list, as on the command line

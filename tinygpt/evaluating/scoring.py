@@ -22,17 +22,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import prune as pruning
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio
 from tinygpt.config import Config, ConfigError, CustomData
+from tinygpt.config.horizon import PASS_TOKENS
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import EvalBatches
 from tinygpt.data.shards import EvalWindows, Progress, Split
 from tinygpt.evaluating.options import Options
-from tinygpt.horizon import PASS_TOKENS
 from tinygpt.model import kernels
 from tinygpt.model.gpt import GPT
 from tinygpt.model.kernels import token_scores
-from tinygpt.trained import TrainedRun
+from tinygpt.runs import rundir
+from tinygpt.runs.load import TrainedRun
 from tinygpt.training.corpus import own_corpus
 from tinygpt.training.evaluation import Scores, score
 from tinygpt.training.hardware import Device, resolve_device, set_up

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio
 from tinygpt.evaluating.options import find, names_of
+from tinygpt.runs import rundir
 from tinygpt.scaling import drawing
 from tinygpt.scaling.runs import SETTINGS, load_runs
 from tinygpt.training.console import short

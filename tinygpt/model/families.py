@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tinygpt.config import LLAMA3, ConfigError, ModelConfig
-from tinygpt.counting import resolved_d_ff
+from tinygpt.config.counting import resolved_d_ff
 
 TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
 # What a family is made of: the first key tells the two apart.

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinygpt.checks import check_bounds
 from tinygpt.config import RunError, Sampling
+from tinygpt.config.checks import check_bounds
 from tinygpt.model.gpt import GPT, KVCache
 
 # How many tokens pass between two looks whether all rows have ended.  To look is to wait for the

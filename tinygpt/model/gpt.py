@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from tinygpt.config import ModelConfig, width_ratio
-from tinygpt.counting import padded_vocab, resolved_d_ff
+from tinygpt.config.counting import padded_vocab, resolved_d_ff
 from tinygpt.model.kernels import Linear, mean_loss, token_scores
 
 INIT_STD = 0.02  # as GPT-2

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tinygpt.config import ConfigError, ModelConfig
-from tinygpt.counting import padded_vocab
+from tinygpt.config.counting import padded_vocab
 from tinygpt.fileio import read_json
 from tinygpt.model.families import TITLES, family
 from tinygpt.model.gpt import GPT, score_divisor

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from tinygpt.checks import did_you_mean
 from tinygpt.config import ConfigError
+from tinygpt.config.checks import did_you_mean
 from tinygpt.scaling.isoflop import SAME_BUDGET
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.points import positive

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from tinygpt.checks import did_you_mean
 from tinygpt.config import ConfigError
+from tinygpt.config.checks import did_you_mean
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.runs import best_rates, entering, refuse_several, words_of
 from tinygpt.scaling.tables import read_cells, with_numbers

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, special
 
-from tinygpt.checks import did_you_mean
 from tinygpt.config import REMOVED, ConfigError
+from tinygpt.config.checks import did_you_mean
 from tinygpt.scaling.laws import LAWS, Array, Law, check
 from tinygpt.scaling.points import Points
 from tinygpt.scaling.solver import FADING, NDBool, Solved, bounds, objective, solve, term_mask

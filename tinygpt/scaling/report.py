@@ -41,7 +41,7 @@ ESTIMATORS = {
 
 def write(analysis: Analysis, folder: Path) -> list[Path]:
     """Write report, figures, numbers and tables in place of those of an earlier analysis."""
-    with fileio.turn(folder):
+    with fileio.report_lock(folder):
         fileio.remove_torn(folder, folder / "tensorboard")
         figures = plots.draw(analysis, folder)
         files = document.write(list(compose(analysis, figures)), folder)

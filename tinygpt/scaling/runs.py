@@ -10,9 +10,10 @@ from typing import Any
 
 import pandas as pd
 
-from tinygpt import fileio, rundir
-from tinygpt.checks import did_you_mean
+from tinygpt import fileio
 from tinygpt.config import ConfigError, first_line
+from tinygpt.config.checks import did_you_mean
+from tinygpt.runs import rundir
 
 # Columns of the configuration in which replicas, runs that differ in their seed alone, agree.
 RATES = ("learning_rate", "warmup_steps")

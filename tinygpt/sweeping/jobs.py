@@ -14,10 +14,11 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
-from tinygpt import cli, rundir, words
-from tinygpt.checks import check_sweepable
+from tinygpt import cli, words
 from tinygpt.config import HORIZONS, Config, ConfigError
-from tinygpt.horizon import Plan
+from tinygpt.config.checks import check_sweepable
+from tinygpt.config.horizon import Plan
+from tinygpt.runs import rundir
 from tinygpt.words import Command
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
-from tinygpt import cli, fileio, rundir
+from tinygpt import cli, fileio
 from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig, count_records, count_trials, methods_of
 from tinygpt.config import Config, ConfigError, WsdSchedule
-from tinygpt.counting import count_parameters
+from tinygpt.config.counting import count_parameters
+from tinygpt.runs import rundir
 from tinygpt.sweeping.engines import share_of
 from tinygpt.sweeping.jobs import Job, Kind, flops_of
 from tinygpt.sweeping.view import make_table, say
@@ -48,8 +49,8 @@ class Trainings(Kind):
         return rundir.find_runs(folder)
 
     def contents(self, config: Config) -> dict[str, str]:
-        from tinygpt import pretrained
         from tinygpt.data import corpora
+        from tinygpt.runs import pretrained
 
         return pretrained.contents(corpora.open_corpus(config.data), config)
 
@@ -218,7 +219,7 @@ class Adaptations(Kind):
         from tinygpt.data.tokenizers import load_tokenizer
 
         for accelerator in {job.config.hardware.accelerator for job in jobs} - {"auto", "cpu"}:
-            from tinygpt.trained import usable_device
+            from tinygpt.runs.load import usable_device
 
             usable_device(accelerator, "hardware.accelerator")
         for job in jobs:

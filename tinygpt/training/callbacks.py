@@ -17,11 +17,12 @@ import lightning.pytorch as pl
 import torch
 from rich.progress import Progress, TaskID
 
-from tinygpt import fileio, rundir, signals
+from tinygpt import fileio, signals
 from tinygpt.config import Config
+from tinygpt.config.horizon import Plan
 from tinygpt.data.tokenizers import Tokenizer
-from tinygpt.horizon import Plan
 from tinygpt.model.generate import generate
+from tinygpt.runs import rundir
 from tinygpt.training.console import clock, short
 from tinygpt.training.evaluation import Scores
 from tinygpt.training.hardware import peak_memory

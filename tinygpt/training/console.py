@@ -19,9 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tinygpt import fileio, rundir, signals
+from tinygpt import fileio, signals
 from tinygpt.config import Config
-from tinygpt.counting import count_parameters
+from tinygpt.config.counting import count_parameters
+from tinygpt.runs import rundir
 
 if TYPE_CHECKING:  # a sweep prints its errors before torch is imported
     from tinygpt.data.datamodule import TokenData

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio
 from tinygpt.config import Config, ConfigError, SavedTokenizer
 from tinygpt.data import corpora, shards
 from tinygpt.data.shards import Prepared, Progress
 from tinygpt.data.tokenizers import Tokenizer
+from tinygpt.runs import rundir
 
 
 def own_corpus(

@@ -21,11 +21,11 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
 from tinygpt.config import Config, ConfigError, HardwareConfig, ModelConfig
-from tinygpt.counting import count_parameters
-from tinygpt.horizon import Plan
+from tinygpt.config.counting import count_parameters
+from tinygpt.config.horizon import Plan
 from tinygpt.model.gpt import GPT, Block, rotary_tables
 from tinygpt.model.kernels import onednn_is_used
-from tinygpt.trained import usable_device
+from tinygpt.runs.load import usable_device
 from tinygpt.training.optim import make_optimizer
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

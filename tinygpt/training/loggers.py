@@ -32,10 +32,11 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from tinygpt import fileio, rundir
-from tinygpt.checks import key_names
+from tinygpt import fileio
 from tinygpt.config import Config, ConfigError, first_line, install
+from tinygpt.config.checks import key_names
 from tinygpt.data.network import reachable
+from tinygpt.runs import rundir
 from tinygpt.training.hardware import quiet_lightning
 
 log = logging.getLogger("tinygpt")

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from tinygpt import rundir
 from tinygpt.config import Config, ConfigError
+from tinygpt.config.horizon import Plan
 from tinygpt.data.datamodule import TokenData
-from tinygpt.horizon import Plan
 from tinygpt.model.gpt import GPT, dropout_seeds
 from tinygpt.model.lora import add_lora
-from tinygpt.trained import initial_weights
+from tinygpt.runs import rundir
+from tinygpt.runs.load import initial_weights
 from tinygpt.training.evaluation import Scores, TokenScores, score_batch, scores_of
 from tinygpt.training.optim import make_optimizer, rate_factor
 

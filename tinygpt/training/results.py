@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from tinygpt import rundir
 from tinygpt.config import Config
-from tinygpt.counting import (
+from tinygpt.config.counting import (
     count_parameters,
     flops_6nd,
     flops_per_token,
     lora_parameters,
     resolved_d_ff,
 )
+from tinygpt.config.horizon import Plan
 from tinygpt.data import corpora, survey
 from tinygpt.data.datamodule import TokenData
-from tinygpt.horizon import Plan
+from tinygpt.runs import rundir
 from tinygpt.training.evaluation import Scores
 from tinygpt.training.hardware import Device, peak_memory
 

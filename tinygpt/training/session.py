@@ -13,12 +13,13 @@ from typing import Any
 import lightning.pytorch as pl
 from rich.console import Console
 
-from tinygpt import fileio, pretrained, rundir, signals
+from tinygpt import fileio, signals
 from tinygpt.config import Config, ConfigError, RunError, is_out_of_memory
 from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TokenData
 from tinygpt.model.lora import check_peft
-from tinygpt.trained import initial_weights
+from tinygpt.runs import pretrained, rundir
+from tinygpt.runs.load import initial_weights
 from tinygpt.training.callbacks import Checkpoints, Interrupts, Journal, ProgressBar, Samples
 from tinygpt.training.console import (
     log_beginning,

@@ -24,10 +24,11 @@ from lightning.pytorch.profilers import (
     SimpleProfiler,
 )
 
-from tinygpt import fileio, rundir, signals
+from tinygpt import fileio, signals
 from tinygpt.config import ConfigError, RunError, TrainerConfig, first_line
-from tinygpt.horizon import Plan
-from tinygpt.trained import check_sums
+from tinygpt.config.horizon import Plan
+from tinygpt.runs import rundir
+from tinygpt.runs.load import check_sums
 from tinygpt.training.hardware import Device, placement, quiet_lightning
 
 PROFILERS: dict[str, Callable[..., Profiler]] = {

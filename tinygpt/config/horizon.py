@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tinygpt.checks import require
 from tinygpt.config import HORIZONS, Config, TrainConfig
+from tinygpt.config.checks import require
 
 MOST_STEPS = 10**12
 # Tokens that a device takes well in one pass: beyond that a larger pass is not faster.

@@ -31,9 +31,9 @@ from tinygpt.config import (
     rate_is_scaled,
     variant,
 )
-from tinygpt.counting import resolved_d_ff
-from tinygpt.metrics import METRICS as METRICS
-from tinygpt.metrics import MetricsFile as MetricsFile
+from tinygpt.config.counting import resolved_d_ff
+from tinygpt.runs.metrics import METRICS as METRICS
+from tinygpt.runs.metrics import MetricsFile as MetricsFile
 
 SCHEMA_VERSION = 1
 # What does not change the result of a run, and so is neither in its hash nor in its name.
@@ -406,7 +406,7 @@ def environment(**resolved: Any) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Return the commit of the source this runs from, with ``-dirty`` where it is changed."""
-    source = Path(__file__).resolve().parent.parent
+    source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():
         return None
     options = ("--always", "--dirty", "--abbrev=40", "--exclude=*")

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from tinygpt import fileio, pretrained, rundir
+from tinygpt import fileio
 from tinygpt.config import Config, ConfigError, Sampling
-from tinygpt.counting import padded_vocab
+from tinygpt.config.counting import padded_vocab
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer
 from tinygpt.model.generate import Step, stream
 from tinygpt.model.gpt import GPT
 from tinygpt.model.huggingface import from_hugging_face, read_weights
 from tinygpt.model.lora import merged
+from tinygpt.runs import pretrained, rundir
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WEIGHTS = "model."  # prefix of the model's own weights in a checkpoint

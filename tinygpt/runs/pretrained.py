@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinygpt import fileio, rundir
+from tinygpt import fileio
 from tinygpt.config import Config, ConfigError, ModelConfig, SavedTokenizer
-from tinygpt.counting import resolved_d_ff
+from tinygpt.config.counting import resolved_d_ff
 from tinygpt.data import shards
 from tinygpt.data.corpora import Corpus
 from tinygpt.data.huggingface import open_tokenizer
 from tinygpt.data.network import model_folder
 from tinygpt.data.tokenizers import Tokenizer
 from tinygpt.model.families import from_config, vocab_rows
+from tinygpt.runs import rundir
 
 # What of a model is chosen anew for each training: the rest is the shape of the weights.
 OWN = ("dropout", "attention", "gradient_checkpointing")

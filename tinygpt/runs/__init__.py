@@ -1,0 +1,1 @@
+"""Run folders: their files, their configuration, and what was trained in them."""
