@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from tests.adapting import SITE, records_of, results_of
@@ -74,16 +73,6 @@ def facts(base: Path, *words: str) -> list[str]:
 
 
 # --- what is composed
-
-
-def test_the_values_of_conf_are_those_of_the_schema() -> None:
-    values: Any = OmegaConf.to_container(OmegaConf.load(Path(cli.CONF_DIR) / "adapt.yaml"))
-    schema: Any = OmegaConf.to_container(OmegaConf.structured(AdaptConfig))
-    groups = {"data", "policy", "hardware", "launcher"}
-    assert set(values) - {"defaults", "hydra"} == set(schema) - groups
-    assert {k: v for k, v in values.items() if k in schema and k != "sweep"} == {
-        k: v for k, v in schema.items() if k not in groups and k != "sweep"
-    }
 
 
 @pytest.mark.parametrize("path", sorted(Path(cli.CONF_DIR, "policy").glob("*.yaml")), ids=str)

@@ -427,7 +427,7 @@ def test_what_is_too_long_is_cut_or_left_out_and_counted(run: Path) -> None:
 
 
 def test_unknown_characters_of_a_question_are_counted() -> None:
-    tokenizer = Char("abc ")
+    tokenizer = Char(" abc")
     model = GPT(cli.compose_config(tiny(Path("x"))).model, tokenizer.vocab_size).eval()
     task = Task("t", [Question("a?", ["b!c"])])
     assert tasks.score_task(model, tokenizer, task, CPU)["unknown_tokens"] == 2
