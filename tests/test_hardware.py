@@ -72,7 +72,8 @@ def test_the_environment_switches_onednn_off(monkeypatch: pytest.MonkeyPatch) ->
 def test_kept_memory_is_not_asked_for_again() -> None:
     """Where malloc gives tensors back, pages have to be made anew at every step."""
     kept = page_faults('hardware.set_up(HardwareConfig(threads=1), Device("cpu", "32"))')
-    assert kept < page_faults("torch.set_num_threads(1)") / 10
+    assert kept <= page_faults("torch.set_num_threads(1)")  # thousands, or few where glibc keeps it
+    assert kept < 100
 
 
 def page_faults(prepare: str) -> int:

@@ -67,10 +67,16 @@ def test_runs_are_loaded_as_a_table(old: Path) -> None:
 
 
 def test_a_study_gives_its_law(old: Path) -> None:
-    """The best law of the nine runs is the one that ff2412f found."""
+    """The best law of the nine runs is the one that ff2412f found.
+
+    But for one end: its profile of E stopped at 0.83, far below the limit.  With E held at 3.217 a
+    fit by scipy leaves residuals that reach it: F(1, 5) = 6.60, whose 95 % point is 6.61.
+    """
     succeed("fit", "runs=study", "output_dir=again")
     made = json.loads(Path("again/fit-study/fit.json").read_text())
-    assert_same_fit(made, json.loads((OLD / "study/fit/fit.json").read_text()), aicc=AICC)
+    recorded = json.loads((OLD / "study/fit/fit.json").read_text())
+    recorded["parameters"]["E"]["interval"]["high"] = 3.217
+    assert_same_fit(made, recorded, aicc=AICC)
 
 
 def test_a_study_gives_its_law_in_a_notebook(old: Path) -> None:
