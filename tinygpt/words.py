@@ -282,9 +282,10 @@ def explain(error: BaseException, overrides: Sequence[str], command: Command[Any
         return _unknown_key(name, command)
     if not name:
         line = first_line(cause)
-        quoted = re.search(r"'([\w./@]+)'", line)  # the group that this command does not have
-        is_unknown = quoted is not None and quoted[1] not in names(command)
-        return _unknown_key(quoted[1], command) if quoted and is_unknown else line
+        quoted = re.search(r"'([\w./@]+)'", line)  # perhaps a group that this command lacks
+        if quoted and quoted[1] not in names(command):
+            return _unknown_key(quoted[1], command)
+        return line
     key = re.sub(r"\[\d+\]$", "", name)
     values = [item.split("=", 1)[1] for item in overrides if item.lstrip("+").startswith(f"{key}=")]
     given = f"{key}={values[-1] if values else '?'}"

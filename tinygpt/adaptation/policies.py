@@ -1,4 +1,4 @@
-"""Who proposes edits: the base itself, or a file of edits.  Models that read instructions are in
+"""Propose edits: by the base itself, or from a file of edits.  Models that read instructions are in
 ``prompted``.
 
 A language model draws a directive slot by slot, then writes the texts that it asks for.

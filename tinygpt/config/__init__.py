@@ -1,4 +1,4 @@
-"""What a run may be asked for: the schema, its errors, and names that are no keys."""
+"""Define what a run may be asked for: the schema, its errors, and names that are no keys."""
 
 from tinygpt.config.errors import ConfigError as ConfigError
 from tinygpt.config.errors import RunError as RunError

@@ -1,4 +1,4 @@
-"""What a configuration must fulfil: known keys, bounds, and values that go together.
+"""Check a configuration: its keys are known, in their bounds, and go together.
 
 Every mistake is a ConfigError of one line, found before torch is imported.
 """

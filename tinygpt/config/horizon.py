@@ -15,7 +15,7 @@ PASS_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from a configuration once the data is known.  Steps are optimizer steps."""
+    """Holds what follows from a configuration once the data is known, in optimizer steps."""
 
     total_steps: int
     train_tokens: int

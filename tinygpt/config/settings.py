@@ -1,5 +1,4 @@
-"""What every command that can be swept has in its configuration: where it runs, how its runs are
-called, kept and swept."""
+"""Define the keys of every command that can be swept: where it runs, how its runs are named."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ def key(default: Any, **bounds: Any) -> Any:
 
 @dataclass
 class HardwareConfig:
-    """Where it runs.  Nothing here changes what is learned."""
+    """Chooses the device, threads and micro-batch; nothing here changes what is learned."""
 
     accelerator: str = key("auto", among=("auto", "cpu", "mps", "cuda"))
     devices: int = key(1, least=-1)  # on each node, a process each; -1: all there are
@@ -70,7 +69,7 @@ class LoggerConfig:
 
 @dataclass
 class LauncherConfig:
-    """Where the runs of a sweep are trained."""
+    """Chooses where the runs of a sweep train."""
 
     kind: str = MISSING
 
@@ -117,10 +116,9 @@ class RayLauncher(LauncherConfig):
 
 @dataclass
 class SweepConfig:
-    """What an experiment varies, at each scale: keys with their values, every combination.
+    """Lists what an experiment varies at each scale: keys with their values, every combination.
 
-    Under ``together`` stands a list of such tables whose combinations follow one another, for
-    keys that go together.
+    ``together`` is a list of such tables, each swept on its own, for keys that go together.
     """
 
     smoke: dict[str, Any] = field(default_factory=dict)

@@ -34,7 +34,6 @@ INTERVAL = f"{100 * LEVEL:.0f} % interval"
 ESTIMATORS = {
     "least_squares": "least squares",
     "huber": "Huber's loss",
-    "absolute": "least absolute deviations",
     "likelihood": "the likelihood of Huber's density, its scale a parameter",
 }
 

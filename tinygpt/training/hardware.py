@@ -205,7 +205,7 @@ def _block_seconds(model: ModelConfig, plan: Plan) -> float:
         torch.autograd.backward(block(x, rotary).sum())
 
     one_pass()
-    return _mean_seconds(one_pass, 0.05)
+    return _mean_seconds(one_pass, 0.05, least=2)
 
 
 def seconds_per_step(config: Config, vocab_size: int, plan: Plan, device: Device) -> float:
@@ -220,20 +220,20 @@ def seconds_per_step(config: Config, vocab_size: int, plan: Plan, device: Device
         with torch.autocast(device.accelerator, dtype, enabled=dtype is not None):
             loss = model(tokens[:, :-1], tokens[:, 1:])
         torch.autograd.backward(loss)
-        if device.accelerator == "cuda":
-            torch.cuda.synchronize()
 
     one_pass()
     optimizer.step()  # the first makes the moments
     return plan.accumulate * _mean_seconds(one_pass, 0.3) + _mean_seconds(optimizer.step, 0.05)
 
 
-def _mean_seconds(work: Callable[[], object], seconds: float) -> float:
+def _mean_seconds(work: Callable[[], object], seconds: float, least: int = 1) -> float:
     """Return the mean time of ``work``, as other programs slow some calls but not all."""
     begun, times = time.perf_counter(), 0
-    while times < 2 or time.perf_counter() - begun < seconds:
+    while times < least or time.perf_counter() - begun < seconds:
         work()
         times += 1
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
     return (time.perf_counter() - begun) / times
 
 
