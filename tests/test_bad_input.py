@@ -276,7 +276,7 @@ DATA = [
     ("data.path=/dev/null", "data.path=/dev/null: not a file"),
     ("data.path=empty.txt", "data.path=empty.txt: this file is empty"),
     ("data.path=blank.txt", "data.path=blank.txt: the training split is empty"),
-    ("data.path=binary.txt", "data.path=binary.txt: not a text file (it has zero bytes)"),
+    ("data.path=binary.txt", "data.path=binary.txt: not a text file (it has NUL bytes)"),
     (
         "data.path=late.txt",
         "data.path=late.txt: not UTF-8 text: invalid start byte at byte 1,200,000, line 100,001",

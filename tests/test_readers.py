@@ -196,11 +196,19 @@ def test_what_is_no_text_is_skipped_and_counted(tmp_path: Path) -> None:
             "CSV with commas, no header (columns are column_1, column_2, ...)",
         ),
         ("d.csv", 'text\n"one, two"\n"three, four"', "text", "CSV with commas, a header"),
+        (
+            "e.csv",
+            "sep=;\r\nl;t\r\n1;one, two\r\n2;three, four",
+            "t",
+            "CSV with semicolons, a header",
+        ),
         ("a.JSONL", '{"t": "one two"}\r\n{"t": "three four"}', "t", "JSON lines"),
         ("a.ndjson", '\ufeff{"t": "one two"}\n\n{"t": "three four"}\n', "t", "JSON lines"),
         ("a.json", ' [\n {"t": "one two"},\n {"t": "three four"}\n]\n', "t", "JSON"),
         ("b.json", '{"t": "one two"}\n{"t": "three four"}\n', "t", "JSON"),
         ("c.json", '{"n": 2, "rows": [{"t": "one two"}, {"t": "three four"}]}', "t", "JSON"),
+        ("e.json", '["one two", "three four"]', "text", "JSON"),
+        ("f.jsonl", '"one two"\n"three four"\n', "text", "JSON lines"),
         ("d.json", '{\n "t": "one two"\n}\n{\n "t": "three four"\n}\n', "t", "JSON"),
     ],
 )
@@ -315,7 +323,7 @@ def test_another_encoding_is_named_never_guessed(tmp_path: Path) -> None:
     assert read(path, encoding="latin-1")[0][-1].endswith("café")
     with pytest.raises(ConfigError, match=r"data\.encoding=klingon: no such encoding"):
         compose_config(["data=custom", "data.path=a", "data.encoding=klingon"])
-    assert "zero bytes" in refused(written(tmp_path / "u.txt", "no mark".encode("utf-16-le")))
+    assert "NUL bytes" in refused(written(tmp_path / "u.txt", "no mark".encode("utf-16-le")))
     assert read(tmp_path / "u.txt", encoding="utf-16-le")[0] == ["no mark"]
 
 
@@ -349,9 +357,10 @@ def test_only_a_table_that_is_read_otherwise_has_another_fingerprint(tmp_path: P
         ("a.csv", "text,text\none two,three four\nfive six,seven", "line 1 names the column text"),
         ("b.csv", "n,body\n" + "1,word word\n" * 20 + "20,one, two", "line 22 has 3 values for 2"),
         ("a.csv", 'text\n"never closed\n', "not readable as CSV"),
-        ("a.csv", "a\0b", "not a text file (it has zero bytes)"),
+        ("a.csv", "a\0b", "not a text file (it has NUL bytes)"),
         ("a.txt", "", "this file is empty"),
-        ("a.txt", "ab\0cd", "not a text file (it has zero bytes)"),
+        ("a.txt", "ab\0cd", "not a text file (it has NUL bytes)"),
+        ("b.txt", "%PDF-1.7\nab", "not a text file (a PDF; extract its text first)"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("a.jsonl", '["a"]\n', "line 1 is not a JSON object"),
         ("a.parquet", "PAR1 and no more", "not readable as parquet"),

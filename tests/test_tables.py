@@ -455,6 +455,23 @@ def test_headers(text: str, line: str, tmp_path: Path) -> None:
     assert refused(path).startswith(f"table={path}: {line}")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("params", "tokens", "loss"),
+        ("N", "D", "val/loss"),
+        ("params.n_params", "p.n_tokens", "m.Loss"),
+    ],
+)
+def test_columns_with_usual_names_are_found(names: tuple[str, str, str], tmp_path: Path) -> None:
+    table = grid().set_axis(list(names), axis=1).assign(**{"train/loss": 9.0})
+    plain = {f"columns_{kind}": None for kind in NAMED}
+    found = read(table, tmp_path, **plain)
+    assert f"columns: N = {names[0]}, D = {names[1]}, loss = {names[2]}" in found.notes
+    with pytest.raises(ConfigError, match="name the column of the parameters"):
+        read(table.drop(columns=names[1]), tmp_path, **plain)  # half a place is no place
+
+
 def test_compute_and_loss_alone(tmp_path: Path) -> None:
     flops = np.geomspace(1e15, 1e20, 8)
     runs = pd.DataFrame({"flops": flops, "loss": 2 + 100 / flops**0.15})

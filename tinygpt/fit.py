@@ -26,7 +26,8 @@ table=FILE              instead: a table with a row a run (docs/laws.md: files, 
                         name its columns by
                         columns.n= d= u= t= c= loss= seed= run= learning_rate=
                         (parameters, tokens, unique tokens, context, FLOPs, loss, seed, name);
-                        the last three are found by their usual names; =none: there is none
+                        columns with usual names (params, tokens, val_loss, ...) are found;
+                        =none: there is none
 units.n=1e6             what a table counts in: units.n= d= u= c= (units.c=8.64e19: PFLOP-days)
 loss_unit=TEXT          of a table's loss, as 'nats per token'; perplexity: its logarithm is fitted
 decimal=,               the decimal mark of a table in which a comma could be either

@@ -158,7 +158,7 @@ def scan(path: Path, where: str, encoding: str | None = None) -> Scan:
                 if not is_plain:
                     continue
                 if b"\0" in chunk and path.suffix.lower() not in textfiles.BINARY:
-                    raise ConfigError(f"{where}: not a text file (it has zero bytes)")
+                    raise ConfigError(f"{where}: not a text file (it has NUL bytes)")
                 tail += chunk
                 has_mark = has_mark or mark in tail
                 has_return = has_return or b"\r" in chunk

@@ -32,6 +32,7 @@ from tinygpt.data.textfiles import (
 Row = dict[str, Any]
 HEAD_ROWS, HEAD_CHARACTERS = 2000, 1 << 22  # that are looked at to choose dialect and column
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+EXCEL = re.compile(r"sep=(.)\r?\n")  # the line in which Excel names the delimiter
 NOWHERE = "\x1f"  # between the values of a table of one column, whose commas are text
 
 
@@ -85,7 +86,10 @@ def find_dialect(path: Path, config: CustomData) -> Dialect:
     if "\r" in text and "\n" not in text:
         text, line_end = text.replace("\r", "\n"), "\r"
     usual = "\t" if inner_suffix(path) == ".tsv" else ","
-    marks = [config.delimiter] if config.delimiter else list(dict.fromkeys([usual, *DELIMITERS]))
+    named = EXCEL.match(text)
+    marks = list(dict.fromkeys([usual, *DELIMITERS]))
+    if config.delimiter or named:
+        marks = [config.delimiter or named[1]]  # type: ignore[index]
     asked = [(mark, True) for mark in marks] + [("\t", False)] * ("\t" in marks)
     widths = {one: _widths(text, *one, ended) for one in asked}
 
@@ -115,14 +119,16 @@ def _records(
     """Yield each record of a CSV text with the number of the line it ends in."""
     csv.field_size_limit(sys.maxsize)
     lines = (line + "\n" for line in split_at(chunks, "\n"))
+    first = next(lines)
+    skipped = bool(EXCEL.fullmatch(first))
     reader = csv.reader(
-        lines,
+        lines if skipped else itertools.chain([first], lines),
         delimiter=delimiter,
         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         strict=True,
     )
     for record in reader:
-        yield reader.line_num, record
+        yield reader.line_num + skipped, record
 
 
 def _widths(text: str, delimiter: str, quoted: bool, ended: bool) -> list[int]:
@@ -200,7 +206,7 @@ def _csv(path: Path, chunks: Iterable[str], dialect: Dialect) -> Iterator[Row]:
 
 def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[Row]:
     """Yield the objects of JSON lines; with ``whole`` also those of an array, or of the list in
-    one object.  Raises ConfigError, naming the line, for what is none."""
+    one object.  A plain string is the ``text`` of a row.  Raises ConfigError, naming the line."""
     if whole:
         head = ""
         for chunk in chunks:
@@ -222,9 +228,15 @@ def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[Row]:
             row = fileio.parse_json(line)
         except ValueError as error:
             raise ConfigError(f"data.path={path}: line {number} is not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"data.path={path}: line {number} is not a JSON object")
-        yield unicode_only(row)
+        yield unicode_only(_row(row, f"data.path={path}: line {number}"))
+
+
+def _row(value: Any, where: str) -> Row:
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where} is not a JSON object")
+    return value
 
 
 def _is_lines(head: str) -> bool:
@@ -267,11 +279,10 @@ def _values(path: Path, chunks: Iterator[str], is_array: bool) -> Iterator[Row]:
                     buffer, at = buffer[at:] + more, 0
                     continue
                 raise ConfigError(f"{where} begins what is not JSON ({error})") from error
-            if not isinstance(value, dict):
-                raise ConfigError(f"{where} is not a JSON object")
+            row = _row(value, where)
             line += buffer.count("\n", at, end)
             at, expected = end, "," if is_array else "value"
-            yield value
+            yield row
     if is_array and not expected.startswith("nothing"):
         raise ConfigError(f"data.path={path}: line {line:,} is not JSON (the array has no end)")
 

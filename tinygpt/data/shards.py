@@ -359,7 +359,7 @@ def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
         needed = f", about {kilobytes(wanted)} in documents of that size"
     raise ConfigError(
         f"data.path={getattr(data, 'path', data.name)}: the {WORDS[name]} split is empty, as the "
-        f"corpus has only {found} documents; {remedy}, or take more text{needed}"
+        f"corpus has only {found} document{'s' * (found != 1)}; {remedy}, or take more text{needed}"
     )
 
 

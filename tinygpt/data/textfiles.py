@@ -131,6 +131,11 @@ def text_chunks(path: Path, read: dict[Path, int], encoding: str | None = None) 
     """
     with unpacked(path) as (stream, raw):
         first = stream.read(CHUNK)
+        is_pdf = first.startswith(b"%PDF-")
+        is_unmarked = encoding is None and not first.startswith(tuple(MARKS))
+        if is_pdf or (is_unmarked and b"\0" in first):
+            reason = "a PDF; extract its text first" if is_pdf else "it has NUL bytes"
+            raise ConfigError(f"data.path={path}: not a text file ({reason})")
         decoder = codecs.getincrementaldecoder(_encoding(first, encoding))()
         offset = lines = 0
         for chunk in itertools.chain([first], iter(lambda: stream.read(CHUNK), b""), [None]):
@@ -146,7 +151,7 @@ def text_chunks(path: Path, read: dict[Path, int], encoding: str | None = None) 
                     f"{line:,}; data.encoding= names another, as latin-1"
                 ) from error
             if "\0" in text:
-                raise ConfigError(f"data.path={path}: not a text file (it has zero bytes)")
+                raise ConfigError(f"data.path={path}: not a text file (it has NUL bytes)")
             offset += len(chunk or b"")
             lines += text.count("\n")
             read[path] = raw.tell()

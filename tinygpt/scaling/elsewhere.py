@@ -22,6 +22,10 @@ USUAL = {  # the names of columns that are found by their names, the likeliest f
     "learning_rate": "peak_lr max_lr lr_peak lr_max peak_learning_rate max_learning_rate "
     "learning_rate lr base_lr base_learning_rate initial_lr init_lr",
     "run": "run_id run_name run runid runname name id",
+    "n": "params_non_embedding non_embedding_params n params n_params num_params parameters "
+    "n_parameters num_parameters model_size",
+    "d": "d tokens n_tokens num_tokens train_tokens training_tokens tokens_seen",
+    "loss": "val_loss validation_loss eval_loss test_loss final_loss loss",
 }
 WORDS = {  # in a column's name; the first kind of which it has a word decides
     # what a run came to, or where and when it ran: no setting
@@ -71,6 +75,7 @@ def read(
     cells = read_cells(Path(path), notes)
     cells.index += 1  # row 1 is the first below the header
     given = {name: column for name, column in named.items() if column is not None}
+    given = {**_usual(cells, given, loss), **given}
     columns, rate = find_columns(cells, given, loss)
     sizes = {k: column for k, column in given.items() if k in set("nduct") and column != "none"}
     numbers = [*sizes.values(), *([rate] if rate else [])]
@@ -141,6 +146,17 @@ def find_columns(
     return columns, rate
 
 
+def _usual(table: pd.DataFrame, given: Mapping[str, str], loss: str) -> dict[str, str]:
+    """Return the columns of the loss and, if no size is given, of both N and D, by their usual
+    names; a table with the names of ``results.json`` needs none."""
+    if loss != Columns.loss or loss in table:
+        return {}
+    found = {name: next(iter(_called(table, name)), None) for name in ("loss", "n", "d")}
+    if set("nduct") & set(given) or not (found["n"] and found["d"]):
+        del found["n"], found["d"]  # half a place would be fitted as if the rest were equal
+    return {name: column for name, column in found.items() if column}
+
+
 def _called(table: pd.DataFrame, what: str) -> list[str]:
     """Return the columns that are usually called so, the likeliest first.
 
@@ -151,7 +167,8 @@ def _called(table: pd.DataFrame, what: str) -> list[str]:
     for column in map(str, table):
         before, _, last = column.replace("/", ".").rpartition(".")
         last = re.sub(r"\W+", "_", last.strip().casefold())
-        if last in names and not {"metrics", "summary", "system"} & set(words_of(before)):
+        others = {"train", "training"} if what == "loss" else {"metrics", "summary", "system"}
+        if last in names and not others & set(words_of(before)):
             found.append((names.index(last), column))
     return [column for _, column in sorted(found)]
 
