@@ -29,9 +29,8 @@ import pandas as pd
 
 from tinygpt.adaptation.analysis import RAW, by_order
 from tinygpt.fileio import write_text
-from tinygpt.scaling import Fit, Interval, delta, fit, intervals, of_loss, read_table
+from tinygpt.scaling import Fit, delta, fit, intervals, of_loss, read_table
 from tinygpt.scaling.drawing import STYLE
-from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.runs import comparable
 from tinygpt.scaling.wording import equation, estimate, number, percent, reach, variables
 
@@ -115,7 +114,7 @@ def law_of(runs: pd.DataFrame, facts: Facts) -> str:
     found = intervals(law).items()
     rows = [(name, estimate(law.parameters[name], one), reach(one)) for name, one in found]
     table = markdown(["", "estimate", "95 % interval"], rows)
-    told = predicted(runs, facts)
+    told = predicted(facts)
     return "\n\n".join(
         [
             f"**{equation(law.optimum.law, law.parameters)}** ({words})",
@@ -126,41 +125,25 @@ def law_of(runs: pd.DataFrame, facts: Facts) -> str:
     )
 
 
-def predicted(runs: pd.DataFrame, facts: Facts) -> tuple[str, ...]:
-    """Predict the most expensive runs from those below the cut of ``fit``: a text and a number."""
-    (chosen,) = (one for one in facts["selection"] if one["law"] == facts["law"])
-    held = chosen["held_out"]
+def predicted(facts: Facts) -> tuple[str, ...]:
+    """What the forecast from the runs below the cut said of those above: a text and a number."""
+    held = facts["held_out"]
     if held is None:
         return ()
-    early = runs[runs["flops_exact"] <= held["cut"] * (1 + 1e-9)]
-    largest = runs[runs["flops_exact"] == runs["flops_exact"].max()]
-    measured = " and ".join(f"{loss:.3f}" for loss in largest[facts["loss"]])
-    mean = largest[facts["loss"]].mean()
-
-    def prediction(law: str) -> tuple[Interval, str]:
-        found = refit(early, facts, law)
-        place = {name: float(largest[column].iloc[0]) for name, column in found.columns.items()}
-        told = delta(found, of_loss(found, **place), new_run=True)
-        return told, percent(abs(mean / told.estimate - 1))
-
-    told, off = prediction(facts["law"])
-    beyond = f"×{number(held['distance'], 2)}"
+    x = facts["variables"].get("x")
+    unit = x["meaning"] if x else "FLOPs"
+    top, beyond = held["largest"], f"×{number(held['distance'], 2)}"
+    off = percent(abs(top["predicted"] / top["measured"] - 1))
     text = (
-        f"**Prediction.** Fitted to the runs of up to {number(held['cut'], 2)} FLOPs, the law "
-        f"predicts {told.estimate:.3f} ({told.low:.3f} to {told.high:.3f}) for the most expensive "
-        f"runs, {beyond} the compute. They came to {measured}: "
-        f"**off by {off}**. All {held['runs']} runs held out are off by {percent(held['error'])} "
-        f"on average, at most {percent(held['worst'])}; {held['within']:.0%} of them lie in their "
-        f"95 % interval."
+        f"**Prediction.** From the runs of up to {number(held['cut'], 2)} {unit} alone, the "
+        f"forecast for the largest, {beyond} beyond, was {top['predicted']:.3f} "
+        f"({top['low']:.3f} to {top['high']:.3f}). They came to {top['measured']:.3f}: **off by "
+        f"{off}**. All {held['runs']} runs held out are off by {percent(held['error'])} on "
+        f"average, at most {percent(held['worst'])}; {held['within']:.0%} of them lie in their "
+        f"95 % interval (±{percent(held['half_width'])}). A guess as low as the best smaller run "
+        f"is off by {percent(held['best_cheaper'])}, a plane in the logarithms by "
+        f"{percent(held['plane'])}."
     )
-    near = [one for one in facts["selection"] if one["law"] != facts["law"] and one["held_out"]]
-    for one in near:
-        if one["delta_aicc"] < CLEAR:
-            error = percent(one["held_out"]["error"])
-            text += (
-                f" `{one['law']}`, which describes all the runs as well, is off by "
-                f"{prediction(one['law'])[1]} ({error} on average)."
-            )
     return text, f"{off} at {beyond}"
 
 
@@ -388,7 +371,7 @@ def table(names: Iterable[str]) -> str:
         ]
         passed = [one["passed"] for one in facts["checks"]]
         checks = f"{passed.count(True)} of {passed.count(True) + passed.count(False)}"
-        told = predicted(runs_used, facts)
+        told = predicted(facts)
         rows.append(
             (
                 f"[{name}]({name}/README.md)",

@@ -27,9 +27,10 @@ from tinygpt.scaling import (
 )
 from tinygpt.scaling.columns import places_of, read_places
 from tinygpt.scaling.evidence import Check, check_choice, check_design, check_finished
+from tinygpt.scaling.forecast import split_by_size
 from tinygpt.scaling.intervals import predict_interval
 from tinygpt.scaling.runs import SETTINGS, comparable
-from tinygpt.scaling.selection import replicas, split_by_compute
+from tinygpt.scaling.selection import replicas
 from tinygpt.scaling.single import single_runs
 
 TABLE = Columns(n="N", n_total=None, d="D", u=None, t=None, c=None, loss="loss", run=None)
@@ -80,12 +81,13 @@ def line(checks: Iterable[Check], id: str) -> Check:
 def test_a_chinchilla_surface_is_recognised() -> None:
     found = analysed(table(chinchilla, 0.003))
     assert found.fit.law.name in ("chinchilla", "chinchilla_tied")
-    held = next(c.held_out for c in found.candidates if c.law == "chinchilla")
+    held = found.held_out
     assert held is not None
-    assert held.error < 0.005
-    assert 0.005 < held.half_width < 0.01  # 1.96 times the scatter of a run, and little of the law
+    assert held.error < 0.008
+    assert 0.005 < held.half_width < 0.025
+    assert held.has_skill
     detail = line(found.checks, "predicts").detail
-    assert re.search(r"95 % interval \(±0\.[5-9]% on average\)", detail)
+    assert re.search(r"95 % interval \(±[12]\.\d% on average\)", detail)
     assert failing(found) == []
     assert found.is_evidence
     place = found.predictions[0].place
@@ -104,7 +106,6 @@ def test_a_memoriser_is_not_called_chinchilla(noise: float, seeds: int) -> None:
     assert "structure" in failing(asked)
     better = line(asked.checks, "best_law")
     assert "is better: AICc by" in better.detail
-    assert "held-out error" in better.detail
     if noise:
         assert asked.noise is not None
         assert asked.noise.scale == pytest.approx(noise, rel=0.3)
@@ -247,11 +248,11 @@ def test_the_next_run_narrows_the_prediction() -> None:
 
 def test_the_largest_compute_is_held_out_by_whole_budgets() -> None:
     compute = np.repeat([1e9, 1e10, 1e11], 5) * np.tile([1.0, 1.01, 0.99, 1.02, 0.98], 3)
-    held = split_by_compute(np.arange(15), compute, 5)
+    held = split_by_size(np.arange(15), compute, 5)
     assert held is not None
     assert held.tolist() == [False] * 10 + [True] * 5
-    assert split_by_compute(np.arange(15), compute, 11) is None
-    chain = split_by_compute(np.arange(200), np.geomspace(1e9, 1e12, 200), 5)
+    assert split_by_size(np.arange(15), compute, 11) is None
+    chain = split_by_size(np.arange(200), np.geomspace(1e9, 1e12, 200), 5)
     assert chain is not None
     assert chain.sum() == 40
 
@@ -501,7 +502,7 @@ def test_runs_of_the_largest_x_are_held_out(letter: str) -> None:
     none: dict[str, Any] = {"n": "no n", "d": "no d", "u": None, "t": None, "c": None}
     columns = dataclasses.replace(TABLE, **{**none, letter: "mine"})
     found = analyse(*comparable(runs, "loss"), columns, variable=letter.upper())
-    held = found.chosen.held_out
+    held = found.held_out
     assert held is not None
     assert held.above.tolist() == [False] * 16 + [True] * 4
     assert held.cut == pytest.approx(x[15])
@@ -516,7 +517,7 @@ def test_one_budget_holds_out_by_x() -> None:
     unique = np.geomspace(1e5, 1e8, 12)
     runs = pd.DataFrame({"N": 1e6, "D": 1e8, "U": unique, "loss": 1.5 + 40 / unique**0.3})
     columns = dataclasses.replace(TABLE, u="U")
-    held = analyse(*comparable(runs, "loss"), columns, variable="U").chosen.held_out
+    held = analyse(*comparable(runs, "loss"), columns, variable="U").held_out
     assert held is not None
     assert held.above.tolist() == [False] * 9 + [True] * 3
 
@@ -706,8 +707,8 @@ def test_raw_losses_are_judged_as_such() -> None:
     assert found.noise.scale == pytest.approx(0.02, rel=0.25)  # of the loss itself, everywhere
     assert line(found.checks, "explains").detail.startswith("R² of L ")
     assert "lack_of_fit" not in failing(found)
-    assert found.chosen.held_out is not None
-    assert found.chosen.held_out.within > 0.8
+    assert found.held_out is not None
+    assert found.held_out.within > 0.8
 
 
 # --- a law of one's own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,8 +23,10 @@ from tinygpt.scaling.columns import (
 from tinygpt.scaling.diagnostics import check_distance, check_law, check_single_runs, correlation
 from tinygpt.scaling.evidence import Check, check, check_choice, check_design, check_finished
 from tinygpt.scaling.fitting import Fit, fit
+from tinygpt.scaling.forecast import Forecast, HeldOut, forecast, groups_of, hold_out
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, loss_at, predict
 from tinygpt.scaling.intervals import (
+    LEVEL,
     REPLICAS,
     Bootstrap,
     Interval,
@@ -59,7 +62,7 @@ class Prediction:
     place: dict[str, float]  # variable -> value
     flops: float | None
     loss: Interval  # of the law there
-    run: Interval  # of a single run there
+    run: Interval  # of a single run there, by the forecast
     asked: bool = False  # for with ``predict=``
 
 
@@ -82,6 +85,8 @@ class Analysis:
     intervals: dict[str, Interval]
     in_total: Fit | None  # the same law where N counts the embeddings too
     total_intervals: dict[str, Interval]  # of that law
+    forecast: Forecast | None  # what predicts; None of too few runs
+    held_out: HeldOut | None  # the forecast put to the test
     noise: Noise | None
     structure: float | None  # p-value of there being none in the residuals
     checks: list[Check]
@@ -97,8 +102,9 @@ class Analysis:
 
     @property
     def is_evidence(self) -> bool:
-        """Return whether no check failed."""
-        return all(check.passed is not False for check in self.checks)
+        """Return whether no check failed, and larger runs were predicted."""
+        verdicts = {check.id: check.passed for check in self.checks}
+        return bool(verdicts["predicts"] and verdicts["skill"]) and False not in verdicts.values()
 
 
 def analyse(
@@ -147,7 +153,7 @@ def analyse(
         **variables,
     }
     size, size_name = columns.size(runs, variables)
-    candidates = select(runs, laws, size, **settings)
+    candidates = select(runs, laws, **settings)
     chosen = preferred(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
     best = chosen.fit
     if best is None:
@@ -161,6 +167,13 @@ def analyse(
         raise ConfigError(f"budgets={','.join(f'{b:g}' for b in budgets)}: {wrong}")
 
     total = _in_total(runs, best, columns, settings)
+    tried = list(laws) if law == "auto" else [law]
+    groups = groups_of(columns.dependence(runs, variables.values()))
+    to_predict: Any = (runs, tried, variables, columns.loss, size, groups, seed)
+    ahead: Forecast | None = None
+    with contextlib.suppress(ConfigError):
+        ahead = forecast(*to_predict)
+    held = hold_out(*to_predict)
     cluster = columns.cluster(runs)  # rows that share a run are no independent points
     found, of_total = (_intervals(one, cluster, seed) for one in (best, total))
     drawn = bootstrap(best, REPLICAS, cluster=cluster, seed=seed) if cluster else REPLICAS
@@ -176,11 +189,11 @@ def analyse(
 
     per_token = None if in_x else recorded(best, compute)
     wanted = [] if inseparable else _places(best, compute, per_token, budgets)
-    predictions = [_predicted(best, place, flops, drawn) for place, flops in wanted]
+    predictions = [_predicted(best, ahead, place, flops, drawn) for place, flops in wanted]
     for place in asked:
         flops = None if per_token is None else float(per_token(np.array([place["N"]]))[0])
         flops = flops and flops * place["D"]
-        predictions.append(replace(_predicted(best, place, flops, drawn), asked=True))
+        predictions.append(replace(_predicted(best, ahead, place, flops, drawn), asked=True))
     ways: Frontier | None = None
     split_budgets: list[Budget] = []
     if per_token is not None and not inseparable:
@@ -202,7 +215,7 @@ def analyse(
         check_single_runs(single, [columns.name_of(runs, row) for row in range(len(runs))]),
         *check_law(
             best,
-            held_out=chosen.held_out,
+            held_out=held,
             size=size_name,
             intervals=found,
             noise=noise,
@@ -231,6 +244,8 @@ def analyse(
         intervals=found,
         in_total=total,
         total_intervals=of_total,
+        forecast=ahead,
+        held_out=held,
         noise=noise,
         structure=shape,
         checks=checks,
@@ -292,9 +307,14 @@ def _places(
 
 
 def _predicted(
-    best: Fit, place: dict[str, float], flops: float | None, drawn: Bootstrap | int
+    best: Fit,
+    ahead: Forecast | None,
+    place: dict[str, float],
+    flops: float | None,
+    drawn: Bootstrap | int,
 ) -> Prediction:
-    """Predict the loss at a place; where rows share a run, by a bootstrap over runs."""
+    """Predict the loss at a place: by the law, where rows share a run with a bootstrap over runs,
+    and that of a single run by the forecast."""
     if best.degrees < 1:
         law, run = loss_at(best, place)
     else:
@@ -303,6 +323,11 @@ def _predicted(
         ends = drawn.of_loss(**place)
         law = replace(ends, estimate=law.estimate, method="bootstrap over runs")
         run = replace(law, low=min(law.low, run.low), high=max(law.high, run.high))
+    if ahead is not None:
+        values = {name: np.array([value]) for name, value in place.items()}
+        log_loss, half = ahead.at(values, np.array([place.get("x", flops)], dtype=float))
+        middle, low, high = np.exp(log_loss[0] + half[0] * np.array([0.0, -1.0, 1.0])).tolist()
+        run = Interval(middle, low, high, LEVEL, "forecast")
     return Prediction(place, flops, law, run)
 
 

@@ -12,7 +12,6 @@ import yaml
 
 from tinygpt.config import ConfigError
 from tinygpt.config.checks import did_you_mean
-from tinygpt.scaling.isoflop import SAME_BUDGET
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.points import positive
 from tinygpt.scaling.runs import RATES, SETTINGS
@@ -77,11 +76,20 @@ class Columns:
 
     def size(self, runs: pd.DataFrame, variables: Mapping[str, str]) -> tuple[Array, str]:
         """Return what orders runs by size, (n,), and its name: the compute, or the x of a law in
-        one variable where compute is not known or all runs share one budget."""
-        compute, x = self.compute(runs), variables.get("x")
-        if x is None or compute.max() > SAME_BUDGET * compute.min():
-            return compute, "compute"
-        return positive(runs, x), x
+        one variable."""
+        if "x" not in variables:
+            return self.compute(runs), "compute"
+        name = "compute" if variables["x"] == self.c else variables["x"]
+        return positive(runs, variables["x"]), name
+
+    def dependence(self, runs: pd.DataFrame, variables: Iterable[str]) -> list[pd.Series]:
+        """Return what rows that are not independent agree in: their place, their run where several
+        rows share one, their trunk where runs branched off one."""
+        place = runs[list(variables)].apply(tuple, axis=1)
+        keys = [place, *(runs[name] for name in [self.cluster(runs)] if name)]
+        if {"branched_from", "run_name"} <= set(runs):
+            keys.append(runs["branched_from"].astype(object).fillna(runs["run_name"]))
+        return keys
 
     def floor(self, runs: pd.DataFrame) -> float | None:
         """Return the entropy of the corpus, where it is known exactly and the same for all runs."""

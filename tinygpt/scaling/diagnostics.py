@@ -11,8 +11,9 @@ from scipy import special
 
 from tinygpt.scaling.evidence import CLEAR, SIGNIFICANT, Check, check
 from tinygpt.scaling.fitting import Fit
+from tinygpt.scaling.forecast import HeldOut
 from tinygpt.scaling.intervals import LEVEL, Interval
-from tinygpt.scaling.selection import Candidate, HeldOut, Noise
+from tinygpt.scaling.selection import Candidate, Noise
 from tinygpt.scaling.single import SingleRun
 from tinygpt.scaling.wording import estimate, reach, times
 
@@ -45,7 +46,7 @@ def check_law(
     against = ["runs held out"] if held_out else []
     against += ["the scatter of the seeds"] if lack is not None else []
     yield check("tested", against, " and ".join(against) or "neither held-out runs nor seeds")
-    yield _best_law(fit, rivals)
+    yield _best_law(fit, rivals, held_out)
     if structure is None:
         yield check("structure", None, "too few points to tell")
     else:
@@ -69,6 +70,7 @@ def check_law(
         narrow = one.high - one.low <= 0.5 * one.estimate
         yield check("constant", one.identified and narrow, _reach(one))
     yield _predicts(held_out, size)
+    yield _skill(held_out)
     if floor is not None and "E" in fit.law.coefficients:
         yield _floor(fit, intervals.get("E"), floor)
 
@@ -121,7 +123,7 @@ def _explains(fit: Fit, noise: Noise | None) -> Check:
     return check("explains", fit.r_squared >= 0.9 * ceiling, detail)
 
 
-def _best_law(fit: Fit, rivals: Sequence[Candidate]) -> Check:
+def _best_law(fit: Fit, rivals: Sequence[Candidate], held_out: HeldOut | None) -> Check:
     own = next((c.aicc for c in rivals if c.law == fit.law.name), math.inf)
     best, *others = sorted(rivals, key=lambda c: c.aicc)
     if not math.isfinite(best.aicc):
@@ -135,7 +137,7 @@ def _best_law(fit: Fit, rivals: Sequence[Candidate]) -> Check:
         return check("best_law", True, f"{best.law} is the best of {len(judged) + 1}{ahead}")
     clear = own - best.aicc > CLEAR
     detail = f"{best.law} is {'' if clear else 'hardly '}better: AICc by {own - best.aicc:.1f}"
-    held = {c.law: c.held_out.error for c in rivals if c.held_out}
+    held = held_out.by_law if held_out else {}
     if best.law in held and fit.law.name in held:
         detail += f", held-out error {held[best.law]:.2%} against {held[fit.law.name]:.2%}"
     return check("best_law", not clear, detail)
@@ -151,9 +153,20 @@ def _predicts(held_out: HeldOut | None, size: str) -> Check:
         f"{held_out.error:.2%}, at most {held_out.worst:.2%}; {held_out.within:.0%} of them in "
         f"their 95 % interval (±{held_out.half_width:.1%} on average)"
     )
-    inside = round(held_out.within * held_out.runs)
-    p = float(special.bdtr(inside, held_out.runs, LEVEL))
-    return check("predicts", p >= SIGNIFICANT, detail, by)
+    inside = round(held_out.within * held_out.groups)
+    p = float(special.bdtr(inside, held_out.groups, LEVEL))
+    passed = p >= SIGNIFICANT and held_out.error <= held_out.half_width
+    return check("predicts", passed, detail, by)
+
+
+def _skill(held_out: HeldOut | None) -> Check:
+    if held_out is None:
+        return check("skill", None, "too few runs to hold any out")
+    detail = (
+        f"off by {held_out.error:.2%}; as the best smaller run: {held_out.best_cheaper:.2%}; "
+        f"a plane through the larger half of the rest: {held_out.plane:.2%}"
+    )
+    return check("skill", held_out.has_skill, detail)
 
 
 def _floor(fit: Fit, interval: Interval | None, floor: float) -> Check:

@@ -82,6 +82,10 @@ CHECKS = {  # id: (title, what to do if it fails)
     "beta": ("beta is above zero", "Spread the tokens wider, or repeat them with more seeds."),
     "constant": ("E is identified", "Run larger models on more data, near the floor of the loss."),
     "predicts": ("runs of larger {what}, held out, are predicted", "Add runs of larger {what}."),
+    "skill": (
+        "held-out runs are predicted better than by the best smaller run or a plane",
+        "Add runs of more sizes: these predict no better than a rule of thumb.",
+    ),
     "floor": (
         "E meets the exact floor of the corpus",
         "Run nearer to the floor; an E far off says that the form or the range is wrong.",

@@ -14,6 +14,7 @@ import pandas as pd
 from tinygpt import fileio
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.fitting import Fit
+from tinygpt.scaling.forecast import HeldOut
 from tinygpt.scaling.frontier import Budget, Frontier
 from tinygpt.scaling.intervals import Interval
 from tinygpt.scaling.laws import LAWS
@@ -55,7 +56,10 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "method": _method(fit),
         **_pick(analysis, "floor", "noise"),
         "structure_p": analysis.structure,
-        "selection": [_candidate(one, analysis.candidates[0]) for one in analysis.candidates],
+        "selection": [_candidate(one, analysis) for one in analysis.candidates],
+        "held_out": analysis.held_out and _held_out(analysis.held_out),
+        "forecast": analysis.forecast
+        and {"weights": analysis.forecast.by_law, "rate": analysis.forecast.rate},
         "checks": [
             {"name": check.title, **_pick(check, "passed", "detail")} for check in analysis.checks
         ],
@@ -69,6 +73,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
                 **_pick(one, "place", "flops", "asked"),
                 "loss": one.loss.estimate,
                 "interval": one.loss,
+                "loss_of_a_run": one.run.estimate,
                 "interval_of_a_run": one.run,
             }
             for one in analysis.predictions
@@ -123,8 +128,14 @@ def _method(fit: Fit) -> dict[str, Any]:
     }
 
 
-def _candidate(one: Candidate, best: Candidate) -> dict[str, Any]:
-    held_out = ("error", "worst", "within", "half_width", "runs", "cut", "distance")
+def _held_out(held: HeldOut) -> dict[str, Any]:
+    names = ("error", "worst", "within", "half_width", "runs", "groups", "cut", "distance")
+    weights = {"weights": held.below.by_law, "rate": held.below.rate}
+    return {**_pick(held, *names, "best_cheaper", "plane", "has_skill", "largest"), **weights}
+
+
+def _candidate(one: Candidate, analysis: Analysis) -> dict[str, Any]:
+    best, held = analysis.candidates[0], analysis.held_out
     return {
         "law": one.law,
         "formula": LAWS[one.law].formula,
@@ -133,7 +144,7 @@ def _candidate(one: Candidate, best: Candidate) -> dict[str, Any]:
         "parameters": len(one.fit.optimum.law) if one.fit else None,
         "r_squared": one.fit.r_squared if one.fit else None,
         "at_bound": one.fit.optimum.at_bound if one.fit else (),
-        "held_out": one.held_out and _pick(one.held_out, *held_out),
+        "held_out_error": held.by_law.get(one.law) if held else None,
         "not_fitted": one.reason or None,
     }
 

@@ -57,7 +57,7 @@ CAPTIONS = {
     "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
     "curves": "The loss of every run as it trains; dashed: the lowest loss of any run by compute.",
 }
-OF_A_RUN, OF_THE_FITTED = "95 % of single runs", "law of the runs fitted"
+OF_A_RUN, OF_THE_FITTED = "95 % of single runs", "forecast from the runs fitted"
 DASHED: Any = (0, (4, 2))
 MANY_RUNS = 60  # more points than this are drawn smaller
 FAMILY = 5  # curves of a panel at most, one for each value of the other variable
@@ -103,7 +103,7 @@ def size_of(fit: Fit) -> float:
     return 2.5 if len(fit.points) > MANY_RUNS else 4.0
 
 
-def reach(fit: Fit, places: dict[str, Array], new_run: bool = False) -> Array:
+def reach(fit: Fit, places: dict[str, Array]) -> Array:
     """Return half the 95 % interval of the log loss by the delta method, (n,); zeros without."""
     law, x = fit.optimum.law, fit.points.at(places)
     theta = fit.optimum.theta[None]
@@ -111,15 +111,13 @@ def reach(fit: Fit, places: dict[str, Array], new_run: bool = False) -> Array:
         return np.zeros_like(law.log_loss(theta, x)[0])
     gradient = law.derivatives(theta, x)[1][0]
     variance = np.einsum("np,pq,nq->n", gradient, covariance(fit), gradient)
-    scatter = fit.relative(fit.scale, fit.predict(**places)) if new_run else 0.0
-    variance = np.maximum(variance, 0.0) + scatter**2
-    found: Array = special.stdtrit(fit.degrees, 0.5 + LEVEL / 2) * np.sqrt(variance)
-    return found
+    quantile = special.stdtrit(fit.degrees, 0.5 + LEVEL / 2)
+    return np.asarray(quantile * np.sqrt(np.maximum(variance, 0.0)))
 
 
 def band(fit: Fit, axes: Axes, places: dict[str, Array], colour: Any, **style: Any) -> None:
-    """Fill the 95 % interval of the law, or with ``new_run`` that of a single run."""
-    half, middle = reach(fit, places, style.pop("new_run", False)), fit.predict(**places)
+    """Fill the 95 % interval of the law."""
+    half, middle = reach(fit, places), fit.predict(**places)
     low, high = middle * np.exp(-half), middle * np.exp(half)
     x = next(iter(places.values()))
     axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, zorder=1, **style)
@@ -270,8 +268,8 @@ def contours(analysis: Analysis) -> Figure | None:
 
 
 def extrapolation(analysis: Analysis) -> Figure | None:
-    """Draw the law fitted below a cut in compute, and the runs above it that it had not seen."""
-    held = analysis.chosen.held_out
+    """Draw the forecast from the runs below a cut, and the runs above it that it had not seen."""
+    held = analysis.held_out
     if held is None:
         return None
     figure = Figure(figsize=(COLUMN * 1.2, COLUMN * 0.95))
@@ -283,13 +281,15 @@ def extrapolation(analysis: Analysis) -> Figure | None:
         ((name, x),) = places.items()
         y = measured
         grid = np.geomspace(x.min() / 1.2, x.max() * 1.2, 200)
-        band(held.below, axes, {name: grid}, SKY, new_run=True, label=OF_A_RUN)
-        axes.plot(grid, held.below.predict(**{name: grid}), color=BLUE, label=OF_THE_FITTED)
+        log_loss, half = held.below.at({name: grid}, grid)
+        ends = np.exp(log_loss - half), np.exp(log_loss + half)
+        axes.fill_between(grid, *ends, color=SKY, alpha=0.4, linewidth=0, label=OF_A_RUN)
+        axes.plot(grid, np.exp(log_loss), color=BLUE, label=OF_THE_FITTED)
         limit(axes, y)
     else:  # by how many per cent each run is off, with the interval of those held out
-        x, y = analysis.compute, 100 * (measured / held.below.predict(**places) - 1)
-        held_out = {name: of[above] for name, of in places.items()}
-        spread = 100 * reach(held.below, held_out, new_run=True)
+        log_loss, half = held.below.at(places, analysis.compute)
+        x, y = analysis.compute, 100 * (measured / np.exp(log_loss) - 1)
+        spread = 100 * np.sinh(half[above])
         axes.axhline(0, color=BLUE, label=OF_THE_FITTED)
         bars: Any = {"fmt": "none", "ecolor": SKY, "elinewidth": 1.2, "zorder": 1}
         axes.errorbar(x[above], 0 * spread, yerr=spread, label=OF_A_RUN, **bars)

@@ -29,6 +29,11 @@ from tinygpt.scaling.wording import (
     with_interval,
 )
 
+FORECAST = (
+    "The loss is an average of laws, weighted by how well each, fitted to the smaller runs, "
+    "predicted the larger. On ten public tables intervals made this way covered 93 % of the losses "
+    "of larger runs, and 86 % of those of ten times the compute (`experiments/bank`)."
+)
 MOST_ROWS = 10  # of a table that grows with the runs
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
 ESTIMATORS = {
@@ -252,8 +257,8 @@ def selection(analysis: Analysis) -> Iterator[Block]:
         return
     yield Heading("Which law")
     yield Table(
-        ["law", "formula", "Δ AICc", "held-out error", "within 95 %"],
-        [_candidate(one, analysis.candidates[0]) for one in analysis.candidates],
+        ["law", "formula", "Δ AICc", "held-out error", "weight in forecast"],
+        [_candidate(one, analysis) for one in analysis.candidates],
     )
     ends = {one.law: one.fit.optimum.at_bound for one in analysis.candidates if one.fit}
     met = "; ".join(f"{law} ({', '.join(names)})" for law, names in ends.items() if names)
@@ -261,15 +266,16 @@ def selection(analysis: Analysis) -> Iterator[Block]:
     yield Paragraph(f"{_how_clear(analysis)}{at_bound}")
 
 
-def _candidate(one: Candidate, best: Candidate) -> list[str]:
+def _candidate(one: Candidate, analysis: Analysis) -> list[str]:
     row = [one.law, LAWS[one.law].formula.removeprefix("L = ")]
     if one.fit is None:
         return [*row, "not fitted", "", ""]
-    behind = one.aicc - best.aicc
+    behind = one.aicc - analysis.candidates[0].aicc
     row.append(f"{behind:.1f}" if np.isfinite(behind) else UNKNOWN)
-    if one.held_out is None:
-        return [*row, UNKNOWN, UNKNOWN]
-    return [*row, percent(one.held_out.error), f"{100 * one.held_out.within:.0f} %"]
+    errors = analysis.held_out.by_law if analysis.held_out else {}
+    weights = analysis.forecast.by_law if analysis.forecast else {}
+    row.append(percent(errors[one.law]) if one.law in errors else UNKNOWN)
+    return [*row, f"{100 * weights[one.law]:.0f} %" if one.law in weights else UNKNOWN]
 
 
 def _how_clear(analysis: Analysis) -> str:
@@ -290,7 +296,7 @@ def _how_clear(analysis: Analysis) -> str:
         if others and np.isfinite(others[0].aicc):
             text += f", {number(others[0].aicc - best.aicc)} ahead of {others[0].law}"
         text += "." if chosen is best else f"; {chosen.law} was asked for."
-    errors = {one.law: one.held_out.error for one in (best, *others) if one.held_out}
+    errors = analysis.held_out.by_law if analysis.held_out else {}
     least = min(errors, key=lambda law: errors[law], default=chosen.law)
     return text + (f" {least} predicts the held-out runs best." if least != chosen.law else "")
 
@@ -350,10 +356,12 @@ def predictions(analysis: Analysis) -> Iterator[Block]:
         columns["FLOPs"] = [number(one.flops) for one in made]
     for name in made[0].place:
         columns[analysis.words[name]] = [number(one.place[name]) for one in made]
-    columns["loss"] = [estimate(one.loss.estimate, one.loss) for one in made]
-    columns[f"{INTERVAL} of the law"] = [reach(one.loss) for one in made]
-    columns["of a single run"] = [reach(one.run) for one in made]
+    columns["loss"] = [estimate(one.run.estimate, one.run) for one in made]
+    columns[f"{INTERVAL} of a run"] = [reach(one.run) for one in made]
+    columns["by the law above"] = [with_interval(one.loss.estimate, one.loss) for one in made]
     yield Table(list(columns), list(zip(*columns.values(), strict=True)))
+    if analysis.forecast:
+        yield Paragraph(FORECAST)
 
 
 def optimum(analysis: Analysis) -> Iterator[Block]:

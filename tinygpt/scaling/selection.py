@@ -1,4 +1,4 @@
-"""Which law: information criterion, held-out runs, residuals; and what to run next."""
+"""Which law: information criterion and residuals; and what to run next."""
 
 from __future__ import annotations
 
@@ -18,23 +18,7 @@ from tinygpt.scaling.fitting import EFFICIENT, Fit, fit, judge, robust_scale
 from tinygpt.scaling.intervals import Target, covariance, new_runs, quantile_of
 from tinygpt.scaling.laws import LAWS, Array
 
-HELD_OUT = 0.2  # at least so large a part of the settings, those of the largest compute
 Settings = dict[str, Any]  # arguments of ``fit``
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """How a law fitted below a cut in size, as a rule compute, predicts the runs above it."""
-
-    error: float  # mean |predicted - measured| / measured
-    worst: float
-    within: float  # share of the runs within their 95 % prediction interval
-    half_width: float  # mean of those intervals, as a part of the loss predicted
-    runs: int
-    cut: float  # the largest size that was fitted
-    distance: float  # largest size / cut
-    below: Fit  # the law fitted below the cut
-    above: NDArray[np.bool_]  # (n,) bool: which of all runs were held out
 
 
 @dataclass(frozen=True)
@@ -46,16 +30,12 @@ class Candidate:
     fit: Fit | None
     reason: str  # why it could not be fitted
     aicc: float = float("inf")  # Akaike's criterion, corrected for few points; the least is best
-    held_out: HeldOut | None = None
 
 
-def select(
-    runs: pd.DataFrame, laws: Sequence[str], compute: Array, **settings: Any
-) -> list[Candidate]:
+def select(runs: pd.DataFrame, laws: Sequence[str], **settings: Any) -> list[Candidate]:
     """Return every law fitted to the same runs, the best first: by AICc.
 
-    ``compute`` is that of each run, or whatever else says which are the larger ones; ``settings``
-    are those of ``fit``.
+    ``settings`` are those of ``fit``.
     """
     settings, reason, squares = _one_estimator(runs, laws, settings)
     fitted = squares if settings["estimator"] == "least_squares" else {}
@@ -66,8 +46,7 @@ def select(
         except ConfigError as error:
             found.append(Candidate(law, "", None, str(error)))
             continue
-        held = hold_out(one, compute, settings)
-        found.append(Candidate(law, one.law.formula, one, "", aicc(one), held))
+        found.append(Candidate(law, one.law.formula, one, "", aicc(one)))
     return sorted(found, key=lambda one: (one.aicc, one.fit is None))
 
 
@@ -120,58 +99,6 @@ def aicc(fit: Fit) -> float:
     else:
         misfit = n * float(np.log(2 * max(fit.optimum.objective, 1e-300) / n))
     return misfit + 2 * k * n / (n - k - 1)
-
-
-def split_by_compute(
-    settings: NDArray[np.intp], compute: Array, least: int
-) -> NDArray[np.bool_] | None:
-    """Return which runs to hold out: those of the largest compute, whole settings at a time.
-
-    At least a fifth of the settings, and never a part of a budget; None where fewer than
-    ``least`` settings would be left.
-    """
-    order = sorted({(c, s) for c, s in zip(compute, settings, strict=True)}, reverse=True)
-    fifth = held = max(1, int(np.ceil(HELD_OUT * len(order))))
-    while held < len(order) and order[held][0] > 0.87 * order[held - 1][0]:
-        held += 1
-    if order[fifth - 1][0] > 1.5 * order[held - 1][0]:  # a chain of compute, and no budget
-        held = fifth
-    if len(order) - held < least:
-        return None
-    names = {s for _, s in order[:held]}
-    return np.array([s in names for s in settings])
-
-
-def hold_out(fitted: Fit, compute: Array, settings: Settings) -> HeldOut | None:
-    """Return how the law fitted to the smaller runs predicts the larger; None of too few."""
-    places = np.stack(list(fitted.points.x.values()), axis=1).round(12)
-    labels = np.unique(places, axis=0, return_inverse=True)[1].reshape(-1)
-    above = split_by_compute(labels, compute, len(fitted.law) + 1)
-    if above is None:
-        return None
-    try:
-        fixed = {**settings, "estimator": fitted.estimator}
-        below = fit(fitted.table[~above], fitted.law, **fixed)
-    except ConfigError:
-        return None
-    table = fitted.table[above]
-    measured = table[fitted.loss].to_numpy(dtype=float)
-    where = {name: table[column].to_numpy(dtype=float) for name, column in fitted.columns.items()}
-    predicted, error = new_runs(below, below.points.at(where))
-    off = np.abs(np.exp(predicted) / measured - 1)
-    reach = quantile_of(below) * error
-    cut = float(compute[~above].max())
-    return HeldOut(
-        error=float(off.mean()),
-        worst=float(off.max()),
-        within=float(np.mean(np.abs(np.log(measured) - predicted) <= reach)),
-        half_width=float(np.sinh(reach).mean()),
-        runs=len(measured),
-        cut=cut,
-        distance=float(compute.max()) / cut,
-        below=below,
-        above=above,
-    )
 
 
 # --- what the residuals say

@@ -77,18 +77,19 @@ def objective(
     law: Law,
     points: Points,
     theta: Array,
-    threshold: float,
+    threshold: Array | float,
     weights: Array | None = None,
     hold: Hold | None = None,
 ) -> tuple[Array, Array, Array]:
     """Return Σ weight · huber(residual), its gradient and its Gauss-Newton Hessian, by row."""
+    threshold = np.broadcast_to(threshold, (len(theta), 1))
     fitted, jacobian = points.derivatives(law, theta)
     residuals = fitted - points.response
     slope = np.clip(residuals, -threshold, threshold)
     inside = (np.abs(residuals) <= threshold).astype(float)
     few = (inside if weights is None else inside * (weights > 0)).sum(axis=1) < theta.shape[1]
     # the curvature of too few says nothing; Huber's own weights still lead down
-    inside[few] = np.minimum(1.0, threshold / np.maximum(np.abs(residuals[few]), 1e-300))
+    inside[few] = np.minimum(1.0, threshold[few] / np.maximum(np.abs(residuals[few]), 1e-300))
     loss = huber(residuals, threshold)
     if weights is not None:
         slope, inside, loss = slope * weights, inside * weights, loss * weights
@@ -107,23 +108,26 @@ def solve(
     law: Law,
     points: Points,
     theta: Array,
-    threshold: float = np.inf,
+    threshold: Array | float = np.inf,
     weights: Array | None = None,
     hold: Hold | None = None,
     most_steps: int = STEPS,
 ) -> Solved:
     """Minimise Σ weight · huber(residual) from every row of ``theta``, (B, P).
 
+    The threshold is one for all rows, or one for each, (B, 1).
+
     Levenberg and Marquardt's method within bounds.  It steps in the terms themselves, not in
     their logarithms: where a term and E can hardly be told apart the minimum lies in a valley that
     is straight in the terms and bent in their logarithms.  ``weights`` are (B, n).
     """
     rows = max(4, min(64, IN_CACHE // len(points)))
+    limits = np.broadcast_to(threshold, (len(theta), 1))
     parts = []
     for chunk in np.array_split(np.arange(len(theta)), max(1, len(theta) // rows)):
         own = None if weights is None else weights[chunk]
         with np.errstate(all="ignore"):
-            parts.append(_solve(law, points, theta[chunk], threshold, own, hold, most_steps))
+            parts.append(_solve(law, points, theta[chunk], limits[chunk], own, hold, most_steps))
     names = vars(parts[0])
     return Solved(*(np.concatenate([vars(part)[name] for part in parts]) for name in names))
 
@@ -132,14 +136,14 @@ def _solve(
     law: Law,
     points: Points,
     theta: Array,
-    threshold: float,
+    threshold: Array,
     weights: Array | None,
     hold: Hold | None,
     most_steps: int,
 ) -> Solved:
     def evaluate(theta: Array, rows: Any) -> tuple[Array, Array, Array]:
         own = None if weights is None else weights[rows]
-        return objective(law, points, theta, threshold, own, hold)
+        return objective(law, points, theta, threshold[rows], own, hold)
 
     theta = theta.copy()
     live = np.arange(len(theta))

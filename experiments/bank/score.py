@@ -1,0 +1,247 @@
+"""Scores the forecast on tables of real runs that others published.
+
+python experiments/bank/score.py                  the tables here; writes bank.csv and the page
+python experiments/bank/score.py mine/*.csv       other tables, with the same constants
+
+Each table is cut twice: at the cut that a report uses, and at a tenth of the largest compute.  The
+forecast sees the runs below the cut alone.  Beside it stand Chinchilla's form as usually fitted
+(scipy's L-BFGS from a grid of starts, Huber 1e-3), the best cheaper run, and a plane in the
+logarithms.  The four constants of the intervals are fitted to the families of tables other than
+the one that is scored.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import optimize, special, stats
+
+from tinygpt.fileio import write_text
+from tinygpt.scaling import elsewhere, forecast
+from tinygpt.scaling.columns import Columns, choice, varied
+
+HERE = Path(__file__).parent
+MARKS = re.compile(r"(<!-- numbers -->\n).*?(<!-- end -->\n)", re.S)
+# In Porian's tables a run names the size: the rows of a size were trained to different lengths.
+NAMED = {"porian": {"run": "none"}}
+LEVEL = 0.96  # of the others' losses, so that unseen families come to 95 %
+TAILS = 4  # degrees of freedom of the errors
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One table, cut once: the errors of log L above the cut, and those of the rivals in %."""
+
+    table: str
+    split: str
+    runs: int
+    errors: Array  # (n,)
+    distance: Array  # log(compute / largest that was fitted), (n,)
+    rate: float
+    reach: Array  # the half-widths of the intervals, (n,)
+    scatter: float  # below which no half-width goes
+    scipy: float
+    best: float
+    plane: float
+
+    @property
+    def family(self) -> str:
+        return self.table.split("_")[0]
+
+    @property
+    def error(self) -> float:
+        return 100 * float(np.mean(np.abs(np.expm1(self.errors))))
+
+    def covered(self, reach: Array) -> float:
+        return float(np.mean(np.abs(self.errors) <= reach))
+
+
+def score(path: Path, log: bool = True) -> list[Score]:
+    """Score a table at both cuts."""
+    table = elsewhere.read(path, NAMED.get(path.stem.split("_")[0], {}), Columns.loss)
+    runs, columns = table.runs.reset_index(drop=True), table.columns
+    where = columns.where(runs)
+    laws, variables, _ = choice("auto", "auto", varied(runs, where), where)
+    size = columns.compute(runs)
+    groups = forecast.groups_of(columns.dependence(runs, variables.values()))
+    top = forecast.largest_of(size, groups)
+    own = forecast.split_by_size(groups, size, 6)
+    found = []
+    for split, held in (("own", own), ("tenth", top > size.max() / 10)):
+        if held is None or held.all():
+            continue
+        below = ~held
+        made = forecast.forecast(
+            runs[below], laws, variables, columns.loss, size[below], groups[below]
+        )
+        above = held & (size > made.largest * (1 + 1e-9))
+        logs = {name: np.log(runs[column].to_numpy(float)) for name, column in variables.items()}
+        measured = np.log(runs[columns.loss].to_numpy(float))
+        there = {name: np.exp(one[above]) for name, one in logs.items()}
+        predicted, reach = made.at(there, size[above])
+        rivals = [
+            np.full(above.sum(), measured[below].min()),
+            plane(logs, measured, below & (size >= np.median(size[below])), above),
+            usual(logs, measured, below, above),
+        ]
+        best, flat, scipy = (
+            100 * float(np.mean(np.abs(np.expm1(one - measured[above])))) for one in rivals
+        )
+        found.append(
+            Score(
+                path.stem,
+                split,
+                int(below.sum()),
+                predicted - measured[above],
+                np.log(size[above] / made.largest),
+                made.rate,
+                reach,
+                forecast.NORMAL * float(made.weights @ [one.scale for one in made.members]),
+                scipy,
+                best,
+                flat,
+            )
+        )
+        if log:
+            print(f"{path.stem} {split}: {found[-1].error:.2f} %", flush=True)
+    return found
+
+
+# --- rivals
+
+
+def plane(logs: dict[str, Array], measured: Array, half: Array, above: Array) -> Array:
+    """Predict by a plane through the logarithms of the more expensive half."""
+    design = np.column_stack([np.ones(len(measured)), *logs.values()])
+    slopes = np.linalg.lstsq(design[half], measured[half], rcond=None)[0]
+    return np.asarray(design[above] @ slopes)
+
+
+def usual(logs: dict[str, Array], measured: Array, below: Array, above: Array) -> Array:
+    """Predict by Chinchilla's form as Hoffmann et al. 2022 fit it, from their grid of starts."""
+    n, d, y = logs["N"][below], logs["D"][below], measured[below]
+
+    def terms(p: Array, n: Array, d: Array) -> Array:
+        return np.stack([p[0] - p[3] * n, p[1] - p[4] * d, np.full_like(n, p[2])])
+
+    def loss(p: Array) -> tuple[float, Array]:
+        each = terms(p, n, d)
+        middle = special.logsumexp(each, axis=0)
+        residuals, shares = y - middle, np.exp(each - middle)
+        slope = -np.clip(residuals, -1e-3, 1e-3) * shares
+        gradient = [*slope.sum(axis=1), -np.sum(slope[0] * n), -np.sum(slope[1] * d)]
+        return float(special.huber(1e-3, residuals).sum()), np.array(gradient)
+
+    starts = itertools.product(
+        (0, 5, 10, 15, 20), (0, 5, 10, 15, 20), (-1, 0, 1), *[(0, 0.5, 1)] * 2
+    )
+    fits = [
+        optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 300})
+        for start in starts
+    ]
+    best = min(fits, key=lambda one: one.fun).x
+    return np.asarray(special.logsumexp(terms(best, logs["N"][above], logs["D"][above]), axis=0))
+
+
+# --- the constants of the intervals
+
+
+def log_reach(constants: Sequence[float], one: Score) -> Array:
+    """Return the log half-width at quantile one."""
+    base, own, growth = constants
+    return np.asarray(base + own * np.log(one.rate) + growth * np.log(one.distance + forecast.NEAR))
+
+
+def calibrate(scores: Sequence[Score]) -> tuple[Array, float]:
+    """Return base, own and growth by the likelihood of the errors, a table as much as another, and
+    the quantile that covers ``LEVEL`` of them."""
+
+    def misfit(constants: Array) -> float:
+        total = 0.0
+        for one in scores:
+            scale = log_reach(constants, one)
+            total -= float(np.mean(stats.t.logpdf(one.errors * np.exp(-scale), TAILS) - scale))
+        return total + float(np.sum((constants[1:] - 0.5) ** 2))
+
+    steps = {"maxiter": 6000, "xatol": 1e-3, "fatol": 1e-4}
+    found = optimize.minimize(misfit, [-2.0, 0.5, 0.5], method="Nelder-Mead", options=steps).x
+    sizes = np.concatenate([np.abs(one.errors) * np.exp(-log_reach(found, one)) for one in scores])
+    weights = np.concatenate([np.full(len(one.errors), 1 / len(one.errors)) for one in scores])
+    order = np.argsort(sizes)
+    share = np.cumsum(weights[order]) / weights.sum()
+    return found, float(sizes[order][np.searchsorted(share, LEVEL)])
+
+
+def summary(scores: Sequence[Score], leave_out: bool) -> pd.DataFrame:
+    """Return a row a table and cut; intervals by the other families, or by the constants in use."""
+    rows = []
+    for one in scores:
+        reach = one.reach
+        if leave_out:
+            constants, quantile = calibrate([s for s in scores if s.family != one.family])
+            reach = np.maximum(quantile * np.exp(log_reach(constants, one)), one.scatter)
+        rows.append(
+            {
+                "table": one.table,
+                "cut": one.split,
+                "runs": one.runs,
+                "predicted": len(one.errors),
+                "error": one.error,
+                "covered": 100 * one.covered(reach),
+                "half_width": 100 * float(np.sinh(reach).mean()),
+                "scipy": one.scipy,
+                "best_cheaper": one.best,
+                "plane": one.plane,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    means = table.drop(columns=["table", "runs"]).groupby("cut").mean()
+    losses = table["covered"] * table["predicted"]
+    pooled = losses.groupby(table["cut"]).sum() / table["predicted"].groupby(table["cut"]).sum()
+    lines = [
+        "| table | cut | runs | predicted | error, % | in interval, % | ±, % | scipy "
+        "| best cheaper run | plane |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    shown = ["error", "covered", "half_width", "scipy", "best_cheaper", "plane"]
+    for row in table.to_dict("records"):
+        cells = [row["table"], row["cut"], row["runs"], row["predicted"]]
+        cells += [f"{row[name]:.3g}" for name in shown]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    for cut, row in means.iterrows():
+        cells = ["**mean**", cut, "", "", *(f"**{row[name]:.3g}**" for name in shown)]
+        cells[5] += f" ({pooled[cut]:.3g} of all losses)"
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    others = [Path(word) for word in sys.argv[1:]]
+    paths = others or sorted((HERE / "tables").glob("*.csv"))
+    scores = [one for path in paths for one in score(path)]
+    table = summary(scores, leave_out=not others)
+    print(markdown(table))
+    if others:
+        return  # the constants in use were fitted to other tables
+    write_text(HERE / "bank.csv", table.to_csv(index=False, lineterminator="\n"))
+    (base, own, growth), quantile = calibrate(scores)
+    constants = f"Constants by all tables: {base:.2f}, {own:.2f}, {growth:.2f}, {quantile:.2f}.\n"
+    page = HERE / "README.md"
+    numbers = f"{markdown(table)}\n{constants}"
+    write_text(page, MARKS.sub(lambda m: f"{m[1]}{numbers}{m[2]}", page.read_text()))
+
+
+if __name__ == "__main__":
+    main()

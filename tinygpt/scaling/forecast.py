@@ -1,0 +1,344 @@
+"""Predict losses beyond the runs: an average of laws, weighted by how well each predicted.
+
+A member of the average is a law fitted with one tilt: weights that rise with the size of a run, or
+with its tokens, because small and short runs often obey another law than large ones.  Each member
+is fitted again below several cuts in size and predicts the runs above.  Those errors weight the
+members, and give the rate by which the error of their average grows with the distance.  Nothing
+here sees a run that is to be predicted, the choice of the law included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import special
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.fitting import EFFICIENT, grid_starts, spread_starts
+from tinygpt.scaling.laws import LAWS, Array
+from tinygpt.scaling.points import Points
+from tinygpt.scaling.solver import NDBool, solve
+
+HELD_OUT = 0.2  # at least so large a part of the groups, those of the largest size
+
+# Laws without the constant that a text has, or too free, predict only where no other law can.
+LAST = ("power", "log_power", "broken", "chinchilla_zero", "kaplan")
+TILTS = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0))  # of size, tokens
+CUTS = (0.3, 0.7, 1.1, 1.6, 2.2, 3.0)  # in log size, below the largest run
+STARTS, STEPS, PASSES = 16, 100, 3  # of the search; Huber's limit follows from the pass before
+SHARPNESS = 8.0  # a member counts by its inner error to the power of minus this
+SHRINKAGE = 10.0  # runs by which the inner error of a member is drawn to the median member's
+NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place comes nearer
+# Of 10 public tables (experiments/bank): the half-width of a 95 % interval of a run is QUANTILE
+# exp(BASE) rate^OWN (distance + NEAR)^GROWTH.  Far less than in proportion to the rate: what the
+# runs of one table say of it is uncertain, and is drawn to what other tables say.
+BASE, OWN, GROWTH, QUANTILE = -3.46, 0.33, 0.70, 2.48
+NORMAL = 1.96  # times the scatter of the runs: no interval of a run is narrower
+TYPICAL = 0.01  # the rate of a table that is too small to be cut
+
+
+@dataclass(frozen=True)
+class Member:
+    """One law fitted with one tilt."""
+
+    law: str
+    tilt: tuple[float, float]
+    points: Points
+    theta: Array  # (P,)
+    scale: float  # of its residuals, those of the runs that weigh most first
+
+    def log_loss(self, values: Mapping[str, Array]) -> Array:
+        """Return the log loss, (n,), at values of the law's variables."""
+        return np.asarray(LAWS[self.law].log_loss(self.theta[None], self.points.at(values))[0])
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The errors of the members above one inner cut."""
+
+    size: float  # the largest run that was fitted
+    distance: Array  # log(size / cut) of each run above, (n,)
+    errors: Array  # predicted - measured log loss, (members, n)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The members with their weights, and how their average erred."""
+
+    members: list[Member]
+    weights: Array  # (members,)
+    cuts: list[Cut]
+    largest: float  # size of the largest run
+    rate: float  # error of log L per unit of log distance, by the inner cuts
+
+    def at(self, values: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
+        """Return the log loss, (n,), and the half-width of its 95 % interval for a single run."""
+        each = np.stack([member.log_loss(values) for member in self.members])
+        distance = np.log(np.maximum(np.asarray(size, dtype=float) / self.largest, 1.0))
+        reach = BASE + OWN * np.log(self.rate) + GROWTH * np.log(distance + NEAR)
+        scatter = NORMAL * float(self.weights @ [member.scale for member in self.members])
+        return self.weights @ each, np.maximum(QUANTILE * np.exp(reach), scatter)
+
+    @property
+    def by_law(self) -> dict[str, float]:
+        """Return the weight of each law, the largest first."""
+        total: dict[str, float] = {}
+        for member, weight in zip(self.members, self.weights, strict=True):
+            total[member.law] = total.get(member.law, 0.0) + float(weight)
+        return dict(sorted(total.items(), key=lambda one: -one[1]))
+
+
+def forecast(
+    table: pd.DataFrame,
+    laws: Sequence[str],
+    columns: Mapping[str, str],
+    loss: str,
+    size: Array,
+    groups: NDArray[Any],
+    seed: int = 0,
+) -> Forecast:
+    """Fit the procedure to a table of runs.
+
+    ``columns`` say where each variable of the laws stands, ``size`` is what orders the runs, (n,),
+    as a rule compute; rows of one of the ``groups``, (n,), stay on one side of every cut.  Raises
+    ConfigError where no law can be fitted.
+    """
+    members: list[Member] = []
+    for names in ([law for law in laws if law not in LAST], [law for law in laws if law in LAST]):
+        members = members or fit_members(table, names, columns, loss, size, seed)
+    if not members:
+        raise ConfigError(f"too few runs to predict others: {len(table)}")
+    names = list(dict.fromkeys(member.law for member in members))
+    cuts = []
+    for below, above in inner_cuts(size, groups):
+        inner = fit_members(table[below], names, columns, loss, size[below], seed)
+        if len(inner) < len(members):
+            continue
+        test = table[above]
+        values = {name: test[column].to_numpy(dtype=float) for name, column in columns.items()}
+        measured = np.log(test[loss].to_numpy(dtype=float))
+        largest = float(size[below].max())
+        errors = np.stack([member.log_loss(values) - measured for member in inner])
+        cuts.append(Cut(largest, np.log(size[above] / largest), errors))
+    weights, rate = _weigh(cuts, len(members))
+    return Forecast(members, weights, cuts, float(size.max()), rate)
+
+
+def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
+    """Return the weights of the members, and the rate of the errors of their average."""
+    if not cuts:
+        return np.full(count, 1.0 / count), TYPICAL
+    scaled = [cut.errors / np.hypot(cut.distance, NEAR) for cut in cuts]
+    square = np.mean([np.mean(each**2, axis=1) for each in scaled], axis=0) + 1e-16
+    runs = max(each.shape[1] for each in scaled)
+    square = (runs * square + SHRINKAGE * np.median(square)) / (runs + SHRINKAGE)
+    weights = (square / square.min()) ** (-SHARPNESS / 2)
+    weights /= weights.sum()
+    rates = [np.sqrt(np.mean((weights @ each) ** 2)) for each in scaled]
+    return weights, float(np.exp(np.mean(np.log(np.maximum(rates, 1e-8)))))
+
+
+def inner_cuts(size: Array, groups: NDArray[Any]) -> list[tuple[NDBool, NDBool]]:
+    """Return pairs of masks, (n,): the runs to fit, and those above the cut to predict."""
+    top = largest_of(size, groups)
+    found: list[tuple[NDBool, NDBool]] = []
+    for distance in CUTS:
+        below = top <= top.max() * np.exp(-distance)
+        if below.sum() < max(8, len(size) // 4):
+            break
+        above = size > size[below].max() * (1 + 1e-9)
+        above &= ~below
+        if above.any() and not any(np.array_equal(below, other) for other, _ in found):
+            found.append((below, above))
+    return found
+
+
+def fit_members(
+    table: pd.DataFrame,
+    laws: Sequence[str],
+    columns: Mapping[str, str],
+    loss: str,
+    size: Array,
+    seed: int,
+) -> list[Member]:
+    """Fit each law with each tilt, by least squares; those that the table cannot carry are left."""
+    members = []
+    for name in laws:
+        law = LAWS[name]
+        own = {variable.removeprefix("log "): "" for variable in law.variables}
+        try:
+            points = Points.read(table, law, {v: columns[v] for v in own}, loss)
+        except ConfigError:
+            continue
+        if len(np.unique(np.stack(list(points.x.values())).round(12), axis=1).T) <= len(law):
+            continue  # through every point, a law extrapolates wildly
+        tilts = [tilt for tilt in TILTS if "D" in own or tilt[1] == 0.0]
+        tokens = table[columns["D"]].to_numpy(dtype=float) if "D" in own else np.ones(len(table))
+        tilted = [(size / size.max()) ** a * (tokens / tokens.max()) ** b for a, b in tilts]
+        weights = np.array([each / each.mean() for each in tilted])
+        is_plain = law.powers and max(map(len, law.powers.values())) == 1
+        if is_plain and len(law.exponents) <= 2:
+            starts = grid_starts(law, points)
+        else:
+            starts = spread_starts(law, points, seed)[:STARTS]
+        plain = solve(law, points, starts, most_steps=STEPS)
+        best = plain.theta[np.argsort(plain.objective, kind="stable")[:3]]
+        count = len(best)
+        theta, repeated = np.tile(best, (len(tilts), 1)), np.repeat(weights, count, axis=0)
+        limit = np.full((len(theta), 1), np.inf)  # Huber's
+        for _ in range(PASSES):
+            found = solve(law, points, theta, limit, repeated, most_steps=STEPS)
+            theta = found.theta
+            residuals = points.y - law.log_loss(theta, points.x)
+            limit = EFFICIENT * _weighted_scale(residuals, repeated, len(law))
+        least = np.argmin(found.objective.reshape(len(tilts), count), axis=1)
+        rows = np.arange(len(tilts)) * count + least
+        scales = (limit[rows, 0] / EFFICIENT).tolist()
+        for tilt, row, scale in zip(tilts, theta[rows], scales, strict=True):
+            members.append(Member(name, tilt, points, row, scale))
+    return [member for member in members if np.isfinite(member.theta).all()]
+
+
+def _weighted_scale(residuals: Array, weights: Array, parameters: int) -> Array:
+    """Return the weighted median absolute residual as a standard deviation, (B, 1), corrected for
+    the fitted parameters by the number of runs that the weights are worth."""
+    size = np.abs(residuals)
+    order = np.argsort(size, axis=1)
+    mass = np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1)
+    middle = np.argmax(mass >= 0.5 * mass[:, -1:], axis=1)[:, None]
+    median = np.take_along_axis(np.take_along_axis(size, order, axis=1), middle, axis=1)
+    worth = weights.sum(axis=1, keepdims=True) ** 2 / np.sum(weights**2, axis=1, keepdims=True)
+    spread = median / special.ndtri(0.75) * np.sqrt(worth / np.maximum(1.0, worth - parameters))
+    return np.asarray(np.maximum(spread, 1e-6))
+
+
+# --- the procedure put to the test
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How the whole procedure, given the runs below a cut in size alone, predicts those above."""
+
+    error: float  # mean |predicted - measured| / measured
+    worst: float
+    within: float  # share of the runs within their 95 % interval
+    half_width: float  # mean of those intervals, as a part of the loss predicted
+    runs: int
+    groups: int  # of them, that are independent of each other
+    cut: float  # the largest size that was fitted
+    distance: float  # largest size / cut
+    best_cheaper: float  # the error of "as low as the best run below the cut"
+    plane: float  # the error of a plane through the logarithms of the larger half below it
+    by_law: dict[str, float]  # the error of each law alone, fitted below the cut
+    largest: dict[str, float]  # the mean loss of the largest runs: predicted, low, high, measured
+    below: Forecast
+    above: NDBool  # (n,) bool: which of all runs were predicted
+
+    @property
+    def has_skill(self) -> bool:
+        """Return whether both simple predictions are worse."""
+        return self.error < min(self.best_cheaper, self.plane)
+
+
+def groups_of(keys: Sequence[pd.Series]) -> NDArray[Any]:
+    """Return a number for each row, (n,): the same for rows that agree in any of the keys, as in
+    their run, its trunk or their place, and so are not independent."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    count = first = len(keys[0])
+    rows, labels = [], []
+    for key in keys:
+        codes = pd.factorize(key)[0]
+        rows.append(np.flatnonzero(codes >= 0))
+        labels.append(first + codes[rows[-1]])
+        first += int(codes.max(initial=-1)) + 1
+    edges = (np.concatenate(rows), np.concatenate(labels))
+    graph = coo_matrix((np.ones(len(edges[0])), edges), shape=(first, first))
+    return np.asarray(connected_components(graph, directed=False)[1][:count])
+
+
+def largest_of(size: Array, groups: NDArray[Any]) -> Array:
+    """Return the largest size in the group of each row, (n,)."""
+    return pd.Series(size).groupby(groups).transform("max").to_numpy()
+
+
+def split_by_size(groups: NDArray[Any], size: Array, least: int) -> NDBool | None:
+    """Return which rows to hold out: those of the largest groups, which stay whole.
+
+    At least a fifth of the groups, and never a part of a budget; None where fewer than ``least``
+    groups would be left.
+    """
+    top = largest_of(size, groups)
+    order = sorted({(c, g) for c, g in zip(top, groups, strict=True)}, reverse=True)
+    fifth = held = max(1, int(np.ceil(HELD_OUT * len(order))))
+    while held < len(order) and order[held][0] > 0.87 * order[held - 1][0]:
+        held += 1
+    if order[fifth - 1][0] > 1.5 * order[held - 1][0]:  # a chain of compute, and no budget
+        held = fifth
+    if len(order) - held < least:
+        return None
+    return np.isin(groups, [group for _, group in order[:held]])
+
+
+def hold_out(
+    table: pd.DataFrame,
+    laws: Sequence[str],
+    columns: Mapping[str, str],
+    loss: str,
+    size: Array,
+    groups: NDArray[Any],
+    seed: int = 0,
+) -> HeldOut | None:
+    """Return how the procedure predicts the larger runs from the others; None of too few.
+
+    The arguments are those of ``forecast``, which never sees the rows that are held out.
+    """
+    held = split_by_size(groups, size, 2)
+    if held is None:
+        return None
+    below = np.flatnonzero(~held)
+    try:
+        made = forecast(table.iloc[below], laws, columns, loss, size[below], groups[below], seed)
+    except ConfigError:
+        return None
+    above = held & (size > made.largest * (1 + 1e-9))
+    if not above.any():
+        return None
+    values = {name: table[column].to_numpy(dtype=float) for name, column in columns.items()}
+    there = {name: value[above] for name, value in values.items()}
+    measured = table[loss].to_numpy(dtype=float)
+    log_loss, reach = made.at(there, size[above])
+
+    def error(predicted: Array) -> float:
+        return float(np.mean(np.abs(predicted / measured[above] - 1)))
+
+    logs = np.column_stack([np.ones(len(table)), *(np.log(value) for value in values.values())])
+    half = below[size[below] >= np.median(size[below])]
+    plane = np.linalg.lstsq(logs[half], np.log(measured[half]), rcond=None)[0]
+    untilted = [member for member in made.members if member.tilt == TILTS[0]]
+    off = np.abs(np.exp(log_loss) / measured[above] - 1)
+    last = size[above] >= size[above].max() * (1 - 1e-9)
+    ends = [log_loss, log_loss - reach, log_loss + reach, np.log(measured[above])]
+    top = [float(np.exp(values[last]).mean()) for values in ends]
+    return HeldOut(
+        error=float(off.mean()),
+        worst=float(off.max()),
+        within=float(np.mean(np.abs(np.log(measured[above]) - log_loss) <= reach)),
+        half_width=float(np.sinh(reach).mean()),
+        runs=int(above.sum()),
+        groups=len(np.unique(groups[above])),
+        cut=made.largest,
+        distance=float(size.max()) / made.largest,
+        best_cheaper=error(np.full(int(above.sum()), measured[below].min())),
+        plane=error(np.exp(logs[above] @ plane)),
+        largest=dict(zip(("predicted", "low", "high", "measured"), top, strict=True)),
+        by_law={one.law: error(np.exp(one.log_loss(there))) for one in untilted},
+        below=made,
+        above=above,
+    )
