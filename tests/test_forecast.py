@@ -137,9 +137,13 @@ def test_too_few_runs_predict_nothing() -> None:
 def test_an_interval_widens_with_the_distance_and_never_inside() -> None:
     found = held(grid(noise=0.01)).below
     sizes = found.largest * np.array([1e-3, 1.0, 3.0, 30.0])
-    values = {"N": np.full(4, 1e8), "D": np.full(4, 1e10)}
+    values = {"N": np.full(4, 1e8), "D": np.full(4, 1e9)}
     _, half = found.at(values, sizes)
     assert half[0] == half[1] < half[2] < half[3]
+    _, half = found.at(
+        {"N": np.array([1e8, 1e12]), "D": np.array([1e9, 1e5])}, sizes[1:2].repeat(2)
+    )
+    assert half[0] < half[1]  # of equal compute, but of a size and a length that no run had
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ class Score:
     split: str
     runs: int
     errors: Array  # (n,)
-    distance: Array  # log(compute / largest that was fitted), (n,)
+    distance: Array  # beyond the runs that were fitted, (n,)
     rate: float
     reach: Array  # the half-widths of the intervals, (n,)
     scatter: float  # below which no half-width goes
@@ -102,7 +102,7 @@ def score(path: Path, log: bool = True) -> list[Score]:
                 split,
                 int(below.sum()),
                 predicted - measured[above],
-                np.log(size[above] / made.largest),
+                made.distance(there, size[above]),
                 made.rate,
                 reach,
                 forecast.NORMAL * float(made.weights @ [one.scale for one in made.members]),
@@ -127,7 +127,7 @@ def plane(logs: dict[str, Array], measured: Array, half: Array, above: Array) ->
 
 
 def usual(logs: dict[str, Array], measured: Array, below: Array, above: Array) -> Array:
-    """Predict by Chinchilla's form as Hoffmann et al. 2022 fit it, from their grid of starts."""
+    """Predict by Chinchilla's form as Hoffmann et al. 2022 fit it, from a grid of starts."""
     n, d, y = logs["N"][below], logs["D"][below], measured[below]
 
     def terms(p: Array, n: Array, d: Array) -> Array:

@@ -62,7 +62,9 @@ def check_law(
         yield check("collinear", r < 0.9, f"correlation of the logs {r:.2f}")
     for name in ("alpha", "beta"):
         if name in intervals:
-            yield check(name, intervals[name].low > 0, _reach(intervals[name]))
+            one = intervals[name]
+            known = one.identified and one.low > 0 and one.high - one.low <= one.estimate
+            yield check(name, known, _reach(one))
     if "E" in fit.optimum.at_bound:
         yield check("constant", False, "the best E is zero")
     elif "E" in intervals:

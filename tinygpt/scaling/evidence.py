@@ -24,6 +24,7 @@ VARIABLES = {
     "unique_train_tokens": "unique tokens",
 }
 SIGNIFICANT = 0.01  # a smaller p-value speaks against the law
+FEWEST_STEPS = 100  # past warm-up; before that a loss is mostly the unigram frequencies
 CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
 # Columns with the outcome of a training; the loss before it and the entropy of the corpus are not.
 OUTCOME = re.compile(
@@ -35,6 +36,10 @@ CHECKS = {  # id: (title, what to do if it fails)
     "equal_tokens": ("equal training tokens for all sizes", "Train all sizes on equal tokens."),
     "seeds": ("at least two seeds of every setting", "Run each setting again with another `seed`."),
     "validation_set": ("one validation set", "Score all runs on one validation set."),
+    "steps": (
+        "every run is trained well past its warm-up",
+        "Train longer, or in smaller batches: such a loss says how a run starts.",
+    ),
     "no_repetition": ("no token is seen twice", "Use more text or fewer tokens, or vary both."),
     "decayed": ("every run decays to its own end", "Let each learning rate decay to its end."),
     "fair_rate": (
@@ -78,8 +83,14 @@ CHECKS = {  # id: (title, what to do if it fails)
         "Try another law; more seeds would not help where the form is wrong.",
     ),
     "collinear": ("D does not go with N", "Train small models on much, large ones on little."),
-    "alpha": ("alpha is above zero", "Spread the sizes wider, or repeat them with more seeds."),
-    "beta": ("beta is above zero", "Spread the tokens wider, or repeat them with more seeds."),
+    "alpha": (
+        "alpha is known to within half of itself",
+        "Spread the sizes wider, or repeat them with more seeds.",
+    ),
+    "beta": (
+        "beta is known to within half of itself",
+        "Spread the tokens wider, or repeat them with more seeds.",
+    ),
     "constant": ("E is identified", "Run larger models on more data, near the floor of the loss."),
     "predicts": ("runs of larger {what}, held out, are predicted", "Add runs of larger {what}."),
     "skill": (
@@ -181,6 +192,11 @@ def _seeds(runs: pd.DataFrame) -> Verdict:
     return least >= 2, f"{least}"
 
 
+def _steps(runs: pd.DataFrame) -> Verdict:
+    least = int((runs["total_steps"] - runs["warmup_steps"].fillna(0)).min())
+    return least >= FEWEST_STEPS, f"at least {least:,} optimizer steps behind it"
+
+
 def _no_repetition(runs: pd.DataFrame) -> Verdict:
     epochs = float((runs["train_tokens"] / runs["unique_train_tokens"]).max())
     shown = f"{epochs:.3g}"
@@ -266,6 +282,7 @@ DESIGN: Sequence[Rule] = (  # id, the columns it needs, the judge
     ("equal_tokens", ("parameters_non_embedding", "train_tokens"), _equal_tokens),
     ("seeds", ("seed",), _seeds),
     _same("validation_set", "validation_fingerprint", "all are scored on the same tokens"),
+    ("steps", ("total_steps", "warmup_steps"), _steps),
     ("no_repetition", ("train_tokens", "unique_train_tokens"), _no_repetition),
     ("decayed", ("schedule",), _decayed),
     ("fair_rate", ("d_model", "parametrization"), _fair_rate),

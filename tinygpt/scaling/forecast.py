@@ -37,7 +37,7 @@ NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place com
 # Of 10 public tables (experiments/bank): the half-width of a 95 % interval of a run is QUANTILE
 # exp(BASE) rate^OWN (distance + NEAR)^GROWTH.  Far less than in proportion to the rate: what the
 # runs of one table say of it is uncertain, and is drawn to what other tables say.
-BASE, OWN, GROWTH, QUANTILE = -3.46, 0.33, 0.70, 2.48
+BASE, OWN, GROWTH, QUANTILE = -3.66, 0.30, 0.78, 2.56
 NORMAL = 1.96  # times the scatter of the runs: no interval of a run is narrower
 TYPICAL = 0.01  # the rate of a table that is too small to be cut
 
@@ -74,15 +74,24 @@ class Forecast:
     weights: Array  # (members,)
     cuts: list[Cut]
     largest: float  # size of the largest run
+    ranges: dict[str, tuple[float, float]]  # of each variable over the runs
     rate: float  # error of log L per unit of log distance, by the inner cuts
 
     def at(self, values: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
         """Return the log loss, (n,), and the half-width of its 95 % interval for a single run."""
         each = np.stack([member.log_loss(values) for member in self.members])
-        distance = np.log(np.maximum(np.asarray(size, dtype=float) / self.largest, 1.0))
+        distance = self.distance(values, size)
         reach = BASE + OWN * np.log(self.rate) + GROWTH * np.log(distance + NEAR)
         scatter = NORMAL * float(self.weights @ [member.scale for member in self.members])
         return self.weights @ each, np.maximum(QUANTILE * np.exp(reach), scatter)
+
+    def distance(self, values: Mapping[str, Array], size: Array) -> Array:
+        """Return how far a place lies beyond the runs, (n,): a log ratio of sizes, or of the
+        variable that is further out; 0 among the runs."""
+        beyond = [np.zeros(len(size)), np.log(size / self.largest)]
+        for name, (low, high) in self.ranges.items():
+            beyond += [np.log(values[name] / high), np.log(low / values[name])]
+        return np.asarray(np.max(beyond, axis=0))
 
     @property
     def by_law(self) -> dict[str, float]:
@@ -126,7 +135,8 @@ def forecast(
         errors = np.stack([member.log_loss(values) - measured for member in inner])
         cuts.append(Cut(largest, np.log(size[above] / largest), errors))
     weights, rate = _weigh(cuts, len(members))
-    return Forecast(members, weights, cuts, float(size.max()), rate)
+    ends = {v: (float(table[c].min()), float(table[c].max())) for v, c in columns.items()}
+    return Forecast(members, weights, cuts, float(size.max()), ends, rate)
 
 
 def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
@@ -166,7 +176,7 @@ def fit_members(
     size: Array,
     seed: int,
 ) -> list[Member]:
-    """Fit each law with each tilt, by least squares; those that the table cannot carry are left."""
+    """Fit each law with each tilt, by Huber's loss; those that the table cannot carry are left."""
     members = []
     for name in laws:
         law = LAWS[name]

@@ -32,7 +32,7 @@ from tinygpt.scaling.wording import (
 FORECAST = (
     "The loss is an average of laws, weighted by how well each, fitted to the smaller runs, "
     "predicted the larger. On ten public tables intervals made this way covered 93 % of the losses "
-    "of larger runs, and 86 % of those of ten times the compute (`experiments/bank`)."
+    "of larger runs, and 91 % of those of ten times the compute (`experiments/bank`)."
 )
 MOST_ROWS = 10  # of a table that grows with the runs
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
@@ -142,6 +142,11 @@ def warning(analysis: Analysis) -> Iterator[Block]:
             f"{many}. The law below describes these runs. Fix this before relying on it:"
         )
         yield Items([f"{FAIL}: {one.title} ({one.detail}). {one.advice}" for one in failed])
+    elif not analysis.is_evidence:
+        yield Heading("Not evidence yet")
+        yield Paragraph(
+            "No check fails, but there are too few runs to hold the larger out and predict them."
+        )
 
 
 def notes(analysis: Analysis) -> Iterator[Block]:

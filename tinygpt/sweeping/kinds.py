@@ -182,7 +182,10 @@ class Trainings(Kind):
             law = law.without(name) if values[name] == 0 else law  # a term that went to zero
         failed = sum(check["passed"] is False for check in found["checks"])
         many = "a check fails" if failed == 1 else f"{failed} checks fail"
-        verdict = f"not evidence yet: {many}" if failed else "all applicable checks pass"
+        reason = many if failed else "no larger run was predicted"
+        verdict = "all applicable checks pass"
+        if not found["is_evidence"]:
+            verdict = f"not evidence yet: {reason}"
         words = wording.variables({name: of["meaning"] for name, of in found["variables"].items()})
         say(console, f"law        {wording.equation(law, values)}, {words}  ({verdict})")
         say(console, f"report     {folder / 'fit' / 'report.html'}")
