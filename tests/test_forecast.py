@@ -40,7 +40,7 @@ def grid(noise: float = 0.0, seeds: int = 1) -> pd.DataFrame:
 def held(runs: pd.DataFrame, groups: Any = None) -> ahead.HeldOut:
     groups = np.arange(len(runs)) if groups is None else groups
     size = (6 * runs["N"] * runs["D"]).to_numpy()
-    found = ahead.hold_out(runs, LAWS, COLUMNS, "loss", size, groups)
+    found = ahead.hold_out(ahead.Sample(runs, LAWS, COLUMNS, "loss", size, groups))
     assert found is not None
     return found
 
@@ -129,9 +129,10 @@ def test_where_small_runs_obey_another_law_the_larger_ones_count() -> None:
 def test_too_few_runs_predict_nothing() -> None:
     runs = grid().head(3)
     size = (runs["N"] * runs["D"]).to_numpy()
-    assert ahead.hold_out(runs, LAWS, COLUMNS, "loss", size, np.arange(3)) is None
+    sample = ahead.Sample(runs, LAWS, COLUMNS, "loss", size, np.arange(3))
+    assert ahead.hold_out(sample) is None
     with pytest.raises(ConfigError, match="too few runs to predict others: 3"):
-        ahead.forecast(runs, LAWS, COLUMNS, "loss", size, np.arange(3))
+        ahead.forecast(sample)
 
 
 def test_an_interval_widens_with_the_distance_and_never_inside() -> None:
@@ -150,7 +151,7 @@ def test_an_interval_widens_with_the_distance_and_never_inside() -> None:
 @pytest.mark.parametrize("name", ["olmo_ladder", "gadre_rpj", "porian_rw_base_long_kaplan"])
 def test_the_bank_is_predicted_no_worse_than_recorded(name: str) -> None:
     bank = SimpleNamespace(**runpy.run_path(str(BANK / "score.py")))
-    bank.score.__globals__["usual"] = lambda logs, measured, below, above: measured[above]
+    bank.score.__globals__["usual"] = lambda below, test: test.measured
     recorded = pd.read_csv(BANK / "bank.csv").set_index(["table", "cut"])
     for one in bank.score(Path(BANK / "tables" / f"{name}.csv"), log=False):
         assert one.error <= 1.15 * recorded.loc[(name, one.split), "error"] + 0.05

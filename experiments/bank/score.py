@@ -74,41 +74,31 @@ def score(path: Path, log: bool = True) -> list[Score]:
     size = columns.compute(runs)
     groups = forecast.groups_of(columns.dependence(runs, variables.values()))
     top = forecast.largest_of(size, groups)
-    own = forecast.split_by_size(groups, size, 6)
+    own = forecast.split_by_size(groups, size, 2)
+    sample = forecast.Sample(runs, laws, variables, columns.loss, size, groups)
     found = []
     for split, held in (("own", own), ("tenth", top > size.max() / 10)):
         if held is None or held.all():
             continue
-        below = ~held
-        made = forecast.forecast(
-            runs[below], laws, variables, columns.loss, size[below], groups[below]
-        )
-        above = held & (size > made.largest * (1 + 1e-9))
-        logs = {name: np.log(runs[column].to_numpy(float)) for name, column in variables.items()}
-        measured = np.log(runs[columns.loss].to_numpy(float))
-        there = {name: np.exp(one[above]) for name, one in logs.items()}
-        predicted, reach = made.at(there, size[above])
-        rivals = [
-            np.full(above.sum(), measured[below].min()),
-            plane(logs, measured, below & (size >= np.median(size[below])), above),
-            usual(logs, measured, below, above),
-        ]
-        best, flat, scipy = (
-            100 * float(np.mean(np.abs(np.expm1(one - measured[above])))) for one in rivals
-        )
+        one = forecast.hold_out(sample, held)
+        if one is None:
+            continue
+        made, test = one.below, sample.rows(one.above)
+        predicted, reach = made.at(test.values, test.size)
+        rival = np.exp(usual(sample.rows(~held), test)) / np.exp(test.measured) - 1
         found.append(
             Score(
                 path.stem,
                 split,
-                int(below.sum()),
-                predicted - measured[above],
-                made.distance(there, size[above]),
+                int((~held).sum()),
+                predicted - test.measured,
+                made.distance(test.values, test.size),
                 made.rate,
                 reach,
-                forecast.NORMAL * float(made.weights @ [one.scale for one in made.members]),
-                scipy,
-                best,
-                flat,
+                forecast.NORMAL * float(made.weights @ [member.scale for member in made.members]),
+                100 * float(np.mean(np.abs(rival))),
+                100 * one.best_cheaper,
+                100 * one.plane,
             )
         )
         if log:
@@ -116,19 +106,13 @@ def score(path: Path, log: bool = True) -> list[Score]:
     return found
 
 
-# --- rivals
+# --- the rival
 
 
-def plane(logs: dict[str, Array], measured: Array, half: Array, above: Array) -> Array:
-    """Predict by a plane through the logarithms of the more expensive half."""
-    design = np.column_stack([np.ones(len(measured)), *logs.values()])
-    slopes = np.linalg.lstsq(design[half], measured[half], rcond=None)[0]
-    return np.asarray(design[above] @ slopes)
-
-
-def usual(logs: dict[str, Array], measured: Array, below: Array, above: Array) -> Array:
+def usual(below: forecast.Sample, test: forecast.Sample) -> Array:
     """Predict by Chinchilla's form as Hoffmann et al. 2022 fit it, from a grid of starts."""
-    n, d, y = logs["N"][below], logs["D"][below], measured[below]
+    n, d = (np.log(below.values[name]) for name in "ND")
+    y = below.measured
 
     def terms(p: Array, n: Array, d: Array) -> Array:
         return np.stack([p[0] - p[3] * n, p[1] - p[4] * d, np.full_like(n, p[2])])
@@ -149,7 +133,8 @@ def usual(logs: dict[str, Array], measured: Array, below: Array, above: Array) -
         for start in starts
     ]
     best = min(fits, key=lambda one: one.fun).x
-    return np.asarray(special.logsumexp(terms(best, logs["N"][above], logs["D"][above]), axis=0))
+    logs = (np.log(test.values[name]) for name in "ND")
+    return np.asarray(special.logsumexp(terms(best, *logs), axis=0))
 
 
 # --- the constants of the intervals

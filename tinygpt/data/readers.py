@@ -87,9 +87,8 @@ def find_dialect(path: Path, config: CustomData) -> Dialect:
         text, line_end = text.replace("\r", "\n"), "\r"
     usual = "\t" if inner_suffix(path) == ".tsv" else ","
     named = EXCEL.match(text)
-    marks = list(dict.fromkeys([usual, *DELIMITERS]))
-    if config.delimiter or named:
-        marks = [config.delimiter or named[1]]  # type: ignore[index]
+    mark = config.delimiter or (named[1] if named else None)
+    marks = [mark] if mark else list(dict.fromkeys([usual, *DELIMITERS]))
     asked = [(mark, True) for mark in marks] + [("\t", False)] * ("\t" in marks)
     widths = {one: _widths(text, *one, ended) for one in asked}
 

@@ -23,7 +23,7 @@ from tinygpt.scaling.columns import (
 from tinygpt.scaling.diagnostics import check_distance, check_law, check_single_runs, correlation
 from tinygpt.scaling.evidence import Check, check, check_choice, check_design, check_finished
 from tinygpt.scaling.fitting import Fit, fit
-from tinygpt.scaling.forecast import Forecast, HeldOut, forecast, groups_of, hold_out
+from tinygpt.scaling.forecast import Forecast, HeldOut, Sample, forecast, groups_of, hold_out
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, loss_at, predict
 from tinygpt.scaling.intervals import (
     LEVEL,
@@ -169,11 +169,11 @@ def analyse(
     total = _in_total(runs, best, columns, settings)
     tried = list(laws) if law == "auto" else [law]
     groups = groups_of(columns.dependence(runs, variables.values()))
-    to_predict: Any = (runs, tried, variables, columns.loss, size, groups, seed)
+    sample = Sample(runs, tried, variables, columns.loss, size, groups, seed)
     ahead: Forecast | None = None
     with contextlib.suppress(ConfigError):
-        ahead = forecast(*to_predict)
-    held = hold_out(*to_predict)
+        ahead = forecast(sample)
+    held = hold_out(sample)
     cluster = columns.cluster(runs)  # rows that share a run are no independent points
     found, of_total = (_intervals(one, cluster, seed) for one in (best, total))
     drawn = bootstrap(best, REPLICAS, cluster=cluster, seed=seed) if cluster else REPLICAS
@@ -318,12 +318,14 @@ def _predicted(
     if best.degrees < 1:
         law, run = loss_at(best, place)
     else:
-        law, run = (predict_interval(best, new_run=new_run, **place) for new_run in (False, True))
+        law = run = predict_interval(best, new_run=False, **place)
     if isinstance(drawn, Bootstrap):
         ends = drawn.of_loss(**place)
         law = replace(ends, estimate=law.estimate, method="bootstrap over runs")
-        run = replace(law, low=min(law.low, run.low), high=max(law.high, run.high))
-    if ahead is not None:
+    if ahead is None and best.degrees >= 1:
+        run = predict_interval(best, new_run=True, **place)
+        run = replace(run, low=min(law.low, run.low), high=max(law.high, run.high))
+    elif ahead is not None:
         values = {name: np.array([value]) for name, value in place.items()}
         log_loss, half = ahead.at(values, np.array([place.get("x", flops)], dtype=float))
         middle, low, high = np.exp(log_loss[0] + half[0] * np.array([0.0, -1.0, 1.0])).tolist()

@@ -10,7 +10,7 @@ here sees a run that is to be predicted, the choice of the law included.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from tinygpt.scaling.points import Points
 from tinygpt.scaling.solver import NDBool, solve
 
 HELD_OUT = 0.2  # at least so large a part of the groups, those of the largest size
-
 # Laws without the constant that a text has, or too free, predict only where no other law can.
 LAST = ("power", "log_power", "broken", "chinchilla_zero", "kaplan")
 TILTS = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0))  # of size, tokens
@@ -40,6 +39,35 @@ NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place com
 BASE, OWN, GROWTH, QUANTILE = -3.66, 0.30, 0.78, 2.56
 NORMAL = 1.96  # times the scatter of the runs: no interval of a run is narrower
 TYPICAL = 0.01  # the rate of a table that is too small to be cut
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Holds the runs that a forecast is made from, and what it needs to know of them."""
+
+    table: pd.DataFrame
+    laws: Sequence[str]
+    columns: Mapping[str, str]  # variable of the laws -> column
+    loss: str  # column
+    size: Array  # what orders the runs, as a rule their FLOPs, (n,)
+    groups: NDArray[Any]  # rows of one group stay on one side of every cut, (n,)
+    seed: int = 0  # of random starts
+
+    def rows(self, which: NDBool) -> Sample:
+        """Return the sample of some rows."""
+        return replace(
+            self, table=self.table[which], size=self.size[which], groups=self.groups[which]
+        )
+
+    @property
+    def values(self) -> dict[str, Array]:
+        """Return each variable, (n,)."""
+        return {v: self.table[column].to_numpy(dtype=float) for v, column in self.columns.items()}
+
+    @property
+    def measured(self) -> Array:
+        """Return the log losses, (n,)."""
+        return np.asarray(np.log(self.table[self.loss].to_numpy(dtype=float)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +89,6 @@ class Member:
 class Cut:
     """The errors of the members above one inner cut."""
 
-    size: float  # the largest run that was fitted
     distance: Array  # log(size / cut) of each run above, (n,)
     errors: Array  # predicted - measured log loss, (members, n)
 
@@ -72,7 +99,6 @@ class Forecast:
 
     members: list[Member]
     weights: Array  # (members,)
-    cuts: list[Cut]
     largest: float  # size of the largest run
     ranges: dict[str, tuple[float, float]]  # of each variable over the runs
     rate: float  # error of log L per unit of log distance, by the inner cuts
@@ -102,41 +128,25 @@ class Forecast:
         return dict(sorted(total.items(), key=lambda one: -one[1]))
 
 
-def forecast(
-    table: pd.DataFrame,
-    laws: Sequence[str],
-    columns: Mapping[str, str],
-    loss: str,
-    size: Array,
-    groups: NDArray[Any],
-    seed: int = 0,
-) -> Forecast:
-    """Fit the procedure to a table of runs.
-
-    ``columns`` say where each variable of the laws stands, ``size`` is what orders the runs, (n,),
-    as a rule compute; rows of one of the ``groups``, (n,), stay on one side of every cut.  Raises
-    ConfigError where no law can be fitted.
-    """
+def forecast(sample: Sample) -> Forecast:
+    """Fit the procedure to a sample of runs.  Raises ConfigError where no law can be fitted."""
     members: list[Member] = []
-    for names in ([law for law in laws if law not in LAST], [law for law in laws if law in LAST]):
-        members = members or fit_members(table, names, columns, loss, size, seed)
+    preferred = [law for law in sample.laws if law not in LAST]
+    for names in (preferred, [law for law in sample.laws if law in LAST]):
+        members = members or fit_members(replace(sample, laws=names))
     if not members:
-        raise ConfigError(f"too few runs to predict others: {len(table)}")
-    names = list(dict.fromkeys(member.law for member in members))
+        raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
+    used = replace(sample, laws=list(dict.fromkeys(member.law for member in members)))
     cuts = []
-    for below, above in inner_cuts(size, groups):
-        inner = fit_members(table[below], names, columns, loss, size[below], seed)
+    for below, above in inner_cuts(sample.size, sample.groups):
+        inner, test = fit_members(used.rows(below)), used.rows(above)
         if len(inner) < len(members):
             continue
-        test = table[above]
-        values = {name: test[column].to_numpy(dtype=float) for name, column in columns.items()}
-        measured = np.log(test[loss].to_numpy(dtype=float))
-        largest = float(size[below].max())
-        errors = np.stack([member.log_loss(values) - measured for member in inner])
-        cuts.append(Cut(largest, np.log(size[above] / largest), errors))
+        errors = np.stack([member.log_loss(test.values) - test.measured for member in inner])
+        cuts.append(Cut(np.log(test.size / sample.size[below].max()), errors))
     weights, rate = _weigh(cuts, len(members))
-    ends = {v: (float(table[c].min()), float(table[c].max())) for v, c in columns.items()}
-    return Forecast(members, weights, cuts, float(size.max()), ends, rate)
+    ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
+    return Forecast(members, weights, float(sample.size.max()), ends, rate)
 
 
 def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
@@ -168,34 +178,28 @@ def inner_cuts(size: Array, groups: NDArray[Any]) -> list[tuple[NDBool, NDBool]]
     return found
 
 
-def fit_members(
-    table: pd.DataFrame,
-    laws: Sequence[str],
-    columns: Mapping[str, str],
-    loss: str,
-    size: Array,
-    seed: int,
-) -> list[Member]:
+def fit_members(sample: Sample) -> list[Member]:
     """Fit each law with each tilt, by Huber's loss; those that the table cannot carry are left."""
-    members = []
-    for name in laws:
+    members, values, size = [], sample.values, sample.size
+    for name in sample.laws:
         law = LAWS[name]
-        own = {variable.removeprefix("log "): "" for variable in law.variables}
+        own = {variable.removeprefix("log ") for variable in law.variables}
         try:
-            points = Points.read(table, law, {v: columns[v] for v in own}, loss)
+            where = {variable: sample.columns[variable] for variable in own}
+            points = Points.read(sample.table, law, where, sample.loss)
         except ConfigError:
             continue
         if len(np.unique(np.stack(list(points.x.values())).round(12), axis=1).T) <= len(law):
             continue  # through every point, a law extrapolates wildly
         tilts = [tilt for tilt in TILTS if "D" in own or tilt[1] == 0.0]
-        tokens = table[columns["D"]].to_numpy(dtype=float) if "D" in own else np.ones(len(table))
+        tokens = values["D"] if "D" in own else np.ones_like(size)
         tilted = [(size / size.max()) ** a * (tokens / tokens.max()) ** b for a, b in tilts]
         weights = np.array([each / each.mean() for each in tilted])
         is_plain = law.powers and max(map(len, law.powers.values())) == 1
         if is_plain and len(law.exponents) <= 2:
             starts = grid_starts(law, points)
         else:
-            starts = spread_starts(law, points, seed)[:STARTS]
+            starts = spread_starts(law, points, sample.seed)[:STARTS]
         plain = solve(law, points, starts, most_steps=STEPS)
         best = plain.theta[np.argsort(plain.objective, kind="stable")[:3]]
         count = len(best)
@@ -232,7 +236,7 @@ def _weighted_scale(residuals: Array, weights: Array, parameters: int) -> Array:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How the whole procedure, given the runs below a cut in size alone, predicts those above."""
+    """Says how the whole procedure, given the runs below a cut in size alone, predicts the rest."""
 
     error: float  # mean |predicted - measured| / measured
     worst: float
@@ -296,59 +300,52 @@ def split_by_size(groups: NDArray[Any], size: Array, least: int) -> NDBool | Non
     return np.isin(groups, [group for _, group in order[:held]])
 
 
-def hold_out(
-    table: pd.DataFrame,
-    laws: Sequence[str],
-    columns: Mapping[str, str],
-    loss: str,
-    size: Array,
-    groups: NDArray[Any],
-    seed: int = 0,
-) -> HeldOut | None:
+def hold_out(sample: Sample, held: NDBool | None = None) -> HeldOut | None:
     """Return how the procedure predicts the larger runs from the others; None of too few.
 
-    The arguments are those of ``forecast``, which never sees the rows that are held out.
+    ``held`` says which rows the forecast never sees, (n,); by default those of ``split_by_size``.
     """
-    held = split_by_size(groups, size, 2)
-    if held is None:
+    if held is None and (held := split_by_size(sample.groups, sample.size, 2)) is None:
         return None
-    below = np.flatnonzero(~held)
+    below = sample.rows(~held)
     try:
-        made = forecast(table.iloc[below], laws, columns, loss, size[below], groups[below], seed)
+        made = forecast(below)
     except ConfigError:
         return None
-    above = held & (size > made.largest * (1 + 1e-9))
+    above = held & (sample.size > made.largest * (1 + 1e-9))
     if not above.any():
         return None
-    values = {name: table[column].to_numpy(dtype=float) for name, column in columns.items()}
-    there = {name: value[above] for name, value in values.items()}
-    measured = table[loss].to_numpy(dtype=float)
-    log_loss, reach = made.at(there, size[above])
+    test = sample.rows(above)
+    there, measured = test.values, np.exp(test.measured)
+    log_loss, reach = made.at(there, test.size)
 
     def error(predicted: Array) -> float:
-        return float(np.mean(np.abs(predicted / measured[above] - 1)))
+        return float(np.mean(np.abs(predicted / measured - 1)))
 
-    logs = np.column_stack([np.ones(len(table)), *(np.log(value) for value in values.values())])
-    half = below[size[below] >= np.median(size[below])]
-    plane = np.linalg.lstsq(logs[half], np.log(measured[half]), rcond=None)[0]
+    def design(part: Sample) -> Array:
+        logs = [np.log(value) for value in part.values.values()]
+        return np.column_stack([np.ones(len(part.table)), *logs])
+
+    half = below.rows(below.size >= np.median(below.size))
+    plane = np.linalg.lstsq(design(half), half.measured, rcond=None)[0]
     untilted = [member for member in made.members if member.tilt == TILTS[0]]
-    off = np.abs(np.exp(log_loss) / measured[above] - 1)
-    last = size[above] >= size[above].max() * (1 - 1e-9)
-    ends = [log_loss, log_loss - reach, log_loss + reach, np.log(measured[above])]
-    top = [float(np.exp(values[last]).mean()) for values in ends]
+    off = np.abs(np.exp(log_loss) / measured - 1)
+    last = test.size >= test.size.max() * (1 - 1e-9)
+    ends = [log_loss, log_loss - reach, log_loss + reach, test.measured]
+    top = [float(np.exp(end[last]).mean()) for end in ends]
     return HeldOut(
         error=float(off.mean()),
         worst=float(off.max()),
-        within=float(np.mean(np.abs(np.log(measured[above]) - log_loss) <= reach)),
+        within=float(np.mean(np.abs(test.measured - log_loss) <= reach)),
         half_width=float(np.sinh(reach).mean()),
         runs=int(above.sum()),
-        groups=len(np.unique(groups[above])),
+        groups=len(np.unique(test.groups)),
         cut=made.largest,
-        distance=float(size.max()) / made.largest,
-        best_cheaper=error(np.full(int(above.sum()), measured[below].min())),
-        plane=error(np.exp(logs[above] @ plane)),
-        largest=dict(zip(("predicted", "low", "high", "measured"), top, strict=True)),
+        distance=float(sample.size.max()) / made.largest,
+        best_cheaper=error(np.exp(np.full(len(measured), below.measured.min()))),
+        plane=error(np.exp(design(test) @ plane)),
         by_law={one.law: error(np.exp(one.log_loss(there))) for one in untilted},
+        largest=dict(zip(("predicted", "low", "high", "measured"), top, strict=True)),
         below=made,
         above=above,
     )
