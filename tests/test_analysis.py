@@ -29,8 +29,8 @@ from tinygpt.scaling.columns import places_of, read_places
 from tinygpt.scaling.evidence import Check, check_choice, check_design, check_finished
 from tinygpt.scaling.forecast import split_by_size
 from tinygpt.scaling.intervals import predict_interval
+from tinygpt.scaling.noise import replicas
 from tinygpt.scaling.runs import SETTINGS, comparable
-from tinygpt.scaling.selection import replicas
 from tinygpt.scaling.single import single_runs
 
 TABLE = Columns(n="N", n_total=None, d="D", u=None, t=None, c=None, loss="loss", run=None)
@@ -221,7 +221,7 @@ def test_no_single_run_sets_the_law_of_a_study(study: str) -> None:
         else fit(runs, "power_constant")
     )
     place = {name: 10 * float(runs[column].max()) for name, column in found.columns.items()}
-    single = single_runs(found, place, replicas(found, SETTINGS))
+    single = single_runs(found, place, replicas(runs, ["N", "D", *SETTINGS]))
     assert not any(one.sets_law for one in single)
     odd = [one for one in single if one.is_outlier]
     assert len(odd) == (2 if joint else 0)  # two seeds 5 % off theirs, at the shortest lengths
@@ -639,7 +639,8 @@ def test_a_place_is_predicted_as_the_library_does() -> None:
     (one,) = [p for p in found.predictions if p.asked]
     assert one.place == place
     assert one.flops == pytest.approx(6 * 13e6 * 5e8)
-    law = fit(runs, "chinchilla", loss="loss", N="N", D="D", estimator="least_squares")
+    where: dict[str, Any] = {"loss": "loss", "N": "N", "D": "D", "estimator": "least_squares"}
+    law = fit(runs, "chinchilla", weights=found.fit.points.weights, **where)
     assert one.loss.estimate == pytest.approx(float(law.predict(**place)[0]), rel=1e-9)
     alone = predict_interval(law, N=13e6, D=5e8)
     assert (one.loss.low, one.loss.high) == pytest.approx((alone.low, alone.high), rel=1e-6)

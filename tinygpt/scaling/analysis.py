@@ -36,15 +36,13 @@ from tinygpt.scaling.intervals import (
     predict_interval,
 )
 from tinygpt.scaling.laws import Array
+from tinygpt.scaling.noise import Noise, replicas, seed_noise
 from tinygpt.scaling.runs import SETTINGS, left_out_lines
 from tinygpt.scaling.selection import (
     Candidate,
     NextRun,
-    Noise,
     next_run,
     preferred,
-    replicas,
-    seed_noise,
     select,
     structure,
 )
@@ -153,7 +151,10 @@ def analyse(
         **variables,
     }
     size, size_name = columns.size(runs, variables)
-    candidates = select(runs, laws, **settings)
+    cluster = columns.cluster(runs)  # rows that share a run are no independent points
+    settled = [*where.values(), *SETTINGS]
+    tokens = where.get("D")
+    candidates = select(runs, laws, same=settled, tokens=tokens, cluster=cluster, **settings)
     chosen = preferred(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
     best = chosen.fit
     if best is None:
@@ -174,11 +175,9 @@ def analyse(
     with contextlib.suppress(ConfigError):
         ahead = forecast(sample)
     held = hold_out(sample)
-    cluster = columns.cluster(runs)  # rows that share a run are no independent points
     found, of_total = (_intervals(one, cluster, seed) for one in (best, total))
     drawn = bootstrap(best, REPLICAS, cluster=cluster, seed=seed) if cluster else REPLICAS
-    settled = [*where.values(), *SETTINGS]
-    noise = seed_noise(best, settled)
+    noise = None if cluster else seed_noise(best, settled, tokens)
     shape = None if cluster else structure(best)
     floor = columns.floor(runs)
     inseparable = (correlation(best) or 0.0) > INSEPARABLE
@@ -204,7 +203,7 @@ def analyse(
     largest = runs.iloc[int(np.argmax(size))]
     place = {name: float(largest[column]) for name, column in best.columns.items()}
     place = predictions[0].place if predictions else place
-    single = [] if cluster else single_runs(best, place, replicas(best, settled))
+    single = [] if cluster else single_runs(best, place, replicas(runs, settled))
     others = other_settings(runs, columns, variables.values())
     checks = [*_checks_of_runs(runs, left_out, columns, compute, condition, others)]
     if in_x:
@@ -269,6 +268,7 @@ def _in_total(
     if name is None or columns.n_total is None or columns.n_total not in runs:
         return None
     settings = {**settings, "estimator": best.estimator, name: columns.n_total}
+    settings["weights"] = best.points.weights
     if best.estimator == "huber":
         settings |= {"limit": best.optimum.threshold}
     return fit(runs, best.law, **settings)

@@ -13,7 +13,8 @@ from tinygpt.scaling.evidence import CLEAR, SIGNIFICANT, Check, check
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.forecast import HeldOut
 from tinygpt.scaling.intervals import LEVEL, Interval
-from tinygpt.scaling.selection import Candidate, Noise
+from tinygpt.scaling.noise import Noise
+from tinygpt.scaling.selection import Candidate
 from tinygpt.scaling.single import SingleRun
 from tinygpt.scaling.wording import estimate, reach, times
 

@@ -242,6 +242,12 @@ class Fit:
     @cached_property
     def residuals(self) -> Array:
         """Measured - fitted, (n,): log losses, or losses if ``objective`` was ``raw``."""
+        plain = replace(self.points, weights=None)
+        return plain.residuals(self.optimum.law, self.optimum.theta)
+
+    @cached_property
+    def weighted(self) -> Array:
+        """Residuals times the weights of the runs, (n,)."""
         return self.points.residuals(self.optimum.law, self.optimum.theta)
 
     @property
@@ -303,6 +309,7 @@ def fit(
     threshold: float | None = None,
     limit: float | None = None,
     objective: str = "log",
+    weights: Array | None = None,
     seed: int = 0,
     **columns: str,
 ) -> Fit:
@@ -314,7 +321,8 @@ def fit(
     Hoffmann et al. 2022), ``likelihood`` (Huber's density with its scale as a parameter,
     ``threshold`` in units of it: Besiroglu et al. 2024), or ``auto``: least squares unless the
     residuals speak against it.  ``objective`` says whether residuals are those of log L
-    (``log``) or of L (``raw``).  ``seed`` is that of the starts, where there are random ones.
+    (``log``) or of L (``raw``).  ``weights``, (n,), multiply residuals.  ``seed`` is that of the
+    starts, where there are random ones.
 
     Raises ConfigError, one line, where the table cannot carry the law.
     """
@@ -329,7 +337,7 @@ def fit(
         raise ConfigError(f"threshold={threshold:g}: must be above zero")
     where = {name.removeprefix("log "): "" for name in form.variables}
     where = {name: {**COLUMNS, **columns}[name] for name in where}
-    points = Points.read(table, form, where, loss, raw=objective == "raw")
+    points = Points.read(table, form, where, loss, objective == "raw", weights)
     reason = "asked for"
     optimum = find_optimum(form, points, seed=seed)
     if estimator == "auto":

@@ -9,6 +9,7 @@ here sees a run that is to be predicted, the choice of the law included.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from scipy import special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import EFFICIENT, grid_starts, spread_starts
-from tinygpt.scaling.laws import LAWS, Array
+from tinygpt.scaling.laws import LAWS, Array, Law
 from tinygpt.scaling.points import Points
 from tinygpt.scaling.solver import NDBool, solve
 
@@ -29,7 +30,9 @@ HELD_OUT = 0.2  # at least so large a part of the groups, those of the largest s
 LAST = ("power", "log_power", "broken", "chinchilla_zero", "kaplan")
 TILTS = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0))  # of size, tokens
 CUTS = (0.3, 0.7, 1.1, 1.6, 2.2, 3.0)  # in log size, below the largest run
-STARTS, STEPS, PASSES = 16, 100, 3  # of the search; Huber's limit follows from the pass before
+STARTS, PASSES = 16, 3  # of the search; Huber's limit follows from the pass before
+SAME = 1e-3  # minima whose objectives differ by less, relatively, are one
+SEARCH: dict[str, Any] = {"most_steps": 50, "gain": 1e-6}
 SHARPNESS = 8.0  # a member counts by its inner error to the power of minus this
 SHRINKAGE = 10.0  # runs by which the inner error of a member is drawn to the median member's
 NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place comes nearer
@@ -130,21 +133,25 @@ class Forecast:
 
 def forecast(sample: Sample) -> Forecast:
     """Fit the procedure to a sample of runs.  Raises ConfigError where no law can be fitted."""
-    members: list[Member] = []
+    cuts = inner_cuts(sample.size, sample.groups)
+    parts = [np.ones(len(sample.size), dtype=bool), *(below for below, _ in cuts)]
     preferred = [law for law in sample.laws if law not in LAST]
-    for names in (preferred, [law for law in sample.laws if law in LAST]):
-        members = members or fit_members(replace(sample, laws=names))
+    found = fit_members(replace(sample, laws=preferred), parts)
+    if not found[0]:
+        found = fit_members(
+            replace(sample, laws=[law for law in sample.laws if law in LAST]), parts
+        )
+    members, *inner = found
     if not members:
         raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
-    used = replace(sample, laws=list(dict.fromkeys(member.law for member in members)))
-    cuts = []
-    for below, above in inner_cuts(sample.size, sample.groups):
-        inner, test = fit_members(used.rows(below)), used.rows(above)
-        if len(inner) < len(members):
+    errors = []
+    for (below, above), fitted in zip(cuts, inner, strict=True):
+        if len(fitted) < len(members):
             continue
-        errors = np.stack([member.log_loss(test.values) - test.measured for member in inner])
-        cuts.append(Cut(np.log(test.size / sample.size[below].max()), errors))
-    weights, rate = _weigh(cuts, len(members))
+        test = sample.rows(above)
+        off = np.stack([member.log_loss(test.values) - test.measured for member in fitted])
+        errors.append(Cut(np.log(test.size / sample.size[below].max()), off))
+    weights, rate = _weigh(errors, len(members))
     ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
     return Forecast(members, weights, float(sample.size.max()), ends, rate)
 
@@ -178,9 +185,11 @@ def inner_cuts(size: Array, groups: NDArray[Any]) -> list[tuple[NDBool, NDBool]]
     return found
 
 
-def fit_members(sample: Sample) -> list[Member]:
-    """Fit each law with each tilt, by Huber's loss; those that the table cannot carry are left."""
-    members, values, size = [], sample.values, sample.size
+def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
+    """Fit each law with each tilt to each part of a sample, by Huber's loss; those that a part
+    cannot carry are left out there.  All are solved together: a row outside a part weighs zero."""
+    found: list[list[Member]] = [[] for _ in parts]
+    values, size = sample.values, sample.size
     for name in sample.laws:
         law = LAWS[name]
         own = {variable.removeprefix("log ") for variable in law.variables}
@@ -189,33 +198,66 @@ def fit_members(sample: Sample) -> list[Member]:
             points = Points.read(sample.table, law, where, sample.loss)
         except ConfigError:
             continue
-        if len(np.unique(np.stack(list(points.x.values())).round(12), axis=1).T) <= len(law):
-            continue  # through every point, a law extrapolates wildly
+        # through every point, a law extrapolates wildly
+        each = np.stack(list(points.x.values())).round(12)
+        able = [i for i, part in enumerate(parts) if _carries(each[:, part], len(law))]
         tilts = [tilt for tilt in TILTS if "D" in own or tilt[1] == 0.0]
         tokens = values["D"] if "D" in own else np.ones_like(size)
-        tilted = [(size / size.max()) ** a * (tokens / tokens.max()) ** b for a, b in tilts]
-        weights = np.array([each / each.mean() for each in tilted])
-        is_plain = law.powers and max(map(len, law.powers.values())) == 1
-        if is_plain and len(law.exponents) <= 2:
-            starts = grid_starts(law, points)
-        else:
-            starts = spread_starts(law, points, sample.seed)[:STARTS]
-        plain = solve(law, points, starts, most_steps=STEPS)
-        best = plain.theta[np.argsort(plain.objective, kind="stable")[:3]]
-        count = len(best)
-        theta, repeated = np.tile(best, (len(tilts), 1)), np.repeat(weights, count, axis=0)
+        weights, starts, rows = [], [], []  # of each part: of tilts, where to search, its minima
+        for part in (parts[i] for i in able):
+            tilted = [
+                (size / size[part].max()) ** a * (tokens / tokens[part].max()) ** b * part
+                for a, b in tilts
+            ]
+            weights += [each * (part.sum() / each.sum()) for each in tilted]
+            starts.append(_starts(law, points.rows(part), sample.seed))
+        if not able:
+            continue
+        plain = np.concatenate(
+            [
+                np.tile(parts[i].astype(float), (len(start), 1))
+                for i, start in zip(able, starts, strict=True)
+            ]
+        )
+        first = solve(law, points, np.concatenate(starts), weights=plain, **SEARCH)
+        ends = np.cumsum([len(start) for start in starts])
+        for end, start in zip(ends, starts, strict=True):
+            objective = first.objective[end - len(start) : end]
+            order = np.argsort(objective, kind="stable")[:3]
+            apart = np.diff(objective[order], prepend=0.0) > SAME * objective[order]
+            apart[0] = True
+            rows.append(end - len(start) + order[apart])  # distinct minima
+        theta = np.concatenate([np.tile(first.theta[row], (len(tilts), 1)) for row in rows])
+        counts = np.repeat([len(row) for row in rows], len(tilts))
+        repeated = np.repeat(np.array(weights), counts, axis=0)
         limit = np.full((len(theta), 1), np.inf)  # Huber's
         for _ in range(PASSES):
-            found = solve(law, points, theta, limit, repeated, most_steps=STEPS)
-            theta = found.theta
+            solved = solve(law, points, theta, limit, repeated, **SEARCH)
+            theta = solved.theta
             residuals = points.y - law.log_loss(theta, points.x)
             limit = EFFICIENT * _weighted_scale(residuals, repeated, len(law))
-        least = np.argmin(found.objective.reshape(len(tilts), count), axis=1)
-        rows = np.arange(len(tilts)) * count + least
-        scales = (limit[rows, 0] / EFFICIENT).tolist()
-        for tilt, row, scale in zip(tilts, theta[rows], scales, strict=True):
-            members.append(Member(name, tilt, points, row, scale))
-    return [member for member in members if np.isfinite(member.theta).all()]
+        least = [
+            end - count + int(np.argmin(solved.objective[end - count : end]))
+            for end, count in zip(np.cumsum(counts), counts, strict=True)
+        ]
+        scales = limit[least, 0] / EFFICIENT
+        for k, (i, tilt) in enumerate(itertools.product(able, tilts)):
+            member = Member(name, tilt, points, theta[least[k]], float(scales[k]))
+            if np.isfinite(member.theta).all():
+                found[i].append(member)
+    return found
+
+
+def _carries(x: Array, parameters: int) -> bool:
+    """Return whether points, (variables, n), are more than parameters, and vary in each."""
+    return bool(x.shape[1] and np.ptp(x, axis=1).all()) and len(np.unique(x.T, axis=0)) > parameters
+
+
+def _starts(law: Law, points: Points, seed: int) -> Array:
+    is_plain = law.powers and max(map(len, law.powers.values())) == 1
+    if is_plain and len(law.exponents) <= 2:
+        return grid_starts(law, points)
+    return spread_starts(law, points, seed)[:STARTS]
 
 
 def _weighted_scale(residuals: Array, weights: Array, parameters: int) -> Array:

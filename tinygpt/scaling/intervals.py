@@ -173,7 +173,7 @@ def _follow(fit: Fit, target: Target, theta: Array, step: float, quantile: float
     linear in the target, so that the secant soon finds where it is enough.
     """
     law, points, limit = fit.optimum.law, fit.points, fit.optimum.threshold
-    slope, inside = np.clip(fit.residuals, -limit, limit), np.abs(fit.residuals) <= limit
+    slope, inside = np.clip(fit.weighted, -limit, limit), np.abs(fit.weighted) <= limit
     # by how much the objective rises, on average, where a parameter is off by its error
     worth = 0.5 * float(np.sum(slope**2)) / fit.degrees / float(inside.mean())
     start, _ = target.at(theta)

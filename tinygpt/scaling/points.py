@@ -21,6 +21,7 @@ class Points:
     y: Array  # (n,)
     centres: dict[str, float]
     raw: bool = False  # whether residuals are those of the loss itself, not of its logarithm
+    weights: Array | None = None  # that multiply residuals, (n,): roots of relative precisions
 
     @property
     def response(self) -> Array:
@@ -28,9 +29,10 @@ class Points:
         return np.exp(self.y) if self.raw else self.y
 
     def residuals(self, law: Law, theta: Array) -> Array:
-        """Return measured - fitted, (n,), for one parameter vector."""
+        """Return measured - fitted, weighted, (n,), for one parameter vector."""
         fitted = law.log_loss(theta[None], self.x)[0]
-        return np.asarray(self.response - (np.exp(fitted) if self.raw else fitted))
+        left = np.asarray(self.response - (np.exp(fitted) if self.raw else fitted))
+        return left if self.weights is None else left * self.weights
 
     def derivatives(self, law: Law, theta: Array) -> tuple[Array, Array]:
         """Return the fitted response, (B, n), and its gradient in the parameters, (B, n, P)."""
@@ -41,14 +43,15 @@ class Points:
         return loss, gradient * loss[..., None]
 
     def jacobian(self, law: Law, theta: Array) -> Array:
-        """Return the gradient of the fitted response at each point, (n, P)."""
-        return np.asarray(self.derivatives(law, theta[None])[1][0])
+        """Return the gradient of the fitted response at each point, weighted, (n, P)."""
+        found = np.asarray(self.derivatives(law, theta[None])[1][0])
+        return found if self.weights is None else found * self.weights[:, None]
 
     def rows(self, which: Any) -> Points:
         """Return the points at some rows, with the same centres."""
-        return replace(
-            self, x={name: logs[which] for name, logs in self.x.items()}, y=self.y[which]
-        )
+        weights = None if self.weights is None else self.weights[which]
+        x = {name: logs[which] for name, logs in self.x.items()}
+        return replace(self, x=x, y=self.y[which], weights=weights)
 
     def __len__(self) -> int:
         return int(self.y.shape[-1])
@@ -61,6 +64,7 @@ class Points:
         columns: Mapping[str, str],
         loss: str,
         raw: bool = False,
+        weights: Array | None = None,
     ) -> Points:
         """Raises ConfigError for a column that is absent, values no law can take, too few rows."""
         x, centres = {}, {}
@@ -80,7 +84,7 @@ class Points:
         if "U" in centres:  # unique and all tokens are counted in one unit
             centres["U"] = shared
         x = {name: logs - centres[name] for name, logs in x.items()}
-        points = cls(x, np.log(positive(table, loss)), centres, raw)
+        points = cls(x, np.log(positive(table, loss)), centres, raw, weights)
         distinct = len({tuple(row) for row in np.stack(list(x.values()), axis=1).round(12)})
         if distinct < len(law):
             raise ConfigError(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy import special
 
 from tinygpt.config import ConfigError
@@ -17,6 +16,7 @@ from tinygpt.scaling.evidence import CLEAR
 from tinygpt.scaling.fitting import EFFICIENT, Fit, fit, judge, robust_scale
 from tinygpt.scaling.intervals import Target, covariance, new_runs, quantile_of
 from tinygpt.scaling.laws import LAWS, Array
+from tinygpt.scaling.noise import weigh
 
 Settings = dict[str, Any]  # arguments of ``fit``
 
@@ -32,50 +32,89 @@ class Candidate:
     aicc: float = float("inf")  # Akaike's criterion, corrected for few points; the least is best
 
 
-def select(runs: pd.DataFrame, laws: Sequence[str], **settings: Any) -> list[Candidate]:
+def select(
+    runs: pd.DataFrame,
+    laws: Sequence[str],
+    *,
+    same: Sequence[str] = (),
+    tokens: str | None = None,
+    cluster: str | None = None,
+    **settings: Any,
+) -> list[Candidate]:
     """Return every law fitted to the same runs, the best first: by AICc.
 
-    ``settings`` are those of ``fit``.
+    Runs that agree in the law's variables and in the columns ``same`` are seeds: runs are weighted
+    by what those scatter at their ``tokens``, and by what the first law leaves beside it.  Rows
+    that share the ``cluster`` column, checkpoints of a run, count as few as their residuals are
+    worth.  ``settings`` are those of ``fit``.
     """
-    settings, reason, squares = _one_estimator(runs, laws, settings)
-    fitted = squares if settings["estimator"] == "least_squares" else {}
-    found = []
+    plain = {**settings, "estimator": "least_squares"}
+    squares = _fitted(runs, laws, plain)
+    if squares and cluster is None:
+        law, first = next(iter(squares.items()))
+        weights = weigh(first, same, tokens, lambda each: fit(runs, law, weights=each, **plain))
+        if weights is not None:
+            settings = {**settings, "weights": weights}
+            squares = _fitted(runs, laws, {**plain, "weights": weights})
+    worth, settings, reason = _one_estimator(squares, settings, cluster)
+    fits = squares
+    if settings["estimator"] != "least_squares":
+        fits = _fitted(runs, list(squares), settings)
+    factor = _quasi(fits.values())
+    found = [
+        Candidate(law, one.law.formula, replace(one, reason=reason), "", aicc(one, worth, factor))
+        for law, one in fits.items()
+    ]
     for law in laws:
-        try:
-            one = replace(fitted.get(law) or fit(runs, law, **settings), reason=reason)
-        except ConfigError as error:
-            found.append(Candidate(law, "", None, str(error)))
-            continue
-        found.append(Candidate(law, one.law.formula, one, "", aicc(one)))
+        if law not in fits:
+            try:
+                fit(runs, law, **settings)
+            except ConfigError as error:
+                found.append(Candidate(law, "", None, str(error)))
     return sorted(found, key=lambda one: (one.aicc, one.fit is None))
 
 
-def _one_estimator(
-    runs: pd.DataFrame, laws: Sequence[str], settings: Settings
-) -> tuple[Settings, str, dict[str, Fit]]:
-    """Return the settings with one estimator and one limit, so that the laws can be compared.
-
-    Both follow from the residuals of least squares about the law that these describe best; the
-    fits by those come along, if they were needed.
-    """
-    asked, reason = settings["estimator"], "asked for"
-    if asked not in ("auto", "huber"):
-        return settings, reason, {}
-    squares = {}
-    plain = {**settings, "estimator": "least_squares"}
+def _fitted(runs: pd.DataFrame, laws: Sequence[str], settings: Settings) -> dict[str, Fit]:
+    found = {}
     for law in laws:
         with contextlib.suppress(ConfigError):
-            squares[law] = fit(runs, law, **plain)
+            found[law] = fit(runs, law, **settings)
+    return found
+
+
+def _one_estimator(
+    squares: Mapping[str, Fit], settings: Settings, cluster: str | None
+) -> tuple[float | None, Settings, str]:
+    """Return how many independent runs the rows are worth, and one estimator with one limit for
+    all laws, so that they can be compared: all by the residuals of the best least squares."""
+    asked, reason = settings["estimator"], "asked for"
     if not squares:
-        return plain, reason, {}
+        return None, settings, reason
     best = min(squares.values(), key=aicc)
+    worth = None if cluster is None else independent(best.residuals, best.table[cluster])
     if asked == "auto":
-        asked, reason = judge(best.residuals)
-    if asked == "least_squares":
-        return plain, reason, squares
-    noise = robust_scale(best.points, best.optimum)
-    limit = float(settings.get("threshold") or EFFICIENT) * noise
-    return {**settings, "estimator": asked, "limit": limit}, reason, squares
+        asked, reason = judge(best.weighted)
+    settings = {**settings, "estimator": asked}
+    if asked == "huber":
+        noise = robust_scale(best.points, best.optimum)
+        settings["limit"] = float(settings.get("threshold") or EFFICIENT) * noise
+    return worth, settings, reason
+
+
+def independent(residuals: Array, cluster: pd.Series) -> float:
+    """Return how many independent rows n are worth, by the correlation within clusters (one-way
+    analysis of variance) and the design effect 1 + (m - 1) rho (Kish 1965, section 5.4)."""
+    labels = pd.factorize(cluster)[0]
+    count = np.bincount(labels)
+    n, groups = len(labels), len(count)
+    if groups < 2 or groups == n:
+        return float(n)
+    means = np.bincount(labels, residuals) / count
+    between = float(count @ (means - residuals.mean()) ** 2) / (groups - 1)
+    within = float(np.sum((residuals - means[labels]) ** 2)) / (n - groups)
+    size = (n - float(np.sum(count**2)) / n) / (groups - 1)
+    rho = np.clip((between - within) / (between + (size - 1) * within + 1e-300), 0.0, 1.0)
+    return n / (1 + (float(np.sum(count**2)) / n - 1) * float(rho))
 
 
 def preferred(candidates: Sequence[Candidate]) -> Candidate:
@@ -85,60 +124,36 @@ def preferred(candidates: Sequence[Candidate]) -> Candidate:
     return min(near, key=lambda c: order.index(c.law)) if near else candidates[0]
 
 
-def aicc(fit: Fit) -> float:
+def aicc(fit: Fit, worth: float | None = None, factor: float = 1.0) -> float:
     """Return n log(2 objective / n) + 2 k n / (n - k - 1), where k counts the scale too.
 
-    Of least squares the likelihood is that of a normal, of ``likelihood`` Laplace's; of Huber
-    this is the quasi-likelihood.
+    n is the number of runs, or how many independent ones these are ``worth``.  Of least squares
+    the likelihood is that of a normal, of ``likelihood`` Laplace's; of Huber this is the
+    quasi-likelihood, scaled by ``factor``.
     """
-    n, k = len(fit.points), len(fit.optimum.law) + 1
+    rows, k = len(fit.points), len(fit.optimum.law) + 1
+    n = rows if worth is None else worth
     if n - k - 1 <= 0:
         return float("inf")
     if fit.estimator == "likelihood":
-        misfit = 2 * n * float(np.log(max(float(np.abs(fit.residuals).mean()), 1e-300)))
+        misfit = 2 * n * float(np.log(max(float(np.abs(fit.weighted).mean()), 1e-300)))
     else:
-        misfit = n * float(np.log(2 * max(fit.optimum.objective, 1e-300) / n))
-    return misfit + 2 * k * n / (n - k - 1)
+        misfit = n * float(np.log(2 * max(fit.optimum.objective, 1e-300) / rows))
+    return factor * misfit + 2 * k * n / (n - k - 1)
+
+
+def _quasi(fits: Iterable[Fit]) -> float:
+    """Return by what differences of log objectives count more than of a normal, from the variance
+    of the slope of Huber's objective at the best fit (Ronchetti 1985)."""
+    best = min(fits, key=lambda one: one.optimum.objective, default=None)
+    if best is None or best.estimator != "huber" or best.optimum.objective < 1e-30:
+        return 1.0
+    inside = np.abs(best.weighted) <= best.optimum.threshold
+    slope = np.clip(best.weighted, -best.optimum.threshold, best.optimum.threshold)
+    return 2 * best.optimum.objective * float(inside.mean()) / float(np.sum(slope**2))
 
 
 # --- what the residuals say
-
-
-@dataclass(frozen=True)
-class Noise:
-    """The scatter of runs that differ in their seed alone: a standard deviation of log L, or L."""
-
-    scale: float
-    degrees: int
-    lack_of_fit: float | None  # p-value: the law leaves no more than this scatter
-
-
-def replicas(fit: Fit, columns: Sequence[str]) -> NDArray[np.intp]:
-    """Return a number for each run, (n,): the same for those that differ in their seed alone."""
-    same = [*fit.columns.values(), *(name for name in columns if name in fit.table)]
-    groups = fit.table.groupby(list(dict.fromkeys(same)), dropna=False)
-    return np.asarray(groups.ngroup(), dtype=np.intp)
-
-
-def seed_noise(fit: Fit, columns: Sequence[str] = ()) -> Noise | None:
-    """Return that of runs that agree in the law's variables and in ``columns``; None without any.
-
-    The F test of lack of fit (Draper & Smith 1998, section 2.1) sets what the law leaves beside
-    what the seeds scatter.
-    """
-    labels = replicas(fit, columns)
-    count = np.bincount(labels)
-    y = fit.points.response
-    pure = float(np.sum((y - (np.bincount(labels, y) / count)[labels]) ** 2))
-    degrees = int(np.sum(count - 1))
-    if degrees == 0 or pure == 0.0:
-        return None
-    lacking = len(count) - len(fit.optimum.law)
-    p = None
-    if lacking > 0:
-        rest = max(0.0, float(np.sum(fit.residuals**2)) - pure)
-        p = float(special.fdtrc(lacking, degrees, rest / lacking / (pure / degrees)))
-    return Noise(float(np.sqrt(pure / degrees)), degrees, p)
 
 
 def structure(fit: Fit) -> float | None:
@@ -150,9 +165,11 @@ def structure(fit: Fit) -> float | None:
     own = fit.points.jacobian(fit.optimum.law, fit.optimum.theta)
     logs = list(fit.points.x.values())
     extra = [a * b for i, a in enumerate(logs) for b in logs[i:]]
-    n, residuals = len(fit.points), fit.residuals
+    n, residuals = len(fit.points), fit.weighted
     if n >= 4 * (len(extra) + own.shape[1]):
         extra += [a**3 for a in logs]
+    if fit.points.weights is not None:
+        extra = [column * fit.points.weights for column in extra]
     both = np.column_stack([own, *extra])
     rank = int(np.linalg.matrix_rank(both))
     gained = rank - int(np.linalg.matrix_rank(own))

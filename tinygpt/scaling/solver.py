@@ -16,6 +16,7 @@ NDBool = np.ndarray[Any, np.dtype[np.bool_]]
 LEAST = float(np.log(1e-9))  # a coefficient below this part of the loss is zero
 FADING = 10.0  # in units of log: a term so near its floor that still falls is tried there
 STEPS = 300
+GAIN = 1e-18
 IN_CACHE = 8000  # points times rows that are evaluated at once
 ROUNDING = 1e-15  # of a log loss
 
@@ -85,6 +86,8 @@ def objective(
     threshold = np.broadcast_to(threshold, (len(theta), 1))
     fitted, jacobian = points.derivatives(law, theta)
     residuals = fitted - points.response
+    if points.weights is not None:
+        residuals, jacobian = residuals * points.weights, jacobian * points.weights[:, None]
     slope = np.clip(residuals, -threshold, threshold)
     inside = (np.abs(residuals) <= threshold).astype(float)
     few = (inside if weights is None else inside * (weights > 0)).sum(axis=1) < theta.shape[1]
@@ -112,10 +115,12 @@ def solve(
     weights: Array | None = None,
     hold: Hold | None = None,
     most_steps: int = STEPS,
+    gain: float = GAIN,
 ) -> Solved:
     """Minimise Σ weight · huber(residual) from every row of ``theta``, (B, P).
 
-    The threshold is one for all rows, or one for each, (B, 1).
+    The threshold is one for all rows, or one for each, (B, 1).  It ends where a step would lower
+    the sum by less than ``gain``, as a part of it.
 
     Levenberg and Marquardt's method within bounds.  It steps in the terms themselves, not in
     their logarithms: where a term and E can hardly be told apart the minimum lies in a valley that
@@ -127,7 +132,9 @@ def solve(
     for chunk in np.array_split(np.arange(len(theta)), max(1, len(theta) // rows)):
         own = None if weights is None else weights[chunk]
         with np.errstate(all="ignore"):
-            parts.append(_solve(law, points, theta[chunk], limits[chunk], own, hold, most_steps))
+            parts.append(
+                _solve(law, points, theta[chunk], limits[chunk], own, hold, most_steps, gain)
+            )
     names = vars(parts[0])
     return Solved(*(np.concatenate([vars(part)[name] for part in parts]) for name in names))
 
@@ -140,6 +147,7 @@ def _solve(
     weights: Array | None,
     hold: Hold | None,
     most_steps: int,
+    gain: float,
 ) -> Solved:
     def evaluate(theta: Array, rows: Any) -> tuple[Array, Array, Array]:
         own = None if weights is None else weights[rows]
@@ -183,7 +191,7 @@ def _solve(
         gained = value[live] - new[0]
         # within the rounding of the objective the last step need not go down
         last = ~better & (full <= 1e-13 * value[live])
-        done = last | (full <= 1e-18 * value[live] + rounding)
+        done = last | (full <= gain * value[live] + rounding)
         better |= last & np.isfinite(new[2]).all(axis=(1, 2))
         stuck = ~better & (damping[live] > 1e8)
         taken = live[better]

@@ -1,0 +1,135 @@
+"""The scatter of runs that differ in their seed alone, and what a law leaves beside it.
+
+Short runs scatter much more than long ones, so the variance is a function of the training tokens:
+a line in their logarithms, drawn to no slope, and at each length to what was measured there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from tinygpt.scaling.fitting import Fit
+from tinygpt.scaling.laws import Array
+
+SLOPE = 1.0  # standard deviation of the slope of log variance in log tokens, before any run
+CURVE = 8.0  # degrees of freedom that the line counts for beside the seeds of one length
+STUDIES = 2000  # simulated, for the p-value of lack of fit
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The scatter between seeds: standard deviations of log L, or of L where a fit is of that."""
+
+    scale: float  # of all settings together
+    degrees: int
+    slope: float  # of the log variance in log tokens
+    each: Array  # of each run, by its tokens, (n,)
+    between: float  # of settings about the law, beyond their seeds
+    lack_of_fit: float | None  # p-value: the law leaves no more than this scatter
+    weights: Array  # of the runs in a fit, (n,): roots of precisions, their mean square 1
+
+
+def replicas(table: pd.DataFrame, settings: Sequence[str]) -> NDArray[np.intp]:
+    """Return a number for each run, (n,): the same for those that differ in their seed alone."""
+    same = [name for name in dict.fromkeys(settings) if name in table]
+    return np.asarray(table.groupby(same, dropna=False).ngroup(), dtype=np.intp)
+
+
+def seed_noise(fit: Fit, settings: Sequence[str] = (), tokens: str | None = None) -> Noise | None:
+    """Return that of runs that agree in the law's variables and in ``settings``; None without any.
+
+    ``tokens`` names the column of the training tokens.  Lack of fit sets what the law leaves of
+    the means of the settings, weighted by their variances, beside the same in studies simulated
+    from the variances found, each with variances found anew (the law taken as linear there).
+    """
+    labels = replicas(fit.table, [*fit.columns.values(), *settings])
+    count = np.bincount(labels)
+    first = np.unique(labels, return_index=True)[1]
+    y = fit.points.response
+    means = np.bincount(labels, y) / count
+    pure = np.bincount(labels, (y - means[labels]) ** 2).astype(np.float64)
+    degrees = count.astype(np.float64) - 1
+    if degrees.sum() == 0 or pure.sum() == 0.0:
+        return None
+    logs = np.zeros(len(first))
+    if tokens is not None and tokens in fit.table:
+        logs = np.log(fit.table[tokens].to_numpy(dtype=float)[first])
+        logs = logs - float(logs @ degrees / degrees.sum())
+    variances, slopes = _variances(pure[None], degrees, logs)
+    variance = variances[0]
+    law, theta = fit.optimum.law, fit.optimum.theta
+    jacobian = replace(fit.points, weights=None).jacobian(law, theta)[first]
+    left = means - (y - fit.residuals)[first]
+    between, p = 0.0, None
+    if (lacking := len(first) - len(law)) > 0:
+        found = _misfit(left[None], count / variances, jacobian)[0]
+        random = np.random.default_rng(0)
+        spread = variance * random.chisquare(np.maximum(degrees, 1e-9), (STUDIES, len(first)))
+        drawn = random.standard_normal((STUDIES, len(first))) * np.sqrt(variance / count)
+        others = _variances(spread, degrees, logs)[0]
+        as_much = np.sum(_misfit(drawn, count / others, jacobian) >= found)
+        p = float(1 + as_much) / (1 + STUDIES)
+        between = max(0.0, found - lacking) / float(np.sum(count / variance))
+    weights = 1 / np.sqrt(variance + count * between)[labels]
+    return Noise(
+        scale=float(np.sqrt(pure.sum() / degrees.sum())),
+        degrees=int(degrees.sum()),
+        slope=float(slopes[0]),
+        each=np.sqrt(variance)[labels],
+        between=float(np.sqrt(between)),
+        lack_of_fit=p,
+        weights=weights / np.sqrt(np.mean(weights**2)),
+    )
+
+
+def weigh(
+    fitted: Fit, settings: Sequence[str], tokens: str | None, refit: Callable[[Array], Fit]
+) -> Array | None:
+    """Return the weights of runs by what their seeds scatter and the law leaves, (n,); None
+    without seeds.  ``refit`` returns the law by some weights: what it leaves hangs on them."""
+    noise = seed_noise(fitted, settings, tokens)
+    for _ in range(2 if noise else 0):
+        assert noise is not None
+        noise = seed_noise(refit(noise.weights), settings, tokens)
+    return noise.weights if noise else None
+
+
+def _variances(pure: Array, degrees: Array, logs: Array) -> tuple[Array, Array]:
+    """Return the variance of each setting, (B, G), and the slopes, (B,), from sums of squares.
+
+    The line is the mode of the likelihood of scaled chi squares and of a normal slope.
+    """
+    level = np.log(pure.sum(axis=1) / degrees.sum())
+    slope = np.zeros(len(pure))
+    if np.ptp(logs) > 0:
+        for _ in range(30):  # Newton's method; a step is at most one
+            ratio = pure * np.exp(-level[:, None] - slope[:, None] * logs)
+            up = 0.5 * (ratio - degrees)
+            first = np.stack([up.sum(axis=1), up @ logs - slope / SLOPE**2], axis=1)
+            a, b, c = (0.5 * ratio @ logs**power for power in (0, 1, 2))
+            c = c + 1 / SLOPE**2
+            step = np.stack([c * first[:, 0] - b * first[:, 1], a * first[:, 1] - b * first[:, 0]])
+            step /= a * c - b**2
+            step /= np.maximum(1.0, np.abs(step).max(axis=0))
+            level, slope = level + step[0], slope + step[1]
+    line = np.exp(level[:, None] + slope[:, None] * logs)
+    same = (logs[:, None] == logs).astype(float)
+    ratio = (CURVE + (pure / line) @ same) / (CURVE + degrees @ same)
+    return line * ratio, slope
+
+
+def _misfit(left: Array, precision: Array, jacobian: Array) -> Array:
+    """Return the weighted sums of squares that a linear law leaves of means, (B,)."""
+    root = np.sqrt(precision)
+    own, rest = jacobian * root[..., None], left * root
+    size = np.sqrt(np.sum(own**2, axis=1, keepdims=True)) + 1e-300
+    own = own / size
+    gram = np.swapaxes(own, 1, 2) @ own + 1e-12 * np.eye(own.shape[2])
+    along = (rest[:, None] @ own)[:, 0]
+    solved = np.linalg.solve(gram, along[..., None])[..., 0]
+    return np.asarray(np.sum(rest**2, axis=1) - np.sum(along * solved, axis=1))
