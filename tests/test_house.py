@@ -19,7 +19,7 @@ LIMITS = {
     "model": 1_550,
     "training": 2_710,
     "sweeping": 1_460,
-    "scaling": 6_990,
+    "scaling": 7_150,
     "evaluating": 1_460,
     "adaptation": 3_300,
 }

@@ -5,12 +5,15 @@ Colours tell categories by Okabe and Ito's palette, ordered values by viridis.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -38,9 +41,10 @@ STYLE: Any = {
     "legend.frameon": False,
     "legend.handlelength": 1.6,
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 200,
+    "figure.dpi": 200,
     "svg.hashsalt": "tinygpt",  # else the ids in the file are random
 }
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LABELS = {
     "N": "parameters N",
     "D": "training tokens D",
@@ -56,23 +60,37 @@ def save(figures: Mapping[str, Figure | None], folder: Path) -> list[str]:
     To be called within ``STYLE``.  A figure that is None is removed if an earlier one lies there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    formats: Any = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     for name, figure in figures.items():
-        if figure is not None:
-            engine = figure.get_layout_engine()
-            assert engine is not None
-            engine.execute(figure)
-            figure.set_layout_engine("none")  # laid out once; each format would do it again
-        for kind, metadata in formats.items():
-            path = folder / f"{name}.{kind}"
-            if figure is None:
-                path.unlink(missing_ok=True)
-                continue
-            with fileio.replacing(path) as temporary:
-                figure.savefig(temporary, format=kind, metadata=metadata)
+        png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+        if figure is None:
+            png.unlink(missing_ok=True)
+            svg.unlink(missing_ok=True)
+            continue
+        agg: Any = FigureCanvasAgg(figure)
+        _lay_out(figure)
+        # not by savefig, which draws a figure that had a layout twice
+        with fileio.replacing(png) as temporary:
+            agg.print_png(temporary, metadata={"Software": None})
+        vector: Any = FigureCanvasSVG(figure)
+        with fileio.replacing(svg) as temporary:
+            vector.print_svg(temporary, metadata={"Date": None, "Creator": None})
     names = [name for name, figure in figures.items() if figure is not None]
     write_events(folder, names)
     return names
+
+
+def _lay_out(figure: Figure) -> None:
+    """Lay the figure out once; each format would do it again."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    axes = [axis for one in figure.axes for axis in (one.xaxis, one.yaxis)]
+    minor = [axis.get_minor_locator() for axis in axes]
+    for axis in axes:
+        axis.set_minor_locator(NullLocator())  # without labels they take time, and no room
+    engine.execute(figure)
+    for axis, locator in zip(axes, minor, strict=True):
+        axis.set_minor_locator(locator)
+    figure.set_layout_engine("none")
 
 
 def write_events(folder: Path, figures: Sequence[str]) -> None:
@@ -171,6 +189,7 @@ def log_ticks(axis: Any) -> None:
     low, high = sorted(axis.get_view_interval())
     if high / low >= 30:
         axis.set_major_locator(LogLocator(numticks=7))
+        axis.set_major_formatter(FuncFormatter(_power_of_ten))
         axis.set_minor_formatter(NullFormatter())
         return
     narrow = high / low < 5
@@ -179,6 +198,11 @@ def log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
     if narrow:
         axis.set_minor_locator(NullLocator())
+
+
+def _power_of_ten(value: float, _: Any) -> str:
+    """Return 10⁶ in plain characters; mathematical text takes far longer to set."""
+    return "10" + f"{math.log10(value):.0f}".translate(RAISED)
 
 
 def legend(axes: Axes, above: bool = False, columns: int = 1) -> None:

@@ -170,35 +170,40 @@ def _follow(fit: Fit, target: Target, theta: Array, step: float, quantile: float
     """Return where the profile, followed from ``theta``, has risen enough; ±inf if it does not.
 
     ``step`` is one standard error in the direction to go.  The square root of the rise is nearly
-    linear in the target, so that the secant soon finds where it is enough.
+    linear in the target, so that Newton's method soon finds where it is enough; its slope follows
+    from the force that holds the target.
     """
     law, points, limit = fit.optimum.law, fit.points, fit.optimum.threshold
     slope, inside = np.clip(fit.weighted, -limit, limit), np.abs(fit.weighted) <= limit
     # by how much the objective rises, on average, where a parameter is off by its error
     worth = 0.5 * float(np.sum(slope**2)) / fit.degrees / float(inside.mean())
     start, _ = target.at(theta)
-    near, below = start, -quantile  # a target value, and how far the root of the rise there is off
     far: float | None = None
-    above = 0.0
-    wanted = start + quantile * step
+    near = start  # target values: the furthest with too little rise, one with too much
+    wanted, stiffness = start + quantile * step, STIFFNESS * 2 * worth / step**2
     for _ in range(60):
-        hold = Hold(target.function, wanted, STIFFNESS * 2 * worth / step**2)
+        hold = Hold(target.function, wanted, stiffness)
         held = solve(law, points, theta[None], limit, hold=hold).theta[0]
         there, _ = target.at(held)
         rise = float(huber(points.residuals(law, held), limit).sum()) - fit.optimum.objective
-        off = float(np.sqrt(max(rise, 0.0) / worth)) - quantile
+        root = float(np.sqrt(max(rise, 0.0) / worth))
+        off = root - quantile
         if abs(off) < 1e-7 * quantile or (far is not None and abs(far - near) < 1e-7 * abs(step)):
             return there
         if off > 0:
-            far, above = there, off
+            far = there
         elif (there - near) * step <= 0 or abs(there - start) > FURTHEST * abs(step):
             return wanted if far is not None else float(np.copysign(np.inf, step))
         else:
-            theta, near, below = held, there, off
-        if far is None:
-            wanted = start + (near - start) * min(2.5, quantile / max(quantile + below, 1e-9) + 0.1)
+            near = there
+        theta = held if root < 2 * quantile else theta
+        force = stiffness * (wanted - there)
+        ahead = -off * 2 * root * worth / force if force * step > 0 else 0.0
+        if far is None:  # some way beyond, so that the end soon lies between
+            wanted = near + float(np.clip(ahead / (near - start), 0.02, 1.5)) * (near - start)
         else:
-            wanted = near + np.clip(below / (below - above), 0.1, 0.9) * (far - near)
+            part = (there + ahead - near) / (far - near)
+            wanted = near + (part if 0.0 < part < 1.0 else 0.5) * (far - near)
     return near
 
 

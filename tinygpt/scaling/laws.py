@@ -39,6 +39,10 @@ class Law:
     # of any other law: (parameters, log variables) -> log loss, analytic in the parameters
     expression: Callable[[Mapping[str, Any], Mapping[str, Array]], Any] | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of a plain value
+    # its log loss and gradient by name in real numbers: several times faster than a complex step
+    slopes: (
+        Callable[[Mapping[str, Any], Mapping[str, Array]], tuple[Any, dict[str, Any]]] | None
+    ) = None
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -50,42 +54,48 @@ class Law:
     def log_loss(self, theta: Array, x: Mapping[str, Array]) -> Array:
         """Return the log loss, (B, n), at the centred log variables ``x``, (n,) or (B, n) each."""
         if self.powers is not None:
-            return np.asarray(np.logaddexp.reduce(self.terms(theta, x)))
+            return _total(self.terms(theta, x))[0]
         assert self.expression is not None
-        named = {name: theta[:, j : j + 1] for j, name in enumerate(self.parameters)}
+        named = self._named(theta)
         shape = (len(theta), next(iter(x.values())).shape[-1])
         return np.asarray(np.broadcast_to(self.expression(named, x), shape), dtype=float)
 
     def derivatives(self, theta: Array, x: Mapping[str, Array]) -> tuple[Array, Array]:
         """Return the log loss, (B, n), and its gradient in the parameters, (B, n, P).
 
-        Of an expression the gradient is by the complex step: exact to rounding.
+        Of an expression without slopes the gradient is by the complex step: exact to rounding.
         """
         size = len(self)
+        if self.slopes is not None:
+            value, by_name = self.slopes(self._named(theta), x)
+            gradient = np.empty((*value.shape, size))
+            for j, name in enumerate(self.parameters):
+                gradient[..., j] = by_name[name]
+            return value, gradient
         if self.powers is None:
             assert self.expression is not None
             value = self.log_loss(theta, x)
             steps = 1j * STEP * np.eye(size)[:, None]
             moved = theta + steps  # (P, B, P)
-            named = {name: moved[..., j : j + 1] for j, name in enumerate(self.parameters)}
+            named = self._named(moved)
             slopes = np.broadcast_to(self.expression(named, x), (size, *value.shape)).imag / STEP
             return value, np.ascontiguousarray(np.moveaxis(slopes, 0, -1))
-        terms = self.terms(theta, x)
-        value = np.logaddexp.reduce(terms)
+        value, shares = _total(self.terms(theta, x))
         gradient = np.zeros((*value.shape, size))
         place = {name: j for j, name in enumerate(self.parameters)}
-        for (coefficient, powers), share in zip(
-            self.powers.items(), np.exp(terms - value), strict=True
-        ):
+        for (coefficient, powers), share in zip(self.powers.items(), shares, strict=True):
             gradient[..., place[coefficient]] = share
             for variable, exponent in powers.items():
                 gradient[..., place[exponent]] -= share * x[variable]
         return value, gradient
 
+    def _named(self, theta: Any) -> dict[str, Any]:
+        return {name: theta[..., j : j + 1] for j, name in enumerate(self.parameters)}
+
     def terms(self, theta: Array, x: Mapping[str, Array]) -> Array:
         """Return the logarithm of each term of a sum of powers, (K, B, n)."""
         assert self.powers is not None
-        column = {name: theta[:, j : j + 1] for j, name in enumerate(self.parameters)}
+        column = self._named(theta)
         n = next(iter(x.values())).shape[-1]
         terms = np.empty((len(self.powers), len(theta), n))
         for term, (coefficient, powers) in zip(terms, self.powers.items(), strict=True):
@@ -144,6 +154,22 @@ class Law:
         )
 
 
+def _total(terms: Array) -> tuple[Array, Array]:
+    """Return the logarithm of a sum of terms by their logarithms, (K, ...), and their shares."""
+    top = terms.max(axis=0)
+    shares = np.exp(terms - top)
+    total = shares.sum(axis=0)
+    return np.asarray(top + np.log(total)), shares / total
+
+
+def _pair(one: Any, other: Any) -> tuple[Any, Any, Any]:
+    """Return the same of two terms."""
+    top = np.maximum(one, other)
+    a, b = np.exp(one - top), np.exp(other - top)
+    total = a + b
+    return top + np.log(total), a / total, b / total
+
+
 def logaddexp(one: Any, other: Any) -> Any:
     """Return log(exp(one) + exp(other)), of complex numbers too."""
     top = np.maximum(np.real(one), np.real(other))
@@ -153,6 +179,31 @@ def logaddexp(one: Any, other: Any) -> Any:
 def _kaplan(p: Mapping[str, Any], x: Mapping[str, Array]) -> Any:
     size = (p["Nc"] - x["N"]) * p["alpha"] / p["beta"]
     return p["beta"] * logaddexp(size, p["Dc"] - x["D"])
+
+
+def _kaplan_slopes(p: Mapping[str, Any], x: Mapping[str, Array]) -> tuple[Any, dict[str, Any]]:
+    away = p["Nc"] - x["N"]
+    size = away * p["alpha"] / p["beta"]
+    both, share, other = _pair(size, p["Dc"] - x["D"])
+    slopes = {"Nc": p["alpha"] * share, "Dc": p["beta"] * other}
+    slopes |= {"alpha": share * away, "beta": both - share * size}
+    return _above(p, p["beta"] * both, slopes)
+
+
+def _coupled_slopes(p: Mapping[str, Any], x: Mapping[str, Array]) -> tuple[Any, dict[str, Any]]:
+    size, data = p["A"] - p["alpha"] * x["N"], p["B"] - p["beta"] * x["D"]
+    both, share, other = _pair(size, data)
+    share, other = p["gamma"] * share, p["gamma"] * other
+    slopes = {"A": share, "B": other, "alpha": -share * x["N"], "beta": -other * x["D"]}
+    return _above(p, p["gamma"] * both, {**slopes, "gamma": both})
+
+
+def _above(p: Mapping[str, Any], value: Any, slopes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Add the constant, if there is one, to a log loss and its slopes."""
+    if "E" not in p:
+        return value, slopes
+    whole, constant, rest = _pair(p["E"], value)
+    return whole, {"E": constant, **{name: rest * slope for name, slope in slopes.items()}}
 
 
 def _coupled(p: Mapping[str, Any], x: Mapping[str, Array]) -> Any:
@@ -255,6 +306,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta", "gamma"),
             _A_B,
             expression=_coupled,
+            slopes=_coupled_slopes,
             bounds={"gamma": (0.05, 20.0)},
         ),
         Law(
@@ -266,6 +318,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta"),
             _NC_DC,
             expression=lambda p, x: logaddexp(p["E"], _kaplan(p, x)),
+            slopes=_kaplan_slopes,
             bounds=_ABOVE_ZERO,
         ),
         sum_of_powers(
@@ -283,6 +336,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta"),
             _NC_DC,
             expression=_kaplan,
+            slopes=_kaplan_slopes,
             bounds=_ABOVE_ZERO,
         ),
         Law(

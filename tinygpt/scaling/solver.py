@@ -83,21 +83,26 @@ def objective(
     hold: Hold | None = None,
 ) -> tuple[Array, Array, Array]:
     """Return Σ weight · huber(residual), its gradient and its Gauss-Newton Hessian, by row."""
-    threshold = np.broadcast_to(threshold, (len(theta), 1))
     fitted, jacobian = points.derivatives(law, theta)
     residuals = fitted - points.response
     if points.weights is not None:
         residuals, jacobian = residuals * points.weights, jacobian * points.weights[:, None]
-    slope = np.clip(residuals, -threshold, threshold)
-    inside = (np.abs(residuals) <= threshold).astype(float)
-    few = (inside if weights is None else inside * (weights > 0)).sum(axis=1) < theta.shape[1]
-    # the curvature of too few says nothing; Huber's own weights still lead down
-    inside[few] = np.minimum(1.0, threshold[few] / np.maximum(np.abs(residuals[few]), 1e-300))
-    loss = huber(residuals, threshold)
+    slope, loss, inside = residuals, 0.5 * residuals**2, weights
+    if np.min(threshold) < np.inf:
+        size = np.abs(residuals)
+        slope = np.copysign(np.minimum(size, threshold), residuals)
+        loss, inside = huber(residuals, threshold), (size <= threshold).astype(float)
+        inside = inside if weights is None else inside * weights
+        few = np.count_nonzero(inside, axis=1) < theta.shape[1]
+        if few.any():  # their curvature says nothing; Huber's own weights still lead down
+            share = np.minimum(1.0, threshold / np.maximum(size, 1e-300))
+            share = share if weights is None else share * weights
+            inside = np.where(few[:, None], share, inside)
     if weights is not None:
-        slope, inside, loss = slope * weights, inside * weights, loss * weights
+        slope, loss = slope * weights, loss * weights
     value, gradient = loss.sum(axis=1), (slope[:, None] @ jacobian)[:, 0]
-    hessian = np.swapaxes(jacobian * inside[..., None], 1, 2) @ jacobian
+    bent = jacobian if inside is None else jacobian * inside[..., None]
+    hessian = bent.transpose(0, 2, 1) @ jacobian
     if hold is not None:
         held, normal = hold.function(theta)
         pull = hold.stiffness * (held - hold.value)
@@ -107,6 +112,7 @@ def objective(
     return value, gradient, hessian
 
 
+@np.errstate(all="ignore")
 def solve(
     law: Law,
     points: Points,
@@ -119,88 +125,95 @@ def solve(
 ) -> Solved:
     """Minimise Σ weight · huber(residual) from every row of ``theta``, (B, P).
 
-    The threshold is one for all rows, or one for each, (B, 1).  It ends where a step would lower
-    the sum by less than ``gain``, as a part of it.
+    The threshold is one for all rows, or one for each, (B, 1).  A row ends where a step would
+    lower its sum by less than ``gain``, as a part of it.
 
     Levenberg and Marquardt's method within bounds.  It steps in the terms themselves, not in
     their logarithms: where a term and E can hardly be told apart the minimum lies in a valley that
     is straight in the terms and bent in their logarithms.  ``weights`` are (B, n).
     """
-    rows = max(4, min(64, IN_CACHE // len(points)))
     limits = np.broadcast_to(threshold, (len(theta), 1))
-    parts = []
-    for chunk in np.array_split(np.arange(len(theta)), max(1, len(theta) // rows)):
-        own = None if weights is None else weights[chunk]
-        with np.errstate(all="ignore"):
-            parts.append(
-                _solve(law, points, theta[chunk], limits[chunk], own, hold, most_steps, gain)
-            )
-    names = vars(parts[0])
-    return Solved(*(np.concatenate([vars(part)[name] for part in parts]) for name in names))
+    size = max(4, IN_CACHE // len(points))
 
-
-def _solve(
-    law: Law,
-    points: Points,
-    theta: Array,
-    threshold: Array,
-    weights: Array | None,
-    hold: Hold | None,
-    most_steps: int,
-    gain: float,
-) -> Solved:
     def evaluate(theta: Array, rows: Any) -> tuple[Array, Array, Array]:
-        own = None if weights is None else weights[rows]
-        return objective(law, points, theta, threshold[rows], own, hold)
+        parts = []
+        for first in range(0, len(theta), size):
+            part = rows[first : first + size]
+            own = None if weights is None else weights[part]
+            one = theta[first : first + size]
+            parts.append(objective(law, points, one, limits[part], own, hold))
+        if len(parts) == 1:
+            return parts[0]
+        value, gradient, hessian = map(np.concatenate, zip(*parts, strict=True))
+        return value, gradient, hessian
 
-    theta = theta.copy()
-    live = np.arange(len(theta))
-    value, gradient, hessian = evaluate(theta, live)
-    damping = np.zeros(len(theta))
-    converged = np.zeros(len(theta), dtype=bool)
+    live, here, damping = np.arange(len(theta)), theta, np.zeros(len(theta))
+    value, gradient, hessian = evaluate(here, live)
+    found = Solved(theta.copy(), value.copy(), gradient.copy(), np.zeros(len(theta), dtype=bool))
     low, high = bounds(law, points)
-    terms, unit = term_mask(law), np.eye(len(law))
+    terms, diagonal = term_mask(law), np.arange(len(law))
+    faint = np.where(terms, low + FADING, -np.inf)
     # no sum of squares is known better
     rounding = len(points) * (ROUNDING * (points.response.max() if points.raw else 1.0)) ** 2
     for _ in range(most_steps):
         if not len(live):
             break
-        here, slope, bend = theta[live], gradient[live], hessian[live]
-        free = ~(((here <= low) & (slope > 0)) | ((here >= high) & (slope < 0)))
-        slope = slope * free
-        size = np.einsum("bpp->bp", bend)
-        scale = np.where(free, np.sqrt(size + 1e-300), 1.0)  # to a Hessian with a diagonal of ones
-        bend = bend * free[:, :, None] * free[:, None, :] / (scale[:, :, None] * scale[:, None, :])
-        bend += (1e-13 + ~free)[..., None] * unit
-        scaled = (slope / scale)[..., None]
-        damped = damping[live] > 0
-        step = -np.linalg.solve(bend + damping[live, None, None] * unit, scaled)
-        expected = -0.5 * (scaled * step).sum(axis=(1, 2))
-        full = expected.copy()  # what a step without damping would gain
-        if damped.any():
-            undamped = np.linalg.solve(bend[damped], scaled[damped])
-            full[damped] = 0.5 * (scaled[damped] * undamped).sum(axis=(1, 2))
-        step = step[..., 0] / scale
-        step *= np.minimum(1.0, 2.0 / np.maximum(np.abs(step).max(axis=1, keepdims=True), 1e-300))
+        fixed = np.where(gradient > 0, here <= low, here >= high)
+        share = 1.0 / np.sqrt(hessian[:, diagonal, diagonal] + 1e-300)
+        if fixed.any():
+            share[fixed] = 0.0
+        scaled, damped = gradient * share, damping > 0
+        bend = hessian * (share[:, :, None] * share[:, None])  # with a diagonal of ones
+        bend[:, diagonal, diagonal] = (1 + 1e-13) + damping[:, None]
+        step = np.linalg.solve(bend, scaled[..., None])[..., 0]
+        expected = 0.5 * (scaled * step).sum(axis=1)
+        full = expected  # what a step without damping would gain: more, and asked for near the end
+        tiny = 1e-13 * value
+        ending = damped & (expected <= np.maximum(tiny, gain * value) + rounding)
+        if ending.any():
+            bend[:, diagonal, diagonal] = 1 + 1e-13
+            undamped = np.linalg.solve(bend[ending], scaled[ending, :, None])[..., 0]
+            full = expected.copy()
+            full[ending] = 0.5 * (scaled[ending] * undamped).sum(axis=1)
+        step *= -share
+        longest = np.abs(step).max(axis=1, keepdims=True)
+        if not longest.max() <= 2.0:
+            step *= np.minimum(1.0, 2.0 / np.maximum(longest, 1e-300))
         step = np.where(terms, np.log1p(np.maximum(step, -0.9)), step)
-        trial = np.clip(here + step, low, high)
-        fading = terms & (trial < low + FADING) & (slope > 0) & ~damped[:, None]
-        trial = np.where(fading, low, trial)
+        trial = np.minimum(np.maximum(here + step, low), high)
+        fading = trial < faint
+        if fading.any():
+            trial = np.where(fading & (gradient > 0) & ~damped[:, None], low, trial)
         new = evaluate(trial, live)
-        better = (new[0] <= value[live]) & np.isfinite(new[2]).all(axis=(1, 2))
-        gained = value[live] - new[0]
-        # within the rounding of the objective the last step need not go down
-        last = ~better & (full <= 1e-13 * value[live])
-        done = last | (full <= gain * value[live] + rounding)
-        better |= last & np.isfinite(new[2]).all(axis=(1, 2))
-        stuck = ~better & (damping[live] > 1e8)
-        taken = live[better]
-        theta[taken] = trial[better]
-        value[taken], gradient[taken], hessian[taken] = (part[better] for part in new)
-        less = np.where(damping[live] < 1e-6, 0.0, damping[live] * 0.1)
+        finite = np.isfinite(new[2].sum(axis=(1, 2)))
+        gained = value - new[0]
+        better, done = (gained >= 0) & finite, full <= gain * value + rounding
         good = better & (gained > 0.25 * expected)
-        keep = np.where(gained > 0.6 * expected, less, damping[live])
-        damping[live] = np.where(good, keep, np.maximum(damping[live] * 8, 1e-6))
-        converged[live[done]] = True
-        live = live[~(done | stuck)]
-    return Solved(theta, value, gradient, converged)
+        if not better.all():  # within the rounding of the objective the last step need not go down
+            last = ~better & (full <= tiny)
+            done |= last
+            better |= last & finite
+        over = done | (~better & (damping > 1e8))
+        if damped.any() or not good.all():
+            less = np.where(damping < 1e-6, 0.0, damping * 0.1)
+            keep = np.where(gained > 0.6 * expected, less, damping)
+            damping = np.where(good, keep, np.maximum(damping * 8, 1e-6))
+        if better.all():
+            here, (value, gradient, hessian) = trial, new
+        else:
+            here = np.where(better[:, None], trial, here)
+            value = np.where(better, new[0], value)
+            gradient = np.where(better[:, None], new[1], gradient)
+            hessian = np.where(better[:, None, None], new[2], hessian)
+        if over.any():
+            found.converged[live[done]] = True
+            _store(found, live, here, value, gradient)
+            stay = ~over
+            live, here, damping = live[stay], here[stay], damping[stay]
+            value, gradient, hessian = value[stay], gradient[stay], hessian[stay]
+    _store(found, live, here, value, gradient)
+    return found
+
+
+def _store(found: Solved, rows: Any, theta: Array, value: Array, gradient: Array) -> None:
+    found.theta[rows], found.objective[rows], found.gradient[rows] = theta, value, gradient

@@ -24,8 +24,9 @@ FlopsPerToken = Callable[[Array], Array]  # N -> FLOPs of training on one token
 REPLICAS = 1000
 FURTHER = 10.0  # times the largest budget that was run: so far the bands go
 REACH = np.log(1e4)  # the best size is looked for within this factor of those that were run
-COARSE, FINE, ROUNDS = 64, 9, 12  # places in log N that are tried, and how often anew
-AT_ONCE = 1_000_000  # places that are tried together
+PLACES = (32, 9, 9)  # in log N that are tried, each time about the best before
+ROUNDS = 6  # of a parabola through three places, each time closer together
+AT_ONCE = 30_000  # places that are tried together: what a cache holds
 
 
 def six_n(n: Array) -> Array:
@@ -136,7 +137,7 @@ def splits(
             n, _ = closed_form(value["A"], value["B"], alpha, beta, flops)
             log_n = np.log(np.where((alpha > 0) & (beta > 0), n, np.nan))
         else:
-            parts = np.array_split(theta, -(-theta.size * len(flops) * COARSE // AT_ONCE) or 1)
+            parts = np.array_split(theta, -(-len(theta) * len(flops) * PLACES[0] // AT_ONCE) or 1)
             log_n = np.concatenate(
                 [_best_size(fit, part, flops, per_token, unique) for part in parts]
             )
@@ -154,24 +155,34 @@ def _at(fit: Fit, log_n: Array, log_d: Array, unique: float) -> dict[str, Array]
 def _best_size(
     fit: Fit, theta: Array, flops: Array, per_token: FlopsPerToken, unique: float
 ) -> Array:
-    """Return log N of the least loss, (B, G): by a grid, then finer ones about its least."""
+    """Return log N of the least loss, (B, G): by ever finer grids, then by parabolas."""
     log_c = np.log(flops)[:, None]
     sizes, tokens = (np.log(fit.table[fit.columns[v]].to_numpy(dtype=float)) for v in "ND")
     runs = np.log(per_token(np.exp(sizes))) + tokens
     reach = REACH + np.maximum(log_c - runs.max(), 0) + np.maximum(runs.min() - log_c, 0)
     low, high = sizes.min() - reach, sizes.max() + reach  # (G, 1)
-    left, right = (np.broadcast_to(end, (len(theta), len(flops), 1)) for end in (low, high))
-    for count in (COARSE, *[FINE] * ROUNDS):
-        log_n = left + np.linspace(0.0, 1.0, count) * (right - left)  # (B, G, count)
+
+    def loss_at(log_n: Array) -> Array:  # (B or 1, G, places)
         log_d = log_c - np.log(per_token(np.exp(log_n)))
-        flat = (len(theta), len(flops) * count)
+        flat = (len(log_n), len(flops) * log_n.shape[-1])
         x = _at(fit, log_n.reshape(flat), log_d.reshape(flat), unique)
-        loss = fit.optimum.law.log_loss(theta, x).reshape(log_n.shape)
-        best = np.argmin(loss, axis=-1)[..., None]
+        return fit.optimum.law.log_loss(theta, x).reshape(len(theta), *log_n.shape[1:])
+
+    left, right = low[None], high[None]
+    for count in PLACES:
+        log_n = left + np.linspace(0.0, 1.0, count) * (right - left)
+        best = np.argmin(loss_at(log_n), axis=-1)[..., None]
+        log_n = np.broadcast_to(log_n, (len(theta), *log_n.shape[1:]))
         left, middle, right = (
             np.take_along_axis(log_n, np.clip(best + by, 0, count - 1), axis=-1)
             for by in (-1, 0, 1)
         )
+    half = 0.5 * (right - left)
+    for _ in range(ROUNDS):
+        below, here, above = np.moveaxis(loss_at(middle + half * np.array([-1.0, 0, 1])), -1, 0)
+        bend = np.maximum(below - 2 * here + above, 1e-300)
+        middle = middle + half * np.clip(0.5 * (below - above) / bend, -1, 1)[..., None]
+        half = 0.2 * half
     edge = (middle - low < 1e-3) | (high - middle < 1e-3)
     return np.asarray(np.where(edge, np.nan, middle)[..., 0])
 
