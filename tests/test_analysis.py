@@ -692,6 +692,8 @@ def test_the_curve_through_a_budget_is_the_one_asked_for() -> None:
         found = analyse(*comparable(isoflop_runs(), "loss"), columns, **settings)
         assert found.frontier is not None
         profiles = found.frontier.isoflop.profiles
+        words = found.frontier.table()["interval"].tolist()
+        assert words == ["bootstrap (pairs)", "bootstrap over interpolants and seeds"]
         assert {one.method for one in profiles} == {method}
         best[method] = [one.best[1] for one in profiles if one.best]
     assert best["parabola"] == [one.parabola for one in profiles]

@@ -236,6 +236,65 @@ def test_a_chain_of_runs_is_no_budget() -> None:
     assert "they are no one budget" in profile.reason
 
 
+def study(seed: int) -> tuple[pd.DataFrame, float]:
+    """Four budgets of two seeds by a law of random exponents, the sizes tried off the best by a
+    factor that changes with the budget, and the exponent of N."""
+    random = np.random.default_rng(seed)
+    alpha, beta = random.uniform(0.25, 0.6, 2)
+    p = {"A": 400.0, "B": 400.0, "E": 1.7, "alpha": alpha, "beta": beta}
+    rows = []
+    for flops, off in zip(
+        10.0 ** np.arange(17, 21), np.linspace(*random.uniform(-0.7, 0.7, 2), 4), strict=True
+    ):
+        n = np.repeat(best_n(flops, p) * np.exp(off) * np.geomspace(0.15, 7, 7), 2)
+        loss = chinchilla(n, flops / 6 / n, p) * np.exp(0.003 * random.normal(size=len(n)))
+        rows.append(pd.DataFrame({"n": n, "d": flops / 6 / n, "c": flops, "loss": loss}))
+    return pd.concat(rows, ignore_index=True), beta / (alpha + beta)
+
+
+def test_the_interval_of_profiles_covers_interpolants_and_seeds() -> None:
+    """In 60 worlds; a regression through the minima of one interpolant misses more often."""
+    hits = alone = 0
+    for seed in range(60):
+        table, exponent = study(seed)
+        found = isoflop(table, **COLUMNS)
+        assert found.minima is not None
+        law = found.minima.n_law
+        assert law.exponent.method.startswith("bootstrap over interpolants and seeds")
+        hits += exponent in law.exponent
+        alone += exponent in PowerLaw.through(found.minima.flops, found.minima.n).exponent
+    assert alone < hits
+    assert hits >= 54
+
+
+def test_interpolants_of_the_same_runs_agree_within_their_intervals() -> None:
+    """By a regression through the minima of each, cubic and akima exclude each other."""
+    runs = pd.read_csv("experiments/isoflop/runs.csv")
+    laws = {m: isoflop(runs, method=m).minima for m in ("cubic", "akima", "parabola")}
+    estimates = [one.n_law.exponent.estimate for one in laws.values() if one]
+    assert len(set(estimates)) == 3
+    for one in laws.values():
+        assert one is not None
+        assert all(estimate in one.n_law.exponent for estimate in estimates)
+        alone = PowerLaw.through(one.flops, one.n).exponent
+        assert one.n_law.exponent.high - one.n_law.exponent.low > 0.3
+        if one is laws["akima"]:
+            assert estimates[0] not in alone
+
+
+def test_an_interpolant_without_minima_is_named() -> None:
+    """Of three sizes there is no cubic."""
+    table = pd.concat([profiles(factors=(0.3, 1, 3), noise=1e-3, seed=seed) for seed in (0, 1)])
+    minima = isoflop(table, **COLUMNS).minima
+    assert minima is not None
+    method = minima.n_law.exponent.method
+    assert method.startswith("bootstrap over interpolants and seeds (minima by the akima and the")
+    assert A_EXACT in minima.n_law.exponent
+    plain = isoflop(profiles(factors=(0.3, 1, 3)), **COLUMNS).minima  # nothing tells the noise
+    assert plain is not None
+    assert plain.n_law.exponent.method == "regression"
+
+
 def test_isoflop_says_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="method=spline: must be one of cubic"):
         isoflop(profiles(), **COLUMNS, method="spline")

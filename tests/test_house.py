@@ -19,7 +19,7 @@ LIMITS = {
     "model": 1_550,
     "training": 2_710,
     "sweeping": 1_460,
-    "scaling": 7_150,
+    "scaling": 7_190,
     "evaluating": 1_460,
     "adaptation": 3_300,
 }

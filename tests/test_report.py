@@ -120,6 +120,9 @@ def test_fit_json_has_no_nan_and_all_facts(folder: Path, joint: Analysis) -> Non
         "parametric law",
         "IsoFLOP profiles",
     ]
+    methods = [way["interval"] for way in found["frontier"]["ways"]]
+    line = "Intervals of the parametric law: {}; IsoFLOP profiles: {}.".format(*methods)
+    assert line in (folder / "report.md").read_text()
     assert found["frontier"]["missing"] == {"training curves": "no training curves were given"}
 
 

@@ -26,6 +26,9 @@ METHODS = ("cubic", "akima", "parabola")
 SAME_BUDGET = 1.15
 WIDEST_BUDGET = 1.5  # largest over smallest compute; what is wider is a chain, and no budget
 BUDGETS = 1000  # that an envelope is looked at
+REPLICAS = 1000  # of each interpolant
+FEWEST_SEEDS = 5  # degrees of freedom from which on seeds tell the noise
+Replicas = tuple[Array, str]  # logarithms at budgets, (..., budgets, B), nan: none; what they are
 
 
 # --- power laws of compute
@@ -33,9 +36,10 @@ BUDGETS = 1000  # that an envelope is looked at
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = k · C^exponent: a regression of log y on log C, with Student's t for its errors.
+    """y = k · C^exponent: a regression of log y on log C.
 
-    Two points leave no scatter to judge by; the ends of every interval are then infinite.
+    Its intervals are percentiles over replicas of the points, or by Student's t of their scatter;
+    of two points, which leave none to judge by, the ends are infinite.
     """
 
     exponent: Interval
@@ -44,10 +48,14 @@ class PowerLaw:
     scale: float  # standard deviation of log y about the line; inf with two points
     points: int
     spread: float  # Σ (log C - centre)²
+    lines: Array | None = None  # (2, B): log k and exponent by each replica
 
     @classmethod
-    def through(cls, flops: Array, y: Array, level: float = LEVEL) -> PowerLaw:
-        """Return that of y at ``flops``, (n,) both.  Raises ConfigError for fewer than two."""
+    def through(
+        cls, flops: Array, y: Array, level: float = LEVEL, replicas: Replicas | None = None
+    ) -> PowerLaw:
+        """Return that of y at ``flops``, (n,) both; replicas are of log y, (n, B).  Raises
+        ConfigError for fewer than two."""
         x, logs, n = np.log(flops), np.log(y), len(flops)
         if n < 2 or np.ptp(x) == 0:
             raise ConfigError(f"power law of compute: needs 2 budgets or more, there are {n}")
@@ -57,7 +65,11 @@ class PowerLaw:
         scale = float(np.sqrt(left @ left / (n - 2))) if n > 2 else np.inf
         reach = _t(level, n) * scale / np.sqrt(spread)
         exponent = Interval(slope, float(slope - reach), float(slope + reach), level, "regression")
-        return cls(exponent, float(logs.mean()) - slope * centre, centre, scale, n, spread)
+        lines = None
+        if replicas is not None and n > 2:
+            lines = _lines(x, replicas[0])
+            exponent = _percentiles(slope, lines[1], level, replicas[1])
+        return cls(exponent, float(logs.mean()) - slope * centre, centre, scale, n, spread, lines)
 
     def __call__(self, flops: Any) -> Array:
         return np.asarray(np.exp(self.log_k + self.exponent.estimate * np.log(flops)))
@@ -65,6 +77,9 @@ class PowerLaw:
     def at(self, flops: float) -> Interval:
         """Return y at a budget, with the interval of the line there."""
         estimate, level = float(self(flops)), self.exponent.level
+        if self.lines is not None:
+            values = np.exp(self.lines[0] + self.lines[1] * np.log(flops))
+            return _percentiles(estimate, values, level, self.exponent.method)
         away = (np.log(flops) - self.centre) ** 2 / self.spread
         reach = _t(level, self.points) * self.scale * np.sqrt(1 / self.points + away)
         low, high = float(estimate * np.exp(-reach)), float(estimate * np.exp(reach))
@@ -73,6 +88,21 @@ class PowerLaw:
 
 def _t(level: float, points: int) -> float:
     return float(special.stdtrit(max(points - 2, 1), 0.5 + level / 2))
+
+
+def _lines(x: Array, y: Array) -> Array:
+    """Return intercepts and slopes, (2, B), of y, (n, B), on x, (n,), where y has a number."""
+    there = np.isfinite(y)
+    y, count = np.where(there, y, 0.0), there.sum(axis=0)
+    middle = x @ there / count
+    away = there * (x[:, None] - middle)
+    slope = (away * y).sum(axis=0) / (away**2).sum(axis=0)
+    return np.array([y.sum(axis=0) / count - slope * middle, slope])
+
+
+def _percentiles(estimate: float, values: Array, level: float, method: str) -> Interval:
+    low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
+    return Interval(estimate, min(float(low), estimate), max(float(high), estimate), level, method)
 
 
 @dataclass(frozen=True)
@@ -91,11 +121,14 @@ class Minima:
     loss_law: PowerLaw
 
     @classmethod
-    def through(cls, rows: Sequence[tuple[float, float, float, float]], level: float) -> Minima:
-        """Return those of rows of FLOPs, N, D and loss."""
-        flops, n, d, loss = np.array(rows, dtype=float).T
-        laws = (PowerLaw.through(flops, y, level) for y in (n, d, loss))
-        return cls(flops, n, d, loss, *laws)
+    def through(
+        cls, rows: Sequence[tuple[float, ...]], level: float, replicas: Replicas | None = None
+    ) -> Minima:
+        """Return those of rows of FLOPs, N, D and loss; replicas are of the last three."""
+        flops, *columns = np.array(rows, dtype=float).T
+        each = [replicas and (replicas[0][i], replicas[1]) for i in range(3)]
+        laws = [PowerLaw.through(flops, columns[i], level, each[i]) for i in range(3)]
+        return cls(flops, *columns, *laws)
 
 
 # --- IsoFLOP profiles
@@ -125,7 +158,7 @@ class Profile:
 
     def curve(self, n: Array) -> Array:
         """Return the loss by the interpolation, at sizes within those that were run."""
-        return np.asarray(_curve(self.n, self.loss, self.method)[0](np.log(n)))
+        return np.asarray(_curve(self.n, self.loss, self.method)(np.log(n)))
 
 
 @dataclass(frozen=True)
@@ -154,8 +187,10 @@ def isoflop(
     ``akima`` (the modified one, which does not overshoot), which needs one value a size and so
     goes through the means over seeds.  Three sizes carry a parabola only, and then get one.
     ``same_budget`` is the factor below which neighbours in compute are one budget; what its runs
-    differ in compute is taken off their losses.  The intervals of the power laws are those of a
-    regression through the minima.
+    differ in compute is taken off their losses.  Interpolants of the same runs disagree by more
+    than the noise; a parabola in log N, for one, is biased where sizes are far from the best
+    (arXiv:2603.22339).  So the intervals of the power laws are percentiles of replicas by all
+    three, of the same settings with other noise; ``method`` gives the estimate alone.
 
     A minimum counts only where the sizes tried enclose it: where the best size on average is the
     smallest or the largest there is none.  Raises ConfigError for columns that are not there.
@@ -174,7 +209,8 @@ def isoflop(
     if len(minima) < 2:
         reason = f"{len(minima)} of {len(profiles)} budgets have a minimum; a power law needs 2"
         return IsoFlop(profiles, None, reason)
-    return IsoFlop(profiles, Minima.through(minima, level), "")
+    replicas = _replicas([profile for profile in profiles if profile.best])
+    return IsoFlop(profiles, Minima.through(minima, level, replicas), "")
 
 
 def budgets(flops: Array, same: float = SAME_BUDGET) -> list[NDArray[np.intp]]:
@@ -207,7 +243,7 @@ def _profile(flops: Array, n: Array, d: Array, loss: Array, method: str) -> Prof
     logs, mean = by_size(n, loss)
     method = "parabola" if method == "cubic" and len(logs) == 3 else method
     best = int(np.argmin(mean))
-    found, reason = None, ""
+    found, reason = np.nan, ""
     if len(logs) < 3:
         reason = f"{len(logs)} size{'s' * (len(logs) != 1)}; a minimum needs 3"
     elif flops.max() > WIDEST_BUDGET * flops.min():
@@ -222,46 +258,99 @@ def _profile(flops: Array, n: Array, d: Array, loss: Array, method: str) -> Prof
             f"the minimum needs {wanted} ones"
         )
     else:
-        found = _minimum(n, loss, method)
-        reason = "" if found else f"the {method} has no minimum between the sizes that were run"
-    if found is None:
+        (found,), (least,) = _minima(n, loss[:, None], method)
+        reason = f"the {method} has no minimum between the sizes that were run"
+    if np.isnan(found):
         return Profile(flops, n, d, loss, method, reason=reason)
-    at, least = found
-    budget = float(np.log(flops).mean())
-    per_token = float(np.interp(at, logs, by_size(n, np.log(flops / d))[1]))
-    values = (float(np.exp(budget)), float(np.exp(at)), float(np.exp(budget - per_token)), least)
-    parabola = _minimum(n, loss, "parabola")
-    by_parabola = float(np.exp(parabola[0])) if parabola else None
-    return Profile(flops, n, d, loss, method, values, by_parabola)
+    logs = np.array([np.log(flops).mean(), found, _log_tokens(flops, n, d, found), np.log(least)])
+    c, at, tokens, value = np.exp(logs).tolist()
+    parabola = float(np.exp(_minima(n, loss[:, None], "parabola")[0][0]))
+    by_parabola = None if np.isnan(parabola) else parabola
+    return Profile(flops, n, d, loss, method, (c, at, tokens, value), by_parabola)
+
+
+def _log_tokens(flops: Array, n: Array, d: Array, log_n: Any) -> Any:
+    """Return log D of a budget at some sizes, by the FLOPs per token of its runs."""
+    return np.log(flops).mean() - np.interp(log_n, *by_size(n, np.log(flops / d)))
 
 
 def by_size(n: Array, values: Array) -> tuple[Array, Array]:
-    """Return log N of the distinct sizes in order, and the mean of ``values`` at each."""
-    sizes, where = np.unique(n, return_inverse=True)
-    return np.log(sizes), np.bincount(where, values) / np.bincount(where)
+    """Return log N of the distinct sizes in order, and the mean of ``values``, (n,) or (n, B)."""
+    sizes, where, count = np.unique(n, return_inverse=True, return_counts=True)
+    return np.log(sizes), (where == np.arange(len(sizes))[:, None]) / count[:, None] @ values
 
 
-def _curve(n: Array, loss: Array, method: str) -> tuple[Any, Array]:
-    """Return the curve of the loss in log N, and where it is flat."""
+def _curve(n: Array, loss: Array, method: str) -> Any:
+    """Return the curves of the losses, (n,) or (n, B), in log N: cubics between knots."""
+    logs, means = by_size(n, loss)
     if method == "akima":
-        curve: Any = interpolate.Akima1DInterpolator(*by_size(n, loss), method="makima")
-        flat = curve.derivative().roots(extrapolate=False)
-        return curve, flat[np.isfinite(flat)]
-    curve = np.polynomial.Polynomial.fit(np.log(n), loss, 3 if method == "cubic" else 2)
-    flat = curve.deriv().roots()
-    return curve, flat[np.isreal(flat)].real
+        return interpolate.Akima1DInterpolator(logs, means, method="makima")
+    powers = np.vander(np.log(n) - logs[0], 4 if method == "cubic" else 3)
+    return interpolate.PPoly(np.linalg.lstsq(powers, loss, rcond=None)[0][:, None], logs[[0, -1]])
 
 
-def _minimum(n: Array, loss: Array, method: str) -> tuple[float, float] | None:
-    """Return log N and the loss at the least of the curve; None if that is at an end."""
-    logs, _ = by_size(n, loss)
-    curve, flat = _curve(n, loss, method)
-    places = np.concatenate([flat[(flat > logs[0]) & (flat < logs[-1])], logs])
-    values = curve(places)
-    least = int(np.argmin(values))
-    if not logs[0] < places[least] < logs[-1]:
+def _minima(n: Array, loss: Array, method: str) -> tuple[Array, Array]:
+    """Return log N and the loss at the least of each curve, (B,); log N is nan at an end."""
+    curve = _curve(n, loss, method)
+    knots = np.repeat(curve.x[:, None], loss.shape[1], axis=1)
+    a, b, c, d = np.concatenate([np.zeros((4 - len(curve.c), *curve.c.shape[1:])), curve.c])
+    with np.errstate(all="ignore"):
+        root = np.sqrt(b**2 - 3 * a * c)
+        flat = np.where(b >= 0, -c / (b + root), (root - b) / (3 * a))  # where the curve bends up
+        inside = (flat > 0) & (flat < np.diff(knots, axis=0))
+        values = np.where(inside, ((a * flat + b) * flat + c) * flat + d, np.inf)
+    places, values = np.vstack([flat + knots[:-1], knots]), np.vstack([values, curve(curve.x)])
+    least = np.argmin(values, axis=0), np.arange(loss.shape[1])
+    place = places[least]
+    return np.where((knots[0] < place) & (place < knots[-1]), place, np.nan), values[least]
+
+
+def _replicas(profiles: Sequence[Profile]) -> Replicas | None:
+    """Return log N, log D and log L at the minima by every interpolant, were the noise another;
+    None where nothing tells the noise."""
+    noise, draw = _noise(profiles), np.random.default_rng(0)
+    if not len(noise):
         return None
-    return float(places[least]), float(values[least])
+    found: dict[str, list[Array]] = {method: [] for method in METHODS}
+    for one in profiles:
+        _, where, count = np.unique(one.n, return_inverse=True, return_counts=True)
+        moved = draw.choice(noise, (len(count), REPLICAS)) / np.sqrt(count)[:, None]
+        losses = one.loss[:, None] * np.exp(moved[where])
+        for method, parts in found.items():
+            log_n, least = _minima(one.n, losses, method)
+            if method == "cubic" and len(count) == 3:
+                log_n[:] = np.nan
+            log_d = _log_tokens(one.flops, one.n, one.d, log_n)
+            parts.append(np.array([log_n, log_d, np.log(least) + 0 * log_n]))
+    pooled = {}
+    for method, parts in found.items():
+        values = np.stack(parts, axis=1)  # (3, budgets, B)
+        enough = np.isfinite(values[0]).sum(axis=0) > min(2, len(parts) - 1)
+        if enough.mean() > 0.5:
+            pooled[method] = values[..., enough]
+    if not pooled:
+        return None
+    words = "over interpolants and seeds"
+    if len(pooled) < len(METHODS):
+        words += f" (minima by the {' and the '.join(pooled)} only)"
+    return np.concatenate(list(pooled.values()), axis=2), f"bootstrap {words}"
+
+
+def _noise(profiles: Sequence[Profile]) -> Array:
+    """Return deviations of log losses, as of one run: by how much seeds scatter, or of too few what
+    a smooth curve leaves of the means of settings; none where nothing tells."""
+    left, apart, free, seeds = [], [], 0, 0
+    for one in profiles:
+        logs, means = by_size(one.n, np.log(one.loss))
+        _, where, count = np.unique(one.n, return_inverse=True, return_counts=True)
+        apart.append((np.log(one.loss) - means[where])[count[where] > 1])
+        order = min(4, len(logs) - 1)  # of a cubic, or of a parabola
+        smooth = _curve(one.n, np.log(one.loss), "cubic" if order == 4 else "parabola")
+        left.append((means - smooth(logs)) * np.sqrt(count))
+        free, seeds = free + len(logs) - max(order, 3), seeds + len(where) - len(count)
+    parts, degrees = (apart, seeds) if seeds >= FEWEST_SEEDS or not free else (left, free)
+    values = np.concatenate(parts)
+    return values * np.sqrt(len(values) / degrees) if degrees else values[:0]
 
 
 # --- the envelope of training curves

@@ -383,6 +383,8 @@ def optimum(analysis: Analysis) -> Iterator[Block]:
             intervals = (one.a, one.b, one.n, one.d)
             rows.append([one.way, *(with_interval(of.estimate, of) for of in intervals)])
         yield Table(["", "a", "b", "N", "D"], rows)
+        methods = "; ".join(f"{one.way}: {one.a.method}" for one in path.estimates)
+        yield Paragraph(f"Intervals of the {methods}.")
     lines = [f"{FAIL}: the ways disagree on {line}." for line in path.disagreements]
     lines += [f"{way}: {reason}." for way, reason in path.missing.items()]
     if lines:
