@@ -754,7 +754,8 @@ def test_a_law_of_one_s_own_is_compared(forget: None) -> None:
         name for name, law in LAWS.items() if len(law.variables) == 1
     }
     assert 1.2 + 40 / (1e9 + 2e6) ** 0.3 in found.predictions[-1].loss
-    alone = fit(runs, shifted(bounds={"x0": (1e-3, 1e3)}), loss="loss", x="D")
+    own = shifted(bounds={"x0": (1e-3, 1e3)})
+    alone = fit(runs, own, loss="loss", weights=found.fit.points.weights, x="D")
     assert alone.parameters == pytest.approx(found.fit.parameters, rel=1e-4)
 
 

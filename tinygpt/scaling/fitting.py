@@ -255,7 +255,7 @@ class Fit:
         """What the residuals are of."""
         return "L" if self.points.raw else "log L"
 
-    def relative(self, spread: float, loss: Any = None) -> Any:
+    def relative(self, spread: Any, loss: Any = None) -> Any:
         """Return a spread of residuals as a part of ``loss``, by default the mean of the runs."""
         if not self.points.raw:
             return spread

@@ -82,10 +82,16 @@ class Member:
     points: Points
     theta: Array  # (P,)
     scale: float  # of its residuals, those of the runs that weigh most first
+    covariance: Array  # of the parameters, (P, P): from the weighted residuals themselves
 
     def log_loss(self, values: Mapping[str, Array]) -> Array:
         """Return the log loss, (n,), at values of the law's variables."""
         return np.asarray(LAWS[self.law].log_loss(self.theta[None], self.points.at(values))[0])
+
+    def error(self, values: Mapping[str, Array]) -> Array:
+        """Return the standard error of the log loss there, (n,)."""
+        gradient = LAWS[self.law].derivatives(self.theta[None], self.points.at(values))[1][0]
+        return np.sqrt(np.einsum("np,pq,nq->n", gradient, self.covariance, gradient))
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class Cut:
 
     distance: Array  # log(size / cut) of each run above, (n,)
     errors: Array  # predicted - measured log loss, (members, n)
+    sd: Array
+    sc: Array
 
 
 @dataclass(frozen=True)
@@ -150,10 +158,14 @@ def forecast(sample: Sample) -> Forecast:
             continue
         test = sample.rows(above)
         off = np.stack([member.log_loss(test.values) - test.measured for member in fitted])
-        errors.append(Cut(np.log(test.size / sample.size[below].max()), off))
+        sd = np.stack([member.error(test.values) for member in fitted])
+        sc = np.array([member.scale for member in fitted])
+        errors.append(Cut(np.log(test.size / sample.size[below].max()), off, sd, sc))
     weights, rate = _weigh(errors, len(members))
     ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
-    return Forecast(members, weights, float(sample.size.max()), ends, rate)
+    f = Forecast(members, weights, float(sample.size.max()), ends, rate)
+    object.__setattr__(f, "cuts", errors)
+    return f
 
 
 def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
@@ -241,11 +253,31 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
             for end, count in zip(np.cumsum(counts), counts, strict=True)
         ]
         scales = limit[least, 0] / EFFICIENT
+        covariances = _covariances(law, points, theta[least], repeated[least], limit[least])
         for k, (i, tilt) in enumerate(itertools.product(able, tilts)):
-            member = Member(name, tilt, points, theta[least[k]], float(scales[k]))
+            one = least[k]
+            member = Member(name, tilt, points, theta[one], float(scales[k]), covariances[k])
             if np.isfinite(member.theta).all():
                 found[i].append(member)
     return found
+
+
+def _covariances(law: Law, points: Points, theta: Array, weights: Array, limit: Array) -> Array:
+    """Return those of weighted Huber estimates, (B, P, P), whatever the runs scatter by (White
+    1980, corrected for the fitted parameters)."""
+    fitted, jacobian = points.derivatives(law, theta)
+    residuals = points.response - fitted
+    inside = np.abs(residuals) <= limit
+    size = np.sqrt(np.sum(weights[..., None] * jacobian**2, axis=1, keepdims=True)) + 1e-300
+    own = jacobian / size
+    slope = weights * np.clip(residuals, -limit, limit)
+    bend = np.swapaxes(own * (weights * inside)[..., None], 1, 2) @ own
+    inverse = np.linalg.pinv(bend, rcond=1e-8, hermitian=True)
+    outer = own * slope[..., None]
+    runs = np.count_nonzero(weights, axis=1)
+    more = runs / np.maximum(1.0, runs - len(law))
+    spread = inverse @ (np.swapaxes(outer, 1, 2) @ outer) @ inverse * more[:, None, None]
+    return np.asarray(spread / (size * np.swapaxes(size, 1, 2)))
 
 
 def _carries(x: Array, parameters: int) -> bool:

@@ -118,11 +118,12 @@ def delta(fit: Fit, target: Target, level: float = LEVEL, new_run: bool = False)
     return Interval(target.report(value), low, high, level, "delta")
 
 
-def new_runs(fit: Fit, x: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Return the log loss at centred log variables, (n,), and the standard error of a run there."""
+def new_runs(fit: Fit, x: Mapping[str, Array], weights: Array | float = 1.0) -> tuple[Array, Array]:
+    """Return the log loss at centred log variables, (n,), and the standard error of a run there
+    that has a weight in the fit as these runs."""
     value, gradient = fit.optimum.law.derivatives(fit.optimum.theta[None], x)
     variance = np.einsum("np,pq,nq->n", gradient[0], covariance(fit), gradient[0])
-    scatter = fit.relative(fit.scale, np.exp(value[0]))
+    scatter = fit.relative(fit.scale, np.exp(value[0])) / weights
     return value[0], np.sqrt(variance + scatter**2)
 
 

@@ -211,14 +211,18 @@ def residuals(analysis: Analysis) -> Figure:
     fit, names = analysis.fit, list(analysis.variables)
     fitted = fit.predict(**{name: values(analysis, name) for name in names})
     left = 100 * (losses(analysis) / fitted - 1)
-    spread = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
-    noise = 100 * fit.relative(analysis.noise.scale if analysis.noise else spread)
-    word = "± 1 sd between seeds" if analysis.noise else "± 1 sd of the residuals"
+    spread = 100 * fit.relative(float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees))))
     figure, panels = side_by_side(len(names))
     for name, axes in zip(names, panels, strict=True):
-        axes.axhspan(-noise, noise, color=GREY, alpha=0.2, linewidth=0, label=word)
+        if analysis.noise:
+            bars = 100 * fit.relative(analysis.noise.each, losses(analysis))
+            style: Any = {"fmt": "none", "ecolor": GREY, "elinewidth": 0.7, "zorder": 2}
+            axes.errorbar(values(analysis, name), left, bars, label="± 1 sd between seeds", **style)
+        else:
+            word = "± 1 sd of the residuals"
+            axes.axhspan(-spread, spread, color=GREY, alpha=0.2, linewidth=0, label=word)
         axes.axhline(0, color=GREY, linewidth=0.6)
-        style: Any = {"color": BLACK}
+        style = {"color": BLACK}
         if other := _other(name, names):
             by = values(analysis, other)
             style = {"c": by, "cmap": "viridis", "norm": log_norm(by)}

@@ -19,6 +19,7 @@ from tinygpt.scaling.fitting import (
 )
 from tinygpt.scaling.intervals import new_runs, of_loss, standard_error, with_constant
 from tinygpt.scaling.laws import Array
+from tinygpt.scaling.points import Points
 from tinygpt.scaling.solver import solve
 
 ROUNDING = 1e-9  # of a log loss: what is less is no scatter
@@ -60,7 +61,7 @@ def single_runs(
         return []
     now = float(np.log(fit.predict(**place)[0]))
     predicted, error, off, errors = _left_out(fit, place)
-    apart, scatters, degrees_of_seeds = _beside_siblings(fit.points.y, replicas)
+    apart, scatters, degrees_of_seeds = _beside_siblings(fit.points, replicas)
     known = np.isfinite(scatters)
     further = np.ones(n, dtype=bool)
     for label in np.unique(replicas):
@@ -115,7 +116,8 @@ def _left_out(fit: Fit, place: Mapping[str, float]) -> tuple[Array, Array, Array
         optimum = replace(whole.optimum, theta=theta, threshold=limit, at_bound=held)
         less = replace(whole, points=others, optimum=optimum, scale=residual_scale(others, optimum))
         target = of_loss(less, **place)
-        here, error = new_runs(less, points.rows([row]).x)
+        weight = 1.0 if points.weights is None else float(points.weights[row])
+        here, error = new_runs(less, points.rows([row]).x, weight)
         off = float(points.y[row] - here[0])
         there = max(standard_error(less, target), ROUNDING)
         found[:, row] = target.at(theta)[0], there, off, off / max(error[0], ROUNDING)
@@ -135,15 +137,17 @@ def _with_its_terms(fit: Fit) -> Fit:
     return with_constant(replace(fit, optimum=robust) if more else fit)
 
 
-def _beside_siblings(y: Array, replicas: NDArray[np.intp]) -> tuple[Array, Array, int]:
+def _beside_siblings(points: Points, replicas: NDArray[np.intp]) -> tuple[Array, Array, int]:
     """How far each run lies from the mean of its siblings, (n,), the same as an externally
     studentised residual, and that one's degrees of freedom; nan without siblings."""
     count = np.bincount(replicas)
     size = count[replicas].astype(float)
-    residual = y - (np.bincount(replicas, y) / count)[replicas]
+    means = np.bincount(replicas, points.y) / count
+    apart = points.y - means[replicas]
+    residual = apart if points.weights is None else apart * points.weights
     degrees = int(np.sum(count - 1)) - 1
     own = np.where(size > 1, size / np.maximum(size - 1, 1), np.nan)
     rest = np.sum(residual**2) - residual**2 * own
     scale = np.maximum(np.sqrt(np.maximum(rest, 0.0) / max(degrees, 1)), ROUNDING)
     scatters = residual * np.sqrt(own) / scale
-    return residual * own, np.where(degrees > 0, scatters, np.nan), max(degrees, 0)
+    return apart * own, np.where(degrees > 0, scatters, np.nan), max(degrees, 0)
