@@ -37,11 +37,11 @@ SHARPNESS = 8.0  # a member counts by its inner error to the power of minus this
 SHRINKAGE = 10.0  # runs by which the inner error of a member is drawn to the median member's
 NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place comes nearer
 # Of 10 public tables (experiments/bank): the half-width of a 95 % interval of a run is QUANTILE
-# exp(BASE) rate^OWN (distance + NEAR)^GROWTH.  Far less than in proportion to the rate: what the
-# runs of one table say of it is uncertain, and is drawn to what other tables say.
-BASE, OWN, GROWTH, QUANTILE = -3.66, 0.30, 0.78, 2.56
-NORMAL = 1.96  # times the scatter of the runs: no interval of a run is narrower
-TYPICAL = 0.01  # the rate of a table that is too small to be cut
+# times what ``expected`` says, by these constants: growth with distance, least, factor and most of
+# the rate.  A high rate counts less than in proportion: it is that of small and short runs.
+SHAPE = (1.12, 0.00118, 1.96, 0.00764)
+QUANTILE = 1.58
+LEAST, TYPICAL = 2e-4, 0.01  # rates: none is less; that of a table too small to be cut
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,10 @@ class Member:
     points: Points
     theta: Array  # (P,)
     scale: float  # of its residuals, those of the runs that weigh most first
-    covariance: Array  # of the parameters, (P, P): from the weighted residuals themselves
 
     def log_loss(self, values: Mapping[str, Array]) -> Array:
         """Return the log loss, (n,), at values of the law's variables."""
         return np.asarray(LAWS[self.law].log_loss(self.theta[None], self.points.at(values))[0])
-
-    def error(self, values: Mapping[str, Array]) -> Array:
-        """Return the standard error of the log loss there, (n,)."""
-        gradient = LAWS[self.law].derivatives(self.theta[None], self.points.at(values))[1][0]
-        return np.sqrt(np.einsum("np,pq,nq->n", gradient, self.covariance, gradient))
 
 
 @dataclass(frozen=True)
@@ -100,8 +94,7 @@ class Cut:
 
     distance: Array  # log(size / cut) of each run above, (n,)
     errors: Array  # predicted - measured log loss, (members, n)
-    sd: Array
-    sc: Array
+    scales: Array  # of their residuals below it, (members,)
 
 
 @dataclass(frozen=True)
@@ -112,15 +105,18 @@ class Forecast:
     weights: Array  # (members,)
     largest: float  # size of the largest run
     ranges: dict[str, tuple[float, float]]  # of each variable over the runs
-    rate: float  # error of log L per unit of log distance, by the inner cuts
+    rate: float  # error of log L per unit of log distance beyond the scatter, by the inner cuts
 
     def at(self, values: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
         """Return the log loss, (n,), and the half-width of its 95 % interval for a single run."""
         each = np.stack([member.log_loss(values) for member in self.members])
-        distance = self.distance(values, size)
-        reach = BASE + OWN * np.log(self.rate) + GROWTH * np.log(distance + NEAR)
-        scatter = NORMAL * float(self.weights @ [member.scale for member in self.members])
-        return self.weights @ each, np.maximum(QUANTILE * np.exp(reach), scatter)
+        spread = expected(self.scatter, self.rate, self.distance(values, size))
+        return self.weights @ each, QUANTILE * spread
+
+    @property
+    def scatter(self) -> float:
+        """Return the scatter of the runs about the members."""
+        return float(self.weights @ [member.scale for member in self.members])
 
     def distance(self, values: Mapping[str, Array], size: Array) -> Array:
         """Return how far a place lies beyond the runs, (n,): a log ratio of sizes, or of the
@@ -137,6 +133,14 @@ class Forecast:
         for member, weight in zip(self.members, self.weights, strict=True):
             total[member.law] = total.get(member.law, 0.0) + float(weight)
         return dict(sorted(total.items(), key=lambda one: -one[1]))
+
+
+def expected(scatter: float, rate: float, distance: Array, shape: Sequence[float] = SHAPE) -> Array:
+    """Return what error to expect of log L, (n,): the scatter of runs, and what grows with the
+    distance."""
+    growth, least, factor, most = shape
+    slope = np.hypot(least, factor * rate / (1 + rate / most))
+    return np.asarray(np.hypot(scatter, slope * (distance + NEAR) ** growth))
 
 
 def forecast(sample: Sample) -> Forecast:
@@ -158,14 +162,11 @@ def forecast(sample: Sample) -> Forecast:
             continue
         test = sample.rows(above)
         off = np.stack([member.log_loss(test.values) - test.measured for member in fitted])
-        sd = np.stack([member.error(test.values) for member in fitted])
-        sc = np.array([member.scale for member in fitted])
-        errors.append(Cut(np.log(test.size / sample.size[below].max()), off, sd, sc))
+        scales = np.array([member.scale for member in fitted])
+        errors.append(Cut(np.log(test.size / sample.size[below].max()), off, scales))
     weights, rate = _weigh(errors, len(members))
     ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
-    f = Forecast(members, weights, float(sample.size.max()), ends, rate)
-    object.__setattr__(f, "cuts", errors)
-    return f
+    return Forecast(members, weights, float(sample.size.max()), ends, rate)
 
 
 def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
@@ -178,8 +179,11 @@ def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
     square = (runs * square + SHRINKAGE * np.median(square)) / (runs + SHRINKAGE)
     weights = (square / square.min()) ** (-SHARPNESS / 2)
     weights /= weights.sum()
-    rates = [np.sqrt(np.mean((weights @ each) ** 2)) for each in scaled]
-    return weights, float(np.exp(np.mean(np.log(np.maximum(rates, 1e-8)))))
+    rates = []
+    for cut in cuts:  # the scatter of the runs grows with no distance
+        beyond = np.maximum((weights @ cut.errors) ** 2 - (weights @ cut.scales) ** 2, 0.0)
+        rates.append(np.sqrt(np.mean(beyond / (cut.distance**2 + NEAR**2))))
+    return weights, float(np.exp(np.mean(np.log(np.maximum(rates, LEAST)))))
 
 
 def inner_cuts(size: Array, groups: NDArray[Any]) -> list[tuple[NDBool, NDBool]]:
@@ -253,31 +257,11 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
             for end, count in zip(np.cumsum(counts), counts, strict=True)
         ]
         scales = limit[least, 0] / EFFICIENT
-        covariances = _covariances(law, points, theta[least], repeated[least], limit[least])
         for k, (i, tilt) in enumerate(itertools.product(able, tilts)):
-            one = least[k]
-            member = Member(name, tilt, points, theta[one], float(scales[k]), covariances[k])
+            member = Member(name, tilt, points, theta[least[k]], float(scales[k]))
             if np.isfinite(member.theta).all():
                 found[i].append(member)
     return found
-
-
-def _covariances(law: Law, points: Points, theta: Array, weights: Array, limit: Array) -> Array:
-    """Return those of weighted Huber estimates, (B, P, P), whatever the runs scatter by (White
-    1980, corrected for the fitted parameters)."""
-    fitted, jacobian = points.derivatives(law, theta)
-    residuals = points.response - fitted
-    inside = np.abs(residuals) <= limit
-    size = np.sqrt(np.sum(weights[..., None] * jacobian**2, axis=1, keepdims=True)) + 1e-300
-    own = jacobian / size
-    slope = weights * np.clip(residuals, -limit, limit)
-    bend = np.swapaxes(own * (weights * inside)[..., None], 1, 2) @ own
-    inverse = np.linalg.pinv(bend, rcond=1e-8, hermitian=True)
-    outer = own * slope[..., None]
-    runs = np.count_nonzero(weights, axis=1)
-    more = runs / np.maximum(1.0, runs - len(law))
-    spread = inverse @ (np.swapaxes(outer, 1, 2) @ outer) @ inverse * more[:, None, None]
-    return np.asarray(spread / (size * np.swapaxes(size, 1, 2)))
 
 
 def _carries(x: Array, parameters: int) -> bool:
