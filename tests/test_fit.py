@@ -282,7 +282,7 @@ def test_predicted_from_the_command_line(
         assert one["interval_of_a_run"]["low"] < one["loss_of_a_run"]
     assert f"5.00e12 {asked[1]['loss_of_a_run']:.2f}" in said
     distance = next(c for c in found["checks"] if "no further beyond" in c["name"])
-    assert (distance["passed"], distance["detail"][:8]) == (False, "×50,000 ")
+    assert (distance["outcome"], distance["figure"][:8]) == ("fail", "×50,000 ")
     assert "×50,000 beyond; the runs span ×1,000" in said
 
 
