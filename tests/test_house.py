@@ -17,9 +17,9 @@ LIMITS = {
     "runs": 830,
     "data": 3_780,
     "model": 1_550,
-    "training": 2_710,
+    "training": 2_735,
     "sweeping": 1_460,
-    "scaling": 6_990,
+    "scaling": 7_280,
     "evaluating": 1_460,
     "adaptation": 3_300,
 }

@@ -17,6 +17,7 @@ from rich.console import Console
 from tinygpt.scaling import analysis, document, facts, report, wording
 from tinygpt.scaling.analysis import Analysis, analyse
 from tinygpt.scaling.columns import Columns
+from tinygpt.scaling.evidence import CHECKS, THRESHOLDS
 from tinygpt.scaling.intervals import Interval
 from tinygpt.scaling.selection import preferred
 
@@ -344,3 +345,12 @@ def test_runs_of_other_settings_are_named_at_the_top() -> None:
     assert text.index(line) < text.index("## ")
     assert "vocab_size" in printed(found)
     assert facts.facts(found)["other_settings"] == {"vocab_size": {"1024": 11, "512": 1}}
+
+
+def test_the_page_lists_every_check_with_its_threshold() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "laws.md").read_text()
+    for rows in THRESHOLDS.values():
+        for id, threshold in rows.items():
+            limit, _, why = threshold.partition(": ")
+            assert f"| {CHECKS[id][0].format(what='x')} | {limit} | {why} |" in page, id
+    assert CHECKS.keys() == {id for rows in THRESHOLDS.values() for id in rows}

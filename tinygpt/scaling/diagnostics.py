@@ -97,7 +97,7 @@ def check_law(
     hits = _p_of_hits(held_out) if held_out else None
     tested = [p for p in (structure, lack, moving, hits) if p is not None]
     limit, joint = holm(tested), f"5 % for {len(tested)} tests together (Holm)"
-    above = f"p above {limit:.2g}: {joint}"
+    above = f"p above {limit:.3g}: {joint}"
     yield _spread(fit, noise, error)
     detail = f"{len(fit.points)} runs, {len(fit.optimum.law)} parameters"
     yield check("enough_runs", fit.degrees >= 3, detail)
@@ -107,13 +107,13 @@ def check_law(
     if structure is None:
         yield check("structure", NOT_TESTED, "too few points, or several rows of a run")
     else:
-        detail = f"second and third powers of the logs: p = {structure:.2g}"
+        detail = f"second and third powers of the logs: p = {structure:.3g}"
         yield check("structure", structure > limit, detail, threshold=above)
     if noise is None or lack is None:
         yield check("lack_of_fit", NOT_TESTED, "no two runs differ in their seed alone")
     else:
         scatter = f"{fit.relative(noise.scale):.2%}"
-        detail = f"seeds scatter by {scatter} of the loss; lack of fit: p = {lack:.2g}"
+        detail = f"seeds scatter by {scatter} of the loss; lack of fit: p = {lack:.3g}"
         yield check("lack_of_fit", lack > limit, detail, threshold=above)
     yield _single_runs(single, names, moving, limit, above)
     for name in ("alpha", "beta"):
@@ -245,9 +245,9 @@ def _predicts(
         f"{held_out.runs} runs up to {times(held_out.distance)} beyond the rest"
         f"{'' if by == 'compute' else f' in {size}'}: off by "
         f"{held_out.error:.2%}, at most {held_out.worst:.2%}; {held_out.within:.0%} of them in "
-        f"their 95 % interval (±{held_out.half_width:.1%} on average), p = {hits:.2g}"
+        f"their 95 % interval (±{held_out.half_width:.1%} on average), p = {hits:.3g}"
     )
-    threshold = f"off by no more than the average interval, and p above {limit:.2g}: {joint}"
+    threshold = f"off by no more than the average interval, and p above {limit:.3g}: {joint}"
     passed = hits > limit and held_out.error <= held_out.half_width
     return check("predicts", passed, detail, by, threshold)
 
@@ -292,7 +292,7 @@ def _single_runs(
 
     setting = [
         f"{names[one.row]} ({one.off:+.1%}, {one.errors:+.1f} standard errors, off the law of "
-        f"the others: p = {one.p:.2g}; moves the predicted loss by {one.moved:+.1%})"
+        f"the others: p = {one.p:.3g}; moves the predicted loss by {one.moved:+.1%})"
         for one in single
         if one.moves and one.p <= limit
     ]
@@ -300,7 +300,7 @@ def _single_runs(
         return check("single_run", False, listed(setting, "; "), threshold=above)
     most = max(single, key=lambda one: abs(one.moved))
     detail = f"none moves the predicted loss by more than {abs(most.moved):.2%} ({names[most.row]})"
-    detail += f", p = {p:.2g}"
+    detail += f", p = {p:.3g}"
     if odd := [names[one.row] for one in single if one.is_outlier]:
         detail += f"; far from the rest without doing so: {listed(odd, ', ')}"
     return check("single_run", True, detail, threshold=above)

@@ -130,7 +130,7 @@ THRESHOLDS = {  # by group: where a check passes, and why
         ),
         "validation_set": "one: losses on different texts do not compare",
         "spread": "at least 5 times the noise: fifty runs alike would span 4.5 times as much",
-        "steps": f"at least {FEWEST_STEPS}: before that a loss is mostly unigram frequencies",
+        "steps": f"at least {FEWEST_STEPS} steps more: earlier losses are mostly unigram frequencies",
         "no_repetition": "at most 1 epoch: a token seen again teaches less",
         "decayed": "no constant rate: a loss before its decay lies too high",
         "fair_rate": "swept, set or transferred: the best rate changes with width",
@@ -162,7 +162,7 @@ THRESHOLDS = {  # by group: where a check passes, and why
         "predicts": f"their mean error within the mean interval, and {P_VALUE}",
         "skill": "a smaller error than both: else a rule of thumb does as well",
         "distance": "at most what they span: no law was seen to hold for longer",
-        "splits_agree": "intervals that overlap: one of two that exclude each other is wrong",
+        "splits_agree": "intervals that overlap, sizes within ×2: else one of the ways is wrong",
     },
 }
 
