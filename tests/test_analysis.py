@@ -469,11 +469,13 @@ def test_a_fact_is_counted_once() -> None:
 
 
 def test_runs_at_smoke_scale_give_no_verdict() -> None:
-    runs = table(chinchilla, 0.003)
-    assert analysed(runs.assign(scale="laptop")).is_evidence is True
-    for seed in (0, 5):  # evidence or not
-        found = analysed(runs.assign(scale="smoke")[seed:])
-        assert (found.is_evidence, found.verdict) == (None, "smoke: not a result")
+    """Neither a good one nor a bad one."""
+    found = analysed(table(chinchilla, 0.003).assign(scale="laptop"), law="chinchilla")
+    failed = dataclasses.replace(found, checks=[*found.checks, check("seeds", False, "1")])
+    assert (found.is_evidence, failed.is_evidence) == (True, False)
+    for one in (found, failed):
+        smoke = dataclasses.replace(one, runs=found.runs.assign(scale="smoke"))
+        assert (smoke.is_evidence, smoke.verdict) == (None, "smoke: not a result")
 
 
 def test_held_out_runs_outside_their_interval_speak_against_a_law() -> None:

@@ -130,7 +130,7 @@ THRESHOLDS = {  # by group: where a check passes, and why
         ),
         "validation_set": "one: losses on different texts do not compare",
         "spread": "at least 5 times the noise: fifty runs alike would span 4.5 times as much",
-        "steps": f"at least {FEWEST_STEPS} steps more: earlier losses are mostly unigram frequencies",
+        "steps": f"at least {FEWEST_STEPS} more: earlier losses are mostly unigram frequencies",
         "no_repetition": "at most 1 epoch: a token seen again teaches less",
         "decayed": "no constant rate: a loss before its decay lies too high",
         "fair_rate": "swept, set or transferred: the best rate changes with width",
