@@ -120,7 +120,7 @@ def check_law(
         if name in fit.law.exponents:
             yield check_exponent(name, intervals.get(name))
     yield _constant(fit, intervals.get("E"), floor)
-    if floor is not None and "E" in fit.law.coefficients:
+    if floor and "E" in fit.law.coefficients:
         yield _floor(fit, intervals.get("E"), floor)
     yield _predicts(held_out, size, hits, limit, joint)
     yield _skill(held_out)
@@ -196,8 +196,7 @@ def _certified(fit: Fit) -> Check:
 
 def _explains(fit: Fit, noise: Noise | None) -> Check:
     """Judge R² beside the greatest that any law could reach, which is what seeds leave: their
-    scatter is pure error (Draper & Smith 1998, section 2.1).
-    """
+    scatter is pure error (Draper & Smith 1998, section 2.1)."""
     if fit.degrees < 1:
         return check("explains", NOT_TESTED, "it goes through every run")
     ceiling = 1.0

@@ -126,7 +126,7 @@ THRESHOLDS = {  # by group: where a check passes, and why
         "seeds": "at least 2: one run does not say what chance does",
         "validation": (
             f"at least {FEWEST_DOCUMENTS} documents, a standard error of at most "
-            f"{NOISE_SHARE:.0%} of the spread of the losses: else the law is one of these texts"
+            f"{100 * NOISE_SHARE:.0f} % of the losses' spread: else the law is one of these texts"
         ),
         "validation_set": "one: losses on different texts do not compare",
         "spread": "at least 5 times the noise: fifty runs alike would span 4.5 times as much",
@@ -208,14 +208,15 @@ def check_design(runs: pd.DataFrame, law_of: Collection[str] = ()) -> list[Check
 
     ``law_of`` are the variables of the law, by default what differs between the runs.
     """
-    columns = {v: name for v, (name, _) in VARIABLES.items() if name in runs}
+    known = {name for name in runs if runs[name].notna().any()}
+    columns = {v: name for v, (name, _) in VARIABLES.items() if name in known}
     is_repeated = {"D", "U"} <= set(columns) and _epochs(runs) > 1.001
     varied = [v for v in columns if v != "C" and runs[columns[v]].nunique() > 1]
     law_of = law_of or [v for v in varied if v != "U" or is_repeated]
     ranges = [_range(runs[columns[v]], VARIABLES[v][1]) for v in law_of if v in columns]
     outside = {} if set(law_of) == {"N"} else {"equal_tokens": "not a law of size alone"}
     if not {"N", "D"} <= set(law_of):
-        outside["collinear"] = "not a law of both"
+        outside["collinear"] = "the law does not have both"
     if "U" in law_of and is_repeated:
         outside["no_repetition"] = "a law of unique tokens says what repeating them costs"
     return [*ranges, *_judged(runs, DESIGN, outside)]
@@ -401,19 +402,18 @@ def check_validation(
         for name in ("val_tokens", "val_documents")
     )
     found = [] if pd.isna(tokens) else [f"{int(tokens):,} tokens"]
-    few = is_stream = False
-    if not pd.isna(documents):
+    few, is_counted = bool(documents < FEWEST_DOCUMENTS), not pd.isna(documents)
+    if is_counted:
         found.append(f"{int(documents):,} documents")
-        few = bool(documents < FEWEST_DOCUMENTS)
     elif "val_documents" in runs and error is not None:
         found.append("one stream without documents, judged by its standard error alone")
-        is_stream = True
+        is_counted = True
     if error is None or spread is None:
         found.append("the standard error of its loss is not known")
         return check("validation", FAIL if few else NOT_TESTED, ", ".join(found))
-    found.append(f"standard error {error:.2g} of the loss, which spreads by {spread:.2g}")
+    found.append(f"standard error {error:.2%} of the loss, spread of the losses {spread:.2%}")
     passed: Any = not few and error <= NOISE_SHARE * spread
-    if passed and pd.isna(documents) and not is_stream:
+    if passed and not is_counted:
         passed = NOT_TESTED
     return check("validation", passed, ", ".join(found))
 
