@@ -145,10 +145,8 @@ def warning(analysis: Analysis) -> Iterator[Block]:
         yield Paragraph(
             f"{many}. The law below describes these runs. Fix this before relying on it:"
         )
-        found = (f"{one.title} ({one.figure}; needs {one.threshold})" for one in failed)
-        yield Items(
-            [f"{FAIL}: {text}. {one.advice}" for text, one in zip(found, failed, strict=True)]
-        )
+        lines = (f"{c.title} ({c.figure}; needs {c.threshold}). {c.advice}" for c in failed)
+        yield Items([f"{FAIL}: {line}" for line in lines])
     elif not analysis.is_evidence:
         yield Heading("Not evidence yet")
         yield Paragraph(
@@ -317,15 +315,15 @@ def checklist(analysis: Analysis, brief: bool = False) -> Iterator[Block]:
     """Return every check by its group, those that fail first; ``brief`` only counts what does not
     apply or was not tested, and leaves out the thresholds."""
     yield Heading("Checklist")
-    order = {"fail": FAIL, PASS: PASS, NOT_TESTED: NOT_TESTED, NOT_APPLICABLE: NOT_APPLICABLE}
-    shown = list(order)[:2] if brief else list(order)
+    order = ["fail", PASS, *([] if brief else [NOT_TESTED, NOT_APPLICABLE])]
+    columns = 3 if brief else 4
     for group in THRESHOLDS:
-        ours = [one for one in analysis.checks if one.group == group and one.outcome in shown]
-        ours.sort(key=lambda one: shown.index(one.outcome))
-        rows = [[order[one.outcome], one.title, one.figure, one.threshold] for one in ours]
+        ours = [one for one in analysis.checks if one.group == group and one.outcome in order]
+        ours.sort(key=lambda one: order.index(one.outcome))
+        rows = [[c.outcome.replace("fail", FAIL), c.title, c.figure, c.threshold] for c in ours]
         if rows:
-            header = ["", group, "found", "needs"]
-            yield Table(header[:3], [row[:3] for row in rows]) if brief else Table(header, rows)
+            header = ["", group, "found", "needs"][:columns]
+            yield Table(header, [row[:columns] for row in rows])
     count = analysis.outcomes.count
     yield Paragraph(
         f"{count(PASS)} pass, {count('fail')} fail, {count(NOT_APPLICABLE)} do not apply, "
