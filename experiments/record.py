@@ -151,7 +151,7 @@ def checklist(facts: Facts) -> str:
     """How many lines of the checklist pass, and those that do not."""
     failed = [one for one in facts["checks"] if one["passed"] is False]
     passed = sum(one["passed"] is True for one in facts["checks"])
-    lines = [f"- {one['name']}: no; {one['detail']}" for one in failed]
+    lines = [f"- {one['name']}: no; {one.get('figure') or one['detail']}" for one in failed]
     return "\n".join(
         [f"**Checklist.** {passed} pass, {len(failed)} fail{':' if failed else '.'}", *lines]
     )

@@ -294,6 +294,7 @@ def test_a_sweep_and_the_same_again(adapt: Command, place: Path, tmp_path: Path)
     done = adapt(*words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "adapting 4 runs, 4 finished before; folder outputs/adaptation-smoke" in done.stdout
+    assert "smoke: not a result" in done.stdout
     assert "8 runs: 4 finished before, 4 finished" in done.stdout
     assert "reward oracle +0." in done.stdout
     assert all((path / "results.json").stat().st_mtime_ns == t for path, t in before.items())

@@ -26,9 +26,21 @@ from tinygpt.scaling import (
     sum_of_powers,
 )
 from tinygpt.scaling.columns import places_of, read_places
-from tinygpt.scaling.evidence import Check, check_choice, check_design, check_finished
+from tinygpt.scaling.diagnostics import check_exponent, count_once, holm
+from tinygpt.scaling.evidence import (
+    FAIL,
+    NOT_APPLICABLE,
+    NOT_TESTED,
+    PASS,
+    Check,
+    check,
+    check_choice,
+    check_design,
+    check_finished,
+    check_validation,
+)
 from tinygpt.scaling.forecast import split_by_size
-from tinygpt.scaling.intervals import predict_interval
+from tinygpt.scaling.intervals import Interval, predict_interval
 from tinygpt.scaling.noise import replicas
 from tinygpt.scaling.runs import SETTINGS, comparable
 from tinygpt.scaling.single import single_runs
@@ -86,7 +98,7 @@ def test_a_chinchilla_surface_is_recognised() -> None:
     assert held.error < 0.008
     assert 0.005 < held.half_width < 0.025
     assert held.has_skill
-    detail = line(found.checks, "predicts").detail
+    detail = line(found.checks, "predicts").figure
     assert re.search(r"95 % interval \(±[12]\.\d% on average\)", detail)
     assert failing(found) == []
     assert found.is_evidence
@@ -105,7 +117,7 @@ def test_a_memoriser_is_not_called_chinchilla(noise: float, seeds: int) -> None:
     assert "best_law" in failing(asked)
     assert "structure" in failing(asked)
     better = line(asked.checks, "best_law")
-    assert "is better: AICc by" in better.detail
+    assert "is better: AICc by" in better.figure
     if noise:
         assert asked.noise is not None
         assert asked.noise.scale == pytest.approx(noise, rel=0.3)
@@ -148,7 +160,7 @@ def test_an_outlier_that_sets_the_law_is_named(row: int, factor: float) -> None:
     assert one.off_siblings == pytest.approx(factor - 1, abs=0.07)
     check = line(found.checks, "single_run")
     assert check.passed is False
-    assert check.detail.startswith(f"row {row} (")
+    assert check.figure.startswith(f"row {row} (")
 
 
 def test_an_outlier_among_many_is_named_though_it_sets_nothing() -> None:
@@ -156,7 +168,7 @@ def test_an_outlier_among_many_is_named_though_it_sets_nothing() -> None:
     assert [one.row for one in found.single if one.is_outlier] == [20]
     check = line(found.checks, "single_run")
     assert check.passed is True
-    assert "row 20" in check.detail
+    assert "row 20" in check.figure
 
 
 def test_without_a_run_the_prediction_is_that_of_a_fit_without_it() -> None:
@@ -178,22 +190,20 @@ def test_runs_without_scatter_have_no_outlier() -> None:
 def test_r_squared_is_judged_by_what_the_seeds_allow() -> None:
     """A law that is true, through runs whose seeds scatter more and more."""
 
-    def explained(noise: float, law: str = "power_constant") -> tuple[bool | None, str, float]:
+    def explained(noise: float, law: str = "power_constant") -> dict[str, Check]:
         sizes = np.repeat(np.geomspace(1e4, 1e7, 6), 8)
         scatter = noise * np.random.default_rng(1).normal(size=len(sizes))
         losses = (3.0 + 30 / sizes**0.4) * np.exp(scatter)
         found = analysed(pd.DataFrame({"N": sizes, "D": 1e6, "loss": losses}), law=law)
-        check = line(found.checks, "explains")
-        return check.passed, check.detail, found.fit.r_squared
+        return {check.id: check for check in found.checks}
 
-    passed, detail, r_squared = explained(0.03)
-    assert r_squared < 0.9
-    assert (passed, "by any law" in detail) == (True, False)
-    passed, detail, _ = explained(0.3)
-    assert passed is False
-    assert "seeds differ as much as settings do; more seeds or a wider range is needed" in detail
-    passed, detail, _ = explained(0.003, law="log_power")
-    assert "seeds differ as much" not in detail
+    checks = explained(0.03)
+    assert checks["explains"].outcome == checks["spread"].outcome == PASS
+    assert 0.5 < float(checks["explains"].figure.split()[4].rstrip(",")) < 0.9
+    checks = explained(0.3)
+    assert checks["spread"].outcome == FAIL  # counted once
+    assert checks["explains"].outcome != FAIL
+    assert explained(0.003, law="log_power")["spread"].outcome == PASS
 
 
 def test_runs_chosen_by_their_loss_are_no_evidence() -> None:
@@ -203,7 +213,7 @@ def test_runs_chosen_by_their_loss_are_no_evidence() -> None:
         return check_choice(condition, "loss", comparable(runs, "loss", condition)[1])
 
     assert verdict("loss < 20").passed is False
-    assert "left out by loss, an outcome of training" in verdict("loss < 20").detail
+    assert "left out by loss, an outcome of training" in verdict("loss < 20").figure
     assert verdict("`final_val_perplexity` < 1e300").passed is True  # leaves nothing out
     assert verdict("`final_val_perplexity` < 1e5").passed is False
     assert verdict("N > 2e4 and seed in [0, 1]").passed is True
@@ -357,10 +367,15 @@ def verdict(runs: pd.DataFrame, name: str) -> bool | None:
     return line(check_design(runs), name).passed
 
 
-def test_what_a_table_does_not_say_does_not_apply() -> None:
-    runs = runs_of().drop(columns="d_model")
-    assert verdict(runs, "fair_rate") is None
-    assert verdict(runs, "validation_set") is None
+def test_what_a_table_does_not_say_was_not_tested() -> None:
+    """Which is not passed, and another thing than what cannot mean anything for these runs."""
+    checks = check_design(runs_of().drop(columns="d_model"))
+    for id in ("fair_rate", "validation_set", "steps"):
+        assert line(checks, id).outcome == NOT_TESTED
+        assert line(checks, id).passed is None
+    assert check_validation(runs_of()).outcome == NOT_TESTED
+    one_width = check_design(runs_of(d_model=64, parametrization="standard"))
+    assert line(one_width, "fair_rate").outcome == NOT_APPLICABLE
 
 
 def test_the_design() -> None:
@@ -371,16 +386,96 @@ def test_the_design() -> None:
     assert verdict(runs[:5], "seeds") is False
     assert verdict(runs_of(seed=[1, 2, 3, 4, 5, 6])[::2], "seeds") is False  # one of each size
     unequal = runs_of(train_tokens=[1, 1, 1, 1, 2, 2])
-    assert verdict(unequal, "equal_tokens") is False
+    assert line(check_design(unequal, "N"), "equal_tokens").outcome == FAIL
+    assert line(check_design(unequal, "N"), "collinear").outcome == NOT_APPLICABLE
+    assert line(check_design(unequal), "equal_tokens").outcome == NOT_APPLICABLE  # of both
+    along = runs_of(train_tokens=20 * runs["parameters_non_embedding"])
+    assert line(check_design(along), "collinear").outcome == FAIL
 
 
-def test_isoflop_runs_need_no_equal_tokens() -> None:
-    sizes = np.tile([1e4, 2e4, 4e4], 2)
-    budgets = np.repeat([1e12, 1e13], 3)
-    runs = runs_of(
-        parameters_non_embedding=sizes, train_tokens=budgets / 6 / sizes, flops_exact=budgets
-    )
-    assert verdict(runs, "equal_tokens") is None
+@pytest.mark.parametrize(
+    ("documents", "error", "outcome"),
+    [
+        (6, 0.001, FAIL),
+        (6, None, FAIL),
+        (24, 0.001, PASS),
+        (24, 0.05, FAIL),  # of a loss that spreads by 0.3
+        (24, None, NOT_TESTED),  # before training
+        (None, 0.001, PASS),  # a stream has no documents
+        (None, 0.05, FAIL),
+    ],
+)
+def test_the_validation_set(documents: int | None, error: float | None, outcome: str) -> None:
+    runs = runs_of(val_tokens=60_000, val_documents=documents)
+    found = check_validation(runs, error, 0.3 if error else None)
+    assert found.outcome == outcome
+    assert ("one stream" in found.figure) == (documents is None)
+
+
+def test_a_study_is_judged_by_the_columns_of_its_validation() -> None:
+    runs = table(chinchilla, 0.003).rename(columns={"loss": "final_val_loss"})
+    columns = dataclasses.replace(TABLE, loss="final_val_loss")
+    for documents, part, outcome in ((6, 1e-4, FAIL), (20, 1e-4, PASS), (20, 0.5, FAIL)):
+        error = part * runs["final_val_loss"]
+        scored = runs.assign(val_documents=documents, final_val_loss_standard_error=error)
+        found = analyse(*comparable(scored, "final_val_loss"), columns, law="chinchilla")
+        assert line(found.checks, "validation").outcome == outcome
+        assert line(found.checks, "spread").outcome == PASS  # not for the same reason
+        assert found.is_evidence is (outcome == PASS)
+
+
+def test_an_exponent_without_an_upper_end_is_not_known() -> None:
+    for low, high, outcome in ((0.19, np.inf, FAIL), (0.19, 0.5, FAIL), (0.19, 0.4, PASS)):
+        found = check_exponent("alpha", Interval(0.3, low, high, 0.95, "profile"))
+        assert found.outcome == outcome
+    assert check_exponent("alpha", None).outcome == NOT_TESTED
+
+
+@pytest.mark.parametrize("law", ["power", "log_power"])
+def test_a_law_without_a_constant_is_no_evidence(law: str) -> None:
+    sizes = np.repeat(np.geomspace(1e4, 1e7, 7), 2)
+    noise = np.exp(0.002 * np.random.default_rng(1).normal(size=14))
+    runs = pd.DataFrame({"N": sizes, "D": 1e6, "loss": 30 / sizes**0.3 * noise, "seed": [0, 1] * 7})
+    found = analysed(runs, law=law)
+    assert line(found.checks, "constant").figure.startswith("the law has no E")
+    assert "constant" in failing(found)
+    assert not found.is_evidence
+
+
+def test_the_tests_of_a_checklist_are_held_at_five_per_cent_together() -> None:
+    """Holm: the least p-value is compared with 5 % over all, the next with 5 % over the rest."""
+    assert holm([0.02, 0.5, 0.9]) == pytest.approx(0.05 / 3)  # alone it would be significant
+    assert holm([0.01, 0.02, 0.9]) == pytest.approx(0.05)
+    assert holm([0.01, 0.03, 0.04]) == pytest.approx(0.025)
+    assert holm([]) == holm([0.04]) == 0.05
+    random = np.random.default_rng(0).uniform(size=(4000, 4))
+    rejected = np.mean([row.min() <= holm(row.tolist()) for row in random])
+    assert 0.04 < rejected < 0.06
+    found = analysed(table(memoriser, 0.001), law="chinchilla")
+    tested = [c for c in found.checks if c.id in ("structure", "lack_of_fit", "single_run")]
+    for one in tested:
+        p = float(re.findall(r"p = ([-.e\d]+)", one.figure)[-1])
+        limit = float(re.findall(r"p above ([.\d]+): 5 % for 4 tests", one.threshold)[0])
+        assert (one.outcome == PASS) == (p > limit)
+    assert {one.outcome for one in tested} == {PASS, FAIL}
+
+
+def test_a_fact_is_counted_once() -> None:
+    checks = [check("alpha", False, "0.3"), check("collinear", False, "1.00")]
+    found = count_once(checks)
+    assert [(one.id, one.outcome) for one in found] == [("collinear", FAIL), ("alpha", NOT_TESTED)]
+    assert "follows from" in found[1].figure
+    assert count_once(checks[:1]) == checks[:1]
+
+
+def test_runs_at_smoke_scale_give_no_verdict() -> None:
+    """Neither a good one nor a bad one."""
+    found = analysed(table(chinchilla, 0.003).assign(scale="laptop"), law="chinchilla")
+    failed = dataclasses.replace(found, checks=[*found.checks, check("seeds", False, "1")])
+    assert (found.is_evidence, failed.is_evidence) == (True, False)
+    for one in (found, failed):
+        smoke = dataclasses.replace(one, runs=found.runs.assign(scale="smoke"))
+        assert (smoke.is_evidence, smoke.verdict) == (None, "smoke: not a result")
 
 
 def test_held_out_runs_outside_their_interval_speak_against_a_law() -> None:
@@ -459,7 +554,8 @@ def test_a_law_through_every_run_is_no_evidence() -> None:
     runs = table(chinchilla, 0.003, seeds=1, points=3)[:5]
     found = analysed(runs, law="chinchilla")
     assert "enough_runs" in failing(found)
-    assert "tested" in failing(found)
+    assert not {"alpha", "beta", "constant", "best_law", "certified"} & set(failing(found))
+    assert line(found.checks, "predicts").outcome == NOT_TESTED
     assert (found.predictions, found.single) == ([], [])
     assert line(found.checks, "single_run").passed is None
 
@@ -470,6 +566,7 @@ def test_collinear_sizes_and_tokens_predict_nothing() -> None:
     loss = chinchilla(sizes, 20 * sizes) * np.exp(0.003 * random.normal(size=8))
     found = analysed(pd.DataFrame({"N": sizes, "D": 20 * sizes, "loss": loss}), law="chinchilla")
     assert "collinear" in failing(found)
+    assert not {"alpha", "beta", "equal_tokens"} & set(failing(found))
     assert (found.predictions, found.frontier) == ([], None)
 
 
@@ -485,7 +582,7 @@ def test_what_else_was_varied_is_said() -> None:
 )
 def test_epochs_are_counted_in_words(tokens: int, words: str) -> None:
     runs = pd.DataFrame({"train_tokens": [10, tokens], "unique_train_tokens": [100, 100]})
-    details = [check.detail for check in check_design(runs)]
+    details = [check.figure for check in check_design(runs)]
     assert f"up to {words}" in details
 
 
@@ -509,7 +606,7 @@ def test_runs_of_the_largest_x_are_held_out(letter: str) -> None:
     assert held.error < 0.01
     check = line(found.checks, "predicts")
     assert check.passed is True
-    assert ("in mine: off by" in check.detail) == (letter != "c")
+    assert ("in mine: off by" in check.figure) == (letter != "c")
 
 
 def test_one_budget_holds_out_by_x() -> None:
@@ -543,26 +640,21 @@ def test_a_verdict_hangs_on_no_name() -> None:
         c, loss, n = (names.get(name, name) for name in ("flops_exact", "loss", "N"))
         columns = dataclasses.replace(TABLE, c=c, loss=loss, n=n)
         found = analyse(*comparable(renamed, loss), columns, law="chinchilla")
-        return [(one.id, one.passed, one.detail) for one in found.checks]
+        return [(one.id, one.passed, one.figure) for one in found.checks]
 
     one = checks()
     assert one == checks(flops_exact="flops") == checks(flops_exact="C (FLOPs)")
     assert one == checks(loss="final_val_loss") == checks(N="parameters_non_embedding")
     verdicts = {name: (passed, detail) for name, passed, detail in one}
-    isoflop = (None, "equal compute instead: sizes along budgets")
-    assert verdicts["equal_tokens"] == isoflop
+    assert verdicts["equal_tokens"] == (None, "not a law of size alone")
     assert verdicts["seeds"] == (True, "2")
     assert verdicts["rate_inside"][0] is None
-    plain = dataclasses.replace(TABLE, c=None)  # 6 N D says the same
-    found = analyse(*comparable(runs.drop(columns="flops_exact"), "loss"), plain, law="chinchilla")
-    equal = line(found.checks, "equal_tokens")
-    assert (equal.passed, equal.detail) == isoflop
 
 
 def test_a_swept_rate_needs_no_other_column() -> None:
     runs = pd.DataFrame({"learning_rate": [0.1, 0.2, 0.4], "final_val_loss": [3.0, 2.0, 1.0]})
     check = line(check_finished(runs, runs), "rate_inside")
-    assert (check.passed, check.detail) == (False, "the best is at the edge for 1 of 1 settings")
+    assert (check.passed, check.figure) == (False, "the best is at the edge for 1 of 1 settings")
 
 
 @pytest.mark.parametrize(
@@ -583,7 +675,7 @@ def test_what_is_asked_for_counts_for_the_distance(
     found = analyse(*comparable(isoflop_runs(), "loss"), columns, law="chinchilla", **asked)
     check = line(found.checks, "distance")
     assert check.passed is passed
-    assert detail in check.detail
+    assert detail in check.figure
 
 
 def test_a_budget_of_a_law_of_compute_counts_too() -> None:
@@ -708,7 +800,7 @@ def test_raw_losses_are_judged_as_such() -> None:
     assert found.fit.unit == "L"
     assert found.noise is not None
     assert found.noise.scale == pytest.approx(0.02, rel=0.25)  # of the loss itself, everywhere
-    assert line(found.checks, "explains").detail.startswith("R² of L ")
+    assert line(found.checks, "explains").figure.startswith("R² of L ")
     assert "lack_of_fit" not in failing(found)
     assert found.held_out is not None
     assert found.held_out.within > 0.8

@@ -122,7 +122,8 @@ def assert_learned_the_same(one: Path, other: Path, tolerance: float) -> None:
         assert values[0] == pytest.approx(values[1], rel=tolerance), column
     results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
     assert results[0].keys() == results[1].keys()
-    for name in ("final_val_loss", "test_loss", "final_train_loss", "best_val_loss"):
+    names = ["final_val_loss", "test_loss", "final_train_loss", "best_val_loss"]
+    for name in (*names, "final_val_loss_standard_error", "test_loss_standard_error"):
         assert results[0][name] == pytest.approx(results[1][name], rel=tolerance), name
     for name in ("config_hash", "train_tokens", "best_val_step", "total_steps"):
         assert results[0][name] == results[1][name]

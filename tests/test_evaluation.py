@@ -82,14 +82,21 @@ def test_scores_are_those_of_a_direct_computation(
 
 
 def test_the_batch_size_does_not_matter() -> None:
-    """To the last digits of 64 bits."""
+    """To the last digits of 64 bits; a window without a target that counts is none."""
     inputs, targets = batch(11, 6, ignored=4)
     loss, accuracy = direct(Table(), [(inputs, targets)])
-    for size in (1, 2, 5, 11):
+    rows = [direct(Table(), [(i[None], t[None])])[0] for i, t in zip(inputs, targets, strict=True)]
+    tokens = [6] * 10 + [2]
+    apart = math.fsum((t * (row - loss)) ** 2 for t, row in zip(tokens, rows, strict=True))
+    error = math.sqrt(11 / 10 * apart) / sum(tokens)
+    inputs = torch.cat([inputs, inputs[:1]])
+    targets = torch.cat([targets, torch.full_like(targets[:1], IGNORED)])
+    for size in (1, 2, 5, 12):
         pieces = list(zip(inputs.split(size), targets.split(size), strict=True))
         found = score(Table(), pieces, INFO, CPU)
         assert found.loss == pytest.approx(loss, rel=1e-13)
         assert found.accuracy == pytest.approx(accuracy, rel=1e-13)
+        assert found.standard_error == pytest.approx(error, rel=1e-9)
 
 
 @pytest.mark.parametrize("training", [True, False])

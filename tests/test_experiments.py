@@ -71,6 +71,7 @@ def test_its_command(name: str, tinygpt: Command, tmp_path: Path, corpus: Path) 
         done = tinygpt("run", *words, *small)
         assert " finished" in done.stdout
     assert done.returncode == 0, done.stderr
+    assert "smoke: not a result" in done.stdout
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import runpy
@@ -15,6 +16,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from tests.conftest import Command, tiny
 from tinygpt import fileio, fit, scaling
@@ -23,6 +25,7 @@ from tinygpt.scaling import plots
 from tinygpt.scaling.intervals import predict_interval
 from tinygpt.scaling.laws import BUILT_IN, LAWS
 from tinygpt.scaling.runs import curves_of, load_runs
+from tinygpt.sweeping.kinds import TRAINING
 
 FLOOR, AMOUNT, ALPHA = 0.9, 60.0, 0.4
 
@@ -162,6 +165,21 @@ def test_run_folders(tinygpt: Command, tmp_path: Path) -> None:
     assert (other / "fit.json").read_bytes() == (folder / "fit.json").read_bytes()
 
 
+def test_runs_at_smoke_scale_are_no_result(tinygpt: Command, tmp_path: Path) -> None:
+    """One of them is enough; the study says so at its end, and again where nothing was left."""
+    study = run_folders(tmp_path / "outputs" / "width")
+    (study / "d_model-32_seed-0" / "config.yaml").write_text("scale: smoke\n")
+    done = tinygpt("fit", "runs=outputs/width")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Smoke: not a result" in done.stdout
+    assert not re.search("(?i)evidence|checks? pass", done.stdout)
+    assert json.loads((study / "fit" / "fit.json").read_text())["is_evidence"] is None
+    console = Console(file=io.StringIO(), width=200)
+    TRAINING.fit(study, console, anew=False)
+    assert isinstance(console.file, io.StringIO)
+    assert "(smoke: not a result)" in console.file.getvalue()
+
+
 def test_an_older_run_in_the_folder_is_named(tinygpt: Command, tmp_path: Path) -> None:
     """One of another size, too, where no run of the study is beside it."""
     study = run_folders(tmp_path / "outputs" / "width")
@@ -282,7 +300,7 @@ def test_predicted_from_the_command_line(
         assert one["interval_of_a_run"]["low"] < one["loss_of_a_run"]
     assert f"5.00e12 {asked[1]['loss_of_a_run']:.2f}" in said
     distance = next(c for c in found["checks"] if "no further beyond" in c["name"])
-    assert (distance["passed"], distance["detail"][:8]) == (False, "×50,000 ")
+    assert (distance["outcome"], distance["figure"][:8]) == ("fail", "×50,000 ")
     assert "×50,000 beyond; the runs span ×1,000" in said
 
 

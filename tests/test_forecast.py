@@ -85,6 +85,8 @@ def test_one_of_five_runs_that_is_a_third_too_high_is_no_prediction_met() -> Non
         assert found.held_out.runs == 1
         verdicts = {check.id: check.passed for check in found.checks}
         assert verdicts["predicts"] is expected
+        if factor > 1:
+            assert found.is_evidence is False
 
 
 def test_checkpoints_trunks_and_seeds_stay_on_one_side() -> None:

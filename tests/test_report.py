@@ -17,6 +17,7 @@ from rich.console import Console
 from tinygpt.scaling import analysis, document, facts, report, wording
 from tinygpt.scaling.analysis import Analysis, analyse
 from tinygpt.scaling.columns import Columns
+from tinygpt.scaling.evidence import CHECKS, THRESHOLDS
 from tinygpt.scaling.intervals import Interval
 from tinygpt.scaling.selection import preferred
 
@@ -147,8 +148,10 @@ def test_the_report_says_the_numbers_of_fit_json(folder: Path) -> None:
     for one in found["predictions"]:
         assert f"| {wording.number(one['flops'])} |" in text
     assert found["data_hash"][:12] in text
+    fields = {"id", "group", "title", "outcome", "figure", "threshold", "advice"}
     for check in found["checks"]:
-        assert f"| {check['name']} | {check['detail']} |" in text
+        assert fields <= check.keys()
+        assert f"| {check['title']} | {check['figure']} | {check['threshold']} |" in text
 
 
 def test_shared_trunks_say_what_they_saved(joint: Analysis) -> None:
@@ -180,6 +183,28 @@ def test_what_fails_comes_first(alone: Analysis, tmp_path: Path) -> None:
     assert printed(failing).index("Not evidence yet") < printed(failing).index("L = A / x^alpha")
 
 
+def test_smoke_gives_no_verdict() -> None:
+    for law in ("power", "auto"):
+        found = analysis_of(table(sizes=6, tokens=(4e6,)).assign(scale="smoke"), law=law)
+        for text in (_text(found), printed(found)):
+            assert "Smoke: not a result" in text
+            assert "Not evidence" not in text
+            assert "heck fails" not in text
+        assert facts.facts(found)["is_evidence"] is None
+
+
+def test_each_group_shows_what_fails_first(joint: Analysis) -> None:
+    failing = analysis_of(table(sizes=6, tokens=(4e6,)), law="power")
+    blocks = list(report.checklist(failing))
+    groups = [block for block in blocks if isinstance(block, document.Table)]
+    assert [table.header[1] for table in groups] == ["design", "fit", "prediction"]
+    order = ["FAIL", "pass", "not tested", "not applicable"]
+    for group in groups:
+        places = [order.index(row[0]) for row in group.rows]
+        assert places == sorted(places)
+    assert "FAIL" in [row[0] for row in groups[1].rows]
+
+
 def _text(found: Analysis) -> str:
     return document.markdown(report.compose(found, []))
 
@@ -189,7 +214,10 @@ def test_where_all_passes_it_says_so(alone: Analysis) -> None:
     assert alone.is_evidence
     assert "Not evidence yet" not in text
     assert "rounded to what each interval supports" in text
-    assert "All applicable checks pass." in text
+    untested = sum(check.outcome == "not tested" for check in alone.checks)
+    passed = sum(check.outcome == "pass" for check in alone.checks)
+    assert f"No check fails, {untested} of {len(alone.checks)} were not tested." in text
+    assert f"{passed} pass, 0 fail, " in text  # what was not tested is not passed
     assert "FAIL" not in text
     assert "left out: 1 of 13 (diverged): row 0" in text
     assert "| | estimate | 95 % interval | embeddings counted | 95 % interval |" in text.replace(
@@ -311,7 +339,7 @@ def test_runs_of_other_settings_are_named_at_the_top() -> None:
     assert analysis_of(runs, columns).is_evidence
     runs.loc[3, "vocab_size"] = 512
     found = analysis_of(runs, columns)
-    assert "same_task" in [check.id for check in found.checks if not check.passed]
+    assert "same_task" in [check.id for check in found.checks if check.passed is False]
     assert not found.is_evidence
     name = runs["name"][3]
     text = _text(found)
@@ -320,3 +348,12 @@ def test_runs_of_other_settings_are_named_at_the_top() -> None:
     assert text.index(line) < text.index("## ")
     assert "vocab_size" in printed(found)
     assert facts.facts(found)["other_settings"] == {"vocab_size": {"1024": 11, "512": 1}}
+
+
+def test_the_page_lists_every_check_with_its_threshold() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "laws.md").read_text()
+    for rows in THRESHOLDS.values():
+        for id, threshold in rows.items():
+            limit, _, why = threshold.partition(": ")
+            assert f"| {CHECKS[id][0].format(what='x')} | {limit} | {why} |" in page, id
+    assert CHECKS.keys() == {id for rows in THRESHOLDS.values() for id in rows}

@@ -55,6 +55,7 @@ RESULTS = {  # design.md, section 4
     *(f"final_val_{name}" for name in SCORES),
     *(f"test_{name}" for name in SCORES),
     *["best_val_loss", "best_val_step", "final_train_loss", "irreducible_loss_exact"],
+    *["final_val_loss_standard_error", "test_loss_standard_error", "val_tokens", "val_documents"],
     *["model_parameters", "parameters_non_embedding", "parameters_embedding"],
     *["total_steps", "train_tokens", "unique_train_tokens", "flops_6nd", "flops_exact"],
     *["schedule_finished", "d_model", "d_ff", "n_layers", "n_heads", "max_seq_len", "vocab_size"],

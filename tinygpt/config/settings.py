@@ -8,6 +8,7 @@ from typing import Any, Optional
 from omegaconf import MISSING
 
 SCALES = ("smoke", "laptop", "gpu")
+SMOKE = "smoke: not a result"  # said of a study at that scale
 
 
 def key(default: Any, **bounds: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
+from tinygpt.config.settings import SMOKE
 from tinygpt.scaling.columns import (
     WORDS,
     Columns,
@@ -20,8 +21,17 @@ from tinygpt.scaling.columns import (
     question,
     varied,
 )
-from tinygpt.scaling.diagnostics import check_distance, check_law, check_single_runs, correlation
-from tinygpt.scaling.evidence import Check, check, check_choice, check_design, check_finished
+from tinygpt.scaling.diagnostics import check_distance, check_law, count_once, dependence, spread_of
+from tinygpt.scaling.evidence import (
+    FAIL,
+    NOT_TESTED,
+    Check,
+    check,
+    check_choice,
+    check_design,
+    check_finished,
+    check_validation,
+)
 from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.forecast import Forecast, HeldOut, Sample, forecast, groups_of, hold_out
 from tinygpt.scaling.frontier import Budget, Frontier, frontier, loss_at, predict
@@ -99,10 +109,30 @@ class Analysis:
     notes: list[str]  # what was assumed, and what was left out, a line each
 
     @property
-    def is_evidence(self) -> bool:
-        """Return whether no check failed, and larger runs were predicted."""
-        verdicts = {check.id: check.passed for check in self.checks}
-        return bool(verdicts["predicts"] and verdicts["skill"]) and False not in verdicts.values()
+    def is_evidence(self) -> bool | None:
+        """Return whether no check failed, and larger runs were predicted with skill; None where
+        runs at smoke scale, which only try a study out, give no verdict."""
+        if "scale" in self.runs and (self.runs["scale"] == "smoke").any():
+            return None
+        passed = {check.id: check.passed for check in self.checks}
+        return bool(passed["predicts"] and passed["skill"]) and FAIL not in self.outcomes
+
+    @property
+    def outcomes(self) -> list[str]:
+        """Return the outcomes of the checks."""
+        return [check.outcome for check in self.checks]
+
+    @property
+    def verdict(self) -> str:
+        """Say whether the law may be relied on, or why not; what was not tested is counted."""
+        failed, untested = map(self.outcomes.count, (FAIL, NOT_TESTED))
+        if self.is_evidence is None:
+            return SMOKE
+        if self.is_evidence:
+            line = f"no check fails, {untested} of {len(self.checks)} were not tested"
+            return line if untested else "all applicable checks pass"
+        reason = "a check fails" if failed == 1 else f"{failed} checks fail"
+        return f"not evidence yet: {reason if failed else 'no larger run was predicted'}"
 
 
 def analyse(
@@ -180,7 +210,7 @@ def analyse(
     noise = None if cluster else seed_noise(best, settled, tokens)
     shape = None if cluster else structure(best)
     floor = columns.floor(runs)
-    inseparable = (correlation(best) or 0.0) > INSEPARABLE
+    inseparable = dependence(best) > INSEPARABLE
     unanswered = [note] if note else []
     if budgets and (inseparable or (in_x and best.degrees < 1)):
         reason = "D goes with N" if inseparable else "there are as many parameters as runs"
@@ -205,13 +235,14 @@ def analyse(
     place = predictions[0].place if predictions else place
     single = [] if cluster else single_runs(best, place, replicas(runs, settled))
     others = other_settings(runs, columns, variables.values())
-    checks = [*_checks_of_runs(runs, left_out, columns, compute, condition, others)]
+    error = columns.validation_error(runs)
+    checks = [*_checks_of_runs(runs, left_out, columns, compute, condition, others, best)]
+    checks.append(check_validation(runs, error, spread_of(best)))
     if in_x:
         more = [where[v] for v in differing if where[v] != best.columns["x"] and v in "NDU"]
         detail = ", ".join(f"{name} takes {runs[name].nunique()} values" for name in more)
         checks.append(check("one_variable", not more, detail or "one variable was varied"))
     checks += [
-        check_single_runs(single, [columns.name_of(runs, row) for row in range(len(runs))]),
         *check_law(
             best,
             held_out=held,
@@ -221,6 +252,9 @@ def analyse(
             structure=shape,
             floor=floor,
             rivals=candidates,
+            single=single,
+            names=[columns.name_of(runs, row) for row in range(len(runs))],
+            error=error,
         ),
         _check_distance(best, compute, predictions, budgets),
     ]
@@ -247,7 +281,7 @@ def analyse(
         held_out=held,
         noise=noise,
         structure=shape,
-        checks=checks,
+        checks=count_once(checks),
         single=single,
         floor=floor,
         predictions=predictions,
@@ -364,9 +398,11 @@ def _checks_of_runs(
     compute: Array,
     condition: str | None,
     others: Mapping[str, Mapping[str, Sequence[str]]],
+    best: Fit,
 ) -> Iterator[Check]:
     named = columns.as_results(runs).assign(flops_exact=compute)  # of 6 N D, too
-    yield from check_design(named)
+    law_of = [v for v, name in columns.where(runs).items() if name in best.columns.values()]
+    yield from check_design(named, law_of)
     yield from check_finished(named, pd.concat([named, columns.as_results(left_out)]))
     if cluster := columns.cluster(runs):
         detail = f"{len(runs)} rows of {runs[cluster].nunique()} runs: checkpoints had not decayed"
@@ -380,7 +416,7 @@ def _checks_of_runs(
         same = "the same in every run, apart from the variables of the law"
         yield check("same_task", not mixed, kinds or same)
     else:
-        yield check("same_task", None, "the table does not say")
+        yield check("same_task", NOT_TESTED, "the table does not say")
 
 
 def _check_distance(

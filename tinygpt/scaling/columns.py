@@ -98,6 +98,16 @@ class Columns:
             return None
         return float(runs[name].iloc[0]) if runs[name].nunique() == 1 else None
 
+    def validation_error(self, runs: pd.DataFrame) -> float | None:
+        """Return the standard error of the validation loss as a part of it, where that is fitted
+        and the table says it: the median of the runs."""
+        names = ["final_val_loss_standard_error", "final_val_loss"]
+        if not (self.loss.startswith("final_val") and set(names) <= set(runs)):
+            return None
+        error, loss = (pd.to_numeric(runs[name], errors="coerce") for name in names)
+        part = float((error / loss).median())
+        return part if part >= 0 else None
+
     def cluster(self, runs: pd.DataFrame) -> str | None:
         """Return the column of the run's name where several rows, its checkpoints, share one."""
         return self.run if self.run in runs and runs[self.run].duplicated().any() else None

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import special
 
-from tinygpt.scaling.evidence import CLEAR, SIGNIFICANT, Check, check
+from tinygpt.scaling.evidence import (
+    CLEAR,
+    FAIL,
+    FAMILY,
+    NOISE_SHARE,
+    NOT_APPLICABLE,
+    NOT_TESTED,
+    THRESHOLDS,
+    Check,
+    check,
+    correlation,
+)
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.forecast import HeldOut
 from tinygpt.scaling.intervals import LEVEL, Interval
@@ -18,9 +31,46 @@ from tinygpt.scaling.selection import Candidate
 from tinygpt.scaling.single import SingleRun
 from tinygpt.scaling.wording import estimate, reach, times
 
-NEAR_FLOOR = 0.05
-MOSTLY_SEEDS = 0.5  # of the variance of the losses, from where there is little else in it
+MANY_TIMES = 5.0  # the noise: fifty runs that differ by it alone span 4.5 times its deviation
+NO_E = "the law has no E: a text's loss does not go to zero"
 PLAIN = ("power_constant", "chinchilla")  # what other laws must be compared with
+
+# A check that fails only because another one does is not counted again.
+FOLLOWS = {
+    "validation_set": ("same_task",),
+    "training_set": ("same_task",),
+    "one_variable": ("equal_tokens",),
+    "certified": ("enough_runs",),
+    "best_law": ("enough_runs",),
+    "explains": ("spread", "lack_of_fit"),
+    "alpha": ("collinear", "enough_runs", "certified"),
+    "beta": ("collinear", "enough_runs", "certified"),
+    "constant": ("enough_runs",),
+    "floor": ("constant",),
+    "distance": ("three_values", "wide_range"),
+}
+
+
+def count_once(checks: Sequence[Check]) -> list[Check]:
+    """Return the checks by their groups; what only follows from another failure is not tested."""
+    failed = {one.id: one.title for one in checks if one.outcome == FAIL}
+
+    def counted(one: Check) -> Check:
+        causes = [failed[id] for id in FOLLOWS.get(one.id, ()) if id in failed]
+        if one.outcome != FAIL or not causes:
+            return one
+        return replace(one, outcome=NOT_TESTED, figure=f'{one.figure}; follows from "{causes[0]}"')
+
+    return sorted(map(counted, checks), key=lambda one: list(THRESHOLDS).index(one.group))
+
+
+def holm(p_values: Collection[float]) -> float:
+    """Return the p-value up to which a hypothesis is rejected, where all tests together reject a
+    true one in at most 5 % of studies (Holm 1979)."""
+    for rank, p in enumerate(sorted(p_values)):
+        if p > (limit := FAMILY / (len(p_values) - rank)):
+            return limit
+    return FAMILY
 
 
 def check_law(
@@ -33,60 +83,101 @@ def check_law(
     structure: float | None,
     floor: float | None,
     rivals: Sequence[Candidate],
+    single: Sequence[SingleRun],
+    names: Sequence[str],
+    error: float | None,
 ) -> Iterator[Check]:
     """Judge a law.
 
     ``size`` is what runs were held out by, ``structure`` the p-value of there being none in the
-    residuals, ``floor`` the exact entropy of the corpus, ``rivals`` all laws that were tried.
+    residuals, ``floor`` the exact entropy of the corpus, ``rivals`` all laws that were tried,
+    ``names`` those of the runs, ``error`` the standard error of validation as a part of the loss.
     """
-    yield _certified(fit)
-    yield _explains(fit, noise)
+    lack = noise.lack_of_fit if noise else None
+    moving = min((one.p for one in single if one.moves), default=1.0) if single else None
+    hits = _p_of_hits(held_out) if held_out else None
+    tested = [p for p in (structure, lack, moving, hits) if p is not None]
+    limit, joint = holm(tested), f"5 % for {len(tested)} tests together (Holm)"
+    above = f"p above {limit:.3g}: {joint}"
+    yield _spread(fit, noise, error)
     detail = f"{len(fit.points)} runs, {len(fit.optimum.law)} parameters"
     yield check("enough_runs", fit.degrees >= 3, detail)
-    lack = noise.lack_of_fit if noise else None
-    against = ["runs held out"] if held_out else []
-    against += ["the scatter of the seeds"] if lack is not None else []
-    yield check("tested", against, " and ".join(against) or "neither held-out runs nor seeds")
+    yield _certified(fit)
+    yield _explains(fit, noise)
     yield _best_law(fit, rivals, held_out)
     if structure is None:
-        yield check("structure", None, "too few points to tell")
+        yield check("structure", NOT_TESTED, "too few points, or several rows of a run")
     else:
-        detail = f"second and third powers of the logs: p = {structure:.2g}"
-        yield check("structure", structure >= SIGNIFICANT, detail)
+        detail = f"second and third powers of the logs: p = {structure:.3g}"
+        yield check("structure", structure > limit, detail, threshold=above)
     if noise is None or lack is None:
-        yield check("lack_of_fit", None, "no two runs differ in their seed alone")
+        yield check("lack_of_fit", NOT_TESTED, "no two runs differ in their seed alone")
     else:
         scatter = f"{fit.relative(noise.scale):.2%}"
-        detail = f"seeds scatter by {scatter} of the loss; lack of fit: p = {lack:.2g}"
-        yield check("lack_of_fit", lack >= SIGNIFICANT, detail)
-    if (r := correlation(fit)) is not None:
-        yield check("collinear", r < 0.9, f"correlation of the logs {r:.2f}")
+        detail = f"seeds scatter by {scatter} of the loss; lack of fit: p = {lack:.3g}"
+        yield check("lack_of_fit", lack > limit, detail, threshold=above)
+    yield _single_runs(single, names, moving, limit, above)
     for name in ("alpha", "beta"):
-        if name in intervals:
-            one = intervals[name]
-            known = one.identified and one.low > 0 and one.high - one.low <= one.estimate
-            yield check(name, known, _reach(one))
-    if "E" in fit.optimum.at_bound:
-        yield check("constant", False, "the best E is zero")
-    elif "E" in intervals:
-        one = intervals["E"]
-        narrow = one.high - one.low <= 0.5 * one.estimate
-        yield check("constant", one.identified and narrow, _reach(one))
-    yield _predicts(held_out, size)
-    yield _skill(held_out)
-    if floor is not None and "E" in fit.law.coefficients:
+        if name in fit.law.exponents:
+            yield check_exponent(name, intervals.get(name))
+    yield _constant(fit, intervals.get("E"), floor)
+    if floor and "E" in fit.law.coefficients:
         yield _floor(fit, intervals.get("E"), floor)
+    yield _predicts(held_out, size, hits, limit, joint)
+    yield _skill(held_out)
+
+
+def check_exponent(name: str, one: Interval | None) -> Check:
+    """Judge by its interval whether an exponent is known; without an upper end it is not."""
+    if one is None:
+        return check(name, NOT_TESTED, "too few runs, or its term went to zero")
+    known = one.identified and one.low > 0 and one.high - one.low <= one.estimate
+    return check(name, known, _reach(one))
+
+
+def spread_of(fit: Fit) -> float:
+    """Return how far the mean losses of the settings lie apart, as a part of the loss."""
+    places = [tuple(row) for row in np.stack(list(fit.points.x.values()), 1).round(9)]
+    means = pd.Series(fit.points.response).groupby(pd.Series(places)).mean()
+    return float(fit.relative(means.max() - means.min()))
+
+
+def _spread(fit: Fit, noise: Noise | None, error: float | None) -> Check:
+    """Judge the spread of the losses beside the scatter of seeds and the error of the validation
+    loss, which counts here only where it is not the validation set's failure."""
+    spread = spread_of(fit)
+    if error is not None and error > NOISE_SHARE * spread:
+        error = None
+    if noise is None and not error:
+        return check("spread", NOT_TESTED, "neither seeds nor a standard error of validation")
+    each = math.hypot(fit.relative(noise.scale) if noise else 0.0, error or 0.0)
+    detail = f"settings differ by up to {spread:.2%} of the loss, {spread / each:.3g} times "
+    kinds = ["the scatter of seeds"] if noise else []
+    kinds += ["the error of validation"] if error else []
+    return check("spread", spread >= MANY_TIMES * each, detail + " and ".join(kinds))
+
+
+def _constant(fit: Fit, one: Interval | None, floor: float | None) -> Check:
+    if floor is not None and floor <= 0:
+        return check("constant", NOT_APPLICABLE, "the exact floor of the corpus is zero")
+    if "E" not in fit.law.coefficients:
+        return check("constant", False, NO_E)
+    if "E" in fit.optimum.at_bound:
+        return check("constant", False, "the best E is zero")
+    if one is None:
+        return check("constant", NOT_TESTED, "too few runs")
+    narrow = one.high - one.low <= 0.5 * one.estimate
+    return check("constant", one.identified and narrow, _reach(one))
 
 
 def _reach(one: Interval) -> str:
     return f"{estimate(one.estimate, one)}, {reach(one)}"
 
 
-def correlation(fit: Fit) -> float | None:
-    """Return |correlation| of log N and log D over the runs; None if the law lacks one."""
-    if not {"N", "D"} <= set(fit.points.x):
-        return None
-    return abs(float(np.corrcoef(fit.points.x["N"], fit.points.x["D"])[0, 1]))
+def dependence(fit: Fit) -> float:
+    """Return |correlation| of log N and log D over the runs; 0 if the law lacks one."""
+    x = fit.points.x
+    return correlation(np.exp(x["N"]), np.exp(x["D"])) if {"N", "D"} <= set(x) else 0.0
 
 
 def _certified(fit: Fit) -> Check:
@@ -97,32 +188,24 @@ def _certified(fit: Fit) -> Check:
     detail += f"; at its bound: {', '.join(found.at_bound)}" if found.at_bound else ""
     detail += "" if found.converged else "; not converged"
     if found.at_bound and set(found.at_bound) <= {"rn", "rd"}:
-        return check("certified", None, f"{detail}: these runs do not show repetition of N or D")
-    passed = found.converged and found.smallest_eigenvalue > 0 and not found.at_bound
+        none = f"{detail}: these runs do not show repetition of N or D"
+        return check("certified", NOT_TESTED, none)
+    others = set(found.at_bound) - {"E"}  # which is judged by itself
+    passed = found.converged and found.smallest_eigenvalue > 0 and not others
     return check("certified", passed, detail)
 
 
 def _explains(fit: Fit, noise: Noise | None) -> Check:
     """Judge R² beside the greatest that any law could reach, which is what seeds leave: their
-    scatter is pure error (Draper & Smith 1998, section 2.1).
-
-    Where seeds make up half of the variance or more there is little to explain: the runs are no
-    evidence for any law, and the reason is not the law.
-    """
+    scatter is pure error (Draper & Smith 1998, section 2.1)."""
     if fit.degrees < 1:
-        return check("explains", None, "it goes through every run")
-    ceiling, share = 1.0, 0.0
+        return check("explains", NOT_TESTED, "it goes through every run")
+    ceiling = 1.0
     if noise:
         y = fit.points.response
-        total = float(np.sum((y - y.mean()) ** 2))
-        ceiling = 1.0 - noise.scale**2 * noise.degrees / total
-        share = noise.scale**2 * (len(fit.points) - 1) / total
+        ceiling -= noise.scale**2 * noise.degrees / float(np.sum((y - y.mean()) ** 2))
     detail = f"R² of {fit.unit} {fit.r_squared:.4f}"
-    if share >= MOSTLY_SEEDS:
-        detail += f", of at most {ceiling:.2f} by any law: seeds differ as much as settings do; "
-        return check("explains", False, f"{detail}more seeds or a wider range is needed")
-    if ceiling < 1.0:
-        detail += f", of at most {ceiling:.4f} where seeds scatter so"
+    detail += f", of at most {ceiling:.4f} where seeds scatter so" if ceiling < 1.0 else ""
     return check("explains", fit.r_squared >= 0.9 * ceiling, detail)
 
 
@@ -130,7 +213,7 @@ def _best_law(fit: Fit, rivals: Sequence[Candidate], held_out: HeldOut | None) -
     own = next((c.aicc for c in rivals if c.law == fit.law.name), math.inf)
     best, *others = sorted(rivals, key=lambda c: c.aicc)
     if not math.isfinite(best.aicc):
-        return check("best_law", None, "too few runs to compare laws")
+        return check("best_law", NOT_TESTED, "too few runs to compare laws")
     unjudged = [c.law for c in rivals if c.law in PLAIN and not math.isfinite(c.aicc)]
     if unjudged:
         return check("best_law", False, f"too few runs to judge {', '.join(unjudged)}")
@@ -146,25 +229,32 @@ def _best_law(fit: Fit, rivals: Sequence[Candidate], held_out: HeldOut | None) -
     return check("best_law", not clear, detail)
 
 
-def _predicts(held_out: HeldOut | None, size: str) -> Check:
+def _p_of_hits(held_out: HeldOut) -> float:
+    """Return the p-value of so few runs in intervals that cover 95 % of them."""
+    inside = round(held_out.within * held_out.groups)
+    return float(special.bdtr(inside, held_out.groups, LEVEL))
+
+
+def _predicts(
+    held_out: HeldOut | None, size: str, hits: float | None, limit: float, joint: str
+) -> Check:
     by = "compute" if size == "compute" else "x"
-    if held_out is None:
-        return check("predicts", None, "too few runs to hold any out", by)
+    if held_out is None or hits is None:
+        return check("predicts", NOT_TESTED, "too few runs to hold any out", by)
     detail = (
         f"{held_out.runs} runs up to {times(held_out.distance)} beyond the rest"
         f"{'' if by == 'compute' else f' in {size}'}: off by "
         f"{held_out.error:.2%}, at most {held_out.worst:.2%}; {held_out.within:.0%} of them in "
-        f"their 95 % interval (±{held_out.half_width:.1%} on average)"
+        f"their 95 % interval (±{held_out.half_width:.1%} on average), p = {hits:.3g}"
     )
-    inside = round(held_out.within * held_out.groups)
-    p = float(special.bdtr(inside, held_out.groups, LEVEL))
-    passed = p >= SIGNIFICANT and held_out.error <= held_out.half_width
-    return check("predicts", passed, detail, by)
+    threshold = f"off by no more than the average interval, and p above {limit:.3g}: {joint}"
+    passed = hits > limit and held_out.error <= held_out.half_width
+    return check("predicts", passed, detail, by, threshold)
 
 
 def _skill(held_out: HeldOut | None) -> Check:
     if held_out is None:
-        return check("skill", None, "too few runs to hold any out")
+        return check("skill", NOT_TESTED, "too few runs to hold any out")
     detail = (
         f"off by {held_out.error:.2%}; as the best smaller run: {held_out.best_cheaper:.2%}; "
         f"a plane through the larger half of the rest: {held_out.plane:.2%}"
@@ -174,40 +264,46 @@ def _skill(held_out: HeldOut | None) -> Check:
 
 def _floor(fit: Fit, interval: Interval | None, floor: float) -> Check:
     found = fit.parameters["E"]
-    off = found / floor - 1
-    detail = f"E {found:.4f}, entropy of the corpus {floor:.4f} ({off:+.1%})"
-    if not {"N", "D"} <= set(fit.columns):  # the limit of one variable alone lies higher
-        above = interval is None or interval.high >= floor
-        return check(
-            "floor", None if above else False, f"{detail}: of one variable, the rest fixed"
-        )
-    if interval is not None and floor in interval:
-        detail += ", inside the interval"
-    return check("floor", abs(off) <= NEAR_FLOOR, detail)
+    detail = f"E {found:.4f}, entropy of the corpus {floor:.4f} ({found / floor - 1:+.1%})"
+    if interval is None:
+        return check("floor", NOT_TESTED, f"{detail}: too few runs")
+    detail += f"; {reach(interval)}"
+    if not {"N", "D"} <= set(fit.columns) and interval.high >= floor:  # its limit lies higher
+        none = f"{detail}: of one variable, the rest fixed"
+        return check("floor", NOT_APPLICABLE, none)
+    return check("floor", floor in interval, detail)
 
 
-def check_single_runs(single: Sequence[SingleRun], names: Sequence[str]) -> Check:
-    """Judge the runs, each left out in turn; ``names`` are those of all runs."""
-    if not single:
+def _single_runs(
+    single: Sequence[SingleRun],
+    names: Sequence[str],
+    p: float | None,
+    limit: float,
+    above: str,
+) -> Check:
+    """Judge the runs, each left out in turn; ``names`` are those of all runs, ``p`` is the least
+    p-value of one that moves the prediction."""
+    if p is None:
         detail = "too few runs to leave one out, or several rows of a run"
-        return check("single_run", None, detail)
+        return check("single_run", NOT_TESTED, detail)
 
     def listed(each: Sequence[str], between: str) -> str:
         return between.join(each[:3]) + (f" and {len(each) - 3} more" if len(each) > 3 else "")
 
     setting = [
         f"{names[one.row]} ({one.off:+.1%}, {one.errors:+.1f} standard errors, off the law of "
-        f"the others; moves the predicted loss by {one.moved:+.1%})"
+        f"the others: p = {one.p:.3g}; moves the predicted loss by {one.moved:+.1%})"
         for one in single
-        if one.sets_law
+        if one.moves and one.p <= limit
     ]
     if setting:
-        return check("single_run", False, listed(setting, "; "))
+        return check("single_run", False, listed(setting, "; "), threshold=above)
     most = max(single, key=lambda one: abs(one.moved))
     detail = f"none moves the predicted loss by more than {abs(most.moved):.2%} ({names[most.row]})"
+    detail += f", p = {p:.3g}"
     if odd := [names[one.row] for one in single if one.is_outlier]:
         detail += f"; far from the rest without doing so: {listed(odd, ', ')}"
-    return check("single_run", True, detail)
+    return check("single_run", True, detail, threshold=above)
 
 
 def check_distance(
@@ -219,7 +315,7 @@ def check_distance(
     of the variable ``main`` is not said.
     """
     if not places:
-        return check("distance", None, "nothing can be predicted")
+        return check("distance", NOT_TESTED, "nothing can be predicted")
     found = []
     for name, value in ((name, value) for place in places for name, value in place.items()):
         low, high = float(min(runs[name])), float(max(runs[name]))

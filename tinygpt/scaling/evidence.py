@@ -6,48 +6,59 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tinygpt.scaling.runs import SETTINGS
+from tinygpt.scaling.runs import PLACE, SETTINGS
 from tinygpt.scaling.wording import times
 
-# What a study may vary as the x of a law, in the words of results.json.
+# What a study may vary as a variable of a law: its column in results.json, and words for it.
 VARIABLES = {
-    "parameters_non_embedding": "model size",
-    "train_tokens": "training tokens",
-    "max_seq_len": "context",
-    "unique_train_tokens": "unique tokens",
+    "N": ("parameters_non_embedding", "model size"),
+    "D": ("train_tokens", "training tokens"),
+    "U": ("unique_train_tokens", "unique tokens"),
+    "T": ("max_seq_len", "context"),
+    "C": ("flops_exact", "compute"),
 }
-SIGNIFICANT = 0.01  # a smaller p-value speaks against the law
-FEWEST_STEPS = 100  # past warm-up; before that a loss is mostly the unigram frequencies
+SIGNIFICANT = 0.01  # a run with a smaller p-value is an outlier
+FAMILY = 0.05  # of all tests of a checklist together
+FEWEST_STEPS = 100  # past warm-up
+FEWEST_DOCUMENTS = 10  # of a validation set
+NOISE_SHARE = 0.1  # of the spread of the losses, that the error of the validation loss may have
 CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
 # Columns with the outcome of a training; the loss before it and the entropy of the corpus are not.
 OUTCOME = re.compile(
     r"^(?!initial|(\w+_)?irreducible).*(loss|perplexity|ppl|accuracy|bits_per|bpb|bpc|nll)", re.I
 )
+PASS, FAIL, NOT_APPLICABLE, NOT_TESTED = "pass", "fail", "not applicable", "not tested"
 CHECKS = {  # id: (title, what to do if it fails)
     "three_values": ("{what} has at least three values", "More values, further apart."),
-    "wide_range": ("{what} spans more than an order of magnitude", "Spread the values wider."),
+    "wide_range": ("{what} spans an order of magnitude", "Spread the values wider."),
     "equal_tokens": ("equal training tokens for all sizes", "Train all sizes on equal tokens."),
+    "collinear": ("D does not go with N", "Train small models on much, large ones on little."),
     "seeds": ("at least two seeds of every setting", "Run each setting again with another `seed`."),
-    "validation_set": ("one validation set", "Score all runs on one validation set."),
-    "steps": (
-        "every run is trained well past its warm-up",
-        "Train longer, or in smaller batches: such a loss says how a run starts.",
+    "validation": (
+        "the validation set is large enough",
+        "Validate on more text: `data.val_fraction`, `data.eval_tokens` or `data.val_file`.",
     ),
+    "validation_set": ("one validation set", "Score all runs on one validation set."),
+    "spread": (
+        "the losses differ by more than chance",
+        "Spread the runs wider, or add seeds and validation text.",
+    ),
+    "steps": ("every run is trained well past its warm-up", "Train longer, or in smaller batches."),
     "no_repetition": ("no token is seen twice", "Use more text or fewer tokens, or vary both."),
     "decayed": ("every run decays to its own end", "Let each learning rate decay to its end."),
     "fair_rate": (
         "a fair learning rate for every width",
         "Sweep `optim.learning_rate` for each width, or use `model.parametrization=mup`.",
     ),
-    "finished": ("all runs finished", "Start the same command again: it does what is missing."),
     "rate_inside": ("the best learning rate is not at the edge of its sweep", "Extend the sweep."),
+    "finished": ("all runs finished", "Start the same command again: it does what is missing."),
     "recipe": ("one recipe", "Train all runs by one recipe, or fit each alone (`where=`)."),
     "training_set": ("one training set", "Train all runs on one corpus, or vary its size alone."),
     "precision": ("one precision", "Set `train.precision` and run the odd ones again."),
@@ -59,20 +70,12 @@ CHECKS = {  # id: (title, what to do if it fails)
         "runs were not chosen by their loss",
         "Choose runs by what was set before they were trained; `status` shows which diverged.",
     ),
-    "single_run": (
-        "no single run sets the law",
-        "Repeat it with other seeds; leave a run out only for a reason that is not its loss.",
-    ),
-    "certified": ("a certified minimum inside its bounds", "Drop a term (`law=`), or add runs."),
-    "explains": (
-        "the law explains the losses",
-        "Spread the runs wider, add seeds where they scatter much, or ask for another law.",
-    ),
     "enough_runs": (
         "at least three runs more than parameters",
         "Add runs, or drop a term (`law=`).",
     ),
-    "tested": ("the law was put to a test", "Add larger runs to hold out, or second seeds."),
+    "certified": ("a certified minimum inside its bounds", "Drop a term (`law=`), or add runs."),
+    "explains": ("the law explains the losses", "Spread the runs wider, or ask for another law."),
     "best_law": (
         "no other law describes these runs clearly better",
         "Ask for that one, or add runs.",
@@ -82,7 +85,10 @@ CHECKS = {  # id: (title, what to do if it fails)
         "the law leaves no more than the seeds scatter",
         "Try another law; more seeds would not help where the form is wrong.",
     ),
-    "collinear": ("D does not go with N", "Train small models on much, large ones on little."),
+    "single_run": (
+        "no single run sets the law",
+        "Repeat it with other seeds; leave a run out only for a reason that is not its loss.",
+    ),
     "alpha": (
         "alpha is known to within half of itself",
         "Spread the sizes wider, or repeat them with more seeds.",
@@ -91,21 +97,73 @@ CHECKS = {  # id: (title, what to do if it fails)
         "beta is known to within half of itself",
         "Spread the tokens wider, or repeat them with more seeds.",
     ),
-    "constant": ("E is identified", "Run larger models on more data, near the floor of the loss."),
-    "predicts": ("runs of larger {what}, held out, are predicted", "Add runs of larger {what}."),
-    "skill": (
-        "held-out runs are predicted better than by the best smaller run or a plane",
-        "Add runs of more sizes: these predict no better than a rule of thumb.",
+    "constant": (
+        "E is known to within a quarter of itself",
+        "Fit a law with E (`law=`), and run larger models on more data.",
     ),
     "floor": (
         "E meets the exact floor of the corpus",
-        "Run nearer to the floor; an E far off says that the form or the range is wrong.",
+        "Run nearer to the floor, or try another law.",
+    ),
+    "predicts": ("runs of larger {what}, held out, are predicted", "Add runs of larger {what}."),
+    "skill": (
+        "held-out runs are predicted better than by the best smaller run or a plane",
+        "Add runs of more sizes.",
     ),
     "distance": (
         "the prediction lies no further beyond the runs than they span",
         "Add larger runs, or read only predictions that are nearer.",
     ),
     "splits_agree": ("the ways to split a budget agree", "Add sizes around the best one."),
+}
+P_VALUE = "p above 5 % divided among the tests (Holm): one false alarm in twenty checklists"
+THRESHOLDS = {  # by group: where a check passes, and why
+    "design": {
+        "three_values": "at least 3: any law goes through two",
+        "wide_range": "at least ×10: over less any smooth curve is nearly straight",
+        "equal_tokens": "the same for each size: else the law of size is one of tokens too",
+        "collinear": "a correlation of the logs below 0.9: above, either could explain the other",
+        "seeds": "at least 2: one run does not say what chance does",
+        "validation": (
+            f"at least {FEWEST_DOCUMENTS} documents, a standard error of at most "
+            f"{100 * NOISE_SHARE:.0f} % of the losses' spread: else the law is one of these texts"
+        ),
+        "validation_set": "one: losses on different texts do not compare",
+        "spread": "at least 5 times the noise: fifty runs alike would span 4.5 times as much",
+        "steps": f"at least {FEWEST_STEPS} more: earlier losses are mostly unigram frequencies",
+        "no_repetition": "at most 1 epoch: a token seen again teaches less",
+        "decayed": "no constant rate: a loss before its decay lies too high",
+        "fair_rate": "swept, set or transferred: the best rate changes with width",
+        "rate_inside": "inside for every setting: beyond the edge may be a better one",
+        "finished": "all: which runs fail is seldom left to chance",
+        "recipe": "one: each recipe has a law of its own",
+        "training_set": "one, or one of each size: each text has a law of its own",
+        "precision": "one: rounding changes losses",
+        "code_version": "one: a change of the code may change losses",
+        "own_rows": "one row a run: checkpoints of a run are not independent",
+        "one_variable": "one value of any other: else the law is one of that too",
+        "same_task": "one of each: losses of different tasks do not compare",
+        "unchosen": "none left out by an outcome: any law fits what was picked to fit",
+    },
+    "fit": {
+        "enough_runs": "at least 3 more: fewer cannot speak against a law",
+        "certified": "converged, curved upwards, at no bound: else other values may fit better",
+        "explains": "R² at least 0.9 of what seeds leave: less is hardly a description",
+        "best_law": f"within {CLEAR:g} AICc of the best: beyond, the other is clearly likelier",
+        "structure": P_VALUE,
+        "lack_of_fit": P_VALUE,
+        "single_run": P_VALUE,
+        "alpha": "both ends known, at most its value apart: else it may be twice that",
+        "beta": "both ends known, at most its value apart: else it may be twice that",
+        "constant": "both ends known, at most half of it apart: E is what is left beyond the runs",
+        "floor": "the entropy inside the interval of E: outside, the form or the range is wrong",
+    },
+    "prediction": {
+        "predicts": f"their mean error within the mean interval, and {P_VALUE}",
+        "skill": "a smaller error than both: else a rule of thumb does as well",
+        "distance": "at most what they span: no law was seen to hold for longer",
+        "splits_agree": "intervals that overlap, sizes within ×2: else one of the ways is wrong",
+    },
 }
 
 
@@ -114,32 +172,54 @@ class Check:
     """A line of the checklist."""
 
     id: str
+    group: str
     title: str
-    passed: bool | None  # None: it does not apply, or is not known
-    detail: str
+    outcome: str
+    figure: str  # what was found
+    threshold: str  # what it is judged by, and why
     advice: str  # what to do if it fails
 
     @property
-    def outcome(self) -> str:
-        return "n/a" if self.passed is None else "pass" if self.passed else "FAIL"
+    def passed(self) -> bool | None:
+        """Return None for what does not apply or was not tested."""
+        return {PASS: True, FAIL: False}.get(self.outcome)
 
 
-def check(id: str, passed: Any, detail: str, what: str = "") -> Check:
-    """Return a line of the checklist; ``what`` completes its title."""
+def check(id: str, outcome: Any, figure: str, what: str = "", threshold: str = "") -> Check:
+    """Return a line of the checklist; ``outcome`` is one, or says whether the check passes.
+
+    ``what`` completes the title; ``threshold`` says more of this study than the usual one.
+    """
+    (group,) = (group for group, rows in THRESHOLDS.items() if id in rows)
     title, advice = (text.format(what=what) for text in CHECKS[id])
-    return Check(id, title, None if passed is None else bool(passed), detail, advice)
+    if not isinstance(outcome, str):
+        outcome = PASS if outcome else FAIL
+    return Check(id, group, title, outcome, figure, threshold or THRESHOLDS[group][id], advice)
 
 
 # --- the runs
 
-Verdict = tuple[bool | None, str]
+Verdict = tuple[Any, str]  # whether it passes, or an outcome; what was found
 Rule = tuple[str, tuple[str, ...], Callable[[pd.DataFrame], Verdict]]
 
 
-def check_design(runs: pd.DataFrame) -> list[Check]:
-    """Return the checklist of ``runs``: a row a run, columns named as in ``results.json``."""
-    varied = [name for name in VARIABLES if name in runs and runs[name].nunique() > 1]
-    return [*(_spread(runs[name], VARIABLES[name]) for name in varied), *_judged(runs, DESIGN)]
+def check_design(runs: pd.DataFrame, law_of: Collection[str] = ()) -> list[Check]:
+    """Return the checklist of ``runs``: a row a run, columns named as in ``results.json``.
+
+    ``law_of`` are the variables of the law, by default what differs between the runs.
+    """
+    known = {name for name in runs if runs[name].notna().any()}
+    columns = {v: name for v, (name, _) in VARIABLES.items() if name in known}
+    is_repeated = {"D", "U"} <= set(columns) and _epochs(runs) > 1.001
+    varied = [v for v in columns if v != "C" and runs[columns[v]].nunique() > 1]
+    law_of = law_of or [v for v in varied if v != "U" or is_repeated]
+    ranges = [_range(runs[columns[v]], VARIABLES[v][1]) for v in law_of if v in columns]
+    outside = {} if set(law_of) == {"N"} else {"equal_tokens": "not a law of size alone"}
+    if not {"N", "D"} <= set(law_of):
+        outside["collinear"] = "the law does not have both"
+    if "U" in law_of and is_repeated:
+        outside["no_repetition"] = "a law of unique tokens says what repeating them costs"
+    return [*ranges, *_judged(runs, DESIGN, outside)]
 
 
 def check_finished(runs: pd.DataFrame, all_runs: pd.DataFrame) -> list[Check]:
@@ -147,16 +227,23 @@ def check_finished(runs: pd.DataFrame, all_runs: pd.DataFrame) -> list[Check]:
     return [*_judged(all_runs, OF_ALL), *_judged(runs, OF_FITTED)]
 
 
-def _judged(runs: pd.DataFrame, rules: Sequence[Rule]) -> Iterator[Check]:
+def _judged(
+    runs: pd.DataFrame, rules: Sequence[Rule], outside: Mapping[str, str] | None = None
+) -> Iterator[Check]:
+    """Judge by each rule; ``outside`` says why some do not apply."""
     for id, columns, judge in rules:
         missing = [c for c in columns if c not in runs or runs[c].isna().all()]
-        passed, detail = (None, f"{missing[0]} is not in the table") if missing else judge(runs)
-        yield check(id, passed, detail)
+        if outside and id in outside:
+            yield check(id, NOT_APPLICABLE, outside[id])
+        elif missing:
+            yield check(id, NOT_TESTED, f"{missing[0]} is not in the table")
+        else:
+            yield check(id, *judge(runs))
 
 
-def _spread(values: pd.Series, what: str) -> Check:
-    points, ratio = values.nunique(), values.max() / max(1, values.min())
-    detail = f"{points} values, {times(ratio)}; a law needs 3, and ×10 to be trusted"
+def _range(values: pd.Series, what: str) -> Check:
+    points, ratio = values.nunique(), values.max() / values.min()
+    detail = f"{points} values, {times(ratio)}"
     if points < 3:
         return check("three_values", False, detail, what)
     return check("wide_range", ratio >= 10, detail, what)
@@ -169,25 +256,24 @@ def _equal_tokens(runs: pd.DataFrame) -> Verdict:
         many = tokens.nunique()
         one = f"{int(tokens.iloc[0]):,} in every run"
         return True, one if many == 1 else f"the same {many} amounts for every size"
-    if _is_isoflop(runs):
-        return None, "equal compute instead: sizes along budgets"
     return False, f"{int(tokens.min()):,} to {int(tokens.max()):,}, by size"
 
 
-def _is_isoflop(runs: pd.DataFrame) -> bool:
-    """Return whether the runs lie on a few budgets, several sizes on each."""
-    if "flops_exact" not in runs or runs["flops_exact"].isna().any():
-        return False
-    logs = np.sort(np.log(runs["flops_exact"].to_numpy(dtype=float)))
-    budgets = np.split(logs, np.flatnonzero(np.diff(logs) > 0.2) + 1)
-    wide = max(float(np.ptp(budget)) for budget in budgets)
-    return wide < 0.2 and len(budgets) > 1 and len(logs) >= 3 * len(budgets)
+def correlation(sizes: Any, tokens: Any) -> float:
+    """Return the |correlation| of the logarithms of sizes and tokens."""
+    return abs(float(np.corrcoef(np.log(sizes), np.log(tokens))[0, 1]))
+
+
+def _collinear(runs: pd.DataFrame) -> Verdict:
+    r = correlation(*(runs[name].to_numpy(float) for name in PLACE))
+    return r < 0.9, f"correlation of the logs {r:.2f}"
 
 
 def _seeds(runs: pd.DataFrame) -> Verdict:
-    settings = [name for name in (*SETTINGS, *VARIABLES) if name in runs]
+    variables = [name for v, (name, _) in VARIABLES.items() if v != "C"]
+    settings = [name for name in (*SETTINGS, *variables) if name in runs]
     if not settings:
-        return None, "the table does not say what else differs"
+        return NOT_TESTED, "the table does not say what else differs"
     least = int(runs.groupby(settings, dropna=False)["seed"].nunique().min())
     return least >= 2, f"{least}"
 
@@ -197,8 +283,12 @@ def _steps(runs: pd.DataFrame) -> Verdict:
     return least >= FEWEST_STEPS, f"at least {least:,} optimizer steps behind it"
 
 
+def _epochs(runs: pd.DataFrame) -> float:
+    return float((runs["train_tokens"] / runs["unique_train_tokens"]).max())
+
+
 def _no_repetition(runs: pd.DataFrame) -> Verdict:
-    epochs = float((runs["train_tokens"] / runs["unique_train_tokens"]).max())
+    epochs = _epochs(runs)
     shown = f"{epochs:.3g}"
     return epochs <= 1.0, f"up to {shown} epoch{'' if shown == '1' else 's'}"
 
@@ -212,7 +302,7 @@ def _decayed(runs: pd.DataFrame) -> Verdict:
 def _fair_rate(runs: pd.DataFrame) -> Verdict:
     """Judge the rates: under the standard parametrization the best one falls with width."""
     if runs["d_model"].nunique() < 2:
-        return None, "one width"
+        return NOT_APPLICABLE, "one width"
     fixed = runs[runs["parametrization"] == "standard"].groupby("d_model")["learning_rate"]
     if not len(fixed):
         return True, "transferred by mup"
@@ -234,7 +324,7 @@ def _rate_inside(runs: pd.DataFrame) -> Verdict:
             best = group.sort_values("final_val_loss")["learning_rate"].iloc[0]
             edge += best in (group["learning_rate"].min(), group["learning_rate"].max())
     if not swept:
-        return None, "no rate was swept here"
+        return NOT_APPLICABLE, "no rate was swept here"
     return edge == 0, f"the best is at the edge for {edge} of {swept} settings"
 
 
@@ -268,7 +358,7 @@ def _training_set(runs: pd.DataFrame) -> Verdict:
         return True, "all runs are trained on the same text"
     sizes = runs.groupby("data_fingerprint")["unique_train_tokens"].max()
     if sizes.nunique() == sets:
-        return None, f"{sets} sets, each of its own size"
+        return NOT_APPLICABLE, f"{sets} sets, each of its own size"
     return False, f"{sets} different ones"
 
 
@@ -279,7 +369,8 @@ def _finished(runs: pd.DataFrame) -> Verdict:
 
 
 DESIGN: Sequence[Rule] = (  # id, the columns it needs, the judge
-    ("equal_tokens", ("parameters_non_embedding", "train_tokens"), _equal_tokens),
+    ("equal_tokens", PLACE, _equal_tokens),
+    ("collinear", PLACE, _collinear),
     ("seeds", ("seed",), _seeds),
     _same("validation_set", "validation_fingerprint", "all are scored on the same tokens"),
     ("steps", ("total_steps", "warmup_steps"), _steps),
@@ -297,6 +388,34 @@ OF_FITTED: Sequence[Rule] = (
     _same("precision", "precision_resolved"),
     _same("code_version", "git_commit"),
 )
+
+
+def check_validation(
+    runs: pd.DataFrame, error: float | None = None, spread: float | None = None
+) -> Check:
+    """Judge the validation set by its documents and by the standard ``error`` of its loss beside
+    the ``spread`` of the losses, both as parts of the loss and known only after training."""
+    if "val_documents" not in runs and error is None:
+        return check("validation", NOT_TESTED, "val_documents is not in the table")
+    tokens, documents = (
+        pd.to_numeric(runs.get(name, pd.Series(dtype=float)), errors="coerce").min()
+        for name in ("val_tokens", "val_documents")
+    )
+    found = [] if pd.isna(tokens) else [f"{int(tokens):,} tokens"]
+    few, is_counted = bool(documents < FEWEST_DOCUMENTS), not pd.isna(documents)
+    if is_counted:
+        found.append(f"{int(documents):,} documents")
+    elif "val_documents" in runs and error is not None:
+        found.append("one stream without documents, judged by its standard error alone")
+        is_counted = True
+    if error is None or spread is None:
+        found.append("the standard error of its loss is not known")
+        return check("validation", FAIL if few else NOT_TESTED, ", ".join(found))
+    found.append(f"standard error {error:.2%} of the loss, spread of the losses {spread:.2%}")
+    passed: Any = not few and error <= NOISE_SHARE * spread
+    if passed and not is_counted:
+        passed = NOT_TESTED
+    return check("validation", passed, ", ".join(found))
 
 
 def check_choice(condition: str, loss: str, left_out: pd.DataFrame) -> Check:

@@ -28,7 +28,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
     fit, total, runs = analysis.fit, analysis.in_total, analysis.runs
     values = {
         "schema_version": SCHEMA_VERSION,
-        **_pick(analysis, "question", "is_evidence"),
+        **_pick(analysis, "question", "is_evidence", "verdict"),
         "law": fit.law.name,
         **_pick(fit.law, "formula", "source"),
         "variables": {
@@ -61,7 +61,8 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "forecast": analysis.forecast
         and {"weights": analysis.forecast.by_law, "rate": analysis.forecast.rate},
         "checks": [
-            {"name": check.title, **_pick(check, "passed", "detail")} for check in analysis.checks
+            {"name": check.title, "passed": check.passed, **vars(check)}
+            for check in analysis.checks
         ],
         "single_runs": [
             {"run": analysis.columns.name_of(runs, one.row)}

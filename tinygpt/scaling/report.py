@@ -10,10 +10,11 @@ import pandas as pd
 from rich.console import Console
 
 from tinygpt import fileio
+from tinygpt.config.settings import SMOKE
 from tinygpt.scaling import document, plots, wording
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.document import FAIL, Block, Code, Heading, Items, Paragraph, Picture, Table
-from tinygpt.scaling.evidence import CLEAR
+from tinygpt.scaling.evidence import CLEAR, NOT_APPLICABLE, NOT_TESTED, PASS, THRESHOLDS
 from tinygpt.scaling.facts import data_hash, facts, shared_trunks
 from tinygpt.scaling.intervals import LEVEL
 from tinygpt.scaling.laws import LAWS
@@ -111,7 +112,7 @@ def answer(analysis: Analysis) -> Iterator[Block]:
     word = "are described by" if len(analysis.candidates) > 1 else "were fitted by"
     text = f"{count(len(analysis.runs), 'run')} {word} {fit.law.name}"
     text += f": {', '.join(exponents)}." if exponents else "."
-    yield Paragraph(text + (" All applicable checks pass." if analysis.is_evidence else ""))
+    yield Paragraph(text + (f" {capital(analysis.verdict)}." if analysis.is_evidence else ""))
     if analysis.others:
         each = "; ".join(_differing(name, values) for name, values in analysis.others.items())
         yield Paragraph(
@@ -134,14 +135,18 @@ def _differing(setting: str, values: Mapping[str, Sequence[str]]) -> str:
 
 def warning(analysis: Analysis) -> Iterator[Block]:
     """Return the checks that fail, each with what to do."""
-    failed = [check for check in analysis.checks if check.outcome == FAIL]
-    if failed:
+    failed = [check for check in analysis.checks if check.passed is False]
+    if analysis.is_evidence is None:
+        yield Heading(capital(SMOKE))
+        yield Paragraph("Runs at `scale=smoke` only try a study out, so there is no verdict.")
+    elif failed:
         yield Heading("Not evidence yet")
         many = f"{len(failed)} checks fail" if len(failed) > 1 else "A check fails"
         yield Paragraph(
             f"{many}. The law below describes these runs. Fix this before relying on it:"
         )
-        yield Items([f"{FAIL}: {one.title} ({one.detail}). {one.advice}" for one in failed])
+        lines = (f"{c.title} ({c.figure}; needs {c.threshold}). {c.advice}" for c in failed)
+        yield Items([f"{FAIL}: {line}" for line in lines])
     elif not analysis.is_evidence:
         yield Heading("Not evidence yet")
         yield Paragraph(
@@ -307,14 +312,23 @@ def _how_clear(analysis: Analysis) -> str:
 
 
 def checklist(analysis: Analysis, brief: bool = False) -> Iterator[Block]:
-    """Return every check, those that fail first; ``brief`` only counts what does not apply."""
+    """Return every check by its group, those that fail first; ``brief`` only counts what does not
+    apply or was not tested, and leaves out the thresholds."""
     yield Heading("Checklist")
-    rows: dict[str, list[list[str]]] = {FAIL: [], "pass": [], "n/a": []}
-    for check in analysis.checks:
-        rows[check.outcome].append([check.outcome, check.title, check.detail])
-    failed, passed, other = map(len, rows.values())
-    yield Table(["", "check", "found"], rows[FAIL] + rows["pass"] + ([] if brief else rows["n/a"]))
-    yield Paragraph(f"{passed} pass, {failed} fail, {other} not applicable.")
+    order = ["fail", PASS, *([] if brief else [NOT_TESTED, NOT_APPLICABLE])]
+    columns = 3 if brief else 4
+    for group in THRESHOLDS:
+        ours = [one for one in analysis.checks if one.group == group and one.outcome in order]
+        ours.sort(key=lambda one: order.index(one.outcome))
+        rows = [[c.outcome.replace("fail", FAIL), c.title, c.figure, c.threshold] for c in ours]
+        if rows:
+            header = ["", group, "found", "needs"][:columns]
+            yield Table(header, [row[:columns] for row in rows])
+    count = analysis.outcomes.count
+    yield Paragraph(
+        f"{count(PASS)} pass, {count('fail')} fail, {count(NOT_APPLICABLE)} do not apply, "
+        f"{count(NOT_TESTED)} were not tested."
+    )
 
 
 def single_runs(analysis: Analysis) -> Iterator[Block]:

@@ -30,6 +30,7 @@ NUMBERS = (
     *("d_model", "n_layers", "n_heads", "max_seq_len", "vocab_size", "data_fraction"),
     *("batch_tokens", "weight_decay", "total_steps", "seconds_training", "tokens_per_second"),
     *("final_val_loss", "final_val_bits_per_byte", "best_val_loss", "test_loss"),
+    *("final_val_loss_standard_error", "val_tokens", "val_documents"),
 )
 
 
@@ -257,6 +258,9 @@ def read_rows(
     runs = [rundir.RunDir(path) for folder in folders for path in find(Path(folder))]
     rows = [_outcome(run) for run in runs]
     configs = [_flat(fileio.read_yaml(r.config) if r.config.exists() else {}) for r in runs]
+    for row, config in zip(rows, configs, strict=True):
+        if config.get("scale") == "smoke":  # such runs only try a study out
+            row["scale"] = "smoke"
     columns = list(dict.fromkeys(name for row in rows for name in row))
     known = {name.rsplit(".", 1)[-1] for name in columns}
     differing = [

@@ -32,7 +32,9 @@ class SingleRun:
     row: int  # of the table that was fitted
     without: float  # the loss predicted by the law without it
     moved: float  # what it moves that by, as a part of it
-    sets_law: bool  # what is predicted hangs on it
+    p: float  # that one of these runs lies so far off by chance (Bonferroni)
+    moves: bool  # what is predicted by more than its standard error
+    sets_law: bool  # it is an outlier and moves what is predicted
     off: float  # measured / what the law without it says there - 1
     errors: float  # the same in standard errors
     off_siblings: float | None  # measured / mean of the other seeds of its setting - 1
@@ -67,18 +69,20 @@ def single_runs(
     for label in np.unique(replicas):
         one = np.flatnonzero(replicas == label)
         further[one] = np.abs(errors[one]) == np.abs(errors[one]).max()
-    outlier = n * _p_value(errors, degrees) < SIGNIFICANT
+    p = n * _p_value(errors, degrees)
     if degrees_of_seeds > 0:
         of_seeds = known.sum() * _p_value(np.where(known, scatters, 0.0), degrees_of_seeds)
-        outlier |= of_seeds < SIGNIFICANT
-    outlier &= further
-    sets_law = outlier & (np.abs(now - predicted) > error)
+        p = 2 * np.minimum(p, of_seeds)
+    p = np.where(further, np.minimum(p, 1.0), 1.0)
+    outlier, moves = p < SIGNIFICANT, np.abs(now - predicted) > error
     found = [
         SingleRun(
             row,
             float(np.exp(predicted[row])),
             float(np.expm1(now - predicted[row])),
-            bool(sets_law[row]),
+            float(p[row]),
+            bool(moves[row]),
+            bool(outlier[row] and moves[row]),
             float(np.expm1(off[row])),
             float(errors[row]),
             float(np.expm1(apart[row])) if known[row] else None,

@@ -95,7 +95,7 @@ class Trainings(Kind):
         import pandas as pd
         import torch
 
-        from tinygpt.scaling.evidence import check_design
+        from tinygpt.scaling.evidence import check_design, check_validation
         from tinygpt.training.session import open_machine
 
         todo = [job for job in jobs if job not in done]
@@ -125,9 +125,10 @@ class Trainings(Kind):
             say(console, f"other work: {load}; the time is uncertain")
         if len(jobs) > 1:
             say(console, "\nwhat this design can show")
-            for check in check_design(pd.DataFrame([job.row for job in jobs])):
+            rows = pd.DataFrame([job.row for job in jobs])
+            for check in [*check_design(rows), check_validation(rows)]:
                 mark = {True: "yes", False: "NO ", None: " - "}[check.passed]
-                console.print(f"  {mark}  {check.title}: {check.detail}", highlight=False)
+                console.print(f"  {mark}  {check.title}: {check.figure}", highlight=False)
 
     def run(self, job: Job, console: Console) -> dict[str, Any]:
         from tinygpt.training.session import Branch, train
@@ -180,12 +181,9 @@ class Trainings(Kind):
         values = {name: of["estimate"] for name, of in found["parameters"].items()}
         for name in law.coefficients:
             law = law.without(name) if values[name] == 0 else law  # a term that went to zero
-        failed = sum(check["passed"] is False for check in found["checks"])
-        many = "a check fails" if failed == 1 else f"{failed} checks fail"
-        reason = many if failed else "no larger run was predicted"
-        verdict = "all applicable checks pass"
-        if not found["is_evidence"]:
-            verdict = f"not evidence yet: {reason}"
+        verdict = found.get("verdict")  # an earlier version did not write it
+        if verdict is None:
+            verdict = "all applicable checks pass" if found["is_evidence"] else "not evidence yet"
         words = wording.variables({name: of["meaning"] for name, of in found["variables"].items()})
         say(console, f"law        {wording.equation(law, values)}, {words}  ({verdict})")
         say(console, f"report     {folder / 'fit' / 'report.html'}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tinygpt import fileio, signals
+from tinygpt.config.settings import SMOKE
 from tinygpt.sweeping.engines import Outcome, check_engine, outcome_of, run_jobs
 from tinygpt.sweeping.jobs import Job, Kind, compose_jobs, flops_of
 from tinygpt.sweeping.kinds import TRAINING
@@ -37,6 +38,8 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
     if settings.plan:
         kind.prepare(jobs, outcomes, console)
         kind.print_plan(jobs, outcomes, console)
+        if settings.scale == "smoke":
+            say(console, SMOKE)
         return [Outcome("planned")] * len(jobs)
     if pending:
         check_engine(settings.launcher)
@@ -124,3 +127,5 @@ def _print_summary(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], console
         say(console, f"trained    {flops_of(done)}")
     for folder in dict.fromkeys(job.run.path.parent for job in jobs):
         say(console, f"summary    {folder / 'sweep_summary.csv'}")
+    if jobs[0].config.scale == "smoke":
+        say(console, SMOKE)

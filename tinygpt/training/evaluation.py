@@ -35,6 +35,7 @@ class Scores:
     accuracy: float
     bits_per_byte: float
     bits_per_char: float
+    standard_error: float = math.nan  # of the loss, as the windows scored differ
 
     @property
     def perplexity(self) -> float:
@@ -50,26 +51,37 @@ class Scores:
 class TokenScores(Metric):
     """Sums the losses and hits of tokens, each counted once, over batches and processes.
 
-    In 64 bits where the device has them.  A NaN is kept, as it must show.
+    In 64 bits where the device has them.  A NaN is kept, as it must show.  The standard error of
+    the mean is that of a ratio, of losses to tokens, over the windows (Cochran 1977, section 2.11).
     """
 
     full_state_update = False
-    sums: Tensor  # (3,): of losses, of right tokens, of tokens
+    # (7,): of losses, right tokens, tokens; over windows of 1, loss², loss·tokens, tokens²
+    sums: Tensor
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.add_state("sums", torch.zeros(3, dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("sums", torch.zeros(7, dtype=dtype), dist_reduce_fx="sum")
         self.to(device)
 
     def update(self, losses: Tensor, right: Tensor, scored: Tensor) -> None:
-        """Add tokens, ``(N,)`` each: losses, whether the model was right, and which count."""
-        loss = losses.to(self.sums.dtype).masked_fill(~scored, 0).sum()
-        self.sums += torch.stack((loss, (right & scored).sum(), scored.sum()))
+        """Add windows: losses and whether the model was right, ``(B·T,)`` each, and which tokens
+        count, ``(B, T)``."""
+        each, tokens = scored.flatten(), scored.sum(1, dtype=self.sums.dtype)
+        counted = losses.to(self.sums.dtype).masked_fill(~each, 0)
+        loss = counted.view(scored.shape).sum(1)
+        windows = torch.stack(((tokens > 0).to(loss), loss**2, loss * tokens, tokens**2)).sum(1)
+        sums = torch.stack((counted.sum(), (right & each).sum(), each.sum()))
+        self.sums += torch.cat((sums, windows))
 
     def compute(self) -> Tensor:
-        """Return the mean loss and the accuracy, ``(2,)``."""
-        return self.sums[:2] / self.sums[2]
+        """Return the mean loss, the accuracy, and the standard error of the loss, ``(3,)``."""
+        tokens, windows, squares, products, lengths = self.sums[2:]
+        loss, accuracy = self.sums[:2] / tokens
+        apart = (squares - 2 * loss * products + loss**2 * lengths).clamp(min=0)
+        error = (apart * windows / (windows - 1)).sqrt() / tokens  # of one window: no number
+        return torch.stack((loss, accuracy, error))
 
 
 def scores_of(metric: TokenScores, info: dict[str, Any]) -> Scores:
@@ -78,9 +90,14 @@ def scores_of(metric: TokenScores, info: dict[str, Any]) -> Scores:
     Bits per byte and per character divide the loss of all scored tokens, ends of text included, by
     the bytes and characters of the documents.
     """
-    loss, accuracy = metric.compute().tolist()
-    bits = loss * (info["tokens"] - _unscored(info)) / math.log(2)
-    return Scores(loss, accuracy, bits / info["bytes"], bits / info["characters"])
+    loss, accuracy, error = metric.compute().tolist()
+    bits = loss * scored_tokens(info) / math.log(2)
+    return Scores(loss, accuracy, bits / info["bytes"], bits / info["characters"], error)
+
+
+def scored_tokens(info: dict[str, Any]) -> int:
+    """Return how many tokens of a split count; the others are only context."""
+    return int(info["tokens"]) - _unscored(info)
 
 
 def _unscored(info: dict[str, Any]) -> int:
@@ -103,7 +120,7 @@ def score_batch(
     inputs, targets = inputs.to(metric.device), targets.to(metric.device)
     scored = targets != IGNORED
     found = model.scores(inputs, targets.clamp(min=0))
-    metric.update(found[0], found[1], scored.flatten())
+    metric.update(found[0], found[1], scored)
     return found, scored
 
 

@@ -20,7 +20,7 @@ from tinygpt.config.horizon import Plan
 from tinygpt.data import corpora, survey
 from tinygpt.data.datamodule import TokenData
 from tinygpt.runs import rundir
-from tinygpt.training.evaluation import Scores
+from tinygpt.training.evaluation import Scores, scored_tokens
 from tinygpt.training.hardware import Device, peak_memory
 
 
@@ -79,12 +79,14 @@ def _losses(
     val = final.named("val") if final else dict.fromkeys(nothing.named("val"))
     losses: dict[str, float | None] = {
         **{f"final_{name}": value for name, value in val.items()},
+        "final_val_loss_standard_error": final.standard_error if final else None,
         "initial_val_loss": state["initial_val_loss"],
         "best_val_loss": state["best_val_loss"],
         "best_val_step": state["best_val_step"],
         "final_train_loss": state["final_train_loss"],
         "irreducible_loss_exact": data.floor("val"),
         **(test.named("test") if test else dict.fromkeys(nothing.named("test"))),
+        "test_loss_standard_error": test.standard_error if test else None,
         "test_irreducible_loss_exact": data.floor("test") if "test" in data.splits else None,
     }
     # JSON has no NaN and no infinity
@@ -120,6 +122,7 @@ def sizes_of(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
 
 def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict[str, Any]:
     index, tokenizer = data.prepared.index, data.prepared.tokenizer
+    val, documents = index["splits"]["val"], index["splits"]["train"]["documents"]
     return {
         "init_from": config.init_from,
         "tokenizer": data.prepared.tokenizer.kind,
@@ -137,7 +140,10 @@ def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict
         "devices": device.world_size,
         "tokenizer_fingerprint": index["tokenizer_fingerprint"],
         "data_fingerprint": index["splits"]["train"]["fingerprint"],
-        "validation_fingerprint": index["splits"]["val"]["fingerprint"],
+        "validation_fingerprint": val["fingerprint"],
+        "val_tokens": scored_tokens(val),
+        # of a text that is one stream, and not cut into documents, there is no number
+        "val_documents": val["documents"] if val["documents"] + documents > 2 else None,
     }
 
 
