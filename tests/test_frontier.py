@@ -242,9 +242,8 @@ def study(seed: int) -> tuple[pd.DataFrame, float]:
     random = np.random.default_rng(seed)
     alpha, beta = random.uniform(0.25, 0.6, 2)
     p = {"A": 400.0, "B": 400.0, "E": 1.7, "alpha": alpha, "beta": beta}
-    rows = []
-    low, high = random.uniform(-0.7, 0.7, 2)
-    for flops, off in zip(10.0 ** np.arange(17, 21), np.linspace(low, high, 4), strict=True):
+    rows, (first, last) = [], random.uniform(-0.7, 0.7, 2)
+    for flops, off in zip(10.0 ** np.arange(17, 21), np.linspace(first, last, 4), strict=True):
         n = np.repeat(best_n(flops, p) * np.exp(off) * np.geomspace(0.15, 7, 7), 2)
         loss = chinchilla(n, flops / 6 / n, p) * np.exp(0.003 * random.normal(size=len(n)))
         rows.append(pd.DataFrame({"n": n, "d": flops / 6 / n, "c": flops, "loss": loss}))
