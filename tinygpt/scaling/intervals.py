@@ -200,6 +200,8 @@ def _follow(fit: Fit, target: Target, theta: Array, step: float, quantile: float
         theta = held if root < 2 * quantile else theta
         force = stiffness * (wanted - there)
         ahead = -off * 2 * root * worth / force if force * step > 0 else 0.0
+        if far == near:  # the step is below the rounding of the target
+            return near
         if far is None:  # some way beyond, so that the end soon lies between
             wanted = near + float(np.clip(ahead / (near - start), 0.02, 1.5)) * (near - start)
         else:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from rich.console import Console
 
 from tinygpt import fileio
@@ -114,23 +113,14 @@ def answer(analysis: Analysis) -> Iterator[Block]:
     text += f": {', '.join(exponents)}." if exponents else "."
     yield Paragraph(text + (f" {capital(analysis.verdict)}." if analysis.is_evidence else ""))
     if analysis.others:
-        each = "; ".join(_differing(name, values) for name, values in analysis.others.items())
+        each = "; ".join(
+            wording.differing(name, values) for name, values in analysis.others.items()
+        )
         yield Paragraph(
             "These runs differ in more than the variables of the law and their seeds, and are "
             f"fitted together: {each}. If that was not meant, `where=` or another folder keeps "
             "them apart."
         )
-
-
-def _differing(setting: str, values: Mapping[str, Sequence[str]]) -> str:
-    """Return ``max_seq_len`` 256 (10 runs), 128 (1 run: its name)."""
-    each = []
-    for value, names in list(values.items())[:4]:
-        shown = value[:12] if "fingerprint" in setting else value
-        alone = f": {names[0]}" if len(names) == 1 else ""
-        each.append(f"{shown} ({count(len(names), 'run')}{alone})")
-    more = f" and {len(values) - 4} other values" if len(values) > 4 else ""
-    return f"`{setting}` {', '.join(each)}{more}"
 
 
 def warning(analysis: Analysis) -> Iterator[Block]:
@@ -168,12 +158,12 @@ def runs(analysis: Analysis) -> Iterator[Block]:
     at = f"{count(len(analysis.runs), 'run')} at {count(points, 'different point')}"
     yield Paragraph(f"{at}. What they span:")
     rows = [
-        [f"{name}, {analysis.words[name]}", f"`{column}`", *_span(fit.table[column])]
+        [f"{name}, {analysis.words[name]}", f"`{column}`", *wording.span(fit.table[column])]
         for name, column in analysis.variables.items()
     ]
     if compute.min() < compute.max():
-        rows.append(["compute (FLOPs)", "", *_span(pd.Series(compute))])
-    rows.append([analysis.columns.loss_label, f"`{fit.loss}`", *_span(fit.table[fit.loss])])
+        rows.append(["compute (FLOPs)", "", *wording.span(compute)])
+    rows.append([analysis.columns.loss_label, f"`{fit.loss}`", *wording.span(fit.table[fit.loss])])
     yield Table(["", "column", "from", "to", "ratio", "values"], rows)
     if shared := shared_trunks(analysis.runs):
         saved = number(shared.independent_flops - shared.flops)
@@ -183,12 +173,6 @@ def runs(analysis: Analysis) -> Iterator[Block]:
         )
     if len(analysis.left_out):
         yield Paragraph("The runs that were left out, and why, are in `left_out.csv`.")
-
-
-def _span(values: pd.Series) -> list[str]:
-    low, high = float(values.min()), float(values.max())
-    ends = [wording.whole(low), wording.whole(high)]
-    return [*ends, f"×{number(high / low)}", str(values.nunique())]
 
 
 def law(analysis: Analysis) -> Iterator[Block]:
@@ -214,8 +198,9 @@ def law(analysis: Analysis) -> Iterator[Block]:
         spread = fit.relative(float(np.sqrt(np.sum(fit.residuals**2) / fit.degrees)))
         text = f"The law leaves {percent(spread)} of the loss (standard deviation)"
         if analysis.noise:
-            scatter = percent(fit.relative(analysis.noise.scale))
-            text += f"; runs that differ in their seed alone {scatter}"
+            each = np.sort(fit.relative(analysis.noise.each, analysis.runs[fit.loss].to_numpy()))
+            text += f"; runs that differ in their seed alone scatter by {percent(each[0])}"
+            text += f" to {percent(each[-1])}, by their length" if each[-1] > 1.05 * each[0] else ""
         yield Paragraph(f"{text}. R² of {fit.unit}: {fit.r_squared:.4f}.")
     if not analysis.intervals:
         yield Paragraph("As many parameters as runs: there is nothing to judge an interval by.")
@@ -436,6 +421,9 @@ def method(analysis: Analysis) -> Iterator[Block]:
     text = f"Estimator, of {fit.unit}: {ESTIMATORS[fit.estimator]} ({fit.reason})."
     if np.isfinite(minimum.threshold):
         text += f" Threshold {number(minimum.threshold)} in {fit.unit}."
+    if (weights := fit.points.weights) is not None:
+        text += " Runs are weighted by the scatter of seeds at their length, and by what the law "
+        text += f"leaves beside it: from {weights.min():.2g} to {weights.max():.2g}."
     methods = sorted({one.method for one in analysis.intervals.values()})
     if methods:
         text += f" Intervals of parameters: {', '.join(methods)}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # figures of evaluations want no law
     from tinygpt.scaling.intervals import Interval
@@ -48,6 +48,23 @@ def letter(value: float) -> str:
 def count(number: int, word: str, many: str = "") -> str:
     """Return ``1 run`` or ``2 runs``; ``many`` is a plural that is not the word with an s."""
     return f"{number:,} {word if number == 1 else many or word + 's'}"
+
+
+def span(values: Any) -> list[str]:
+    """Return the least, the greatest, their ratio, and how many different values there are."""
+    low, high = float(min(values)), float(max(values))
+    return [whole(low), whole(high), f"×{number(high / low)}", str(len(set(values)))]
+
+
+def differing(setting: str, values: Mapping[str, Sequence[str]]) -> str:
+    """Return ``max_seq_len`` 256 (10 runs), 128 (1 run: its name)."""
+    each = []
+    for value, names in list(values.items())[:4]:
+        shown = value[:12] if "fingerprint" in setting else value
+        alone = f": {names[0]}" if len(names) == 1 else ""
+        each.append(f"{shown} ({count(len(names), 'run')}{alone})")
+    more = f" and {len(values) - 4} other values" if len(values) > 4 else ""
+    return f"`{setting}` {', '.join(each)}{more}"
 
 
 def capital(text: str) -> str:
