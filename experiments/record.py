@@ -96,9 +96,13 @@ def head(runs: pd.DataFrame) -> str:
 
 
 def refit(runs: pd.DataFrame, facts: Facts, law: str = "") -> Fit:
-    """The study's law, or another, through ``runs``, in the way of its fit.json."""
+    """The study's law, or another, through ``runs``, in the way of its fit.json; a part of its runs
+    without weights."""
     columns = {name: one["column"] for name, one in facts["variables"].items()}
     how = {"estimator": facts["method"]["estimator"], "limit": facts["method"]["threshold"]}
+    weights = facts["method"].get("weights") or []
+    if len(weights) == len(runs):
+        how["weights"] = np.array(weights)
     return fit(runs, law or facts["law"], loss=facts["loss"], **how, **columns)
 
 

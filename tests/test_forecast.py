@@ -167,3 +167,26 @@ def test_the_page_of_the_bank_says_what_was_scored() -> None:
     covered = table.groupby("cut")["covered"].mean().to_dict()
     assert 90 <= covered["own"] <= 97
     assert covered["tenth"] >= 85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", ["equal", "measured"])
+@pytest.mark.parametrize("kind", ["inside", "outside"])
+def test_simulated_studies_are_covered_as_often_as_is_said(kind: str, noise: str) -> None:
+    """Forms that the forecast averages, and others: covered, by intervals that are not wide."""
+    worlds = SimpleNamespace(**runpy.run_path(str(BANK / "worlds.py")))
+    found = pd.DataFrame([one for i in range(12) for one in worlds.study(kind, noise, i)])
+    covered = (found["error"] <= found["reach"]).groupby(found["what"]).mean()
+    assert covered["held out"] >= (0.92 if kind == "inside" else 0.85)
+    assert covered["ten times"] >= 0.75
+    assert found["reach"].mean() < 0.035
+
+
+def test_the_page_of_the_bank_says_how_studies_were_covered() -> None:
+    worlds = SimpleNamespace(**runpy.run_path(str(BANK / "worlds.py")))
+    table = pd.read_csv(BANK / "worlds.csv")
+    assert worlds.markdown(table) in (BANK / "README.md").read_text()
+    assert (table["studies"] >= 200).all()
+    held = table[table["predicted"] == "held out"]
+    assert (held[held["form"] == "inside"]["covered"] >= 92).all()
+    assert (table[table["form"] == "outside"]["covered"] >= 85).all()

@@ -54,7 +54,9 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "data_hash": data_hash(analysis),
         "seed": analysis.seed,
         "method": _method(fit),
-        **_pick(analysis, "floor", "noise"),
+        "floor": analysis.floor,
+        "noise": analysis.noise
+        and {name: value for name, value in vars(analysis.noise).items() if name != "weights"},
         "structure_p": analysis.structure,
         "selection": [_candidate(one, analysis) for one in analysis.candidates],
         "held_out": analysis.held_out and _held_out(analysis.held_out),
@@ -123,6 +125,7 @@ def _method(fit: Fit) -> dict[str, Any]:
         "residuals": fit.unit,
         **_pick(fit.optimum, "threshold", "objective"),
         "scale": fit.scale,
+        "weights": fit.points.weights,
         "degrees_of_freedom": fit.degrees,
         **_pick(fit.optimum, *solver),
         "bounds_met": fit.bounds_met,
