@@ -207,29 +207,30 @@ def _family(analysis: Analysis, figure: Figure, axes: Axes, name: str, other: st
 
 
 def residuals(analysis: Analysis) -> Figure:
-    """Draw the residuals in per cent of the loss, against each variable."""
-    fit, names = analysis.fit, list(analysis.variables)
-    fitted = fit.predict(**{name: values(analysis, name) for name in names})
-    left = 100 * (losses(analysis) / fitted - 1)
-    spread = 100 * fit.relative(float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees))))
+    """Draw the residuals against each variable: in units of the scatter between seeds at a length
+    where that is known, else in per cent of the loss."""
+    fit, names, noise = analysis.fit, list(analysis.variables), analysis.noise
+    if noise:
+        left, one = fit.residuals / noise.each, 1.0
+        word, unit = "± 1 sd between seeds", "measured − law (sd between seeds)"
+    else:
+        fitted = fit.predict(**{name: values(analysis, name) for name in names})
+        left = 100 * (losses(analysis) / fitted - 1)
+        one = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
+        one = 100 * fit.relative(one)
+        word, unit = "± 1 sd of the residuals", "measured / law − 1 (%)"
     figure, panels = side_by_side(len(names))
     for name, axes in zip(names, panels, strict=True):
-        if analysis.noise:
-            bars = 100 * fit.relative(analysis.noise.each, losses(analysis))
-            style: Any = {"fmt": "none", "ecolor": GREY, "elinewidth": 0.7, "zorder": 2}
-            axes.errorbar(values(analysis, name), left, bars, label="± 1 sd between seeds", **style)
-        else:
-            word = "± 1 sd of the residuals"
-            axes.axhspan(-spread, spread, color=GREY, alpha=0.2, linewidth=0, label=word)
+        axes.axhspan(-one, one, color=GREY, alpha=0.2, linewidth=0, label=word)
         axes.axhline(0, color=GREY, linewidth=0.6)
-        style = {"color": BLACK}
+        style: Any = {"color": BLACK}
         if other := _other(name, names):
             by = values(analysis, other)
             style = {"c": by, "cmap": "viridis", "norm": log_norm(by)}
             colour_bar(figure, axes, style["norm"], LABELS.get(other, other))
         axes.scatter(values(analysis, name), left, s=size_of(fit) ** 2, zorder=3, **style)
         axes.set_xscale("log")
-        axes.set(xlabel=label(analysis, name), ylabel="measured / law − 1 (%)")
+        axes.set(xlabel=label(analysis, name), ylabel=unit)
         log_ticks(axes.xaxis)
         legend(axes, above=True)
     return figure
