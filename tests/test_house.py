@@ -15,11 +15,11 @@ LIMITS = {
     "root": 2_700,
     "config": 1_150,
     "runs": 830,
-    "data": 3_780,
+    "data": 3_815,
     "model": 1_550,
     "training": 2_735,
     "sweeping": 1_460,
-    "scaling": 7_720,
+    "scaling": 7_755,
     "evaluating": 1_460,
     "adaptation": 3_300,
 }

@@ -399,6 +399,33 @@ def test_headers_and_single_columns(data: str, expected: list[str] | None, tmp_p
     assert read(tmp_path / "a.csv")[0] == (expected or data.splitlines()[1:])
 
 
+def test_a_text_that_changes_its_name_midway_is_not_skipped_unsaid(tmp_path: Path) -> None:
+    said = [
+        f"the cat number {i} saw a dog and ran over the hill to the sea {i} times"
+        for i in range(300)
+    ]
+    rows = [{"body" if i < 250 else "content": 2 * text} for i, text in enumerate(said)]
+    path = lines(tmp_path / "a.jsonl", rows)
+    line = refused(path)
+    assert "row 251 has no body but a text in content" in line
+    assert len(read(path, text_column="[body,content]")[0]) == 300
+    assert sum(map(bool, read(path, text_column="body")[0])) == 250
+
+
+def test_names_of_files_are_not_text_beside_text() -> None:
+    rows = [
+        {"text": f"clip_{i}.wav", "transcription": f"what they said {i} times"} for i in range(9)
+    ]
+    assert chosen(rows) == ["transcription"]
+    assert chosen([{"text": f"clip_{i}.wav"} for i in range(9)]) == ["text"]
+
+
+def test_one_object_of_texts_is_not_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({f"doc{i}": f"the text of document {i}" for i in range(40)}))
+    assert "one JSON object with 40 texts" in refused(path)
+
+
 def test_templates_and_few_labels_of_two_words_are_not_text() -> None:
     long = [
         "Please put the following passage into plain French for a child, if you can, ",

@@ -216,7 +216,8 @@ def test_where_all_passes_it_says_so(alone: Analysis) -> None:
     assert "rounded to what each interval supports" in text
     untested = sum(check.outcome == "not tested" for check in alone.checks)
     passed = sum(check.outcome == "pass" for check in alone.checks)
-    assert f"No check fails, {untested} of {len(alone.checks)} were not tested." in text
+    were = "was" if untested == 1 else "were"
+    assert f"No check fails, {untested} of {len(alone.checks)} {were} not tested." in text
     assert f"{passed} pass, 0 fail, " in text  # what was not tested is not passed
     assert "FAIL" not in text
     assert "left out: 1 of 13 (diverged): row 0" in text

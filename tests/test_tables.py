@@ -331,6 +331,34 @@ def test_status(name: str, tmp_path: Path) -> None:
     assert "says nothing of how a run ended (CA, TX, NY)" in note(unread, "status")
 
 
+@pytest.mark.parametrize(
+    ("name", "good", "bad"), [("finished", "True", "False"), ("diverged", "no", "yes")]
+)
+def test_a_run_that_did_not_end_well_in_two_words(
+    name: str, good: str, bad: str, tmp_path: Path
+) -> None:
+    found = read(grid().assign(**{name: [bad, *[good] * 14]}), tmp_path)
+    assert len(found.runs) == 14
+    assert list(found.left_out["reason"]) == [f"{name}={found.left_out[name].iloc[0]}"]
+
+
+def test_a_value_with_a_unit_of_its_own_keeps_it(tmp_path: Path) -> None:
+    plain = grid()
+    sizes = [f"{n / 1e6:g}" for n in plain["params"]]
+    sizes[-1] = "0.256B"
+    runs = plain.assign(**{"params (M)": sizes}).drop(columns="params")
+    found = read(runs, tmp_path, columns_n="params (M)", columns_d="tokens")
+    assert values(found, found.columns.n) == pytest.approx(plain["params"].tolist())
+
+
+def test_a_value_whose_unit_is_missing_is_refused_by_its_row(tmp_path: Path) -> None:
+    tokens = [f"{d / 1e9:g}B" for d in grid()["tokens"]]
+    tokens[3] = tokens[3].rstrip("B")
+    line = refused(grid().assign(tokens=tokens), tmp_path)
+    assert line.startswith("tokens=0.02: row 4: beside a median of ")
+    assert "units.d=1" in line
+
+
 # --- seeds, and what is none
 
 
@@ -350,6 +378,8 @@ def crossed(column: str, kinds: list[Any]) -> pd.DataFrame:
         ("batch size", [256, 512]),
         ("mixture", [0.5, 0.75]),
         ("gated", [True, False]),
+        ("metric", ["train_loss", "val_loss"]),  # a long table
+        ("eval_set", ["c4", "wikitext"]),
         ("k", [1, 2, 3]),
     ],
 )

@@ -16,6 +16,8 @@ from tinygpt.data.survey import Survey
 WORDY = 0.5  # share of the values with several words, from which a column is prose
 SHOWN = 12  # names in a message
 TURNS = (("role", "content"), ("from", "value"))  # the fields of a chat's turn
+FILE = re.compile(r"[\w ./\\-]+\.\w{1,5}")
+LONG = 80  # characters of words, from which a text of another name is not skipped unsaid
 _MISSING = object()
 
 
@@ -25,6 +27,7 @@ class Choice:
 
     columns: list[str]
     others: list[str]  # of text, not chosen; the first of many
+    is_asked: bool = False
 
     def __post_init__(self) -> None:
         del self.others[SHOWN:]
@@ -63,7 +66,8 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
     lengths = {name: sum(map(len, values)) for name, values in texts.items() if values}
 
     def chosen(columns: list[str]) -> Choice:
-        return Choice(columns, [name for name in lengths if name not in columns])
+        others = [name for name in lengths if name not in columns]
+        return Choice(columns, others, is_asked=asked != "auto")
 
     if asked != "auto":
         for column in _asked(asked):
@@ -74,7 +78,9 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
     by_name = [
         name
         for name in names
-        if name.casefold() == "text" and (texts[name] or all(row.get(name) is None for row in head))
+        if name.casefold() == "text"
+        and (texts[name] or all(row.get(name) is None for row in head))
+        and not (len(lengths) > 1 and texts[name] and all(map(FILE.fullmatch, texts[name])))
     ]
     if by_name:
         return chosen(["text" if "text" in by_name else by_name[0]])
@@ -209,8 +215,22 @@ def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> It
         filled = [(c, v) for c, v in values if v is not None and v is not _MISSING]
         found = [_text(v, f"data.text_column={c}: {where}", number) for c, v in filled]
         survey.values_not_text += found.count(None)
+        if not choice.is_asked and all(value is _MISSING for _, value in values):
+            _refuse_other(row, choice, where, number)
         if not filled or found.count(None) < len(found):
             yield "\n\n".join(text for text in found if text)
+
+
+def _refuse_other(row: Row, choice: Choice, where: str, number: int) -> None:
+    """Raise ConfigError for a row that has a text, but under another name than the rows before."""
+    for name, value in row.items():
+        if isinstance(value, str) and len(value) >= LONG and _is_wordy(value):
+            both = ",".join([*choice.columns, name])
+            raise ConfigError(
+                f"data.text_column=auto: {where}: row {number} has no {choice} but a text in "
+                f"{name}; data.text_column=[{both}] takes whichever a row has, "
+                f"data.text_column={choice} only its own"
+            )
 
 
 def _text(value: Any, key: str, number: int) -> str | None:

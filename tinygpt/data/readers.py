@@ -30,6 +30,7 @@ from tinygpt.data.textfiles import (
 )
 
 Row = dict[str, Any]
+MOST_FIELDS = 20  # of a row that is a file of its own
 HEAD_ROWS, HEAD_CHARACTERS = 2000, 1 << 22  # that are looked at to choose dialect and column
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 EXCEL = re.compile(r"sep=(.)\r?\n")  # the line in which Excel names the delimiter
@@ -294,8 +295,11 @@ def _rows_in(path: Path, value: Row) -> list[Row]:
     tables = [name for name in tables if name not in chats]
     if len(tables) == 1:
         return lists[tables[0]]
-    if tables or (not chats and all(isinstance(one, dict | list) for one in value.values())):
+    texts = len(value) if all(isinstance(one, str) for one in value.values()) else 0
+    is_row = chats or not all(isinstance(one, dict | list) for one in value.values())
+    if tables or not is_row or texts > MOST_FIELDS:
         found = f"{len(tables)} lists of rows ({', '.join(tables[:12])})" if tables else "no list"
+        found = f"{texts} texts" if texts else found
         raise ConfigError(
             f"data.path={path}: one JSON object with {found}; an array of objects is read, an "
             "object a line, or one object with one list of objects"

@@ -129,7 +129,8 @@ class Analysis:
         if self.is_evidence is None:
             return SMOKE
         if self.is_evidence:
-            line = f"no check fails, {untested} of {len(self.checks)} were not tested"
+            were = "was" if untested == 1 else "were"
+            line = f"no check fails, {untested} of {len(self.checks)} {were} not tested"
             return line if untested else "all applicable checks pass"
         reason = "a check fails" if failed == 1 else f"{failed} checks fail"
         return f"not evidence yet: {reason if failed else 'no larger run was predicted'}"

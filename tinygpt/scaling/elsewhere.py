@@ -45,6 +45,8 @@ WORDS = {  # in a column's name; the first kind of which it has a word decides
     "labels": "name run id uuid hash url uri path dir folder file eval val valid test",
 }
 
+KINDS = {"metric", "eval", "val", "valid", "validation", "test"}  # of a loss, if it is a text
+
 
 @dataclass(frozen=True)
 class Table:
@@ -105,7 +107,7 @@ def read(
             "runs of different seeds"
         )
     stated = {k: unit for k, unit in (units or {}).items() if unit is not None}
-    table, columns = in_units(table, used, columns, sizes, stated, notes)
+    table, columns = in_units(table, used, columns, sizes, stated, notes, cells)
     table, columns = in_nats(table, used, columns, loss_unit, notes)
     left = table[reason != ""].assign(reason=reason[reason != ""])
     return Table(table[reason == ""], left, columns, notes)
@@ -278,6 +280,9 @@ def _is_setting(
     """
     words, whole = set(words_of(name)), re.findall("[a-z]+", name.casefold())
     kind = next((kind for kind, known in WORDS.items() if words & set(known.split())), "")
+    is_text = pd.api.types.is_object_dtype(used[name]) or pd.api.types.is_string_dtype(used[name])
+    if is_text and words & KINDS:  # a long table: a row for each loss
+        return bool(2 * used[name].nunique() <= len(used))
     if kind in ("outcomes", "labels") or "metrics" in whole:
         return False
     if kind == "settings":

@@ -311,8 +311,8 @@ def checklist(analysis: Analysis, brief: bool = False) -> Iterator[Block]:
             yield Table(header, [row[:columns] for row in rows])
     count = analysis.outcomes.count
     yield Paragraph(
-        f"{count(PASS)} pass, {count('fail')} fail, {count(NOT_APPLICABLE)} do not apply, "
-        f"{count(NOT_TESTED)} were not tested."
+        f"{count(PASS)} pass, {count('fail')} fail, {count(NOT_APPLICABLE)} not "
+        f"applicable, {count(NOT_TESTED)} not tested."
     )
 
 

@@ -110,6 +110,12 @@ def entering(
     for name in table:
         if str(name).casefold() in ("status", "state"):
             _mark_unfinished(table[name], reason, [] if notes is None else notes)
+        elif (ended := str(name).casefold()) in ENDED:
+            said = table[name].astype(str).str.strip().str.casefold()
+            wrong = said.isin(["false", "no", "0"] if ENDED[ended] else ["true", "yes", "1"])
+            reason[(reason == "") & wrong] = (
+                f"{name}={table[name][wrong].iloc[0]}" if wrong.any() else ""
+            )
     for name in dict.fromkeys([loss, *needed]):
         if name not in table:
             continue
@@ -129,6 +135,9 @@ UNFINISHED = (
     "unfinished running failed crashed killed diverged preempted preempting error errored aborted "
     "cancelled canceled timeout oom pending queued scheduled interrupted stopped failure"
 )
+# Columns that are true or false: whether true is good.
+ENDED = {"finished": True, "completed": True, "success": True}
+ENDED |= {"diverged": False, "failed": False, "crashed": False}
 
 
 def _mark_unfinished(column: pd.Series, reason: pd.Series, notes: list[str]) -> None:

@@ -31,16 +31,18 @@ FLOPS = {  # the end of a column's name, its letters alone
     1e9: ("1e+09 FLOPs", "g(iga)?flops?"),
 }
 LEAST = {"n": 1e3, "d": 1e3, "c": 1e6}  # medians of plain counts
+FEW, MANY = 1e3, 1e6  # counts that do not stand in one column
 LARGEST = 20.0  # loss of a token: a guess among 5e8 of them
 
 
 def in_units(
     table: pd.DataFrame, used: pd.DataFrame, columns: Columns, named: Mapping[str, str],
-    stated: Units, notes: list[str],
+    stated: Units, notes: list[str], cells: pd.DataFrame,
 ) -> tuple[pd.DataFrame, Columns]:  # fmt: skip
     """Return the table with columns in parameters, tokens and FLOPs, where its own are in others.
 
-    ``named`` are the columns that were given by letter, ``stated`` their units.  Raises
+    ``named`` are the columns that were given by letter, ``stated`` their units; ``cells`` is the
+    table as it was written: a value with a unit of its own, as 1.2B, keeps that.  Raises
     ConfigError where the units must be given.
     """
     sizes = {key: named[key] for key in "ndc" if key in named}
@@ -50,8 +52,18 @@ def in_units(
     for key, unit in units.items():
         if unit != 1:
             column = f"{named[key]} × {unit:g}"
-            table = table.assign(**{column: table[named[key]] * unit})
+            own = cells[named[key]].astype(str).str.contains(r"[A-DF-Za-df-z]")
+            table = table.assign(**{column: table[named[key]] * unit ** (~own).astype(int)})
             columns = dataclasses.replace(columns, **{key: column})
+    for key in {"n", "d"} & set(units):
+        column = getattr(columns, key)
+        counts = table.loc[used.index, column]
+        if key not in stated and counts.min() < FEW < MANY < counts.median():
+            raise ConfigError(
+                f"{named[key]}={counts.min():g}: row {counts.idxmin()}: beside a median of "
+                f"{counts.median():.3g} its unit seems to be missing; where= leaves rows out, and "
+                f"units.{key}={units[key]:g} says that it is right"
+            )
     if columns.d not in table and {columns.n, columns.c} <= set(table):
         column = f"{columns.c} / (6 {columns.n})"
         notes.append(f"tokens: D = {column}, by C = 6 N D")
