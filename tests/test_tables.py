@@ -359,6 +359,15 @@ def test_a_value_whose_unit_is_missing_is_refused_by_its_row(tmp_path: Path) -> 
     assert "units.d=1" in line
 
 
+def test_epochs_are_named_and_losses_of_two_units_refused(tmp_path: Path) -> None:
+    said = note(read(grid().assign(epochs=4), tmp_path), "epochs")
+    assert said.startswith("epochs: tokens is taken for all tokens read, though epochs is up to 4")
+    assert not any(line.startswith("epochs") for line in read(grid(), tmp_path).notes)
+    runs = grid().assign(unit=["nats", "bits", "nats"] * 5)
+    assert "unit says bits and nats" in refused(runs, tmp_path)
+    assert len(read(runs, tmp_path, where="unit == 'nats'").runs) == 10
+
+
 # --- seeds, and what is none
 
 

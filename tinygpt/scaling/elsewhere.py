@@ -45,6 +45,9 @@ WORDS = {  # in a column's name; the first kind of which it has a word decides
     "labels": "name run id uuid hash url uri path dir folder file eval val valid test",
 }
 
+EPOCHS = {"epochs", "n_epochs", "num_epochs", "num_train_epochs"}
+LOSS_UNITS = {"nat", "nats", "bit", "bits", "bpb", "bpc", "ppl", "perplexity", "nats/token"}
+LOSS_UNITS |= {"bits/byte", "bits per byte", "nats per token", "bits/token", "bits per token"}
 KINDS = {"metric", "eval", "val", "valid", "validation", "test"}  # of a loss, if it is a text
 
 
@@ -106,11 +109,31 @@ def read(
             f"seeds: {shared} rows share {' and '.join(place)} with another; they are taken for "
             "runs of different seeds"
         )
+    _check_meaning(used, columns, Path(path), notes)
     stated = {k: unit for k, unit in (units or {}).items() if unit is not None}
     table, columns = in_units(table, used, columns, sizes, stated, notes, cells)
     table, columns = in_nats(table, used, columns, loss_unit, notes)
     left = table[reason != ""].assign(reason=reason[reason != ""])
     return Table(table[reason == ""], left, columns, notes)
+
+
+def _check_meaning(used: pd.DataFrame, columns: Columns, path: Path, notes: list[str]) -> None:
+    """Note epochs, which say whether tokens were read again.  Raises ConfigError for losses in
+    several units."""
+    for name in map(str, used):
+        values = used[name]
+        times = pd.to_numeric(values, errors="coerce").max() if name.casefold() in EPOCHS else 1
+        if times > 1:
+            notes.append(
+                f"epochs: {columns.d} is taken for all tokens read, though {name} is up to "
+                f"{times:g}; columns.u= names the unique ones"
+            )
+        words = set(values.dropna().astype(str).str.strip().str.casefold())
+        if len(words) > 1 and words <= LOSS_UNITS:
+            raise ConfigError(
+                f"table={path}: {name} says {' and '.join(sorted(words))}: losses of one unit make "
+                f"a law; where=\"{name} == '{values.iloc[0]}'\" chooses"
+            )
 
 
 # --- columns
