@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import ROOT
@@ -38,7 +39,8 @@ def test_the_command_gives_the_recorded_fit(
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name != "grid_books"])
 def test_a_notebook_gives_the_recorded_fit(name: str) -> None:
-    """``read_table``, ``fit`` and ``intervals`` give the same parameters and intervals.
+    """``read_table``, ``fit`` and ``intervals`` give the same parameters and intervals, by the
+    weights that the report used.
 
     Not of grid_books: there the command takes Huber's threshold from the noise of another law.
     """
@@ -50,7 +52,8 @@ def test_a_notebook_gives_the_recorded_fit(name: str) -> None:
         runs = runs.query(condition.removeprefix("where="))
     assert len(runs) == recorded["runs"]
     columns = {variable: one["column"] for variable, one in recorded["variables"].items()}
-    law = fit(runs, recorded["law"], loss=recorded["loss"], **columns)
+    weights = np.array(recorded["method"]["weights"])
+    law = fit(runs, recorded["law"], loss=recorded["loss"], weights=weights, **columns)
     assert law.estimator == recorded["method"]["estimator"]
     found = intervals(law)
     for parameter, one in recorded["parameters"].items():
