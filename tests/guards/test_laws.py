@@ -37,12 +37,10 @@ def test_the_command_gives_the_recorded_fit(
     assert_same_fit(made, recorded, aicc=AICC.get(name))
 
 
-@pytest.mark.parametrize("name", [name for name in STUDIES if name != "grid_books"])
+@pytest.mark.parametrize("name", STUDIES)
 def test_a_notebook_gives_the_recorded_fit(name: str) -> None:
     """``read_table``, ``fit`` and ``intervals`` give the same parameters and intervals, by the
-    weights that the report used.
-
-    Not of grid_books: there the command takes Huber's threshold from the noise of another law.
+    weights and Huber's threshold that the report used.
     """
     from tinygpt.scaling import fit, intervals, read_table
 
@@ -53,7 +51,8 @@ def test_a_notebook_gives_the_recorded_fit(name: str) -> None:
     assert len(runs) == recorded["runs"]
     columns = {variable: one["column"] for variable, one in recorded["variables"].items()}
     weights = np.array(recorded["method"]["weights"])
-    law = fit(runs, recorded["law"], loss=recorded["loss"], weights=weights, **columns)
+    how = {"weights": weights, "limit": recorded["method"]["threshold"]}
+    law = fit(runs, recorded["law"], loss=recorded["loss"], **how, **columns)
     assert law.estimator == recorded["method"]["estimator"]
     found = intervals(law)
     for parameter, one in recorded["parameters"].items():
