@@ -128,6 +128,8 @@ def _check_meaning(used: pd.DataFrame, columns: Columns, path: Path, notes: list
                 f"epochs: {columns.d} is taken for all tokens read, though {name} is up to "
                 f"{times:g}; columns.u= names the unique ones"
             )
+        if pd.api.types.is_numeric_dtype(values):
+            continue
         words = set(values.dropna().astype(str).str.strip().str.casefold())
         if len(words) > 1 and words <= LOSS_UNITS:
             raise ConfigError(

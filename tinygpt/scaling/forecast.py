@@ -147,13 +147,11 @@ def forecast(sample: Sample) -> Forecast:
     """Fit the procedure to a sample of runs.  Raises ConfigError where no law can be fitted."""
     cuts = inner_cuts(sample.size, sample.groups)
     parts = [np.ones(len(sample.size), dtype=bool), *(below for below, _ in cuts)]
-    preferred = [law for law in sample.laws if law not in LAST]
-    found = fit_members(replace(sample, laws=preferred), parts)
-    if not found[0]:
-        found = fit_members(
-            replace(sample, laws=[law for law in sample.laws if law in LAST]), parts
-        )
-    members, *inner = found
+    members: list[Member] = []
+    for last in (False, True):
+        if not members:
+            laws = [law for law in sample.laws if (law in LAST) == last]
+            members, *inner = fit_members(replace(sample, laws=laws), parts)
     if not members:
         raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
     errors = []

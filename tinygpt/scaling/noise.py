@@ -92,11 +92,13 @@ def weigh(
 ) -> Array | None:
     """Return the weights of runs by what their seeds scatter and the law leaves, (n,); None
     without seeds.  ``refit`` returns the law by some weights: what it leaves hangs on them."""
-    noise = seed_noise(fitted, settings, tokens)
-    for _ in range(2 if noise else 0):
-        assert noise is not None
-        noise = seed_noise(refit(noise.weights), settings, tokens)
-    return noise.weights if noise else None
+    weights = None
+    for _ in range(3):
+        noise = seed_noise(fitted if weights is None else refit(weights), settings, tokens)
+        if noise is None:
+            break
+        weights = noise.weights
+    return weights
 
 
 def _variances(pure: Array, degrees: Array, logs: Array) -> tuple[Array, Array]:

@@ -111,11 +111,10 @@ def entering(
         if str(name).casefold() in ("status", "state"):
             _mark_unfinished(table[name], reason, [] if notes is None else notes)
         elif (ended := str(name).casefold()) in ENDED:
-            said = table[name].astype(str).str.strip().str.casefold()
-            wrong = said.isin(["false", "no", "0"] if ENDED[ended] else ["true", "yes", "1"])
-            reason[(reason == "") & wrong] = (
-                f"{name}={table[name][wrong].iloc[0]}" if wrong.any() else ""
-            )
+            said = table[name].astype(str).str.strip()
+            bad = ["false", "no", "0", "0.0"] if ENDED[ended] else ["true", "yes", "1", "1.0"]
+            wrong = (reason == "") & said.str.casefold().isin(bad)
+            reason[wrong] = f"{name}=" + said[wrong]
     for name in dict.fromkeys([loss, *needed]):
         if name not in table:
             continue

@@ -52,10 +52,10 @@ def in_units(
     for key, unit in units.items():
         if unit != 1:
             column = f"{named[key]} × {unit:g}"
-            own = cells[named[key]].astype(str).str.contains(r"[A-DF-Za-df-z]")
+            own = cells[named[key]].astype(str).str.contains(r"[A-DF-WYZa-df-wyz]")
             table = table.assign(**{column: table[named[key]] * unit ** (~own).astype(int)})
             columns = dataclasses.replace(columns, **{key: column})
-    for key in {"n", "d"} & set(units):
+    for key in (key for key in "nd" if key in units):
         column = getattr(columns, key)
         counts = table.loc[used.index, column]
         if key not in stated and counts.min() < FEW < MANY < counts.median():
