@@ -339,10 +339,11 @@ def fit(
     where = {name: {**COLUMNS, **columns}[name] for name in where}
     points = Points.read(table, form, where, loss, objective == "raw", weights)
     reason = "asked for"
-    optimum = find_optimum(form, points, seed=seed)
+    given = limit if estimator == "huber" and limit else np.inf
+    optimum = find_optimum(form, points, given, seed)
     if estimator == "auto":
         estimator, reason = judge(points.residuals(optimum.law, optimum.theta))
-    if estimator == "huber":
+    if estimator == "huber" and given == np.inf:
         limit = limit or (threshold or EFFICIENT) * robust_scale(points, optimum)
         optimum = find_optimum(form, points, limit, seed)
     elif estimator == "likelihood":
