@@ -428,7 +428,7 @@ def rows() -> Iterator[Row]:
 # Keys that show only in a run, or need files that are not everywhere: tested there.
 ELSEWHERE = {
     *("train.grad_clip_norm", "train.skip_nonfinite", "train.log_every", "train.sample_tokens"),
-    *("train.early_stopping_patience", "train.sample_prompt", "seed", "force"),
+    *("train.early_stopping_patience", "train.sample_prompt", "train.eval_share", "seed", "force"),
     *("hardware.threads", "hardware.compile", "hardware.strategy"),
 }
 IN_SWEEPS = {"launcher", "sweep", "scale", "plan", "fit"}  # and whole sections

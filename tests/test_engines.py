@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +125,55 @@ def test_what_an_engine_refuses_ends_in_one_line(
     assert done.stderr.splitlines()[-1] == line
 
 
-def test_each_worker_has_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_share_out_the_gpus(tmp_path: Path) -> None:
     from joblib.externals.loky import ProcessPoolExecutor
 
-    pool = ProcessPoolExecutor(2, initializer=engines._claim_gpu, initargs=(2, tmp_path))
+    pool = ProcessPoolExecutor(4, initializer=engines._claim_gpu, initargs=(4, 2, tmp_path))
     try:
-        seen = {pool.submit(visible_gpu, 0.3).result() for _ in range(1)}
-        futures = [pool.submit(visible_gpu, 0.5) for _ in range(4)]
-        seen |= {future.result() for future in futures}
+        futures = [pool.submit(visible_gpu, 1.0) for _ in range(4)]
+        seen = Counter(future.result() for future in futures)
     finally:
         pool.shutdown(kill_workers=True)
-    assert seen == {"0", "1"}
+    assert seen == {"0": 2, "1": 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "cores", "cards", "expected"),
+    [
+        ("", 2, 0, ("local", 2, 1)),
+        ("", 16, 0, ("local", 5, 3)),
+        ("", 1, 0, ("serial", 1, None)),
+        ("launcher.n_jobs=1", 4, 0, ("serial", 1, None)),
+        ("launcher=serial", 4, 0, ("serial", 1, None)),
+        ("launcher=local", 1, 0, ("local", 1, 1)),
+        ("hardware.threads=2", 4, 0, ("local", 4, 2)),
+        ("", 16, 1, ("local", 4, 4)),  # small models, four on the card
+        ("", 2, 1, ("local", 2, 1)),  # as there are cores for them
+        ("model=large", 16, 1, ("serial", 1, None)),
+        ("model=large", 16, 2, ("local", 2, 8)),
+        ("model=large launcher.per_gpu=2", 16, 1, ("local", 2, 8)),
+        ("hardware=cpu", 4, 1, ("local", 4, 1)),
+    ],
+)
+def test_auto_trains_side_by_side_where_that_is_possible(
+    monkeypatch: pytest.MonkeyPatch, words: str, cores: int, cards: int, expected: Any
+) -> None:
+    import joblib
+    import torch
+
+    monkeypatch.setattr(joblib, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    jobs = sweep("seed=1,2,3,4,5", *words.split())
+    assert engines.share_of(jobs)[:3] == expected
+    if "launcher" not in words:
+        assert engines.share_of(jobs[:1]).engine == "serial"
+
+
+def test_auto_needs_no_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engines, "SHARED_MEMORY", str(tmp_path / "shm"))
+    jobs = sweep("seed=1,2", "launcher.n_jobs=2", "hardware=cpu")
+    assert engines.share_of(jobs).engine == "serial"
 
 
 def visible_gpu(seconds: float) -> str:
@@ -152,7 +191,7 @@ def study_of(tinygpt: Command, corpus: Path, folder: Path, name: str, *words: st
 @pytest.mark.parametrize(
     "words",
     [
-        ["launcher=local", "launcher.n_jobs=2"],
+        ["launcher=auto", "launcher.n_jobs=2"],
         pytest.param(["launcher=ray"], marks=[needs_ray, pytest.mark.slow]),
         pytest.param(
             ["launcher=slurm", "launcher.minutes=5", "launcher.cpus=1"],
@@ -192,10 +231,8 @@ def test_a_killed_worker_hides_no_other(tmp_path: Path, monkeypatch: pytest.Monk
     """It is seen which job it was; the others end well."""
     jobs = sweep("seed=1,2,3,4,5", f"output_dir={tmp_path}", "hardware.accelerator=cpu")
     monkeypatch.setattr(engines, "do_job", dies_at_seed_3)
-    launcher = LocalLauncher(n_jobs=2)
-    found = {
-        job.config.seed: outcome for job, outcome in engines.run_local(jobs, launcher, tmp_path)
-    }
+    with engines.Workers(2) as workers:
+        found = {job.config.seed: outcome for job, outcome in engines.run_local(jobs, workers)}
     statuses = {seed: outcome.status for seed, outcome in found.items()}
     assert statuses == {**dict.fromkeys((1, 2, 4, 5), "finished"), 3: "killed"}
     assert "SIGKILL" in found[3].reason

@@ -293,7 +293,8 @@ def test_a_plan_times_what_a_run_will_have_of_the_machine(
     assert threads == [1]
     assert "1 thread each" in said
     assert "uncertain" not in said  # three busy, two wanted, eight there
-    said, _ = planned_in(monkeypatch, cache, 7.1, *words, "hardware.threads=1")
+    alone = ["launcher=serial", "hardware.threads=1"]
+    said, _ = planned_in(monkeypatch, cache, 7.1, *words, *alone)
     assert abs(seconds(said, "one after the other, 1 thread each") - 2 * at_once) <= 1
     assert "other work: a load of 7.1 on 8 cores; the time is uncertain" in said
 

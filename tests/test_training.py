@@ -293,6 +293,47 @@ def test_the_best_checkpoint_has_the_best_loss(finished: Trained, cache: Path) -
     assert finished.results["best_val_loss"] == pytest.approx(loss, rel=1e-6)
 
 
+def test_between_first_and_last_a_part_of_validation_is_scored(
+    tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    """The part that its share of the time allows, the same windows each time; no weight and no
+    final score depends on it, and nor does it on the passes that a batch is cut into."""
+    words = ["train.eval_every=768", "train.keep_every=768", "train.eval_share=0.5"]
+    part = run(tmp_path / "part", cache, corpus, *words)
+    whole = run(tmp_path / "whole", cache, corpus, *words, "train.eval_share=null")
+    tokens = split_tokens(part, cache, "val")
+    # three evaluations between, of a third of a step's cost a token; 12 steps of 256 tokens
+    every = math.ceil(3 * len(tokens) / (3 * 0.5 * 12 * 256))
+    assert part.results["val_every"] == every > 1
+    assert whole.results["val_every"] == 1
+    found, full = ([float(r["val_loss"]) for r in t.rows() if r["val_loss"]] for t in (part, whole))
+    assert [found[0], found[-1]] == [full[0], full[-1]]
+    for step, loss in zip((3, 6, 9), found[1:-1], strict=True):
+        model = fresh(part, f"step_{step}")
+        windows = [tokens[i : i + 33] for i in range(0, len(tokens) - 1, 32)][::every]
+        losses = [direct_loss(model, window, 32) for window in windows]
+        lengths = [len(window) - 1 for window in windows]
+        assert loss == pytest.approx(np.average(losses, weights=lengths), rel=1e-6)
+    assert same_weights(part.weights(), whole.weights())
+    for key in ("final_val_loss", "final_val_accuracy", "test_loss", "initial_val_loss"):
+        assert part.results[key] == whole.results[key]
+    small = run(tmp_path / "small", cache, corpus, *words, "hardware.micro_batch_size=2")
+    again = [float(row["val_loss"]) for row in small.rows() if row["val_loss"]]
+    assert again == pytest.approx(found, rel=1e-5)
+
+
+def test_a_run_that_stops_early_ends_with_the_score_of_all(
+    tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    words = ["train.steps=200", "train.eval_every=256", "optim.learning_rate=1e-9"]
+    words += ["train.early_stopping_patience=2", "train.eval_share=0.1", "schedule=constant"]
+    stopped = run(tmp_path, cache, corpus, *words)
+    assert stopped.results["status"] == "stopped_early"
+    assert stopped.results["val_every"] > 1
+    loss = direct_loss(fresh(stopped), split_tokens(stopped, cache, "val"), 32)
+    assert stopped.results["final_val_loss"] == pytest.approx(loss, rel=1e-6)
+
+
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_a_forward_pass_adds_nothing_to_a_checkpoint(position: str) -> None:
     """An earlier system made its mask a buffer in forward, and no checkpoint could be read."""

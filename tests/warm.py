@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the server
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # a sweep begins no processes unless a test asks for them
 AT_START = dict(os.environ)
 
 IMPORTED = (

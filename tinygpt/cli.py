@@ -224,7 +224,7 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
                 raise ConfigError("hydra/sweeper=optuna: needs --multirun")
             config = compose_for(command, overrides)
             kind = config.launcher.kind
-            if kind != "serial":
+            if kind not in ("auto", "serial"):
                 raise ConfigError(f"launcher={kind}: needs --multirun, or an experiment")
             if any(item.startswith("scale=") for item in overrides):
                 raise ConfigError(f"scale={config.scale}: needs an experiment that has scales")

@@ -89,6 +89,20 @@ def obeyed(also: tuple[int, ...] = ()) -> Iterator[None]:
             stop(number)
 
 
+@contextlib.contextmanager
+def not_for_children() -> Iterator[None]:
+    """Keep a terminal's signals from the processes started inside the block; their parent, which
+    hears of them behind it, tells them with SIGTERM."""
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(STOPPING) - {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _wait(number: int) -> None:
     pass
 

@@ -15,6 +15,7 @@ from omegaconf import MISSING
 
 from tinygpt.config.errors import ConfigError
 from tinygpt.config.settings import (
+    AutoLauncher,
     LocalLauncher,
     LoggerConfig,
     RayLauncher,
@@ -288,6 +289,9 @@ class TrainConfig:
     skip_nonfinite: bool = False  # leave out a step whose gradient is not finite, and count it
     log_every: int = key(10, least=1)  # optimizer steps
     eval_every: Optional[int] = key(None, least=1)  # tokens; null: a tenth of the horizon
+    # Of the training time, for evaluations between the first and the last: where all validation
+    # windows would take more, they score every k-th.  null: they score all.
+    eval_share: Optional[float] = key(0.1, above=0.0)
     checkpoint_every: Optional[int] = key(None, least=1)  # tokens; null: eval_every
     keep_every: Optional[int] = key(None, least=1)  # tokens; keeps step_<N>.ckpt; null: none
     early_stopping_patience: Optional[int] = key(None, least=1)  # evaluations; null: off
@@ -359,6 +363,7 @@ CHOICES: dict[str, dict[str, type]] = {
         "muon": MuonOptim,
     },
     "launcher": {
+        "auto": AutoLauncher,
         "serial": SerialLauncher,
         "local": LocalLauncher,
         "slurm": SlurmLauncher,

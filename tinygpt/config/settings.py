@@ -84,10 +84,18 @@ class SerialLauncher(LauncherConfig):
 
 @dataclass
 class LocalLauncher(LauncherConfig):
-    """Processes on this machine, each with its share of the cores, or with a GPU of its own."""
+    """Processes on this machine, each with its share of the cores, or of the GPUs."""
 
     kind: str = key("local", among=("local",))
-    n_jobs: Optional[int] = key(None, least=1)  # null: one a GPU; without GPUs one a core
+    n_jobs: Optional[int] = key(None, least=1)  # null: per_gpu on each; without GPUs one a core
+    per_gpu: Optional[int] = key(None, least=1)  # null: four of a small model, else one
+
+
+@dataclass
+class AutoLauncher(LocalLauncher):
+    """As ``local`` where several runs can train at once, as ``serial`` where not."""
+
+    kind: str = key("auto", among=("auto",))
 
 
 @dataclass

@@ -7,7 +7,9 @@ that any machine, and any resumed run, sees the same tokens in the same order.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 
 from tinygpt.config import Config, ConfigError
 from tinygpt.config.checks import require
@@ -124,6 +126,19 @@ class _FromStep(Sampler[int]):
         return self.total
 
 
+class _Windows(Sampler[int]):
+    """Batches of this device: of all validation windows, or of the part behind them."""
+
+    def __init__(self, data: TokenData, whole: range, part: range) -> None:
+        self.data, self.whole, self.part = data, whole, part
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.whole if self.data.scores_all else self.part)
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+
 class StepLoader(DataLoader[Batch]):
     """Whole batches by their index.  There is no state to keep: the step says everything."""
 
@@ -143,6 +158,7 @@ class TokenData(pl.LightningDataModule):
     prepared: Prepared  # from ``setup`` on, as is all that follows
     splits: dict[str, Split]
     windows: TrainWindows
+    scores_all = True  # validation windows, or every k-th (``val_every``)
 
     def __init__(self, config: Config, prepared: Prepared | None = None) -> None:
         super().__init__()
@@ -230,8 +246,26 @@ class TokenData(pl.LightningDataModule):
         exact: float | None = info["irreducible_loss_exact"]
         return exact if info["longest_document"] <= self.length else None
 
-    def eval_batches(self, split: str, batch_size: int) -> EvalBatches:
+    def val_every(self) -> int:
+        """Return k: between the first and the last evaluation every k-th window is scored, so
+        that this takes at most ``train.eval_share`` of the training, but no fewer than 16 windows.
+
+        A forward pass costs a third of a step.  Runs that share a trunk score all, as one.
+        """
+        plan, share = self.plan, self.config.train.eval_share
+        assert plan is not None
+        if share is None or self.config.sweep.share_trunk:
+            return 1
+        between = (plan.total_steps - 1) // plan.eval_steps
+        tokens = int(self.splits["val"].info["tokens"])
+        wanted = between * tokens / (3 * share * plan.train_tokens)
+        windows = len(self.eval_batches("val", 1))
+        return max(1, min(math.ceil(wanted), windows // 16))
+
+    def eval_batches(self, split: str, batch_size: int, every: int = 1) -> EvalBatches:
+        """Return the batches of a split, or of every so many of its windows."""
         windows = self.splits[split].eval_windows(self.length, self.floor(split) is not None)
+        windows = EvalWindows(*(part[::every] for part in dataclasses.astuple(windows)))
         pad = self.prepared.tokenizer.eot_id
         return EvalBatches(
             self.splits[split], windows, length=self.length, batch_size=batch_size, pad=pad
@@ -254,16 +288,23 @@ class TokenData(pl.LightningDataModule):
         return self._loader(batches, _FromStep(step * self.plan.accumulate, len(batches)))
 
     def val_dataloader(self) -> StepLoader:
-        return self._eval_dataloader("val")
+        """Return the batches of validation: of all windows, or of a part once ``scores_all`` is
+        false."""
+        assert self.plan is not None
+        rank, world_size = self._place()
+        size = self.plan.micro_batch_size
+        batches = [self.eval_batches("val", size, k) for k in (1, self.val_every())]
+        whole, end = len(batches[0]), sum(map(len, batches))
+        own = _Windows(self, range(rank, whole, world_size), range(whole + rank, end, world_size))
+        return self._loader(ConcatDataset(batches), own)
 
     def test_dataloader(self) -> StepLoader | list[StepLoader]:
         """Return the batches of the test split; none where the corpus has no such split."""
-        return self._eval_dataloader("test") if "test" in self.splits else []
-
-    def _eval_dataloader(self, split: str) -> StepLoader:
+        if "test" not in self.splits:
+            return []
         assert self.plan is not None
-        batches = self.eval_batches(split, self.plan.micro_batch_size)
         rank, world_size = self._place()
+        batches = self.eval_batches("test", self.plan.micro_batch_size)
         return self._loader(batches, range(rank, len(batches), world_size))
 
     def _place(self) -> tuple[int, int]:

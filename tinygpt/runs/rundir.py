@@ -68,6 +68,7 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     values |= {"trainer": trainer} if trainer else {}
     newer: list[tuple[dict[str, Any], str, Any]] = [(values, "callbacks", {})]
     newer += [(train, "skip_nonfinite", False), (model, "rope_scaling", None)]
+    newer += [(train, "eval_share", 0.1)]
     newer += [(data, name, None) for name in ("encoding", "delimiter", "header")]
     for section, name, unused in newer:
         if name in section and section[name] == unused:
@@ -97,7 +98,7 @@ def effective_hash(config: Config, content: dict[str, str]) -> str:
     train.log_every, train.checkpoint_every, train.keep_every = 1, None, None
     train.sample_prompt, train.sample_tokens = "", 0
     if train.early_stopping_patience is None:
-        train.eval_every = None
+        train.eval_every, train.eval_share = None, 0.1
     return config_hash(config, content)
 
 

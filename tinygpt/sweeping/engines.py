@@ -1,4 +1,4 @@
-"""Who does the jobs of a study: this process, joblib's workers, Slurm or Ray.
+"""Do the jobs of a study: in this process, in joblib's workers, on Slurm or Ray.
 
 Every engine takes jobs and yields each with its outcome as soon as it is known, in any order.  A
 job that fails, diverges or is killed is an outcome like any other.
@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.console import Console
 
 from tinygpt import signals, streams
 from tinygpt.config import (
+    Config,
     ConfigError,
     LauncherConfig,
     LocalLauncher,
@@ -34,9 +36,12 @@ from tinygpt.config import (
     SlurmLauncher,
     install,
 )
+from tinygpt.config.counting import count_parameters
 from tinygpt.sweeping.jobs import Job
 
 SHARED_MEMORY = "/dev/shm"
+SMALL = 20_000_000  # parameters without embeddings: of such models a GPU trains several at once
+ON_A_GPU = 4
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,13 @@ class Outcome:
 
 
 Results = Iterator[tuple[Job, Outcome]]
+Engine = Callable[[Sequence[Job], Path], Results]  # given a folder for its own files
 
 
 def check_engine(launcher: LauncherConfig) -> None:
     """Raise ConfigError where what the engine named by ``launcher=`` needs is missing."""
     kind = launcher.kind
-    if kind == "local" and sys.platform == "linux" and not os.access(SHARED_MEMORY, os.W_OK):
+    if kind == "local" and not _has_shared_memory():
         raise ConfigError(
             f"launcher=local: its processes need {SHARED_MEMORY}, which is missing or cannot "
             "be written here; use launcher=serial"
@@ -83,46 +89,95 @@ def check_engine(launcher: LauncherConfig) -> None:
         raise ConfigError("launcher=slurm: no srun here; start it where Slurm takes jobs")
 
 
-def run_jobs(jobs: Sequence[Job], folder: Path) -> Results:
-    """Do the jobs with the engine named by ``launcher=``, whose own files go to ``folder``."""
-    for job in jobs:
-        job.config.hardware.threads = share_of(job.config, len(jobs)).threads
-    engines: dict[str, Callable[..., Results]] = {"serial": run_serial, "local": run_local}
-    engines |= {"slurm": run_slurm, "ray": run_ray}
-    launcher = jobs[0].config.launcher
-    return engines[launcher.kind](jobs, launcher, folder)
+def _has_shared_memory() -> bool:
+    return sys.platform != "linux" or os.access(SHARED_MEMORY, os.W_OK)
 
 
 class Share(NamedTuple):
-    """What a run has of the machine that it trains on."""
+    """Says who does the jobs, and what a run has of the machine that it trains on."""
 
+    engine: str  # serial, local, slurm or ray
     at_once: int  # runs
     threads: int | None  # CPU threads of each; None: torch's choice
+    gpus: int = 0  # that the runs of this machine share out
+
+    @property
+    def words(self) -> str:
+        how = "one after the other" if self.at_once == 1 else f"{self.at_once} at once"
+        if self.threads:
+            how += f", {self.threads} thread{'' if self.threads == 1 else 's'} each"
+        return how
 
 
-def share_of(config: Settings, jobs: int) -> Share:
-    """Return how many of ``jobs`` run at once and the threads of each, as given or as it pays."""
+def share_of(jobs: Sequence[Job]) -> Share:
+    """Return who does the jobs, how many at once, and the threads of each: as asked, or as it
+    pays.  ``launcher=auto`` is ``local`` where several can train at once, else ``serial``."""
+    config, count = jobs[0].config, len(jobs)
     launcher, asked = config.launcher, config.hardware.threads
     if isinstance(launcher, LocalLauncher):
+        if launcher.kind == "auto" and (count == 1 or not _has_shared_memory()):
+            return Share("serial", 1, asked)
         import joblib
 
-        processes = launcher.n_jobs or _gpus(config) or joblib.cpu_count()
-        at_once = max(1, min(processes, jobs))
-        return Share(at_once, asked or max(1, joblib.cpu_count() // at_once))
+        kind, gpus = _device(config)
+        most = joblib.cpu_count()
+        if kind == "cuda":
+            most = gpus * (launcher.per_gpu or max(1, min(_fit_on_a_gpu(jobs), most // gpus)))
+        at_once = max(1, min(launcher.n_jobs or most, count))
+        if launcher.kind == "auto" and (at_once == 1 or kind == "mps"):
+            return Share("serial", 1, asked)
+        return Share("local", at_once, asked or max(1, joblib.cpu_count() // at_once), gpus)
     if isinstance(launcher, SlurmLauncher):
-        return Share(max(1, min(launcher.n_jobs, jobs)), asked or launcher.cpus)
+        return Share("slurm", max(1, min(launcher.n_jobs, count)), asked or launcher.cpus)
     if isinstance(launcher, RayLauncher):  # how many nodes there are is not known here
-        return Share(1, asked or launcher.cpus)
-    return Share(1, asked)
+        return Share("ray", 1, asked or launcher.cpus)
+    return Share("serial", 1, asked)
 
 
-def _gpus(config: Settings) -> int:
-    """Return how many CUDA devices the jobs may share out; 0 where they compute elsewhere."""
-    if config.hardware.accelerator not in ("auto", "cuda"):
-        return 0
+def _device(config: Settings) -> tuple[str, int]:
+    """Return the kind of device that the jobs compute on, and how many CUDA devices there are."""
+    if config.hardware.accelerator == "cpu":
+        return "cpu", 0
     import torch
 
-    return torch.cuda.device_count()
+    from tinygpt.runs.load import usable_device
+
+    kind = usable_device(config.hardware.accelerator, "hardware.accelerator").type
+    return kind, torch.cuda.device_count() if kind == "cuda" else 0
+
+
+def _fit_on_a_gpu(jobs: Sequence[Job]) -> int:
+    """Return how many runs one GPU trains at once: several of small models, which leave it idle."""
+    models = [job.config.model for job in jobs if isinstance(job.config, Config)]
+    small = [count_parameters(model, 0).total < SMALL for model in models]
+    return ON_A_GPU if len(small) == len(jobs) and all(small) else 1
+
+
+@contextlib.contextmanager
+def ready(jobs: Sequence[Job]) -> Iterator[Engine]:
+    """Yield the engine named by ``launcher=``, for ``jobs`` or some of them.
+
+    Processes of this machine start at once and
+    import torch while data is prepared; they stay until the end, so that each imports it once.
+    """
+    share = share_of(jobs)
+    launcher = jobs[0].config.launcher
+    with contextlib.ExitStack() as stack:
+        engines: dict[str, Engine] = {
+            "serial": lambda jobs, folder: run_serial(jobs),
+            "slurm": lambda jobs, folder: run_slurm(jobs, launcher, folder),
+            "ray": lambda jobs, folder: run_ray(jobs, launcher),
+        }
+        if share.engine == "local":
+            workers = stack.enter_context(Workers(share.at_once, share.gpus))
+            engines["local"] = lambda jobs, folder: run_local(jobs, workers)
+
+        def run(jobs: Sequence[Job], folder: Path) -> Results:
+            for job in jobs:
+                job.config.hardware.threads = share.threads
+            return engines[share.engine](jobs, folder)
+
+        yield run
 
 
 _interrupted: list[bool] = []  # a worker that was told to stop begins nothing more
@@ -154,7 +209,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join((str(error) if is_ours else f"{type(error).__name__}: {error}").split())
 
 
-def run_serial(jobs: Sequence[Job], launcher: LauncherConfig, folder: Path) -> Results:
+def run_serial(jobs: Sequence[Job]) -> Results:
     """Do them here, one after the other; an interrupt ends them all."""
     for job in jobs:
         outcome = do_job(job)
@@ -163,18 +218,81 @@ def run_serial(jobs: Sequence[Job], launcher: LauncherConfig, folder: Path) -> R
             return
 
 
-def run_local(jobs: Sequence[Job], launcher: LocalLauncher, folder: Path) -> Results:
-    """Do them in processes that stay for the whole study, so that each imports torch once.
+class Workers:
+    """Holds processes of loky, which names the signal that ended one.
+
+    A signal reaches them as SIGTERM: they save and stop; what waits is not begun.
+    """
+
+    def __init__(self, at_once: int, gpus: int = 0) -> None:
+        self.at_once, self.gpus = at_once, gpus
+        self._pool: Any = None
+
+    def __enter__(self) -> Workers:
+        self._folder = tempfile.TemporaryDirectory()
+        self._start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, kill_workers=True)
+        self._folder.cleanup()
+
+    def _start(self) -> None:
+        from joblib.externals.loky import ProcessPoolExecutor
+
+        begun_with = (os.getpid(), self.at_once, self.gpus, Path(self._folder.name))
+        self._pool = ProcessPoolExecutor(
+            self.at_once, initializer=_begin_worker, initargs=begun_with
+        )
+        with signals.not_for_children():
+            self._begun = [self._pool.submit(_import) for _ in range(self.at_once)]
+
+    def do(self, jobs: Sequence[Job]) -> Results:
+        """Do the jobs; those whose process was killed, and took the others down, come so."""
+        from concurrent.futures import CancelledError, as_completed
+        from concurrent.futures.process import BrokenProcessPool
+
+        if any(one.done() and one.exception() for one in self._begun):
+            self._restart()
+        futures, stopped, broken = {self._pool.submit(do_job, job): job for job in jobs}, [], False
+
+        def stop(number: int) -> None:
+            stopped.append(number)
+            for future in futures:
+                future.cancel()
+            for process in multiprocessing.active_children():
+                process.terminate()
+
+        with signals.handled(stop):
+            for future in as_completed(futures):
+                try:
+                    outcome = future.result()
+                except (BrokenProcessPool, CancelledError) as error:
+                    broken = True
+                    names = re.findall(r"SIG[A-Z]+", str(error))
+                    how = f"was ended by {names[0]}" if names else "ended abruptly"
+                    outcome = Outcome("killed", reason=f"its process {how}")
+                if stopped and outcome.failed:
+                    outcome = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
+                yield futures[future], outcome
+        if broken and not stopped:
+            self._restart()
+
+    def _restart(self) -> None:
+        self._pool.shutdown(wait=True, kill_workers=True)
+        self._start()
+
+
+def run_local(jobs: Sequence[Job], workers: Workers) -> Results:
+    """Do them in processes of this machine.
 
     The system may kill a process (for its memory, say).  That takes the others down; those that
     had begun are then done one at a time, so that it is seen which one it was.
     """
-    gpus = _gpus(jobs[0].config)
-    at_once = share_of(jobs[0].config, len(jobs)).at_once
     waiting, interrupted = list(jobs), False
     while waiting and not interrupted:
         lost, reason = list[Job](), ""
-        for job, outcome in _in_pool(waiting, at_once, gpus, folder):
+        for job, outcome in workers.do(waiting):
             if outcome.status == "killed":
                 lost.append(job)
                 reason = outcome.reason
@@ -186,55 +304,22 @@ def run_local(jobs: Sequence[Job], launcher: LocalLauncher, folder: Path) -> Res
             raise RunError(f"launcher=local: its processes do not start ({reason})")
         for suspect in suspects:
             if not interrupted:
-                ((job, outcome),) = _in_pool([suspect], 1, gpus, folder)
+                ((job, outcome),) = workers.do([suspect])
                 yield job, outcome
                 interrupted = outcome.status == "interrupted"
         waiting = [job for job in lost if job not in suspects]
 
 
-def _in_pool(jobs: Sequence[Job], n_jobs: int, gpus: int, folder: Path) -> Results:
-    """Do them in processes of loky, which name the signal that ended one.
-
-    A signal reaches the workers as SIGTERM: they save and stop; what waits is not begun.
-    """
-    from concurrent.futures import CancelledError, as_completed
-    from concurrent.futures.process import BrokenProcessPool
-
-    from joblib.externals.loky import ProcessPoolExecutor
-
-    begun_with = (os.getpid(), gpus, folder)
-    pool = ProcessPoolExecutor(n_jobs, initializer=_begin_worker, initargs=begun_with)
-    futures = {pool.submit(do_job, job): job for job in jobs}
-    stopped = []
-
-    def stop(number: int) -> None:
-        stopped.append(number)
-        for future in futures:
-            future.cancel()
-        for process in multiprocessing.active_children():
-            process.terminate()
-
-    try:
-        with signals.handled(stop):
-            for future in as_completed(futures):
-                try:
-                    outcome = future.result()
-                except (BrokenProcessPool, CancelledError) as error:
-                    names = re.findall(r"SIG[A-Z]+", str(error))
-                    how = f"was ended by {names[0]}" if names else "ended abruptly"
-                    outcome = Outcome("killed", reason=f"its process {how}")
-                if stopped and outcome.failed:
-                    outcome = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
-                yield futures[future], outcome
-    finally:
-        pool.shutdown(wait=True, kill_workers=True)
+def _import() -> None:
+    import tinygpt.training.session  # noqa: F401
 
 
 _worker = contextlib.ExitStack()  # what a worker holds for as long as it lives
 
 
-def _begin_worker(parent: int, gpus: int, folder: Path) -> None:
-    _claim_gpu(gpus, folder)  # before torch is imported
+def _begin_worker(parent: int, at_once: int, gpus: int, folder: Path) -> None:
+    if gpus:
+        _claim_gpu(at_once, gpus, folder)  # before torch is imported
     for number in signals.STOPPING:  # a terminal's reach the study too, which sends SIGTERM
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -245,15 +330,15 @@ def _begin_worker(parent: int, gpus: int, folder: Path) -> None:
     leave_with_parent(parent)  # its runs would be locked for whoever resumes the study
 
 
-def _claim_gpu(gpus: int, folder: Path) -> None:
-    """Give this process a GPU that no other worker has, for as long as it lives."""
+def _claim_gpu(at_once: int, gpus: int, folder: Path) -> None:
+    """Give this process one of ``at_once`` places on the GPUs, for as long as it lives."""
     import filelock
 
-    for number in range(gpus):
+    for place in range(at_once):
         with contextlib.suppress(filelock.Timeout):
-            lock = filelock.FileLock(folder / f".gpu-{number}.lock", timeout=0)
+            lock = filelock.FileLock(folder / f"gpu-{place}.lock", timeout=0)
             _worker.enter_context(lock)
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
             return
 
 
@@ -318,7 +403,7 @@ def ray_options(launcher: RayLauncher) -> dict[str, Any]:
     return {"num_cpus": launcher.cpus, "num_gpus": launcher.gpus, "max_retries": 0}
 
 
-def run_ray(jobs: Sequence[Job], launcher: RayLauncher, folder: Path) -> Results:
+def run_ray(jobs: Sequence[Job], launcher: RayLauncher) -> Results:
     """Do them as Ray tasks, on the cluster at ``address`` or on one of its own."""
     import ray
 

@@ -20,7 +20,7 @@ from tinygpt.adaptation.config import AdaptConfig, count_records, count_trials, 
 from tinygpt.config import Config, ConfigError, WsdSchedule
 from tinygpt.config.counting import count_parameters
 from tinygpt.runs import rundir
-from tinygpt.sweeping.engines import share_of
+from tinygpt.sweeping.engines import Share, share_of
 from tinygpt.sweeping.jobs import Job, Kind, flops_of
 from tinygpt.sweeping.view import make_table, say
 from tinygpt.training.console import clock, short
@@ -100,7 +100,7 @@ class Trainings(Kind):
 
         todo = [job for job in jobs if job not in done]
         others = _others_at_work()  # before the timing adds to it
-        share = share_of(jobs[0].config, len(todo))
+        share = share_of(todo or jobs)
         for job in jobs:
             job.config.hardware.threads = share.threads  # so that its step is timed as it will run
         with console.status("timing a few steps of each size"):
@@ -117,7 +117,7 @@ class Trainings(Kind):
             )
         console.print(table, highlight=False, markup=False)
         threads = share.threads or torch.get_num_threads()
-        say(console, f"\n{_sum_line(todo, seconds, share.at_once, threads)}")
+        say(console, f"\n{_sum_line(todo, seconds, share._replace(threads=threads))}")
         on_cpu = bool(todo) and open_machine(todo[0].config).accelerator == "cpu"
         cores = os.cpu_count() or 1
         if on_cpu and others >= IDLE and others + share.at_once * threads > cores:
@@ -351,13 +351,11 @@ def _others_at_work() -> float:
     return max(0.0, os.getloadavg()[0] - ours)
 
 
-def _sum_line(todo: Sequence[Job], seconds: Mapping[Job, float], at_once: int, threads: int) -> str:
+def _sum_line(todo: Sequence[Job], seconds: Mapping[Job, float], share: Share) -> str:
     each = [seconds[job] for job in todo]
-    total = clock(max([sum(each) / at_once, *each], default=0.0))
-    how = "one after the other" if at_once == 1 else f"{at_once} at once"
-    how += f", {threads} thread{'' if threads == 1 else 's'} each"
+    total = clock(max([sum(each) / share.at_once, *each], default=0.0))
     disk = sum(map(disk_bytes, todo)) / 1e6
-    return f"{len(todo)} to train: {total}, {how}; {disk:.3g} MB, {flops_of(todo)}"
+    return f"{len(todo)} to train: {total}, {share.words}; {disk:.3g} MB, {flops_of(todo)}"
 
 
 def estimate_seconds(jobs: Sequence[Job]) -> dict[Job, float]:
@@ -383,9 +381,9 @@ def estimate_seconds(jobs: Sequence[Job]) -> dict[Job, float]:
             timed[shape] = seconds_per_step(job.config, vocab_size, plan, device)
             seconds_per_flop = timed[shape] / flops
         step = timed.get(shape, flops * seconds_per_flop)
-        evaluations = 1 + math.ceil(job.steps / plan.eval_steps)
+        between = (job.steps - 1) // plan.eval_steps / row["val_every"]
         forward = step / row["batch_tokens"] / 3  # a backward pass costs two forward ones
-        estimated[job] = job.steps * step + evaluations * job.val_tokens * forward
+        estimated[job] = job.steps * step + (2 + between) * job.val_tokens * forward
     return estimated
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tinygpt import fileio, signals
 from tinygpt.config.settings import SMOKE
-from tinygpt.sweeping.engines import Outcome, check_engine, outcome_of, run_jobs
+from tinygpt.sweeping.engines import Engine, Outcome, check_engine, outcome_of, ready, share_of
 from tinygpt.sweeping.jobs import Job, Kind, compose_jobs, flops_of
 from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.sweeping.view import View, make_table, say
@@ -41,17 +41,16 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
         if settings.scale == "smoke":
             say(console, SMOKE)
         return [Outcome("planned")] * len(jobs)
-    if pending:
-        check_engine(settings.launcher)
-        kind.prepare(jobs if settings.sweep.share_trunk else pending, outcomes, console)
-        if settings.launcher.kind != "serial":  # longest first: none is left alone at the end
-            pending.sort(key=lambda job: -job.row["flops_exact"])
     folders = list(dict.fromkeys(job.run.path.parent for job in jobs))
-    with contextlib.ExitStack() as alone:
-        for folder in folders:
-            alone.enter_context(fileio.locked(folder, folder.parent, "study"))
+    with contextlib.ExitStack() as held:
         if pending:
-            _run(pending, len(jobs), outcomes, console)
+            check_engine(settings.launcher)
+            engine = held.enter_context(ready(pending))
+            kind.prepare(jobs if settings.sweep.share_trunk else pending, outcomes, console)
+        for folder in folders:
+            held.enter_context(fileio.locked(folder, folder.parent, "study"))
+        if pending:
+            _run(pending, engine, len(jobs), outcomes, console)
         for folder in folders:
             write_summary(folder, kind)
         _print_summary(jobs, outcomes, console)
@@ -65,13 +64,18 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
 
 
 def _run(
-    pending: Sequence[Job], total: int, outcomes: dict[Job, Outcome], console: Console
+    pending: list[Job], engine: Engine, total: int, outcomes: dict[Job, Outcome], console: Console
 ) -> None:
     """Do ``pending``, trunks before their branches, and note how each ended in ``outcomes``."""
+    share, launcher = share_of(pending), pending[0].config.launcher.kind
+    if share.engine != "serial":  # longest first: none is left alone at the end
+        pending.sort(key=lambda job: -job.row["flops_exact"])
+    if launcher == "auto" and len(pending) > 1:
+        say(console, f"launcher {share.engine}: {share.words}")
     stages = [job for job in pending if not job.trunk], [job for job in pending if job.trunk]
     with View(pending, total, console) as view:
         for stage in filter(None, stages):
-            for job, outcome in run_jobs(stage, pending[0].run.path.parent):
+            for job, outcome in engine(stage, pending[0].run.path.parent):
                 outcomes[job] = outcome
                 if outcome.status == "killed" and job.run.environment.exists():
                     fileio.write_json(job.run.error, {"error": outcome.reason})

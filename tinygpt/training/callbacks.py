@@ -119,7 +119,6 @@ class Journal(pl.Callback):
             "initial_val_loss": None,
             "best_val_loss": None,
             "best_val_step": None,
-            "last_val_loss": None,
             "evaluations_without_progress": 0,
             "final_train_loss": None,
             "seconds": 0.0,
@@ -147,6 +146,7 @@ class Journal(pl.Callback):
         for name in STATS:
             getattr(self._stats, name).fill_(self.state[name])
         self._timed_from = trainer.global_step
+        pl_module.data.scores_all = True
         if trainer.global_step == 0:
             self.scores = pl_module.validate()
             self.state["initial_val_loss"] = self.scores.loss
@@ -220,8 +220,7 @@ class Journal(pl.Callback):
         scores = None
         why = self._divergence(row, step)
         if why is None and evaluating:
-            scores = self.scores = module.validate()
-            self._judge(step, scores)
+            scores = self.scores = self._evaluate(module, step)
             if not math.isfinite(scores.loss):
                 why = f"the validation loss is not finite at step {step}"
         if why is not None:
@@ -253,9 +252,19 @@ class Journal(pl.Callback):
             log.info(line, largest, since + 1, step, usual)
         state["grad_norms"] = [*before, largest][-20:]
 
+    def _evaluate(self, module: LanguageModel, step: int) -> Scores:
+        """Return the scores of the part of validation that is scored on the way, by which the
+        best step is found; at the end of the run those of all."""
+        data, is_part = module.data, module.data.val_every() > 1
+        data.scores_all = not is_part
+        scores = module.validate()
+        data.scores_all = True
+        self._judge(step, scores)
+        is_last = step >= self.plan.total_steps or self._out_of_patience()
+        return module.validate() if is_last and is_part else scores
+
     def _judge(self, step: int, scores: Scores) -> None:
         state = self.state
-        state["last_val_loss"] = scores.loss
         if state["best_val_loss"] is None or scores.loss < state["best_val_loss"]:
             state |= {"best_val_loss": scores.loss, "best_val_step": step}
             state["evaluations_without_progress"] = 0

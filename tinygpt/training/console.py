@@ -177,6 +177,10 @@ def log_beginning(
         + f", {threads} thread{'' if threads == 1 else 's'}, precision {device.precision}",
         f"folder  {run.path}{', resuming' if resuming else ''}",
     ]
+    if (every := data.val_every()) > 1:
+        part = short(index["splits"]["val"]["tokens"] / every)
+        line = f"val     about {part} tokens in between, all of them at the start and at the end"
+        lines.insert(-1, line)
     for line in lines:
         log.info("%s", line)
 

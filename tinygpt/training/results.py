@@ -77,11 +77,12 @@ def _losses(
 ) -> dict[str, Any]:
     nothing = Scores(0, 0, 0, 0)
     val = final.named("val") if final else dict.fromkeys(nothing.named("val"))
+    is_best = state["best_val_step"] == state["steps"]  # else of the windows scored on the way
     losses: dict[str, float | None] = {
         **{f"final_{name}": value for name, value in val.items()},
         "final_val_loss_standard_error": final.standard_error if final else None,
         "initial_val_loss": state["initial_val_loss"],
-        "best_val_loss": state["best_val_loss"],
+        "best_val_loss": final.loss if final and is_best else state["best_val_loss"],
         "best_val_step": state["best_val_step"],
         "final_train_loss": state["final_train_loss"],
         "irreducible_loss_exact": data.floor("val"),
@@ -142,6 +143,7 @@ def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict
         "data_fingerprint": index["splits"]["train"]["fingerprint"],
         "validation_fingerprint": val["fingerprint"],
         "val_tokens": scored_tokens(val),
+        "val_every": data.val_every(),  # windows: one in so many is scored on the way
         # of a text that is one stream, and not cut into documents, there is no number
         "val_documents": val["documents"] if val["documents"] + documents > 2 else None,
     }
