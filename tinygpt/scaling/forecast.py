@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy import special
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.fitting import EFFICIENT, grid_starts, spread_starts
-from tinygpt.scaling.laws import LAWS, Array, Law
+from tinygpt.scaling.fitting import EFFICIENT, ROUGH, starts_of
+from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.points import Points
 from tinygpt.scaling.solver import NDBool, solve
 
@@ -32,7 +32,6 @@ TILTS = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0))
 CUTS = (0.3, 0.7, 1.1, 1.6, 2.2, 3.0)  # in log size, below the largest run
 STARTS, PASSES = 16, 3  # of the search; Huber's limit follows from the pass before
 SAME = 1e-3  # minima whose objectives differ by less, relatively, are one
-SEARCH: dict[str, Any] = {"most_steps": 50, "gain": 1e-6}
 SHARPNESS = 8.0  # a member counts by its inner error to the power of minus this
 SHRINKAGE = 10.0  # runs by which the inner error of a member is drawn to the median member's
 NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place comes nearer
@@ -224,7 +223,7 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
                 for a, b in tilts
             ]
             weights += [each * (part.sum() / each.sum()) for each in tilted]
-            starts.append(_starts(law, points.rows(part), sample.seed))
+            starts.append(starts_of(law, points.rows(part), sample.seed)[:STARTS])
         if not able:
             continue
         plain = np.concatenate(
@@ -233,7 +232,7 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
                 for i, start in zip(able, starts, strict=True)
             ]
         )
-        first = solve(law, points, np.concatenate(starts), weights=plain, **SEARCH)
+        first = solve(law, points, np.concatenate(starts), weights=plain, **ROUGH)
         ends = np.cumsum([len(start) for start in starts])
         for end, start in zip(ends, starts, strict=True):
             objective = first.objective[end - len(start) : end]
@@ -246,7 +245,7 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
         repeated = np.repeat(np.array(weights), counts, axis=0)
         limit = np.full((len(theta), 1), np.inf)  # Huber's
         for _ in range(PASSES):
-            solved = solve(law, points, theta, limit, repeated, **SEARCH)
+            solved = solve(law, points, theta, limit, repeated, **ROUGH)
             theta = solved.theta
             residuals = points.y - law.log_loss(theta, points.x)
             limit = EFFICIENT * _weighted_scale(residuals, repeated, len(law))
@@ -265,13 +264,6 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
 def _carries(x: Array, parameters: int) -> bool:
     """Return whether points, (variables, n), are more than parameters, and vary in each."""
     return bool(x.shape[1] and np.ptp(x, axis=1).all()) and len(np.unique(x.T, axis=0)) > parameters
-
-
-def _starts(law: Law, points: Points, seed: int) -> Array:
-    is_plain = law.powers and max(map(len, law.powers.values())) == 1
-    if is_plain and len(law.exponents) <= 2:
-        return grid_starts(law, points)
-    return spread_starts(law, points, seed)[:STARTS]
 
 
 def _weighted_scale(residuals: Array, weights: Array, parameters: int) -> Array:
