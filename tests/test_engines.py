@@ -170,6 +170,18 @@ def test_auto_trains_side_by_side_where_that_is_possible(
         assert engines.share_of(jobs[:1]).engine == "serial"
 
 
+def test_a_run_resumes_with_the_threads_it_began_with(tmp_path: Path) -> None:
+    jobs = sweep("seed=1,2,3", f"output_dir={tmp_path}", "launcher.n_jobs=2", "hardware=cpu")
+    for job, threads in zip(jobs[:2], (3, 5), strict=True):
+        job.run.checkpoints.mkdir(parents=True)
+        job.run.environment.write_text(json.dumps({"threads": threads}))
+    jobs[0].run.last.touch()  # the second left no checkpoint: it begins anew
+    share = engines.share_of(jobs).threads
+    with engines.ready(jobs) as engine:
+        engine(jobs, tmp_path)
+    assert [job.config.hardware.threads for job in jobs] == [3, share, share]
+
+
 def test_auto_needs_no_shared_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(engines, "SHARED_MEMORY", str(tmp_path / "shm"))
     jobs = sweep("seed=1,2", "launcher.n_jobs=2", "hardware=cpu")

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from tinygpt import signals, streams
+from tinygpt import fileio, signals, streams
 from tinygpt.config import (
     Config,
     ConfigError,
@@ -157,8 +157,8 @@ def _fit_on_a_gpu(jobs: Sequence[Job]) -> int:
 def ready(jobs: Sequence[Job]) -> Iterator[Engine]:
     """Yield the engine named by ``launcher=``, for ``jobs`` or some of them.
 
-    Processes of this machine start at once and
-    import torch while data is prepared; they stay until the end, so that each imports it once.
+    Processes of this machine start at once and import torch while data is prepared; they stay
+    until the end, so that each imports it once.
     """
     share = share_of(jobs)
     launcher = jobs[0].config.launcher
@@ -174,10 +174,19 @@ def ready(jobs: Sequence[Job]) -> Iterator[Engine]:
 
         def run(jobs: Sequence[Job], folder: Path) -> Results:
             for job in jobs:
-                job.config.hardware.threads = share.threads
+                job.config.hardware.threads = _threads_of(job, share)
             return engines[share.engine](jobs, folder)
 
         yield run
+
+
+def _threads_of(job: Job, share: Share) -> int | None:
+    """Return the threads of a job: those it began with, so that it resumes with the same bits."""
+    config = job.config
+    if config.hardware.threads is None and job.run.last.exists() and not config.force:
+        begun: int | None = fileio.read_json(job.run.environment).get("threads")
+        return begun or share.threads
+    return share.threads
 
 
 _interrupted: list[bool] = []  # a worker that was told to stop begins nothing more
