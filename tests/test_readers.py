@@ -26,6 +26,7 @@ from tinygpt.data import columns
 from tinygpt.data.corpora import FileCorpus
 from tinygpt.data.survey import Survey
 from tinygpt.data.textfiles import format_of
+from tinygpt.scaling.tables import read_table
 
 PROSE = [f"Story {n}. The fox saw {n * n} birds by the river, and went home." for n in range(150)]
 CHAT = [{"role": "user", "content": "How far is it?"}, {"role": "assistant", "content": "Not far."}]
@@ -282,6 +283,7 @@ def test_every_kind_of_file_may_be_packed(name: str, tmp_path: Path) -> None:
         "bz2": bz2.compress(data),
         "XZ": lzma.compress(data),
         "zst": pa.Codec("zstd").compress(data, asbytes=True),
+        "zstd": pa.Codec("zstd").compress(data, asbytes=True),
         "zip": zipped(data, tmp_path, name),
     }
     expected = read(plain)[0]
@@ -293,6 +295,28 @@ def test_every_kind_of_file_may_be_packed(name: str, tmp_path: Path) -> None:
         assert next(iter(survey.formats)).startswith(suffix.lower())
         path.write_bytes(content[: len(content) * 2 // 3])
         assert f"damaged or no .{suffix.lower()}" in refused(path), suffix
+
+
+def test_streams_behind_each_other_are_all_read_or_refused(tmp_path: Path) -> None:
+    """Python's own readers end, without a word, at the first that they cannot read."""
+    parts = [f"{n} {n * PROSE[n]}\n".encode() for n in (7, 8, 9)]
+    whole = b"".join(parts).decode().strip()
+    for suffix, pack in ((".bz2", bz2.compress), (".xz", lzma.compress)):
+        streams = [bytearray(pack(part)) for part in parts]
+        path = tmp_path / f"a.txt{suffix}"
+        good = [b"".join(streams)]
+        padded = (b"\0" * 4).join(streams) + b"\0" * 8
+        bad = [(b"\0" * 3).join(streams), good[0] + b"more", good[0][:-20], padded + b"\0"]
+        (good if suffix == ".xz" else bad).append(padded)
+        streams[1][40] ^= 0xFF
+        bad.append(b"".join(streams))
+        for data in good:
+            assert "\n".join(read(written(path, data), separator="none")[0]) == whole
+        for data in bad:
+            assert refused(written(path, data)).startswith(f"data.path={path}: damaged or no ")
+            table = written(tmp_path / f"t.csv{suffix}", data)
+            with pytest.raises(ConfigError, match="cannot be read"):
+                read_table(table)
 
 
 def test_a_zip_of_several_files_is_refused_and_one_tells_its_kind(tmp_path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import contextlib
-import gzip
 import io
 import itertools
 import lzma
@@ -16,10 +14,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from tinygpt import fileio
 from tinygpt.config import ConfigError, one_line
 
 CHUNK = 1 << 20  # bytes read at a time
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".zip")
 BINARY = (".parquet", ".arrow")
 ROW_FORMATS = {
     ".jsonl": "jsonl",
@@ -36,7 +35,6 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DAMAGED = (
     *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError),
     *(lzma.LZMAError, zlib.error, zipfile.BadZipFile),
@@ -103,17 +101,11 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     kind = packing(path)
     try:
         with path.open("rb") as raw:
-            stream: Any = raw
-            if kind in _OPENERS:
-                stream = _OPENERS[kind](raw)
-            elif kind == ".zst":
-                import pyarrow
-
-                stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd")
-            elif kind == ".zip":
+            if kind == ".zip":
                 archive = zipfile.ZipFile(raw)
-                stream = archive.open(_member(archive, path))
-            yield stream, raw
+                yield archive.open(_member(archive, path)), raw
+            else:
+                yield fileio.unpacked(raw, kind), raw
     except _DAMAGED as error:
         if not kind or isinstance(error, ConfigError):
             raise
