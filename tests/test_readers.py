@@ -436,6 +436,43 @@ def test_a_text_that_changes_its_name_midway_is_not_skipped_unsaid(tmp_path: Pat
     assert sum(map(bool, read(path, text_column="body")[0])) == 250
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_texts_under_two_names_by_turns_are_refused(kind: str, tmp_path: Path) -> None:
+    """So pandas writes two tables that are put behind each other."""
+    half = len(PROSE) // 2
+    empty = "" if kind == "csv" else None
+    found = {
+        "text": [t[:60] if n < half else empty for n, t in enumerate(PROSE)],
+        "content": [empty if n < half else t[:60] for n, t in enumerate(PROSE)],
+        "title": [f"The title of {n * n} and its pages" for n in range(len(PROSE))],
+    }
+    path = tmp_path / f"a.{kind}"
+    rows = [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+    if kind == "parquet":
+        parquet(path, **found)
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([found, *(row.values() for row in rows)])
+    else:
+        lines(path, rows)
+    line = refused(path)
+    assert "75 of 150 rows have no text but a text in content; data.text_column=[text" in line
+    assert read(path, text_column="[text,content]")[0] == [text[:60] for text in PROSE]
+    assert sum(map(bool, read(path, text_column="text")[0])) == half
+
+
+def test_titles_and_labels_beside_empty_texts_are_no_other_name(tmp_path: Path) -> None:
+    rows = [
+        {"title": f"The title of {n * n}", "comment": 2 * t if n % 3 else "", "why": "not told"}
+        for n, t in enumerate(PROSE)
+    ]
+    assert sum(map(bool, read(lines(tmp_path / "a.jsonl", rows))[0])) == 100
+    mixed = [{"Text" if n % 2 else "text": text[:60]} for n, text in enumerate(PROSE)]
+    assert "75 of 150 rows have no text but a text in Text" in refused(
+        lines(tmp_path / "b.jsonl", mixed)
+    )
+
+
 def test_names_of_files_are_not_text_beside_text() -> None:
     rows = [
         {"text": f"clip_{i}.wav", "transcription": f"what they said {i} times"} for i in range(9)

@@ -18,6 +18,7 @@ SHOWN = 12  # names in a message
 TURNS = (("role", "content"), ("from", "value"))  # the fields of a chat's turn
 FILE = re.compile(r"[\w ./\\-]+\.\w{1,5}")
 LONG = 80  # characters of words, from which a text of another name is not skipped unsaid
+MANY = 0.05  # of the rows, whose text of another name is not skipped unsaid
 _MISSING = object()
 
 
@@ -208,29 +209,50 @@ def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> It
 
     A list gives its texts on lines of their own; a chat, a list of ``{role, content}`` or
     ``{from, value}``, paragraphs ``role: content``.  Raises ConfigError, naming the row, for a
-    struct and for bytes that are not UTF-8.
+    struct and for bytes that are not UTF-8, and where many rows have their text under another name.
     """
+    number, with_text = 0, 0
+    beside, instead, samples = Counter[str](), Counter[str](), dict[str, list[str]]()
     for number, row in enumerate(rows, start=1):
         values = [(column, _value(row, column)) for column in choice.columns]
         filled = [(c, v) for c, v in values if v is not None and v is not _MISSING]
         found = [_text(v, f"data.text_column={c}: {where}", number) for c, v in filled]
         survey.values_not_text += found.count(None)
-        if not choice.is_asked and all(value is _MISSING for _, value in values):
-            _refuse_other(row, choice, where, number)
+        if not choice.is_asked:
+            if all(value is _MISSING for _, value in values):
+                _refuse_other(row, choice, where, number)
+            others = [name for name, value in row.items() if value and isinstance(value, str)]
+            with_text += any(found)
+            for name in others:
+                if any(found):
+                    beside[name] += 1
+                elif _is_wordy(row[name]):
+                    instead[name] += 1
+                    if instead[name] <= HEAD_ROWS:
+                        samples.setdefault(name, []).append(row[name][:LONG])
         if not filled or found.count(None) < len(found):
             yield "\n\n".join(text for text in found if text)
+    for name, count in instead.items():
+        is_other_name = count > number * MANY and beside[name] * 2 <= with_text
+        if is_other_name and _is_prose(samples[name]):
+            raise ConfigError(_other(choice, where, f"{count:,} of {number:,} rows have", name))
 
 
 def _refuse_other(row: Row, choice: Choice, where: str, number: int) -> None:
     """Raise ConfigError for a row that has a text, but under another name than the rows before."""
     for name, value in row.items():
         if isinstance(value, str) and len(value) >= LONG and _is_wordy(value):
-            both = ",".join([*choice.columns, name])
-            raise ConfigError(
-                f"data.text_column=auto: {where}: row {number} has no {choice} but a text in "
-                f"{name}; data.text_column=[{both}] takes whichever a row has, "
-                f"data.text_column={choice} only its own"
-            )
+            raise ConfigError(_other(choice, where, f"row {number} has", name))
+
+
+def _other(choice: Choice, where: str, rows: str, name: str) -> str:
+    """Return the line that refuses rows whose text is under another name than the one chosen."""
+    both = ",".join([*choice.columns, name])
+    return (
+        f"data.text_column=auto: {where}: {rows} no {choice} but a text in {name}; "
+        f"data.text_column=[{both}] takes whichever a row has, data.text_column={choice} only its "
+        "own"
+    )
 
 
 def _text(value: Any, key: str, number: int) -> str | None:

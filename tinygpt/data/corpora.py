@@ -269,7 +269,7 @@ class FileCorpus:
             if path in self.tables:
                 choice = self.choices[path]
                 tops = [name for column in choice.columns for name in columns.prefixes(column)]
-                rows = self.tables[path].read(self.read, tops)
+                rows = self.tables[path].read(self.read, tops, texts=not choice.is_asked)
                 texts = columns.texts(rows, choice, str(path), self.survey)
             else:
                 texts = cut(self._chunks(path, self.read), self.separators[path])

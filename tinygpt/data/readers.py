@@ -45,10 +45,15 @@ class Rows:
         self.path, self.format, self.encoding = path, format_of(path), config.encoding
         self.dialect = find_dialect(path, config) if self.format == "csv" else None
 
-    def read(self, read: dict[Path, int], columns: Iterable[str] | None = None) -> Iterator[Row]:
-        """Yield the rows; of parquet only ``columns``.  Raises ConfigError, naming the line."""
+    def read(
+        self, read: dict[Path, int], columns: Iterable[str] | None = None, texts: bool = False
+    ) -> Iterator[Row]:
+        """Yield the rows; of parquet only ``columns``, and with ``texts`` all others of text.
+
+        Raises ConfigError, naming the line.
+        """
         if self.format == "parquet":
-            return _parquet(self.path, read, columns)
+            return _parquet(self.path, read, columns, texts)
         chunks = text_chunks(self.path, read, self.encoding)
         if self.dialect is not None:
             return _csv(self.path, chunks, self.dialect)
@@ -307,7 +312,9 @@ def _rows_in(path: Path, value: Row) -> list[Row]:
     return [value]
 
 
-def _parquet(path: Path, read: dict[Path, int], columns: Iterable[str] | None) -> Iterator[Row]:
+def _parquet(
+    path: Path, read: dict[Path, int], columns: Iterable[str] | None, texts: bool
+) -> Iterator[Row]:
     """Yield rows, a few hundred read at a time.  Raises ConfigError for what is no parquet."""
     import pyarrow
     import pyarrow.parquet
@@ -321,8 +328,11 @@ def _parquet(path: Path, read: dict[Path, int], columns: Iterable[str] | None) -
                 shutil.copyfileobj(stream, source, CHUNK)
                 source.seek(0)
             file, rows = pyarrow.parquet.ParquetFile(source), 0
-            there = file.schema_arrow.names
-            wanted = None if columns is None else [name for name in columns if name in there]
+            wanted: list[str] | None = None
+            if columns is not None:
+                kinds = ("string", "large_string") if texts else ()
+                there = file.schema_arrow
+                wanted = [f.name for f in there if f.name in columns or str(f.type) in kinds]
             for batch in file.iter_batches(batch_size=1024 if columns else 64, columns=wanted):
                 rows += len(batch)
                 read[path] = path.stat().st_size * rows // file.metadata.num_rows
