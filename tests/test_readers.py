@@ -243,7 +243,12 @@ def test_delimiter_and_header_can_be_given(tmp_path: Path) -> None:
 
 
 @given(
-    st.lists(st.text(st.characters(exclude_characters="\0\r", codec="utf-8")), min_size=3),
+    st.lists(
+        st.text(st.characters(exclude_characters="\0\r\ufeff", codec="utf-8")).filter(
+            lambda text: text not in columns.NULLS
+        ),
+        min_size=3,
+    ),
     st.sampled_from(",;\t|"),
 )
 def test_any_text_survives_any_dialect(texts: list[str], delimiter: str) -> None:
@@ -421,6 +426,84 @@ def test_what_does_not_fit_is_refused_with_its_line(
 def test_headers_and_single_columns(data: str, expected: list[str] | None, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(data)
     assert read(tmp_path / "a.csv")[0] == (expected or data.splitlines()[1:])
+
+
+@pytest.mark.parametrize(
+    ("data", "column", "first"),
+    [
+        ("id,,\n1,a short one,and a far longer second one\n2,b c,d e\n", "column_3", "and a far"),
+        (",,\n1,one two three,x\n", "column_2", "one two three"),
+        ('id, text\n1, "one, two"\n2, "he said ""no"", twice"\n', "text", "one, two"),
+        ("\ufeffid,t\n1,one two\n\ufeffid,t\n2,three four\n", "t", "one two"),
+        ('\ufeff"text"\none two\n\ufeff"text"\nthree four\n', "text", "one two"),
+        ("text,review\n1,one two three\n2,four five six\n", "review", "one two three"),
+        ("When?,What did you like most of all?\n1/2,one two\n3/4,it, too\n", "", ""),
+        ("When?,What did you like most of all?\n1/2,one two\n3/4,five\n", "What did", "one two"),
+        ("n,text\n1,NA\n2,one two\n3,\\N\n", "text", "one two"),
+    ],
+)
+def test_names_of_columns_as_people_write_them(
+    data: str, column: str, first: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "a.csv", data.encode())
+    if not column:
+        assert "line 3 has 3 values for 2" in refused(path)
+        return
+    texts, survey = read(path)
+    assert str(survey.text_column).startswith(column)
+    assert next(filter(None, texts)).startswith(first)
+    assert not {"NA", r"\N", "text", "t"} & set(texts)
+    assert not any(" " in text[:1] or '"' in text[:1] for text in texts)
+
+
+@pytest.mark.parametrize("title", ["Reviews of 2023,,", "# a survey of May and of June,,", "May"])
+def test_a_title_above_the_names_is_refused(title: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", f"{title}\nid,q,answer\n1,one,two six\n2,x,y z\n".encode())
+    assert f"first line has only {title.rstrip(',')!r}, a title" in refused(path)
+    if "," in title:
+        assert read(path, header=True)[0][-1] == "y z"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "column"),
+    [
+        ("a.jl", '{"t": "one two"}\n{"t": "three four"}\n', "t"),
+        ("a.jl", "f(x) = x\n", None),
+        ("a.jsonlines", '{"t": "one two"}\n', "t"),
+        ("a.tab", "n\tt\n1\tone, two\n2\tthree, four\n", "t"),
+        ("a.psv", "n|t\n1|one, two\n2|three, four\n", "t"),
+    ],
+)
+def test_tables_under_rarer_suffixes(
+    name: str, data: str, column: str | None, tmp_path: Path
+) -> None:
+    written(tmp_path / name, data.encode())
+    texts, survey = read(tmp_path)
+    assert survey.text_column == column
+    assert texts[0].startswith("one" if column else "f(x)")
+
+
+def test_what_is_no_prose_under_a_suffix_of_text_is_refused(tmp_path: Path) -> None:
+    rows = b'{"text": "one"}\n{"text": "two"}\n'
+    packed = written(tmp_path / "b.gz", gzip.compress(rows))
+    for path in (written(tmp_path / "a.txt", rows), packed):
+        assert refused(path).startswith(f"data.path={path}: lines of JSON objects; name it .jsonl")
+        assert read(path, separator="none")[0][0].startswith('{"text"')
+    assert "RTF; save it as" in refused(written(tmp_path / "c.txt", b"{\\rtf1 one}"))
+    assert "nbconvert" in refused(written(tmp_path / "d.ipynb", b'{\n "cells": []\n}'))
+    japanese = "昔々あるところに。" * 9
+    jis = written(tmp_path / "e.txt", b"Once.\n" + japanese.encode("iso2022_jp"))
+    assert "at byte 6; data.encoding=iso2022_jp" in refused(jis)
+    assert read(jis, encoding="iso2022_jp")[0] == ["Once.\n" + japanese]
+
+
+def test_the_logs_of_latex_are_no_prose(tmp_path: Path) -> None:
+    for name in ("main.tex", "main.log", "a/b.aux", "a/b.log", "a/other.log"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"the text of {name}")
+    texts, survey = read(tmp_path)
+    assert texts == ["the text of a/other.log", "the text of main.tex"]
+    assert survey.skipped == {"LaTeX log": 2, ".aux": 1}
 
 
 def test_a_text_that_changes_its_name_midway_is_not_skipped_unsaid(tmp_path: Path) -> None:

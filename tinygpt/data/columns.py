@@ -17,6 +17,7 @@ WORDY = 0.5  # share of the values with several words, from which a column is pr
 SHOWN = 12  # names in a message
 TURNS = (("role", "content"), ("from", "value"))  # the fields of a chat's turn
 FILE = re.compile(r"[\w ./\\-]+\.\w{1,5}")
+NULLS = ("NA", "NULL", "NaN", r"\N")  # as R, SQL, pandas and Postgres write an empty cell
 LONG = 80  # characters of words, from which a text of another name is not skipped unsaid
 MANY = 0.05  # of the rows, whose text of another name is not skipped unsaid
 _MISSING = object()
@@ -67,7 +68,7 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
     lengths = {name: sum(map(len, values)) for name, values in texts.items() if values}
 
     def chosen(columns: list[str]) -> Choice:
-        others = [name for name in lengths if name not in columns]
+        others = [name for name in lengths if lengths[name] and name not in columns]
         return Choice(columns, others, is_asked=asked != "auto")
 
     if asked != "auto":
@@ -76,16 +77,24 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
         return chosen(_asked(asked))
     if first is not None and all(texts.get(name) for name in first.columns):
         return chosen(first.columns)
+    prose = {name: lengths[name] for name in lengths if _is_prose(texts[name])}
+
+    def is_ids(values: list[str], size: int) -> bool:
+        """Return whether a column called text names files, or is ids beside far longer prose."""
+        filled = [value for value in values if value.strip()]
+        is_short = not any(map(_is_wordy, filled)) and max(prose.values(), default=0) > 4 * size
+        is_files = len(lengths) > 1 and all(map(FILE.fullmatch, filled))
+        return bool(filled) and (is_short or is_files)
+
     by_name = [
         name
         for name in names
         if name.casefold() == "text"
         and (texts[name] or all(row.get(name) is None for row in head))
-        and not (len(lengths) > 1 and texts[name] and all(map(FILE.fullmatch, texts[name])))
+        and not is_ids(texts[name], lengths.get(name, 0))
     ]
     if by_name:
         return chosen(["text" if "text" in by_name else by_name[0]])
-    prose = {name: lengths[name] for name in lengths if _is_prose(texts[name])}
     if len(names) == 1 and lengths:
         prose = lengths
     nested = Counter[str]()
@@ -217,6 +226,7 @@ def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> It
         values = [(column, _value(row, column)) for column in choice.columns]
         filled = [(c, v) for c, v in values if v is not None and v is not _MISSING]
         found = [_text(v, f"data.text_column={c}: {where}", number) for c, v in filled]
+        found = ["" if text in NULLS else text for text in found]
         survey.values_not_text += found.count(None)
         if not choice.is_asked:
             if all(value is _MISSING for _, value in values):

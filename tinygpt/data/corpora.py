@@ -209,7 +209,8 @@ class FileCorpus:
                 alike[names] = columns.choose(head, asked, str(path), first)
             self.choices[path] = alike[names]
             before = columns.chosen_before(head, self.config)
-            self.chosen_as_before[path] = before == str(alike[names])
+            is_named = not str(alike[names]).startswith("column_")
+            self.chosen_as_before[path] = is_named and before == str(alike[names])
         every = self.choices.values()
         self.survey.text_column = ", ".join(dict.fromkeys(map(str, every))) or None
         others = (name for choice in every for name in choice.others)
@@ -219,6 +220,11 @@ class FileCorpus:
         """Return where a text is cut: ``separator``, or what ``auto`` finds."""
         if self.config.separator != "auto":
             return self.config.separator
+        if textfiles.has_objects(path) or textfiles.inner_suffix(path) == ".ipynb":
+            kind = "lines of JSON objects; name it .jsonl to read them as rows"
+            if textfiles.inner_suffix(path) == ".ipynb":
+                kind = "a notebook; jupyter nbconvert --to markdown makes text of it"
+            raise ConfigError(f"data.path={path}: {kind} (data.separator=none: it is a text)")
         has_mark = self.scans[path].has_end_of_text and textfiles.is_separated(
             self._chunks(path, {})
         )
