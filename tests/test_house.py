@@ -15,7 +15,7 @@ LIMITS = {
     "root": 2_733,
     "config": 1_150,
     "runs": 830,
-    "data": 3_908,
+    "data": 3_946,
     "model": 1_550,
     "training": 2_735,
     "sweeping": 1_460,

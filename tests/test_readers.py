@@ -564,6 +564,39 @@ def test_names_of_files_are_not_text_beside_text() -> None:
     assert chosen([{"text": f"clip_{i}.wav"} for i in range(9)]) == ["text"]
 
 
+def test_a_sentence_may_be_a_list_of_parts_as_telegram_has_it(tmp_path: Path) -> None:
+    parts = ["see ", {"type": "link", "text": "x.org"}, " today"]
+    found = [{"id": 1, "from": "A", "text": "one two"}, {"id": 2, "from": "B", "text": parts}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"name": "A group of us all", "messages": found}))
+    assert read(path)[0] == ["one two", "see x.org today"]
+
+
+def test_rows_may_lie_deeper_in_one_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1", "data": {"items": [{"t": t} for t in PROSE]}}))
+    assert read(path)[0] == PROSE
+    row = {"body": PROSE[0], "meta": {"tags": [{"name": "a b"}]}}
+    path.write_text(json.dumps(row))
+    assert read(path)[0] == [PROSE[0]]
+
+
+def test_a_refusal_says_what_would_do(tmp_path: Path) -> None:
+    (tmp_path / "meta.csv").write_text("key,value\nlicence,MIT\nyear,2024\n")
+    rows = lines(tmp_path / "train.jsonl", [{"text": text} for text in PROSE])
+    line = refused(tmp_path)
+    assert "meta.csv has no column of text" in line
+    assert line.endswith(f"; data.path='[{rows}]' names those with text")
+    quotes = written(tmp_path / "q.csv", b'n,t\n1,"he said \\"no\\" to it"\n2,"two"\n')
+    assert refused(quotes).endswith("a quote in a value is written twice)")
+    last = written(tmp_path / "l.csv", b"n,t\n1,one two\n2,three\n(2 rows)\n")
+    assert "line 4 has 1 values for 2 columns, it begins '(2 rows)'" in refused(last)
+    text = written(tmp_path / "a.txt", b"one\r\n\r\ntwo\n***\n")
+    assert refused(text, separator="---").startswith("data.separator='---': occurs nowhere in")
+    assert read(text, separator="***")[0] == ["one\n\ntwo"]
+    assert read(text, separator="\n\n")[0] == ["one", "two\n***"]
+
+
 def test_one_object_of_texts_is_not_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps({f"doc{i}": f"the text of document {i}" for i in range(40)}))

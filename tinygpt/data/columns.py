@@ -288,6 +288,8 @@ def _text(value: Any, key: str, number: int) -> str | None:
     if isinstance(value, list | tuple):
         parts = [_text(one, key, number) for one in value if one is not _MISSING]
         found = [part for part in parts if part is not None]
+        if {str, dict} <= set(map(type, value)):  # a sentence, of which links are parts
+            return "".join(found)
         if any(isinstance(one, dict) for one in value):  # a chat
             return "\n\n".join(part for part in found if part)
         return "\n".join(found) if found or not value else None
@@ -313,7 +315,7 @@ def _message(value: Row) -> str | None:
                 said = "\n".join(piece for piece in pieces if isinstance(piece, str))
             if said is None or isinstance(said, str):
                 return f"{value[role]}: {said or ''}".rstrip()
-    if value.get("type") == "text" and isinstance(value.get("text"), str):
+    if isinstance(value.get("type"), str) and isinstance(value.get("text"), str):
         return str(value["text"])
     return None
 

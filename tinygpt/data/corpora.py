@@ -194,23 +194,41 @@ class FileCorpus:
         self.separators = {
             path: self._separator(path) for path in self.scans if path not in self.tables
         }
+        mark = config.separator
+        is_mark = mark not in ("auto", "none", "sections") and self.separators
+        if is_mark and not any(self._has(mark, path) for path in self.separators):
+            raise ConfigError(f"data.separator={mark!r}: occurs nowhere in data.path={config.path}")
         self.read: dict[Path, int] = {}  # bytes
+
+    def _has(self, separator: str, path: Path) -> bool:
+        chunks = textfiles.unix_lines(self._chunks(path, {}))
+        pieces = textfiles.split_at(chunks, "".join(textfiles.unix_lines([separator])))
+        return len(list(itertools.islice(pieces, 2))) > 1
 
     def _choose(self) -> None:
         """Choose the text column of each table: the same in all that have the same columns."""
         asked = self.config.text_column
         alike: dict[frozenset[str], columns.Choice] = {}
         self.chosen_as_before: dict[Path, bool] = {}
+        refused: dict[Path, ConfigError] = {}
         for path, rows in self.tables.items():
             head = columns.head_of(rows.read({}), asked)
             names = frozenset(name for row in head for name in row)
             if names not in alike:
                 first = next(iter(self.choices.values()), None)
-                alike[names] = columns.choose(head, asked, str(path), first)
+                try:
+                    alike[names] = columns.choose(head, asked, str(path), first)
+                except ConfigError as error:
+                    refused[path] = error
+                    continue
             self.choices[path] = alike[names]
             before = columns.chosen_before(head, self.config)
             is_named = not str(alike[names]).startswith("column_")
             self.chosen_as_before[path] = is_named and before == str(alike[names])
+        if refused:
+            rest = [str(path) for path in self.scans if path not in refused]
+            files = f"; data.path='[{','.join(rest)}]' names those with text"
+            raise ConfigError(f"{next(iter(refused.values()))}{files * (0 < len(rest) < 9)}")
         every = self.choices.values()
         self.survey.text_column = ", ".join(dict.fromkeys(map(str, every))) or None
         others = (name for choice in every for name in choice.others)

@@ -226,14 +226,18 @@ def _csv(path: Path, chunks: Iterable[str], dialect: Dialect) -> Iterator[Row]:
             if len(record) < len(names) or any(record[len(names) :]):
                 # a text with a comma or a line break, unquoted: no part of it is dropped
                 raise csv.Error(
-                    f"line {line:,} has {len(record)} values for {len(names)} columns; "
+                    f"line {line:,} has {len(record)} values for {len(names)} columns, it begins "
+                    f"{record[0]!r:.40}; "
                     "data.delimiter= names what stands between values, and a value that has "
                     "it or a line break must be in quotes"
                 )
             yield dict(zip(names, record, strict=False))
     except csv.Error as error:
         where = "" if str(error).startswith("line") else f"behind line {line:,}: "
-        raise ConfigError(f"data.path={path}: not readable as CSV ({where}{error})") from error
+        hint = "; a quote in a value is written twice" if "expected after" in str(error) else ""
+        raise ConfigError(
+            f"data.path={path}: not readable as CSV ({where}{error}{hint})"
+        ) from error
 
 
 def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[Row]:
@@ -324,7 +328,17 @@ def _rows_in(path: Path, value: Row) -> list[Row]:
     """Return the rows in the only object of a file: its list of rows, else itself."""
     lists = {name: rows for name, rows in value.items() if isinstance(rows, list) and rows}
     tables = [name for name, rows in lists.items() if all(isinstance(row, dict) for row in rows)]
-    chats = [name for name in tables if all({"role", "from"} & set(row) for row in lists[name])]
+    inner = [one for one in value.values() if isinstance(one, dict)]
+    is_words = any(isinstance(one, str) and len(one.split()) > 3 for one in value.values())
+    deeper = [one for one in inner[0].values() if isinstance(one, list)] if len(inner) == 1 else []
+    if not tables and not is_words and any(isinstance(row, dict) for one in deeper for row in one):
+        return _rows_in(path, inner[0])
+    chats = [
+        name
+        for name in tables
+        if all({"role", "from"} & set(row) for row in lists[name])
+        and any({"content", "value"} & set(row) for row in lists[name])
+    ]
     tables = [name for name in tables if name not in chats]
     if len(tables) == 1:
         return lists[tables[0]]
