@@ -26,6 +26,7 @@ from tinygpt.data import columns
 from tinygpt.data.corpora import FileCorpus
 from tinygpt.data.survey import Survey
 from tinygpt.data.textfiles import format_of
+from tinygpt.scaling.tables import read_table
 
 PROSE = [f"Story {n}. The fox saw {n * n} birds by the river, and went home." for n in range(150)]
 CHAT = [{"role": "user", "content": "How far is it?"}, {"role": "assistant", "content": "Not far."}]
@@ -242,7 +243,12 @@ def test_delimiter_and_header_can_be_given(tmp_path: Path) -> None:
 
 
 @given(
-    st.lists(st.text(st.characters(exclude_characters="\0\r", codec="utf-8")), min_size=3),
+    st.lists(
+        st.text(st.characters(exclude_characters="\0\r\ufeff", codec="utf-8")).filter(
+            lambda text: text not in columns.NULLS
+        ),
+        min_size=3,
+    ),
     st.sampled_from(",;\t|"),
 )
 def test_any_text_survives_any_dialect(texts: list[str], delimiter: str) -> None:
@@ -282,6 +288,7 @@ def test_every_kind_of_file_may_be_packed(name: str, tmp_path: Path) -> None:
         "bz2": bz2.compress(data),
         "XZ": lzma.compress(data),
         "zst": pa.Codec("zstd").compress(data, asbytes=True),
+        "zstd": pa.Codec("zstd").compress(data, asbytes=True),
         "zip": zipped(data, tmp_path, name),
     }
     expected = read(plain)[0]
@@ -293,6 +300,28 @@ def test_every_kind_of_file_may_be_packed(name: str, tmp_path: Path) -> None:
         assert next(iter(survey.formats)).startswith(suffix.lower())
         path.write_bytes(content[: len(content) * 2 // 3])
         assert f"damaged or no .{suffix.lower()}" in refused(path), suffix
+
+
+def test_streams_behind_each_other_are_all_read_or_refused(tmp_path: Path) -> None:
+    """Python's own readers end, without a word, at the first that they cannot read."""
+    parts = [f"{n} {n * PROSE[n]}\n".encode() for n in (7, 8, 9)]
+    whole = b"".join(parts).decode().strip()
+    for suffix, pack in ((".bz2", bz2.compress), (".xz", lzma.compress)):
+        streams = [bytearray(pack(part)) for part in parts]
+        path = tmp_path / f"a.txt{suffix}"
+        good = [b"".join(streams)]
+        padded = (b"\0" * 4).join(streams) + b"\0" * 8
+        bad = [(b"\0" * 3).join(streams), good[0] + b"more", good[0][:-20], padded + b"\0"]
+        (good if suffix == ".xz" else bad).append(padded)
+        streams[1][40] ^= 0xFF
+        bad.append(b"".join(streams))
+        for data in good:
+            assert "\n".join(read(written(path, data), separator="none")[0]) == whole
+        for data in bad:
+            assert refused(written(path, data)).startswith(f"data.path={path}: damaged or no ")
+            table = written(tmp_path / f"t.csv{suffix}", data)
+            with pytest.raises(ConfigError, match="cannot be read"):
+                read_table(table)
 
 
 def test_a_zip_of_several_files_is_refused_and_one_tells_its_kind(tmp_path: Path) -> None:
@@ -399,6 +428,84 @@ def test_headers_and_single_columns(data: str, expected: list[str] | None, tmp_p
     assert read(tmp_path / "a.csv")[0] == (expected or data.splitlines()[1:])
 
 
+@pytest.mark.parametrize(
+    ("data", "column", "first"),
+    [
+        ("id,,\n1,a short one,and a far longer second one\n2,b c,d e\n", "column_3", "and a far"),
+        (",,\n1,one two three,x\n", "column_2", "one two three"),
+        ('id, text\n1, "one, two"\n2, "he said ""no"", twice"\n', "text", "one, two"),
+        ("\ufeffid,t\n1,one two\n\ufeffid,t\n2,three four\n", "t", "one two"),
+        ('\ufeff"text"\none two\n\ufeff"text"\nthree four\n', "text", "one two"),
+        ("text,review\n1,one two three\n2,four five six\n", "review", "one two three"),
+        ("When?,What did you like most of all?\n1/2,one two\n3/4,it, too\n", "", ""),
+        ("When?,What did you like most of all?\n1/2,one two\n3/4,five\n", "What did", "one two"),
+        ("n,text\n1,NA\n2,one two\n3,\\N\n", "text", "one two"),
+    ],
+)
+def test_names_of_columns_as_people_write_them(
+    data: str, column: str, first: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "a.csv", data.encode())
+    if not column:
+        assert "line 3 has 3 values for 2" in refused(path)
+        return
+    texts, survey = read(path)
+    assert str(survey.text_column).startswith(column)
+    assert next(filter(None, texts)).startswith(first)
+    assert not {"NA", r"\N", "text", "t"} & set(texts)
+    assert not any(" " in text[:1] or '"' in text[:1] for text in texts)
+
+
+@pytest.mark.parametrize("title", ["Reviews of 2023,,", "# a survey of May and of June,,", "May"])
+def test_a_title_above_the_names_is_refused(title: str, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.csv", f"{title}\nid,q,answer\n1,one,two six\n2,x,y z\n".encode())
+    assert f"first line has only {title.rstrip(',')!r}, a title" in refused(path)
+    if "," in title:
+        assert read(path, header=True)[0][-1] == "y z"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "column"),
+    [
+        ("a.jl", '{"t": "one two"}\n{"t": "three four"}\n', "t"),
+        ("a.jl", "f(x) = x\n", None),
+        ("a.jsonlines", '{"t": "one two"}\n', "t"),
+        ("a.tab", "n\tt\n1\tone, two\n2\tthree, four\n", "t"),
+        ("a.psv", "n|t\n1|one, two\n2|three, four\n", "t"),
+    ],
+)
+def test_tables_under_rarer_suffixes(
+    name: str, data: str, column: str | None, tmp_path: Path
+) -> None:
+    written(tmp_path / name, data.encode())
+    texts, survey = read(tmp_path)
+    assert survey.text_column == column
+    assert texts[0].startswith("one" if column else "f(x)")
+
+
+def test_what_is_no_prose_under_a_suffix_of_text_is_refused(tmp_path: Path) -> None:
+    rows = b'{"text": "one"}\n{"text": "two"}\n'
+    packed = written(tmp_path / "b.gz", gzip.compress(rows))
+    for path in (written(tmp_path / "a.txt", rows), packed):
+        assert refused(path).startswith(f"data.path={path}: lines of JSON objects; name it .jsonl")
+        assert read(path, separator="none")[0][0].startswith('{"text"')
+    assert "RTF; save it as" in refused(written(tmp_path / "c.txt", b"{\\rtf1 one}"))
+    assert "nbconvert" in refused(written(tmp_path / "d.ipynb", b'{\n "cells": []\n}'))
+    japanese = "昔々あるところに。" * 9
+    jis = written(tmp_path / "e.txt", b"Once.\n" + japanese.encode("iso2022_jp"))
+    assert "at byte 6; data.encoding=iso2022_jp" in refused(jis)
+    assert read(jis, encoding="iso2022_jp")[0] == ["Once.\n" + japanese]
+
+
+def test_the_logs_of_latex_are_no_prose(tmp_path: Path) -> None:
+    for name in ("main.tex", "main.log", "a/b.aux", "a/b.log", "a/other.log"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"the text of {name}")
+    texts, survey = read(tmp_path)
+    assert texts == ["the text of a/other.log", "the text of main.tex"]
+    assert survey.skipped == {"LaTeX log": 2, ".aux": 1}
+
+
 def test_a_text_that_changes_its_name_midway_is_not_skipped_unsaid(tmp_path: Path) -> None:
     said = [
         f"the cat number {i} saw a dog and ran over the hill to the sea {i} times"
@@ -412,12 +519,82 @@ def test_a_text_that_changes_its_name_midway_is_not_skipped_unsaid(tmp_path: Pat
     assert sum(map(bool, read(path, text_column="body")[0])) == 250
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_texts_under_two_names_by_turns_are_refused(kind: str, tmp_path: Path) -> None:
+    """So pandas writes two tables that are put behind each other."""
+    half = len(PROSE) // 2
+    empty = "" if kind == "csv" else None
+    found = {
+        "text": [t[:60] if n < half else empty for n, t in enumerate(PROSE)],
+        "content": [empty if n < half else t[:60] for n, t in enumerate(PROSE)],
+        "title": [f"The title of {n * n} and its pages" for n in range(len(PROSE))],
+    }
+    path = tmp_path / f"a.{kind}"
+    rows = [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+    if kind == "parquet":
+        parquet(path, **found)
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([found, *(row.values() for row in rows)])
+    else:
+        lines(path, rows)
+    line = refused(path)
+    assert "75 of 150 rows have no text but a text in content; data.text_column=[text" in line
+    assert read(path, text_column="[text,content]")[0] == [text[:60] for text in PROSE]
+    assert sum(map(bool, read(path, text_column="text")[0])) == half
+
+
+def test_titles_and_labels_beside_empty_texts_are_no_other_name(tmp_path: Path) -> None:
+    rows = [
+        {"title": f"The title of {n * n}", "comment": 2 * t if n % 3 else "", "why": "not told"}
+        for n, t in enumerate(PROSE)
+    ]
+    assert sum(map(bool, read(lines(tmp_path / "a.jsonl", rows))[0])) == 100
+    mixed = [{"Text" if n % 2 else "text": text[:60]} for n, text in enumerate(PROSE)]
+    assert "75 of 150 rows have no text but a text in Text" in refused(
+        lines(tmp_path / "b.jsonl", mixed)
+    )
+
+
 def test_names_of_files_are_not_text_beside_text() -> None:
     rows = [
         {"text": f"clip_{i}.wav", "transcription": f"what they said {i} times"} for i in range(9)
     ]
     assert chosen(rows) == ["transcription"]
     assert chosen([{"text": f"clip_{i}.wav"} for i in range(9)]) == ["text"]
+
+
+def test_a_sentence_may_be_a_list_of_parts_as_telegram_has_it(tmp_path: Path) -> None:
+    parts = ["see ", {"type": "link", "text": "x.org"}, " today"]
+    found = [{"id": 1, "from": "A", "text": "one two"}, {"id": 2, "from": "B", "text": parts}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"name": "A group of us all", "messages": found}))
+    assert read(path)[0] == ["one two", "see x.org today"]
+
+
+def test_rows_may_lie_deeper_in_one_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1", "data": {"items": [{"t": t} for t in PROSE]}}))
+    assert read(path)[0] == PROSE
+    row = {"body": PROSE[0], "meta": {"tags": [{"name": "a b"}]}}
+    path.write_text(json.dumps(row))
+    assert read(path)[0] == [PROSE[0]]
+
+
+def test_a_refusal_says_what_would_do(tmp_path: Path) -> None:
+    (tmp_path / "meta.csv").write_text("key,value\nlicence,MIT\nyear,2024\n")
+    rows = lines(tmp_path / "train.jsonl", [{"text": text} for text in PROSE])
+    line = refused(tmp_path)
+    assert "meta.csv has no column of text" in line
+    assert line.endswith(f"; data.path='[{rows}]' names those with text")
+    quotes = written(tmp_path / "q.csv", b'n,t\n1,"he said \\"no\\" to it"\n2,"two"\n')
+    assert refused(quotes).endswith("a quote in a value is written twice)")
+    last = written(tmp_path / "l.csv", b"n,t\n1,one two\n2,three\n(2 rows)\n")
+    assert "line 4 has 1 values for 2 columns, it begins '(2 rows)'" in refused(last)
+    text = written(tmp_path / "a.txt", b"one\r\n\r\ntwo\n***\n")
+    assert refused(text, separator="---").startswith("data.separator='---': occurs nowhere in")
+    assert read(text, separator="***")[0] == ["one\n\ntwo"]
+    assert read(text, separator="\n\n")[0] == ["one", "two\n***"]
 
 
 def test_one_object_of_texts_is_not_one_document(tmp_path: Path) -> None:

@@ -285,6 +285,14 @@ def test_the_survey_is_kept_with_the_shards(tmp_path: Path) -> None:
     assert surveys.results(None) == dict.fromkeys(results)
 
 
+def test_an_empty_split_names_what_was_skipped(tmp_path: Path) -> None:
+    written(tmp_path / "corpus" / "README.md", "Some words on the data.")
+    written(tmp_path / "corpus" / "train.json", '[{"text": "one two"}]')
+    config = CustomData(name="custom", path=str(tmp_path / "corpus"))
+    with pytest.raises(ConfigError, match=r"only 1 document \(skipped 1 \.json\); raise data"):
+        prepare(FileCorpus(config), config, ByteTokenizer(), tmp_path / "cache")
+
+
 def test_lines_say_only_what_applies() -> None:
     assert Survey(files=1, documents=1).lines() == ["text: 1 file, 1 document"]
     assert Survey(documents=12345).lines() == ["text: 12,345 documents"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import csv
 import errno
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 import yaml
@@ -234,6 +237,55 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
     return sha.hexdigest()
+
+
+# --- packed files
+
+
+def unpacked(raw: IO[bytes], kind: str) -> Any:
+    """Open what a file that is packed as ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` holds."""
+    if kind == ".gz":
+        return gzip.open(raw)
+    if kind in (".zst", ".zstd"):
+        import pyarrow
+
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd")
+    return io.BufferedReader(_Streams(raw, kind)) if kind in (".bz2", ".xz") else raw
+
+
+class _Streams(io.RawIOBase):
+    """The streams of a .bz2 or .xz file: Python's own readers end, unsaid, at what begins none."""
+
+    def __init__(self, raw: IO[bytes], kind: str) -> None:
+        self.raw, self.is_xz = raw, kind == ".xz"
+        self.make: Any = lzma.LZMADecompressor if self.is_xz else bz2.BZ2Decompressor
+        self.stream = self.make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self.stream.eof:
+                if not (packed := self._next()):
+                    return 0
+                self.stream = self.make()
+            else:
+                packed = self.raw.read(1 << 16) if self.stream.needs_input else b""
+                if self.stream.needs_input and not packed:
+                    raise EOFError("the file ends within a stream")
+            data = self.stream.decompress(packed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next(self) -> bytes:
+        """Return how the next stream begins, behind padding: in .xz zeros, four at a time."""
+        packed: bytes = self.stream.unused_data
+        while not packed.strip(b"\0") and (more := self.raw.read(1 << 16)):
+            packed += more
+        zeros = len(packed) - len(packed.lstrip(b"\0"))
+        return packed[zeros - zeros % 4 :] if self.is_xz else packed
 
 
 # --- one process at a time

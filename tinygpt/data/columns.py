@@ -17,7 +17,9 @@ WORDY = 0.5  # share of the values with several words, from which a column is pr
 SHOWN = 12  # names in a message
 TURNS = (("role", "content"), ("from", "value"))  # the fields of a chat's turn
 FILE = re.compile(r"[\w ./\\-]+\.\w{1,5}")
+NULLS = ("NA", "NULL", "NaN", r"\N")  # as R, SQL, pandas and Postgres write an empty cell
 LONG = 80  # characters of words, from which a text of another name is not skipped unsaid
+MANY = 0.05  # of the rows, whose text of another name is not skipped unsaid
 _MISSING = object()
 
 
@@ -66,7 +68,7 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
     lengths = {name: sum(map(len, values)) for name, values in texts.items() if values}
 
     def chosen(columns: list[str]) -> Choice:
-        others = [name for name in lengths if name not in columns]
+        others = [name for name in lengths if lengths[name] and name not in columns]
         return Choice(columns, others, is_asked=asked != "auto")
 
     if asked != "auto":
@@ -75,16 +77,24 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
         return chosen(_asked(asked))
     if first is not None and all(texts.get(name) for name in first.columns):
         return chosen(first.columns)
+    prose = {name: lengths[name] for name in lengths if _is_prose(texts[name])}
+
+    def is_ids(values: list[str], size: int) -> bool:
+        """Return whether a column called text names files, or is ids beside far longer prose."""
+        filled = [value for value in values if value.strip()]
+        is_short = not any(map(_is_wordy, filled)) and max(prose.values(), default=0) > 4 * size
+        is_files = len(lengths) > 1 and all(map(FILE.fullmatch, filled))
+        return bool(filled) and (is_short or is_files)
+
     by_name = [
         name
         for name in names
         if name.casefold() == "text"
         and (texts[name] or all(row.get(name) is None for row in head))
-        and not (len(lengths) > 1 and texts[name] and all(map(FILE.fullmatch, texts[name])))
+        and not is_ids(texts[name], lengths.get(name, 0))
     ]
     if by_name:
         return chosen(["text" if "text" in by_name else by_name[0]])
-    prose = {name: lengths[name] for name in lengths if _is_prose(texts[name])}
     if len(names) == 1 and lengths:
         prose = lengths
     nested = Counter[str]()
@@ -208,29 +218,51 @@ def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> It
 
     A list gives its texts on lines of their own; a chat, a list of ``{role, content}`` or
     ``{from, value}``, paragraphs ``role: content``.  Raises ConfigError, naming the row, for a
-    struct and for bytes that are not UTF-8.
+    struct and for bytes that are not UTF-8, and where many rows have their text under another name.
     """
+    number, with_text = 0, 0
+    beside, instead, samples = Counter[str](), Counter[str](), dict[str, list[str]]()
     for number, row in enumerate(rows, start=1):
         values = [(column, _value(row, column)) for column in choice.columns]
         filled = [(c, v) for c, v in values if v is not None and v is not _MISSING]
         found = [_text(v, f"data.text_column={c}: {where}", number) for c, v in filled]
+        found = ["" if text in NULLS else text for text in found]
         survey.values_not_text += found.count(None)
-        if not choice.is_asked and all(value is _MISSING for _, value in values):
-            _refuse_other(row, choice, where, number)
+        if not choice.is_asked:
+            if all(value is _MISSING for _, value in values):
+                _refuse_other(row, choice, where, number)
+            others = [name for name, value in row.items() if value and isinstance(value, str)]
+            with_text += any(found)
+            for name in others:
+                if any(found):
+                    beside[name] += 1
+                elif _is_wordy(row[name]):
+                    instead[name] += 1
+                    if instead[name] <= HEAD_ROWS:
+                        samples.setdefault(name, []).append(row[name][:LONG])
         if not filled or found.count(None) < len(found):
             yield "\n\n".join(text for text in found if text)
+    for name, count in instead.items():
+        is_other_name = count > number * MANY and beside[name] * 2 <= with_text
+        if is_other_name and _is_prose(samples[name]):
+            raise ConfigError(_other(choice, where, f"{count:,} of {number:,} rows have", name))
 
 
 def _refuse_other(row: Row, choice: Choice, where: str, number: int) -> None:
     """Raise ConfigError for a row that has a text, but under another name than the rows before."""
     for name, value in row.items():
         if isinstance(value, str) and len(value) >= LONG and _is_wordy(value):
-            both = ",".join([*choice.columns, name])
-            raise ConfigError(
-                f"data.text_column=auto: {where}: row {number} has no {choice} but a text in "
-                f"{name}; data.text_column=[{both}] takes whichever a row has, "
-                f"data.text_column={choice} only its own"
-            )
+            raise ConfigError(_other(choice, where, f"row {number} has", name))
+
+
+def _other(choice: Choice, where: str, rows: str, name: str) -> str:
+    """Return the line that refuses rows whose text is under another name than the one chosen."""
+    both = ",".join([*choice.columns, name])
+    return (
+        f"data.text_column=auto: {where}: {rows} no {choice} but a text in {name}; "
+        f"data.text_column=[{both}] takes whichever a row has, data.text_column={choice} only its "
+        "own"
+    )
 
 
 def _text(value: Any, key: str, number: int) -> str | None:
@@ -256,6 +288,8 @@ def _text(value: Any, key: str, number: int) -> str | None:
     if isinstance(value, list | tuple):
         parts = [_text(one, key, number) for one in value if one is not _MISSING]
         found = [part for part in parts if part is not None]
+        if {str, dict} <= set(map(type, value)):  # a sentence, of which links are parts
+            return "".join(found)
         if any(isinstance(one, dict) for one in value):  # a chat
             return "\n\n".join(part for part in found if part)
         return "\n".join(found) if found or not value else None
@@ -281,7 +315,7 @@ def _message(value: Row) -> str | None:
                 said = "\n".join(piece for piece in pieces if isinstance(piece, str))
             if said is None or isinstance(said, str):
                 return f"{value[role]}: {said or ''}".rstrip()
-    if value.get("type") == "text" and isinstance(value.get("text"), str):
+    if isinstance(value.get("type"), str) and isinstance(value.get("text"), str):
         return str(value["text"])
     return None
 

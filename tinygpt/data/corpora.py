@@ -194,22 +194,41 @@ class FileCorpus:
         self.separators = {
             path: self._separator(path) for path in self.scans if path not in self.tables
         }
+        mark = config.separator
+        is_mark = mark not in ("auto", "none", "sections") and self.separators
+        if is_mark and not any(self._has(mark, path) for path in self.separators):
+            raise ConfigError(f"data.separator={mark!r}: occurs nowhere in data.path={config.path}")
         self.read: dict[Path, int] = {}  # bytes
+
+    def _has(self, separator: str, path: Path) -> bool:
+        chunks = textfiles.unix_lines(self._chunks(path, {}))
+        pieces = textfiles.split_at(chunks, "".join(textfiles.unix_lines([separator])))
+        return len(list(itertools.islice(pieces, 2))) > 1
 
     def _choose(self) -> None:
         """Choose the text column of each table: the same in all that have the same columns."""
         asked = self.config.text_column
         alike: dict[frozenset[str], columns.Choice] = {}
         self.chosen_as_before: dict[Path, bool] = {}
+        refused: dict[Path, ConfigError] = {}
         for path, rows in self.tables.items():
             head = columns.head_of(rows.read({}), asked)
             names = frozenset(name for row in head for name in row)
             if names not in alike:
                 first = next(iter(self.choices.values()), None)
-                alike[names] = columns.choose(head, asked, str(path), first)
+                try:
+                    alike[names] = columns.choose(head, asked, str(path), first)
+                except ConfigError as error:
+                    refused[path] = error
+                    continue
             self.choices[path] = alike[names]
             before = columns.chosen_before(head, self.config)
-            self.chosen_as_before[path] = before == str(alike[names])
+            is_named = not str(alike[names]).startswith("column_")
+            self.chosen_as_before[path] = is_named and before == str(alike[names])
+        if refused:
+            rest = [str(path) for path in self.scans if path not in refused]
+            files = f"; data.path='[{','.join(rest)}]' names those with text"
+            raise ConfigError(f"{next(iter(refused.values()))}{files * (0 < len(rest) < 9)}")
         every = self.choices.values()
         self.survey.text_column = ", ".join(dict.fromkeys(map(str, every))) or None
         others = (name for choice in every for name in choice.others)
@@ -219,6 +238,11 @@ class FileCorpus:
         """Return where a text is cut: ``separator``, or what ``auto`` finds."""
         if self.config.separator != "auto":
             return self.config.separator
+        if textfiles.has_objects(path) or textfiles.inner_suffix(path) == ".ipynb":
+            kind = "lines of JSON objects; name it .jsonl to read them as rows"
+            if textfiles.inner_suffix(path) == ".ipynb":
+                kind = "a notebook; jupyter nbconvert --to markdown makes text of it"
+            raise ConfigError(f"data.path={path}: {kind} (data.separator=none: it is a text)")
         has_mark = self.scans[path].has_end_of_text and textfiles.is_separated(
             self._chunks(path, {})
         )
@@ -269,7 +293,7 @@ class FileCorpus:
             if path in self.tables:
                 choice = self.choices[path]
                 tops = [name for column in choice.columns for name in columns.prefixes(column)]
-                rows = self.tables[path].read(self.read, tops)
+                rows = self.tables[path].read(self.read, tops, texts=not choice.is_asked)
                 texts = columns.texts(rows, choice, str(path), self.survey)
             else:
                 texts = cut(self._chunks(path, self.read), self.separators[path])

@@ -15,7 +15,7 @@ from tinygpt.data.textfiles import BINARY, MARKS, PACKED, inner_suffix
 
 # What is read of a folder, packed or not; a file that is named, also by a glob, has any suffix.
 _KINDS = """
-csv tsv jsonl ndjson json parquet
+csv tsv tab psv jsonl ndjson jsonlines json parquet
 txt text md markdown mdx rst adoc asciidoc org tex log
 srt vtt asm awk bash bat c cc clj cljs coffee cpp cs css cu cuh cxx d dart el erl ex exs
 f f90 f95 fish for fs glsl go gradle graphql groovy h hh hpp hs hxx java jl js jsx kt
@@ -69,6 +69,9 @@ def _files_of(key: str, value: str, path: Path, skipped: Counter[str]) -> list[P
             suffixes -= {".json"}
         files = [file for file in there if inner_suffix(file) in suffixes]
         skipped.update(_shown_suffix(file) for file in there if inner_suffix(file) not in suffixes)
+        logs = list(filter(_is_latex_log, files))
+        files = [file for file in files if file not in logs]
+        skipped.update("LaTeX log" for _ in logs)
     elif path.exists():
         if not path.is_file():
             raise ConfigError(f"{key}={value}: not a file")
@@ -97,6 +100,11 @@ def _files_of(key: str, value: str, path: Path, skipped: Counter[str]) -> list[P
             f"{key}={value}: no text in there ({beside}); name the files, or a glob, to read others"
         )
     return sorted(kept)
+
+
+def _is_latex_log(path: Path) -> bool:
+    beside = (path.with_suffix(suffix).exists() for suffix in (".tex", ".aux"))
+    return path.suffix == ".log" and any(beside)
 
 
 def _walk(root: Path, skipped: Counter[str]) -> list[Path]:

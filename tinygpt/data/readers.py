@@ -45,10 +45,15 @@ class Rows:
         self.path, self.format, self.encoding = path, format_of(path), config.encoding
         self.dialect = find_dialect(path, config) if self.format == "csv" else None
 
-    def read(self, read: dict[Path, int], columns: Iterable[str] | None = None) -> Iterator[Row]:
-        """Yield the rows; of parquet only ``columns``.  Raises ConfigError, naming the line."""
+    def read(
+        self, read: dict[Path, int], columns: Iterable[str] | None = None, texts: bool = False
+    ) -> Iterator[Row]:
+        """Yield the rows; of parquet only ``columns``, and with ``texts`` all others of text.
+
+        Raises ConfigError, naming the line.
+        """
         if self.format == "parquet":
-            return _parquet(self.path, read, columns)
+            return _parquet(self.path, read, columns, texts)
         chunks = text_chunks(self.path, read, self.encoding)
         if self.dialect is not None:
             return _csv(self.path, chunks, self.dialect)
@@ -63,15 +68,17 @@ class Dialect:
     quoted: bool
     header: bool
     line_end: str = "\n"  # "\r" where that is the only one
+    spaced: bool = False  # blanks stand between a delimiter and a quote
 
     @property
     def is_default(self) -> bool:
-        return (self.delimiter, self.quoted, self.header) == (",", True, True)
+        return (self.delimiter, self.quoted, self.header, self.spaced) == (",", True, True, False)
 
     def __str__(self) -> str:
         between = {**DELIMITERS, NOWHERE: "one column"}.get(self.delimiter, repr(self.delimiter))
         names = "a header" if self.header else "no header (columns are column_1, column_2, ...)"
-        return f"CSV with {between}, {names}{'' if self.quoted else ', quotes are text'}"
+        quotes = "" if self.quoted else ", quotes are text"
+        return f"CSV with {between}, {names}{', blanks before quotes' * self.spaced}{quotes}"
 
 
 def find_dialect(path: Path, config: CustomData) -> Dialect:
@@ -86,7 +93,7 @@ def find_dialect(path: Path, config: CustomData) -> Dialect:
             break
     if "\r" in text and "\n" not in text:
         text, line_end = text.replace("\r", "\n"), "\r"
-    usual = "\t" if inner_suffix(path) == ".tsv" else ","
+    usual = {".tsv": "\t", ".tab": "\t", ".psv": "|"}.get(inner_suffix(path), ",")
     named = EXCEL.match(text)
     mark = config.delimiter or (named[1] if named else None)
     marks = [mark] if mark else list(dict.fromkeys([usual, *DELIMITERS]))
@@ -103,28 +110,42 @@ def find_dialect(path: Path, config: CustomData) -> Dialect:
         is_prose = is_narrow and not any(map(_is_table, widths.values()))
         is_column = is_prose and max(widths[usual, True]) > 1
         delimiter, quoted = NOWHERE if is_column else usual, True
-    header = config.header
+    header, spaced = config.header, _is_spaced(text, delimiter, quoted)
     if header is None:
         records: list[list[str]] = []
         with contextlib.suppress(csv.Error):  # which says so when it is read
-            for _, record in itertools.islice(_records([text], delimiter, quoted), 500):
+            for _, record in itertools.islice(_records([text], delimiter, quoted, spaced), 500):
                 records += [record] if record else []
         header = _has_header(records)
-    return Dialect(delimiter, quoted, header, line_end)
+        if title := _title(records):
+            raise ConfigError(
+                f"data.path={path}: the first line has only {title!r:.60}, a title above the names "
+                "of the columns? remove it; data.header=true: it is a name itself"
+            )
+    return Dialect(delimiter, quoted, header, line_end, spaced)
+
+
+def _is_spaced(text: str, delimiter: str, quoted: bool) -> bool:
+    mark = re.escape(delimiter)
+    return quoted and bool(re.search(rf'{mark} +"[^"\r\n{mark}]', text)) and delimiter != " "
 
 
 def _records(
-    chunks: Iterable[str], delimiter: str, quoted: bool
+    chunks: Iterable[str], delimiter: str, quoted: bool, spaced: bool
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield each record of a CSV text with the number of the line it ends in."""
+    """Yield each record of a CSV text with the number of the line it ends in.
+
+    A line that begins with a byte order mark began a file that was put behind another.
+    """
     csv.field_size_limit(sys.maxsize)
-    lines = (line + "\n" for line in split_at(chunks, "\n"))
+    lines = (line.removeprefix("\ufeff") + "\n" for line in split_at(chunks, "\n"))
     first = next(lines)
     skipped = bool(EXCEL.fullmatch(first))
     reader = csv.reader(
         lines if skipped else itertools.chain([first], lines),
         delimiter=delimiter,
         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        skipinitialspace=spaced,
         strict=True,
     )
     for record in reader:
@@ -134,8 +155,9 @@ def _records(
 def _widths(text: str, delimiter: str, quoted: bool, ended: bool) -> list[int]:
     """Return how many values each of the first records has; none where it is no such table."""
     widths = []
+    spaced = _is_spaced(text, delimiter, quoted)
     try:
-        for _, record in itertools.islice(_records([text], delimiter, quoted), HEAD_ROWS):
+        for _, record in itertools.islice(_records([text], delimiter, quoted, spaced), HEAD_ROWS):
             widths += [len(record)] if record else []
     except csv.Error:
         if ended:
@@ -152,7 +174,7 @@ def _is_table(widths: list[int]) -> bool:
 def _has_header(records: list[list[str]]) -> bool:
     """Return whether the first record names columns: short, none a number or a link, and none a
     value further down or, but for its digits, like most of those."""
-    if not records:
+    if not records or records[0] in (["text"], ["Text"]):
         return True
     first, *others = records
     if len(first) > 1:
@@ -162,6 +184,9 @@ def _has_header(records: list[list[str]]) -> bool:
         alike = [re.sub(r"\d+", "0", value) for value in below].count(re.sub(r"\d+", "0", name))
         is_value = name in below or "://" in name or alike * 2 > len(below)
         is_number = re.fullmatch(r"[-+]?[\d., :/-]*\d[\d., :/-]*", name)
+        asks = [bool(re.search(r"[?？]\W*$", value)) for value in (name, *below)]
+        if len(first) > 1 and len(below) > 1 and asks[0] and not any(asks[1:]) and not is_value:
+            continue  # a question of a survey, above its answers
         if name and (is_value or len(name.split()) > 4 or is_number):
             return False
         if re.search(r"[.!?。！？]\W*$", name):
@@ -169,19 +194,26 @@ def _has_header(records: list[list[str]]) -> bool:
     return any(cell.strip() for cell in first)
 
 
+def _title(records: list[list[str]]) -> str:
+    """Return what stands alone in the first record, above one that names every column."""
+    if len(records) < 3 or not 1 < len(records[1]) == sum(bool(c.strip()) for c in records[1]):
+        return ""
+    filled = [cell for cell in records[0] if cell.strip()]
+    return filled[0] if len(filled) == 1 and _has_header(records[1:]) else ""
+
+
 def _csv(path: Path, chunks: Iterable[str], dialect: Dialect) -> Iterator[Row]:
     chunks = (chunk.replace(dialect.line_end, "\n") for chunk in chunks)
     names: list[str] = []
     line = 0
     try:
-        for line, record in _records(chunks, dialect.delimiter, dialect.quoted):
+        for line, record in _records(chunks, dialect.delimiter, dialect.quoted, dialect.spaced):
             if not record:
                 continue
             if not names:
-                first, names = record, [name.strip() for name in record]
-                if not dialect.header:
-                    names = [f"column_{n}" for n in range(1, len(record) + 1)]
-                twice = next((n for n, times in Counter(names).items() if n and times > 1), None)
+                first, given = record, record if dialect.header else [""] * len(record)
+                names = [name.strip() or f"column_{n}" for n, name in enumerate(given, 1)]
+                twice = next((n for n, times in Counter(names).items() if times > 1), None)
                 if twice is not None:
                     raise csv.Error(
                         f"line {line:,} names the column {twice} twice; data.header=false: it is "
@@ -194,14 +226,18 @@ def _csv(path: Path, chunks: Iterable[str], dialect: Dialect) -> Iterator[Row]:
             if len(record) < len(names) or any(record[len(names) :]):
                 # a text with a comma or a line break, unquoted: no part of it is dropped
                 raise csv.Error(
-                    f"line {line:,} has {len(record)} values for {len(names)} columns; "
+                    f"line {line:,} has {len(record)} values for {len(names)} columns, it begins "
+                    f"{record[0]!r:.40}; "
                     "data.delimiter= names what stands between values, and a value that has "
                     "it or a line break must be in quotes"
                 )
             yield dict(zip(names, record, strict=False))
     except csv.Error as error:
         where = "" if str(error).startswith("line") else f"behind line {line:,}: "
-        raise ConfigError(f"data.path={path}: not readable as CSV ({where}{error})") from error
+        hint = "; a quote in a value is written twice" if "expected after" in str(error) else ""
+        raise ConfigError(
+            f"data.path={path}: not readable as CSV ({where}{error}{hint})"
+        ) from error
 
 
 def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[Row]:
@@ -222,6 +258,7 @@ def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[Row]:
             yield from map(unicode_only, itertools.chain(lone, values))
             return
     for number, line in enumerate(split_at(chunks, "\n"), start=1):
+        line = line.removeprefix("\ufeff")  # of a file put behind another
         if not line.strip():
             continue
         try:
@@ -251,7 +288,7 @@ def _is_lines(head: str) -> bool:
 def _values(path: Path, chunks: Iterator[str], is_array: bool) -> Iterator[Row]:
     """Yield the objects of an array, or those behind each other, one by one.  Raises ConfigError,
     naming the line."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n\ufeff]*")
     buffer, at, line, expected = "", 0, 1, "[" if is_array else "value"
     while True:
         start, at = at, space.match(buffer, at).end()  # type: ignore[union-attr]
@@ -291,7 +328,17 @@ def _rows_in(path: Path, value: Row) -> list[Row]:
     """Return the rows in the only object of a file: its list of rows, else itself."""
     lists = {name: rows for name, rows in value.items() if isinstance(rows, list) and rows}
     tables = [name for name, rows in lists.items() if all(isinstance(row, dict) for row in rows)]
-    chats = [name for name in tables if all({"role", "from"} & set(row) for row in lists[name])]
+    inner = [one for one in value.values() if isinstance(one, dict)]
+    is_words = any(isinstance(one, str) and len(one.split()) > 3 for one in value.values())
+    deeper = [one for one in inner[0].values() if isinstance(one, list)] if len(inner) == 1 else []
+    if not tables and not is_words and any(isinstance(row, dict) for one in deeper for row in one):
+        return _rows_in(path, inner[0])
+    chats = [
+        name
+        for name in tables
+        if all({"role", "from"} & set(row) for row in lists[name])
+        and any({"content", "value"} & set(row) for row in lists[name])
+    ]
     tables = [name for name in tables if name not in chats]
     if len(tables) == 1:
         return lists[tables[0]]
@@ -307,7 +354,9 @@ def _rows_in(path: Path, value: Row) -> list[Row]:
     return [value]
 
 
-def _parquet(path: Path, read: dict[Path, int], columns: Iterable[str] | None) -> Iterator[Row]:
+def _parquet(
+    path: Path, read: dict[Path, int], columns: Iterable[str] | None, texts: bool
+) -> Iterator[Row]:
     """Yield rows, a few hundred read at a time.  Raises ConfigError for what is no parquet."""
     import pyarrow
     import pyarrow.parquet
@@ -321,8 +370,11 @@ def _parquet(path: Path, read: dict[Path, int], columns: Iterable[str] | None) -
                 shutil.copyfileobj(stream, source, CHUNK)
                 source.seek(0)
             file, rows = pyarrow.parquet.ParquetFile(source), 0
-            there = file.schema_arrow.names
-            wanted = None if columns is None else [name for name in columns if name in there]
+            wanted: list[str] | None = None
+            if columns is not None:
+                kinds = ("string", "large_string") if texts else ()
+                there = file.schema_arrow
+                wanted = [f.name for f in there if f.name in columns or str(f.type) in kinds]
             for batch in file.iter_batches(batch_size=1024 if columns else 64, columns=wanted):
                 rows += len(batch)
                 read[path] = path.stat().st_size * rows // file.metadata.num_rows

@@ -25,7 +25,7 @@ from tinygpt.config import ConfigError, DataConfig, SavedTokenizer, TokenizerCon
 from tinygpt.data import corpora
 from tinygpt.data.corpora import Corpus, split_documents
 from tinygpt.data.huggingface import open_tokenizer
-from tinygpt.data.survey import Survey
+from tinygpt.data.survey import Survey, counted
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from tinygpt.data.writing import BATCH_CHARACTERS, Placed, SplitWriter, write
 
@@ -333,7 +333,7 @@ def _tokenize(
     expected = ["train", "val", *(["test"] if data.test_fraction > 0 or data.val_is_test else [])]
     for name in expected:
         if not infos[name]["documents"]:
-            _refuse_empty(name, infos, data)
+            _refuse_empty(name, infos, data, survey)
     return {
         "dtype": writers["train"].dtype.name,
         "vocab_size": tokenizer.vocab_size,
@@ -344,7 +344,9 @@ def _tokenize(
     }
 
 
-def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
+def _refuse_empty(
+    name: str, infos: dict[str, Any], data: DataConfig, survey: Survey | None
+) -> None:
     """Raise ConfigError, with how much text of such documents fills every split."""
     remedy = {
         "train": "lower data.val_fraction and data.test_fraction",
@@ -357,9 +359,11 @@ def _refuse_empty(name: str, infos: dict[str, Any], data: DataConfig) -> None:
         size = sum(info["bytes"] for info in infos.values()) / found
         wanted = CHANCE * size / min(share for share in shares if share > 0)
         needed = f", about {kilobytes(wanted)} in documents of that size"
+    beside = f" (skipped {', '.join(counted(survey.skipped))})" if survey and survey.skipped else ""
     raise ConfigError(
         f"data.path={getattr(data, 'path', data.name)}: the {WORDS[name]} split is empty, as the "
-        f"corpus has only {found} document{'s' * (found != 1)}; {remedy}, or take more text{needed}"
+        f"corpus has only {found} document{'s' * (found != 1)}{beside}; {remedy}, or take more "
+        f"text{needed}"
     )
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import contextlib
-import gzip
 import io
 import itertools
 import lzma
@@ -16,17 +14,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from tinygpt import fileio
 from tinygpt.config import ConfigError, one_line
 
 CHUNK = 1 << 20  # bytes read at a time
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".zip")
 BINARY = (".parquet", ".arrow")
 ROW_FORMATS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
     ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
+    **dict.fromkeys((".csv", ".tsv", ".tab", ".psv"), "csv"),
     ".parquet": "parquet",
 }
 # Byte order marks of what is not UTF-8, the longer ones first: they begin as the shorter do.
@@ -36,11 +35,16 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DAMAGED = (
     *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError),
     *(lzma.LZMAError, zlib.error, zipfile.BadZipFile),
 )
+
+REFUSED = {
+    b"%PDF-": "a PDF; extract its text first",
+    b"{\\rtf": "RTF; save it as plain text first",
+}
+_ESCAPE = re.compile(rb"\x1b\$(?:[@B]|\)C)")  # by which ISO-2022 begins Japanese or Korean
 
 END_OF_TEXT = "<|endoftext|>"
 SECTION = 2000  # characters: about the length of a document cut from a long text
@@ -73,8 +77,25 @@ def inner_suffix(path: Path) -> str:
 
 
 def format_of(path: Path) -> str:
-    """Return ``jsonl``, ``json``, ``csv`` or ``parquet`` by the suffix, for any other ``text``."""
-    return ROW_FORMATS.get(inner_suffix(path), "text")
+    """Return ``jsonl``, ``json``, ``csv`` or ``parquet`` by the suffix, for any other ``text``.
+
+    A .jl is ``jsonl``, as Scrapy writes it, or Julia.
+    """
+    suffix = inner_suffix(path)
+    if suffix == ".jl" and has_objects(path):
+        return "jsonl"
+    return ROW_FORMATS.get(suffix, "text")
+
+
+def has_objects(path: Path) -> bool:
+    """Return whether the first lines of a file are all JSON objects."""
+    with unpacked(path) as (stream, _):
+        head = stream.read(CHUNK).decode("utf-8-sig", "replace")
+    lines = [line for line in head.split("\n")[:10] if line.strip()]
+    try:
+        return bool(lines) and all(isinstance(fileio.parse_json(line), dict) for line in lines)
+    except ValueError:
+        return False
 
 
 def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
@@ -103,17 +124,11 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     kind = packing(path)
     try:
         with path.open("rb") as raw:
-            stream: Any = raw
-            if kind in _OPENERS:
-                stream = _OPENERS[kind](raw)
-            elif kind == ".zst":
-                import pyarrow
-
-                stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd")
-            elif kind == ".zip":
+            if kind == ".zip":
                 archive = zipfile.ZipFile(raw)
-                stream = archive.open(_member(archive, path))
-            yield stream, raw
+                yield archive.open(_member(archive, path)), raw
+            else:
+                yield fileio.unpacked(raw, kind), raw
     except _DAMAGED as error:
         if not kind or isinstance(error, ConfigError):
             raise
@@ -131,14 +146,20 @@ def text_chunks(path: Path, read: dict[Path, int], encoding: str | None = None) 
     """
     with unpacked(path) as (stream, raw):
         first = stream.read(CHUNK)
-        is_pdf = first.startswith(b"%PDF-")
         is_unmarked = encoding is None and not first.startswith(tuple(MARKS))
-        if is_pdf or (is_unmarked and b"\0" in first):
-            reason = "a PDF; extract its text first" if is_pdf else "it has NUL bytes"
+        reason = next((REFUSED[mark] for mark in REFUSED if first.startswith(mark)), None)
+        if reason or (is_unmarked and b"\0" in first):
+            reason = reason or "it has NUL bytes"
             raise ConfigError(f"data.path={path}: not a text file ({reason})")
         decoder = codecs.getincrementaldecoder(_encoding(first, encoding))()
         offset = lines = 0
         for chunk in itertools.chain([first], iter(lambda: stream.read(CHUNK), b""), [None]):
+            if encoding is None and chunk and (escape := _ESCAPE.search(chunk)):
+                name = "iso2022_kr" if escape[0].endswith(b"C") else "iso2022_jp"
+                raise ConfigError(
+                    f"data.path={path}: not UTF-8 text: it changes its character set at byte "
+                    f"{offset + escape.start():,}; data.encoding={name} reads that"
+                )
             pending = len(decoder.getstate()[0])
             try:
                 text = decoder.decode(chunk or b"", final=chunk is None)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -17,21 +14,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
+from tinygpt import fileio
 from tinygpt.config import ConfigError, first_line
 from tinygpt.scaling.runs import words_of
 
 MOST_COLUMNS = 10_000
 MOST_BYTES = 1 << 28  # of a table once it is unpacked
-OPEN: dict[str, Callable[[Path], Any]] = {
-    "": partial(open, mode="rb"),
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": partial(pa.input_stream, compression="zstd"),
-    ".zip": partial(open, mode="rb"),
-}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".zip")
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", " ": "space"}
 MISSING = {*("", "-", "–", "—", "nan", "-nan", "na", "n/a", "#n/a", "#na", "none", "null", "<na>")}
 Rows = list[tuple[int, list[Any]]]  # the number of a line and its cells
@@ -54,11 +44,11 @@ def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
     Adds a note on the dialect and the size.  Raises ConfigError, naming the file.
     """
     packed, kind = "", path.suffix.lower()
-    if kind in OPEN:
+    if kind in PACKED:
         packed, kind = kind, Path(path.stem).suffix.lower()
     try:
-        with OPEN[packed](path) as file:
-            data = bytes(file.read(MOST_BYTES + 1))
+        with path.open("rb") as file:
+            data = bytes(fileio.unpacked(file, packed).read(MOST_BYTES + 1))
         if packed == ".zip":
             kind, data = _only_member(data)
         if len(data) > MOST_BYTES:
