@@ -529,6 +529,18 @@ def test_zero_tokens_are_a_line(tmp_path: Path, recwarn: pytest.WarningsRecorder
     assert not recwarn.list
 
 
+def test_repeated_tokens_where_the_best_law_has_no_use_for_them(
+    tinygpt: Command, tmp_path: Path
+) -> None:
+    runs = grid(noise=0.002).assign(unique=lambda t: t["tokens"] // 4)
+    runs.to_csv(tmp_path / "u.csv", index=False)
+    words = ("columns.u=unique", "predict=n=1e9,d=5e10", "law=chinchilla")
+    done = tinygpt("fit", "table=u.csv", *(f"columns.{k}={v}" for k, v in NAMED.items()), *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    made = json.loads((tmp_path / "outputs" / "fit-u" / "fit.json").read_text())["predictions"]
+    assert all(one["place"]["U"] == one["place"]["D"] for one in made)
+
+
 # --- losses
 
 

@@ -218,7 +218,7 @@ def analyse(
         unanswered.append(f"`budgets=` has no answer: {reason}.")
 
     per_token = None if in_x else recorded(best, compute)
-    wanted = [] if inseparable else _places(best, compute, per_token, budgets)
+    wanted = [] if inseparable else _places(best, variables, compute, per_token, budgets)
     predictions = [_predicted(best, ahead, place, flops, drawn) for place, flops in wanted]
     for place in asked:
         flops = None if per_token is None else float(per_token(np.array([place["N"]]))[0])
@@ -323,10 +323,14 @@ def _intervals(fit: Fit | None, cluster: str | None, seed: int) -> dict[str, Int
 
 
 def _places(
-    best: Fit, compute: Array, per_token: Any, budgets: Sequence[float]
+    best: Fit,
+    variables: Mapping[str, str],
+    compute: Array,
+    per_token: Any,
+    budgets: Sequence[float],
 ) -> list[tuple[dict[str, float], float | None]]:
     """Return places at ten times the largest compute, or the largest x, with their FLOPs; of a
-    law of C also each budget."""
+    law of C also each budget.  Where any law has U, it is all of D."""
     if best.degrees < 1:
         return []
     if per_token is None:
@@ -338,7 +342,7 @@ def _places(
         n, d = best_split(best, flops, per_token)
     except ConfigError:  # the frontier says why
         return []
-    return [({"N": n, "D": d, **({"U": d} if "U" in best.columns else {})}, flops)]
+    return [({"N": n, "D": d, **({"U": d} if "U" in variables else {})}, flops)]
 
 
 def _predicted(
