@@ -316,7 +316,8 @@ def _intervals(fit: Fit | None, cluster: str | None, seed: int) -> dict[str, Int
     if cluster is None:
         return intervals(fit, seed=seed)
     replicas = bootstrap(fit, cluster=cluster, seed=seed)
-    return {name: replicas.interval(name) for name in fit.optimum.law.parameters}
+    names = fit.optimum.law.parameters if len(replicas.theta) else ()
+    return {name: replicas.interval(name) for name in names}
 
 
 # --- where nothing was trained
@@ -358,7 +359,7 @@ def _predicted(
         law, run = loss_at(best, place)
     else:
         law = run = predict_interval(best, new_run=False, **place)
-    if isinstance(drawn, Bootstrap):
+    if isinstance(drawn, Bootstrap):  # nan where there is one run
         ends = drawn.of_loss(**place)
         law = replace(ends, estimate=law.estimate, method="bootstrap over runs")
     if ahead is None and best.degrees >= 1:
