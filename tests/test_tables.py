@@ -8,6 +8,7 @@ import json
 import lzma
 import sys
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from tests.conftest import Command
 from tinygpt import fit, scaling
 from tinygpt.config import ConfigError
+from tinygpt.scaling.analysis import analyse
 from tinygpt.scaling.columns import Columns, choice, varied
 from tinygpt.scaling.elsewhere import Table
 
@@ -208,6 +210,68 @@ def test_a_workbook(tmp_path: Path) -> None:
     assert np.allclose(found.runs[list(runs)].astype(float), grid())
 
 
+def test_types_of_parquet(tmp_path: Path) -> None:
+    """Categories are their values, decimals numbers, and lists that nothing asks for texts."""
+    runs = grid()
+    kinds = runs.assign(
+        params=runs["params"].astype("category"),
+        tokens=runs["tokens"].astype(str).astype("category"),
+        loss=[Decimal(str(loss)) for loss in runs["loss"]],
+        optimizer=pd.Categorical(["adamw"] * 15),
+        betas=[[0.9, 0.95]] * 15,
+    )
+    kinds.to_parquet(tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet").runs.reset_index(drop=True)
+    pd.testing.assert_frame_equal(found[list(runs)], runs)
+    assert set(found["optimizer"]) == {"adamw"}
+
+
+def test_json_as_it_is_exported(tmp_path: Path) -> None:
+    rows = [{**row, "note": "a\u2028b"} for row in grid().to_dict("records")]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    assert len(read(written(tmp_path, lines, "a.jsonl")).runs) == 15
+    found = read(written(tmp_path, json.dumps({"study": "x", "runs": rows}), "b.json"))
+    assert (len(found.runs), found.notes[0]) == (15, "b.json, its runs, 15 rows, 4 columns")
+
+
+def test_a_hash_that_begins_no_comment(tmp_path: Path) -> None:
+    runs = grid()
+    names = runs.assign(run=[f"#{i}" if i % 2 else f"r{i}" for i in range(15)])
+    found = read(names[["run", *runs]], tmp_path)
+    assert (len(found.runs), "comment" in found.notes[0]) == (15, False)
+    counted = runs.assign(**{"#": range(1, 16), "model": "gpt"})[["#", "model", *runs]]
+    assert list(read(counted, tmp_path).runs) == list(counted)
+    lines = runs.to_csv(index=False).splitlines()
+    found = read(written(tmp_path, "\n".join([*lines[:3], "#" + lines[3], *lines[4:]])))
+    assert (len(found.runs), "1 comment line" in found.notes[0]) == (14, True)
+
+
+def test_sheets_of_one_workbook(tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl")
+    path = tmp_path / "runs.xlsx"
+    with pd.ExcelWriter(path) as book:
+        for size, part in grid().groupby("params"):
+            part.to_excel(book, sheet_name=f"{size:g}", index=False)
+        pd.DataFrame({"a note": ["x"]}).to_excel(book, sheet_name="notes", index=False)
+    found = read(path)
+    assert "sheets 1e+06, 4e+06, 1.6e+07, 6.4e+07, 2.56e+08 of 6 with the" in found.notes[0]
+    assert len(found.runs) == 15
+    with pd.ExcelWriter(path) as book:
+        for sheet, factor in (("raw", 1.0), ("smooth", 0.99)):
+            runs = grid().assign(loss=lambda t, by=factor: t["loss"] * by)
+            runs.to_excel(book, sheet_name=sheet, index=False)
+    assert "sheet differs between runs of the same params and tokens: raw, smooth" in refused(path)
+    assert len(read(path, where="sheet == 'raw'").runs) == 15
+
+
+def test_cells_that_most_rows_lack_are_named(tmp_path: Path) -> None:
+    runs = grid().astype(object)
+    runs.loc[runs["params"].duplicated(), "params"] = None
+    line = refused(runs, tmp_path)
+    assert "params is blank in 10 of 15 rows, first in row 2; a value that is written" in line
+    assert len(read(runs, tmp_path, where="params > 0").runs) == 5
+
+
 def test_a_workbook_without_its_library(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     path = written(tmp_path, "x", "a.xlsx")
@@ -252,7 +316,80 @@ def test_names_of_the_rate(name: str, tmp_path: Path) -> None:
     assert len(with_size.left_out) == 0
 
 
+@pytest.mark.parametrize("name", ["LR (peak)", "optim.lr"])
+def test_the_rate_with_a_word_more(name: str, tmp_path: Path) -> None:
+    found = read(crossed(name, [1e-3, 3e-4]), tmp_path)
+    assert note(found, "columns").endswith(f"learning rate = {name}")
+    assert len(found.left_out) == 15
+
+
+@pytest.mark.parametrize("name", ["matrix_lr", "log10(lr)", "lr [1e-3]"])
+def test_a_rate_of_another_name_is_no_seed(name: str, tmp_path: Path) -> None:
+    runs = crossed(name, [1e-3, 3e-4])
+    line = refused(runs, tmp_path)
+    assert f"{name} differs" in line
+    assert f"columns.learning_rate={name} keeps the best" in line
+    assert len(read(runs, tmp_path, columns_learning_rate=name).left_out) == 15
+
+
+def test_what_was_tuned_with_the_rate_is_no_setting(tmp_path: Path) -> None:
+    runs = crossed("peak_lr", [1e-3, 3e-4]).assign(warmup=lambda t: (1e6 * t["peak_lr"]).round())
+    assert len(read(runs, tmp_path).left_out) == 15
+    other = runs.assign(warmup=7, loss=runs["loss"] * 1.01)
+    assert "warmup differs" in refused(pd.concat([runs, other], ignore_index=True), tmp_path)
+
+
 # --- units
+
+
+@pytest.mark.parametrize(
+    ("names", "scales"),
+    [
+        (("Params (M)", "Tokens (M)"), (1e6, 1e6)),
+        (("params_k", "tokens_k"), (1e3, 1e3)),
+    ],
+)
+def test_units_by_name_where_the_values_could_be_counts(
+    names: tuple[str, str], scales: tuple[float, float], tmp_path: Path
+) -> None:
+    big = grid().assign(params=grid()["params"] * 5000, tokens=grid()["tokens"] * 5000)
+    runs = big.set_axis([*names, "loss"], axis=1)
+    runs = runs.assign(**{k: runs[k] / by for k, by in zip(names, scales, strict=True)})
+    n, d = names
+    found = read(runs, tmp_path, columns_n=n, columns_d=d)
+    assert values(found, found.columns.n) == list(big["params"])
+    assert values(found, str(found.columns.d)) == list(big["tokens"])
+    plain = big.set_axis([*names, "loss"], axis=1).rename(columns={d: "tokens"})
+    assert "the medians are" in refused(plain, tmp_path, columns_n=n, columns_d="tokens")
+    counts = read(plain, tmp_path, columns_n=n, columns_d="tokens", units_n=1.0)
+    assert values(counts, n) == list(big["params"])
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "scale"),
+    [("d", "tokens (M)", 1e6), ("c", "compute (GFLOPs)", 1e9), ("c", "train_FLOPs", 1.0)],
+)
+def test_the_unit_of_a_column_alone(key: str, name: str, scale: float, tmp_path: Path) -> None:
+    counts = np.geomspace(1e18, 1e22, 8) if key == "c" else np.geomspace(5e8, 6.4e10, 8)
+    runs = pd.DataFrame({name: counts / scale, "loss": 2 + 100 / counts**0.15})
+    given = {"columns_n": None, "columns_d": None, f"columns_{key}": name}
+    found = read(runs, tmp_path, **given)
+    assert values(found, str(getattr(found.columns, key))) == pytest.approx(list(counts))
+
+
+def test_the_unit_of_unique_tokens(tmp_path: Path) -> None:
+    runs = grid().assign(**{"unique (B)": grid()["tokens"] / 4e9})
+    found = read(runs, tmp_path, columns_u="unique (B)")
+    assert values(found, str(found.columns.u)) == pytest.approx(list(grid()["tokens"] / 4))
+    assert note(found, "units") == "units: unique (B) is in billions"
+    plain = runs.rename(columns={"unique (B)": "unique"})
+    assert refused(plain, tmp_path, columns_u="unique").startswith("columns.u=unique: its median")
+    assert len(read(plain, tmp_path, columns_u="unique", units_u=1e9).runs) == 15
+    both = plain.assign(tokens=plain["tokens"] / 1e9).rename(columns={"tokens": "tokens (B)"})
+    found = read(both, tmp_path, columns_d="tokens (B)", columns_u="unique")
+    assert values(found, str(found.columns.u)) == pytest.approx(list(grid()["tokens"] / 4))
+    more = plain.assign(unique=plain["tokens"] * 2)
+    assert "2 of all tokens; it must be at most all" in refused(more, tmp_path, columns_u="unique")
 
 
 @pytest.mark.parametrize("names", [("params_M", "tokens_B"), ("params (millions)", "tokens (B)")])
@@ -342,6 +479,32 @@ def test_a_run_that_did_not_end_well_in_two_words(
     assert list(found.left_out["reason"]) == [f"{name}={found.left_out[name].iloc[0]}"]
 
 
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("run_state", "finished", "crashed"),
+        ("exit_code", "0", "137"),
+        ("ExitCode", "0:0", "1:0"),
+        ("outcome", "ok", "diverged"),
+        ("nan", "False", "True"),
+        ("has_diverged", "0", "1"),
+        ("status", "published", "failed"),
+        ("status", "TERMINATED", "ERROR"),
+        ("job_status", "COMPLETED", "CANCELLED by 1001"),
+    ],
+)
+def test_how_a_run_ended(name: str, good: str, bad: str, tmp_path: Path) -> None:
+    found = read(grid().assign(**{name: [bad, *[good] * 14]}), tmp_path)
+    assert list(found.left_out["reason"]) in ([bad], [f"{name}={bad}"])
+    if good == "TERMINATED":
+        assert note(found, "status") == "status: TERMINATED (status) is taken for finished"
+
+
+def test_counts_are_no_sign_of_how_a_run_ended(tmp_path: Path) -> None:
+    runs = grid().assign(failed_evals=range(15), completed_steps=7, return_mean=0.5, state_dim=64)
+    assert len(read(runs, tmp_path).runs) == 15
+
+
 def test_a_value_with_a_unit_of_its_own_keeps_it(tmp_path: Path) -> None:
     plain = grid()
     sizes = [f"{n / 1e6:g}" for n in plain["params"]]
@@ -390,6 +553,10 @@ def crossed(column: str, kinds: list[Any]) -> pd.DataFrame:
         ("metric", ["train_loss", "val_loss"]),  # a long table
         ("eval_set", ["c4", "wikitext"]),
         ("k", [1, 2, 3]),
+        ("warmup", [300, 1000]),
+        ("max_steps", [300, 1000, 3000]),
+        ("tag", ["adamw", "muon", "sgd"]),
+        ("name", ["adamw", "muon"]),
     ],
 )
 def test_a_setting_is_no_seed(column: str, kinds: list[Any], tmp_path: Path) -> None:
@@ -470,6 +637,36 @@ def test_rows_that_may_be_checkpoints_are_said_to_be_taken_for_runs(tmp_path: Pa
     assert read(sizes, tmp_path).columns.run is None
 
 
+def test_a_folder_is_a_run_only_if_its_rows_are_checkpoints(tmp_path: Path) -> None:
+    assert read(grid().assign(folder="/sweep"), tmp_path).columns.run is None
+    assert (
+        read(grid().assign(folder=[f"/{i}" for i in range(15)]), tmp_path).columns.run == "folder"
+    )
+    found = read(checkpoints("folder"), tmp_path)
+    assert note(found, "runs").startswith("runs: 30 rows of 3 runs, by folder")
+
+
+def test_one_run_has_no_intervals() -> None:
+    table = grid(noise=0.002).assign(run="a")
+    law = scaling.fit(table, "chinchilla", N="params", D="tokens", loss="loss")
+    found = scaling.bootstrap(law, 50, cluster="run").interval("E")
+    assert np.isnan([found.low, found.high]).all()
+    assert found.method == "none"
+    made = analyse(
+        table, table[:0].assign(reason=""), Columns(n="params", d="tokens", loss="loss", run="run")
+    )
+    assert made.intervals == {}
+    assert np.isnan([made.predictions[0].loss.low, made.predictions[0].loss.high]).all()
+
+
+def test_checkpoints_without_a_name_are_noted(tmp_path: Path) -> None:
+    runs = checkpoints("run").drop(columns="run").assign(step=lambda t: t["tokens"] // 1000)
+    line = note(read(runs, tmp_path), "runs")
+    assert "though step rises with tokens at each params; if these are checkpoints" in line
+    assert read(runs, tmp_path, columns_run="params").columns.run == "params"
+    assert not any(one.startswith("runs") for one in read(grid().assign(step=7), tmp_path).notes)
+
+
 # --- rows
 
 
@@ -511,6 +708,25 @@ def test_columns_with_usual_names_are_found(names: tuple[str, str, str], tmp_pat
         read(table.drop(columns=names[1]), tmp_path, **plain)  # half a place is no place
 
 
+def test_the_column_that_varies_is_taken(tmp_path: Path) -> None:
+    plain = {f"columns_{kind}": None for kind in NAMED}
+    found = read(grid().assign(n=10_000, d=lambda t: t["params"] // 7), tmp_path, **plain)
+    assert "columns: N = params, D = tokens, loss = loss" in found.notes
+    narrow = (
+        grid().assign(params=5).rename(columns={"params": "n_params"}).assign(n=grid()["params"])
+    )
+    assert "columns: N = n, D = tokens, loss = loss" in read(narrow, tmp_path, **plain).notes
+
+
+def test_a_column_given_leaves_the_others_found(tmp_path: Path) -> None:
+    runs = grid().assign(fresh=grid()["tokens"] // 4)
+    plain = {f"columns_{kind}": None for kind in NAMED}
+    found = read(runs, tmp_path, **plain, columns_u="fresh")
+    assert "columns: N = params, D = tokens, U = fresh, loss = loss" in found.notes
+    found = read(runs, tmp_path, **{**plain, "columns_n": "fresh"})
+    assert "columns: N = fresh, D = tokens, loss = loss" in found.notes
+
+
 def test_compute_and_loss_alone(tmp_path: Path) -> None:
     flops = np.geomspace(1e15, 1e20, 8)
     runs = pd.DataFrame({"flops": flops, "loss": 2 + 100 / flops**0.15})
@@ -529,6 +745,18 @@ def test_zero_tokens_are_a_line(tmp_path: Path, recwarn: pytest.WarningsRecorder
     assert not recwarn.list
 
 
+def test_repeated_tokens_where_the_best_law_has_no_use_for_them(
+    tinygpt: Command, tmp_path: Path
+) -> None:
+    runs = grid(noise=0.002).assign(unique=lambda t: t["tokens"] // 4)
+    runs.to_csv(tmp_path / "u.csv", index=False)
+    words = ("columns.u=unique", "predict=n=1e9,d=5e10", "law=chinchilla")
+    done = tinygpt("fit", "table=u.csv", *(f"columns.{k}={v}" for k, v in NAMED.items()), *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    made = json.loads((tmp_path / "outputs" / "fit-u" / "fit.json").read_text())["predictions"]
+    assert all(one["place"]["U"] == one["place"]["D"] for one in made)
+
+
 # --- losses
 
 
@@ -541,6 +769,26 @@ def test_perplexities(tmp_path: Path) -> None:
     hidden = runs.rename(columns={"val_ppl": "loss"})
     assert "too large for a loss per token; loss_unit=perplexity" in refused(hidden, tmp_path)
     assert values(read(hidden, tmp_path, loss_unit="perplexity")) == pytest.approx(values(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("ln_ppl", np.e), ("logppl", np.e), ("log10_ppl", 10), ("log2_perplexity", 2)],
+)
+def test_logarithms_of_perplexities(name: str, base: float, tmp_path: Path) -> None:
+    runs = grid().assign(loss=lambda t: t["loss"] / np.log(base)).rename(columns={"loss": name})
+    found = read(runs, tmp_path, columns_loss=name)
+    assert values(found) == pytest.approx(list(grid()["loss"]))
+    said = f"loss: {name} is the logarithm of a perplexity, to base {'e' if base == np.e else base}"
+    assert note(found, "loss") == f"{said}; it is fitted in nats"
+
+
+@pytest.mark.parametrize("name", ["ppl_loss", "eval/perplexity_loss", "Loss (PPL)"])
+def test_a_loss_and_a_perplexity_by_its_name(name: str, tmp_path: Path) -> None:
+    runs = grid().rename(columns={"loss": name})
+    line = refused(runs, tmp_path, columns_loss=name)
+    assert line.startswith(f"columns.loss={name}: a loss and a perplexity by its name; loss_unit=")
+    assert values(read(runs, tmp_path, columns_loss=name, loss_unit="nats")) == list(grid()["loss"])
 
 
 def test_nats_only_where_they_are(tmp_path: Path) -> None:

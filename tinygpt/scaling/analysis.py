@@ -218,7 +218,7 @@ def analyse(
         unanswered.append(f"`budgets=` has no answer: {reason}.")
 
     per_token = None if in_x else recorded(best, compute)
-    wanted = [] if inseparable else _places(best, compute, per_token, budgets)
+    wanted = [] if inseparable else _places(best, variables, compute, per_token, budgets)
     predictions = [_predicted(best, ahead, place, flops, drawn) for place, flops in wanted]
     for place in asked:
         flops = None if per_token is None else float(per_token(np.array([place["N"]]))[0])
@@ -316,17 +316,22 @@ def _intervals(fit: Fit | None, cluster: str | None, seed: int) -> dict[str, Int
     if cluster is None:
         return intervals(fit, seed=seed)
     replicas = bootstrap(fit, cluster=cluster, seed=seed)
-    return {name: replicas.interval(name) for name in fit.optimum.law.parameters}
+    names = fit.optimum.law.parameters if len(replicas.theta) else ()
+    return {name: replicas.interval(name) for name in names}
 
 
 # --- where nothing was trained
 
 
 def _places(
-    best: Fit, compute: Array, per_token: Any, budgets: Sequence[float]
+    best: Fit,
+    variables: Mapping[str, str],
+    compute: Array,
+    per_token: Any,
+    budgets: Sequence[float],
 ) -> list[tuple[dict[str, float], float | None]]:
     """Return places at ten times the largest compute, or the largest x, with their FLOPs; of a
-    law of C also each budget."""
+    law of C also each budget.  Where any law has U, it is all of D."""
     if best.degrees < 1:
         return []
     if per_token is None:
@@ -338,7 +343,7 @@ def _places(
         n, d = best_split(best, flops, per_token)
     except ConfigError:  # the frontier says why
         return []
-    return [({"N": n, "D": d, **({"U": d} if "U" in best.columns else {})}, flops)]
+    return [({"N": n, "D": d, **({"U": d} if "U" in variables else {})}, flops)]
 
 
 def _predicted(
@@ -354,7 +359,7 @@ def _predicted(
         law, run = loss_at(best, place)
     else:
         law = run = predict_interval(best, new_run=False, **place)
-    if isinstance(drawn, Bootstrap):
+    if isinstance(drawn, Bootstrap):  # nan where there is one run
         ends = drawn.of_loss(**place)
         law = replace(ends, estimate=law.estimate, method="bootstrap over runs")
     if ahead is None and best.degrees >= 1:

@@ -311,13 +311,14 @@ def check_distance(
 ) -> Check:
     """Judge how far predictions lie beyond the runs, beside what these span.
 
-    ``runs`` has the values of each variable, (n,), ``places`` those of each prediction; the title
-    of the variable ``main`` is not said.
+    ``runs`` has the values of each variable of the law, (n,), ``places`` those of each prediction;
+    the title of the variable ``main`` is not said.
     """
     if not places:
         return check("distance", NOT_TESTED, "nothing can be predicted")
     found = []
-    for name, value in ((name, value) for place in places for name, value in place.items()):
+    asked = ((name, value) for place in places for name, value in place.items())
+    for name, value in ((name, value) for name, value in asked if name in runs):
         low, high = float(min(runs[name])), float(max(runs[name]))
         beyond, span = max(value / high, low / value, 1.0), high / low
         what = "" if name in (main, "C") else f"{name} = {value:.3g} is "

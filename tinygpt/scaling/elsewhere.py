@@ -21,30 +21,32 @@ USUAL = {  # the names of columns that are found by their names, the likeliest f
     "seed": "seed random_seed rng_seed rng replicate replica repeat repetition",
     "learning_rate": "peak_lr max_lr lr_peak lr_max peak_learning_rate max_learning_rate "
     "learning_rate lr base_lr base_learning_rate initial_lr init_lr",
-    "run": "run_id run_name run runid runname name id",
-    "n": "params_non_embedding non_embedding_params n params n_params num_params parameters "
-    "n_parameters num_parameters model_size",
-    "d": "d tokens n_tokens num_tokens train_tokens training_tokens tokens_seen",
+    "run": "run_id run_name run runid runname name id folder",
+    "n": "params_non_embedding non_embedding_params params n_params num_params parameters "
+    "n_parameters num_parameters model_size n",
+    "d": "tokens n_tokens num_tokens train_tokens training_tokens tokens_seen d",
     "loss": "val_loss validation_loss eval_loss test_loss final_loss loss",
 }
 WORDS = {  # in a column's name; the first kind of which it has a word decides
+    "rates": "lr learning warmup",  # settings, but those that go with the learning rate are tuned
     # what a run came to, or where and when it ran: no setting
     "outcomes": "loss losses ppl perplexity nll acc accuracy bpb bpc bits score metric metrics "
     "validation error grad norm time times date seconds secs hours minutes runtime "
     "duration created updated started finished start end timestamp host hostname node gpu "
     "gpus device devices machine job slurm throughput speed mfu utilization memory mem flops "
-    "flop compute step steps iteration iterations iter epoch checkpoint ckpt cost energy kwh "
-    "watt watts power price index row user author note notes comment comments tag tags git "
-    "commit version state status lr rate learning warmup eta summary seed",
+    "flop compute step iteration iter epoch second samples checkpoint ckpt cost energy kwh "
+    "watt watts power price index row user author note notes comment comments git "
+    "commit version state status eta summary seed",
     # what was chosen, whatever its values
     "settings": "dataset datasets data corpus corpora optimizer optim optimiser schedule scheduler "
     "tokenizer tokeniser vocab vocabulary batch bsz bs wd decay architecture arch family "
     "precision dtype activation dropout beta beta1 beta2 parametrization mup context ctx seq "
-    "seqlen epochs recipe mixture filter filtering language objective init",
-    # what a run is called, or a measurement
-    "labels": "name run id uuid hash url uri path dir folder file eval val valid test",
+    "seqlen epochs steps iterations iters recipe mixture filter filtering language objective init",
+    # what a run is called, or a measurement: a setting only if it is a text that comes back
+    "labels": "name tag tags run id uuid hash url uri path dir folder file eval val valid test",
 }
 
+STEP = (["step"], ["iter"], ["iteration"], ["checkpoint"], ["ckpt"])
 EPOCHS = {"epochs", "n_epochs", "num_epochs", "num_train_epochs"}
 LOSS_UNITS = {"nat", "nats", "bit", "bits", "bpb", "bpc", "ppl", "perplexity", "nats/token"}
 LOSS_UNITS |= {"bits/byte", "bits per byte", "nats per token", "bits/token", "bits per token"}
@@ -91,6 +93,15 @@ def read(
         "columns: " + ", ".join(f"{k} = {column}" for k, column in found.items() if column)
     )
     reason = entering(table, columns.loss, where, list(sizes.values()), notes)
+    for column in (columns.loss, *sizes.values()):
+        blank = reason == ("no loss" if column == columns.loss else f"no {column}")
+        if 2 * blank.sum() > (blank | (reason == "")).sum():
+            condition = f"{column if column.isidentifier() else f'`{column}`'} > 0"
+            raise ConfigError(
+                f"table={path}: {column} is blank in {blank.sum()} of {len(table)} rows, first in "
+                f"row {blank.idxmax()}; a value that is written once for several rows must stand "
+                f'in each; where="{condition}" leaves these rows out'
+            )
     columns = _with_runs(table[reason == ""], columns, given, notes)
     if last is not None:
         table, reason = _averaged(table, columns, last, reason, notes)
@@ -174,13 +185,14 @@ def find_columns(
 
 
 def _usual(table: pd.DataFrame, given: Mapping[str, str], loss: str) -> dict[str, str]:
-    """Return the columns of the loss and, if no size is given, of both N and D, by their usual
-    names; a table with the names of ``results.json`` needs none."""
+    """Return the columns of the loss, N and D that are not given by their usual names, those of N
+    and D if both are known; a table with the names of ``results.json`` needs none."""
     if loss != Columns.loss or loss in table:
         return {}
     found = {name: next(iter(_called(table, name)), None) for name in ("loss", "n", "d")}
-    if set("nduct") & set(given) or not (found["n"] and found["d"]):
-        del found["n"], found["d"]  # half a place would be fitted as if the rest were equal
+    found |= given
+    if not (found["n"] and found["d"]):  # half a place would be fitted as if the rest were equal
+        found["n"] = found["d"] = None
     return {name: column for name, column in found.items() if column}
 
 
@@ -188,16 +200,16 @@ def _called(table: pd.DataFrame, what: str) -> list[str]:
     """Return the columns that are usually called so, the likeliest first.
 
     Neither case nor what stands before a point or slash matters, as in params.lr, but what was
-    measured (metrics.lr) is not meant.
+    measured (metrics.lr) is not meant.  One that is the same in all rows comes last.
     """
     names, found = USUAL[what].split(), []
     for column in map(str, table):
         before, _, last = column.replace("/", ".").rpartition(".")
-        last = re.sub(r"\W+", "_", last.strip().casefold())
+        last = re.sub(r"\W+", "_", last.casefold()).strip("_")
         others = {"train", "training"} if what == "loss" else {"metrics", "summary", "system"}
         if last in names and not others & set(words_of(before)):
-            found.append((names.index(last), column))
-    return [column for _, column in sorted(found)]
+            found.append((table[column].nunique() < 2, names.index(last), column))
+    return [column for *_, column in sorted(found)]
 
 
 def _there_are(table: pd.DataFrame, meant: str = "") -> str:
@@ -214,10 +226,15 @@ def _with_runs(
     used: pd.DataFrame, columns: Columns, given: Mapping[str, str], notes: list[str]
 ) -> Columns:
     """Return the columns with that of the run's name, where rows share one as checkpoints of a
-    run do: one size and one seed, and different tokens."""
+    run do: one size and one seed, and different tokens.
+
+    Without a name, rows whose step rises with the tokens at each size are noted.
+    """
     along = next((c for c in (columns.d, columns.c, "step", "_step") if c in used), None)
-    if columns.run in used or given.get("run") == "none" or along is None:
+    if "run" in given or along is None:
         return columns
+    if columns.run in used and used[columns.run].duplicated().any():
+        columns = dataclasses.replace(columns, run=None)  # unless it is found below
     fixed = [column for column in (columns.n, columns.seed) if column and column in used]
     called = _called(used, "run")
     texts = [name for name in map(str, used) if not pd.api.types.is_numeric_dtype(used[name])]
@@ -239,6 +256,16 @@ def _with_runs(
             "checkpoints (last=1 keeps the last of each; columns.run=none: it names no run)"
         )
         return dataclasses.replace(columns, run=name)
+    steps = [name for name in map(str, used) if words_of(name)[-1:] in STEP and name != along]
+    if fixed and columns.n == fixed[0] and used.duplicated(fixed).any():
+        for name in steps:
+            rising = used.sort_values(along).groupby(fixed)[name]
+            if all(group.is_unique and group.is_monotonic_increasing for _, group in rising):
+                notes.append(
+                    f"runs: every row is taken for a run, though {name} rises with {along} at each "
+                    f"{columns.n}; if these are checkpoints, columns.run={columns.n}"
+                )
+                break
     return columns
 
 
@@ -280,7 +307,7 @@ def _refuse_varying(
         for name in map(str, used)
         if name not in known
         and (shared.groupby(place)[name].nunique(dropna=False) > 1).any()
-        and _is_setting(name, used, shared, columns.seed, place)
+        and _is_setting(name, used, shared, columns.seed, place, rate)
     ]
     if not settings:
         return
@@ -289,37 +316,52 @@ def _refuse_varying(
     shown = [f"{v:g}" if isinstance(v, float) else str(v)[:40] for v in values[:4]]
     also = f" (so do {', '.join(others[:3])})" if others else ""
     quoted = name if name.isidentifier() else f"`{name}`"
+    is_rate = rate is None and {"lr", "learning"} & set(words_of(name))
+    best = f", columns.learning_rate={name} keeps the best" if is_rate else ""
     raise ConfigError(
         f"table={path}: {name} differs between runs of the same {' and '.join(place)}: "
         f'{", ".join(shown)}{", ..." if values[4:] else ""}{also}; where="{quoted} == '
-        f'{values[0]!r}" chooses, columns.seed={name} takes it for a seed'
+        f'{values[0]!r}" chooses{best}, columns.seed={name} takes it for a seed'
     )
 
 
 def _is_setting(
-    name: str, used: pd.DataFrame, shared: pd.DataFrame, seed: str | None, place: list[str]
+    name: str,
+    used: pd.DataFrame,
+    shared: pd.DataFrame,
+    seed: str | None,
+    place: list[str],
+    rate: str | None,
 ) -> bool:
     """Return whether a column that differs between runs at one place was chosen, not measured.
 
-    By its words, else by its values: those of a setting come back at other places.
+    By its words, else by its values: those of a setting come back at other places, and differ in
+    more than a number if they are names.
     """
     words, whole = set(words_of(name)), re.findall("[a-z]+", name.casefold())
     kind = next((kind for kind, known in WORDS.items() if words & set(known.split())), "")
     is_text = pd.api.types.is_object_dtype(used[name]) or pd.api.types.is_string_dtype(used[name])
     if is_text and words & KINDS:  # a long table: a row for each loss
         return bool(2 * used[name].nunique() <= len(used))
-    if kind in ("outcomes", "labels") or "metrics" in whole:
+    if kind == "outcomes" or (kind == "labels" and not is_text) or "metrics" in whole:
         return False
-    if kind == "settings":
+    if kind == "rates" and rate:
+        return bool((shared.groupby([*place, rate])[name].nunique(dropna=False) > 1).any())
+    if kind in ("settings", "rates"):
         return True
     values = used[name]
     if seed and (used.groupby(seed)[name].nunique(dropna=False) == 1).all():
         return False  # a name of the seed
     if pd.api.types.is_bool_dtype(values):
         return True
-    if not pd.api.types.is_numeric_dtype(values):
+    if is_text and kind != "labels":
         return bool(2 * values.nunique() <= len(values))
-    sets = shared.groupby(place)[name].agg(lambda v: repr(sorted(set(v))))
+    told = shared[name].astype(str).str.replace(r"\d+", "", regex=True) if is_text else shared[name]
+    groups = told.groupby([shared[column] for column in place])
+    sets = groups.agg(lambda v: repr(sorted(set(v))))
+    if is_text:
+        counts = sets[groups.nunique() > 1].value_counts()
+        return bool(counts.max() > 1 and 2 * counts.max() >= counts.sum())
     if len(sets) == 1:
         return bool(values.isin(shared[name]).sum() >= 2 * shared[name].nunique())
     return bool(2 * sets.value_counts().iloc[0] >= len(sets))

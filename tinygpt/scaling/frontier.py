@@ -188,10 +188,11 @@ class Budget:
     def __str__(self) -> str:
         n, d = self.n.estimate, self.d.estimate
         half = (self.loss.high - self.loss.low) / 2
+        ends = f" ± {half:.3f}" if np.isfinite(half) else ""
         large, small = self.twice_too_large, self.twice_too_small
         return (
             f"with {number(self.flops)} FLOPs: N = {number(n)}, D = {number(d)} "
-            f"({number(d / n)} tokens per parameter), L = {self.loss.estimate:.3f} ± {half:.3f}; "
+            f"({number(d / n)} tokens per parameter), L = {self.loss.estimate:.3f}{ends}; "
             "a model twice too large or too small costs "
             f"+{100 * large.loss:.2g} % or +{100 * small.loss:.2g} % in loss, "
             f"as if {100 * large.compute:.2g} % or {100 * small.compute:.2g} % "
@@ -232,13 +233,15 @@ def predict(
         off = float(fit.predict(N=size, D=tokens, U=np.minimum(tokens, unique))[0])
         saved = np.interp(off, loss[::-1], np.log(budgets)[::-1])
         wrong.append(WrongSize(off / float(loss[-1]) - 1, 1 - float(np.exp(saved)) / flops))
-    return Budget(flops, at_n, at_d, *loss_at(fit, place), *wrong)
+    return Budget(flops, at_n, at_d, *loss_at(fit, place, replicas), *wrong)
 
 
-def loss_at(fit: Fit, place: dict[str, float]) -> tuple[Interval, Interval]:
-    """Return the loss of the law and of a single run at ``place``; without degrees of freedom
-    their ends are nan."""
-    if fit.degrees < 1:
+def loss_at(
+    fit: Fit, place: dict[str, float], replicas: int | Bootstrap = REPLICAS
+) -> tuple[Interval, Interval]:
+    """Return the loss of the law and of a single run at ``place``; without degrees of freedom, or
+    where a bootstrap had one run to draw, their ends are nan."""
+    if fit.degrees < 1 or (isinstance(replicas, Bootstrap) and not len(replicas.theta)):
         nan = float("nan")
         none = Interval(float(fit.predict(**place)[0]), nan, nan, LEVEL, "none")
         return none, none

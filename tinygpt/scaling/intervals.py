@@ -248,6 +248,8 @@ class Bootstrap:
         return self._within(float(self.fit.predict(**place)[0]), self.predict(**place)[:, 0], level)
 
     def _within(self, estimate: float, values: Array, level: float) -> Interval:
+        if not len(values):
+            return Interval(estimate, np.nan, np.nan, level, "none")
         low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
         return Interval(estimate, float(low), float(high), level, self.method)
 
@@ -256,13 +258,15 @@ def bootstrap(fit: Fit, n: int = 4000, cluster: str | None = None, seed: int = 0
     """Refit the law ``n`` times to runs drawn with replacement, starting from the optimum.
 
     With ``cluster``, whole groups of rows that agree in that column are drawn: rows that are
-    checkpoints of one run are no independent points.  Raises ConfigError for a column that is not
-    there.
+    checkpoints of one run are no independent points; of a single group there are no replicas.
+    Raises ConfigError for a column that is not there.
     """
     if cluster is not None and cluster not in fit.table:
         raise ConfigError(f"cluster={cluster}: no such column")
     groups = pd.factorize(fit.table[cluster])[0] if cluster else np.arange(len(fit.points))
     count = int(groups.max()) + 1
+    if count < 2:
+        return Bootstrap(fit, fit.optimum.theta[None][:0], 0)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n)
     start = np.repeat(fit.optimum.theta[None], n, axis=0)
     weights = drawn[:, groups].astype(float)

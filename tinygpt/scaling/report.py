@@ -203,7 +203,8 @@ def law(analysis: Analysis) -> Iterator[Block]:
             text += f" to {percent(each[-1])}, by their length" if each[-1] > 1.05 * each[0] else ""
         yield Paragraph(f"{text}. R² of {fit.unit}: {fit.r_squared:.4f}.")
     if not analysis.intervals:
-        yield Paragraph("As many parameters as runs: there is nothing to judge an interval by.")
+        why = "As many parameters as runs" if fit.degrees < 1 else "All rows are of one run"
+        yield Paragraph(f"{why}: there is nothing to judge an interval by.")
     if lines := list(_constant(analysis)):
         yield Paragraph(" ".join(lines))
 

@@ -108,13 +108,21 @@ def entering(
         reason[~_meets(table, where)] = f"not {where}"
     _mark_repeated(table, reason)
     for name in table:
-        if str(name).casefold() in ("status", "state"):
+        words = words_of(str(name))
+        ended = [ENDED[word] for word in words if word in ENDED]
+        is_code = bool(re.fullmatch("(job|run)?(exit|return)(code|status)?", "".join(words)))
+        if not (ended or is_code or STATUS & set(words)):
+            continue
+        said = table[name].astype(str).str.strip().str.casefold().where(table[name].notna(), "")
+        if is_code and said.str.fullmatch(r"|-?\d+([.:]\d+)?").all():
+            bad = set(said[~said.str.fullmatch(r"|0+([.:]0+)?")])
+        elif ended and said.isin(["", *TRUE, *FALSE]).all():
+            bad = set(FALSE if ended[0] else TRUE)
+        else:
             _mark_unfinished(table[name], reason, [] if notes is None else notes)
-        elif (ended := str(name).casefold()) in ENDED:
-            said = table[name].astype(str).str.strip()
-            bad = ["false", "no", "0", "0.0"] if ENDED[ended] else ["true", "yes", "1", "1.0"]
-            wrong = (reason == "") & said.str.casefold().isin(bad)
-            reason[wrong] = f"{name}=" + said[wrong]
+            continue
+        wrong = said.isin(bad) & (reason == "")
+        reason[wrong] = f"{name}=" + table[name][wrong].astype(str).str.strip()
     for name in dict.fromkeys([loss, *needed]):
         if name not in table:
             continue
@@ -129,29 +137,38 @@ def entering(
 
 
 # How a run ended, in the words of W&B, MLflow and our own.
-FINISHED = "finished stopped_early completed complete done success succeeded ok"
+FINISHED = "finished stopped_early completed complete done success succeeded ok published"
 UNFINISHED = (
-    "unfinished running failed crashed killed diverged preempted preempting error errored aborted "
-    "cancelled canceled timeout oom pending queued scheduled interrupted stopped failure"
+    "unfinished running failed fail crashed killed diverged preempted preempting error errored "
+    "aborted cancelled canceled timeout oom out_of_memory pending queued scheduled interrupted "
+    "stopped failure nan pruned node_fail"
 )
-# Columns that are true or false: whether true is good.
-ENDED = {"finished": True, "completed": True, "success": True}
-ENDED |= {"diverged": False, "failed": False, "crashed": False}
+STATUS = {"status", "state", "outcome"}  # of which a column's name has one
+# Words in the names of columns that are true or false: whether true is good.
+ENDED = dict.fromkeys(("finished", "completed", "success", "succeeded"), True)
+ENDED |= dict.fromkeys(("diverged", "failed", "crashed", "killed", "oom", "nan", "isnan"), False)
+TRUE, FALSE = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 
 
 def _mark_unfinished(column: pd.Series, reason: pd.Series, notes: list[str]) -> None:
-    """Write the status of runs that have not finished to ``reason``."""
+    """Write the status of runs that have not finished to ``reason``.
+
+    Where no word for finished is known, as Ray's TERMINATED, those that are not bad are finished.
+    """
     stated = column.astype(str).str.strip().where(column.notna(), f"no {column.name}")
-    words = stated.str.casefold()
-    known = words.isin([*FINISHED.split(), *UNFINISHED.split()])
-    if not known.any():
-        kinds = ", ".join(map(str, column.dropna().unique()[:4]))
-        notes.append(f"status: {column.name} says nothing of how a run ended ({kinds}); all enter")
+    words, name = stated.str.casefold(), str(column.name)
+    good = words.isin(FINISHED.split())
+    bad = words.str.extract(r"^(\w*)", expand=False).isin(UNFINISHED.split())
+    unknown = ", ".join(column[column.notna() & ~good & ~bad].astype(str).unique()[:4])
+    if not (good | bad).any():
+        if name.casefold() in STATUS:
+            said = f"{name} says nothing of how a run ended ({unknown})"
+            notes.append(f"status: {said}; all enter")
         return
-    unknown = sorted(set(column[column.notna() & ~known].astype(str)))
     if unknown:
-        notes.append(f"status: {', '.join(unknown[:4])} ({column.name}) is not known as finished")
-    left_out = ~words.isin(FINISHED.split()) & (reason == "")
+        said = "is not known as finished" if good.any() else "is taken for finished"
+        notes.append(f"status: {unknown} ({name}) {said}")
+    left_out = (~good if good.any() else bad) & (reason == "")
     reason[left_out] = stated[left_out]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,13 +92,26 @@ def _text(data: bytes) -> str:
 
 
 def _read_text(data: bytes) -> Found:
-    """Read delimited text; a header may stand behind the # of the last comment."""
+    """Read delimited text; a header may stand behind the # of the last comment.
+
+    A # that is a column's name, or stands before the number of a run, begins no comment.
+    """
     stream = io.StringIO(_text(data), newline="")
     lines = [(n, line) for n, line in enumerate(stream, 1) if line.strip()]
-    comments = [line.strip() for _, line in lines if line.lstrip().startswith("#")]
-    lines = [(n, line) for n, line in lines if not line.lstrip().startswith("#")]
-    mark = _delimiter([line for _, line in lines[:50]])
+    plain = [line for _, line in lines if not line.lstrip().startswith("#")]
+    mark = _delimiter(plain[:50])
     cut = partial(csv.reader, delimiter=mark, skipinitialspace=True)
+    width, names = len(next(cut(plain), [])), [row[0] for row in cut(plain[1:50])]
+
+    def is_comment(line: str) -> bool:
+        if not line.lstrip().startswith("#"):
+            return False
+        cells = next(cut([line.lstrip()]))
+        name = re.fullmatch(r"#(\d*)", cells[0])
+        return not name or len(cells) != width or bool(name[1] and _all_numbers(names))
+
+    comments = [line.strip() for _, line in lines if is_comment(line)]
+    lines = [(n, line) for n, line in lines if not is_comment(line)]
     reader = cut(line.strip() + "\n" if mark == " " else line for _, line in lines)
     rows = [(lines[reader.line_num - 1][0], list[Any](row)) for row in reader]
     dialect = f"{DELIMITERS[mark]}-separated"
@@ -150,21 +165,27 @@ def _frame(rows: Rows) -> pd.DataFrame:
             )
     cells = [row[:width] + [None] * (width - len(row)) for _, row in body]
     table = pd.DataFrame(cells, columns=range(width), dtype=object)
-    names = {i: f"Unnamed: {i}" if _is_missing(n) else str(n) for i, n in enumerate(header)}
-    unnamed = [i for i in range(width) if _is_missing(header[i])]
+    unnamed = [i for i in range(width) if header[i] in ("", None)]  # "nan" is a name
+    names = {i: f"Unnamed: {i}" if i in unnamed else str(n) for i, n in enumerate(header)}
     empty = [i for i in unnamed if all(map(_is_missing, table[i]))]
     return table.drop(columns=empty).rename(columns=names)
 
 
 def _read_json(data: bytes) -> Found:
-    """Read an array of records, one a line, or an object of columns; nested names get a dot."""
+    """Read an array of records, one a line, or an object of columns; nested names get a dot.
+
+    Of an object that holds one array of records, that is the table.
+    """
     text = _text(data)
     try:
         found = json.loads(text)
     except ValueError:
-        found = [json.loads(line) for line in text.splitlines() if line.strip()]
+        found = [json.loads(line) for line in re.split(r"[\r\n]+", text) if line.strip()]
     if isinstance(found, dict):
         values = list(found.values())
+        held = [name for name, value in found.items() if value and _are_records(value)]
+        if len(held) == 1:
+            return pd.json_normalize(found[held[0]]), f"its {held[0]}"
         if values and all(isinstance(value, list) for value in values):
             return pd.DataFrame(found), ""
         if values and all(isinstance(value, dict) for value in values):
@@ -172,9 +193,13 @@ def _read_json(data: bytes) -> Found:
             found = pd.DataFrame(found).to_dict("records") if by_column else values
         else:
             found = [found]
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+    if not _are_records(found):
         raise ConfigError("must hold objects, one a run")
     return pd.json_normalize(found), ""
+
+
+def _are_records(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
 def _read_parquet(data: bytes) -> Found:
@@ -182,17 +207,27 @@ def _read_parquet(data: bytes) -> Found:
 
 
 def _read_workbook(data: bytes) -> Found:
-    """Read the first sheet that has rows."""
+    """Read the first sheet that has rows, and all with the same columns, told apart by one more."""
     try:
         import openpyxl  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError("needs openpyxl: pip install 'tinygpt[excel]'") from error
     book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+    found: dict[str, pd.DataFrame] = {}
     for sheet in book.worksheets:
         rows = [(n, list(row)) for n, row in enumerate(sheet.iter_rows(values_only=True), 1)]
         if any(not all(map(_is_missing, row)) for _, row in rows):
-            return _frame(rows), f"sheet {sheet.title} of {len(book.worksheets)}"
-    raise ConfigError("has no rows")
+            with contextlib.suppress(*([ConfigError] if found else [])):
+                found[sheet.title] = _frame(rows)
+    if not found:
+        raise ConfigError("has no rows")
+    first, *_ = found.values()
+    alike = {name: table for name, table in found.items() if list(table) == list(first)}
+    dialect = f"sheet{'s' * (len(alike) > 1)} {', '.join(alike)} of {len(book.worksheets)}"
+    if len(alike) == 1:
+        return first, dialect
+    parts = [t if "sheet" in t else t.assign(sheet=name) for name, t in alike.items()]
+    return pd.concat(parts, ignore_index=True), f"{dialect} with the same columns"
 
 
 READERS: dict[str, Callable[[bytes], Found]] = {
@@ -215,11 +250,15 @@ def _checked(table: pd.DataFrame) -> pd.DataFrame:
     if len(names) > MOST_COLUMNS:
         raise ConfigError(f"has {len(names)} columns; at most {MOST_COLUMNS} are read")
     table = table.set_axis(names, axis=1)
-    for name in table:
-        values = table[name] if table[name].dtype.kind == "O" else ()
-        if any(isinstance(value, list | dict | np.ndarray) for value in values):
-            raise ConfigError(f"{name} holds lists or tables, no numbers or texts")
-    return table
+    mixed = [name for name in names if table[name].dtype.kind == "O"]
+    return table.assign(**{name: table[name].astype(object).map(_cell) for name in mixed})
+
+
+def _cell(value: Any) -> Any:
+    """Return a decimal as a number, a list or a table as its text."""
+    if isinstance(value, Decimal):
+        return float(value)
+    return str(value) if isinstance(value, list | dict | np.ndarray) else value
 
 
 # --- numbers

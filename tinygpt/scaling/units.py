@@ -21,16 +21,17 @@ SCALES = {  # the last word of a column's name
     1e9: ("b", "bn", "g", "billion", "billions"),
     1e12: ("t", "tn", "trillion", "trillions"),
 }
-FLOPS = {  # the end of a column's name, its letters alone
-    8.64e19: ("PFLOP-days", r"p(eta)?f(lops?)?s?days?"),
-    8.64e16: ("TFLOP-days", r"t(era)?f(lops?)?s?days?"),
-    1e21: ("1e+21 FLOPs", "z(etta)?flops?"),
-    1e18: ("1e+18 FLOPs", "e(xa)?flops?"),
-    1e15: ("1e+15 FLOPs", "p(eta)?flops?"),
-    1e12: ("1e+12 FLOPs", "t(era)?flops?"),
-    1e9: ("1e+09 FLOPs", "g(iga)?flops?"),
+FLOPS = {  # the last words of a column's name
+    8.64e19: ("PFLOP-days", r"p(eta)?_?f(lops?)?_?s?_?days?"),
+    8.64e16: ("TFLOP-days", r"t(era)?_?f(lops?)?_?s?_?days?"),
+    1e21: ("1e+21 FLOPs", "z(etta)?_?flops?"),
+    1e18: ("1e+18 FLOPs", "e(xa)?_?flops?"),
+    1e15: ("1e+15 FLOPs", "p(eta)?_?flops?"),
+    1e12: ("1e+12 FLOPs", "t(era)?_?flops?"),
+    1e9: ("1e+09 FLOPs", "g(iga)?_?flops?"),
 }
-LEAST = {"n": 1e3, "d": 1e3, "c": 1e6}  # medians of plain counts
+COUNTS = {"n": (1e3, 1e14), "d": (1e3, 1e16), "c": (1e6, 1e32)}  # between which medians lie
+EPOCHS = 1e5  # times that a token is read, at most
 FEW, MANY = 1e3, 1e6  # counts that do not stand in one column
 LARGEST = 20.0  # loss of a token: a guess among 5e8 of them
 
@@ -45,15 +46,24 @@ def in_units(
     table as it was written: a value with a unit of its own, as 1.2B, keeps that.  Raises
     ConfigError where the units must be given.
     """
-    sizes = {key: named[key] for key in "ndc" if key in named}
-    units = _choose(used, sizes, {k: unit for k, unit in stated.items() if k in sizes}, notes)
-    if "u" in named:  # counted as the tokens are
-        units["u"] = stated.get("u", units.get("d", 1.0))
-    for key, unit in units.items():
-        if unit != 1:
+    bare = {  # whether a value is without a unit of its own
+        key: ~cells[named[key]].astype(str).str.contains(r"[A-DF-WYZa-df-wyz]")
+        for key in "ndcu"
+        if key in named
+    }
+    own = {key: 1.0 for key, one in bare.items() if 2 * one[used.index].sum() < len(used)}
+    values = {key: used[named[key]].astype(float) for key in bare}
+    values = {k: v if k in own else v[bare[k][v.index]] for k, v in values.items()}
+    unique = values.pop("u", None)
+    units = _choose(values, named, {**stated, **own}, notes)
+    for key, one in bare.items():
+        if key == "u" and unique is not None:
+            known = {"d": units.get("d", 1.0), **stated, **own}
+            tokens = table.get(columns.d)
+            units["u"] = _unit_of_unique(unique, named["u"], tokens, known, notes)
+        if (unit := units[key]) != 1:
             column = f"{named[key]} × {unit:g}"
-            own = cells[named[key]].astype(str).str.contains(r"[A-DF-WYZa-df-wyz]")
-            table = table.assign(**{column: table[named[key]] * unit ** (~own).astype(int)})
+            table = table.assign(**{column: table[named[key]] * unit ** one.astype(int)})
             columns = dataclasses.replace(columns, **{key: column})
     for key in (key for key in "nd" if key in units):
         column = getattr(columns, key)
@@ -73,30 +83,51 @@ def in_units(
 
 
 def _choose(
-    used: pd.DataFrame, named: Mapping[str, str], stated: Units, notes: list[str]
+    values: Mapping[str, pd.Series], columns: Mapping[str, str], stated: Units, notes: list[str]
 ) -> dict[str, float]:
-    """Return the unit of each named column: as stated, else by its name, else by C = 6 N D."""
-    values = {key: used[column].astype(float) for key, column in named.items()}
+    """Return the unit of each of N, D and C: as stated, else by its name, else by C = 6 N D.
+
+    Raises ConfigError where these are no counts, or are counts only if their names are wrong.
+    """
+    named = {key: columns[key] for key in values}
     plain = {key: stated.get(key, 1.0) for key in named}
-    for key, unit in stated.items():
-        if unit != 1:
-            notes.append(f"units: {named[key]} is in {unit:g}, as given")
-    if not named or _are_plausible(values, plain, stated):
-        times = _over_6nd(values, plain) if len(named) == 3 else 1.0
-        if not 1 / 3 <= times <= 3:
-            notes.append(f"compute: {named['c']} is {times:.2g} times 6 N D (the median)")
-        return plain
-    by_name = {k: stated.get(k) or _unit_in(k, column) for k, column in named.items()}
-    chosen, why = [by_name], "by their names"
-    if not _are_plausible(values, by_name, stated):
-        chosen, why = _by_compute(values, plain, stated), "for then C is about 6 N D"
-    if len(chosen) != 1:
-        raise ConfigError(_question(values, named))
-    (units,) = chosen
+    for key in named:
+        if plain[key] != 1:
+            notes.append(f"units: {named[key]} is in {plain[key]:g}, as given")
+    units = {k: stated.get(k) or _unit_in(k, column) for k, column in named.items()}
+    why = "by their names"
+    if named and not _are_plausible(values, units, stated):
+        is_named = units != plain and _are_plausible(values, plain, stated)
+        chosen = [] if is_named else _by_compute(values, plain, stated)
+        if len(chosen) != 1:
+            raise ConfigError(_question(values, named))
+        units, why = chosen[0], "for then C is about 6 N D"
     changed = {key: unit for key, unit in units.items() if unit != plain[key]}
-    said = (f"{named[key]} is in {_word(key, unit)}" for key, unit in changed.items())
-    notes.append(f"units: {', '.join(said)}, {why}")
+    if changed:
+        said = (f"{named[key]} is in {_word(key, unit)}" for key, unit in changed.items())
+        notes.append(f"units: {', '.join(said)}, {why}")
+    times = _over_6nd(values, units) if len(named) == 3 else 1.0
+    if not 1 / 3 <= times <= 3:
+        notes.append(f"compute: {named['c']} is {times:.2g} times 6 N D (the median)")
     return units
+
+
+def _unit_of_unique(
+    unique: pd.Series, column: str, tokens: pd.Series | None, known: Units, notes: list[str]
+) -> float:
+    """Return the unit of the unique tokens: as stated, else by their name, else that of all tokens
+    or plain.  Raises ConfigError where they are then more than all, or hardly any."""
+    by_name = _unit_in("u", column)
+    for unit in [known["u"]] if "u" in known else [by_name] if by_name != 1 else [known["d"], 1.0]:
+        part = 1.0 if tokens is None else float((unique * unit / tokens).median())
+        if "u" in known or 1 / EPOCHS <= part <= 1:
+            if unit != 1 or known["d"] != 1:
+                notes.append(f"units: {column} is in {_word('u', unit)}")
+            return unit
+    raise ConfigError(
+        f"columns.u={column}: its median is {unique.median():.3g}, {part:.2g} of all tokens; it "
+        f"must be at most all and at least {1 / EPOCHS:g}; units.u= says what it counts in, as 1e9"
+    )
 
 
 def _are_plausible(
@@ -104,8 +135,9 @@ def _are_plausible(
 ) -> bool:
     """Return whether these are counts that go together, C with 6 N D to a factor."""
     counts = {key: value * units[key] for key, value in values.items()}
-    if any(counts[key].median() < LEAST[key] for key in counts if key not in stated):
-        return False
+    for key, (least, most) in COUNTS.items():
+        if key in counts and key not in stated and not least <= counts[key].median() <= most:
+            return False
     if "d" not in counts and {"n", "c"} <= set(counts):
         counts["d"] = counts["c"] / (6 * counts["n"])
     is_stated = {"n", "d"} <= set(stated) or not {"n", "d"} <= set(counts)
@@ -140,8 +172,9 @@ def _by_compute(
 def _unit_in(key: str, column: str) -> float:
     """Return what a column's name says that it counts in, as params_m, tokens (B) or pf-days."""
     if key == "c":
-        letters = re.sub("[^a-z]", "", column.casefold())
-        return next((u for u, (_, end) in FLOPS.items() if re.search(f"{end}$", letters)), 1.0)
+        parts = re.findall("[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).casefold())
+        name = "_" + "_".join(parts)
+        return next((u for u, (_, end) in FLOPS.items() if re.search(f"_{end}$", name)), 1.0)
     _, *words = re.findall("[a-z]+", column.casefold()) or [""]
     return next((u for u, names in SCALES.items() if words and words[-1] in names), 1.0)
 
@@ -172,13 +205,20 @@ def _question(values: Mapping[str, pd.Series], named: Mapping[str, str]) -> str:
 def in_nats(
     table: pd.DataFrame, used: pd.DataFrame, columns: Columns, unit: str | None, notes: list[str]
 ) -> tuple[pd.DataFrame, Columns]:
-    """Return the table with the logarithm of a perplexity for its loss.
+    """Return the table with a loss in nats for a perplexity or its logarithm to base 2 or 10.
 
-    ``unit`` is that of the loss, as given.  Raises ConfigError for values that are neither.
+    ``unit`` is that of the loss, as given.  Raises ConfigError for values that are neither, and
+    for a name that says both.
     """
-    loss, words = columns.loss, set(words_of(columns.loss))
-    is_perplexity = bool({"ppl", "perplexity"} & words) and not {"log", "nll", "loss"} & words
-    if unit == "perplexity" or (unit is None and is_perplexity):
+    loss, name = columns.loss, re.sub(r"[\W_]+", "_", columns.loss.casefold())
+    is_named = unit is None and re.search(r"(?:^|_|ln|log|\d)(?:ppl|perplexity)(?:_|$)", name)
+    base = is_named and re.search(r"(?<![a-z])(?:ln|log_?(10|2)?)(?=_|$|ppl|perp)", name)
+    if is_named and {"loss", "nll"} & set(words_of(loss)):
+        raise ConfigError(
+            f"columns.loss={loss}: a loss and a perplexity by its name; loss_unit=perplexity takes "
+            "the logarithm, loss_unit=nats says that it is a loss"
+        )
+    if unit == "perplexity" or (is_named and not base):
         for row, value in used[loss].items():
             if value <= 1:
                 raise ConfigError(f"{loss}={value:g}: row {row}: no perplexity is below 1")
@@ -193,4 +233,11 @@ def in_nats(
             "loss_unit=perplexity takes the logarithm of perplexities, where= leaves rows out, and "
             "loss_unit= with the unit in words says that it is right"
         )
+    if base:
+        said = f"{loss} is the logarithm of a perplexity, to base {base[1] or 'e'}"
+        notes.append(f"loss: {said}; it is fitted in nats")
+    if base and base[1]:
+        column = f"{loss} × ln {base[1]}"
+        table = table.assign(**{column: table[loss] * np.log(float(base[1]))})
+        return table, dataclasses.replace(columns, loss=column)
     return table, dataclasses.replace(columns, loss_unit=unit or columns.loss_unit)
