@@ -19,7 +19,7 @@ LIMITS = {
     "model": 1_550,
     "training": 2_735,
     "sweeping": 1_460,
-    "scaling": 7_931,
+    "scaling": 7_932,
     "evaluating": 1_460,
     "adaptation": 3_300,
 }
