@@ -385,6 +385,11 @@ def test_the_unit_of_unique_tokens(tmp_path: Path) -> None:
     plain = runs.rename(columns={"unique (B)": "unique"})
     assert refused(plain, tmp_path, columns_u="unique").startswith("columns.u=unique: its median")
     assert len(read(plain, tmp_path, columns_u="unique", units_u=1e9).runs) == 15
+    small = plain.assign(
+        flops=6.0 * plain["params"] * plain["tokens"], params=plain["params"] / 1e6
+    )
+    more = {"columns_u": "unique", "columns_c": "flops", "units_u": 1e9}
+    assert values(read(small, tmp_path, **more), "params × 1e+06") == list(plain["params"])
     both = plain.assign(tokens=plain["tokens"] / 1e9).rename(columns={"tokens": "tokens (B)"})
     found = read(both, tmp_path, columns_d="tokens (B)", columns_u="unique")
     assert values(found, str(found.columns.u)) == pytest.approx(list(grid()["tokens"] / 4))
@@ -584,6 +589,7 @@ def test_what_was_measured_refuses_nothing(tmp_path: Path) -> None:
         hours=random.random(count).round(1),
         out_dir=["/x", "/y", "/z"] * 15,
         _step=random.integers(1, 5, count),
+        steps_to_target=random.integers(1, 5, count),
         label=[f"seed {s}" for s in runs["seed"]],
     )
     found = read(runs, tmp_path)

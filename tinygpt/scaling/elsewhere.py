@@ -34,7 +34,7 @@ WORDS = {  # in a column's name; the first kind of which it has a word decides
     "validation error grad norm time times date seconds secs hours minutes runtime "
     "duration created updated started finished start end timestamp host hostname node gpu "
     "gpus device devices machine job slurm throughput speed mfu utilization memory mem flops "
-    "flop compute step iteration iter epoch second samples checkpoint ckpt cost energy kwh "
+    "flop compute step iteration iter epoch second sec samples to checkpoint ckpt cost energy kwh "
     "watt watts power price index row user author note notes comment comments git "
     "commit version state status eta summary seed",
     # what was chosen, whatever its values
@@ -231,7 +231,7 @@ def _with_runs(
     Without a name, rows whose step rises with the tokens at each size are noted.
     """
     along = next((c for c in (columns.d, columns.c, "step", "_step") if c in used), None)
-    if "run" in given or along is None:
+    if "run" in given or along is None or "config_hash" in used:
         return columns
     if columns.run in used and used[columns.run].duplicated().any():
         columns = dataclasses.replace(columns, run=None)  # unless it is found below

@@ -110,7 +110,7 @@ def entering(
     for name in table:
         words = words_of(str(name))
         ended = [ENDED[word] for word in words if word in ENDED]
-        is_code = bool(re.fullmatch("(job|run)?(exit|return)(code|status)?", "".join(words)))
+        is_code = bool(re.search("(exit|return)(code|status)$", "".join(words)))
         if not (ended or is_code or STATUS & set(words)):
             continue
         said = table[name].astype(str).str.strip().str.casefold().where(table[name].notna(), "")

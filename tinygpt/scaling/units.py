@@ -51,14 +51,15 @@ def in_units(
         for key in "ndcu"
         if key in named
     }
-    own = {key: 1.0 for key, one in bare.items() if 2 * one[used.index].sum() < len(used)}
+    own = [key for key, one in bare.items() if 2 * one[used.index].sum() < len(used)]
+    known = {**dict.fromkeys(own, 1.0), **stated}
     values = {key: used[named[key]].astype(float) for key in bare}
     values = {k: v if k in own else v[bare[k][v.index]] for k, v in values.items()}
     unique = values.pop("u", None)
-    units = _choose(values, named, {**stated, **own}, notes)
+    units = _choose(values, named, {k: known[k] for k in values if k in known}, notes)
     for key, one in bare.items():
         if key == "u" and unique is not None:
-            known = {"d": units.get("d", 1.0), **stated, **own}
+            known = {"d": units.get("d", 1.0), **known}
             tokens = table.get(columns.d)
             units["u"] = _unit_of_unique(unique, named["u"], tokens, known, notes)
         if (unit := units[key]) != 1:
@@ -122,7 +123,7 @@ def _unit_of_unique(
         part = 1.0 if tokens is None else float((unique * unit / tokens).median())
         if "u" in known or 1 / EPOCHS <= part <= 1:
             if unit != 1 or known["d"] != 1:
-                notes.append(f"units: {column} is in {_word('u', unit)}")
+                notes.append(f"units: {column} is in {_word('u', unit) if unit != 1 else 'tokens'}")
             return unit
     raise ConfigError(
         f"columns.u={column}: its median is {unique.median():.3g}, {part:.2g} of all tokens; it "
