@@ -216,9 +216,9 @@ def test_types_of_parquet(tmp_path: Path) -> None:
     kinds = runs.assign(
         params=runs["params"].astype("category"),
         tokens=runs["tokens"].astype(str).astype("category"),
-        loss=[Decimal(str(loss)) for loss in runs["loss"]],
+        loss=runs["loss"].map(lambda loss: Decimal(str(loss))),
         optimizer=pd.Categorical(["adamw"] * 15),
-        betas=[[0.9, 0.95]] * 15,
+        betas=pd.Series([[0.9, 0.95]] * 15),
     )
     kinds.to_parquet(tmp_path / "a.parquet")
     found = read(tmp_path / "a.parquet").runs.reset_index(drop=True)
@@ -239,7 +239,7 @@ def test_a_hash_that_begins_no_comment(tmp_path: Path) -> None:
     names = runs.assign(run=[f"#{i}" if i % 2 else f"r{i}" for i in range(15)])
     found = read(names[["run", *runs]], tmp_path)
     assert (len(found.runs), "comment" in found.notes[0]) == (15, False)
-    counted = runs.assign(**{"#": range(1, 16), "model": "gpt"})[["#", "model", *runs]]
+    counted = runs.assign(model="gpt").reset_index(names="#")[["#", "model", *runs]]
     assert list(read(counted, tmp_path).runs) == list(counted)
     lines = runs.to_csv(index=False).splitlines()
     found = read(written(tmp_path, "\n".join([*lines[:3], "#" + lines[3], *lines[4:]])))
@@ -258,7 +258,7 @@ def test_sheets_of_one_workbook(tmp_path: Path) -> None:
     assert len(found.runs) == 15
     with pd.ExcelWriter(path) as book:
         for sheet, factor in (("raw", 1.0), ("smooth", 0.99)):
-            runs = grid().assign(loss=lambda t, by=factor: t["loss"] * by)
+            runs = grid().assign(loss=grid()["loss"] * factor)
             runs.to_excel(book, sheet_name=sheet, index=False)
     assert "sheet differs between runs of the same params and tokens: raw, smooth" in refused(path)
     assert len(read(path, where="sheet == 'raw'").runs) == 15
@@ -393,8 +393,8 @@ def test_the_unit_of_unique_tokens(tmp_path: Path) -> None:
     both = plain.assign(tokens=plain["tokens"] / 1e9).rename(columns={"tokens": "tokens (B)"})
     found = read(both, tmp_path, columns_d="tokens (B)", columns_u="unique")
     assert values(found, str(found.columns.u)) == pytest.approx(list(grid()["tokens"] / 4))
-    more = plain.assign(unique=plain["tokens"] * 2)
-    assert "2 of all tokens; it must be at most all" in refused(more, tmp_path, columns_u="unique")
+    twice = plain.assign(unique=plain["tokens"] * 2)
+    assert "2 of all tokens; it must be at most all" in refused(twice, tmp_path, columns_u="unique")
 
 
 @pytest.mark.parametrize("names", [("params_M", "tokens_B"), ("params (millions)", "tokens (B)")])
