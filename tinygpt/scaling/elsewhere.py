@@ -93,8 +93,8 @@ def read(
         "columns: " + ", ".join(f"{k} = {column}" for k, column in found.items() if column)
     )
     reason = entering(table, columns.loss, where, list(sizes.values()), notes)
-    for column in (columns.loss, *sizes.values()):
-        blank = reason == ("no loss" if column == columns.loss else f"no {column}")
+    for column in sizes.values():  # losses are blank in most rows of a history
+        blank = reason == f"no {column}"
         if 2 * blank.sum() > (blank | (reason == "")).sum():
             condition = f"{column if column.isidentifier() else f'`{column}`'} > 0"
             raise ConfigError(
