@@ -14,7 +14,7 @@ from tests.test_imports import FILES, PACKAGE, imported
 LIMITS = {
     "root": 2_747,
     "config": 1_155,
-    "runs": 830,
+    "runs": 836,
     "data": 3_987,
     "model": 1_550,
     "training": 2_747,

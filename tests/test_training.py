@@ -320,6 +320,7 @@ def test_between_first_and_last_a_part_of_validation_is_scored(
     small = run(tmp_path / "small", cache, corpus, *words, "hardware.micro_batch_size=2")
     again = [float(row["val_loss"]) for row in small.rows() if row["val_loss"]]
     assert again == pytest.approx(found, rel=1e-5)
+    assert "already finished" in part.go("train.eval_share=null").said  # it changes no weight
 
 
 def test_a_run_that_stops_early_ends_with_the_score_of_all(

@@ -21,6 +21,7 @@ CHANGED = {"dropout": "ed89061: what is dropped became a function of seed, step 
 def train(name: str, *more: str) -> Path:
     """Train a recorded configuration, with ``more`` keys, and return the folder of the run."""
     words = [*RECORDED[name]["overrides"], "study=losses", f"run_name={name}", *more]
+    words.append("train.eval_share=null")  # as every evaluation was of all tokens
     folders = dict(word.split("=", 1) for word in words)
     succeed("run", *words)
     return Path(folders.get("output_dir", "outputs"), "losses", folders["run_name"])

@@ -32,7 +32,7 @@ RUN = [
     *("tokenizer.vocab_size=384", "study=runs", "seed=7"),
     *("train.batch_tokens=512", "train.steps=240"),
     *("train.eval_every=10_240", "train.checkpoint_every=51_200"),
-    *("train.sample_tokens=30", "hardware.micro_batch_size=4"),
+    *("train.sample_tokens=30", "hardware.micro_batch_size=4", "train.eval_share=null"),
 ]
 
 # Kaplan's laws met a bound of theirs at ff2412f; 5de860e widened these bounds on purpose.

@@ -42,7 +42,10 @@ NOT_SCIENCE = {
     *("output_dir", "cache_dir", "study", "run_name", "force"),
 }
 # Keys of ``train`` that change no weight: a run can be resumed with other values.
-FREE = ("log_every", "checkpoint_every", "keep_every", "sample_tokens", "sample_prompt")
+FREE = (
+    *("log_every", "checkpoint_every", "keep_every", "sample_tokens", "sample_prompt"),
+    "eval_share",
+)
 DATA_PLACES = ("path", "val_file", "test_file", "repo")  # the content there stands for them
 # Size of a run beside its configuration, as results.json names it.
 SIZES = ("model_parameters", "parameters_non_embedding", "train_tokens", "flops_exact")
@@ -68,7 +71,9 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     values |= {"trainer": trainer} if trainer else {}
     newer: list[tuple[dict[str, Any], str, Any]] = [(values, "callbacks", {})]
     newer += [(train, "skip_nonfinite", False), (model, "rope_scaling", None)]
-    newer += [(train, "eval_share", 0.1)]
+    if train["early_stopping_patience"] is None:  # else it decides when a run stops
+        train["eval_share"] = None
+    newer += [(train, "eval_share", None)]
     newer += [(data, name, None) for name in ("encoding", "delimiter", "header")]
     for section, name, unused in newer:
         if name in section and section[name] == unused:
@@ -98,7 +103,7 @@ def effective_hash(config: Config, content: dict[str, str]) -> str:
     train.log_every, train.checkpoint_every, train.keep_every = 1, None, None
     train.sample_prompt, train.sample_tokens = "", 0
     if train.early_stopping_patience is None:
-        train.eval_every, train.eval_share = None, 0.1
+        train.eval_every = None
     return config_hash(config, content)
 
 
@@ -233,6 +238,7 @@ def config_from(values: dict[str, Any]) -> Config:
     for name in REMOVED:  # keys of earlier versions
         section, _, last = name.partition(".")
         (values.get(section) or {}).pop(last, None)
+    values["train"] = {"eval_share": None, **(values.get("train") or {})}  # as of runs before it
     typed = OmegaConf.structured(Config)
     for group in CHOICES:
         typed[group] = OmegaConf.structured(variant(group, values[group]))
