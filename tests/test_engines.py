@@ -142,9 +142,11 @@ def test_workers_share_out_the_gpus(tmp_path: Path) -> None:
     [
         ("", 2, 0, ("local", 2, 1)),
         ("", 16, 0, ("local", 5, 3)),
-        ("", 1, 0, ("serial", 1, None)),
-        ("launcher.n_jobs=1", 4, 0, ("serial", 1, None)),
-        ("launcher=serial", 4, 0, ("serial", 1, None)),
+        ("", 1, 0, ("serial", 1, 1)),
+        ("launcher.n_jobs=1", 4, 0, ("serial", 1, 4)),
+        ("launcher=serial", 4, 0, ("serial", 1, 1)),  # the threads of local, for the same losses
+        ("launcher=serial", 16, 0, ("serial", 1, 3)),
+        ("launcher=serial", 16, 1, ("serial", 1, None)),
         ("launcher=local", 1, 0, ("local", 1, 1)),
         ("hardware.threads=2", 4, 0, ("local", 4, 2)),
         ("", 16, 1, ("local", 4, 4)),  # small models, four on the card
@@ -168,6 +170,8 @@ def test_auto_trains_side_by_side_where_that_is_possible(
     assert engines.share_of(jobs)[:3] == expected
     if "launcher" not in words:
         assert engines.share_of(jobs[:1]).engine == "serial"
+    if not cards:  # what is left of a study trains as it would have
+        assert engines.share_of(jobs[:1], study=5).threads == expected[2]
 
 
 def test_a_run_resumes_with_the_threads_it_began_with(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ LIMITS = {
     "data": 3_987,
     "model": 1_550,
     "training": 2_747,
-    "sweeping": 1_555,
+    "sweeping": 1_563,
     "scaling": 7_936,
     "evaluating": 1_460,
     "adaptation": 3_300,

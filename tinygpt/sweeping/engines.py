@@ -109,29 +109,36 @@ class Share(NamedTuple):
         return how
 
 
-def share_of(jobs: Sequence[Job]) -> Share:
-    """Return who does the jobs, how many at once, and the threads of each: as asked, or as it
-    pays.  ``launcher=auto`` is ``local`` where several can train at once, else ``serial``."""
+def share_of(jobs: Sequence[Job], study: int = 0) -> Share:
+    """Return who does the jobs, of so many in the ``study``, how many at once, and the threads of
+    each: as asked, or as it pays.
+
+    ``launcher=auto`` is ``local`` where several can train at once, else ``serial``.  On a CPU all
+    three give a run the same threads, whatever is left of the study: losses hang on their number.
+    """
     config, count = jobs[0].config, len(jobs)
     launcher, asked = config.launcher, config.hardware.threads
-    if isinstance(launcher, LocalLauncher):
-        if launcher.kind == "auto" and (count == 1 or not _has_shared_memory()):
-            return Share("serial", 1, asked)
-        import joblib
-
-        kind, gpus = _device(config)
-        most = joblib.cpu_count()
-        if kind == "cuda":
-            most = gpus * (launcher.per_gpu or max(1, min(_fit_on_a_gpu(jobs), most // gpus)))
-        at_once = max(1, min(launcher.n_jobs or most, count))
-        if launcher.kind == "auto" and (at_once == 1 or kind == "mps"):
-            return Share("serial", 1, asked)
-        return Share("local", at_once, asked or max(1, joblib.cpu_count() // at_once), gpus)
     if isinstance(launcher, SlurmLauncher):
         return Share("slurm", max(1, min(launcher.n_jobs, count)), asked or launcher.cpus)
     if isinstance(launcher, RayLauncher):  # how many nodes there are is not known here
         return Share("ray", 1, asked or launcher.cpus)
-    return Share("serial", 1, asked)
+    if max(count, study) == 1 and launcher.kind != "local":
+        return Share("serial", 1, asked)  # which chooses its threads
+    import joblib
+
+    (kind, gpus), cores = _device(config), joblib.cpu_count()
+    n_jobs = per_gpu = None
+    if isinstance(launcher, LocalLauncher):
+        n_jobs, per_gpu = launcher.n_jobs, launcher.per_gpu
+    most = n_jobs or cores
+    if kind == "cuda" and not n_jobs:
+        most = gpus * (per_gpu or max(1, min(_fit_on_a_gpu(jobs), cores // gpus)))
+    at_once = max(1, min(most, count))
+    threads = asked or max(1, cores // min(most, max(count, study)))
+    can = at_once > 1 and kind != "mps" and _has_shared_memory()
+    if launcher.kind == "local" or (launcher.kind == "auto" and can):
+        return Share("local", at_once, threads, gpus)
+    return Share("serial", 1, threads if kind == "cpu" else asked)
 
 
 def _device(config: Settings) -> tuple[str, int]:
@@ -154,13 +161,14 @@ def _fit_on_a_gpu(jobs: Sequence[Job]) -> int:
 
 
 @contextlib.contextmanager
-def ready(jobs: Sequence[Job]) -> Iterator[Engine]:
-    """Yield the engine named by ``launcher=``, for ``jobs`` or some of them.
+def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[Engine]:
+    """Yield the engine named by ``launcher=``, for ``jobs`` or some of them; arguments as of
+    ``share_of``.
 
     Processes of this machine start at once and import torch while data is prepared; they stay
     until the end, so that each imports it once.
     """
-    share = share_of(jobs)
+    share = share_of(jobs, study)
     launcher = jobs[0].config.launcher
     with contextlib.ExitStack() as stack:
         engines: dict[str, Engine] = {

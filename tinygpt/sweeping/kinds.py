@@ -100,7 +100,7 @@ class Trainings(Kind):
 
         todo = [job for job in jobs if job not in done]
         others = _others_at_work()  # before the timing adds to it
-        share = share_of(todo or jobs)
+        share = share_of(todo or jobs, len(jobs))
         for job in jobs:
             job.config.hardware.threads = share.threads  # so that its step is timed as it will run
         with console.status("timing a few steps of each size"):

@@ -45,7 +45,7 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
     with contextlib.ExitStack() as held:
         if pending:
             check_engine(settings.launcher)
-            engine = held.enter_context(ready(pending))
+            engine = held.enter_context(ready(pending, len(jobs)))
             kind.prepare(jobs if settings.sweep.share_trunk else pending, outcomes, console)
         for folder in folders:
             held.enter_context(fileio.locked(folder, folder.parent, "study"))
@@ -67,7 +67,7 @@ def _run(
     pending: list[Job], engine: Engine, total: int, outcomes: dict[Job, Outcome], console: Console
 ) -> None:
     """Do ``pending``, trunks before their branches, and note how each ended in ``outcomes``."""
-    share, launcher = share_of(pending), pending[0].config.launcher.kind
+    share, launcher = share_of(pending, total), pending[0].config.launcher.kind
     if share.engine != "serial":  # longest first: none is left alone at the end
         pending.sort(key=lambda job: -job.row["flops_exact"])
     if launcher == "auto" and len(pending) > 1:
