@@ -181,7 +181,7 @@ def test_a_run_resumes_with_the_threads_it_began_with(tmp_path: Path) -> None:
         job.run.environment.write_text(json.dumps({"threads": threads}))
     jobs[0].run.last.touch()  # the second left no checkpoint: it begins anew
     share = engines.share_of(jobs).threads
-    with engines.ready(jobs) as engine:
+    with engines.ready(jobs) as (_, engine):
         engine(jobs, tmp_path)
     assert [job.config.hardware.threads for job in jobs] == [3, share, share]
 

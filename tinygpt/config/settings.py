@@ -93,7 +93,7 @@ class LocalLauncher(LauncherConfig):
 
 @dataclass
 class AutoLauncher(LocalLauncher):
-    """As ``local`` where several runs can train at once, as ``serial`` where not."""
+    """Trains as ``local`` where several runs can train at once, as ``serial`` where not."""
 
     kind: str = key("auto", among=("auto",))
 

@@ -91,7 +91,7 @@ def grid_starts(law: Law, points: Points) -> Array:
 
 
 def spread_starts(law: Law, points: Points, seed: int) -> Array:
-    """Return starts for any law: a Latin hypercube over what its parameters may reasonably be."""
+    """Return starts for any law, (B, P): a Latin hypercube over what its parameters may be."""
     names, random = law.parameters, np.random.default_rng(seed)
     ranks = random.permuted(np.tile(np.arange(N_STARTS), (len(names), 1)), axis=1).T
     unit = (ranks + random.random(ranks.shape)) / N_STARTS

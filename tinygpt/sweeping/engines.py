@@ -156,13 +156,13 @@ def _device(config: Settings) -> tuple[str, int]:
 def _fit_on_a_gpu(jobs: Sequence[Job]) -> int:
     """Return how many runs one GPU trains at once: several of small models, which leave it idle."""
     models = [job.config.model for job in jobs if isinstance(job.config, Config)]
-    small = [count_parameters(model, 0).total < SMALL for model in models]
+    small = [count_parameters(model, 0).non_embedding < SMALL for model in models]
     return ON_A_GPU if len(small) == len(jobs) and all(small) else 1
 
 
 @contextlib.contextmanager
-def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[Engine]:
-    """Yield the engine named by ``launcher=``, for ``jobs`` or some of them; arguments as of
+def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[tuple[Share, Engine]]:
+    """Yield the share of each run and the engine, for ``jobs`` or some of them; arguments as of
     ``share_of``.
 
     Processes of this machine start at once and import torch while data is prepared; they stay
@@ -185,7 +185,7 @@ def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[Engine]:
                 job.config.hardware.threads = _threads_of(job, share)
             return engines[share.engine](jobs, folder)
 
-        yield run
+        yield share, run
 
 
 def _threads_of(job: Job, share: Share) -> int | None:
@@ -262,7 +262,7 @@ class Workers:
             self.at_once, initializer=_begin_worker, initargs=begun_with
         )
         with signals.not_for_children():
-            self._begun = [self._pool.submit(_import) for _ in range(self.at_once)]
+            self._begun = [self._pool.submit(os.getpid) for _ in range(self.at_once)]
 
     def do(self, jobs: Sequence[Job]) -> Results:
         """Do the jobs; those whose process was killed, and took the others down, come so."""
@@ -325,10 +325,6 @@ def run_local(jobs: Sequence[Job], workers: Workers) -> Results:
                 yield job, outcome
                 interrupted = outcome.status == "interrupted"
         waiting = [job for job in lost if job not in suspects]
-
-
-def _import() -> None:
-    import tinygpt.training.session  # noqa: F401
 
 
 _worker = contextlib.ExitStack()  # what a worker holds for as long as it lives

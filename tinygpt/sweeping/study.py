@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tinygpt import fileio, signals
 from tinygpt.config.settings import SMOKE
-from tinygpt.sweeping.engines import Engine, Outcome, check_engine, outcome_of, ready, share_of
+from tinygpt.sweeping.engines import Engine, Outcome, Share, check_engine, outcome_of, ready
 from tinygpt.sweeping.jobs import Job, Kind, compose_jobs, flops_of
 from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.sweeping.view import View, make_table, say
@@ -45,12 +45,12 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
     with contextlib.ExitStack() as held:
         if pending:
             check_engine(settings.launcher)
-            engine = held.enter_context(ready(pending, len(jobs)))
+            share, engine = held.enter_context(ready(pending, len(jobs)))
             kind.prepare(jobs if settings.sweep.share_trunk else pending, outcomes, console)
         for folder in folders:
             held.enter_context(fileio.locked(folder, folder.parent, "study"))
         if pending:
-            _run(pending, engine, len(jobs), outcomes, console)
+            _run(pending, share, engine, len(jobs), outcomes, console)
         for folder in folders:
             write_summary(folder, kind)
         _print_summary(jobs, outcomes, console)
@@ -64,13 +64,17 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
 
 
 def _run(
-    pending: list[Job], engine: Engine, total: int, outcomes: dict[Job, Outcome], console: Console
+    pending: list[Job],
+    share: Share,
+    engine: Engine,
+    total: int,
+    outcomes: dict[Job, Outcome],
+    console: Console,
 ) -> None:
     """Do ``pending``, trunks before their branches, and note how each ended in ``outcomes``."""
-    share, launcher = share_of(pending, total), pending[0].config.launcher.kind
     if share.engine != "serial":  # longest first: none is left alone at the end
         pending.sort(key=lambda job: -job.row["flops_exact"])
-    if launcher == "auto" and len(pending) > 1:
+    if pending[0].config.launcher.kind == "auto" and len(pending) > 1:
         say(console, f"launcher {share.engine}: {share.words}")
     stages = [job for job in pending if not job.trunk], [job for job in pending if job.trunk]
     with View(pending, total, console) as view:

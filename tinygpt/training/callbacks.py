@@ -146,7 +146,6 @@ class Journal(pl.Callback):
         for name in STATS:
             getattr(self._stats, name).fill_(self.state[name])
         self._timed_from = trainer.global_step
-        pl_module.data.scores_all = True
         if trainer.global_step == 0:
             self.scores = pl_module.validate()
             self.state["initial_val_loss"] = self.scores.loss
