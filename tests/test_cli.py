@@ -297,6 +297,7 @@ NOT_IN_HASH = re.compile(
     r"(hardware|logger|launcher|sweep)\..*|output_dir|cache_dir|study|run_name|force|plan|fit|scale"
     r"|data\.(path|val_file|test_file|repo)|tokenizer\.(vocab_dir|path)|init_from"
     r"|trainer\.profiler"
+    r"|train\.eval_share"  # but with early stopping, which it decides: see test_training
 )
 CHOICES = {
     "synthetic": ["data=synthetic", "tokenizer=bpe", "optim=adamw", "schedule=cosine"],
