@@ -72,12 +72,11 @@ def test_the_environment_switches_onednn_off(monkeypatch: pytest.MonkeyPatch) ->
 def test_kept_memory_is_not_asked_for_again() -> None:
     """Where malloc gives tensors back, pages have to be made anew at every step."""
     kept = page_faults('hardware.set_up(HardwareConfig(threads=1), Device("cpu", "32"))')
-    assert kept <= page_faults("torch.set_num_threads(1)")  # thousands, or few where glibc keeps it
-    assert kept < 100
+    assert kept < 100  # thousands without, as a rule
 
 
 def page_faults(prepare: str) -> int:
-    """Of five steps of a small model, after five others."""
+    """Count those of five steps of a small model, after so many others that the heap has grown."""
     program = f"""
 import resource, torch
 from tinygpt.config import HardwareConfig, ModelConfig
@@ -87,8 +86,8 @@ from tinygpt.training.hardware import Device
 {prepare}
 model = GPT(ModelConfig(), 4096)
 tokens = torch.randint(4096, (1, 257))
-for step in range(10):
-    if step == 5:
+for step in range(35):
+    if step == 30:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     model.zero_grad()

@@ -147,7 +147,8 @@ def test_an_export_is_the_same_model(name: str, run: str, old: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(str(made), dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(torch.from_numpy(np.load(OLD / "export" / "tokens.npy"))).logits.numpy()
-    np.testing.assert_allclose(logits, np.load(OLD / "export" / f"{name}_logits.npy"), atol=1e-6)
+    then_logits = np.load(OLD / "export" / f"{name}_logits.npy")
+    np.testing.assert_allclose(logits, then_logits, rtol=2e-6, atol=2e-6)  # by other processors too
 
 
 def test_training_starts_from_an_old_run_and_from_an_old_export(old: Path) -> None:
