@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
+import math
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.conftest import ROOT, Command
+from tinygpt.config import RunError
 
 STUDIES = sorted(path.parent.name for path in ROOT.glob("experiments/*/runs.csv"))
 TABLES = sorted(path.parent.name for path in ROOT.glob("experiments/*/adaptation_summary.csv"))
@@ -95,3 +102,32 @@ def test_its_bases_adapt(name: str, tinygpt: Command) -> None:
         here = ["launcher=serial", "hardware.threads=1"]
         done = tinygpt(command, *words, *small[command], *here)
         assert done.returncode == 0, done.stderr
+
+
+def test_another_work_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "speed")
+    compare = importlib.import_module("compare")
+    ours = {"parameters": 100, "loss": 4.0, "isa": "AVX2"}
+    compare.check_same_work({"tinygpt": ours, "plain": {**ours, "loss": 4.00001}})
+    for other in ({"parameters": 101}, {"loss": 4.001}, {"loss": math.nan}, {"isa": "AVX512"}):
+        with pytest.raises(RunError, match="plain does not do the same work"):
+            compare.check_same_work({"tinygpt": ours, "plain": {**ours, **other}})
+
+
+@pytest.mark.slow
+def test_the_programs_are_compared(tmp_path: Path) -> None:
+    """They agree on the loss of a batch, or there would be no table."""
+    words = ["rounds=1", "steps=1", "batch_size=2", "vocab_size=100", f"output_dir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / "speed" / "compare.py"), *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rival"] for row in rows[::2]] == ["plain", "transformers"]
+    assert all(math.isfinite(float(row["ratio"])) for row in rows)

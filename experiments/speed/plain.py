@@ -30,6 +30,7 @@ class Shape:
     n_heads: int
     context: int
     vocab_size: int
+    bias: bool = True  # of linear layers and norms
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.n_heads = shape.n_heads
-        self.c_attn = nn.Linear(shape.d_model, 3 * shape.d_model)
-        self.c_proj = nn.Linear(shape.d_model, shape.d_model)
+        self.c_attn = nn.Linear(shape.d_model, 3 * shape.d_model, bias=shape.bias)
+        self.c_proj = nn.Linear(shape.d_model, shape.d_model, bias=shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.size()
@@ -65,9 +66,9 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(shape.d_model, 4 * shape.d_model)
+        self.c_fc = nn.Linear(shape.d_model, 4 * shape.d_model, bias=shape.bias)
         self.gelu = nn.GELU()
-        self.c_proj = nn.Linear(4 * shape.d_model, shape.d_model)
+        self.c_proj = nn.Linear(4 * shape.d_model, shape.d_model, bias=shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.c_proj(self.gelu(self.c_fc(x)))
@@ -77,9 +78,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(shape.d_model)
+        self.ln_1 = nn.LayerNorm(shape.d_model, bias=shape.bias)
         self.attn = CausalSelfAttention(shape)
-        self.ln_2 = nn.LayerNorm(shape.d_model)
+        self.ln_2 = nn.LayerNorm(shape.d_model, bias=shape.bias)
         self.mlp = MLP(shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class PlainGPT(nn.Module):
         self.wte = nn.Embedding(shape.vocab_size, shape.d_model)
         self.wpe = nn.Embedding(shape.context, shape.d_model)
         self.h = nn.ModuleList([Block(shape) for _ in range(shape.n_layers)])
-        self.ln_f = nn.LayerNorm(shape.d_model)
+        self.ln_f = nn.LayerNorm(shape.d_model, bias=shape.bias)
         self.lm_head = nn.Linear(shape.d_model, shape.vocab_size, bias=False)
         self.wte.weight = self.lm_head.weight  # tied
 
