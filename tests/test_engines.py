@@ -174,7 +174,10 @@ def test_auto_trains_side_by_side_where_that_is_possible(
         assert engines.share_of(jobs[:1], study=5).threads == expected[2]
 
 
-def test_a_run_resumes_with_the_threads_it_began_with(tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_threads_it_began_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engines, "run_local", lambda jobs, workers: jobs)
     jobs = sweep("seed=1,2,3", f"output_dir={tmp_path}", "launcher.n_jobs=2", "hardware=cpu")
     for job, threads in zip(jobs[:2], (3, 5), strict=True):
         job.run.checkpoints.mkdir(parents=True)
@@ -182,7 +185,7 @@ def test_a_run_resumes_with_the_threads_it_began_with(tmp_path: Path) -> None:
     jobs[0].run.last.touch()  # the second left no checkpoint: it begins anew
     share = engines.share_of(jobs).threads
     with engines.ready(jobs) as (_, engine):
-        engine(jobs, tmp_path)
+        assert len(list(engine(jobs, tmp_path))) == 3
     assert [job.config.hardware.threads for job in jobs] == [3, share, share]
 
 

@@ -119,6 +119,7 @@ def main() -> None:
     (table, folder), curves = _read(arguments), None
     from tinygpt.scaling import report  # scipy and matplotlib: once there is something to fit
     from tinygpt.scaling.analysis import analyse
+    from tinygpt.scaling.story import Story
 
     if arguments.runs:
         import pandas as pd
@@ -138,7 +139,8 @@ def main() -> None:
         notes=table.notes,
         **{name: getattr(arguments, name) for name in (*asked, "isoflop", "seed")},
     )
-    report.write(analysis, folder)
+    story = Story.read(Path(arguments.runs[0])) if len(arguments.runs) == 1 else None
+    report.write(analysis, folder, story)
     report.show(analysis, folder)
 
 

@@ -37,6 +37,7 @@ from tinygpt.scaling.drawing import (
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.intervals import LEVEL, covariance
 from tinygpt.scaling.laws import Array
+from tinygpt.scaling.story import Story
 
 CAPTIONS = {
     "scaling": "The runs and the law, with its 95 % band; dashed: beyond the runs.",
@@ -65,7 +66,7 @@ FEW_LOSSES = 5  # fewer measured losses than this make no training curve
 MANY_CURVES = 200  # more training curves than this are one image
 
 
-def draw(analysis: Analysis, folder: Path) -> list[str]:
+def draw(analysis: Analysis, folder: Path, story: Story | None = None) -> list[str]:
     """Write every figure that applies as PNG and SVG; return their names, without ending."""
     with mpl.rc_context(STYLE):
         figures = {
@@ -76,6 +77,7 @@ def draw(analysis: Analysis, folder: Path) -> list[str]:
             "isoflop": isoflop(analysis),
             "frontier": frontier(analysis),
             "curves": curves(analysis),
+            "budget": story.figure() if story else None,
         }
         return save(figures, folder)
 

@@ -18,6 +18,7 @@ from tinygpt.scaling.facts import data_hash, facts, shared_trunks
 from tinygpt.scaling.intervals import LEVEL
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.selection import Candidate, preferred
+from tinygpt.scaling.story import Story
 from tinygpt.scaling.wording import (
     UNKNOWN,
     capital,
@@ -43,12 +44,15 @@ ESTIMATORS = {
 }
 
 
-def write(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write report, figures, numbers and tables in place of those of an earlier analysis."""
+def write(analysis: Analysis, folder: Path, story: Story | None = None) -> list[Path]:
+    """Write report, figures, numbers and tables in place of those of an earlier analysis.
+
+    ``story`` is that of a study with a budget, and comes first.
+    """
     with fileio.report_lock(folder):
         fileio.remove_torn(folder, folder / "tensorboard")
-        figures = plots.draw(analysis, folder)
-        files = document.write(list(compose(analysis, figures)), folder)
+        figures = plots.draw(analysis, folder, story)
+        files = document.write(list(compose(analysis, figures, story)), folder)
         for name, table in (("runs.csv", analysis.runs), ("left_out.csv", analysis.left_out)):
             if len(table):
                 fileio.write_text(folder / name, table.to_csv(index=False, lineterminator="\n"))
@@ -68,7 +72,9 @@ def show(analysis: Analysis, folder: Path, console: Console | None = None) -> No
     document.show(blocks, folder, console)
 
 
-def compose(analysis: Analysis, figures: Sequence[str]) -> Iterator[Block]:
+def compose(
+    analysis: Analysis, figures: Sequence[str], story: Story | None = None
+) -> Iterator[Block]:
     """Return the whole report, in the order it is read."""
     together = " together" if len(analysis.variables) > 1 else ""
 
@@ -78,6 +84,7 @@ def compose(analysis: Analysis, figures: Sequence[str]) -> Iterator[Block]:
                 yield Picture(name, plots.CAPTIONS.get(name + together, plots.CAPTIONS[name]))
 
     yield from answer(analysis)
+    yield from story.blocks() if story else ()
     yield from warning(analysis)
     yield from notes(analysis)
     yield from runs(analysis)

@@ -1,13 +1,15 @@
 """Do the jobs of a study: in this process, in joblib's workers, on Slurm or Ray.
 
 Every engine takes jobs and yields each with its outcome as soon as it is known, in any order.  A
-job that fails, diverges or is killed is an outcome like any other.
+job that fails, diverges or is killed is an outcome like any other.  The next job is asked for when
+there is a place for it, so that it can be chosen by the outcomes so far.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import logging
 import math
 import multiprocessing
@@ -17,7 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +73,7 @@ class Outcome:
 
 
 Results = Iterator[tuple[Job, Outcome]]
-Engine = Callable[[Sequence[Job], Path], Results]  # given a folder for its own files
+Engine = Callable[[Iterable[Job], Path], Results]  # given a folder for its own files
 
 
 def check_engine(launcher: LauncherConfig) -> None:
@@ -180,10 +182,13 @@ def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[tuple[Share, Engine]]
             workers = stack.enter_context(Workers(share.at_once, share.gpus))
             engines["local"] = lambda jobs, folder: run_local(jobs, workers)
 
-        def run(jobs: Sequence[Job], folder: Path) -> Results:
+        def with_threads(jobs: Iterable[Job]) -> Iterator[Job]:
             for job in jobs:
                 job.config.hardware.threads = _threads_of(job, share)
-            return engines[share.engine](jobs, folder)
+                yield job
+
+        def run(jobs: Iterable[Job], folder: Path) -> Results:
+            return engines[share.engine](with_threads(jobs), folder)
 
         yield share, run
 
@@ -226,7 +231,7 @@ def _one_line(error: BaseException) -> str:
     return " ".join((str(error) if is_ours else f"{type(error).__name__}: {error}").split())
 
 
-def run_serial(jobs: Sequence[Job]) -> Results:
+def run_serial(jobs: Iterable[Job]) -> Results:
     """Do them here, one after the other; an interrupt ends them all."""
     for job in jobs:
         outcome = do_job(job)
@@ -264,14 +269,19 @@ class Workers:
         with signals.not_for_children():
             self._begun = [self._pool.submit(os.getpid) for _ in range(self.at_once)]
 
-    def do(self, jobs: Sequence[Job]) -> Results:
-        """Do the jobs; those whose process was killed, and took the others down, come so."""
-        from concurrent.futures import CancelledError, as_completed
+    def do(self, jobs: Iterator[Job]) -> Results:
+        """Do the jobs; those whose process was killed, and took the others down, come so, and
+        then no more are asked for."""
+        from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
         from concurrent.futures.process import BrokenProcessPool
 
         if any(one.done() and one.exception() for one in self._begun):
             self._restart()
-        futures, stopped, broken = {self._pool.submit(do_job, job): job for job in jobs}, [], False
+        futures, stopped, broken = dict[Future[Outcome], Job](), list[int](), False
+
+        def fill() -> None:
+            for job in itertools.islice(jobs, self.at_once - len(futures)):
+                futures[self._pool.submit(do_job, job)] = job
 
         def stop(number: int) -> None:
             stopped.append(number)
@@ -281,17 +291,21 @@ class Workers:
                 process.terminate()
 
         with signals.handled(stop):
-            for future in as_completed(futures):
-                try:
-                    outcome = future.result()
-                except (BrokenProcessPool, CancelledError) as error:
-                    broken = True
-                    names = re.findall(r"SIG[A-Z]+", str(error))
-                    how = f"was ended by {names[0]}" if names else "ended abruptly"
-                    outcome = Outcome("killed", reason=f"its process {how}")
-                if stopped and outcome.failed:
-                    outcome = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
-                yield futures[future], outcome
+            fill()
+            while futures:
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    try:
+                        outcome = future.result()
+                    except (BrokenProcessPool, CancelledError) as error:
+                        broken = True
+                        names = re.findall(r"SIG[A-Z]+", str(error))
+                        how = f"was ended by {names[0]}" if names else "ended abruptly"
+                        outcome = Outcome("killed", reason=f"its process {how}")
+                    if stopped and outcome.failed:
+                        outcome = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
+                    yield futures.pop(future), outcome
+                if not (broken or stopped):
+                    fill()
         if broken and not stopped:
             self._restart()
 
@@ -300,16 +314,16 @@ class Workers:
         self._start()
 
 
-def run_local(jobs: Sequence[Job], workers: Workers) -> Results:
+def run_local(jobs: Iterable[Job], workers: Workers) -> Results:
     """Do them in processes of this machine.
 
     The system may kill a process (for its memory, say).  That takes the others down; those that
     had begun are then done one at a time, so that it is seen which one it was.
     """
-    waiting, interrupted = list(jobs), False
-    while waiting and not interrupted:
+    waiting, interrupted = iter(jobs), False
+    while not interrupted and (first := next(waiting, None)) is not None:
         lost, reason = list[Job](), ""
-        for job, outcome in workers.do(waiting):
+        for job, outcome in workers.do(itertools.chain([first], waiting)):
             if outcome.status == "killed":
                 lost.append(job)
                 reason = outcome.reason
@@ -321,10 +335,10 @@ def run_local(jobs: Sequence[Job], workers: Workers) -> Results:
             raise RunError(f"launcher=local: its processes do not start ({reason})")
         for suspect in suspects:
             if not interrupted:
-                ((job, outcome),) = workers.do([suspect])
+                ((job, outcome),) = workers.do(iter([suspect]))
                 yield job, outcome
                 interrupted = outcome.status == "interrupted"
-        waiting = [job for job in lost if job not in suspects]
+        waiting = itertools.chain([job for job in lost if job not in suspects], waiting)
 
 
 _worker = contextlib.ExitStack()  # what a worker holds for as long as it lives
@@ -385,7 +399,7 @@ def slurm_parameters(launcher: SlurmLauncher, study: str) -> dict[str, Any]:
     return {name: value for name, value in asked.items() if value is not None}
 
 
-def run_slurm(jobs: Sequence[Job], launcher: SlurmLauncher, folder: Path) -> Results:
+def run_slurm(jobs: Iterable[Job], launcher: SlurmLauncher, folder: Path) -> Results:
     """Do them as a Slurm array, by submitit, whose files go to ``folder``/.slurm."""
     import submitit
 
@@ -416,7 +430,7 @@ def ray_options(launcher: RayLauncher) -> dict[str, Any]:
     return {"num_cpus": launcher.cpus, "num_gpus": launcher.gpus, "max_retries": 0}
 
 
-def run_ray(jobs: Sequence[Job], launcher: RayLauncher) -> Results:
+def run_ray(jobs: Iterable[Job], launcher: RayLauncher) -> Results:
     """Do them as Ray tasks, on the cluster at ``address`` or on one of its own."""
     import ray
 

@@ -165,6 +165,7 @@ class Trainings(Kind):
         """Fit the law with its report, or print why there is none."""
         from tinygpt.scaling import LAWS, Columns, analyse, load_runs, report, wording
         from tinygpt.scaling.runs import comparable, curves_of
+        from tinygpt.scaling.story import Story
 
         if anew:
             columns = Columns()
@@ -175,7 +176,7 @@ class Trainings(Kind):
             except ConfigError as error:
                 say(console, f"law        none: {error}")
                 return
-            report.write(analysis, folder / "fit")
+            report.write(analysis, folder / "fit", Story.read(folder))
         found = fileio.read_json(folder / "fit" / "fit.json")
         law = LAWS[found["law"]]
         values = {name: of["estimate"] for name, of in found["parameters"].items()}
@@ -314,7 +315,7 @@ def share_trunks(jobs: Sequence[Job], done: Container[Job]) -> None:
         families.setdefault(rundir.effective_hash(config, job.content), []).append(job)
     for family in families.values():
         ended = [job for job in family if job in done]
-        branch_steps = {job: _stable_steps(job) for job in family if job not in done}
+        branch_steps = {job: stable_steps_of(job) for job in family if job not in done}
         alone = []
         for job, step in branch_steps.items():
             longer = (one.run for one in ended if one.plan.total_steps > job.plan.total_steps)
@@ -331,7 +332,7 @@ def share_trunks(jobs: Sequence[Job], done: Container[Job]) -> None:
             job.branch_step = step if job.trunk else 0
 
 
-def _stable_steps(job: Job) -> int:
+def stable_steps_of(job: Job) -> int:
     """Return the step at which the decay of the learning rate begins."""
     from tinygpt.training.optim import stable_steps
 

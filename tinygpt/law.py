@@ -1,0 +1,93 @@
+"""``python -m tinygpt.law``: a law of a text within a budget, and a prediction put to the test."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Optional
+
+from tinygpt import cli
+from tinygpt.config import ConfigError, key
+
+USAGE = """\
+python -m tinygpt.law path=book.txt minutes=15 [key=value ...]
+
+path=FILES              the text: files, folders or globs; or data=tinystories and the like
+minutes=15              what all of it may take; or flops=1e17
+error=0.01              stop earlier, once the prediction at the target is known to 1 %
+target.flops=1e15       what to predict: the best split of so much compute; by default that of
+                        ten times a test run's
+plan=true               what this would cost and could show; nothing is trained
+study=NAME              where it goes, outputs/NAME; run it again to resume
+any key of tinygpt.run  tokenizer, batch, optimizer, hardware, launcher
+
+It reads the text, times this machine, finds a learning rate, then chooses one run after the other:
+the one that tells most of the loss at the target for its cost.  A quarter of the budget goes into
+the last and most expensive runs, whose loss it predicts before they begin.
+"""
+
+
+@dataclass
+class Target:
+    flops: Optional[float] = key(None, above=0.0)
+
+
+@dataclass
+class Arguments:
+    path: list[str] = field(default_factory=list)
+    minutes: Optional[float] = key(None, above=0.0)
+    flops: Optional[float] = key(None, above=0.0)
+    error: Optional[float] = key(None, above=0.0, below=1.0)
+    target: Target = field(default_factory=Target)
+    plan: bool = False
+    study: Optional[str] = None
+    output_dir: str = "outputs"
+
+
+def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
+    """Return the keys of the law and those of its runs.  Raises ConfigError."""
+    own = ("-", "target.", *(f"{one.name}=" for one in fields(Arguments)))
+    arguments = cli.read_arguments(Arguments, [i for i in argv if i.startswith(own)], USAGE)
+    given = [item for item in argv if not item.startswith(own)]
+    if arguments.minutes and arguments.flops:
+        raise ConfigError("minutes, flops: give one of them")
+    sources = [item for item in given if item.startswith(("data=", "data.path="))]
+    if arguments.path and sources:
+        raise ConfigError(f"path, {sources[0]}: give one of them")
+    if not arguments.path and not sources:
+        raise ConfigError("path: give a text, as path=book.txt, or data=tinystories")
+    if arguments.path:
+        given += ["data=custom", f"data.path=[{','.join(arguments.path)}]"]
+    return arguments, [*given, f"output_dir={arguments.output_dir}"]
+
+
+@cli.one_line_errors
+def main() -> None:
+    arguments, given = read(sys.argv[1:])
+    config = cli.compose_config(given)
+    source = Path(arguments.path[0]).stem if arguments.path else config.data.name
+    name = arguments.study or f"law-{re.sub('[^A-Za-z0-9._-]+', '-', source)}"
+
+    from rich.console import Console
+
+    from tinygpt.sweeping.budget import find_law
+    from tinygpt.sweeping.recipe import Asked
+
+    minutes = None if arguments.flops else arguments.minutes or 15.0
+    asked = Asked(
+        given,
+        name,
+        minutes,
+        arguments.flops,
+        arguments.error,
+        arguments.target.flops,
+        arguments.plan,
+    )
+    find_law(asked, arguments.output_dir, Console(markup=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What a law within a budget says before its report: what was asked, decided, predicted and found.
+
+It reads the ``design.jsonl`` and ``prediction.json`` of the study.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from tinygpt import fileio
+from tinygpt.scaling.document import Block, Heading, Paragraph, Picture, Table
+from tinygpt.scaling.drawing import BLUE, COLUMN, RED
+from tinygpt.scaling.wording import count, percent
+
+CAPTION = "The half-width of the 95 % interval at the target, after each run."
+
+
+@dataclass(frozen=True)
+class Story:
+    """The record of a study that had a budget."""
+
+    lines: list[dict[str, Any]]
+    prediction: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, folder: Path) -> Story | None:
+        """Return that of the study in ``folder``; None where it had no budget."""
+        path, predicted = folder / "design.jsonl", folder / "prediction.json"
+        if not path.exists():
+            return None
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        return cls(lines, fileio.read_json(predicted) if predicted.exists() else None)
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["event"] == event]
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the prediction with its outcome, what it cost, and the decisions."""
+        yield from self._test()
+        begin, ends = self.of("begin")[0], self.of("end")
+        asked, recipe = begin["asked"], begin["recipe"]
+        budget = (
+            f"{asked['flops']:.2g} FLOPs" if asked["flops"] else f"{asked['minutes']:g} minutes"
+        )
+        seconds = self.lines[-1]["at"]
+        text = f"Asked for within {budget}, done in {seconds / 60:.1f} minutes: "
+        text += f"{count(len(ends), 'run')} chosen one after the other"
+        losses = self.of("score")[0]["losses"] if self.of("score") else {}
+        text += f", then {count(len(losses), 'run')} to test the prediction." if losses else "."
+        text += f" The text has {recipe['one_pass']:,} training tokens"
+        text += ", which were read several times." if recipe["repeats"] else ", none read twice."
+        yield Heading("What was done")
+        yield Paragraph(text)
+        if any(line.get("half") is not None for line in ends):
+            yield Picture("budget", CAPTION)
+        yield Table(("minute", "run", "cost", "expected", "loss", "target, ±"), list(self._rows()))
+        yield Paragraph(
+            "Each run was chosen as the one that narrows the prediction at the target most for its "
+            "cost. Expected: the part of the variance at the target that it should take away, by "
+            "the laws of that time. Target: the half-width of the 95 % interval with that run, "
+            "which may widen where a run shows that a law was wrong."
+        )
+
+    def _test(self) -> Iterator[Block]:
+        said, score = self.prediction, self.of("score")
+        if said is None:
+            return
+        words = f"{said['predicted']:.4f} ({said['low']:.4f} to {said['high']:.4f})"
+        what = f"d_model {said['d_model']}, {said['tokens']:,} tokens"
+        text = (
+            f"Before the most expensive runs began ({what}), their loss was predicted as {words}, "
+        )
+        text += f"from {count(len(said['from_runs']), 'run')}"
+        yield Heading("A prediction, and its test")
+        if not score:
+            yield Paragraph(f"{text}. They have not ended.")
+            return
+        losses = list(score[0]["losses"].values())
+        came = " and ".join(f"{loss:.4f}" for loss in losses)
+        inside = sum(score[0]["inside"])
+        yield Paragraph(
+            f"{text}. **They came to {came}: off by {percent(abs(score[0]['error']))}**, "
+            f"{inside} of {len(losses)} inside the interval."
+        )
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        ends = {line["row"]: line for line in self.of("end")}
+        for line in self.of("choose"):
+            end = ends.get(line["row"], {})
+            loss, half = end.get("loss"), end.get("half")
+            cost = line["cost"]
+            yield (
+                f"{line['at'] / 60:.1f}",
+                line["run"],
+                f"{cost:.0f} s" if cost < 1e6 else f"{cost:.1e} FLOPs",
+                percent(line["expected"]),
+                f"{loss:.4f}" if loss is not None else end.get("status", "not ended"),
+                percent(half) if half is not None else "",
+            )
+
+    def figure(self) -> Figure | None:
+        """Draw the interval at the target against the minutes spent."""
+        ends = [line for line in self.of("end") if line.get("half") is not None]
+        if not ends:
+            return None
+        figure = Figure(figsize=(COLUMN, 0.7 * COLUMN))
+        axes = figure.subplots()
+        minutes = np.array([line["at"] for line in ends]) / 60
+        axes.plot(minutes, [100 * line["half"] for line in ends], color=BLUE, marker="o", ms=3)
+        if score := self.of("score"):
+            at = score[0]["at"] / 60
+            axes.plot([at], [100 * abs(score[0]["error"])], "x", color=RED)
+            axes.annotate(
+                "error of the test",
+                (at, 100 * abs(score[0]["error"])),
+                fontsize=7,
+                ha="right",
+                va="bottom",
+            )
+        axes.set_yscale("log")
+        axes.set_xlabel("minutes")
+        axes.set_ylabel("interval at the target, ± %")
+        return figure

@@ -1,0 +1,249 @@
+"""What the runs of a law within a budget have in common, by the size of the text and of the budget.
+
+Every rule of ``tinygpt.law`` that chooses a key is here; docs/laws.md lists them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+
+from tinygpt import cli
+from tinygpt.config import ConfigError
+from tinygpt.sweeping.engines import Share
+from tinygpt.sweeping.jobs import Job, compose_jobs
+from tinygpt.sweeping.kinds import TRAINING
+from tinygpt.training.console import short
+
+WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+HEAD = 16  # the width of a head
+SIZES, LENGTHS, SEEDS = 7, 6, 3  # at most; each length is half of the next
+BYTES = 4_000_000  # of training text: with less, a token is a byte
+BATCHES = (256, 32_768)  # tokens
+STEPS = 8000  # of the longest run, as far as powers of two allow
+FEWEST_STEPS = 200  # with less the seeds scatter by several per cent
+PER_PARAMETER = 10.0  # tokens of the longest run, at the middle size
+FEWEST = 3  # sizes and lengths: less identify no law
+PASSES = 8  # at most, over a text that is too small for one
+TEST = 0.25  # of the budget: the last runs, whose loss is predicted before they begin
+DEAREST = 0.6  # of a test run's cost, that any run before it may cost
+OWNED = (
+    *("seed", "model.d_model", "model.n_heads", "train.tokens", "train.steps", "train.epochs"),
+    *("train.flops", "train.tokens_per_param", "data.fraction", "run_name", "experiment", "scale"),
+    *("model.parametrization", "train.early_stopping_patience", "init_from", "plan", "fit"),
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command asks for: a law of a text within so many minutes, or FLOPs."""
+
+    overrides: list[str]  # of all runs: the text, and what is not to be chosen
+    study: str
+    minutes: float | None
+    flops: float | None
+    error: float | None = None  # half-width at the target, as a part of the loss, to stop at
+    target_flops: float | None = None
+    plan: bool = False
+
+    @property
+    def budget(self) -> float:
+        """Return the seconds that all runs may take together, or their FLOPs."""
+        return self.flops if self.flops is not None else 60 * (self.minutes or 0.0)
+
+
+@dataclass
+class Recipe:
+    """The ladder of sizes and lengths, what runs of them cost, and all other keys."""
+
+    overrides: list[str]
+    widths: list[int]
+    lengths: list[int]  # tokens, the shortest first
+    batch_tokens: int
+    one_pass: int  # training tokens of the text
+    repeats: bool  # the text is too small for one pass
+    step_costs: dict[int, float]  # by width: seconds, or FLOPs
+    extra_steps: float  # that the evaluations of a run cost
+    parameters: dict[int, int]  # by width, without embeddings
+    flops_per_token: dict[int, float]  # by width
+    test_cost: float  # of one test run, seconds or FLOPs
+
+    def run(self, width: int, tokens: int, seed: int) -> list[str]:
+        """Return the overrides of one run."""
+        return [*self.overrides, *shape(width), f"train.tokens={tokens}", f"seed={seed}"]
+
+    def cost(self, width: int, steps: float) -> float:
+        """Return what so many steps and the evaluations of a run are thought to cost."""
+        return self.step_costs[width] * (steps + self.extra_steps)
+
+    def longest(self, width: int, slower: float = 1.0) -> int:
+        """Return the tokens of a test run of this width: what its cost and the text allow."""
+        steps = self.test_cost / (self.step_costs[width] * slower) - self.extra_steps
+        most = self.one_pass * (PASSES if self.repeats else 1)
+        return min(int(steps), most // self.batch_tokens) * self.batch_tokens
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that ``facts`` came from; JSON's keys are texts."""
+        by_width = ("step_costs", "parameters", "flops_per_token")
+        more = {name: {int(w): v for w, v in facts[name].items()} for name in by_width}
+        return cls(**{**facts, **more})
+
+
+def shape(width: int) -> list[str]:
+    return [f"model.d_model={width}", f"model.n_heads={width // HEAD}"]
+
+
+def check(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a key that is decided here."""
+    for item in overrides:
+        name = item.partition("=")[0].lstrip("+")
+        if name in OWNED or name.startswith("sweep"):
+            raise ConfigError(f"{item}: tinygpt.law decides this; minutes= or flops= is its budget")
+        if name == "schedule" or name.startswith("schedule."):
+            raise ConfigError(f"{item}: tinygpt.law needs schedule=wsd: lengths share a trunk")
+
+
+def make(asked: Asked, share: Share, console: Console) -> Recipe:
+    """Read the text, time a few steps of each size, and return what the runs have in common.
+
+    Raises ConfigError where the text or the budget is too small for any law.
+    """
+    given = {item.partition("=")[0] for item in asked.overrides}
+    fixed = ["model.parametrization=mup", "schedule=wsd", "schedule.min_ratio=0"]
+    fixed += ["train.sample_tokens=0", f"train.eval_every={10**15}", f"study={asked.study}"]
+    common = [*asked.overrides, *_of_text(asked, given), *fixed]
+    has_batch = "train.batch_tokens" in given
+    first = common if has_batch else [*common, f"train.batch_tokens={2 * BATCHES[0]}"]
+    probe = _probe(first, WIDTHS[0], share, console)
+    one_pass, batch = _one_pass(probe), probe.config.train.batch_tokens
+    test_cost = TEST * asked.budget
+    top = min(float(one_pass), test_cost / step_cost(asked, probe) * batch)
+    if not has_batch:
+        batch = min(max(2 ** int(math.log2(max(1.0, top / STEPS))), BATCHES[0]), BATCHES[1])
+        common.append(f"train.batch_tokens={batch}")
+    least = FEWEST_STEPS * batch
+    if one_pass < least:
+        raise ConfigError(
+            f"the text has {short(one_pass)} training tokens; a law needs at least {short(least)}: "
+            f"{FEWEST_STEPS} steps of {batch}"
+        )
+    repeats = one_pass < 2 ** (FEWEST - 1) * least
+    top = float(one_pass * PASSES) if repeats else top
+    lengths = [int(top / 2**k) // batch * batch for k in range(LENGTHS)]
+    lengths = sorted(tokens for tokens in lengths if tokens >= least)
+    common.append(f"schedule.warmup_steps={max(10, min(100, FEWEST_STEPS // 5))}")
+    costs, rows, extra = dict[int, float](), dict[int, dict[str, Any]](), 0.0
+    for width in WIDTHS:
+        probe = _probe(common, width, share, console)
+        costs[width], rows[width] = step_cost(asked, probe), probe.row
+        extra = 2 / 3 * probe.val_tokens / batch  # two evaluations; forward is a third of a step
+        if len(costs) >= FEWEST and costs[width] * (4 * FEWEST_STEPS + extra) > test_cost:
+            break
+    able = [w for w in costs if costs[w] * (4 * FEWEST_STEPS + extra) <= test_cost]
+    if min(len(able), len(lengths)) < FEWEST:
+        needed = costs[WIDTHS[FEWEST - 1]] * (4 * FEWEST_STEPS + extra) / TEST
+        enough = (
+            f"flops={needed:.1g}" if asked.flops else f"minutes={max(1, math.ceil(needed / 60))}"
+        )
+        raise ConfigError(f"the budget is too small for a law of this text; it takes {enough}")
+    widths = _amid(able, [rows[w]["parameters_non_embedding"] for w in able], lengths[-1])
+    return Recipe(
+        overrides=common,
+        widths=widths,
+        lengths=lengths,
+        batch_tokens=batch,
+        one_pass=one_pass,
+        repeats=repeats,
+        step_costs={w: costs[w] for w in widths},
+        extra_steps=extra,
+        parameters={w: rows[w]["parameters_non_embedding"] for w in widths},
+        flops_per_token={w: rows[w]["flops_per_token"] for w in widths},
+        test_cost=test_cost,
+    )
+
+
+def _amid(widths: list[int], parameters: list[int], tokens: int) -> list[int]:
+    """Return the neighbouring widths about the one whose parameters suit the longest run: of much
+    larger ones the loss does not depend on the size."""
+    ends = range(min(SIZES, len(widths)), len(widths) + 1)
+
+    def away(end: int) -> float:
+        logs = [math.log(n) for n in parameters[max(0, end - SIZES) : end]]
+        return abs(sum(logs) / len(logs) - math.log(tokens / PER_PARAMETER))
+
+    best = min(ends, key=away)
+    return widths[max(0, best - SIZES) : best]
+
+
+def _probe(common: Sequence[str], width: int, share: Share, console: Console) -> Job:
+    """Return a prepared job of this width, which is not to be run."""
+    (job,) = compose_jobs([[*common, *shape(width), f"train.steps={FEWEST_STEPS}"]], TRAINING)
+    job.config.hardware.threads = share.threads
+    TRAINING.prepare([job], (), console)
+    return job
+
+
+def _one_pass(job: Job) -> int:
+    """Return the training tokens of the text that its windows use."""
+    from tinygpt.data import corpora, shards
+    from tinygpt.training.session import open_data, open_machine
+
+    config = job.config
+    cache = shards.cache_root(config.cache_dir)
+    corpus = corpora.open_corpus(config.data)
+    prepared = shards.prepare(corpus, config.data, config.tokenizer, cache)
+    return open_data(config, prepared, open_machine(config)).windows.used_tokens
+
+
+def step_cost(asked: Asked, job: Job) -> float:
+    """Return the seconds of an optimizer step, timed here, or its FLOPs."""
+    from tinygpt.training.hardware import choose_threads, seconds_per_step
+    from tinygpt.training.session import open_machine
+
+    row, config = job.row, job.config
+    if asked.flops is not None:
+        return float(row["flops_per_token"] * row["batch_tokens"])
+    device = open_machine(config)
+    choose_threads(config, row["vocab_size"], job.plan, device, {})
+    return seconds_per_step(config, row["vocab_size"], job.plan, device)
+
+
+def _of_text(asked: Asked, given: set[str]) -> list[str]:
+    """Return keys by the size of the text: the vocabulary, and how much of it validates."""
+    from tinygpt.data import corpora
+
+    config = cli.compose_config(asked.overrides)
+    size = 0
+    for split, document in corpora.split_documents(corpora.open_corpus(config.data), config.data):
+        size += len(document.text.encode()) if split == "train" else 0
+        if size > BYTES:
+            break
+    chosen = {"data.max_tokens": "null"}
+    if size <= BYTES:
+        chosen |= {"tokenizer": "byte", "data.val_fraction": "0.1"}
+    return [f"{name}={value}" for name, value in chosen.items() if name not in given]
+
+
+def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
+    """Return what was chosen, a line each."""
+    chosen = dict(word.split("=", 1) for word in recipe.overrides)
+    widths = ", ".join(map(str, recipe.widths))
+    spans = f"{short(recipe.lengths[0])} to {short(recipe.lengths[-1])}"
+    passes = f", up to {PASSES} passes: it is small" if recipe.repeats else ", each read once"
+    budget = f"{asked.flops:.1e} FLOPs" if asked.flops else f"{asked.minutes:g} minutes"
+    return [
+        f"text        {short(recipe.one_pass)} training tokens{passes}",
+        f"tokenizer   {chosen.get('tokenizer', 'bpe')}; batches of {recipe.batch_tokens:,} tokens",
+        f"sizes       d_model {widths}: {short(min(recipe.parameters.values()))} to "
+        f"{short(max(recipe.parameters.values()))} parameters without embeddings, µP",
+        f"lengths     {spans} tokens, branches of one trunk for each size and seed",
+        f"budget      {budget}, a quarter of it for the test; {share.words}",
+    ]
