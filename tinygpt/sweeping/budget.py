@@ -9,10 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
-import os
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -24,32 +21,29 @@ import pandas as pd
 from rich.console import Console
 
 from tinygpt import fileio, signals
-from tinygpt.config import RunError
+from tinygpt.config import ConfigError, RunError
 from tinygpt.runs import rundir
 from tinygpt.scaling.design import Design
-from tinygpt.scaling.split import flops_per_token
 from tinygpt.sweeping import recipe as rules
 from tinygpt.sweeping.engines import Engine, Outcome, Share, check_engine, ready
 from tinygpt.sweeping.jobs import Job, compose_jobs
 from tinygpt.sweeping.kinds import TRAINING, stable_steps_of
 from tinygpt.sweeping.recipe import Asked, Recipe
+from tinygpt.sweeping.record import Record
 from tinygpt.sweeping.study import write_summary
-from tinygpt.sweeping.view import say
+from tinygpt.sweeping.view import make_table, say
 from tinygpt.training.console import clock, short
 
-LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
-REPEATED = ("data_constrained",)
-FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
-BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
 OVERHEAD, SLOWER = 2.0, 1.2  # seconds of a run beside its steps, and a factor: before any ended
 TRUST = (1.0, 0.3)  # standard deviations of these two guesses
-SEED_NOISE, SHORT = 0.002, 1000.0  # scatter of log L between seeds, of many steps; rises below
-RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of learning, at the width that µP begins from
-TEST_SEED = 101  # the first: no run before has it
 SHRINK = 5.0  # seconds of runs of a width that count as much as those of all others
 SAFE = 1.1  # of the time that a test run may take
-TOUCH = 2.0  # seconds between marks of the time that has passed
-SLACK = 0.97  # of the budget: the rest is for a run that takes longer than it should
+SLACK = 0.97  # of the budget: the rest is for runs that take longer than they should
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of learning, at the width that µP begins from
+TEST_SEED = 101  # the first: no run before has it
+# Half-widths at the target in simulated studies, as a part of what is expected without a loss.
+PLANNED = 0.22
+CLEAR = 0.01  # scatter of a run that hides little of what a plan asks
 
 
 class LawStudy:
@@ -62,119 +56,24 @@ class LawStudy:
 
     def __init__(self, asked: Asked, share: Share, folder: Path, console: Console) -> None:
         self.asked, self.share, self.folder, self.console = asked, share, folder, console
-        self.events, self.prediction = folder / "design.jsonl", folder / "prediction.json"
-        self.start = time.monotonic()
-        self.lines = self._record()
+        self.record, self.prediction = Record(folder / "design.jsonl"), folder / "prediction.json"
         self.begun: dict[int, float] = {}  # row -> when it began, of runs that have not ended
-        self.failed: list[int] = []  # rows that are not chosen again
         self.resumed: set[int] = set()  # rows of runs that an earlier start began
+        self.failed: list[int] = []  # rows that are not chosen again
         self.spent = 0.0  # FLOPs
-        self.took: list[tuple[int, float, float]] = []  # width, seconds as estimated, as they were
-        self.half: float | None = None  # of the interval at the target
-
-    # --- the time and the record
-
-    def _record(self) -> list[dict[str, Any]]:
-        """Return what an earlier start wrote, and go on from its time; a torn line is dropped."""
-        self.before = 0.0
-        if not self.events.exists():
-            return []
-        lines = self.events.read_bytes().split(b"\n")
-        found: list[dict[str, Any]] = [json.loads(line) for line in lines[:-1]]
-        touched = self.events.stat().st_mtime
-        if lines[-1]:
-            fileio.write_text(self.events, "".join(line.decode() + "\n" for line in lines[:-1]))
-        if found:
-            self.before = found[-1]["at"] + max(0.0, touched - found[-1]["written"])
-        return found
-
-    def elapsed(self) -> float:
-        """Return the seconds that this study has worked, over all the times it was started."""
-        return self.before + time.monotonic() - self.start
-
-    def note(self, event: str, **facts: Any) -> dict[str, Any]:
-        """Append what was decided or found to the record; it is on disk before work goes on."""
-        line = {"event": event, "at": round(self.elapsed(), 2), "written": time.time(), **facts}
-        fileio.append(self.events, (json.dumps(line) + "\n").encode(), sync=True)
-        self.lines.append(line)
-        return line
-
-    def find(self, event: str) -> dict[str, Any] | None:
-        return next((line for line in self.lines if line["event"] == event), None)
-
-    @contextlib.contextmanager
-    def marking_time(self) -> Iterator[None]:
-        """Mark the record every few seconds: a study that is killed then knows how long it was."""
-        over = threading.Event()
-
-        def mark() -> None:
-            while not over.wait(TOUCH):
-                with contextlib.suppress(OSError):
-                    os.utime(self.events)
-
-        thread = threading.Thread(target=mark, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-    # --- the runs there can be
+        self.took: list[tuple[int, float, float]] = []  # width, seconds as timed, as they were
+        self.half: float | None = None  # of the interval at the target, as a part of the loss
 
     def open(self) -> None:
         """Make the list of runs that can be chosen."""
-        recipe = self.recipe
-        rows = [
-            {"width": width, "tokens": tokens, "seed": seed}
-            for seed in range(1, rules.SEEDS + 1)
-            for width in recipe.widths
-            for tokens in recipe.lengths
-            if recipe.cost(width, tokens / recipe.batch_tokens) <= rules.DEAREST * recipe.test_cost
-        ]
-        self.table = pd.DataFrame(rows)
-        self.table["N"] = self.table["width"].map(recipe.parameters).astype(float)
-        self.table["D"] = self.table["tokens"].astype(float)
-        self.table["U"] = self.table["D"].clip(upper=recipe.one_pass)
-        self.jobs = compose_jobs(
-            [recipe.run(row["width"], row["tokens"], row["seed"]) for row in rows], TRAINING
-        )
+        self.table = self.recipe.table()
+        rows = self.table[["width", "tokens", "seed"]].to_numpy().tolist()
+        self.jobs = compose_jobs([self.recipe.run(*row) for row in rows], TRAINING)
         TRAINING.prepare(self.jobs, (), self.console)
         for job in self.jobs:
             job.keep_at = [stable_steps_of(job)]
-        steps = self.table["D"].to_numpy() / recipe.batch_tokens
-        names = ["N", "D", "U"] if recipe.repeats else ["N", "D"]
-        self.design = Design(
-            self.table[names],
-            pd.DataFrame([self.target()])[names],
-            np.ones(len(self.table)),
-            np.array([job.row["flops_exact"] for job in self.jobs]),
-            REPEATED if recipe.repeats else LAWS,
-            SEED_NOISE * np.hypot(1.0, SHORT / steps),
-        )
-
-    def per_token(self, n: Any) -> Any:
-        """Return the FLOPs of training on a token, by parameters without embeddings."""
-        widths = self.recipe.widths
-        sizes = np.array([float(self.recipe.parameters[w]) for w in widths])
-        each = np.array([self.recipe.flops_per_token[w] for w in widths])
-        return flops_per_token(sizes, np.ones(len(sizes)), each)(n)
-
-    def target(self) -> dict[str, float]:
-        """Return the best split of the target's compute: by the forecast, once there is one."""
-        recipe = self.recipe
-        tests = [recipe.flops_per_token[w] * recipe.longest(w) for w in recipe.widths]
-        flops = self.asked.target_flops or FURTHER * max(tests)
-        sizes = recipe.parameters.values()
-        n = np.geomspace(min(sizes), 30 * max(sizes), 200)
-        d = flops / self.per_token(n)
-        made = getattr(self, "design", None) and self.design.forecast
-        if made:
-            loss, _ = made.at({"N": n, "D": d, "U": d}, np.full(len(n), flops))
-        else:
-            loss = np.abs(np.log(d / n / BALANCED))
-        best = int(np.argmin(loss))
-        return {"N": float(n[best]), "D": float(d[best]), "U": float(d[best])}
+        target = self.recipe.target(self.asked.target_flops, None)
+        self.design = self.recipe.design(self.table, target)
 
     # --- what a run costs
 
@@ -183,44 +82,42 @@ class LawStudy:
         a run needs beside: the first guesses, drawn to how long the runs took."""
         rows = [[1 / TRUST[0], 0.0], [0.0, 1 / TRUST[1]]]
         right = [OVERHEAD / TRUST[0], SLOWER / TRUST[1]]
-        for _, estimated, took in self.took:
-            spread = 0.2 * estimated + 0.5
-            rows.append([1 / spread, estimated / spread])
+        for _, timed, took in self.took:
+            spread = 0.2 * timed + 0.5
+            rows.append([1 / spread, timed / spread])
             right.append(took / spread)
         beside, factor = np.linalg.lstsq(np.array(rows), np.array(right), rcond=None)[0]
         beside, factor = max(0.2, float(beside)), max(0.5, float(factor))
         each = {}
         for width in self.recipe.widths:
-            own = [(e, t - beside) for w, e, t in self.took if w == width]
-            timed, took = (
-                sum(column) for column in zip((SHRINK, SHRINK * factor), *own, strict=True)
-            )
+            own = [(one, took - beside) for w, one, took in self.took if w == width]
+            timed, took = map(sum, zip((SHRINK, SHRINK * factor), *own, strict=True))
             each[width] = max(0.5, took / timed)
         return each, beside
+
+    def timed(self, job: Job) -> float:
+        """Return what the steps of a job cost by the timing before the first run."""
+        return self.recipe.cost(job.config.model.d_model, job.steps)
 
     def costs(self) -> Any:
         """Return what each run would cost now, (n,): where another one of its size and seed has
         left its state at the constant rate, only the steps from there."""
-        for job in self.jobs:
-            job.trunk, job.branch_step = None, 0
-        ended = [self.jobs[row] for row in self.design.losses]
         families: dict[Any, list[Job]] = {}
-        for job in ended:
+        for row in self.design.losses:
+            job = self.jobs[row]
             families.setdefault((job.config.model.d_model, job.config.seed), []).append(job)
-        own = np.empty(len(self.jobs))
-        factors, beside = self.slower()
-        factor = self.table["width"].map(factors).to_numpy()
-        for i, job in enumerate(self.jobs):
-            own_stable = stable_steps_of(job)
+        for row, job in enumerate(self.jobs):
+            if row in self.begun or row in self.design.losses:
+                continue
+            job.trunk, job.branch_step = None, 0
             for other in families.get((job.config.model.d_model, job.config.seed), []):
-                step = other.keep_at[0]
-                if other is not job and job.branch_step < step <= own_stable:
-                    job.trunk, job.branch_step = other.run, step
-            own[i] = self.estimated(job)
-        return own if self.asked.flops is not None else factor * own + beside
-
-    def estimated(self, job: Job) -> float:
-        return self.recipe.cost(job.config.model.d_model, job.steps)
+                if job.branch_step < other.keep_at[0] <= job.keep_at[0]:
+                    job.trunk, job.branch_step = other.run, other.keep_at[0]
+        own = np.array([self.timed(job) for job in self.jobs])
+        if self.asked.flops is not None:
+            return own
+        factors, beside = self.slower()
+        return self.table["width"].map(factors).to_numpy() * own + beside
 
     # --- choosing
 
@@ -240,7 +137,7 @@ class LawStudy:
             running = sum(float(costs[row]) for row in pending)
             left = (1 - rules.TEST) * self.asked.budget - self.spent - running
         else:
-            left = SLACK * (1 - rules.TEST) * self.asked.budget - self.elapsed()
+            left = SLACK * (1 - rules.TEST) * self.asked.budget - self.record.elapsed()
         affordable = (costs <= left) & ~self.table.index.isin(self.failed)
         found = self.design.next(affordable, pending)
         if found is None:
@@ -250,47 +147,45 @@ class LawStudy:
         self.begun[row] = time.monotonic()
         trunk = job.trunk.path.name if job.trunk else None
         facts = {"cost": float(costs[row]), "trunk": trunk, "branch_step": job.branch_step}
-        self.note("choose", row=row, run=job.run.path.name, **facts, expected=part, half=self.half)
+        self.record.note("choose", row=row, run=job.run.path.name, **facts, expected=part)
         return row
 
     def ended(self, job: Job, outcome: Outcome) -> None:
         """Record how a chosen run ended, and say what is known now."""
-        row = self.jobs.index(job)
+        row, loss = self.jobs.index(job), outcome.metric
         seconds = time.monotonic() - self.begun.pop(row)
-        if outcome.metric is None:
-            self.failed.append(row)
-        elif row not in self.resumed:
-            self.took.append((job.config.model.d_model, self.estimated(job), seconds))
-        facts = {"status": outcome.status, "loss": outcome.metric, "seconds": round(seconds, 2)}
-        self.learn(row, outcome.metric, job.flops)
-        self.note("end", row=row, **facts, half=self.half, reason=outcome.reason)
-        words = (
-            f"loss {outcome.metric:.4f}" if outcome.metric else f"{outcome.status} {outcome.reason}"
-        )
-        known = f"; target ±{self.half:.1%}" if self.half is not None else ""
+        if loss is not None and row not in self.resumed:
+            self.took.append((job.config.model.d_model, self.timed(job), seconds))
+        self.learn(row, loss)
+        facts = {"status": outcome.status, "loss": loss, "seconds": round(seconds, 2)}
+        self.record.note("end", row=row, **facts, half=self.half, reason=outcome.reason)
+        words = f"{outcome.status} {outcome.reason}" if loss is None else f"loss {loss:.4f}"
+        known = "" if self.half is None else f"; target ±{self.half:.1%}"
         say(self.console, f"{self.clock()}  {job.label}  {words}{known}")
 
-    def learn(self, row: int, loss: float | None, flops: float) -> None:
+    def learn(self, row: int, loss: float | None) -> None:
         """Take a loss into the design, and find how well the target is known with it."""
-        self.spent += flops
+        job = self.jobs[row]
+        self.spent += self.timed(job) if self.asked.flops is not None else 0.0
         if loss is None:
+            self.failed.append(row)
             return
         self.design.tell(row, loss)
         if (made := self.design.fit()) is not None:
-            names = list(self.design.target.columns)
-            self.design.target = pd.DataFrame([self.target()])[names]
-            place = {name: self.design.target[name].to_numpy() for name in names}
-            _, half = made.at(place, place["D"] * self.per_token(place["N"]))
+            target = self.recipe.target(self.asked.target_flops, made)
+            self.design.target = pd.DataFrame([target])[list(self.design.target.columns)]
+            place = {name: np.array([value]) for name, value in target.items()}
+            _, half = made.at(place, self.recipe.flops_of(place["N"], place["D"]))
             self.half = float(np.sinh(half[0]))
 
     def clock(self) -> str:
         if self.asked.flops is not None:
             return f"{self.spent:.1e} of {self.asked.flops:.1e} FLOPs"
-        return f"{clock(self.elapsed())} of {clock(self.asked.budget)}"
+        return f"{clock(self.record.elapsed())} of {clock(self.asked.budget)}"
 
     def replay(self) -> None:
         """Take over the decisions and the losses that are recorded."""
-        for line in self.lines:
+        for line in self.record.lines:
             if line["event"] == "choose":
                 job = self.jobs[line["row"]]
                 trunk = line["trunk"]
@@ -298,19 +193,24 @@ class LawStudy:
                 job.branch_step = line["branch_step"]
                 self.begun[line["row"]] = time.monotonic()
             elif line["event"] == "end":
-                job = self.jobs[line["row"]]
                 self.begun.pop(line["row"], None)
-                if line["loss"] is None:
-                    self.failed.append(line["row"])
-                self.learn(line["row"], line["loss"], job.flops)
+                self.learn(line["row"], line["loss"])
+        self.resumed = set(self.begun)
 
     # --- the stages
+
+    def run(self, engine: Engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
+        """Yield each job with its outcome.  Raises signals.Stopped where one was interrupted."""
+        for job, outcome in engine(jobs, self.folder):
+            if outcome.status == "interrupted":
+                raise signals.Stopped(signals.received() or signal.SIGINT)
+            yield job, outcome
 
     def sweep_rates(self, engine: Engine) -> None:
         """Find the learning rate by a short sweep at a small size; under µP it serves all."""
         if any(word.startswith("optim.learning_rate=") for word in self.asked.overrides):
             return
-        recipe, line = self.recipe, self.find("rate")
+        recipe, line = self.recipe, self.record.find("rate")
         if line is None:
             width, tokens = recipe.widths[1], recipe.lengths[len(recipe.lengths) // 2]
             words = [*recipe.run(width, tokens, 1), f"study={self.asked.study}-rates"]
@@ -320,24 +220,16 @@ class LawStudy:
             for job, outcome in self.run(engine, jobs):
                 if outcome.metric is not None:
                     losses[job.config.optim.learning_rate] = outcome.metric
-            line = self.note("rate", rate=best_rate(losses), losses=losses, width=width)
-        say(
-            self.console,
-            f"rate        {line['rate']:g}, the best of a sweep at d_model={line['width']}",
-        )
+            line = self.record.note("rate", rate=best_rate(losses), losses=losses, width=width)
+        rate = f"rate        {line['rate']:g}, the best of a sweep at d_model={line['width']}"
+        say(self.console, rate)
         recipe.overrides.append(f"optim.learning_rate={line['rate']:g}")
-
-    def run(self, engine: Engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
-        """Yield each job with its outcome.  Raises signals.Stopped where one was interrupted."""
-        for job, outcome in engine(jobs, self.folder):
-            if outcome.status == "interrupted":
-                raise signals.Stopped(signals.received() or signal.SIGINT)
-            yield job, outcome
 
     def explore(self, engine: Engine) -> None:
         """Make the runs that are worth most, until the part of the budget for them is spent."""
         self.replay()
-        self.resumed = set(self.begun)
+        if self.prediction.exists():
+            return
         while (first := next(jobs := self.chosen(), None)) is not None:
             for job, outcome in self.run(engine, itertools.chain([first], jobs)):
                 self.ended(job, outcome)
@@ -345,8 +237,9 @@ class LawStudy:
     def predict(self) -> dict[str, Any]:
         """Predict the loss of the most expensive runs before they begin, and write it down.
 
-        Of each size as long a run as a quarter of the budget pays for, that of the lowest loss is
-        the test.  Raises RunError where too few runs have ended.
+        Of each size as long a run as a quarter of the budget pays for, and of those that take more
+        FLOPs than any run before, that of the lowest loss is the test.  Raises RunError where too
+        few runs have ended.
         """
         if self.prediction.exists():
             return fileio.read_json(self.prediction)
@@ -358,58 +251,54 @@ class LawStudy:
         able = [w for w in recipe.widths if tokens[w] >= rules.FEWEST_STEPS * recipe.batch_tokens]
         n = np.array([float(recipe.parameters[w]) for w in able])
         d = np.array([float(tokens[w]) for w in able])
+        places = {"N": n, "D": d, "U": np.minimum(d, recipe.one_pass)}
         flops = d * np.array([recipe.flops_per_token[w] for w in able])
-        log_loss, half = made.at({"N": n, "D": d, "U": np.minimum(d, recipe.one_pass)}, flops)
-        best = int(np.argmin(log_loss))
+        log_loss, half = made.at(places, flops)
+        most = max(self.design.size[row] for row in self.design.losses)
+        dearer = flops > most if (flops > most).any() else flops == flops.max()
+        best = int(np.argmin(np.where(dearer, log_loss, np.inf)))
         ends = np.exp(log_loss[best] + half[best] * np.array([0.0, -1.0, 1.0]))
-        names = [self.jobs[row].run.path for row in self.design.losses]
+        used = [self.jobs[row].run for row in self.design.losses]
         prediction = {
             "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(self.elapsed(), 1),
+            "seconds": round(self.record.elapsed(), 1),
             **dict(zip(("predicted", "low", "high"), ends.tolist(), strict=True)),
+            "level": 0.95,
             "d_model": able[best],
             "tokens": tokens[able[best]],
-            "parameters_non_embedding": n[best],
-            "flops": flops[best],
+            "parameters_non_embedding": int(n[best]),
+            "flops": float(flops[best]),
             "seeds": [TEST_SEED + i for i in range(min(self.share.at_once, rules.SEEDS))],
-            "forecast": made.by_law,
-            "from_runs": {path.name: fileio.sha256(path / "results.json") for path in names},
+            "laws": made.by_law,
+            "from_runs": {run.path.name: fileio.sha256(run.results) for run in used},
         }
         fileio.write_json(self.prediction, prediction)
         return prediction
 
-    def test(self, engine: Engine) -> dict[str, Any]:
+    def test(self, engine: Engine) -> None:
         """Train the runs that were predicted, and score the prediction."""
         said = self.predict()
         low, high = said["low"], said["high"]
-        words = f"d_model={said['d_model']} tokens={short(said['tokens'])}"
-        say(
-            self.console,
-            f"{self.clock()}  predicted for {words}: {said['predicted']:.4f} "
-            f"({low:.4f} to {high:.4f}), written to {self.prediction}",
-        )
-        if (scored := self.find("score")) is None:
+        what = f"d_model={said['d_model']} tokens={short(said['tokens'])}"
+        words = f"predicted for {what}: {said['predicted']:.4f} ({low:.4f} to {high:.4f})"
+        say(self.console, f"{self.clock()}  {words}, written to {self.prediction}")
+        if (scored := self.record.find("score")) is None:
             runs = [self.recipe.run(said["d_model"], said["tokens"], s) for s in said["seeds"]]
-            known = [list(job.overrides) for job in self.jobs]
-            jobs = compose_jobs([*known, *runs], TRAINING)[len(known) :]
+            ends = [list(self.jobs[row].overrides) for row in (0, -1)]  # so that names say it all
+            jobs = compose_jobs([*ends, *runs], TRAINING)[2:]
             TRAINING.prepare(jobs, (), self.console)
             ended = list(self.run(engine, jobs))
             losses = {job.config.seed: one.metric for job, one in ended if one.metric is not None}
             if not losses:
                 raise RunError(f"the test failed: {ended[0][1].reason or ended[0][1].status}")
             mean = float(np.mean(list(losses.values())))
-            error, inside = (
-                said["predicted"] / mean - 1,
-                [low <= x <= high for x in losses.values()],
-            )
-            scored = self.note("score", losses=losses, loss=mean, error=error, inside=inside)
+            inside = [low <= loss <= high for loss in losses.values()]
+            error = said["predicted"] / mean - 1
+            facts = {"losses": losses, "loss": mean, "error": error, "inside": inside}
+            scored = self.record.note("score", **facts)
         where = "inside" if all(scored["inside"]) else "outside"
-        say(
-            self.console,
-            f"{self.clock()}  measured {scored['loss']:.4f}: off by "
-            f"{abs(scored['error']):.2%}, {where} the interval",
-        )
-        return scored
+        words = f"measured {scored['loss']:.4f}: off by {abs(scored['error']):.2%}"
+        say(self.console, f"{self.clock()}  {words}, {where} the interval")
 
 
 def best_rate(losses: Mapping[float, float]) -> float:
@@ -427,6 +316,45 @@ def best_rate(losses: Mapping[float, float]) -> float:
     return rates[best]
 
 
+def expected(recipe: Recipe, asked: Asked, share: Share) -> tuple[int, float]:
+    """Return how many runs the budget pays for, and about how well the target will be known."""
+    table = recipe.table()
+    design = recipe.design(table, recipe.target(asked.target_flops, None))
+    pairs = zip(table["width"], table["tokens"], strict=True)
+    costs = np.array([recipe.cost(w, d / recipe.batch_tokens) for w, d in pairs])
+    design.cost = costs if asked.flops is not None else SLOWER * costs + OVERHEAD
+    left = (1 - rules.TEST) * asked.budget * (1 if asked.flops else share.at_once)
+    made: list[int] = []
+    while (found := design.next(design.cost <= left, made)) is not None:
+        made.append(found[0])
+        left -= float(design.cost[found[0]])
+    return len(made), PLANNED * 1.96 * float(np.sqrt(design.expect(made)[1]))
+
+
+def print_plan(recipe: Recipe, asked: Asked, share: Share, console: Console) -> None:
+    """Print what each size costs, and what the budget and the text can and cannot answer."""
+    table = make_table(
+        "d_model", "parameters", "longest run", "time" if not asked.flops else "FLOPs"
+    )
+    for width in recipe.widths:
+        tokens = recipe.longest(width)
+        cost = recipe.cost(width, tokens / recipe.batch_tokens)
+        shown = clock(cost) if not asked.flops else f"{cost:.1e}"
+        table.add_row(str(width), short(recipe.parameters[width]), short(tokens), shown)
+    console.print(table)
+    count, half = expected(recipe, asked, share)
+    say(
+        console, f"\nabout {count} runs, then the test; the loss at the target to about ±{half:.1%}"
+    )
+    steps = recipe.longest(recipe.widths[0]) / recipe.batch_tokens
+    scatter = 1.96 * float(rules.seed_noise(steps))
+    say(console, f"the loss of a run of {steps:,.0f} steps hangs on its seed by ±{scatter:.1%}")
+    if scatter > CLEAR:
+        needed = rules.SHORT / np.sqrt((CLEAR / 1.96 / rules.SEED_NOISE) ** 2 - 1)
+        size = 1e-6 * needed * recipe.batch_tokens * recipe.bytes_per_token
+        say(console, f"±{CLEAR:.0%} takes {needed:,.0f} steps: {size:.2g} MB of text, read once")
+
+
 def find_law(asked: Asked, output_dir: str, console: Console) -> None:
     """Find the law that ``asked`` asks for, or resume the study that looks for it.
 
@@ -439,15 +367,23 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
     check_engine(first.config.launcher)
     with contextlib.ExitStack() as held:
         share, engine = held.enter_context(ready([first] * rules.SIZES, rules.SIZES))
-        held.enter_context(fileio.locked(folder, folder.parent, "study"))
-        study = LawStudy(asked, share, folder, console)
-        begin = study.find("begin")
-        if begin is None:
+        if asked.plan:
             recipe = rules.make(asked, share, console)
-            begin = study.note("begin", asked=dataclasses.asdict(asked), recipe=recipe.facts())
-        study.recipe = Recipe.read(begin["recipe"])
-        held.enter_context(study.marking_time())
-        for line in rules.describe(study.recipe, asked, share):
+            for line in rules.describe(recipe, asked, share):
+                say(console, line)
+            print_plan(recipe, asked, share, console)
+            return
+        study = LawStudy(asked, share, folder, console)
+        begin = study.record.find("begin")
+        recipe = Recipe.read(begin["recipe"]) if begin else rules.make(asked, share, console)
+        held.enter_context(fileio.locked(folder, folder.parent, "study"))
+        if begin is None:
+            study.record.note("begin", asked=dataclasses.asdict(asked), recipe=recipe.facts())
+        elif begin["asked"]["overrides"] != asked.overrides:
+            raise ConfigError(f"study={asked.study}: begun with other keys; give another study=")
+        study.recipe = recipe
+        held.enter_context(study.record.marking_time())
+        for line in rules.describe(recipe, asked, share):
             say(console, line)
         study.sweep_rates(engine)
         study.open()

@@ -10,10 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import pandas as pd
 from rich.console import Console
 
 from tinygpt import cli
 from tinygpt.config import ConfigError
+from tinygpt.scaling.design import Design
+from tinygpt.scaling.forecast import Forecast
+from tinygpt.scaling.split import flops_per_token
 from tinygpt.sweeping.engines import Share
 from tinygpt.sweeping.jobs import Job, compose_jobs
 from tinygpt.sweeping.kinds import TRAINING
@@ -30,7 +35,12 @@ PER_PARAMETER = 10.0  # tokens of the longest run, at the middle size
 FEWEST = 3  # sizes and lengths: less identify no law
 PASSES = 8  # at most, over a text that is too small for one
 TEST = 0.25  # of the budget: the last runs, whose loss is predicted before they begin
-DEAREST = 0.6  # of a test run's cost, that any run before it may cost
+DEAREST = 0.6  # of a test run's cost, and of its FLOPs, that any run before it may take
+LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
+REPEATED = ("data_constrained",)
+FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
+BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
+SEED_NOISE, SHORT = 0.002, 2000.0  # scatter of log L between seeds, and the steps below which more
 OWNED = (
     *("seed", "model.d_model", "model.n_heads", "train.tokens", "train.steps", "train.epochs"),
     *("train.flops", "train.tokens_per_param", "data.fraction", "run_name", "experiment", "scale"),
@@ -65,6 +75,7 @@ class Recipe:
     lengths: list[int]  # tokens, the shortest first
     batch_tokens: int
     one_pass: int  # training tokens of the text
+    bytes_per_token: float
     repeats: bool  # the text is too small for one pass
     step_costs: dict[int, float]  # by width: seconds, or FLOPs
     extra_steps: float  # that the evaluations of a run cost
@@ -83,8 +94,63 @@ class Recipe:
     def longest(self, width: int, slower: float = 1.0) -> int:
         """Return the tokens of a test run of this width: what its cost and the text allow."""
         steps = self.test_cost / (self.step_costs[width] * slower) - self.extra_steps
-        most = self.one_pass * (PASSES if self.repeats else 1)
-        return min(int(steps), most // self.batch_tokens) * self.batch_tokens
+        return min(int(steps), self.most() // self.batch_tokens) * self.batch_tokens
+
+    def most(self) -> int:
+        """Return the tokens of the longest run that the text allows."""
+        return self.one_pass * (PASSES if self.repeats else 1)
+
+    def table(self) -> pd.DataFrame:
+        """Return a row for each run that can be chosen: its shape, and the variables of the law."""
+        cost = DEAREST * self.test_cost
+        flops = DEAREST * max(self.flops_per_token[w] * self.longest(w) for w in self.widths)
+        rows = [
+            {"width": width, "tokens": tokens, "seed": seed}
+            for seed in range(1, SEEDS + 1)
+            for width in self.widths
+            for tokens in self.lengths
+            if self.cost(width, tokens / self.batch_tokens) <= cost
+            and self.flops_per_token[width] * tokens <= flops
+        ]
+        table = pd.DataFrame(rows)
+        table["N"] = table["width"].map(self.parameters).astype(float)
+        table["D"] = table["tokens"].astype(float)
+        table["U"] = table["D"].clip(upper=self.one_pass)
+        return table
+
+    def design(self, table: pd.DataFrame, target: Mapping[str, float]) -> Design:
+        """Return the design that chooses among the rows of ``table``."""
+        names = ["N", "D", "U"] if self.repeats else ["N", "D"]
+        steps = table["D"].to_numpy() / self.batch_tokens
+        return Design(
+            table[names],
+            pd.DataFrame([target])[names],
+            np.ones(len(table)),
+            table["D"].to_numpy() * table["width"].map(self.flops_per_token).to_numpy(),
+            REPEATED if self.repeats else LAWS,
+            seed_noise(steps),
+        )
+
+    def flops_of(self, n: Any, d: Any) -> Any:
+        """Return the FLOPs of training, by parameters without embeddings and tokens."""
+        sizes = np.array([float(self.parameters[w]) for w in self.widths])
+        each = np.array([self.flops_per_token[w] for w in self.widths])
+        return flops_per_token(sizes, np.ones(len(sizes)), each)(n) * d
+
+    def target(self, flops: float | None, made: Forecast | None) -> dict[str, float]:
+        """Return the best split of ``flops``, by default ten times those of the largest test run:
+        by the forecast, once there is one."""
+        tests = [self.flops_per_token[w] * self.longest(w) for w in self.widths]
+        flops = flops or FURTHER * max(tests)
+        sizes = self.parameters.values()
+        n = np.geomspace(min(sizes), 30 * max(sizes), 200)
+        d = flops / self.flops_of(n, 1.0)
+        if made is not None:
+            loss, _ = made.at({"N": n, "D": d, "U": d}, np.full(len(n), flops))
+        else:
+            loss = np.abs(np.log(d / n / BALANCED))
+        best = int(np.argmin(loss))
+        return {"N": float(n[best]), "D": float(d[best]), "U": float(d[best])}
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,6 +161,11 @@ class Recipe:
         by_width = ("step_costs", "parameters", "flops_per_token")
         more = {name: {int(w): v for w, v in facts[name].items()} for name in by_width}
         return cls(**{**facts, **more})
+
+
+def seed_noise(steps: Any) -> Any:
+    """Return the standard deviation of log L between seeds, as a guess before it is measured."""
+    return SEED_NOISE * np.hypot(1.0, SHORT / steps)
 
 
 def shape(width: int) -> list[str]:
@@ -123,7 +194,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     has_batch = "train.batch_tokens" in given
     first = common if has_batch else [*common, f"train.batch_tokens={2 * BATCHES[0]}"]
     probe = _probe(first, WIDTHS[0], share, console)
-    one_pass, batch = _one_pass(probe), probe.config.train.batch_tokens
+    (one_pass, bytes_per_token), batch = _size(probe), probe.config.train.batch_tokens
     test_cost = TEST * asked.budget
     top = min(float(one_pass), test_cost / step_cost(asked, probe) * batch)
     if not has_batch:
@@ -161,6 +232,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
         lengths=lengths,
         batch_tokens=batch,
         one_pass=one_pass,
+        bytes_per_token=bytes_per_token,
         repeats=repeats,
         step_costs={w: costs[w] for w in widths},
         extra_steps=extra,
@@ -191,8 +263,8 @@ def _probe(common: Sequence[str], width: int, share: Share, console: Console) ->
     return job
 
 
-def _one_pass(job: Job) -> int:
-    """Return the training tokens of the text that its windows use."""
+def _size(job: Job) -> tuple[int, float]:
+    """Return the training tokens of the text that windows use, and the bytes of a token."""
     from tinygpt.data import corpora, shards
     from tinygpt.training.session import open_data, open_machine
 
@@ -200,7 +272,9 @@ def _one_pass(job: Job) -> int:
     cache = shards.cache_root(config.cache_dir)
     corpus = corpora.open_corpus(config.data)
     prepared = shards.prepare(corpus, config.data, config.tokenizer, cache)
-    return open_data(config, prepared, open_machine(config)).windows.used_tokens
+    info = prepared.split("train").info
+    used = open_data(config, prepared, open_machine(config)).windows.used_tokens
+    return used, info["bytes"] / info["tokens"]
 
 
 def step_cost(asked: Asked, job: Job) -> float:

@@ -1,0 +1,139 @@
+"""Simulates laws within a budget where the truth is known, on a simulated clock.
+
+python experiments/budget/worlds.py        100 studies; writes worlds.csv and the page
+python experiments/budget/worlds.py 20     so many, printed alone
+
+The true loss is a law that the forecast does not have; runs scatter as the seeds of
+experiments/grid_books do.  Two workers make the runs that ``tinygpt.scaling.design`` chooses, for
+20 minutes of one core; then the loss of the most expensive run, and that at ten times its compute,
+are predicted.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tinygpt.fileio import write_text
+from tinygpt.scaling.design import Design
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bank"))
+import worlds as bank
+
+HERE = Path(__file__).parent
+MARKS = re.compile(r"(<!-- worlds -->\n).*?(<!-- end -->\n)", re.S)
+STUDIES, WORKERS, BUDGET, TEST = 100, 2, 600.0, 0.25  # seconds of each worker
+SIZES = np.array([6592, 25472, 56640, 100096, 223872, 396800, 890112], dtype=float)
+STEP_SECONDS = np.array([0.006, 0.008, 0.011, 0.014, 0.022, 0.033, 0.06])
+LENGTHS, BATCH, BESIDE = 53_504 * 2.0 ** np.arange(6), 256, 3.0
+LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
+
+
+def noise_of(tokens: Any) -> Any:
+    """Return the scatter of log L between seeds, as measured in grid_books by its steps."""
+    return np.interp(
+        np.log(tokens / BATCH),
+        np.log(bank.LENGTHS / 512),
+        bank.SCATTER["measured"],
+    )
+
+
+def study(number: int) -> list[dict[str, Any]]:
+    """Return the errors of log L of one study, with the half-widths of their intervals."""
+    random = np.random.default_rng([number, 21])
+    forms = bank.truths(random)["outside"]
+    form = forms[number % len(forms)]
+    rows = [
+        {"N": n, "D": d, "seconds": BESIDE + step * (d / BATCH + 200)}
+        for _ in range(3)
+        for n, step in zip(SIZES, STEP_SECONDS, strict=True)
+        for d in LENGTHS
+    ]
+    table = pd.DataFrame(rows)
+    table = table[table["seconds"] <= 0.6 * TEST * BUDGET].reset_index(drop=True)
+    n, d, seconds = (table[name].to_numpy() for name in ("N", "D", "seconds"))
+    scatter = noise_of(d) * random.standard_normal(len(n))
+    losses = form(5e4 / n, 1e6 / d) * np.exp(scatter)
+    largest = TEST * BUDGET / STEP_SECONDS[4] * BATCH
+    test = {"N": SIZES[4], "D": min(largest, LENGTHS[-1])}
+    target = {name: value * 10**0.5 for name, value in test.items()}
+    steps = d / BATCH
+    design = Design(
+        table[["N", "D"]],
+        pd.DataFrame([target]),
+        seconds,
+        6 * n * d,
+        LAWS,
+        0.002 * np.hypot(1.0, 2000 / steps),
+    )
+    workers: list[tuple[float, int | None]] = [(0.0, None)] * WORKERS  # free at, with what run
+    while workers:
+        workers.sort(key=lambda one: one[0])
+        now, ended = workers.pop(0)
+        if ended is not None:
+            design.tell(ended, float(losses[ended]))
+        pending = [row for _, row in workers if row is not None]
+        found = design.next(now + seconds <= (1 - TEST) * BUDGET, pending)
+        if found is not None:
+            workers.append((now + seconds[found[0]], found[0]))
+    made = design.fit()
+    assert made is not None
+    out = []
+    for what, place in (("test run", test), ("ten times", target)):
+        there = {name: np.array([value]) for name, value in place.items()}
+        predicted, half = made.at(there, 6 * there["N"] * there["D"])
+        truth = np.log(form(5e4 / there["N"], 1e6 / there["D"]))
+        measured = truth + noise_of(there["D"]) * random.standard_normal()
+        error = float(predicted[0] - measured[0])
+        out.append(
+            {"what": what, "error": error, "reach": float(half[0]), "runs": len(design.losses)}
+        )
+    return out
+
+
+def score(count: int) -> pd.DataFrame:
+    """Return a row for each place: mean error and half-width in %, and coverage in %."""
+    runs = pd.DataFrame([row for i in range(count) for row in study(i)])
+    rows = []
+    for what, one in runs.groupby("what", sort=False):
+        rows.append(
+            {
+                "predicted": what,
+                "studies": count,
+                "runs": one["runs"].mean(),
+                "error": 100 * one["error"].abs().mean(),
+                "covered": 100 * (one["error"].abs() <= one["reach"]).mean(),
+                "half_width": 100 * one["reach"].mean(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    lines = ["| predicted | studies | runs of each | error, % | in interval, % | ±, % |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in table.to_dict("records"):
+        numbers = (row[name] for name in ("runs", "error", "covered", "half_width"))
+        cells = [row["predicted"], row["studies"], *(f"{number:.3g}" for number in numbers)]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        print(markdown(score(int(sys.argv[1]))))
+        return
+    table = score(STUDIES)
+    print(markdown(table))
+    write_text(HERE / "worlds.csv", table.to_csv(index=False, lineterminator="\n"))
+    page = HERE / "README.md"
+    write_text(page, MARKS.sub(lambda m: f"{m[1]}{markdown(table)}{m[2]}", page.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""A law within a budget: which runs are chosen, what is predicted before, what survives a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from tinygpt import law
+from tinygpt.config import ConfigError
+from tinygpt.scaling.design import Design, spend
+from tinygpt.sweeping import budget, recipe
+from tinygpt.sweeping.engines import Outcome, Share
+from tinygpt.sweeping.jobs import Job
+from tinygpt.sweeping.recipe import Asked
+
+LAWS = ("chinchilla", "coupled")
+
+
+# --- which run tells most
+
+
+def pool(noise: float = 0.0) -> tuple[pd.DataFrame, np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Runs of eight sizes and eight lengths: their places, losses and costs."""
+    n, d = (
+        axis.ravel() for axis in np.meshgrid(np.geomspace(1e4, 1e6, 8), np.geomspace(1e5, 1e7, 8))
+    )
+    loss = 1.5 + 40 / n**0.4 + 200 / d**0.4
+    random = np.random.default_rng(0)
+    return (
+        pd.DataFrame({"N": n, "D": d}),
+        loss * np.exp(noise * random.standard_normal(64)),
+        6 * n * d,
+    )
+
+
+def made(noise: float = 0.003) -> Design:
+    places, _, cost = pool()
+    return Design(places, pd.DataFrame({"N": [4e6], "D": [4e7]}), cost, cost, LAWS, noise)
+
+
+@pytest.mark.parametrize("pending", [[], [3], [3, 60, 7]])
+def test_what_a_run_tells_is_the_variance_that_it_takes_away(pending: list[int]) -> None:
+    """Against the variance that is left when the run counts as made."""
+    design = made()
+    gain, now = design.expect(pending)
+    for row in (0, 21, 63):
+        _, then = design.expect([*pending, row])
+        assert now - then == pytest.approx(gain[row], rel=1e-6)
+    assert gain.min() >= 0
+    assert (gain[pending] == 0).all()
+
+
+def test_a_second_seed_tells_less_the_less_seeds_scatter() -> None:
+    places, _, cost = pool()
+    twice, costs = pd.concat([places, places], ignore_index=True), np.tile(cost, 2)
+    left = []
+    for noise in (0.001, 0.1):
+        design = Design(twice, pd.DataFrame({"N": [4e6], "D": [4e7]}), costs, costs, LAWS, noise)
+        before, _ = design.expect()
+        after, _ = design.expect([5])
+        left.append(after[64 + 5] / before[5])
+    assert left[0] < left[1] / 10
+
+
+def test_a_twentieth_of_the_cost_predicts_beyond_the_pool() -> None:
+    places, losses, cost = pool(noise=0.002)
+    design = Design(places, pd.DataFrame({"N": [4e6], "D": [4e7]}), cost, cost, LAWS, 0.002)
+    asked: list[int] = []
+
+    def run(row: int) -> float:
+        asked.append(row)
+        return float(losses[row])
+
+    found = spend(design, 0.05 * cost.sum(), run)
+    assert found.rows == asked == list(dict.fromkeys(asked))  # each is paid for once
+    assert found.cost == pytest.approx(cost[asked].sum())
+    assert found.cost <= 0.05 * cost.sum()
+    truth = 1.5 + 40 / 4e6**0.4 + 200 / 4e7**0.4
+    assert abs(found.predicted[0] / truth - 1) < 0.01
+    assert abs(math.log(found.predicted[0] / truth)) < found.half_widths[0]
+
+
+def test_a_budget_for_too_few_runs_is_said() -> None:
+    places, losses, cost = pool()
+    design = Design(places, places.iloc[-1:] * 2, cost, cost, LAWS)
+    with pytest.raises(ConfigError, match=r"pays for \d runs, too few for a law"):
+        spend(design, 5 * cost.min(), lambda row: float(losses[row]))
+
+
+# --- a study on simulated losses
+
+
+class Machine:
+    """Does jobs in no time: the loss is that of a law; a few rows go wrong as told."""
+
+    def __init__(self, wrong: dict[int, str] | None = None, kill_after: int = 10**9) -> None:
+        self.wrong, self.kill_after = wrong or {}, kill_after
+        self.trained: list[str] = []
+        self.flops: dict[str, float] = {}
+
+    def __call__(self, jobs: Iterable[Job], folder: Path) -> Iterator[tuple[Job, Outcome]]:
+        for job in jobs:
+            if len(self.trained) >= self.kill_after:
+                raise KeyboardInterrupt
+            number, name = len(self.trained), job.run.path.name
+            self.trained.append(name)
+            self.flops[name] = job.row["flops_exact"]
+            if number in self.wrong:
+                yield job, Outcome(self.wrong[number], reason="as told")
+                continue
+            n, d = job.row["parameters_non_embedding"], job.row["train_tokens"]
+            chance = np.random.default_rng([n, d, job.config.seed]).standard_normal()
+            loss = float((1.5 + 20 / n**0.4 + 60 / d**0.4) * np.exp(0.003 * chance))
+            job.run.path.mkdir(parents=True, exist_ok=True)
+            job.run.results.write_text(json.dumps({"final_val_loss": loss}))
+            yield job, Outcome("finished", loss)
+
+    @contextlib.contextmanager
+    def ready(self, jobs: Any, study: int = 0) -> Iterator[tuple[Share, Machine]]:
+        yield Share("serial", 1, 1), self
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    words = [f"{one}{other}" for one in "abcdefg" for other in "aeiou"]
+    random = np.random.default_rng(0)
+    lines = (" ".join(random.choice(words, 12)) + "." for _ in range(9000))
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+def find(
+    text: Path, folder: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, **asked: Any
+) -> list[dict[str, Any]]:
+    """Run a study on the simulated machine; return its record."""
+    monkeypatch.setattr(recipe, "SEEDS", 2)
+    monkeypatch.setattr(recipe, "LENGTHS", 4)
+    monkeypatch.setattr(budget, "ready", machine.ready)
+    monkeypatch.setattr(budget.TRAINING, "fit", lambda *_: None)
+    monkeypatch.setattr(budget, "write_summary", lambda *_: None)
+    words = ["data=custom", f"data.path={text}", f"output_dir={folder}", "hardware=cpu"]
+    words.append(f"cache_dir={text.parent / 'cache'}")
+    about = {"minutes": None, "flops": 2e13, **asked}
+    with open("/dev/null", "w", encoding="utf-8") as nowhere:
+        budget.find_law(Asked(words, "law", **about), str(folder), Console(file=nowhere))
+    return record(folder)
+
+
+def record(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "law" / "design.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("at", "written", "seconds")} for line in found
+    ]
+
+
+def decisions(lines: list[dict[str, Any]]) -> list[str]:
+    return [line["run"] for line in lines if line["event"] == "choose"]
+
+
+def test_a_study_predicts_what_it_then_measures(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine()
+    lines = find(text, tmp_path / "a", machine, monkeypatch)
+    prediction = json.loads((tmp_path / "a" / "law" / "prediction.json").read_text())
+    rates, chosen = 4, decisions(lines)
+    assert machine.trained[rates : rates + len(chosen)] == chosen
+    assert set(prediction["from_runs"]) == set(chosen)  # and so none of those that test it
+    tests = machine.trained[rates + len(chosen) :]
+    assert len(tests) == len(prediction["seeds"]) == 1
+    assert not set(tests) & set(chosen)
+    assert prediction["low"] < lines[-1]["loss"] < prediction["high"]
+    assert abs(lines[-1]["error"]) < 0.02
+    costs = [line["cost"] for line in lines if line["event"] == "choose"]
+    assert sum(costs) <= 0.75 * 2e13
+    assert prediction["flops"] <= 0.25 * 2e13
+    flops = [machine.flops[name] for name in machine.trained]
+    assert flops[-1] == max(flops) > max(flops[:-1])
+
+
+def test_the_prediction_does_not_hang_on_what_it_predicts(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test diverges, and the same was predicted."""
+    whole = Machine()
+    find(text, tmp_path / "a", whole, monkeypatch)
+    poisoned = Machine(wrong={len(whole.trained) - 1: "diverged"})
+    with pytest.raises(RuntimeError, match="the test failed: as told"):
+        find(text, tmp_path / "b", poisoned, monkeypatch)
+    one, other = (
+        json.loads((tmp_path / name / "law" / "prediction.json").read_text()) for name in "ab"
+    )
+    for said in (one, other):
+        del said["made"], said["seconds"]
+    assert one == other
+
+
+@pytest.mark.parametrize("after", [2, 5, 11, 19])
+def test_a_killed_study_takes_the_same_decisions(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    whole = find(text, tmp_path / "a", Machine(), monkeypatch)
+    killed = Machine(kill_after=after)
+    with pytest.raises(KeyboardInterrupt):
+        find(text, tmp_path / "b", killed, monkeypatch)
+    path = tmp_path / "b" / "law" / "design.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"event": "cho')  # torn
+    again = find(text, tmp_path / "b", Machine(), monkeypatch)
+    assert again[1:] == whole[1:]  # the first names the folders
+
+
+def test_what_goes_wrong_is_recorded_and_not_chosen_again(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = find(text, tmp_path, Machine(wrong={6: "diverged", 9: "killed"}), monkeypatch)
+    wrong = [line for line in lines if line["event"] == "end" and line["loss"] is None]
+    assert [line["status"] for line in wrong] == ["diverged", "killed"]
+    assert len(set(decisions(lines))) == len(decisions(lines))
+    assert lines[-1]["event"] == "score"
+
+
+def test_it_stops_once_the_target_is_known_well_enough(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = find(text, tmp_path / "a", Machine(), monkeypatch)
+    halves = [line["half"] for line in whole if line["event"] == "end" and line["half"]]
+    lines = find(text, tmp_path / "b", Machine(), monkeypatch, error=1.01 * halves[0])
+    assert len(decisions(lines)) < len(decisions(whole))
+
+
+def test_a_budget_too_small_is_one_line(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^the budget is too small for a law of this text; it ta"
+    ):
+        find(text, tmp_path / "a", Machine(), monkeypatch, flops=1e9)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_text_too_small_is_one_line(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small.txt"
+    small.write_text(text.read_text()[:60_000])
+    with pytest.raises(ConfigError, match=r"^the text has \S+ training tokens; a law needs"):
+        find(small, tmp_path / "a", Machine(), monkeypatch)
+
+
+# --- rules and words
+
+
+def test_a_sweep_of_rates_takes_the_valley() -> None:
+    rates = {rate: 2.0 + (math.log(rate) - math.log(3e-3)) ** 2 for rate in budget.RATES}
+    assert budget.best_rate(rates) == 0.003
+    assert budget.best_rate({0.001: 2.0, 0.002: 2.1, 0.004: 2.3}) == 0.001  # an edge
+
+
+def test_sizes_suit_the_longest_run() -> None:
+    sizes = [12 * width**2 for width in recipe.WIDTHS]
+    small = recipe._amid(list(recipe.WIDTHS), sizes, 300_000)
+    large = recipe._amid(list(recipe.WIDTHS), sizes, 300_000_000)
+    assert small == list(recipe.WIDTHS[:7])
+    assert 512 in large
+    assert len(large) == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("minutes=5", "path: give a text"),
+        ("path={text} data=tinystories", "path, data=tinystories: give one of them"),
+        ("path={text} minutes=5 flops=1e15", "minutes, flops: give one of them"),
+        ("path={text} minutes=0", "minutes=0.0: must be above 0"),
+        ("path={text} seed=3", "seed=3: tinygpt.law decides this"),
+        ("path={text} schedule=cosine", "schedule=cosine: tinygpt.law needs schedule=wsd"),
+        ("path={text} train.tokens=5", "train.tokens=5: tinygpt.law decides this"),
+        ("path={text} modle=tiny", "modle: no such key"),
+        ("path=nope.txt", "nope.txt: no such file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    words: str,
+    line: str,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [*words.format(text=text).split(), f"output_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr("sys.argv", ["law", *given])
+    with pytest.raises(SystemExit) as left:
+        law.main()
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert line in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_law_is_a_command() -> None:
+    arguments, given = law.read(
+        ["path=a.txt,b.txt", "minutes=3", "target.flops=1e15", "tokenizer=bpe"]
+    )
+    assert arguments.path == ["a.txt", "b.txt"]
+    assert arguments.target.flops == 1e15
+    assert given == [
+        "tokenizer=bpe",
+        "data=custom",
+        "data.path=[a.txt,b.txt]",
+        "output_dir=outputs",
+    ]
