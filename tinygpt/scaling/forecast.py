@@ -124,12 +124,11 @@ class Forecast:
         return mean, np.sqrt(self.weights @ (each - mean) ** 2)
 
     def scatter(self, values: Mapping[str, Array]) -> Array:
-        """Return the scatter of single runs, (n,): between seeds of such a length, or about the
-        members where seeds do not say."""
-        if self.seeds is not None:
-            return self.seeds.at(values)
-        scale = self.weights @ [member.scale for member in self.members]
-        return np.full(len(next(iter(values.values()))), float(scale))
+        """Return the scatter of single runs, (n,): about the members, or between seeds of such a
+        length where that is less.  A few short runs far off say nothing of long ones."""
+        scale = float(self.weights @ [member.scale for member in self.members])
+        each = np.full(len(next(iter(values.values()))), scale)
+        return each if self.seeds is None else np.minimum(each, self.seeds.at(values))
 
     def distance(self, values: Mapping[str, Array], size: Array) -> Array:
         """Return how far a place lies beyond the runs, (n,): a log ratio of sizes, or of the
