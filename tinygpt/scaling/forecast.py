@@ -38,10 +38,10 @@ SHRINKAGE = 10.0  # runs by which the inner error of a member is drawn to the me
 NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place comes nearer
 # Of 10 public tables (experiments/bank): beyond the scatter of runs, the half-width of a 95 %
 # interval is QUANTILE times what ``expected`` says, by these constants: the least for a unit of
-# distance, and factor and most of what the cuts and the members say.  A large error counts less
-# than in proportion: it is that of small and short runs.
-SHAPE = (0.00127, 2.57, 0.0118)
-QUANTILE = 1.59
+# distance, and factor and most of what the cuts and the members say.  A high rate counts less than
+# in proportion: it is that of small and short runs.
+SHAPE = (0.00107, 2.71, 0.00773)
+QUANTILE = 1.15
 NORMAL = 1.96  # 95 % of the runs lie within so many standard deviations of their scatter
 LEAST, TYPICAL = 2e-4, 0.01  # rates: none is less; that of a table too small to be cut
 
@@ -148,12 +148,12 @@ class Forecast:
 
 
 def expected(rate: float, between: Array, distance: Array, shape: Sequence[float] = SHAPE) -> Array:
-    """Return what error to expect of log L beyond the scatter of runs, (n,): the geometric mean of
-    what the inner cuts say of that distance, and of how far the members are apart there."""
+    """Return what error to expect of log L beyond the scatter of runs, (n,): in proportion to the
+    distance, and to the geometric mean of what the inner cuts and the members say for a unit."""
     least, factor, most = shape
     reach = distance + NEAR
-    middle = np.sqrt(rate * reach * between)
-    return np.asarray(np.hypot(least * reach, factor * middle / (1 + middle / most)))
+    middle = np.sqrt(rate * between / reach)
+    return np.asarray(reach * np.hypot(least, factor * middle / (1 + middle / most)))
 
 
 def forecast(sample: Sample) -> Forecast:
@@ -195,8 +195,8 @@ def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
     rates = []
     for cut in cuts:  # the scatter of the runs grows with no distance
         scatter = weights @ cut.scales if cut.seeds is None else cut.seeds
-        beyond = (weights @ cut.errors) ** 2 - scatter**2
-        rates.append(np.sqrt(max(0.0, np.mean(beyond / (cut.distance**2 + NEAR**2)))))
+        beyond = np.maximum((weights @ cut.errors) ** 2 - scatter**2, 0.0)
+        rates.append(np.sqrt(np.mean(beyond / (cut.distance**2 + NEAR**2))))
     return weights, float(np.exp(np.mean(np.log(np.maximum(rates, LEAST)))))
 
 
