@@ -127,14 +127,17 @@ def test_the_scatter_of_a_run_is_that_of_seeds_of_its_length() -> None:
     assert found is not None
     there = np.exp(found.log_variances / 2)
     assert there[:2].min() > 2 * there[2:].max()
-    places = {"N": np.ones(4), "D": np.array([TOKENS[0] / 9, TOKENS[0] * 2**0.5, TOKENS[4], 1e9])}
+    places: dict[str, Any] = {
+        "N": np.ones(4),
+        "D": np.array([TOKENS[0] / 9, TOKENS[0] * 2**0.5, TOKENS[4], 1e9]),
+    }
     below, middle, last, above = found.at(places)
     assert below == pytest.approx(there[0])
     assert middle == pytest.approx(np.sqrt(there[0] * there[1]))
     assert last == above == pytest.approx(there[4])
     pooled = Seeds.of({"x": values["D"]}, log_loss)  # sizes count as seeds, lengths are not known
     assert pooled is not None
-    assert len(set(pooled.at({"x": TOKENS}))) == 1
+    assert len(set(pooled.at({"x": values["D"]}))) == 1
     assert Seeds.of({name: value[:16] for name, value in values.items()}, log_loss[:16]) is not None
     assert Seeds.of({name: value[:14] for name, value in values.items()}, log_loss[:14]) is None
     assert Seeds.of(values, np.log(1 + values["N"])) is None
