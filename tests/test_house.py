@@ -19,7 +19,7 @@ LIMITS = {
     "model": 1_550,
     "training": 2_747,
     "sweeping": 1_563,
-    "scaling": 7_936,
+    "scaling": 7_988,
     "evaluating": 1_460,
     "adaptation": 3_300,
 }

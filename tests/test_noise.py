@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tinygpt.scaling.fitting import Fit, fit
-from tinygpt.scaling.noise import Noise, seed_noise, weigh
+from tinygpt.scaling.noise import Noise, Seeds, seed_noise, weigh
 from tinygpt.scaling.selection import Candidate, independent, select
 
 SIZES = np.geomspace(6e3, 2e5, 5)
@@ -116,3 +116,28 @@ def test_a_law_with_more_parameters_gains_nothing_by_rows_of_the_same_runs() -> 
     for law in laws:
         assert abs(whole[law] - once[law]) < max(6.0, 0.5 * once[law])
     assert max(blind.values()) > 3 * max(whole.values())
+
+
+def test_the_scatter_of_a_run_is_that_of_seeds_of_its_length() -> None:
+    """Between two lengths it lies between theirs, beyond all it stays; few seeds say nothing."""
+    table = runs(SCATTER, 0)
+    values = {name: table[name].to_numpy() for name in "ND"}
+    log_loss = np.log(table["loss"].to_numpy())
+    found = Seeds.of(values, log_loss)
+    assert found is not None
+    there = np.exp(found.log_variances / 2)
+    assert there[:2].min() > 2 * there[2:].max()
+    places: dict[str, Any] = {
+        "N": np.ones(4),
+        "D": np.array([TOKENS[0] / 9, TOKENS[0] * 2**0.5, TOKENS[4], 1e9]),
+    }
+    below, middle, last, above = found.at(places)
+    assert below == pytest.approx(there[0])
+    assert middle == pytest.approx(np.sqrt(there[0] * there[1]))
+    assert last == above == pytest.approx(there[4])
+    pooled = Seeds.of({"x": values["D"]}, log_loss)  # sizes count as seeds, lengths are not known
+    assert pooled is not None
+    assert len(set(pooled.at({"x": values["D"]}))) == 1
+    assert Seeds.of({name: value[:16] for name, value in values.items()}, log_loss[:16]) is not None
+    assert Seeds.of({name: value[:14] for name, value in values.items()}, log_loss[:14]) is None
+    assert Seeds.of(values, np.log(1 + values["N"])) is None

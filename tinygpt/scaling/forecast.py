@@ -22,6 +22,7 @@ from scipy import special
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import EFFICIENT, ROUGH, starts_of
 from tinygpt.scaling.laws import LAWS, Array
+from tinygpt.scaling.noise import Seeds
 from tinygpt.scaling.points import Points
 from tinygpt.scaling.solver import NDBool, solve
 
@@ -35,11 +36,13 @@ SAME = 1e-3  # minima whose objectives differ by less, relatively, are one
 SHARPNESS = 8.0  # a member counts by its inner error to the power of minus this
 SHRINKAGE = 10.0  # runs by which the inner error of a member is drawn to the median member's
 NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place comes nearer
-# Of 10 public tables (experiments/bank): the half-width of a 95 % interval of a run is QUANTILE
-# times what ``expected`` says, by these constants: growth with distance, least, factor and most of
-# the rate.  A high rate counts less than in proportion: it is that of small and short runs.
-SHAPE = (1.12, 0.00118, 1.96, 0.00764)
-QUANTILE = 1.58
+# Of 10 public tables (experiments/bank): beyond the scatter of runs, the half-width of a 95 %
+# interval is QUANTILE times what ``expected`` says, by these constants: the least for a unit of
+# distance, and factor and most of what the cuts and the members say.  A high rate counts less than
+# in proportion: it is that of small and short runs.
+SHAPE = (0.00107, 2.71, 0.00773)
+QUANTILE = 1.15
+NORMAL = 1.96  # 95 % of the runs lie within so many standard deviations of their scatter
 LEAST, TYPICAL = 2e-4, 0.01  # rates: none is less; that of a table too small to be cut
 
 
@@ -94,6 +97,7 @@ class Cut:
     distance: Array  # log(size / cut) of each run above, (n,)
     errors: Array  # predicted - measured log loss, (members, n)
     scales: Array  # of their residuals below it, (members,)
+    seeds: Array | None = None  # standard deviation of each run between seeds, (n,), if known
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,26 @@ class Forecast:
     largest: float  # size of the largest run
     ranges: dict[str, tuple[float, float]]  # of each variable over the runs
     rate: float  # error of log L per unit of log distance beyond the scatter, by the inner cuts
+    seeds: Seeds | None
 
     def at(self, values: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
         """Return the log loss, (n,), and the half-width of its 95 % interval for a single run."""
-        each = np.stack([member.log_loss(values) for member in self.members])
-        spread = expected(self.scatter, self.rate, self.distance(values, size))
-        return self.weights @ each, QUANTILE * spread
+        log_loss, between = self.mean(values)
+        beyond = expected(self.rate, between, self.distance(values, size))
+        return log_loss, np.hypot(NORMAL * self.scatter(values), QUANTILE * beyond)
 
-    @property
-    def scatter(self) -> float:
-        """Return the scatter of the runs about the members."""
-        return float(self.weights @ [member.scale for member in self.members])
+    def mean(self, values: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Return the average of the members, (n,), and their standard deviation about it."""
+        each = np.stack([member.log_loss(values) for member in self.members])
+        mean = self.weights @ each
+        return mean, np.sqrt(self.weights @ (each - mean) ** 2)
+
+    def scatter(self, values: Mapping[str, Array]) -> Array:
+        """Return the scatter of single runs, (n,): about the members, or between seeds of such a
+        length where that is less.  A few short runs far off say nothing of long ones."""
+        scale = float(self.weights @ [member.scale for member in self.members])
+        each = np.full(len(next(iter(values.values()))), scale)
+        return each if self.seeds is None else np.minimum(each, self.seeds.at(values))
 
     def distance(self, values: Mapping[str, Array], size: Array) -> Array:
         """Return how far a place lies beyond the runs, (n,): a log ratio of sizes, or of the
@@ -134,12 +147,13 @@ class Forecast:
         return dict(sorted(total.items(), key=lambda one: -one[1]))
 
 
-def expected(scatter: float, rate: float, distance: Array, shape: Sequence[float] = SHAPE) -> Array:
-    """Return what error to expect of log L, (n,): the scatter of runs, and what grows with the
-    distance."""
-    growth, least, factor, most = shape
-    slope = np.hypot(least, factor * rate / (1 + rate / most))
-    return np.asarray(np.hypot(scatter, slope * (distance + NEAR) ** growth))
+def expected(rate: float, between: Array, distance: Array, shape: Sequence[float] = SHAPE) -> Array:
+    """Return what error to expect of log L beyond the scatter of runs, (n,): in proportion to the
+    distance, and to the geometric mean of what the inner cuts and the members say for a unit."""
+    least, factor, most = shape
+    reach = distance + NEAR
+    middle = np.sqrt(rate * between / reach)
+    return np.asarray(reach * np.hypot(least, factor * middle / (1 + middle / most)))
 
 
 def forecast(sample: Sample) -> Forecast:
@@ -153,17 +167,19 @@ def forecast(sample: Sample) -> Forecast:
             members, *inner = fit_members(replace(sample, laws=laws), parts)
     if not members:
         raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
-    errors = []
+    errors, seeds = [], Seeds.of(sample.values, sample.measured)
     for (below, above), fitted in zip(cuts, inner, strict=True):
         if len(fitted) < len(members):
             continue
         test = sample.rows(above)
         off = np.stack([member.log_loss(test.values) - test.measured for member in fitted])
         scales = np.array([member.scale for member in fitted])
-        errors.append(Cut(np.log(test.size / sample.size[below].max()), off, scales))
+        distance = np.log(test.size / sample.size[below].max())
+        scatter = None if seeds is None else seeds.at(test.values)
+        errors.append(Cut(distance, off, scales, scatter))
     weights, rate = _weigh(errors, len(members))
     ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
-    return Forecast(members, weights, float(sample.size.max()), ends, rate)
+    return Forecast(members, weights, float(sample.size.max()), ends, rate, seeds)
 
 
 def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
@@ -178,7 +194,8 @@ def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
     weights /= weights.sum()
     rates = []
     for cut in cuts:  # the scatter of the runs grows with no distance
-        beyond = np.maximum((weights @ cut.errors) ** 2 - (weights @ cut.scales) ** 2, 0.0)
+        scatter = weights @ cut.scales if cut.seeds is None else cut.seeds
+        beyond = np.maximum((weights @ cut.errors) ** 2 - scatter**2, 0.0)
         rates.append(np.sqrt(np.mean(beyond / (cut.distance**2 + NEAR**2))))
     return weights, float(np.exp(np.mean(np.log(np.maximum(rates, LEAST)))))
 

@@ -6,7 +6,7 @@ a line in their logarithms, drawn to no slope, and at each length to what was me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +34,36 @@ class Noise:
     weights: Array  # of the runs in a fit, (n,): roots of precisions, their mean square 1
 
 
+@dataclass(frozen=True)
+class Seeds:
+    """The scatter between runs that agree in a law's variables, at each length."""
+
+    lengths: Array  # log training tokens, ascending, (L,); a single 0 of laws without them
+    log_variances: Array  # of log L, (L,)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Array], log_loss: Array) -> Seeds | None:
+        """Return that of runs at some values of the variables; None of too few."""
+        places = np.stack(list(values.values()), axis=1)
+        _, first, labels = np.unique(places, axis=0, return_index=True, return_inverse=True)
+        count, _, pure = _within(labels.ravel(), log_loss)
+        degrees = count - 1
+        if degrees.sum() < CURVE or pure.sum() == 0.0:
+            return None
+        logs = cls._length(values)[first]
+        found = _variances(pure[None], degrees, logs - logs @ degrees / degrees.sum())[0][0]
+        lengths, one = np.unique(logs, return_index=True)
+        return cls(lengths, np.log(found[one]))
+
+    def at(self, values: Mapping[str, Array]) -> Array:
+        """Return the standard deviation of log L, (n,); beyond all lengths that of the nearest."""
+        return np.exp(np.interp(self._length(values), self.lengths, self.log_variances) / 2)
+
+    @staticmethod
+    def _length(values: Mapping[str, Array]) -> Array:
+        return np.log(values["D"]) if "D" in values else 0.0 * next(iter(values.values()))
+
+
 def replicas(table: pd.DataFrame, settings: Sequence[str]) -> NDArray[np.intp]:
     """Return a number for each run, (n,): the same for those that differ in their seed alone."""
     same = [name for name in dict.fromkeys(settings) if name in table]
@@ -48,12 +78,10 @@ def seed_noise(fit: Fit, settings: Sequence[str] = (), tokens: str | None = None
     from the variances found, each with variances found anew (the law taken as linear there).
     """
     labels = replicas(fit.table, [*fit.columns.values(), *settings])
-    count = np.bincount(labels)
     first = np.unique(labels, return_index=True)[1]
     y = fit.points.response
-    means = np.bincount(labels, y) / count
-    pure = np.bincount(labels, (y - means[labels]) ** 2).astype(np.float64)
-    degrees = count.astype(np.float64) - 1
+    count, means, pure = _within(labels, y)
+    degrees = count - 1
     if degrees.sum() == 0 or pure.sum() == 0.0:
         return None
     logs = np.zeros(len(first))
@@ -99,6 +127,13 @@ def weigh(
             break
         weights = noise.weights
     return weights
+
+
+def _within(labels: NDArray[np.intp], y: Array) -> tuple[Array, Array, Array]:
+    """Return of each setting, (G,), the number of runs, their mean and its sum of squares."""
+    count = np.bincount(labels).astype(np.float64)
+    means = np.bincount(labels, y) / count
+    return count, means, np.bincount(labels, (y - means[labels]) ** 2).astype(np.float64)
 
 
 def _variances(pure: Array, degrees: Array, logs: Array) -> tuple[Array, Array]:
