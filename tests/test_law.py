@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -17,9 +18,11 @@ from rich.console import Console
 from tinygpt import law
 from tinygpt.config import ConfigError
 from tinygpt.scaling.design import Design, spend
+from tinygpt.scaling.laws import sum_of_powers
 from tinygpt.sweeping import budget, recipe
 from tinygpt.sweeping.engines import Outcome, Share
 from tinygpt.sweeping.jobs import Job
+from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.sweeping.recipe import Asked
 
 LAWS = ("chinchilla", "coupled")
@@ -96,6 +99,21 @@ def test_a_budget_for_too_few_runs_is_said() -> None:
         spend(design, 5 * cost.min(), lambda row: float(losses[row]))
 
 
+def test_a_law_of_your_own_may_have_any_variables() -> None:
+    """Here of a mixture of experts: their number and the dense size."""
+    law = sum_of_powers(
+        "experts", "L = E + A / (N^a X^b)", "a test", {"E": {}, "A": {"N": "a", "X": "b"}}
+    )
+    n, x = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e6, 1e8, 6), [2, 4, 8, 16, 32, 64]))
+    pool = pd.DataFrame({"N": n, "X": x.astype(float)})
+    target = pd.DataFrame({"N": [1e9], "X": [128.0]})
+    design = Design(pool, target, n * x, n * x, [law])
+    found = spend(design, 0.2 * (n * x).sum(), lambda i: 1.5 + 90 / n[i] ** 0.3 / x[i] ** 0.2)
+    assert found.predicted[0] == pytest.approx(1.5 + 90 / 1e9**0.3 / 128**0.2, rel=0.01)
+    with pytest.raises(ConfigError, match="law coupled: is one of tinygpt's own"):
+        Design(pool, target, n, n, [dataclasses.replace(law, name="coupled")])
+
+
 # --- a study on simulated losses
 
 
@@ -146,7 +164,7 @@ def find(
     monkeypatch.setattr(recipe, "SEEDS", 2)
     monkeypatch.setattr(recipe, "LENGTHS", 4)
     monkeypatch.setattr(budget, "ready", machine.ready)
-    monkeypatch.setattr(budget.TRAINING, "fit", lambda *_: None)
+    monkeypatch.setattr(TRAINING, "fit", lambda *_: None)
     monkeypatch.setattr(budget, "write_summary", lambda *_: None)
     words = ["data=custom", f"data.path={text}", f"output_dir={folder}", "hardware=cpu"]
     words.append(f"cache_dir={text.parent / 'cache'}")
@@ -180,7 +198,9 @@ def test_a_study_predicts_what_it_then_measures(
     tests = machine.trained[rates + len(chosen) :]
     assert len(tests) == len(prediction["seeds"]) == 1
     assert not set(tests) & set(chosen)
-    assert prediction["low"] < lines[-1]["loss"] < prediction["high"]
+    (loss,) = lines[-1]["losses"].values()
+    assert lines[-1]["inside"] == [prediction["low"] <= loss <= prediction["high"]]
+    assert lines[-1]["error"] == pytest.approx(prediction["predicted"] / loss - 1)
     assert abs(lines[-1]["error"]) < 0.02
     costs = [line["cost"] for line in lines if line["event"] == "choose"]
     assert sum(costs) <= 0.75 * 2e13
@@ -253,7 +273,7 @@ def test_a_text_too_small_is_one_line(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = tmp_path / "small.txt"
-    small.write_text(text.read_text()[:60_000])
+    small.write_text(text.read_text()[:45_000].replace("\n\n", "\n<|endoftext|>\n"))
     with pytest.raises(ConfigError, match=r"^the text has \S+ training tokens; a law needs"):
         find(small, tmp_path / "a", Machine(), monkeypatch)
 

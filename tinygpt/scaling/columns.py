@@ -89,6 +89,7 @@ class Columns:
         keys = [place, *(runs[name] for name in [self.cluster(runs)] if name)]
         if {"branched_from", "run_name"} <= set(runs):
             keys.append(runs["branched_from"].astype(object).fillna(runs["run_name"]))
+            keys.append(runs["run_name"])  # which may itself be a branch and a trunk
         return keys
 
     def floor(self, runs: pd.DataFrame) -> float | None:

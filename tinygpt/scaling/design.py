@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.forecast import Forecast, Sample, forecast
-from tinygpt.scaling.laws import LAWS, Array, Law
+from tinygpt.scaling.laws import BUILT_IN, LAWS, Array, Law, check
 
 LAW_SPREAD = 0.5  # standard deviation of a law's parameters, logarithms and exponents, at first
 LEFT = 0.1  # standard deviation of what a law leaves of log L far from any run
@@ -27,7 +27,7 @@ NOISE = 0.003  # standard deviation of log L between seeds, where nothing is kno
 FEWEST = 9  # runs, of the cheapest that tell most, before any law is fitted
 OFTEN = 30  # runs up to which each one is followed by new fits; beyond, each tenth part more
 KNOWN = 0.01  # weight of a member that counts
-POWER = 0.7  # of the cost: what is learnt early makes later choices better, so dear runs may pay
+POWER = 0.5  # of the cost: what is learnt early makes later choices better, so dear runs may pay
 
 
 @dataclass
@@ -38,20 +38,31 @@ class Design:
     for each variable; ``target`` the same columns for the places to predict.  Of each candidate,
     (n,): ``cost``, which may change; ``size``, what orders the runs, as their FLOPs; ``noise``,
     the standard deviation of log L between seeds.
-    ``laws`` are names in ``tinygpt.scaling.LAWS``; one of your own is put there first.
+    ``laws`` are names in ``tinygpt.scaling.LAWS``, or laws of your own, of any variables.  Raises
+    ConfigError for one of these that cannot be fitted.
     """
 
     candidates: pd.DataFrame
     target: pd.DataFrame
     cost: Array
     size: Array
-    laws: Sequence[str]
+    laws: Sequence[str | Law]
     noise: Array | float = NOISE
     seed: int = 0
     losses: dict[int, float] = field(default_factory=dict)  # of the runs made, in their order
     forecast: Forecast | None = None  # by these runs, fitted when it pays
+    names: list[str] = field(init=False)  # of the laws
     _fitted: int = 0
     _covariance: Array | None = None
+
+    def __post_init__(self) -> None:
+        self.names = [law if isinstance(law, str) else law.name for law in self.laws]
+        for law in self.laws:
+            if isinstance(law, Law) and LAWS.get(law.name) is not law:
+                if law.name in BUILT_IN:
+                    raise ConfigError(f"law {law.name}: is one of tinygpt's own; rename yours")
+                check(law)
+                LAWS[law.name] = law
 
     def tell(self, row: int, loss: float) -> None:
         """Note the loss of a candidate, nats or any other positive number."""
@@ -83,7 +94,7 @@ class Design:
         the part of the variance that it should take away; None where none is left."""
         gain, now = self.expect(pending)
         worth = np.where(affordable, gain / self.cost**POWER, 0.0)
-        best = int(np.argmax(worth))
+        best = int(np.argmax(worth >= (1 - 1e-9) * worth.max()))  # the first of equal ones
         return (best, float(gain[best] / now)) if worth[best] > 0 else None
 
     def sample(self) -> Sample:
@@ -93,7 +104,7 @@ class Design:
         table["loss"] = list(self.losses.values())
         columns = {name: name for name in self.target.columns}
         groups = table.groupby(list(columns)).ngroup().to_numpy()
-        return Sample(table, self.laws, columns, "loss", self.size[rows], groups, self.seed)
+        return Sample(table, self.names, columns, "loss", self.size[rows], groups, self.seed)
 
     def fit(self) -> Forecast | None:
         """Fit the forecast to the runs made so far; None of too few."""
@@ -125,7 +136,7 @@ class Design:
     def _laws(self, values: Mapping[str, Array]) -> Iterator[tuple[float, Array, Array]]:
         """Yield the weight of each law, by how much it differs from their mean, and its slopes."""
         if self.forecast is None:
-            usual = [LAWS[name] for name in self.laws]
+            usual = [LAWS[name] for name in self.names]
             for law in usual:
                 yield (
                     1 / len(usual),

@@ -366,6 +366,9 @@ def register(law: Law) -> Law:
     """
     if law.name in BUILT_IN:
         raise ConfigError(f"law={law.name}: is one of tinygpt's own; choose another name")
+    if law.variables not in VARIABLES:
+        allowed = ", ".join(str(one) for one in VARIABLES)
+        raise ConfigError(f"law={law.name}: variables={law.variables}: must be one of {allowed}")
     check(law)
     LAWS[law.name] = law
     return law
@@ -385,10 +388,7 @@ def load(place: str) -> str:
 
 
 def check(law: Law) -> None:
-    """Raises ConfigError for a law that cannot be fitted, or whose gradient cannot be had."""
-    if law.variables not in VARIABLES:
-        allowed = ", ".join(str(one) for one in VARIABLES)
-        raise ConfigError(f"law={law.name}: variables={law.variables}: must be one of {allowed}")
+    """Raise ConfigError for a law that cannot be fitted, or whose gradient cannot be had."""
     if (law.powers is None) == (law.expression is None):
         raise ConfigError(f"law={law.name}: give it either powers or an expression")
     if law.expression is None:

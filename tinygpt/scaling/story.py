@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from tinygpt import fileio
 from tinygpt.scaling.document import Block, Heading, Paragraph, Picture, Table
-from tinygpt.scaling.drawing import BLUE, COLUMN, RED
+from tinygpt.scaling.drawing import BLUE, RED, legend, log_ticks, side_by_side
 from tinygpt.scaling.wording import count, percent
 
 CAPTION = "The half-width of the 95 % interval at the target, after each run."
@@ -110,21 +109,14 @@ class Story:
         ends = [line for line in self.of("end") if line.get("half") is not None]
         if not ends:
             return None
-        figure = Figure(figsize=(COLUMN, 0.7 * COLUMN))
-        axes = figure.subplots()
-        minutes = np.array([line["at"] for line in ends]) / 60
-        axes.plot(minutes, [100 * line["half"] for line in ends], color=BLUE, marker="o", ms=3)
+        figure, (axes,) = side_by_side(1)
+        minutes = [line["at"] / 60 for line in ends]
+        halves = [100 * line["half"] for line in ends]
+        axes.plot(minutes, halves, color=BLUE, marker="o", ms=3, label="interval at the target")
         if score := self.of("score"):
-            at = score[0]["at"] / 60
-            axes.plot([at], [100 * abs(score[0]["error"])], "x", color=RED)
-            axes.annotate(
-                "error of the test",
-                (at, 100 * abs(score[0]["error"])),
-                fontsize=7,
-                ha="right",
-                va="bottom",
-            )
-        axes.set_yscale("log")
-        axes.set_xlabel("minutes")
-        axes.set_ylabel("interval at the target, ± %")
+            at, error = score[0]["at"] / 60, 100 * abs(score[0]["error"])
+            axes.plot([at], [error], "x", color=RED, label="error of the test")
+        axes.set(yscale="log", xlabel="minutes", ylabel="± (%)")
+        log_ticks(axes.yaxis)
+        legend(axes, above=True, columns=2)
         return figure
