@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "tinygpt"
-COMMANDS = {"run", "fit", "evaluate", "sample", "export", "adapt", "tokenizer", "benchmark"}
+COMMANDS = {"run", "fit", "evaluate", "sample", "export", "adapt", "tokenizer", "benchmark", "law"}
 SHARED = {
     "config",
     "fileio",

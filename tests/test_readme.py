@@ -26,6 +26,7 @@ ADAPT = (
     *("outer.samples=1", "outer.steps=2", "policy.max_edit_tokens=8", "hardware.threads=1"),
 )
 SMALL = {"tinygpt.run": SMOKE, "tinygpt.adapt": ADAPT, "tinygpt.benchmark": BENCHMARK}
+SMALL["tinygpt.law"] = ("plan=true", "hardware.threads=1")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -48,15 +49,16 @@ def at_smoke_scale(words: list[str]) -> list[str]:
     if any(word.startswith("experiment=") for word in words):
         words += [] if "scale=smoke" in words else ["scale=smoke"]
         return [*words, *(ADAPT if words[0] == "tinygpt.adapt" else (EVALUATED,))]
-    return [*words, *SMALL.get(words[0], ())]
+    return [*words, *(word for word in SMALL.get(words[0], ()) if word not in words)]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, corpus: Path) -> Path:
     """Where the texts are that the pages name: files, and folders of books and of stories."""
+    text = "\n<|endoftext|>\n".join(corpus.read_text().replace("birds", f"b{i}") for i in range(3))
     for place in ("book.txt", "stories.txt", "stories/a.txt"):
         (tmp_path / place).parent.mkdir(exist_ok=True)
-        (tmp_path / place).write_text(corpus.read_text())
+        (tmp_path / place).write_text(text)
     (tmp_path / "books").mkdir()
     for number in range(5):
         text = corpus.read_text().replace("<|endoftext|>", "").replace("birds", f"birds{number}")

@@ -30,6 +30,13 @@ the last and most expensive runs, whose loss it predicts before they begin.
 """
 
 
+OWNED = (
+    *("seed", "model.d_model", "model.n_heads", "train.tokens", "train.steps", "train.epochs"),
+    *("train.flops", "train.tokens_per_param", "data.fraction", "run_name", "experiment", "scale"),
+    *("model.parametrization", "train.early_stopping_patience", "init_from", "plan", "fit"),
+)
+
+
 @dataclass
 class Target:
     flops: Optional[float] = key(None, above=0.0)
@@ -52,6 +59,7 @@ def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
     own = ("-", "target.", *(f"{one.name}=" for one in fields(Arguments)))
     arguments = cli.read_arguments(Arguments, [i for i in argv if i.startswith(own)], USAGE)
     given = [item for item in argv if not item.startswith(own)]
+    check(given)
     if arguments.minutes and arguments.flops:
         raise ConfigError("minutes, flops: give one of them")
     sources = [item for item in given if item.startswith(("data=", "data.path="))]
@@ -62,6 +70,16 @@ def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
     if arguments.path:
         given += ["data=custom", f"data.path=[{','.join(arguments.path)}]"]
     return arguments, [*given, f"output_dir={arguments.output_dir}"]
+
+
+def check(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a key that is decided here."""
+    for item in overrides:
+        name = item.partition("=")[0].lstrip("+")
+        if name in OWNED or name.startswith("sweep"):
+            raise ConfigError(f"{item}: tinygpt.law decides this; minutes= or flops= is its budget")
+        if name == "schedule" or name.startswith("schedule."):
+            raise ConfigError(f"{item}: tinygpt.law needs schedule=wsd: lengths share a trunk")
 
 
 @cli.one_line_errors

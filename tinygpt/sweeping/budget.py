@@ -166,7 +166,8 @@ class LawStudy:
     def learn(self, row: int, loss: float | None) -> None:
         """Take a loss into the design, and find how well the target is known with it."""
         job = self.jobs[row]
-        self.spent += self.timed(job) if self.asked.flops is not None else 0.0
+        if self.asked.flops is not None:
+            self.spent += self.timed(job)
         if loss is None:
             self.failed.append(row)
             return
@@ -220,7 +221,11 @@ class LawStudy:
             for job, outcome in self.run(engine, jobs):
                 if outcome.metric is not None:
                     losses[job.config.optim.learning_rate] = outcome.metric
-            line = self.record.note("rate", rate=best_rate(losses), losses=losses, width=width)
+            flops = sum(recipe.cost(width, job.steps) for job in jobs)
+            facts = {"losses": losses, "width": width, "cost": flops}
+            line = self.record.note("rate", rate=best_rate(losses), **facts)
+        if self.asked.flops is not None:
+            self.spent += line["cost"]
         rate = f"rate        {line['rate']:g}, the best of a sweep at d_model={line['width']}"
         say(self.console, rate)
         recipe.overrides.append(f"optim.learning_rate={line['rate']:g}")
@@ -230,8 +235,11 @@ class LawStudy:
         self.replay()
         if self.prediction.exists():
             return
+        is_here = self.share.engine in ("serial", "local")  # where each end is followed by a choice
         while (first := next(jobs := self.chosen(), None)) is not None:
-            for job, outcome in self.run(engine, itertools.chain([first], jobs)):
+            others = None if is_here else self.share.at_once - 1
+            stage = itertools.chain([first], itertools.islice(jobs, others))
+            for job, outcome in self.run(engine, stage):
                 self.ended(job, outcome)
 
     def predict(self) -> dict[str, Any]:
@@ -294,6 +302,8 @@ class LawStudy:
             mean = float(np.mean(list(losses.values())))
             inside = [low <= loss <= high for loss in losses.values()]
             error = said["predicted"] / mean - 1
+            if self.asked.flops is not None:
+                self.spent += said["flops"] * len(jobs)
             facts = {"losses": losses, "loss": mean, "error": error, "inside": inside}
             scored = self.record.note("score", **facts)
         where = "inside" if all(scored["inside"]) else "outside"
@@ -360,7 +370,6 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
 
     Raises ConfigError before anything is trained where text or budget are too small.
     """
-    rules.check(asked.overrides)
     folder = Path(output_dir, asked.study)
     words = [*asked.overrides, *rules.shape(rules.WIDTHS[0]), f"study={asked.study}"]
     (first,) = compose_jobs([words], TRAINING)

@@ -31,7 +31,6 @@ from tinygpt.config import (
     Config,
     ConfigError,
     LauncherConfig,
-    LocalLauncher,
     RayLauncher,
     RunError,
     Settings,
@@ -129,9 +128,7 @@ def share_of(jobs: Sequence[Job], study: int = 0) -> Share:
     import joblib
 
     (kind, gpus), cores = _device(config), joblib.cpu_count()
-    n_jobs = per_gpu = None
-    if isinstance(launcher, LocalLauncher):
-        n_jobs, per_gpu = launcher.n_jobs, launcher.per_gpu
+    n_jobs, per_gpu = (getattr(launcher, name, None) for name in ("n_jobs", "per_gpu"))
     most = n_jobs or cores
     if kind == "cuda" and not n_jobs:
         most = gpus * (per_gpu or max(1, min(_fit_on_a_gpu(jobs), cores // gpus)))

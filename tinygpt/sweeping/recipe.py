@@ -41,11 +41,6 @@ REPEATED = ("data_constrained",)
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
 BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
 SEED_NOISE, SHORT = 0.002, 2000.0  # scatter of log L between seeds, and the steps below which more
-OWNED = (
-    *("seed", "model.d_model", "model.n_heads", "train.tokens", "train.steps", "train.epochs"),
-    *("train.flops", "train.tokens_per_param", "data.fraction", "run_name", "experiment", "scale"),
-    *("model.parametrization", "train.early_stopping_patience", "init_from", "plan", "fit"),
-)
 
 
 @dataclass(frozen=True)
@@ -170,16 +165,6 @@ def seed_noise(steps: Any) -> Any:
 
 def shape(width: int) -> list[str]:
     return [f"model.d_model={width}", f"model.n_heads={width // HEAD}"]
-
-
-def check(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for a key that is decided here."""
-    for item in overrides:
-        name = item.partition("=")[0].lstrip("+")
-        if name in OWNED or name.startswith("sweep"):
-            raise ConfigError(f"{item}: tinygpt.law decides this; minutes= or flops= is its budget")
-        if name == "schedule" or name.startswith("schedule."):
-            raise ConfigError(f"{item}: tinygpt.law needs schedule=wsd: lengths share a trunk")
 
 
 def make(asked: Asked, share: Share, console: Console) -> Recipe:
