@@ -259,7 +259,7 @@ class LawStudy:
         able = [w for w in recipe.widths if tokens[w] >= rules.FEWEST_STEPS * recipe.batch_tokens]
         n = np.array([float(recipe.parameters[w]) for w in able])
         d = np.array([float(tokens[w]) for w in able])
-        places = {"N": n, "D": d, "U": np.minimum(d, recipe.one_pass)}
+        places = {"N": n, "D": d}
         flops = d * np.array([recipe.flops_per_token[w] for w in able])
         log_loss, half = made.at(places, flops)
         most = max(self.design.size[row] for row in self.design.losses)

@@ -28,6 +28,8 @@ WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 HEAD = 16  # the width of a head
 SIZES, LENGTHS, SEEDS = 7, 6, 3  # at most; each length is half of the next
 BYTES = 4_000_000  # of training text: with less, a token is a byte
+SMALL_TEXT = ("data.max_tokens=null", "tokenizer=byte", "data.val_fraction=0.1")
+FIRST_TOKENS = 1_000_000  # of a larger text: enough to time its runs
 BATCHES = (256, 32_768)  # tokens
 STEPS = 8000  # of the longest run, as far as powers of two allow
 FEWEST_STEPS = 200  # with less the seeds scatter by several per cent
@@ -37,7 +39,6 @@ PASSES = 8  # at most, over a text that is too small for one
 TEST = 0.25  # of the budget: the last runs, whose loss is predicted before they begin
 DEAREST = 0.6  # of a test run's cost, and of its FLOPs, that any run before it may take
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
-REPEATED = ("data_constrained",)
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
 BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
 SEED_NOISE, SHORT = 0.002, 2000.0  # scatter of log L between seeds, and the steps below which more
@@ -110,19 +111,17 @@ class Recipe:
         table = pd.DataFrame(rows)
         table["N"] = table["width"].map(self.parameters).astype(float)
         table["D"] = table["tokens"].astype(float)
-        table["U"] = table["D"].clip(upper=self.one_pass)
         return table
 
     def design(self, table: pd.DataFrame, target: Mapping[str, float]) -> Design:
         """Return the design that chooses among the rows of ``table``."""
-        names = ["N", "D", "U"] if self.repeats else ["N", "D"]
         steps = table["D"].to_numpy() / self.batch_tokens
         return Design(
-            table[names],
-            pd.DataFrame([target])[names],
+            table[["N", "D"]],
+            pd.DataFrame([target]),
             np.ones(len(table)),
             table["D"].to_numpy() * table["width"].map(self.flops_per_token).to_numpy(),
-            REPEATED if self.repeats else LAWS,
+            LAWS,
             seed_noise(steps),
         )
 
@@ -141,11 +140,11 @@ class Recipe:
         n = np.geomspace(min(sizes), 30 * max(sizes), 200)
         d = flops / self.flops_of(n, 1.0)
         if made is not None:
-            loss, _ = made.at({"N": n, "D": d, "U": d}, np.full(len(n), flops))
+            loss, _ = made.at({"N": n, "D": d}, np.full(len(n), flops))
         else:
             loss = np.abs(np.log(d / n / BALANCED))
         best = int(np.argmin(loss))
-        return {"N": float(n[best]), "D": float(d[best]), "U": float(d[best])}
+        return {"N": float(n[best]), "D": float(d[best])}
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
@@ -175,13 +174,20 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     given = {item.partition("=")[0] for item in asked.overrides}
     fixed = ["model.parametrization=mup", "schedule=wsd", "schedule.min_ratio=0"]
     fixed += ["train.sample_tokens=0", f"train.eval_every={10**15}", f"study={asked.study}"]
-    common = [*asked.overrides, *_of_text(asked, given), *fixed]
-    has_batch = "train.batch_tokens" in given
+    is_small = _is_small(asked)
+    common = [*asked.overrides, *fixed]
+    common += [word for word in SMALL_TEXT if is_small and word.partition("=")[0] not in given]
+    has_batch, has_limit = "train.batch_tokens" in given, is_small or "data.max_tokens" in given
     first = common if has_batch else [*common, f"train.batch_tokens={2 * BATCHES[0]}"]
-    probe = _probe(first, WIDTHS[0], share, console)
-    (one_pass, bytes_per_token), batch = _size(probe), probe.config.train.batch_tokens
-    test_cost = TEST * asked.budget
-    top = min(float(one_pass), test_cost / step_cost(asked, probe) * batch)
+    few = [] if has_limit else [f"data.max_tokens={FIRST_TOKENS}"]
+    probe = _probe([*first, *few], WIDTHS[0], share, console)
+    batch, test_cost = probe.config.train.batch_tokens, TEST * asked.budget
+    top = test_cost / step_cost(asked, probe) * batch
+    if not has_limit:  # of a large text no more is read than the longest run can use
+        common.append(f"data.max_tokens={max(FIRST_TOKENS, int(top))}")
+        probe = _probe([*first, common[-1]], WIDTHS[0], share, console)
+    one_pass, bytes_per_token = _size(probe)
+    top = min(float(one_pass), top)
     if not has_batch:
         batch = min(max(2 ** int(math.log2(max(1.0, top / STEPS))), BATCHES[0]), BATCHES[1])
         common.append(f"train.batch_tokens={batch}")
@@ -275,20 +281,16 @@ def step_cost(asked: Asked, job: Job) -> float:
     return seconds_per_step(config, row["vocab_size"], job.plan, device)
 
 
-def _of_text(asked: Asked, given: set[str]) -> list[str]:
-    """Return keys by the size of the text: the vocabulary, and how much of it validates."""
+def _is_small(asked: Asked) -> bool:
+    """Return whether the training text is too small for tokens of several bytes."""
     from tinygpt.data import corpora
 
-    config = cli.compose_config(asked.overrides)
-    size = 0
+    config, size = cli.compose_config(asked.overrides), 0
     for split, document in corpora.split_documents(corpora.open_corpus(config.data), config.data):
         size += len(document.text.encode()) if split == "train" else 0
         if size > BYTES:
-            break
-    chosen = {"data.max_tokens": "null"}
-    if size <= BYTES:
-        chosen |= {"tokenizer": "byte", "data.val_fraction": "0.1"}
-    return [f"{name}={value}" for name, value in chosen.items() if name not in given]
+            return False
+    return True
 
 
 def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
