@@ -186,6 +186,15 @@ def test_an_interval_widens_as_the_members_part() -> None:
     assert between[0] ** 2 == pytest.approx(np.average((each - mean) ** 2, weights=made.weights))
 
 
+@pytest.mark.parametrize(("runs", "sharpness"), [(9, 2.0), (18, 4.0), (36, 8.0), (72, 8.0)])
+def test_few_errors_say_less_of_which_member_is_best(runs: int, sharpness: float) -> None:
+    errors = np.array([0.01, 0.02, 0.03])[:, None] * np.ones(runs)
+    cut = ahead.Cut(np.ones(runs), errors, np.full(3, 1e-3))
+    weights, _ = ahead._weigh([cut], 3)
+    one, middle, _ = runs * errors[:, 0] ** 2 + ahead.SHRINKAGE * errors[1, 0] ** 2
+    assert weights[0] / weights[1] == pytest.approx((middle / one) ** (sharpness / 2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["olmo_ladder", "gadre_rpj", "porian_rw_base_long_kaplan"])
 def test_the_bank_is_predicted_no_worse_than_recorded(name: str) -> None:

@@ -33,15 +33,18 @@ TILTS = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0))
 CUTS = (0.3, 0.7, 1.1, 1.6, 2.2, 3.0)  # in log size, below the largest run
 STARTS, PASSES = 16, 3  # of the search; Huber's limit follows from the pass before
 SAME = 1e-3  # minima whose objectives differ by less, relatively, are one
-SHARPNESS = 8.0  # a member counts by its inner error to the power of minus this
+SHARPNESS = 8.0  # a member counts by its inner error to the power of minus this, at most
+# Where the inner cuts predict fewer runs than this the power is less, in proportion: few errors say
+# little of which member is best.  A likelihood is like this, whose logarithm is a sum over runs.
+ENOUGH = 36
 SHRINKAGE = 10.0  # runs by which the inner error of a member is drawn to the median member's
 NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place comes nearer
 # Of 10 public tables (experiments/bank): beyond the scatter of runs, the half-width of a 95 %
 # interval is QUANTILE times what ``expected`` says, by these constants: the least for a unit of
 # distance, and factor and most of what the cuts and the members say.  A high rate counts less than
 # in proportion: it is that of small and short runs.
-SHAPE = (0.00107, 2.71, 0.00773)
-QUANTILE = 1.15
+SHAPE = (0.00107, 2.69, 0.00847)
+QUANTILE = 1.12
 NORMAL = 1.96  # 95 % of the runs lie within so many standard deviations of their scatter
 LEAST, TYPICAL = 2e-4, 0.01  # rates: none is less; that of a table too small to be cut
 
@@ -190,7 +193,8 @@ def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
     square = np.mean([np.mean(each**2, axis=1) for each in scaled], axis=0) + 1e-16
     runs = max(each.shape[1] for each in scaled)
     square = (runs * square + SHRINKAGE * np.median(square)) / (runs + SHRINKAGE)
-    weights = (square / square.min()) ** (-SHARPNESS / 2)
+    sharpness = SHARPNESS * min(1.0, runs / ENOUGH)
+    weights = (square / square.min()) ** (-sharpness / 2)
     weights /= weights.sum()
     rates = []
     for cut in cuts:  # the scatter of the runs grows with no distance

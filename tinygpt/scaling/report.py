@@ -33,7 +33,7 @@ from tinygpt.scaling.wording import (
 FORECAST = (
     "The loss is an average of laws, weighted by how well each, fitted to the smaller runs, "
     "predicted the larger. On ten public tables intervals made this way covered 93 % of the losses "
-    "of larger runs, and 91 % of those of ten times the compute (`experiments/bank`)."
+    "of larger runs, and 84 % of those of ten times the compute (`experiments/bank`)."
 )
 MOST_ROWS = 10  # of a table that grows with the runs
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
