@@ -157,6 +157,7 @@ class LawStudy:
         if loss is not None and row not in self.resumed:
             self.took.append((job.config.model.d_model, self.timed(job), seconds))
         self.learn(row, loss)
+        self.judge()
         facts = {"status": outcome.status, "loss": loss, "seconds": round(seconds, 2)}
         self.record.note("end", row=row, **facts, half=self.half, reason=outcome.reason)
         words = f"{outcome.status} {outcome.reason}" if loss is None else f"loss {loss:.4f}"
@@ -164,14 +165,17 @@ class LawStudy:
         say(self.console, f"{self.clock()}  {job.label}  {words}{known}")
 
     def learn(self, row: int, loss: float | None) -> None:
-        """Take a loss into the design, and find how well the target is known with it."""
+        """Take a loss into the design."""
         job = self.jobs[row]
         if self.asked.flops is not None:
             self.spent += self.timed(job)
         if loss is None:
             self.failed.append(row)
-            return
-        self.design.tell(row, loss)
+        else:
+            self.design.tell(row, loss)
+
+    def judge(self) -> None:
+        """Find by all losses how well the target is known."""
         if (made := self.design.fit()) is not None:
             target = self.recipe.target(self.asked.target_flops, made)
             self.design.target = pd.DataFrame([target])[list(self.design.target.columns)]
@@ -196,6 +200,7 @@ class LawStudy:
             elif line["event"] == "end":
                 self.begun.pop(line["row"], None)
                 self.learn(line["row"], line["loss"])
+        self.judge()
         self.resumed = set(self.begun)
 
     # --- the stages
