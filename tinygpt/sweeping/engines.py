@@ -1,8 +1,7 @@
 """Do the jobs of a study: in this process, in joblib's workers, on Slurm or Ray.
 
 Every engine takes jobs and yields each with its outcome as soon as it is known, in any order.  A
-job that fails, diverges or is killed is an outcome like any other.  The next job is asked for when
-there is a place for it, so that it can be chosen by the outcomes so far.
+job that fails, diverges or is killed is an outcome like any other.  Jobs are asked for one by one.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +161,7 @@ def _fit_on_a_gpu(jobs: Sequence[Job]) -> int:
 
 @contextlib.contextmanager
 def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[tuple[Share, Engine]]:
-    """Yield the share of each run and the engine, for ``jobs`` or some of them; arguments as of
-    ``share_of``.
+    """Yield the share of each run and the engine, for ``jobs`` or some; arguments as ``share_of``.
 
     Processes of this machine start at once and import torch while data is prepared; they stay
     until the end, so that each imports it once.
@@ -253,6 +252,9 @@ class Workers:
         return self
 
     def __exit__(self, *error: object) -> None:
+        handed = (all(one.running() or one.done() for one in self._begun) for _ in range(200))
+        while not next(handed, True):  # loky's thread fails if it is shut down before
+            time.sleep(0.01)
         self._pool.shutdown(wait=True, kill_workers=True)
         self._folder.cleanup()
 
@@ -267,8 +269,7 @@ class Workers:
             self._begun = [self._pool.submit(os.getpid) for _ in range(self.at_once)]
 
     def do(self, jobs: Iterator[Job]) -> Results:
-        """Do the jobs; those whose process was killed, and took the others down, come so, and
-        then no more are asked for."""
+        """Do the jobs; once a process was killed, which takes all down, no more are asked for."""
         from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
         from concurrent.futures.process import BrokenProcessPool
 
