@@ -1,4 +1,4 @@
-"""What a law within a budget says before its report: what was asked, decided, predicted and found.
+"""Tell before the report of a law within a budget what was asked, decided, predicted and found.
 
 It reads the ``design.jsonl`` and ``prediction.json`` of the study.
 """

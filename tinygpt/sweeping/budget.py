@@ -375,7 +375,7 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
 
     Raises ConfigError before anything is trained where text or budget are too small.
     """
-    folder = Path(output_dir, asked.study)
+    start, folder = time.monotonic(), Path(output_dir, asked.study)
     words = [*asked.overrides, *rules.shape(rules.WIDTHS[0]), f"study={asked.study}"]
     (first,) = compose_jobs([words], TRAINING)
     check_engine(first.config.launcher)
@@ -387,10 +387,13 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
                 say(console, line)
             print_plan(recipe, asked, share, console)
             return
-        study = LawStudy(asked, share, folder, console)
-        begin = study.record.find("begin")
-        recipe = Recipe.read(begin["recipe"]) if begin else rules.make(asked, share, console)
+        # a study that cannot begin leaves no folder; of one that has, the record is read locked
+        new = None if folder.exists() else rules.make(asked, share, console)
         held.enter_context(fileio.locked(folder, folder.parent, "study"))
+        study = LawStudy(asked, share, folder, console)
+        study.record.start = start  # the text and the timing count too
+        begin = study.record.find("begin")
+        recipe = Recipe.read(begin["recipe"]) if begin else new or rules.make(asked, share, console)
         if begin is None:
             study.record.note("begin", asked=dataclasses.asdict(asked), recipe=recipe.facts())
         elif begin["asked"]["overrides"] != asked.overrides:

@@ -1,4 +1,4 @@
-"""What the runs of a law within a budget have in common, by the size of the text and of the budget.
+"""Choose what the runs of a law within a budget have in common, by the sizes of text and budget.
 
 Every rule of ``tinygpt.law`` that chooses a key is here; docs/laws.md lists them.
 """
@@ -46,7 +46,7 @@ SEED_NOISE, SHORT = 0.002, 2000.0  # scatter of log L between seeds, and the ste
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command asks for: a law of a text within so many minutes, or FLOPs."""
+    """Holds what the command asks for: a law of a text within so many minutes, or FLOPs."""
 
     overrides: list[str]  # of all runs: the text, and what is not to be chosen
     study: str
@@ -201,7 +201,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     top = float(one_pass * PASSES) if repeats else top
     lengths = [int(top / 2**k) // batch * batch for k in range(LENGTHS)]
     lengths = sorted(tokens for tokens in lengths if tokens >= least)
-    common.append(f"schedule.warmup_steps={max(10, min(100, FEWEST_STEPS // 5))}")
+    common.append(f"schedule.warmup_steps={FEWEST_STEPS // 5}")
     costs, rows, extra = dict[int, float](), dict[int, dict[str, Any]](), 0.0
     for width in WIDTHS:
         probe = _probe(common, width, share, console)
