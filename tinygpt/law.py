@@ -16,7 +16,7 @@ USAGE = """\
 python -m tinygpt.law path=book.txt minutes=15 [key=value ...]
 
 path=FILES              the text: files, folders or globs; or data=tinystories and the like
-minutes=15              what all of it may take; or flops=1e17
+minutes=15              of training and evaluation, all told; or flops=1e17
 error=0.01              stop earlier, once the prediction at the target is known to 1 %
 target.flops=1e15       what to predict: the best split of so much compute; by default that of
                         ten times a test run's

@@ -39,7 +39,7 @@ OUTPUTS = Path("outputs")
 WIDTHS, SEEDS, LENGTH, VOCABULARY = (16, 32, 48, 64, 96), (1, 2), 256, 1024
 LAW_SEEDS = (1, 11, 21)  # of the whole procedure: where its runs' seeds begin
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
-BATCH = {"books": 2048, "tinystories": 512}
+BATCH = {"books": 512, "tinystories": 256}  # what a law of so much text chooses
 TOKENS = {
     "books": (250_000, 500_000, 1_000_000, 2_000_000, 4_000_000),
     "tinystories": (70_000, 140_000, 280_000, 560_000, 1_120_000),
@@ -130,8 +130,7 @@ def rows_of(folder: Path, text: str, study: str, minutes: dict[str, float]) -> p
 
 
 def find_law(text: str, path: str, seed: int, minutes: float, flops: float) -> pd.DataFrame:
-    """Find a law within so many minutes for a target of so many FLOPs, and return its runs but for
-    those of the test."""
+    """Find a law within so many minutes for a target of so many FLOPs, and return its runs."""
     study = f"law-{text}-{seed}"
     if not (OUTPUTS / study / "fit").exists():
         words = [f"minutes={minutes:.2f}", f"target.flops={flops:g}", f"seed={seed}"]
@@ -140,6 +139,11 @@ def find_law(text: str, path: str, seed: int, minutes: float, flops: float) -> p
     found = [json.loads(line) for line in lines]
     names = {line["row"]: line["run"] for line in found if line["event"] == "choose"}
     ends = {names[line["row"]]: line["at"] / 60 for line in found if line["event"] == "end"}
+    said = json.loads((OUTPUTS / study / "prediction.json").read_text())
+    scored = next(line["at"] / 60 for line in found if line["event"] == "score")
+    runs = load_runs(OUTPUTS / study)
+    is_test = runs["seed"].isin(said["seeds"])
+    ends |= dict.fromkeys(runs.loc[is_test, "run_name"], scored)
     return rows_of(OUTPUTS / study, text, study, ends)
 
 

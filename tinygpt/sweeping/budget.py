@@ -393,7 +393,7 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
 
     Raises ConfigError before anything is trained where text or budget are too small.
     """
-    start, folder = time.monotonic(), Path(output_dir, asked.study)
+    folder = Path(output_dir, asked.study)
     words = [*asked.overrides, *rules.shape(rules.WIDTHS[0]), f"study={asked.study}"]
     (first,) = compose_jobs([words], TRAINING)
     check_engine(first.config.launcher)
@@ -409,7 +409,6 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
         new = None if folder.exists() else rules.make(asked, share, console)
         held.enter_context(fileio.locked(folder, folder.parent, "study"))
         study = LawStudy(asked, share, folder, console)
-        study.record.start = start  # the text and the timing count too
         begin = study.record.find("begin")
         recipe = Recipe.read(begin["recipe"]) if begin else new or rules.make(asked, share, console)
         if begin is None:
@@ -417,6 +416,7 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
         elif (begin["asked"]["overrides"], recipe.seed) != (asked.overrides, asked.seed):
             raise ConfigError(f"study={asked.study}: begun with other keys; give another study=")
         study.recipe = recipe
+        study.record.start = time.monotonic()  # the budget is for training and evaluation
         held.enter_context(study.record.marking_time())
         for line in rules.describe(recipe, asked, share):
             say(console, line)

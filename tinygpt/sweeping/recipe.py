@@ -33,16 +33,18 @@ SMALL_TEXT = ("data.max_tokens=null", "tokenizer=byte", "data.val_fraction=0.1")
 FIRST_TOKENS = 1_000_000  # of a larger text: enough to time its runs
 BATCHES = (256, 32_768)  # tokens
 STEPS = 8000  # of the longest run, as far as powers of two allow
-FEWEST_STEPS = 200  # with less the seeds scatter by several per cent
+FEWEST_STEPS = 250  # with less the seeds scatter by several per cent
+ABLE = 2  # times so many steps: what the test's cost must pay for, of a size worth having
 PER_PARAMETER = 10.0  # tokens of the longest run, at the middle size
 FEWEST = 3  # sizes and lengths: less identify no law
 PASSES = 8  # at most, over a text that is too small for one
 TEST = 0.25  # of the budget: the last runs, whose loss is predicted before they begin
-DEAREST = 0.6  # of a test run's cost, and of its FLOPs, that any run before it may take
+DEAREST = 0.75  # of a test run's cost, and of its FLOPs, that any run before it may take
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
 REPEATED = "data_constrained"  # is one of the laws too where tokens are read more than once
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
 BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
+UNBALANCED = 10.0  # by which factor a law may move them: early ones would put the target anywhere
 SEED_NOISE, SHORT = 0.002, 2000.0  # scatter of log L between seeds, and the steps below which more
 
 
@@ -77,7 +79,7 @@ class Recipe:
     bytes_per_token: float
     repeats: bool  # the text is too small for one pass
     step_costs: dict[int, float]  # by width: seconds, or FLOPs
-    extra_steps: float  # that the evaluations of a run cost
+    extra_steps: float  # that the evaluations of a run cost: before, behind, and of the test text
     parameters: dict[int, int]  # by width, without embeddings
     flops_per_token: dict[int, float]  # by width
     test_cost: float  # of one test run, seconds or FLOPs
@@ -147,12 +149,13 @@ class Recipe:
         sizes = self.parameters.values()
         n = np.geomspace(min(sizes), 30 * max(sizes), 200)
         d = flops / self.flops_of(n, 1.0)
-        places = self.places(n, d)
-        if made is not None:
-            loss, _ = made.at(places, np.full(len(n), flops))
+        places, away = self.places(n, d), np.abs(np.log(d / n / BALANCED))
+        if made is None:
+            best = int(np.argmin(away))
         else:
-            loss = np.abs(np.log(d / n / BALANCED))
-        best = int(np.argmin(loss))
+            loss, _ = made.at(places, np.full(len(n), flops))
+            near = away <= max(np.log(UNBALANCED), away.min())
+            best = int(np.argmin(np.where(near, loss, np.inf)))
         return {name: float(values[best]) for name, values in places.items()}
 
     def facts(self) -> dict[str, Any]:
@@ -190,6 +193,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     first = common if has_batch else [*common, f"train.batch_tokens={2 * BATCHES[0]}"]
     few = [] if has_limit else [f"data.max_tokens={FIRST_TOKENS}"]
     probe = _probe([*first, *few], WIDTHS[0], share, console)
+    share.settle()  # so that what is timed has a core to itself
     batch, test_cost = probe.config.train.batch_tokens, TEST * asked.budget
     top = test_cost / step_cost(asked, probe) * batch
     if not has_limit:  # of a large text no more is read than the longest run can use
@@ -215,12 +219,12 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     for width in WIDTHS:
         probe = _probe(common, width, share, console)
         costs[width], rows[width] = step_cost(asked, probe), probe.row
-        extra = 2 / 3 * probe.val_tokens / batch  # two evaluations; forward is a third of a step
-        if len(costs) >= FEWEST and costs[width] * (4 * FEWEST_STEPS + extra) > test_cost:
+        extra = probe.val_tokens / batch  # three evaluations; a forward pass is a third of a step
+        if len(costs) >= FEWEST and costs[width] * (ABLE * FEWEST_STEPS + extra) > test_cost:
             break
-    able = [w for w in costs if costs[w] * (4 * FEWEST_STEPS + extra) <= test_cost]
+    able = [w for w in costs if costs[w] * (ABLE * FEWEST_STEPS + extra) <= test_cost]
     if min(len(able), len(lengths)) < FEWEST:
-        needed = costs[WIDTHS[FEWEST - 1]] * (4 * FEWEST_STEPS + extra) / TEST
+        needed = costs[WIDTHS[FEWEST - 1]] * (ABLE * FEWEST_STEPS + extra) / TEST
         enough = (
             f"flops={needed:.1g}" if asked.flops else f"minutes={max(1, math.ceil(needed / 60))}"
         )
