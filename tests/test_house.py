@@ -14,10 +14,10 @@ from tests.test_imports import FILES, PACKAGE, imported
 LIMITS = {
     "root": 2_860,
     "config": 1_155,
-    "runs": 836,
+    "runs": 843,
     "data": 3_987,
     "model": 1_550,
-    "training": 2_747,
+    "training": 2_760,
     "sweeping": 2_367,
     "scaling": 8_322,
     "evaluating": 1_460,
