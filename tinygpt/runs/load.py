@@ -69,12 +69,14 @@ class TrainedRun:
         size = count_parameters(model, self.tokenizer.vocab_size)
         status = results.get("status", "has not ended")
         losses = {
-            "{:.4f} nats per token at the end": "final_val_loss",
+            "{:.4f} nats per token in validation": "final_val_loss",
             "{:.4f} before training": "initial_val_loss",
             "exact floor {:.4f}": "irreducible_loss_exact",
             "{:.4f} bits per byte": "final_val_bits_per_byte",
         }
-        known = [text.format(results[n]) for text, n in losses.items() if results.get(n) is not None]
+        known = [
+            text.format(results[n]) for text, n in losses.items() if results.get(n) is not None
+        ]
         return {
             "run": f"{self.path}, {status}; {self.checkpoint}.ckpt after {self.step:,} steps",
             "model": f"{size.total:,} parameters, {size.non_embedding:,} without embeddings: "
