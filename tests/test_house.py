@@ -14,12 +14,12 @@ from tests.test_imports import FILES, PACKAGE, imported
 LIMITS = {
     "root": 2_863,
     "config": 1_155,
-    "runs": 836,
+    "runs": 882,
     "data": 3_987,
     "model": 1_550,
-    "training": 2_747,
+    "training": 2_760,
     "sweeping": 2_390,
-    "scaling": 8_360,
+    "scaling": 8_496,
     "evaluating": 1_460,
     "adaptation": 3_300,
 }

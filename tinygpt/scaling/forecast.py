@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from scipy import special
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.fitting import EFFICIENT, ROUGH, starts_of
+from tinygpt.scaling.fitting import EFFICIENT, ROUGH
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.noise import Seeds
 from tinygpt.scaling.points import Points
-from tinygpt.scaling.solver import NDBool, solve
+from tinygpt.scaling.solver import NDBool, solve, starts_of
 
 HELD_OUT = 0.2  # at least so large a part of the groups, those of the largest size
 # Laws without the constant that a text has, or too free, predict only where no other law can.

@@ -77,7 +77,7 @@ def of_parameter(fit: Fit, name: str) -> Target:
 
 def of_loss(fit: Fit, **values: float) -> Target:
     """Return the loss at one place, as ``N=..., D=...``."""
-    law, x = fit.optimum.law, fit.points.at(values)
+    law, x = fit.optimum.law, fit.at(values)
 
     def function(theta: Array) -> tuple[Array, Array]:
         value, gradient = law.derivatives(theta, x)
@@ -236,7 +236,7 @@ class Bootstrap:
 
     def predict(self, **values: Any) -> Array:
         """Return the loss by every replica, (B, n)."""
-        x = self.fit.points.at(values)
+        x = self.fit.at(values)
         return np.exp(self.fit.optimum.law.log_loss(self.theta, x))
 
     def interval(self, name: str, level: float = LEVEL) -> Interval:
@@ -292,6 +292,9 @@ def intervals(
         return {name: profile(whole, of_parameter(whole, name), level) for name in names}
     replicas = bootstrap(fit, REPLICAS, seed=seed)
     return {name: replicas.interval(name, level) for name in names}
+
+
+Fit.intervals = intervals
 
 
 def predict_interval(
