@@ -12,12 +12,14 @@ import posixpath
 import re
 import sys
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tinygpt import cli
+from tinygpt.config import Settings
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = (
-    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "docs/*.svg"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "docs/*.svg", "docs/*.js"),
     *("experiments/**/*.md", "experiments/**/*.png", "tests/*/README.md"),
 )
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
@@ -72,21 +74,31 @@ def keys_of(name: str) -> str:
     command = next(one for one in cli.COMMANDS if one.name == name)
     text, hints = [], typing.get_type_hints(command.schema)
     alone = []
-    for field in dataclasses.fields(command.schema):
+    common = {field.name for field in dataclasses.fields(Settings)}
+    for field in sorted(dataclasses.fields(command.schema), key=lambda one: one.name in common):
         kind = section_of(hints[field.name])
         if kind is None:
             alone.append(row(command.schema, field, hints[field.name]))
             continue
-        text += [f"## {field.name}", paragraph(kind), table(keys(kind, f"{field.name}."))]
-        shared = {one.name for one in dataclasses.fields(kind)}
+        shared = keys(kind, f"{field.name}.")
+        text += [f"## {field.name}", paragraph(kind), table(shared)]
+        names_of_shared = {one[0] for one in shared}
         for variant in command.variants.get(field.name, {}).values():
-            own = [one for one in keys(variant, f"{field.name}.") if one[0] not in shared]
+            own = [one for one in keys(variant, f"{field.name}.") if one[0] not in names_of_shared]
             kinds = {one.name: one.metadata.get("among", ()) for one in dataclasses.fields(variant)}
             names = kinds["source" if field.name == "data" else "kind"]
             text += [f"### {field.name}={' or '.join(names)}", paragraph(variant)]
             text += [table(own)] if own else []
         text += choices(field.name)
     return "\n\n".join([*text, "## The rest", table(alone)])
+
+
+def sections(command: Any) -> Iterator[type]:
+    """Yield the dataclass of each section of keys, and those of its variants."""
+    hints = typing.get_type_hints(command.schema)
+    for field in dataclasses.fields(command.schema):
+        if (kind := section_of(hints[field.name])) is not None:
+            yield from (kind, *command.variants.get(field.name, {}).values())
 
 
 def section_of(kind: Any) -> type | None:
@@ -131,7 +143,7 @@ def allowed(kind: Any, metadata: Any) -> str:
         return ", ".join(f"`{value}`" for value in among)
     arguments = [one for one in typing.get_args(kind) if one is not type(None)]
     if typing.get_origin(kind) is typing.Union:
-        return allowed(arguments[0], metadata)
+        return allowed(arguments[0], metadata) + ", or `null`"
     text = f"list of {TYPES[arguments[0]]}s" if typing.get_origin(kind) is list else "mapping"
     bounds = [f"{BOUNDS[name]} {limit:.10g}" for name, limit in metadata.items() if name in BOUNDS]
     return ", ".join([TYPES.get(kind, text), *bounds])
@@ -151,13 +163,21 @@ def choices(group: str) -> list[str]:
     for path in sorted((ROOT / "conf" / group).glob("*.yaml")):
         source = path.read_text(encoding="utf-8")
         about = " ".join(re.findall(r"^# (.*)", source, re.M))
-        values = yaml.safe_load(source) or {}
+        values = yaml.load(source, yaml.BaseLoader) or {}  # as they are typed
         values.pop("defaults", None)
-        sets = ", ".join(f"`{name}={spelled(value).strip('`')}`" for name, value in values.items())
-        lines.append(
-            f"- **{group}={path.stem}**: {about} {f'Sets {sets}.' if sets else ''}".rstrip()
-        )
+        sets = ", ".join(f"`{name}={value}`" for name, value in flat(values))
+        more = f"{about} Sets {sets}." if sets else about
+        lines.append(f"- **{group}={path.stem}**: {more}".removesuffix(": "))
     return ["\n".join(line.replace("<", "&lt;") for line in lines)] if lines else []
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value of nested tables with its whole name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def paragraph(cls: type) -> str:

@@ -19,7 +19,7 @@ LIMITS = {
     "model": 1_550,
     "training": 2_747,
     "sweeping": 2_367,
-    "scaling": 8_322,
+    "scaling": 8_323,
     "evaluating": 1_460,
     "adaptation": 3_305,
 }

@@ -31,7 +31,7 @@ WEIGHTS = "model."  # prefix of the model's own weights in a checkpoint
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run at one of its checkpoints.
+    """Hold a run at one of its checkpoints.
 
     ``results`` is ``results.json``, None for a run that has not ended.  ``model`` is in
     evaluation mode, its weights in float32 (float64 where it was trained so).
