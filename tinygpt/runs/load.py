@@ -34,7 +34,7 @@ WEIGHTS = "model."  # prefix of the model's own weights in a checkpoint
 
 @dataclass(frozen=True, repr=False)
 class TrainedRun:
-    """A run at one of its checkpoints; ``print`` says in five lines what it is.
+    """Hold a run at one of its checkpoints; ``print`` shows it in five lines.
 
     ``results`` is ``results.json``, None for a run that has not ended.  ``model`` is in
     evaluation mode, its weights in float32 (float64 where it was trained so).

@@ -41,7 +41,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a law and its checks read; the defaults are those of ``results.json``."""
+    """Name the columns that a law and its checks read; by default as in ``results.json``."""
 
     n: str = "parameters_non_embedding"
     n_total: str | None = "model_parameters"

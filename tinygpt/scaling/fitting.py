@@ -147,7 +147,7 @@ def _smallest_eigenvalue(
 
 @dataclass(frozen=True, repr=False)
 class Fit:
-    """A law with its estimates and all that says how they were found; ``print`` is one line.
+    """Hold a law with its estimates and how they were found; ``print`` shows it in one line.
 
     ``parameters`` are those of the formula; losses are in the unit of the loss column, nats per
     token as a rule.
@@ -197,7 +197,7 @@ class Fit:
 
     @cached_property
     def parameters(self) -> dict[str, float]:
-        """By name; a term that went to zero has coefficient 0 and no exponent (nan)."""
+        """Return estimates by name; a term at zero has coefficient 0 and no exponent (nan)."""
         found = self.optimum.law.natural(self.optimum.theta, self.points.centres)
         missing = dict.fromkeys(self.law.coefficients, 0.0)
         missing |= dict.fromkeys(self.law.exponents, float("nan"))
@@ -205,18 +205,18 @@ class Fit:
 
     @cached_property
     def residuals(self) -> Array:
-        """Measured - fitted, (n,): log losses, or losses if ``objective`` was ``raw``."""
+        """Return measured - fitted, (n,): log losses, or losses if ``objective`` was ``raw``."""
         plain = replace(self.points, weights=None)
         return plain.residuals(self.optimum.law, self.optimum.theta)
 
     @cached_property
     def weighted(self) -> Array:
-        """Residuals times the weights of the runs, (n,)."""
+        """Return residuals times the weights of the runs, (n,)."""
         return self.points.residuals(self.optimum.law, self.optimum.theta)
 
     @property
     def unit(self) -> str:
-        """What the residuals are of."""
+        """Return what the residuals are of."""
         return "L" if self.points.raw else "log L"
 
     def relative(self, spread: Any, loss: Any = None) -> Any:
@@ -227,7 +227,7 @@ class Fit:
 
     @property
     def bounds_met(self) -> dict[str, str]:
-        """What to say of each parameter that lies at a bound, by its name."""
+        """Return what to say of each parameter at a bound, by its name."""
         found = self.optimum
         low = dict(zip(found.law.parameters, bounds(found.law, self.points)[0], strict=True))
         theta = dict(zip(found.law.parameters, found.theta, strict=True))
@@ -249,12 +249,12 @@ class Fit:
 
     @property
     def degrees(self) -> int:
-        """Degrees of freedom: points less parameters."""
+        """Return the degrees of freedom: points less parameters."""
         return len(self.points) - len(self.optimum.law)
 
     @property
     def r_squared(self) -> float:
-        """The share of the variance of log L, or of L, that the law explains."""
+        """Return the share of the variance of log L, or of L, that the law explains."""
         y = self.points.response
         return 1.0 - float(np.sum(self.residuals**2)) / float(np.sum((y - y.mean()) ** 2))
 

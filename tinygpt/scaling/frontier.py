@@ -72,7 +72,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The compute-optimal split by up to three ways."""
+    """Hold the compute-optimal split by up to three ways."""
 
     budget: float  # the largest that was run, FLOPs
     law: LawSplit | None
@@ -182,7 +182,7 @@ class WrongSize:
 
 @dataclass(frozen=True)
 class Budget:
-    """The best use of ``flops`` by a law, and what to expect of it."""
+    """Hold the best use of ``flops`` by a law, and what to expect of it."""
 
     flops: float
     n: Interval

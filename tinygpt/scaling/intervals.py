@@ -30,7 +30,7 @@ STIFFNESS = 1e6  # of a target that is held, in units of the curvature of its pr
 
 @dataclass(frozen=True)
 class Interval:
-    """``low`` to ``high`` at ``level``; an end that the data do not set is 0, -inf or inf."""
+    """Hold ``low`` to ``high`` at ``level``; an end that the data do not set is 0, -inf or inf."""
 
     estimate: float
     low: float
@@ -40,7 +40,7 @@ class Interval:
 
     @property
     def identified(self) -> bool:
-        """Whether the data set both ends."""
+        """Return whether the data set both ends."""
         return bool(np.isfinite(self.low) and np.isfinite(self.high) and self.low != 0.0)
 
     def __contains__(self, value: float) -> bool:
@@ -110,7 +110,7 @@ def standard_error(fit: Fit, target: Target) -> float:
 
 
 def delta(fit: Fit, target: Target, level: float = LEVEL, new_run: bool = False) -> Interval:
-    """Return that of the delta method; ``new_run`` adds the scatter of a single run."""
+    """Return the interval of the delta method; ``new_run`` adds the scatter of a single run."""
     value, _ = target.at(fit.optimum.theta)
     scatter = fit.relative(fit.scale, target.report(value)) if new_run else 0.0
     reach = quantile_of(fit, level) * float(np.hypot(standard_error(fit, target), scatter))

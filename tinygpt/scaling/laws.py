@@ -24,7 +24,7 @@ VARIABLES = (("x",), ("log x",), ("N", "D"), ("N", "D", "U"))
 
 @dataclass(frozen=True)
 class Law:
-    """One form: a sum of powers, or an expression of parameters and log variables."""
+    """Define one form: a sum of powers, or an expression of parameters and log variables."""
 
     name: str
     formula: str
@@ -46,6 +46,7 @@ class Law:
 
     @property
     def parameters(self) -> tuple[str, ...]:
+        """Return the names of the coefficients, then those of the exponents."""
         return self.coefficients + self.exponents
 
     def __len__(self) -> int:
