@@ -48,7 +48,7 @@ STYLE: Any = {
     "figure.dpi": 200,
     "svg.hashsalt": "tinygpt",  # else the ids in the file are random
 }
-# What a reader who points at the points of an artist is told, in the order of its points.
+# What the page shows of each point of an artist as the reader points at it.
 HOVER: WeakKeyDictionary[Artist, Sequence[str]] = WeakKeyDictionary()
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LABELS = {

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from tinygpt.config.schema import HORIZONS, ModelConfig, TrainConfig, variant
 from tinygpt.scaling import wording
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.columns import Columns
-from tinygpt.scaling.document import Block, Code, Folded, Heading, Paragraph, Table
+from tinygpt.scaling.document import LINK, Block, Code, Folded, Heading, Paragraph, Table
 from tinygpt.scaling.facts import shared_trunks
 from tinygpt.scaling.intervals import LEVEL
 from tinygpt.scaling.wording import count, letter, number, percent, whole
@@ -192,7 +191,8 @@ def _every_run(analysis: Analysis, folder: Path | None) -> Table:
         name = analysis.columns.name_of(analysis.runs, row)
         place = Path(name)
         if folder and "folder" in analysis.runs and (place / "results.json").exists():
-            name = f"[{place.name}]({quote(os.path.relpath(place, folder))})"
+            path = Path(os.path.relpath(place, folder)).as_posix().replace(" ", "%20")
+            name = f"[{place.name}]({path})" if LINK.fullmatch(f"[{place.name}]({path})") else name
         places = [whole(fit.table[column].iloc[row]) for column in analysis.variables.values()]
         rows.append([name, *places, number(loss, 5), f"{100 * (loss / fitted[row] - 1):+.2f} %"])
     return Table(["run", *analysis.words.values(), "loss", "measured / law − 1"], rows)
@@ -225,8 +225,8 @@ def next_run(analysis: Analysis) -> Iterator[Block]:
 
 
 def next_command(analysis: Analysis) -> str | None:
-    """Return the command that trains the run to do next, at the recipe of the run whose size is
-    nearest; None where no folder says how the runs were trained."""
+    """Return the command that trains the run to do next, with the settings of the run closest to
+    it; None where no folder says how the runs were trained."""
     one, columns = analysis.next_run, analysis.columns
     if one is None or "folder" not in analysis.runs:
         return None
@@ -236,10 +236,10 @@ def next_command(analysis: Analysis) -> str | None:
     runs = analysis.runs
     away = np.log(runs[list(wanted)].astype(float) / list(wanted.values())) ** 2
     config, _ = _folder_of(runs, away.sum(axis=1).idxmin())
-    if not config:
+    if not {"model", "train", *GROUPS} <= config.keys():
         return None
     if columns.n in wanted:
-        config["model"] |= _shape(runs, config["model"], int(runs["vocab_size"].iloc[0]), wanted)
+        config["model"] |= _shape(runs, config["model"], wanted[columns.n])
     if columns.d in wanted:
         steps = max(1, round(wanted[columns.d] / config["train"]["batch_tokens"]))
         config["train"] |= dict.fromkeys(HORIZONS)
@@ -250,11 +250,8 @@ def next_command(analysis: Analysis) -> str | None:
     return command_of(config)
 
 
-def _shape(
-    runs: pd.DataFrame, model: Mapping[str, Any], vocab_size: int, wanted: Mapping[str, float]
-) -> dict[str, int]:
-    """Return the width and heads, or the layers, whose size is nearest to what is wanted."""
-    target = next(iter(wanted.values()))
+def _shape(runs: pd.DataFrame, model: Mapping[str, Any], parameters: float) -> dict[str, int]:
+    """Return the width and heads, or the layers, of the model nearest to that size."""
     if runs["d_model"].nunique() == 1 and runs["n_layers"].nunique() > 1:
         tried = [{"n_layers": layers} for layers in range(1, 1000)]
     else:
@@ -266,10 +263,8 @@ def _shape(
             for k in range(1, 1000)
         ]
     known = {name: value for name, value in model.items() if name in ModelConfig.__annotations__}
-    sizes = [
-        count_parameters(ModelConfig(**{**known, **one}), vocab_size).non_embedding for one in tried
-    ]
-    return tried[int(np.argmin(np.abs(np.log(np.array(sizes) / target))))]
+    sizes = [count_parameters(ModelConfig(**{**known, **one}), 1).non_embedding for one in tried]
+    return tried[int(np.argmin(np.abs(np.log(np.array(sizes) / parameters))))]
 
 
 def command_of(config: Mapping[str, Any]) -> str:

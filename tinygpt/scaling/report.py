@@ -114,7 +114,7 @@ def compose(
     yield from optimum(analysis)
     yield from pictures("contours", "isoflop", "frontier")
     yield from next_run(analysis)
-    yield from story.decisions() if story else ()
+    yield from story.decisions(figures.get("budget")) if story else ()
     yield Heading("Residuals")
     yield from pictures("residuals")
     yield from single_runs(analysis)
@@ -354,11 +354,12 @@ def predictions(analysis: Analysis, story: Story | None = None) -> Iterator[Bloc
     yield Heading("Prediction")
     yield from story.test() if story else ()
     if held := analysis.held_out:
-        larger = "largest run" if held.runs == 1 else f"{held.runs} larger runs"
+        were = "largest run was" if held.runs == 1 else f"{held.runs} larger runs were"
         yield Paragraph(
-            f"A test: the {larger}, up to {times(held.distance)} beyond the others, predicted from "
-            f"those alone. Off by {percent(held.error)} on average and {percent(held.worst)} at "
-            f"most; {100 * held.within:.0f} % of them inside their {INTERVAL}."
+            f"The {were} held out and predicted from the smaller runs alone, up to "
+            f"{times(held.distance)} beyond them. The predictions are off by "
+            f"{percent(held.error)} on average and {percent(held.worst)} at most, and "
+            f"{100 * held.within:.0f} % of the runs lie within their {INTERVAL}."
         )
     if analysis.unanswered:
         yield Paragraph(" ".join(analysis.unanswered))

@@ -40,7 +40,7 @@ class Story:
     def of(self, event: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["event"] == event]
 
-    def decisions(self) -> Iterator[Block]:
+    def decisions(self, live: dict[str, Any] | None = None) -> Iterator[Block]:
         """Yield what was done within the budget, run by run, and why."""
         begin, ends = self.of("begin")[0], self.of("end")
         asked, recipe = begin["asked"], begin["recipe"]
@@ -57,7 +57,7 @@ class Story:
         yield Heading("What was done")
         yield Paragraph(text)
         if any(line.get("half") is not None for line in ends):
-            yield Picture("budget", CAPTION)
+            yield Picture("budget", CAPTION, live)
         yield Table(("minute", "run", "cost", "expected", "loss", "target, ±"), list(self._rows()))
         yield Paragraph(
             "Each run was chosen to narrow the prediction at the target most for its cost. "
