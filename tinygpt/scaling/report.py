@@ -43,9 +43,10 @@ from tinygpt.scaling.wording import (
 )
 
 FORECAST = (
-    "Predicted losses are an average of laws, weighted by how well each, fitted to the smaller "
-    "runs, predicted the larger. On ten public tables intervals made this way covered 93 % of the "
-    "losses of larger runs, and 84 % of those at ten times the compute (`experiments/bank`)."
+    "Each predicted loss is an average over laws, weighted by how well each of them, fitted to the "
+    "smaller runs, predicts the larger ones. On ten public tables, intervals made this way covered "
+    "93 % of the losses of larger runs, and 84 % of those at ten times the compute "
+    "(`experiments/bank`)."
 )
 MOST_ROWS = 10  # of a table that grows with the runs
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
@@ -409,12 +410,14 @@ def budgets(analysis: Analysis) -> Iterator[Block]:
 def method(analysis: Analysis) -> Iterator[Block]:
     fit, minimum = analysis.fit, analysis.fit.optimum
     yield Heading("How it was computed")
-    text = f"Estimator, of {fit.unit}: {ESTIMATORS[fit.estimator]} ({fit.reason})."
+    text = f"Estimator for residuals of {fit.unit}: {ESTIMATORS[fit.estimator]} ({fit.reason})."
     if np.isfinite(minimum.threshold):
         text += f" Threshold {number(minimum.threshold)} in {fit.unit}."
-    if (weights := fit.points.weights) is not None:
+    weights = fit.points.weights
+    if weights is not None and weights.max() > 1.01 * weights.min():
         text += " Runs are weighted by the scatter of seeds at their length, and by what the law "
-        text += f"leaves unexplained: from {weights.min():.2g} to {weights.max():.2g}."
+        text += f"leaves unexplained; the weights run from {weights.min():.2g} to "
+        text += f"{weights.max():.2g}."
     methods = sorted({one.method for one in analysis.intervals.values()})
     if methods:
         text += f" Intervals of parameters: {', '.join(methods)}"
@@ -424,10 +427,10 @@ def method(analysis: Analysis) -> Iterator[Block]:
     if analysis.forecast and analysis.predictions:
         yield Paragraph(FORECAST)
     yield Paragraph(
-        f"The minimum: {'' if minimum.converged else 'not '}converged from "
+        f"The solver {'converged' if minimum.converged else 'did not converge'}: "
         f"{count(minimum.starts, 'start')}, "
         f"{count(len(minimum.basins), 'distinct minimum', 'distinct minima')}, objective "
         f"{number(minimum.objective, 6)}, gradient {number(minimum.gradient_norm, 1)}, "
-        f"least eigenvalue {number(minimum.smallest_eigenvalue)}. Seed {analysis.seed}. "
+        f"smallest eigenvalue {number(minimum.smallest_eigenvalue)}. Seed {analysis.seed}. "
         f"Data {data_hash(analysis)[:12]}."
     )
