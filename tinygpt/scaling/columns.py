@@ -141,7 +141,7 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
     if where.get("U") in runs:
         unique = runs[where["U"]]
         tokens = runs[where["D"]] if "D" in where else np.inf
-        if unique.nunique() > 1 and (tokens > 1.001 * unique).any():
+        if (unique.nunique() > 1 or "D" in found) and (tokens > 1.001 * unique).any():
             found.append("U")
     if "T" in found and len(found) > 1 and "N" not in found:
         found.remove("T")

@@ -53,7 +53,12 @@ class Story:
         losses = self.of("score")[0]["losses"] if self.of("score") else {}
         text += f", then {count(len(losses), 'run')} to test the prediction." if losses else "."
         text += f" The text has {recipe['one_pass']:,} training tokens"
-        text += ", read several times." if recipe["repeats"] else ", none of them read twice."
+        text += (
+            ", too few for one pass: they were read several times, and the law of repeated data is "
+            "among those that were fitted."
+            if recipe["repeats"]
+            else ", none of them read twice."
+        )
         yield Heading("What was done")
         yield Paragraph(text)
         if any(line.get("half") is not None for line in ends):

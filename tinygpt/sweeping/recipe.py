@@ -18,6 +18,7 @@ from tinygpt import cli
 from tinygpt.config import ConfigError
 from tinygpt.scaling.design import Design
 from tinygpt.scaling.forecast import Forecast
+from tinygpt.scaling.laws import Array
 from tinygpt.scaling.split import flops_per_token
 from tinygpt.sweeping.engines import Share
 from tinygpt.sweeping.jobs import Job, compose_jobs
@@ -39,6 +40,7 @@ PASSES = 8  # at most, over a text that is too small for one
 TEST = 0.25  # of the budget: the last runs, whose loss is predicted before they begin
 DEAREST = 0.6  # of a test run's cost, and of its FLOPs, that any run before it may take
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
+REPEATED = "data_constrained"  # is one of the laws too where tokens are read more than once
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
 BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
 SEED_NOISE, SHORT = 0.002, 2000.0  # scatter of log L between seeds, and the steps below which more
@@ -55,6 +57,7 @@ class Asked:
     error: float | None = None  # half-width at the target, as a part of the loss, to stop at
     target_flops: float | None = None
     plan: bool = False
+    seed: int = 1  # the first of the seeds of the runs
 
     @property
     def budget(self) -> float:
@@ -78,6 +81,7 @@ class Recipe:
     parameters: dict[int, int]  # by width, without embeddings
     flops_per_token: dict[int, float]  # by width
     test_cost: float  # of one test run, seconds or FLOPs
+    seed: int = 1  # the first of the seeds
 
     def run(self, width: int, tokens: int, seed: int) -> list[str]:
         """Return the overrides of one run."""
@@ -102,26 +106,30 @@ class Recipe:
         flops = DEAREST * max(self.flops_per_token[w] * self.longest(w) for w in self.widths)
         rows = [
             {"width": width, "tokens": tokens, "seed": seed}
-            for seed in range(1, SEEDS + 1)
+            for seed in range(self.seed, self.seed + SEEDS)
             for width in self.widths
             for tokens in self.lengths
             if self.cost(width, tokens / self.batch_tokens) <= cost
             and self.flops_per_token[width] * tokens <= flops
         ]
         table = pd.DataFrame(rows)
-        table["N"] = table["width"].map(self.parameters).astype(float)
-        table["D"] = table["tokens"].astype(float)
-        return table
+        return table.assign(**self.places(table["width"].map(self.parameters), table["tokens"]))
+
+    def places(self, n: Any, d: Any) -> dict[str, Array]:
+        """Return the variables of the law at parameters and tokens, (n,) each; the unique tokens
+        are one of them where the text is read more than once."""
+        found = {"N": np.asarray(n, dtype=float), "D": np.asarray(d, dtype=float)}
+        return {**found, "U": np.minimum(found["D"], self.one_pass)} if self.repeats else found
 
     def design(self, table: pd.DataFrame, target: Mapping[str, float]) -> Design:
         """Return the design that chooses among the rows of ``table``."""
         steps = table["D"].to_numpy() / self.batch_tokens
         return Design(
-            table[["N", "D"]],
+            table[list(target)],
             pd.DataFrame([target]),
             np.ones(len(table)),
             table["D"].to_numpy() * table["width"].map(self.flops_per_token).to_numpy(),
-            LAWS,
+            (*LAWS, REPEATED) if self.repeats else LAWS,
             seed_noise(steps),
         )
 
@@ -139,12 +147,13 @@ class Recipe:
         sizes = self.parameters.values()
         n = np.geomspace(min(sizes), 30 * max(sizes), 200)
         d = flops / self.flops_of(n, 1.0)
+        places = self.places(n, d)
         if made is not None:
-            loss, _ = made.at({"N": n, "D": d}, np.full(len(n), flops))
+            loss, _ = made.at(places, np.full(len(n), flops))
         else:
             loss = np.abs(np.log(d / n / BALANCED))
         best = int(np.argmin(loss))
-        return {"N": float(n[best]), "D": float(d[best])}
+        return {name: float(values[best]) for name, values in places.items()}
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
@@ -230,6 +239,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
         parameters={w: rows[w]["parameters_non_embedding"] for w in widths},
         flops_per_token={w: rows[w]["flops_per_token"] for w in widths},
         test_cost=test_cost,
+        seed=asked.seed,
     )
 
 
