@@ -111,8 +111,9 @@ def page(blocks: Sequence[Block], folder: Path) -> str:
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = [b.text for b in blocks if isinstance(b, Heading) and b.level == 2]
     links = "".join(f'<li><a href="#{slug(text)}">{_inline(text)}</a></li>' for text in sections)
-    contents = f"<nav><details open><summary>Contents</summary><ol>{links}</ol></details></nav>"
-    body = "\n".join(_html(block, folder) for block in blocks)
+    parts = [_html(block, folder) for block in blocks]
+    parts.insert(1, f'<nav aria-label="Contents"><ol>{links}</ol></nav>' if links else "")
+    body = "\n".join(parts)
     live = interactive.script({p.name: p.live for p in _pictures(blocks) if p.live})
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -120,7 +121,7 @@ def page(blocks: Sequence[Block], folder: Path) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n"
-        f"<body>\n{contents if links else ''}\n<main>\n{body}\n</main>\n{live}</body>\n</html>\n"
+        f"<body>\n<main>\n{body}\n</main>\n{live}</body>\n</html>\n"
     )
 
 

@@ -155,7 +155,8 @@ def _floors(analysis: Analysis, axes: Axes, constant: bool = True) -> None:
     To be called once the axes have their limits: what lies below them is named at the edge.
     """
     style: Any = {"linewidth": 1, "zorder": 1}
-    axes.set_yscale("log")
+    if axes.get_yscale() != "log":
+        axes.set_yscale("log")
     bottom, top = axes.get_ylim()
     if (floor := analysis.floor) is not None and floor > bottom / (top / bottom) ** 0.3:
         axes.axhline(floor, color=GREEN, linestyle="-.", label="exact floor", **style)
