@@ -25,6 +25,7 @@ from tinygpt.config import DEFAULT_TOKENS, HORIZONS, Config, ConfigError, RunErr
 from tinygpt.data.shards import cache_root
 from tinygpt.fileio import locked
 from tinygpt.runs.rundir import config_hash, folder_of, run_name
+from tinygpt.sweeping.jobs import expand
 
 USAGE = "usage: python -m tinygpt.test prompt=TEXT"
 
@@ -81,7 +82,9 @@ def test_values_become_what_their_field_is() -> None:
     ("argument", "line"),
     [
         ("promt=x", "promt: no such key; did you mean prompt?"),
-        ("x", "x: must be key=value, one of prompt, note, count"),
+        ("x", "'x': a text with spaces needs quotes, 'prompt=x x ...'"),
+        ("--seed", "--seed: no such option; --help shows what there is"),
+        ("--count", "--count: no such option; did you mean count=...?"),
         ("count=many", "count=many: must be an integer"),
         ("count=null", "count=null: must be an integer"),
         ("count=0", "count=0: must be at least 1"),
@@ -128,7 +131,7 @@ def test_keys_of_a_section_are_dotted() -> None:
         ("columns=1", "columns: no such key; did you mean columns."),
         ("columns.count=x", "columns.count=x: must be an integer"),
         ("columns.count=0", "columns.count=0: must be at least 1"),
-        ("columns", "columns: must be key=value, one of name, columns.n, columns.count"),
+        ("columns", "'columns': must be key=value; --help shows the keys"),
     ],
 )
 def test_a_bad_argument_of_a_section_is_one_line(argument: str, line: str) -> None:
@@ -399,13 +402,22 @@ def test_values_are_rewritten_for_hydra_alone(typed: str, read: str) -> None:
     assert words.as_meant([read], cli.RUN) == [read]
 
 
-@pytest.mark.parametrize("text", ["1e6", "1_000_000", "1000000.0", "+1e6", "10E5"])
-def test_a_whole_number_may_be_written_as_a_float(text: str) -> None:
+@pytest.mark.parametrize("text", ["1e6", "1_000_000", "1000000.0", "+1e6", "1M", "1000k", "0.001b"])
+def test_a_whole_number_may_be_written_as_people_do(text: str) -> None:
     tokens = compose_config([f"train.tokens={text}"]).train.tokens
     assert (tokens, type(tokens)) == (1_000_000, int)
+    assert read("prompt=x", "count=1.5k", "rate=2M") == Arguments("x", count=1500, rate=2e6)
 
 
-@pytest.mark.parametrize("text", ["1.5", "1e-3", "nan", "1e400", "true"])
+def test_numbers_with_letters_are_plain_everywhere() -> None:
+    plain, letters = (compose_config([f"train.flops={text}"]) for text in ("1.5e12", "1.5T"))
+    assert letters == plain
+    jobs = expand({}, ["train.tokens=1M, 2.5M", "optim.learning_rate=choice(1e-3,1e-4)"])
+    assert [job[0] for job in jobs[::2]] == ["train.tokens=1000000", "train.tokens=2500000"]
+    assert compose_config(["train.sample_prompt=2M"]).train.sample_prompt == "2M"
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "nan", "1e400", "true", "1.0001k", "M"])
 def test_an_integer_is_whole(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"^train.tokens={text}: must be an integer$"):
         compose_config([f"train.tokens={text}"])
@@ -425,6 +437,9 @@ def test_an_integer_is_whole(text: str) -> None:
         ("device=cuda:0", "hardware=cuda"),
         ("accumulate_grad_batches=4", "hardware.micro_batch_size=B/4"),
         ("hardware=gpu", "hardware=cuda"),
+        ("data=alice.txt", "data=custom data.path=alice.txt"),
+        ("data=~/a/b.txt", "data=custom data.path=~/a/b.txt"),
+        ("path=alice.txt", "data=custom data.path=alice.txt"),
         ("hydra/launcher=joblib", "launcher=local"),
     ],
 )
@@ -442,9 +457,12 @@ def test_what_people_type_is_answered_with_the_key(typed: str, meant: str) -> No
         ("-m --info", "--info/-i: not allowed with argument --multirun/-m"),
         ("--resolve", "--resolve, --package: need --cfg job"),
         ("--config-name other", "--config-name: no such option"),
-        ("--learning_rate 1e-3", "--learning_rate: no such option; did you mean optim.learning_r"),
+        (
+            "--learning_rate 1e-3",
+            "--learning_rate: no such option; did you mean optim.learning_rate=1e-3?",
+        ),
         ("--lr=1e-3", "--lr=1e-3: no such option; did you mean optim.learning_rate=1e-3?"),
-        ("--max-steps 5 seed=1", "--max-steps: no such option; did you mean train.steps=...?"),
+        ("--max-steps 5 seed=1", "--max-steps: no such option; did you mean train.steps=5?"),
         ("--seed=3", "--seed=3: no such option; did you mean seed=3?"),
         ("--cfg foo", "--cfg/-c: invalid choice: 'foo'"),
         ("hydra.run.dir=X", "hydra.run.dir=X: is decided by output_dir, study and run_name"),

@@ -162,7 +162,8 @@ def test_run_folders(tinygpt: Command, tmp_path: Path) -> None:
     again = tinygpt("fit", "runs=outputs/width", "output_dir=else")  # the report is no run
     assert again.returncode == 0
     other = tmp_path / "else" / "fit-width"
-    assert (other / "fit.json").read_bytes() == (folder / "fit.json").read_bytes()
+    found["source"] = ["../../outputs/width"]
+    assert json.loads((other / "fit.json").read_text()) == found
 
 
 def test_runs_at_smoke_scale_are_no_result(tinygpt: Command, tmp_path: Path) -> None:
@@ -253,7 +254,8 @@ def test_a_mistake_is_one_line(
     begins, _, nearest = line.partition("|")
     assert said.err.startswith(f"error: {begins}")
     assert nearest in said.err
-    assert (left.value.code, said.err.count("\n"), said.out) == (2, 1, "")
+    assert (left.value.code, said.err.count("\n")) == (2, 1)
+    assert said.out in ("", "loading …\n")
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {
         "t.csv",
         "laws.py",

@@ -39,11 +39,14 @@ ALLOWED: dict[str, set[str]] = {
     "scaling": set(),
     "metrics": set(),
     "words": set(),
-    "cli": BELOW | {"words"},
+    "arguments": {"words"},
+    "cli": BELOW | {"words", "arguments"},
     "sweeping": BELOW | {"cli", "words"},
     "measuring": BELOW | {"cli"},
     "evaluating": {"data", "model", "load", "training", "scaling"},
     **{command: BELOW | {"cli", "sweeping", "measuring", "evaluating"} for command in COMMANDS},
+    "__main__": {"completion"},
+    "completion": {"cli", "words"},
 }
 TORCH = {"torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "accelerate"}
 TORCH_FREE = {"pretrained", "cli", "words", "scaling", *SHARED}

@@ -58,7 +58,7 @@ def read(path: Path | pd.DataFrame, folder: Path | None = None, **words: Any) ->
     rest = {k: v for k, v in words.items() if not k.startswith(("columns_", "units_"))}
     named = fit.TableColumns(**{**NAMED, **columns})
     arguments = fit.Arguments(table=str(path), columns=named, units=fit.TableUnits(**units), **rest)
-    return fit._read(arguments)[0]
+    return fit._read(arguments)
 
 
 def refused(*words: Any, **more: Any) -> str:

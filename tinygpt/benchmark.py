@@ -19,13 +19,13 @@ from tinygpt import cli, fileio
 from tinygpt.config import ConfigError, RunError, key
 
 USAGE = """\
-python -m tinygpt.benchmark [key=value ...]
+tinygpt benchmark [key=value ...]
 
 model=tiny,small        one or more of conf/model
 steps=50                training steps to time, after a few that warm up
 seconds=1               how long to time everything else, each
 output_dir=outputs/benchmark     where bench.csv and BENCH.md go
-any key of tinygpt.run  data, tokenizer, batch, precision, optimizer, hardware to measure with
+any key of tinygpt run  data, tokenizer, batch, precision, optimizer, hardware to measure with
 
 A line a measure: median and quartiles.  training: the real Trainer with its callbacks and files.
 MFU: its FLOPs over the matrix product's.  peak memory: of the process, on CUDA of the card.

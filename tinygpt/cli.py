@@ -1,4 +1,4 @@
-"""What the commands share: composing the configuration, reading ``key=value``, one-line errors."""
+"""What the commands share: composing the configuration, starting, one-line errors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import os
 import re
 import signal
 import sys
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TextIO, TypeVar
 
 from hydra import __version__ as hydra_version
 from hydra import compose, initialize_config_dir
@@ -24,13 +23,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tinygpt import config as schema
 from tinygpt import signals, streams, words
 from tinygpt.adaptation import config as adapting
 from tinygpt.adaptation.config import AdaptConfig
+from tinygpt.arguments import read_arguments as read_arguments
+from tinygpt.arguments import read_text as read_text
+from tinygpt.arguments import show_help as show_help
 from tinygpt.config import Config, ConfigError, RunError, Settings, checks, is_out_of_memory
 from tinygpt.words import CONF_DIR as CONF_DIR
 from tinygpt.words import Command
@@ -41,9 +43,6 @@ P = ParamSpec("P")
 
 # Threads that wait must not spin: they would take the cores from those that others keep waiting.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-PATHS = ("runs", "table", "path", "output_dir")  # of the commands without Hydra
-TRUTH = {"true": True, "yes": True, "on": True, "1": True}
-TRUTH |= {"false": False, "no": False, "off": False, "0": False}
 
 
 # --- composing
@@ -215,7 +214,7 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
     arguments = _read_options(command, sys.argv[1:])
     overrides = arguments.overrides
     if arguments.help:
-        print(help_text(command))
+        show_help(help_text(command))
         return
     register_schemas()
     if not any((arguments.hydra_help, arguments.info, arguments.shell_completion)):
@@ -230,6 +229,8 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
                 raise ConfigError(f"scale={config.scale}: needs an experiment that has scales")
         elif not {item.split("=")[0] for item in overrides} & {"study", "experiment"}:
             sys.argv.append(f"study={sweep_name(command, overrides)}")
+        if not arguments.cfg:
+            announce("loading")
     job()
 
 
@@ -256,7 +257,7 @@ def _read_options(command: Command[S], argv: Sequence[str]) -> argparse.Namespac
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         option = next((word for word in unknown if word.startswith("-")), unknown[0])
-        raise ConfigError(words.explain_option(option, command))
+        raise ConfigError(words.explain_option(option, argv, words.names(command), command))
     if (arguments.resolve or arguments.package) and not arguments.cfg:
         raise ConfigError("--resolve, --package: need --cfg job, whose configuration they show")
     return arguments
@@ -284,76 +285,10 @@ def sweeps(command: Command[S], overrides: Sequence[str], multirun: bool) -> boo
     return multirun or composed.hydra.mode == RunMode.MULTIRUN
 
 
-# --- commands without Hydra
-
-
-def read_arguments(cls: type[T], argv: Sequence[str], usage: str) -> T:
-    """Fill the dataclass ``cls`` from ``key=value`` arguments, ``field.key=value`` for a dataclass
-    in it.
-
-    A text is taken verbatim after the first ``=``; a list is split at commas.  ``--help`` prints
-    ``usage``.  Raises ConfigError for an unknown key, a missing one or a wrong type.
-    """
-    if any(item in ("-h", "--help") for item in argv):
-        print(usage)
-        raise SystemExit(0)
-    kinds = words.kinds(cls)
-    given: dict[str, Any] = {}
-    for item in argv:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"{item}: must be key=value, one of {', '.join(kinds)}")
-        if name not in kinds:
-            raise ConfigError(checks.unknown_key(name, list(kinds)))
-        try:
-            given[name] = _read(value, kinds[name], is_path=name in PATHS)
-        except (KeyError, ValueError) as error:
-            expected = words.described(kinds[name], of_element=True)
-            raise ConfigError(f"{name}={value}: must be {expected}") from error
-    arguments = _filled(cls, given)
-    checks.check_bounds(arguments)
-    return arguments
-
-
-def _read(text: str, kind: Any, is_path: bool) -> Any:
-    """Return the value of type ``kind`` that ``text`` spells."""
-    if typing.get_origin(kind) is list:
-        items = words.files(text) if is_path else text.split(",") if text else []
-        (inner,) = typing.get_args(kind)
-        return [_read(item, inner, is_path=False) for item in items]
-    if typing.get_origin(kind) is typing.Union:  # Optional
-        inner = next(one for one in typing.get_args(kind) if one is not type(None))
-        return None if text == "null" else _read(text, inner, is_path)
-    if kind is bool:
-        return TRUTH[text.lower()]
-    return os.path.expanduser(text) if is_path else kind(text)
-
-
-def _filled(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
-    hints, values = typing.get_type_hints(cls), {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        name, kind = prefix + field.name, hints[field.name]
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            values[field.name] = _filled(kind, given, f"{name}.")
-        elif name in given:
-            values[field.name] = given[name]
-        elif field.default == MISSING:
-            raise ConfigError(f"{name}: must be given, as {name}=...")
-    return cls(**values)
-
-
-def read_text(key: str, place: str, newline: str | None = None) -> str:
-    """Return the text of the file that ``key`` names, without a byte order mark.
-
-    ``newline=""`` keeps its line ends; else they become line feeds.  Raises ConfigError.
-    """
-    try:
-        with Path(place).expanduser().open(encoding="utf-8-sig", newline=newline) as file:
-            return file.read()
-    except OSError as error:
-        raise ConfigError(f"{key}={place}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{key}={place}: not UTF-8 text (byte {error.start})") from error
+def announce(doing: str, file: TextIO | None = None) -> None:
+    """Say at once what takes the next seconds, unless another process of this run says it."""
+    if signals.PARENT not in os.environ:
+        print(doing, "…", file=file, flush=True)
 
 
 # --- errors and exit codes

@@ -14,9 +14,9 @@ from tinygpt.config import ConfigError, RunError
 from tinygpt.evaluating.options import Options, find, folder_for, read_tasks, text_name
 
 USAGE = """\
-python -m tinygpt.evaluate runs=outputs/runs/x [key=value ...]
+tinygpt evaluate outputs/runs/x [key=value ...]
 
-runs=FOLDER[,FOLDER]    runs, or folders of runs
+runs=FOLDER[,FOLDER]    runs, or folders of runs; runs= may be left out
 checkpoints=final       for each run: final best last step_N, separated by commas; all: every step
 split=val               or test: of the run's own corpus
 data=custom data.path=FILE    a file, a folder or a glob instead, all of it, with the run's own
@@ -53,7 +53,7 @@ class Arguments(Options):
 def main() -> None:
     chosen = [word for word in sys.argv[1:] if word.startswith("data=")]
     others = [word for word in sys.argv[1:] if word not in chosen]
-    arguments = cli.read_arguments(Arguments, others, USAGE)
+    arguments = cli.read_arguments(Arguments, others, USAGE, bare="runs")
     for word in chosen:
         if word != "data=custom":
             raise ConfigError(f"{word}: must be custom; without it the run's own corpus is scored")
@@ -66,6 +66,7 @@ def main() -> None:
     paths, without = find(arguments.runs)
     text = text_name(arguments.split, arguments.data.path)
     folder = folder_for(paths, arguments.output_dir, text)
+    cli.announce("loading")
     console = Console(markup=False)
     with console.status("starting") as status:
         from tinygpt.evaluating import runs, table  # torch takes seconds

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from tinygpt.runs.load import TrainedRun
 
 USAGE = """\
-python -m tinygpt.export run=outputs/runs/x to=FOLDER [key=value ...]
+tinygpt export outputs/runs/x to=FOLDER [key=value ...]
 
-run=FOLDER              the run to export: learned positions, LayerNorm and GELU become GPT-2,
-                        RoPE, RMSNorm and SwiGLU become Llama; no other mixture has a counterpart
-to=FOLDER               what transformers' AutoModelForCausalLM and AutoTokenizer load
-checkpoint=final        or best, last, step_<N>; default: final, of a run that has not ended last
+run=FOLDER              the run to export; run= may be left out.  Learned positions,
+                        LayerNorm and GELU become GPT-2; RoPE, RMSNorm and SwiGLU
+                        become Llama; no other mixture has a counterpart
+to=FOLDER               what transformers' AutoModelForCausalLM, AutoTokenizer load
+checkpoint=final        or best, last, step_<N>; of a run that has not ended: last
 force=false             true: replace an export that is there
 """
 WEIGHTS = "model.safetensors"
@@ -49,9 +50,10 @@ class Arguments:
 
 @cli.one_line_errors
 def main() -> None:
-    arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
+    arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE, bare="run")
     families.family(rundir.read_config(rundir.open_run(arguments.run).config).model)
     check_target(arguments.to, arguments.force)
+    cli.announce("loading")
     from tinygpt.runs.load import load_run  # torch: once the words are right
 
     run = load_run(arguments.run, arguments.checkpoint)

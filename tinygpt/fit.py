@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from tinygpt import cli
+from tinygpt import cli, fileio
 from tinygpt.config import ConfigError, key
 from tinygpt.runs import rundir
 
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from tinygpt.scaling.elsewhere import Table
 
 USAGE = """\
-python -m tinygpt.fit runs=outputs/width [key=value ...]
+tinygpt fit outputs/width [key=value ...]
 
-runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole; adaptations (adapt.jsonl) take
-                        seed= and output_dir= only
+runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole, runs= may be left out; adaptations
+                        (adapt.jsonl) take seed=, output_dir= and force= only
 table=FILE              instead: a table with a row a run (docs/laws.md: files, dialects, numbers);
                         name its columns by
                         columns.n= d= u= t= c= loss= seed= run= learning_rate=
@@ -47,8 +48,9 @@ predict=PLACES          the loss, with its interval, at '[{n: 13e9, d: 5e12}, {n
                         a law in one variable takes n, d, u, t or c alone
 isoflop=cubic           the curve through the runs of a budget: cubic akima parabola
 seed=0                  of the bootstrap and of random starts
-output_dir=FOLDER       where to put a folder fit-<name>; default: fit/ in the first folder of runs,
-                        outputs/fit-<name> for a table
+output_dir=FOLDER       where to put a folder fit-<names>; default: fit/ in one folder of
+                        runs, fit-a-b beside a and b, outputs/fit-a-x for a/x.csv
+force=true              replace the fit of another table or of other runs there
 """
 
 
@@ -98,25 +100,30 @@ class Arguments:
     isoflop: str = key("cubic", among=("cubic", "akima", "parabola"))
     seed: int = key(0, least=0)
     output_dir: Optional[str] = None
+    force: bool = False
 
 
 @cli.one_line_errors
 def main() -> None:
-    arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
+    arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE, bare="runs")
     if bool(arguments.runs) == bool(arguments.table):
         raise ConfigError("runs: give runs=FOLDER, or table=FILE")
+    folder = _folder(arguments)
     if _are_adaptations(arguments):
+        cli.announce("loading")
         from tinygpt.adaptation import report as adaptation_report
 
-        adaptation_report.make(arguments.runs, _folder(arguments), arguments.seed)
+        adaptation_report.make(arguments.runs, folder, arguments.seed)
         return
     _check_table_keys(arguments)
+    source = _source(arguments, folder)
+    cli.announce("loading")
     from tinygpt.scaling import laws
     from tinygpt.scaling.columns import read_places
 
     places = [] if arguments.predict is None else read_places(arguments.predict)
     law = laws.load(arguments.law) if ".py:" in arguments.law else arguments.law
-    (table, folder), curves = _read(arguments), None
+    table, curves = _read(arguments), None
     from tinygpt.scaling import report  # scipy and matplotlib: once there is something to fit
     from tinygpt.scaling.analysis import analyse
     from tinygpt.scaling.story import Story
@@ -141,6 +148,9 @@ def main() -> None:
     )
     story = Story.read(Path(arguments.runs[0])) if len(arguments.runs) == 1 else None
     report.write(analysis, folder, story, arguments.table)
+    if folder.name != "fit":
+        facts = folder / "fit.json"
+        fileio.write_json(facts, {**fileio.read_json(facts), "source": source})
     report.show(analysis, folder, table=arguments.table)
 
 
@@ -151,7 +161,8 @@ def _are_adaptations(arguments: Arguments) -> bool:
     """
     for name in arguments.runs:
         if not Path(name).is_dir():
-            raise ConfigError(f"runs={name}: no such folder")
+            instead = f"a file; did you mean table={name}?" if Path(name).is_file() else ""
+            raise ConfigError(f"runs={name}: {instead or 'no such folder'}")
     folders = [Path(name) for name in arguments.runs]
     adapted = {folder: len(list(folder.rglob("adapt.jsonl"))) for folder in folders}
     trained = [folder for folder in folders if rundir.find_runs(folder)]
@@ -167,7 +178,7 @@ def _are_adaptations(arguments: Arguments) -> bool:
         return False
     default = Arguments()
     for name, value in vars(arguments).items():
-        if value != getattr(default, name) and name not in ("runs", "seed", "output_dir"):
+        if value != getattr(default, name) and name not in ("runs", "seed", "output_dir", "force"):
             raise ConfigError(f"{name}: not for runs that adapted a model; seed, output_dir are")
     return True
 
@@ -182,34 +193,58 @@ def _check_table_keys(arguments: Arguments) -> None:
 
 
 def _folder(arguments: Arguments) -> Path:
-    """Return where the report on folders of runs goes."""
-    first = Path(arguments.runs[0])
-    if arguments.output_dir:
-        return Path(arguments.output_dir) / f"fit-{first.resolve().name}"
-    return first / "fit"
+    """Return where the report goes: tables of one name in two folders have two."""
+    if arguments.table:
+        table, packed = Path(arguments.table).resolve(), r"(\.\w+)?\.(gz|bz2|xz|zst|zip)$|\.\w+$"
+        stem = re.sub(packed, "", table.name, flags=re.IGNORECASE)
+        name = stem if table.parent == Path.cwd() else f"{table.parent.name}-{stem}"
+        return Path(arguments.output_dir or "outputs") / f"fit-{name}"
+    runs = [Path(name) for name in arguments.runs]
+    if len(runs) == 1 and not arguments.output_dir:
+        return runs[0] / "fit"
+    if len({path.is_absolute() for path in runs}) > 1:
+        runs = [path.absolute() for path in runs]
+    parent = arguments.output_dir or os.path.commonpath([path.parent for path in runs])
+    return Path(parent) / f"fit-{'-'.join(path.resolve().name for path in runs):.80}"
 
 
-def _read(arguments: Arguments) -> tuple[Table, Path]:
-    """The runs, where they say what, and the folder for the report."""
+def _source(arguments: Arguments, folder: Path) -> list[str]:
+    """Return the table or the runs as seen from ``folder``.
+
+    Raises ConfigError for a folder that holds the fit of others.
+    """
+    places = [arguments.table] if arguments.table else arguments.runs
+    try:
+        source = [Path(os.path.relpath(place, folder)).as_posix() for place in places]
+    except ValueError:  # on another drive
+        source = [Path(place).resolve().as_posix() for place in places]
+    if folder.name != "fit" and (folder / "fit.json").exists():
+        before = fileio.read_json(folder / "fit.json").get("source")
+        if before != source and not arguments.force:
+            of = ", ".join(os.path.normpath(folder / one) for one in before or ["something else"])
+            raise ConfigError(f"{folder}: holds the fit of {of}; force=true replaces it")
+        print(f"note: the fit in {folder} is made again")
+    return source
+
+
+def _read(arguments: Arguments) -> Table:
+    """Return the runs, and where they say what."""
     from tinygpt.scaling.elsewhere import Table, find_columns, read
     from tinygpt.scaling.runs import comparable, load_runs
 
     named = dataclasses.asdict(arguments.columns)
     if arguments.table:
-        packed = r"(\.\w+)?\.(gz|bz2|xz|zst|zip)$|\.\w+$"
-        stem = re.sub(packed, "", Path(arguments.table).name, flags=re.IGNORECASE)
-        folder = Path(arguments.output_dir or "outputs") / f"fit-{stem}"
         keys = ("loss", "loss_unit", "decimal", "last", "where")
         given = {name: getattr(arguments, name) for name in keys}
         units = dataclasses.asdict(arguments.units)
-        return read(arguments.table, named, units=units, **given), folder
+        return read(arguments.table, named, units=units, **given)
     table = load_runs(*arguments.runs)
     if table.empty:
         raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there")
     named = {name: column for name, column in named.items() if column is not None}
     columns, _ = find_columns(table, named, arguments.loss)
     used, left_out = comparable(table, columns.loss, arguments.where)
-    return Table(used, left_out, columns, []), _folder(arguments)
+    return Table(used, left_out, columns, [])
 
 
 if __name__ == "__main__":

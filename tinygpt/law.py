@@ -13,9 +13,10 @@ from tinygpt import cli
 from tinygpt.config import ConfigError, key
 
 USAGE = """\
-python -m tinygpt.law path=book.txt minutes=15 [key=value ...]
+tinygpt law book.txt minutes=15 [key=value ...]
 
-path=FILES              the text: files, folders or globs; or data=tinystories and the like
+path=FILES              the text, path= may be left out: files, folders or globs; or
+                        data=tinystories and the like
 minutes=15              of training and evaluation, all told; or flops=1e17
 error=0.01              stop earlier, once the prediction at the target is known to 1 %
 target.flops=1e15       what to predict: the best split of so much compute; by default that of
@@ -23,7 +24,7 @@ target.flops=1e15       what to predict: the best split of so much compute; by d
 seed=1                  the first of the seeds of its runs: other chances, another law
 plan=true               what this would cost and could show; nothing is trained
 study=NAME              where it goes, outputs/NAME; run it again to resume
-any key of tinygpt.run  tokenizer, batch, optimizer, hardware, launcher
+any key of tinygpt run  tokenizer, batch, optimizer, hardware, launcher
 
 It reads the text, times this machine, finds a learning rate, then chooses one run after the other:
 the one that tells most of the loss at the target for its cost.  A quarter of the budget goes into
@@ -58,9 +59,10 @@ class Arguments:
 
 def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
     """Return the keys of the law and those of its runs.  Raises ConfigError."""
-    own = ("-", "target.", *(f"{one.name}=" for one in fields(Arguments)))
-    arguments = cli.read_arguments(Arguments, [i for i in argv if i.startswith(own)], USAGE)
-    given = [item for item in argv if not item.startswith(own)]
+    names = ("target.", *(f"{one.name}=" for one in fields(Arguments)))
+    own = [item for item in argv if item.startswith(("-", *names)) or "=" not in item]
+    arguments = cli.read_arguments(Arguments, own, USAGE, bare="path")
+    given = [item for item in argv if item not in own]
     check(given)
     if arguments.minutes and arguments.flops:
         raise ConfigError("minutes, flops: give one of them")
@@ -91,6 +93,7 @@ def main() -> None:
     source = Path(arguments.path[0]).stem if arguments.path else config.data.name
     name = arguments.study or f"law-{re.sub('[^A-Za-z0-9._-]+', '-', source)}"
 
+    cli.announce("loading")
     from rich.console import Console
 
     from tinygpt.sweeping.budget import find_law

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from tinygpt.runs.load import TrainedRun
 
 USAGE = """\
-python -m tinygpt.sample run=FOLDER prompt="Once upon a time" [key=value ...]
+tinygpt sample outputs/runs/x prompt="Once upon a time" [key=value ...]
 
-run=FOLDER              as outputs/runs/<name>
+run=FOLDER              the run; run= may be left out
 checkpoint=final        best, last or step_<N>; a run that has not ended: last
 prompt=TEXT             how the text begins, verbatim; without it the model begins by itself
 prompts=FILE            instead: a prompt a line, an empty one too; texts side by side, in order
@@ -265,9 +265,10 @@ class Unfolding:
 
 @cli.one_line_errors
 def main() -> None:
-    arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
+    arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE, bare="run")
     prompts = read_prompts(arguments)
     rundir.open_run(arguments.run)
+    cli.announce("loading", sys.stderr)
     from tinygpt.runs.load import load_run  # torch: once there is something to load
 
     run = load_run(arguments.run, arguments.checkpoint, arguments.device)

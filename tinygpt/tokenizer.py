@@ -10,7 +10,7 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from tinygpt.cli import one_line_errors, read_arguments, read_text
+from tinygpt.cli import one_line_errors, read_arguments, read_text, show_help
 from tinygpt.config import (
     BpeTokenizer,
     CharTokenizer,
@@ -25,7 +25,7 @@ from tinygpt.data.huggingface import open_tokenizer
 from tinygpt.data.tokenizers import train_tokenizer
 
 USAGE = """\
-usage: python -m tinygpt.tokenizer COMMAND key=value ...
+usage: tinygpt tokenizer COMMAND key=value ...
   train   path=FILE|FOLDER|GLOB [kind=bpe|char] [vocab_size=1024] [train_bytes=50000000]
           [out=tokenizer.json] and any key of data=custom, as [separator=] [text_column=]
   encode  tokenizer=FILE_OR_RUN_FOLDER text="Once upon a time" | path=FILE
@@ -110,7 +110,7 @@ def main() -> None:
     commands = {"train": train, "encode": encode, "decode": decode}
     name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("-h", "--help"):
-        print(USAGE)
+        show_help(USAGE)
         return
     if name not in commands:
         raise ConfigError(f"{name}: must be one of {', '.join(commands)}; --help shows how")

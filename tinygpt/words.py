@@ -8,11 +8,11 @@ import importlib.util
 import os
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Optional, TypeVar
 
 from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -34,6 +34,8 @@ _HERE = Path(__file__).resolve().parent
 CONF_DIR = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir()))
 FILES = ("data.path", "data.val_file", "data.test_file")  # keys of one path, or a list of them
 LISTS = (*FILES, "data.text_column")  # that a configuration keeps as one text
+IS_FILE = r"[/.*~]"  # in what should be a choice
+LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
 # What Hydra may make an object of, by the names in a configuration.
 TARGETS = ("hydra_plugins.", "hydra._internal.core_plugins.", "optuna.samplers.")
@@ -67,15 +69,20 @@ class Command(Generic[S]):
 
 def kinds(cls: type, prefix: str = "") -> dict[str, Any]:
     """Return the type of every key of a dataclass; those of a dataclass in it are ``field.key``."""
-    found: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
+    return {name: kind for name, kind, _ in leaves(cls, prefix)}
+
+
+def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Yield the name, type and bounds of every key of a dataclass."""
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name, kind = prefix + field.name, types[field.name]
         for inner in (kind, *typing.get_args(kind)):
             if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-                found |= kinds(inner, f"{prefix}{name}.")
+                yield from leaves(inner, f"{name}.")
                 break
         else:
-            found[prefix + name] = kind
-    return found
+            yield name, kind, field.metadata
 
 
 @functools.cache
@@ -113,7 +120,12 @@ def described(kind: Any, of_element: bool = False) -> str:
         if not of_element:
             return "a list, as [a,b]"
         kind = typing.get_args(kind)[0]
-    texts = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    texts = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+    }
     return texts.get(kind, "set key by key")
 
 
@@ -125,7 +137,7 @@ def as_meant(overrides: Sequence[str], command: Command[Any]) -> list[str]:
 
     Hydra takes 1.10 for the number 1.1, whatever the key, and cannot read ~: a text gets quotes,
     and so do lists of files and columns, which a configuration keeps as one text.  1e6 is a float,
-    which no integer may be: it is written out.
+    which no integer may be: it is written out, as are 50k and 2M.
     """
     found = []
     for item in overrides:
@@ -133,8 +145,9 @@ def as_meant(overrides: Sequence[str], command: Command[Any]) -> list[str]:
             quoted = match[2].replace("'", "\\'")
             item = f"{match[1]}='{quoted}'"
         types = value_types(command).get(item.partition("=")[0].lstrip("+"), set())
-        if types in ({str}, {int}) and not _RANGES.search(item):
-            item = _WORD.sub(_as_text if types == {str} else _as_whole, item)
+        if types in ({str}, {int}, {float}) and not _RANGES.search(item):
+            rewrite = _as_text if types == {str} else _as_whole if types == {int} else _as_number
+            item = _WORD.sub(rewrite, item)
         if match := re.match(r"(\+*output_dir=['\"])(~[^'\"]*)", item):  # Hydra makes it too
             item = match[1] + os.path.expanduser(match[2]) + item[match.end() :]
         found.append(item)
@@ -146,11 +159,22 @@ def _as_text(match: re.Match[str]) -> str:
     return f"{space}'{word}'" if word and (_is_literal(word) or word[0] == "~") else match[0]
 
 
+def plain(word: str) -> str:
+    """Return 2M or 1.5B in digits, and any other word as it is."""
+    match = re.fullmatch(r"([+-]?\d[\d_]*(?:\.\d+)?)([kKMBT])", word)
+    return f"{(Decimal(match[1]) * LETTERS[match[2]]).normalize():f}" if match else word
+
+
+def _as_number(match: re.Match[str]) -> str:
+    return f"{match[1]}{plain(match[2])}" if match[2] else match[0]
+
+
 def _as_whole(match: re.Match[str]) -> str:
-    space, word = match[1], match[2]
-    if not word or not _is_literal(word) or word.lower() in ("true", "false"):
+    space, typed = match[1], match[2] or ""
+    word = plain(typed.upper())
+    if not _is_literal(word) or word in ("TRUE", "FALSE"):
         return match[0]
-    is_whole = float(word).is_integer() and not re.fullmatch(r"[+-]?[\d_]+", word)
+    is_whole = float(word).is_integer() and not re.fullmatch(r"[+-]?[\d_]+", typed)
     return f"{space}{int(Decimal(word))}" if is_whole else match[0]
 
 
@@ -182,16 +206,20 @@ def files(text: str) -> list[str]:
 def check(overrides: Sequence[str], command: Command[Any]) -> None:
     """Raise ConfigError for what is no ``key=value``, and for a name that is no key here, with
     what to write instead."""
-    for item in overrides:
+    for before, item in zip(["", *overrides], overrides, strict=False):
         if item.startswith("~"):
             raise ConfigError(f"{item}: a key cannot be removed, only set")
         if not re.match(r"\+{0,2}[A-Za-z_][\w./@:-]*=", item):
-            raise ConfigError(f"'{item}': must be key=value")
+            check_quotes(before, item, key_types(command))
+            text = f"; did you mean data=custom data.path={item}?" if os.path.isfile(item) else ""
+            raise ConfigError(f"'{item}': must be key=value{text}")
         if len(item) > LONGEST or re.search("[0-9]{1000}", item):
             raise ConfigError(f"{item:.60}...: longer than any value ({len(item)} characters)")
         name, _, value = item.lstrip("+").partition("=")
         if item == "hydra/sweeper=optuna" and importlib.util.find_spec("optuna") is None:
             raise ConfigError(f"{item}: is not installed; {install('optuna')}")
+        if name == "data" and re.search(IS_FILE, value):
+            raise ConfigError(no_such_choice(item, ()))
         if item in OTHER_CHOICES:
             raise ConfigError(f"{item}: no such choice; did you mean {OTHER_CHOICES[item]}?")
         if removed := REMOVED.get(name) or REMOVED.get(f"{name}={value}"):
@@ -205,6 +233,13 @@ def check(overrides: Sequence[str], command: Command[Any]) -> None:
             raise ConfigError(f"{name}={value}: no such key; did you mean {meant}?")
 
 
+def check_quotes(before: str, item: str, types: Mapping[str, Any]) -> None:
+    """Raise ConfigError where ``item`` seems to go on with the text that ``before`` began."""
+    name = before.partition("=")[0].lstrip("+")
+    if "=" in before and types.get(name) in (str, Optional[str]):
+        raise ConfigError(f"'{item}': a text with spaces needs quotes, '{before} {item} ...'")
+
+
 def synonym(name: str, value: str, command: Command[Any]) -> str:
     """Return the override that other programs spell ``name=value``, or "" if none is known."""
     last = name.rpartition(".")[2]
@@ -215,12 +250,19 @@ def synonym(name: str, value: str, command: Command[Any]) -> str:
     return meant.format(DEVICES.get(value, value) if key == "hardware" else value)
 
 
-def explain_option(option: str, command: Command[Any]) -> str:
-    """Return the line for an option that there is not, often meant for a key."""
+def explain_option(
+    option: str, argv: Sequence[str], known: Sequence[str], command: Command[Any] | None = None
+) -> str:
+    """Return the line for an option that there is not, often meant for one of the keys ``known``
+    and followed by its value."""
     name, equals, value = option.lstrip("-").partition("=")
-    name, value = name.replace("-", "_"), value if equals else "..."
-    meant = f"{name}={value}" if name in key_types(command) else synonym(name, value, command)
-    hint = f"; did you mean {meant}?" if meant else checks.did_you_mean(name, names(command))
+    after = argv[argv.index(option) + 1 :][:1]
+    if not equals:
+        value = after[0] if after and not re.search("^-|=", after[0]) else "..."
+    name = name.replace("-", "_")
+    meant = f"{name}={value}" if name in known else ""
+    meant = meant or (synonym(name, value, command) if command else "")
+    hint = f"; did you mean {meant}?" if meant else checks.did_you_mean(name, known)
     return f"{option}: no such option{hint or '; --help shows what there is'}"
 
 
@@ -296,8 +338,10 @@ def explain(error: BaseException, overrides: Sequence[str], command: Command[Any
 
 def no_such_choice(given: str, choices: Iterable[str]) -> str:
     """Return the line for ``group=choice``, where the group has other ``choices``."""
-    known = sorted(choices)
-    near = checks.did_you_mean(given.partition("=")[2], known)
+    (group, _, choice), known = given.partition("="), sorted(choices)
+    if group == "data" and re.search(IS_FILE, choice):
+        return f"{given}: no such choice; did you mean data=custom data.path={choice}?"
+    near = checks.did_you_mean(choice, known)
     return f"{given}: no such choice" + (f"; there are {', '.join(known)}{near}" if known else "")
 
 

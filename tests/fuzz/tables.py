@@ -22,7 +22,7 @@ def read(suffix: str, data: bytes) -> Table:
     named = fit.TableColumns(n="params", d="tokens", loss="loss")
     units = fit.TableUnits(n=1.0, d=1.0)  # damaged counts are to reach the law
     path = str(file_of(f"table{suffix}", data))
-    return fit._read(fit.Arguments(table=path, columns=named, units=units))[0]
+    return fit._read(fit.Arguments(table=path, columns=named, units=units))
 
 
 def points(table: pd.DataFrame, columns: Columns) -> None:

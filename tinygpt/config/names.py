@@ -47,6 +47,7 @@ DECIDED = {
 }
 # What other programs call a key; {} stands for its value.
 SYNONYMS = {
+    "data=custom data.path={}": "path file text",
     "optim.learning_rate={}": "lr learning_rate max_lr peak_lr",
     "optim.weight_decay={}": "wd weight_decay",
     "model.d_model={}": "n_embd embed_dim hidden_size dim",
