@@ -29,7 +29,7 @@ from tinygpt.config import (
     RayLauncher,
     SlurmLauncher,
 )
-from tinygpt.sweeping import engines
+from tinygpt.sweeping import engines, workers
 from tinygpt.sweeping.jobs import Job
 
 
@@ -128,7 +128,7 @@ def test_what_an_engine_refuses_ends_in_one_line(
 def test_workers_share_out_the_gpus(tmp_path: Path) -> None:
     from joblib.externals.loky import ProcessPoolExecutor
 
-    pool = ProcessPoolExecutor(4, initializer=engines._claim_gpu, initargs=(4, 2, tmp_path))
+    pool = ProcessPoolExecutor(4, initializer=workers._claim_gpu, initargs=(4, 2, tmp_path))
     try:
         futures = [pool.submit(visible_gpu, 1.0) for _ in range(4)]
         seen = Counter(future.result() for future in futures)
@@ -250,20 +250,20 @@ def test_a_killed_worker_hides_no_other(tmp_path: Path, monkeypatch: pytest.Monk
     """It is seen which job it was; the others end well."""
     jobs = sweep("seed=1,2,3,4,5", f"output_dir={tmp_path}", "hardware.accelerator=cpu")
     monkeypatch.setattr(engines, "do_job", dies_at_seed_3)
-    with engines.Workers(2) as workers:
-        found = {job.config.seed: outcome for job, outcome in engines.run_local(jobs, workers)}
+    with workers.Workers(2) as pool:
+        found = {job.config.seed: outcome for job, outcome in workers.run_local(jobs, pool)}
     statuses = {seed: outcome.status for seed, outcome in found.items()}
     assert statuses == {**dict.fromkeys((1, 2, 4, 5), "finished"), 3: "killed"}
     assert "SIGKILL" in found[3].reason
 
 
-def dies_at_seed_3(job: Job) -> engines.Outcome:
+def dies_at_seed_3(job: Job) -> workers.Outcome:
     job.run.path.mkdir(parents=True, exist_ok=True)
     job.run.log.touch()
     time.sleep(0.2)
     if job.config.seed == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return engines.Outcome("finished", 1.0)
+    return workers.Outcome("finished", 1.0)
 
 
 @pytest.mark.slow

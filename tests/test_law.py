@@ -25,10 +25,11 @@ from tinygpt.config import ConfigError
 from tinygpt.scaling.design import Design, spend
 from tinygpt.scaling.laws import sum_of_powers
 from tinygpt.sweeping import budget, recipe
-from tinygpt.sweeping.engines import Outcome, Share
+from tinygpt.sweeping.engines import Share
 from tinygpt.sweeping.jobs import Job
 from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.sweeping.recipe import Asked
+from tinygpt.sweeping.workers import Outcome
 
 LAWS = ("chinchilla", "coupled")
 FLOPS = 6e12  # of a simulated study

@@ -29,11 +29,11 @@ from tinygpt.config import ConfigError, RunError, WsdSchedule
 from tinygpt.fileio import read_yaml
 from tinygpt.runs import rundir
 from tinygpt.scaling.runs import load_runs
-from tinygpt.sweeping.engines import Outcome
 from tinygpt.sweeping.jobs import Job, compose_jobs, expand, flops_of
 from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.sweeping.search import search as optuna_search
 from tinygpt.sweeping.view import View, Work, seconds_left
+from tinygpt.sweeping.workers import Outcome
 
 EXPERIMENTS = sorted(
     path.stem

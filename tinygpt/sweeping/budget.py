@@ -27,13 +27,14 @@ from tinygpt.scaling.design import Design
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.wording import equation
 from tinygpt.sweeping import recipe as rules
-from tinygpt.sweeping.engines import Engine, Outcome, Share, check_engine, ready
+from tinygpt.sweeping.engines import Engine, Share, check_engine, ready
 from tinygpt.sweeping.jobs import Job, compose_jobs
 from tinygpt.sweeping.kinds import TRAINING, stable_steps_of
 from tinygpt.sweeping.recipe import Asked, Recipe
 from tinygpt.sweeping.record import Record
 from tinygpt.sweeping.study import write_summary
 from tinygpt.sweeping.view import make_table, say
+from tinygpt.sweeping.workers import Outcome
 from tinygpt.training.console import clock, short
 
 OVERHEAD, SLOWER = 2.0, 1.2  # seconds of a run beside its steps, and a factor: before any ended

@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from tinygpt import cli, words
 from tinygpt.config import ConfigError, RunError
 from tinygpt.fileio import write_text
-from tinygpt.sweeping.engines import Outcome
 from tinygpt.sweeping.jobs import Kind, compose_jobs, study_name
 from tinygpt.sweeping.kinds import KINDS
 from tinygpt.sweeping.study import run_study
+from tinygpt.sweeping.workers import Outcome
 
 if TYPE_CHECKING:
     import optuna

@@ -12,10 +12,11 @@ from rich.console import Console
 
 from tinygpt import fileio, signals
 from tinygpt.config.settings import SMOKE
-from tinygpt.sweeping.engines import Engine, Outcome, Share, check_engine, outcome_of, ready
+from tinygpt.sweeping.engines import Engine, Share, check_engine, ready
 from tinygpt.sweeping.jobs import Job, Kind, compose_jobs, flops_of
 from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.sweeping.view import View, make_table, say
+from tinygpt.sweeping.workers import Outcome, outcome_of
 
 SHOWN = 40  # rows; of a longer study the table shows what did not end well
 

@@ -17,8 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tinygpt.sweeping.engines import Outcome
 from tinygpt.sweeping.jobs import Job
+from tinygpt.sweeping.workers import Outcome
 from tinygpt.training.console import clock
 
 EVERY = 1.0  # seconds between looks at the folders
