@@ -426,20 +426,26 @@ def again(here: Path, finished: Path, corpus: Path, cache: Path) -> tuple[Path, 
     return here / "outputs" / "s" / "r", words_for(corpus, cache, here / "outputs")
 
 
-@pytest.mark.parametrize("force", ["false", "true"])
 @pytest.mark.parametrize("unfinished", [False, True])
 def test_another_configuration_in_the_same_folder(
-    again: tuple[Path, list[str]], fails: Callable[..., Said], unfinished: bool, force: str
+    again: tuple[Path, list[str]], fails: Callable[..., Said], unfinished: bool
 ) -> None:
     run, words = again
     if unfinished:
         (run / "results.json").unlink()
     before = content(run)
-    said = fails(*words, "optim.learning_rate=0.5", f"force={force}")
-    assert said.code == 2
-    assert said.line.startswith(f"run_name=r: {run} holds a run of another configuration; ")
+    said = fails(*words, "optim.learning_rate=0.5")
+    assert said == Said(
+        2,
+        f"run_name=r: {run} holds a run of another configuration; it has optim.learning_rate=0.001,"
+        " not 0.5; choose another run_name, or force=true replaces it",
+    )
     assert content(run) == before
-    assert lasting(trained(*words))["status"] == "finished"
+    alone = trained(*words, "optim.learning_rate=0.5", "study=alone")
+    forced = trained(*words, "optim.learning_rate=0.5", "force=true")
+    assert forced["final_val_loss"] == alone["final_val_loss"]
+    assert forced["config_hash"] == alone["config_hash"]
+    assert fails(*words).code == 2  # the folder is the other run's now
 
 
 def test_a_folder_that_is_no_runs(

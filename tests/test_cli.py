@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import operator
+import os
 import random
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,12 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import MISSING
 
-from tinygpt import cli, fit, words
+from tests.conftest import ROOT
+from tests.test_imports import COMMANDS
+from tinygpt import cli, completion, fileio, fit, words
 from tinygpt.cli import compose_config, read_arguments
 from tinygpt.config import DEFAULT_TOKENS, HORIZONS, Config, ConfigError, RunError, key
 from tinygpt.data.shards import cache_root
 from tinygpt.fileio import locked
-from tinygpt.runs.rundir import config_hash, folder_of, run_name
+from tinygpt.runs.rundir import RunDir, config_hash, folder_of, run_name
 from tinygpt.sweeping.jobs import expand
 
 USAGE = "usage: python -m tinygpt.test prompt=TEXT"
@@ -548,3 +554,152 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path: Path) -> None:
         locked(inside, tmp_path / "file", "run"),
     ):
         pass
+
+
+# --- one command for all
+
+
+def shell(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_front_door(tmp_path: Path) -> None:
+    listed = shell("tinygpt", cwd=tmp_path)
+    assert listed.returncode == 0
+    assert set(re.findall(r"^  (\w+) ", listed.stdout, re.M)) == COMMANDS
+    assert max(map(len, listed.stdout.splitlines())) <= 80
+    wrong = shell("tinygpt", "fti", cwd=tmp_path)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "error: fti: no such command; did you mean fit?\n"
+    one, other = (
+        shell(*w, "seed=-1", cwd=tmp_path) for w in (("tinygpt", "run"), ("tinygpt.run",))
+    )
+    assert one.returncode == other.returncode == 2
+    assert one.stderr == other.stderr == "error: seed=-1: must be at least 0\n"
+    with pytest.raises(SystemExit) as left:
+        completion.main("--completion", ["tcsh"], COMMANDS)
+    assert left.value.code == 2
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_fits_the_terminal(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command: Any = {"run": cli.RUN, "adapt": cli.ADAPT}.get(name)
+    module = importlib.import_module(f"tinygpt.{name}")
+    text = cli.help_text(command) if command else module.USAGE
+    monkeypatch.setenv("COLUMNS", "80")
+    cli.show_help(text)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.split() == text.split()
+
+
+COMPLETED = {
+    "tinygpt ev": ["evaluate "],
+    "tinygpt run model=sm": ["model=small "],
+    "tinygpt run model.d_": ["model.d_ff=", "model.d_model="],
+    "tinygpt run opt": ["optim=", "optim."],
+    "tinygpt run --multirun optim=adamw,l": ["optim=adamw,lion "],
+    "tinygpt adapt policy=s": ["policy=self "],
+    "tinygpt fit objective=": ["objective=log ", "objective=raw "],
+    "tinygpt fit outp": ["output_dir=", "outputs/"],
+    "tinygpt evaluate runs=outputs/a,outputs/b": ["runs=outputs/a,outputs/b.txt "],
+    "tinygpt tokenizer train ki": ["kind="],
+    "tinygpt nonsense ": [],
+}
+
+
+@pytest.mark.parametrize("line", COMPLETED)
+def test_words_are_completed(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "b.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert sorted(completion.complete(line, COMMANDS)) == sorted(COMPLETED[line])
+
+
+def test_bash_completes_what_stands_behind_the_equals_sign(tmp_path: Path) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    script = f"""
+tinygpt() {{ {shlex.quote(sys.executable)} -m tinygpt "$@"; }}
+{completion.SCRIPTS["bash"]}
+COMP_LINE="tinygpt run model=sm" COMP_POINT=20
+_tinygpt
+printf '%s|' "${{COMPREPLY[@]}}"
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([bash, "-c", script], cwd=tmp_path, env=env, capture_output=True)
+    assert (done.stdout, done.stderr) == (b"small |", b"")
+
+
+@dataclass
+class Folders:
+    runs: list[str] = field(default_factory=list)
+    run: Optional[str] = None
+    prompt: str = ""
+
+
+def test_a_bare_word_is_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "x=1"):
+        Path(name).mkdir()
+
+    def taken(bare: str, *argv: str) -> Folders:
+        return read_arguments(Folders, argv, USAGE, bare=bare)
+
+    assert taken("runs", "a", "b", "x=1").runs == ["a", "b", "x=1"]
+    assert taken("runs", "runs=a,b", "nowhere").runs == [
+        "a",
+        "b",
+        "nowhere",
+    ]  # refused by name later
+    assert taken("run", "prompt=Hello", "a") == Folders(run="a", prompt="Hello")
+    with pytest.raises(ConfigError, match=r"^'b': run=a is given already$"):
+        taken("run", "a", "b")
+    with pytest.raises(ConfigError, match=r"^'upon': a text with spaces needs quotes, 'prompt=On"):
+        taken("run", "a", "prompt=Once", "upon", "a", "time")
+
+
+# What takes seconds to import, each replaced by a module that says so and ends the process.
+HEAVY = ("torch", "lightning", "pandas", "scipy", "matplotlib")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run",
+        "run --multirun seed=1,2",
+        "law book.txt",
+        "fit outputs/r",
+        "evaluate outputs/r",
+        "export outputs/r to=there",
+        "sample outputs/r",
+    ],
+)
+def test_the_first_word_comes_before_what_is_slow(words: str, tmp_path: Path) -> None:
+    for name in HEAVY:
+        folder = tmp_path / "stubs" / name
+        folder.mkdir(parents=True)
+        text = "import os\nos.write(1, b'heavy')\nos._exit(0)\n"
+        (folder / "__init__.py").write_text(text)
+    (tmp_path / "book.txt").write_text("A sentence of the book.\n\n" * 100)
+    run = RunDir(tmp_path / "outputs" / "r")
+    run.checkpoints.mkdir(parents=True)
+    run.write_config(compose_config([]))
+    fileio.write_json(run.environment, {"config_hash": "?"})
+    (run.checkpoints / "final.ckpt").touch()
+    done = shell("tinygpt", *words.split(), cwd=tmp_path, PYTHONPATH=f"{tmp_path}/stubs:{ROOT}")
+    first = "loading …\n"
+    if words.startswith("sample"):  # whose stdout is the text
+        assert (done.stderr, done.stdout) == (first, "heavy")
+    else:
+        assert done.stdout == first + "heavy", done.stderr

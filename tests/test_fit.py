@@ -6,6 +6,7 @@ import io
 import json
 import re
 import runpy
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -166,6 +167,28 @@ def test_run_folders(tinygpt: Command, tmp_path: Path) -> None:
     assert json.loads((other / "fit.json").read_text()) == found
 
 
+def test_a_fit_replaces_no_other(tinygpt: Command, tmp_path: Path) -> None:
+    for name in ("a", "b", "c/a"):
+        (tmp_path / name).mkdir(parents=True)
+        table().to_csv(tmp_path / name / "runs.csv", index=False)
+
+    def fitted(place: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return tinygpt("fit", f"table={place}/runs.csv", "law=power_constant", "variable=N", *words)
+
+    assert "report: outputs/fit-a-runs/report.html" in fitted("a").stdout
+    written = (tmp_path / "outputs/fit-a-runs/fit.json").read_bytes()
+    assert "report: outputs/fit-b-runs/report.html" in fitted("b").stdout
+    refused = fitted("c/a")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    line = "outputs/fit-a-runs: holds the fit of a/runs.csv; force=true replaces it"
+    assert refused.stderr == f"error: {line}\n"
+    again = fitted("a")
+    assert again.stdout.startswith("note: the fit in outputs/fit-a-runs is made again\n")
+    assert (tmp_path / "outputs/fit-a-runs/fit.json").read_bytes() == written
+    assert fitted("c/a", "force=true").returncode == 0
+    assert fitted("a").returncode == 2
+
+
 def test_runs_at_smoke_scale_are_no_result(tinygpt: Command, tmp_path: Path) -> None:
     """One of them is enough; the study says so at its end, and again where nothing was left."""
     study = run_folders(tmp_path / "outputs" / "width")
@@ -178,7 +201,7 @@ def test_runs_at_smoke_scale_are_no_result(tinygpt: Command, tmp_path: Path) -> 
     console = Console(file=io.StringIO(), width=200)
     TRAINING.fit(study, console, anew=False)
     assert isinstance(console.file, io.StringIO)
-    assert "(smoke: not a result)" in console.file.getvalue()
+    assert "smoke: not a result" in console.file.getvalue()
 
 
 def test_an_older_run_in_the_folder_is_named(tinygpt: Command, tmp_path: Path) -> None:
@@ -255,7 +278,7 @@ def test_a_mistake_is_one_line(
     assert said.err.startswith(f"error: {begins}")
     assert nearest in said.err
     assert (left.value.code, said.err.count("\n")) == (2, 1)
-    assert said.out in ("", "loading …\n")
+    assert said.out in ("", "loading …\n", "loading …\nfitting 12 runs …\n")
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {
         "t.csv",
         "laws.py",
@@ -328,9 +351,10 @@ def test_a_study_ends_with_its_law(tinygpt: Command, corpus: Path, tmp_path: Pat
     assert "report     outputs/s/fit/report.html" in done.stdout
     folder = tmp_path / "outputs/s/fit"
     written = (folder / "fit.json").read_bytes()
-    closing = [line for line in done.stdout.splitlines() if line.startswith(("law", "report"))]
+    closing = done.stdout.splitlines()[-3:]
+    assert [line.split(" ")[0] for line in closing] == ["law", "", "report"]
     finished = tinygpt("run", *words)  # all is skipped, and what it came to is said again
-    assert finished.stdout.splitlines()[-2:] == closing
+    assert finished.stdout.splitlines()[-3:] == closing
     assert len(pd.read_csv(folder / "runs.csv")) == 6
     again = tinygpt("fit", "runs=outputs/s")
     assert again.returncode == 0, again.stderr

@@ -423,9 +423,7 @@ def sized(width: int, *, steps: int = 1000, branch_step: int = 0) -> Job:
 
 def test_what_trunks_save_is_said() -> None:
     trunk, branch = sized(10), sized(10, steps=500, branch_step=400)
-    assert flops_of([trunk, branch]) == (
-        "1.10e+11 FLOPs, saved 4.00e+10 (27%) against independent runs by sharing trunks"
-    )
+    assert flops_of([trunk, branch]) == "1.10e+11 FLOPs, 27% saved by sharing trunks"
     assert flops_of([trunk, sized(10, steps=500)]) == "1.50e+11 FLOPs"
 
 
@@ -475,9 +473,9 @@ def test_the_view_times_what_ended_and_what_runs(monkeypatch: pytest.MonkeyPatch
     assert view.left() == ""  # of a step four times as large nothing is known
     view.begun[jobs[1]], now = now, now + 60
     view.progress[jobs[1]] = (0.2, "")
-    assert view.left() == "  about 14:00 left"  # 300 seconds each
+    assert view.left() == "16%  about 14:00 left"  # 300 seconds each, of 160 spent
     view.done_before[jobs[1]] = 0.05  # by an earlier start of the study: 400 seconds each
-    assert view.left() == "  about 18:40 left"
+    assert view.left() == "12%  about 18:40 left"
     view.ended(jobs[1], Outcome("failed", reason="x"))  # what it was at goes with it
     assert view.left() == ""
 
@@ -497,7 +495,11 @@ def test_sigterm_saves_and_stops_a_study(
     process.send_signal(signal.SIGTERM)
     code, (out, err) = process.wait(60), process.communicate()
     assert code == 143, out + err
-    assert (out + err).count("stopped by SIGTERM; the same command goes on from what is saved") == 1
+    line = "stopped by SIGTERM: 0 of 2 runs done; the same command resumes"
+    assert (out + err).count(line) == 1
+    assert "1/2" not in out  # nothing is done
+    begun = len(list(study.glob("*/run.log")))
+    assert out.count("  interrupted at ") == begun
     done = tinygpt("run", *words)
     assert done.returncode == 0, done.stderr
     undisturbed = tinygpt("run", *words, "study=undisturbed")

@@ -22,11 +22,11 @@ usage: tinygpt COMMAND [key=value ...]
 
 {}
 
-tinygpt COMMAND --help            what it takes
-tinygpt --completion bash         a script that completes words with Tab; also zsh, fish
+tinygpt COMMAND --help         what a command takes
+tinygpt --completion bash      print what makes Tab complete words; or zsh, fish
 tinygpt --version
 
-To begin: tinygpt law path=book.txt minutes=15"""
+To begin: tinygpt law book.txt minutes=15"""
 
 
 def main() -> None:

@@ -288,7 +288,7 @@ def sweeps(command: Command[S], overrides: Sequence[str], multirun: bool) -> boo
 def announce(doing: str, file: TextIO | None = None) -> None:
     """Say at once what takes the next seconds, unless another process of this run says it."""
     if signals.PARENT not in os.environ:
-        print(doing, "…", file=file, flush=True)
+        print(f"{doing} …", file=file, flush=True)
 
 
 # --- errors and exit codes

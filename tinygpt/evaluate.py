@@ -72,7 +72,8 @@ def main() -> None:
         from tinygpt.evaluating import runs, table  # torch takes seconds
 
         refused: list[str] = []
-        made = runs.evaluate(paths, arguments, status.update, refused.append)
+        tell = status.update if console.is_terminal else cli.announce
+        made = runs.evaluate(paths, arguments, tell, refused.append)
         if not made:
             raise ConfigError(refused[0])
         written = table.write(made, folder, dataclasses.asdict(arguments), refused)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Optional
 
 from tinygpt import cli, fileio
 from tinygpt.config import ConfigError, key
+from tinygpt.data.survey import many
 from tinygpt.runs import rundir
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ def main() -> None:
         from tinygpt.scaling.runs import curves_of
 
         curves = curves_of(pd.concat([table.runs, table.left_out]).sort_index())
+    cli.announce(f"fitting {many(len(table.runs), 'run')}")
     asked = ("variable", "estimator", "threshold", "objective", "budgets")
     analysis = analyse(
         table.runs,
@@ -146,6 +148,7 @@ def main() -> None:
         notes=table.notes,
         **{name: getattr(arguments, name) for name in (*asked, "isoflop", "seed")},
     )
+    cli.announce("drawing")
     story = Story.read(Path(arguments.runs[0])) if len(arguments.runs) == 1 else None
     report.write(analysis, folder, story, arguments.table)
     if folder.name != "fit":

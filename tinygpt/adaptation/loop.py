@@ -304,7 +304,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
     if (found := _finished(config, run, hash_, console)) is not None:
         return found
     base_run = load_run(config.run, config.checkpoint, device.accelerator)
-    with preparing(console) as progress:
+    with preparing(console, base_run.config.data) as progress:
         documents, skipped = open_documents(config.documents, base_run, config.data)
         tokens = config.documents.forgetting_tokens
         base = Base(base_run, own_validation(base_run, tokens, config.cache_dir, progress))
@@ -349,10 +349,10 @@ def make_policy(config: AdaptConfig, run: TrainedRun, documents: Sequence[Docume
 def _finished(
     config: AdaptConfig, run: rundir.RunDir, hash_: str, console: Console
 ) -> dict[str, Any] | None:
-    found = run.finished(hash_)  # refuses another configuration's folder, forced or not
-    if found is None or config.force:
+    found = run.finished(hash_, config.force)
+    if found is None:
         return None
-    line = f"already finished: {run.path} ({found['records']} records); force=true makes them anew"
+    line = f"already finished: {run.path} ({found['records']} records); force=true makes them again"
     console.print(line, highlight=False, soft_wrap=True)
     return found
 
@@ -360,7 +360,7 @@ def _finished(
 def _begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> None:
     """Make the folder and say whose it is, or keep what a killed process left to resume.
 
-    If forced, an earlier adaptation of the same configuration goes first.
+    If forced, an earlier adaptation goes first.
     """
     if config.force:
         run.clear()

@@ -40,14 +40,14 @@ class Survey:
 
     def lines(self) -> list[str]:
         """Return what a command prints: what was read and skipped, and the column chosen."""
-        read = [_many(self.files, "file")] if self.files else []
+        read = [many(self.files, "file")] if self.files else []
         skipped = counted(self.skipped)
         if self.empty_documents:
-            skipped.append(_many(self.empty_documents, "empty document"))
+            skipped.append(many(self.empty_documents, "empty document"))
         if self.values_not_text:
-            skipped.append(_many(self.values_not_text, "value") + " not text")
+            skipped.append(many(self.values_not_text, "value") + " not text")
         beside = f"; skipped {', '.join(skipped)}" if skipped else ""
-        found = [f"text: {', '.join([*read, _many(self.documents, 'document')])}{beside}"]
+        found = [f"text: {', '.join([*read, many(self.documents, 'document')])}{beside}"]
         formats = "; ".join(self.formats)
         if self.text_column is not None:
             others = f" (not {', '.join(self.other_columns)})" if self.other_columns else ""
@@ -76,11 +76,12 @@ def results(facts: Mapping[str, Any] | None) -> dict[str, Any]:
 def counted(skipped: Counter[str]) -> list[str]:
     """Return ``2 .png``, ``1 empty file`` ..., the most frequent first."""
     several = skipped.most_common()
-    found = [_many(count, reason) for reason, count in several[:SHOWN]]
+    found = [many(count, reason) for reason, count in several[:SHOWN]]
     rest = sum(count for _, count in several[SHOWN:])
-    return found + ([_many(rest, "other")] if rest else [])
+    return found + ([many(rest, "other")] if rest else [])
 
 
-def _many(count: int, thing: str) -> str:
+def many(count: int, thing: str) -> str:
+    """Return ``1 file`` or ``2 files``."""
     is_suffix = thing.startswith(".") or thing == "without suffix"
     return f"{count:,} {thing}{'s' * (count != 1 and not is_suffix)}"

@@ -320,10 +320,11 @@ class RunDir:
             raise ConfigError(f"checkpoint={name}: not in {self.checkpoints}; {found}")
         return self.checkpoints / f"{name}.ckpt"
 
-    def finished(self, config_hash: str) -> dict[str, Any] | None:
+    def finished(self, config_hash: str, force: bool = False) -> dict[str, Any] | None:
         """Return the results of a finished run of this very configuration, else None.
 
-        Raises ConfigError where the folder belongs to another configuration or is not a run's.
+        Raises ConfigError where the folder is not a run's or, unless ``force`` may replace it, is
+        that of another configuration.
         """
         begun = next((path for path in (self.results, self.environment) if path.exists()), None)
         if begun is None:
@@ -334,15 +335,14 @@ class RunDir:
                 raise ConfigError(line)
             return None
         values = fileio.read_json(begun)
-        if values.get("config_hash") != config_hash:
+        if values.get("config_hash") != config_hash and not force:
             raise self._another("")
-        return values if begun == self.results else None
+        return values if begun == self.results and not force else None
 
     def _another(self, differs: str) -> ConfigError:
         return ConfigError(
             f"run_name={self.path.name}: {self.path} holds a run of another configuration"
-            f"{differs}; choose another run_name or study, give the values of before, or remove "
-            "that folder"
+            f"{differs}; choose another run_name, or force=true replaces it"
         )
 
     def hash_in(self, config: Config, content: dict[str, str]) -> str:
@@ -354,7 +354,8 @@ class RunDir:
         asked = config_hash(config, content)
         begun = next((path for path in (self.results, self.environment) if path.exists()), None)
         stored = fileio.read_json(begun).get("config_hash") if begun else None
-        if stored in (None, asked) or not self.config.exists() or is_adaptation(self.path):
+        is_new = config.force or stored in (None, asked) or not self.config.exists()
+        if is_new or is_adaptation(self.path):
             return asked
         theirs = read_config(self.config)
         changed = _changed(dataclasses.asdict(theirs), dataclasses.asdict(config))

@@ -28,6 +28,7 @@ from tinygpt.config import (
     install,
 )
 from tinygpt.config.counting import count_parameters
+from tinygpt.data.survey import many
 from tinygpt.sweeping.jobs import Job
 from tinygpt.sweeping.workers import (
     Outcome,
@@ -79,7 +80,7 @@ class Share(NamedTuple):
     def words(self) -> str:
         how = "one after the other" if self.at_once == 1 else f"{self.at_once} at once"
         if self.threads:
-            how += f", {self.threads} thread{'' if self.threads == 1 else 's'} each"
+            how += f", {many(self.threads, 'thread')} each"
         return how
 
 

@@ -105,8 +105,7 @@ def flops_of(jobs: Iterable[Job]) -> str:
     own, alone = (sum(job.flops for job in jobs), sum(job.row["flops_exact"] for job in jobs))
     saved = ""
     if own < alone:
-        saved = f", saved {alone - own:.2e} ({1 - own / alone:.0%}) against independent runs"
-        saved += " by sharing trunks"
+        saved = f", {1 - own / alone:.0%} saved by sharing trunks"
     return f"{own:.2e} FLOPs{saved}"
 
 

@@ -69,7 +69,7 @@ class Trainings(Kind):
         from tinygpt.training.session import open_data, open_machine
 
         prepared: dict[str, shards.Prepared] = {}
-        with preparing(console) as progress:
+        with preparing(console, jobs[0].config.data) as progress:
             for job in jobs:
                 config, device = job.config, open_machine(job.config)
                 source = f"{config.data} {config.tokenizer}"
@@ -186,7 +186,7 @@ class Trainings(Kind):
         if verdict is None:
             verdict = "all applicable checks pass" if found["is_evidence"] else "not evidence yet"
         words = wording.variables({name: of["meaning"] for name, of in found["variables"].items()})
-        say(console, f"law        {wording.equation(law, values)}, {words}  ({verdict})")
+        say(console, f"law        {wording.equation(law, values)}, {words}\n{'':10} {verdict}")
         say(console, f"report     {folder / 'fit' / 'report.html'}")
 
 

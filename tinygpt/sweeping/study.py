@@ -32,8 +32,8 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
     settings = jobs[0].config
     outcomes: dict[Job, Outcome] = {}
     for job in jobs:
-        results = job.run.finished(job.hash)  # refuses another's folder, forced or not
-        if results is not None and not job.config.force:
+        results = job.run.finished(job.hash, job.config.force)
+        if results is not None:
             outcomes[job] = outcome_of(job, results, is_new=False)
     pending = [job for job in jobs if job not in outcomes]
     if settings.plan:
@@ -47,6 +47,11 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
         if pending:
             check_engine(settings.launcher)
             share, engine = held.enter_context(ready(pending, len(jobs)))
+            if len(pending) > 1:
+                starting = f"starting {share.words.replace('at once', 'workers')} …"
+                are_workers = share.engine == "local" and share.at_once > 1
+                how = f"launcher {share.engine}: {share.words}"
+                say(console, starting if are_workers else how)
             kind.prepare(jobs if settings.sweep.share_trunk else pending, outcomes, console)
         for folder in folders:
             held.enter_context(fileio.locked(folder, folder.parent, "study"))
@@ -54,9 +59,9 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
             _run(pending, share, engine, len(jobs), outcomes, console)
         for folder in folders:
             write_summary(folder, kind)
-        _print_summary(jobs, outcomes, console)
         if len(outcomes) < len(jobs) or _is_interrupted(outcomes):
-            raise signals.Stopped(signals.received() or signal.SIGINT)
+            raise _stopped(jobs, outcomes)
+        _print_summary(jobs, outcomes, console)
         if settings.fit and len(jobs) > 1:
             for folder in folders:
                 made = not pending and _is_fitted(folder / "fit" / kind.report, folder)
@@ -75,12 +80,12 @@ def _run(
     """Do ``pending``, trunks before their branches, and note how each ended in ``outcomes``."""
     if share.engine != "serial":  # longest first: none is left alone at the end
         pending.sort(key=lambda job: -job.row["flops_exact"])
-    if pending[0].config.launcher.kind == "auto" and len(pending) > 1:
-        say(console, f"launcher {share.engine}: {share.words}")
     stages = [job for job in pending if not job.trunk], [job for job in pending if job.trunk]
     with View(pending, total, console) as view:
         for stage in filter(None, stages):
             for job, outcome in engine(stage, pending[0].run.path.parent):
+                if outcome.status == "interrupted" and not job.run.log.exists():
+                    return  # it had not begun
                 outcomes[job] = outcome
                 if outcome.status == "killed" and job.run.environment.exists():
                     fileio.write_json(job.run.error, {"error": outcome.reason})
@@ -91,6 +96,14 @@ def _run(
 
 def _is_interrupted(outcomes: Mapping[Job, Outcome]) -> bool:
     return any(outcome.status == "interrupted" for outcome in outcomes.values())
+
+
+def _stopped(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome]) -> signals.Stopped:
+    """Return the signal that ended the study, with what is done and how to resume."""
+    number = signals.received() or signal.SIGINT
+    done = sum(not outcome.failed for outcome in outcomes.values())
+    line = f"stopped by {signal.Signals(number).name}: {done} of {len(jobs)} runs done; "
+    return signals.Stopped(number, f"{line}the same command resumes")
 
 
 def _is_fitted(report: Path, folder: Path) -> bool:
@@ -122,7 +135,7 @@ def _print_summary(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], console
     statuses = {}
     table = make_table("run", "status", jobs[0].kind.metric[1], "", left=("run", "status", ""))
     for job in jobs:
-        outcome = outcomes.get(job, Outcome("not begun"))
+        outcome = outcomes[job]
         statuses[job] = outcome.status.replace("_", " ") + ("" if outcome.is_new else " before")
         if len(jobs) <= SHOWN or not statuses[job].startswith("finished"):
             table.add_row(job.label, statuses[job], outcome.shown, outcome.reason)

@@ -17,9 +17,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tinygpt.data.survey import many
 from tinygpt.sweeping.jobs import Job
 from tinygpt.sweeping.workers import Outcome
-from tinygpt.training.console import clock
+from tinygpt.training.console import clock, short
 
 EVERY = 1.0  # seconds between looks at the folders
 ENOUGH = 0.05  # the fraction of a run by which its steps can be timed
@@ -95,8 +96,8 @@ class View:
 
     def __enter__(self) -> View:
         first, skipped = self.pending[0], self.total - len(self.pending)
-        runs = "1 run" if len(self.pending) == 1 else f"{len(self.pending)} runs"
         before = f", {skipped} finished before" if skipped else ""
+        runs = many(len(self.pending), "run")
         say(self.console, f"{first.kind.verb} {runs}{before}; folder {first.run.path.parent}")
         if not first.config.force:
             self.done_before = {job: job.kind.progress(job)[0] for job in self.pending}
@@ -114,22 +115,27 @@ class View:
         """Print how the job ended, and how long the rest will take."""
         now = time.monotonic()
         with self._lock:
+            part, _ = self.progress.pop(job, (0.0, ""))
             self.outcomes[job] = outcome
-            self.progress.pop(job, None)
             if job in self.begun:
                 self.took[job] = now - self.begun[job]
+        if outcome.status == "interrupted":
+            say(self.console, f"{job.label}  interrupted at {part:.0%}")
+            return
         parts = [
             f"{self._done()}/{self.total}",
             job.label,
-            outcome.status.replace("_", " "),
+            "" if outcome.status == "finished" else outcome.status.replace("_", " "),
             f"{job.kind.metric[0]} {outcome.shown}" if outcome.shown else "",
             clock(now - self.begun.get(job, self.start)),
             outcome.reason,
+            "" if self.console.is_terminal else self.left(),  # where the last line says it
         ]
-        say(self.console, "  ".join(filter(None, parts)) + self.left())
+        say(self.console, "  ".join(filter(None, parts)))
 
     def _done(self) -> int:
-        return self.total - len(self.pending) + len(self.outcomes)
+        over = sum(outcome.status != "interrupted" for outcome in self.outcomes.values())
+        return self.total - len(self.pending) + over
 
     def _follow(self) -> None:
         while not self._stop.wait(EVERY):
@@ -156,8 +162,8 @@ class View:
             return False
 
     def left(self) -> str:
-        """Return the time left in words; nothing where it cannot be told."""
-        now, timed, todo, busy = time.monotonic(), [], [], 0.0
+        """Return the share done, the speed and the time left, as far as they are known."""
+        now, timed, todo, busy, tokens = time.monotonic(), [], [], 0.0, 0.0
         running = dict(self.progress)
         for job in self.pending:
             steps, flops = job.steps, job.flops / job.steps
@@ -168,18 +174,26 @@ class View:
                 part = 0.0 if self.outcomes[job].failed else 1.0
             else:
                 todo.append(Work(steps * (1 - max(part, before)), flops))
+            tokens += steps * max(0.0, part - before) * job.row.get("batch_tokens", 0)
             if seconds > 0 and part - before >= ENOUGH:
                 timed.append(Work(steps * (part - before), flops, seconds))
-        at_once = max(1.0, busy / max(now - min(self.begun.values(), default=now), EVERY))
-        seconds_to_go = seconds_left(timed, todo, at_once)
-        return "" if seconds_to_go is None else f"  about {clock(seconds_to_go)} left"
+        since = max(now - min(self.begun.values(), default=now), EVERY)
+        seconds_to_go = seconds_left(timed, todo, max(1.0, busy / since))
+        known = tokens and self.console.is_terminal  # elsewhere it makes the lines too long
+        parts = [f"{short(tokens / since)} tokens/s"] if known else []
+        if seconds_to_go is not None:
+            share = since / (since + seconds_to_go)
+            parts = [f"{share:.0%}", *parts, f"about {clock(seconds_to_go)} left"]
+        return "  ".join(parts)
 
     def _drawn(self) -> Group:
         table = Table.grid(padding=(0, 2))
+        for _ in range(4):
+            table.add_column(no_wrap=True, overflow="ellipsis")
         with self._lock:
             running = list(self.progress.items())
         for job, (part, words) in running:
-            table.add_row(job.label, ProgressBar(1.0, part, width=24), words)
-        failed = sum(outcome.failed for outcome in self.outcomes.values())
+            table.add_row(job.label, ProgressBar(1.0, part, width=16), f"{part:4.0%}", words)
+        failed = sum(outcome.status in ("failed", "killed") for outcome in self.outcomes.values())
         line = f"{self._done()}/{self.total} runs" + (f", {failed} failed" if failed else "")
-        return Group(table, Text(f"{line}{self.left()}"))
+        return Group(table, Text(f"{line}  {self.left()}"))

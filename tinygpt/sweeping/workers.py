@@ -58,16 +58,15 @@ _interrupted: list[bool] = []  # a worker that was told to stop begins nothing m
 def do_job(job: Job) -> Outcome:
     """Do the job without a word to the terminal: its folder has a log of its own."""
     if _interrupted:
-        return Outcome("interrupted", reason="not begun")
+        return Outcome("interrupted")
     streams.survive()
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         try:
             with signals.obeyed():
                 return outcome_of(job, job.kind.run(job, Console(file=nowhere, markup=False)))
-        except (KeyboardInterrupt, SystemExit) as stop:
+        except (KeyboardInterrupt, SystemExit):
             _interrupted.append(True)
-            code = stop.code if isinstance(stop, SystemExit) else 130
-            return Outcome("interrupted", reason=f"stopped with exit code {code}")
+            return Outcome("interrupted")
         except Exception as error:
             return Outcome("failed", reason=one_line(error))
 
@@ -160,7 +159,7 @@ class Workers:
                         how = f"was ended by {names[0]}" if names else "ended abruptly"
                         outcome = Outcome("killed", reason=f"its process {how}")
                     if stopped and outcome.failed:
-                        outcome = Outcome("interrupted", reason=f"stopped by signal {stopped[0]}")
+                        outcome = Outcome("interrupted")
                     yield futures.pop(future), outcome
                 if not (broken or stopped):
                     fill()

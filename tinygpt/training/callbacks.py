@@ -133,6 +133,8 @@ class Journal(pl.Callback):
         self._stats: StepStats | None = None
         self._started: float | None = None  # when the time that is being measured began
         self._timed_from, self._timed_seconds = 0, 0.0  # since the last line of metrics
+        self._begun = self._printed = (0, 0.0)  # step and time: of the start, of the last print
+        self._rate: float | None = None  # tokens a second since the last print
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.state, **{name: float(getattr(self._stats, name)) for name in STATS}}
@@ -151,6 +153,8 @@ class Journal(pl.Callback):
             self.state["initial_val_loss"] = self.scores.loss
             self._write(trainer, 0, {}, self.scores)
             self.samples.draw(trainer, pl_module)
+        self._begun = trainer.global_step, time.perf_counter()
+        self._printed = trainer.global_step, self.state["seconds"]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -201,6 +205,9 @@ class Journal(pl.Callback):
         state["steps"] = step
         state["skipped_steps"] += skipped
         self._timed_from, self._timed_seconds = step, 0.0
+        printed_step, printed_seconds = self._printed
+        if seconds := state["seconds"] - printed_seconds:
+            self._rate = (step - printed_step) * self.config.train.batch_tokens / seconds
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # at 16-mixed
         row: dict[str, Any] = {
             "train_loss": loss,
@@ -291,14 +298,19 @@ class Journal(pl.Callback):
         self.loggers.log_line(row)
         if not scores:
             return
-        line = f"step {step:{len(str(total))}}/{total}  {short(tokens)} tokens  "
+        line = f"step {step:{len(str(total))}}/{total} {100 * step // total:3}%  "
         line += f"train {row['train_loss']:.4f}  " if row.get("train_loss") is not None else ""
-        line += f"val {scores.loss:.4f}"
-        if rate := self.state["tokens_per_second"]:
-            line += f"  {short(rate)} tokens/s"
-            left = (total - step) * self.config.train.batch_tokens / rate
-            line += f"  {clock(left)} left" if step < total else ""
-        log.info("%s", line)
+        log.info("%s", f"{line}val {scores.loss:.4f}{self.pace(step)}")
+        self._printed = step, self.state["seconds"]
+
+    def pace(self, step: int) -> str:
+        """Return the speed since the last printed line and the time left, evaluations included."""
+        first, begun = self._begun
+        text = f"  {short(self._rate)} tokens/s" if self._rate else ""
+        if not first < step < self.plan.total_steps:
+            return text
+        each = (time.perf_counter() - begun) / (step - first)
+        return f"{text}  {clock(each * (self.plan.total_steps - step))} left"
 
 
 class Checkpoints(pl.Callback):
@@ -382,7 +394,7 @@ class ProgressBar(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         total, done = self.plan.total_steps, trainer.global_step
-        self._task = self.bar.add_task("training", total=total, completed=done, loss="", speed="")
+        self._task = self.bar.add_task("training", total=total, completed=done, words="")
         self.bar.start()
 
     def on_train_batch_end(
@@ -397,13 +409,9 @@ class ProgressBar(pl.Callback):
         if now < self._next or self._task is None:
             return
         self._next = now + 0.25
-        loss, rate = self.journal.state["final_train_loss"], self.journal.state["tokens_per_second"]
-        self.bar.update(
-            self._task,
-            completed=trainer.global_step,
-            loss="" if loss is None else f"loss {loss:.3f}",
-            speed="" if rate is None else f"{short(rate)} tokens/s",
-        )
+        step, loss = trainer.global_step, self.journal.state["final_train_loss"]
+        words = ("" if loss is None else f"train {loss:.3f}") + self.journal.pace(step)
+        self.bar.update(self._task, completed=step, words=words)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.bar.stop()

@@ -20,8 +20,9 @@ from rich.progress import (
 )
 
 from tinygpt import fileio, signals
-from tinygpt.config import Config
+from tinygpt.config import Config, CustomData, DataConfig
 from tinygpt.config.counting import count_parameters
+from tinygpt.data.survey import many
 from tinygpt.runs import rundir
 
 if TYPE_CHECKING:  # a sweep prints its errors before torch is imported
@@ -51,9 +52,8 @@ def make_bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[loss]}  {task.fields[speed]}", markup=False),
-        TimeRemainingColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TextColumn("{task.fields[words]}", markup=False),
         console=console,
         transient=True,
         refresh_per_second=4,
@@ -104,20 +104,27 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def preparing(console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show a bar while the corpus is read; nothing where it comes from the cache."""
+def preparing(
+    console: Console, data: DataConfig
+) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show a bar while the corpus is read, elsewhere a line; nothing if it comes from the cache."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
+        TextColumn("left"),
     )
+    name = Path(data.path).name if isinstance(data, CustomData) else data.name
     seen = console.is_interactive or console.is_jupyter  # elsewhere it leaves an empty line
     with Progress(*columns, console=console, transient=True, disable=not seen) as bar:
-        task = bar.add_task("preparing data", total=None)
+        task, told = bar.add_task(f"preparing {name}", total=None), list[str]()
 
         def show(what: str, done: int, total: int | None) -> None:
+            if not seen and not told:
+                told.append(name)
+                console.print(f"preparing {name} …", highlight=False)
             if bar.tasks[0].description != what:  # of another speed
                 bar.reset(task, description=what)
             bar.update(task, completed=done, total=total)
@@ -154,33 +161,31 @@ def log_beginning(
     for name, info in index["splits"].items():
         if info:
             others = {
-                "unknown_tokens": "unknown tokens",
-                "empty_documents": "empty documents",
-                "left_out_documents": "documents skipped",
+                "unknown_tokens": "unknown token",
+                "empty_documents": "empty document",
+                "left_out_documents": "skipped document",
             }
-            odd = [f", {info[key]:,} {words}" for key, words in others.items() if info[key]]
+            odd = [many(info[key], words) for key, words in others.items() if info[key]]
+            documents = many(info["documents"], "document")
             lines.append(
-                f"        {name:<5} {info['documents']:>8,} documents, {short(info['tokens'])} "
-                f"tokens, {info['bytes'] / 1e6:.3g} MB, {short(info['characters'])} characters"
-                + "".join(odd)
+                f"        {name:<5} {documents:>18}, {short(info['tokens'])} tokens, "
+                f"{info['bytes'] / 1e6:.3g} MB, {short(info['characters'])} characters"
             )
+            lines += [f"{'':14}{', '.join(odd)}"] if odd else []
     if duplicates := index["duplicates_of_validation_or_test"]:
-        lines.append(
-            f"note    {duplicates} training documents stand in validation or test too and are "
-            "left out"
-        )
+        copies = many(duplicates, "training document")
+        lines.append(f"note    skipped {copies} that validation or test has too")
     lines += [
         f"train   {short(plan.train_tokens)} tokens ({plan.train_tokens / max(1, used):.2g} epochs "
-        f"of {short(used)}) in {plan.total_steps:,} steps of {config.train.batch_tokens:,}; "
-        + device.accelerator
-        + (f" on {device.world_size} devices" if device.world_size > 1 else "")
-        + f", {threads} thread{'' if threads == 1 else 's'}, precision {device.precision}",
+        f"of {short(used)}) in {many(plan.total_steps, 'step')} of {config.train.batch_tokens:,}",
+        f"on      {device.accelerator}"
+        + (f", {device.world_size} devices" if device.world_size > 1 else "")
+        + f", {many(threads, 'thread')}, precision {device.precision}",
         f"folder  {run.path}{', resuming' if resuming else ''}",
     ]
     if (every := data.val_every()) > 1:
         part = short(index["splits"]["val"]["tokens"] / every)
-        line = f"val     about {part} tokens in between, all of them at the start and at the end"
-        lines.insert(-1, line)
+        lines.insert(-1, f"val     about {part} tokens in between, all at the start and the end")
     for line in lines:
         log.info("%s", line)
 
@@ -190,8 +195,8 @@ def report_finished(
 ) -> dict[str, Any]:
     """Print that the run is there already, and return its results."""
     console.print(
-        f"already {results['status']}: {run.path} (val loss {_number(results['final_val_loss'])}); "
-        "force=true trains anew",
+        f"already {results['status']}: val loss {_number(results['final_val_loss'])}; force=true "
+        f"trains it again\nfolder  {run.path}",
         highlight=False,
         soft_wrap=True,
     )
@@ -206,8 +211,8 @@ def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console)
     """Print what was trained, to which loss, where it is and what to try next."""
     floor = results["irreducible_loss_exact"]
     initial, final = _number(results["initial_val_loss"]), _number(results["final_val_loss"])
-    seen = {"steps skipped": "skipped_steps", "spikes of the gradient": "grad_norm_spikes"}
-    counts = [f", {words}: {results[name]}" for words, name in seen.items() if results[name]]
+    seen = {"skipped step": "skipped_steps", "gradient spike": "grad_norm_spikes"}
+    counts = [f", {many(results[name], what)}" for what, name in seen.items() if results[name]]
     lines = {
         "trained": f"{short(results['model_parameters'])} parameters on "
         f"{short(results['train_tokens'])} tokens of {results['dataset']} in "

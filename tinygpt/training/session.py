@@ -99,10 +99,10 @@ def train(
             leave_with_parent(int(os.environ[signals.PARENT]))
     corpus = corpora.open_corpus(config.data)
     cache = shards.cache_root(config.cache_dir)
-    with preparing(console) as progress:
+    with preparing(console, config.data) as progress:
         hash_, run = identify(config, overrides, corpus)
-        found = run.finished(hash_)  # refuses another configuration's folder, forced or not
-        if found is not None and not config.force:
+        found = run.finished(hash_, config.force)
+        if found is not None:
             return report_finished(run, found, console)
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
     data, vocab_size = open_data(config, prepared, device), prepared.tokenizer.vocab_size
@@ -122,7 +122,7 @@ def train(
         # At Python's own end gloo's threads, which may still hold tensors, would abort it.
         os._exit(0)
     with run.locked(), failures_recorded(run):
-        found = run.finished(hash_)  # meanwhile, another process may have been here
+        found = run.finished(hash_, config.force)  # meanwhile, another process may have been here
         if config.force:
             run.clear()
         elif found is not None:
