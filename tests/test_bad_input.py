@@ -437,7 +437,7 @@ def test_another_configuration_in_the_same_folder(
     said = fails(*words, "optim.learning_rate=0.5")
     assert said == Said(
         2,
-        f"run_name=r: {run} holds a run of another configuration; it has optim.learning_rate=0.001,"
+        f"run_name=r: {run} holds a run of another configuration; it has optim.learning_rate=0.003,"
         " not 0.5; choose another run_name, or force=true replaces it",
     )
     assert content(run) == before

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +28,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from tests.conftest import tiny
 from tests.test_tracking import interrupt_at, samples, stop_at
 from tests.test_training import Trained
-from tinygpt import cli
+from tinygpt import cli, words
 from tinygpt.config import ConfigError
 from tinygpt.config.counting import flops_per_token
 from tinygpt.scaling import drawing
@@ -199,6 +202,26 @@ def test_what_is_null_has_no_value_and_a_list_is_text(outputs: Path) -> None:
 
 
 # --- curves and texts
+
+
+def test_a_printed_line_speaks_of_all_since_the_last(
+    corpus: Path, cache: Path, tmp_path: Path
+) -> None:
+    more = ["train.steps=60", "train.log_every=2", "train.eval_every=5120", "logger=csv"]
+    names = ["run_name=r", f"output_dir={tmp_path}", f"cache_dir={cache}"]
+    overrides = tiny(corpus, *more, *names)
+    file = io.StringIO()
+    train(cli.compose_config(overrides), overrides, Console(file=file, width=80))
+    lines = [line for line in file.getvalue().splitlines() if str(tmp_path) not in line]
+    assert max(map(len, lines)) <= 80
+    pattern = r"step +(\d+)/60 +(\d+)%  .*val [\d.]+(?:  (\S+) tokens/s)?(?:  (\S+) left)?"
+    printed = [match.groups() for line in lines if (match := re.fullmatch(pattern, line))]
+    assert [row[:2] for row in printed] == [("0", "0"), ("20", "33"), ("40", "66"), ("60", "100")]
+    assert [row[3] is None for row in printed] == [True, False, False, True]
+    seconds = {row["step"]: float(row["seconds"]) for row in table(tmp_path / "runs" / "r")}
+    for (before, *_), (step, _, rate, _) in itertools.pairwise(printed):
+        whole = 20 * 256 / (seconds[step] - seconds[before])
+        assert float(words.plain(rate)) == pytest.approx(whole, rel=0.05)
 
 
 def test_an_interrupted_run_is_there_once(corpus: Path, cache: Path, tmp_path: Path) -> None:
