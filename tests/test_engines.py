@@ -249,7 +249,7 @@ def test_slurm_queues_a_run_again_and_it_goes_on(
 def test_a_killed_worker_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is seen which job it was; the others end well."""
     jobs = sweep("seed=1,2,3,4,5", f"output_dir={tmp_path}", "hardware.accelerator=cpu")
-    monkeypatch.setattr(engines, "do_job", dies_at_seed_3)
+    monkeypatch.setattr(workers, "do_job", dies_at_seed_3)
     with workers.Workers(2) as pool:
         found = {job.config.seed: outcome for job, outcome in workers.run_local(jobs, pool)}
     statuses = {seed: outcome.status for seed, outcome in found.items()}

@@ -72,7 +72,7 @@ def test_a_spike_is_noted_and_counted(
     assert "note    gradient norm" in trained.said
     assert "in steps 17 to 18, usual is" in trained.said
     assert trained.results["grad_norm_spikes"] == 1
-    assert "status     finished, spikes of the gradient: 1\n" in trained.said
+    assert "status     finished, 1 gradient spike\n" in trained.said
     assert trained.results["status"] == "finished"
     norms = [float(row["grad_norm_max"]) for row in trained.rows()[1:]]
     assert norms[8] > 100 * max(norms[:8])
@@ -119,7 +119,7 @@ def test_a_skipped_step_changes_nothing_and_is_counted(
     trained = run(tmp_path, cache, corpus, *words)
     assert trained.results["status"] == "finished"
     assert trained.results["skipped_steps"] == 1
-    assert "status     finished, steps skipped: 1\n" in trained.said
+    assert "status     finished, 1 skipped step\n" in trained.said
     assert [row["skipped_steps"] for row in trained.rows()] == ["", "0", "1"]
     before, after = trained.checkpoint("step_5"), trained.checkpoint("step_6")
     assert same_weights(before["state_dict"], after["state_dict"])

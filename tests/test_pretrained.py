@@ -374,6 +374,6 @@ def test_a_damaged_checkpoint_is_said_before_training(
     copy = shutil.copytree(base, tmp_path / "torn")
     (copy / "checkpoints" / "final.ckpt").write_bytes(b"PK")
     done = tinygpt("run", *further(corpus, copy))
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout) == (2, "loading …\n")
     assert done.stderr == f"error: {copy}/checkpoints/final.ckpt: this checkpoint is damaged\n"
     assert not list((tmp_path / "outputs").glob("**/config.yaml"))

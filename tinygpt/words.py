@@ -245,7 +245,7 @@ def synonym(name: str, value: str, command: Command[Any]) -> str:
     last = name.rpartition(".")[2]
     meant = next((ours for ours, theirs in SYNONYMS.items() if last in theirs.split()), "")
     key = meant.partition("=")[0]
-    if key not in names(command) or name.startswith("hydra"):
+    if key not in names(command) or name.startswith(("hydra", "callbacks.", "trainer.")):
         return ""
     return meant.format(DEVICES.get(value, value) if key == "hardware" else value)
 
