@@ -15,6 +15,8 @@ from tinygpt.config import ConfigError, key
 from tinygpt.runs import rundir
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tinygpt.scaling.elsewhere import Table
 
 USAGE = """\
@@ -47,6 +49,9 @@ predict=PLACES          the loss, with its interval, at '[{n: 13e9, d: 5e12}, {n
                         a law in one variable takes n, d, u, t or c alone
 isoflop=cubic           the curve through the runs of a budget: cubic akima parabola
 seed=0                  of the bootstrap and of random starts
+compare=KEY             what each value of a key, as optim.kind, is worth in compute at equal loss;
+                        compare=[outputs/a,outputs/b]: two studies, or more, side by side
+reference=VALUE         of compare: the value, or the study, that the others are compared with
 output_dir=FOLDER       where to put a folder fit-<name>; default: fit/ in the first folder of runs,
                         outputs/fit-<name> for a table
 """
@@ -97,12 +102,20 @@ class Arguments:
     predict: Optional[str] = None
     isoflop: str = key("cubic", among=("cubic", "akima", "parabola"))
     seed: int = key(0, least=0)
+    compare: list[str] = field(default_factory=list)
+    reference: Optional[str] = None
     output_dir: Optional[str] = None
 
 
 @cli.one_line_errors
 def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE)
+    if arguments.reference and not arguments.compare:
+        raise ConfigError("reference: for compare= only")
+    if len(arguments.compare) > 1:  # studies
+        if arguments.runs or arguments.table:
+            raise ConfigError("compare: give runs= and one key, or the folders of studies alone")
+        arguments.runs = arguments.compare
     if bool(arguments.runs) == bool(arguments.table):
         raise ConfigError("runs: give runs=FOLDER, or table=FILE")
     if _are_adaptations(arguments):
@@ -111,6 +124,9 @@ def main() -> None:
         adaptation_report.make(arguments.runs, _folder(arguments), arguments.seed)
         return
     _check_table_keys(arguments)
+    if arguments.compare:
+        _compare(arguments)
+        return
     from tinygpt.scaling import laws
     from tinygpt.scaling.columns import read_places
 
@@ -189,27 +205,69 @@ def _folder(arguments: Arguments) -> Path:
     return first / "fit"
 
 
+def _compare(arguments: Arguments) -> None:
+    """Report what recipes are worth: the values of a key, or studies in folders of their own."""
+    used = "runs table columns units loss loss_unit decimal last where compare reference output_dir"
+    default = Arguments()
+    for name, value in vars(arguments).items():
+        if value != getattr(default, name) and name not in used.split():
+            raise ConfigError(f"{name}: not for compare=, which takes {', '.join(used.split())}")
+    from tinygpt.scaling import versus
+    from tinygpt.scaling.runs import load_runs
+
+    key, notes, sides = arguments.compare[0], list[str](), {}
+    if arguments.table:
+        for name, condition in versus.conditions(arguments.table, key, arguments.where).items():
+            sides[name] = _read(dataclasses.replace(arguments, where=condition))[0]
+    else:
+        if len(arguments.compare) > 1:
+            parts = {Path(one).resolve().name: load_runs(one) for one in arguments.compare}
+            key = "studies"
+        else:
+            parts = versus.split(load_runs(*arguments.runs), key)[0]
+        arguments.loss = versus.loss_of(parts, arguments.loss, notes)
+        sides = {name: _side(part, arguments, name) for name, part in parts.items()}
+    folder = _folder(arguments) if arguments.runs else _table_folder(arguments)
+    found = versus.compare(sides, key, arguments.reference, notes)
+    last = "-".join(found.sides) if key == "studies" else key
+    folder = folder.with_name(f"{folder.name.replace('fit', 'compare', 1)}-{last}")
+    versus.write(found, folder)
+    versus.show(found, folder)
+
+
 def _read(arguments: Arguments) -> tuple[Table, Path]:
     """The runs, where they say what, and the folder for the report."""
-    from tinygpt.scaling.elsewhere import Table, find_columns, read
-    from tinygpt.scaling.runs import comparable, load_runs
+    from tinygpt.scaling.elsewhere import read
+    from tinygpt.scaling.runs import load_runs
 
-    named = dataclasses.asdict(arguments.columns)
     if arguments.table:
-        packed = r"(\.\w+)?\.(gz|bz2|xz|zst|zip)$|\.\w+$"
-        stem = re.sub(packed, "", Path(arguments.table).name, flags=re.IGNORECASE)
-        folder = Path(arguments.output_dir or "outputs") / f"fit-{stem}"
+        named = dataclasses.asdict(arguments.columns)
         keys = ("loss", "loss_unit", "decimal", "last", "where")
         given = {name: getattr(arguments, name) for name in keys}
         units = dataclasses.asdict(arguments.units)
-        return read(arguments.table, named, units=units, **given), folder
-    table = load_runs(*arguments.runs)
+        return read(arguments.table, named, units=units, **given), _table_folder(arguments)
+    return _side(load_runs(*arguments.runs), arguments), _folder(arguments)
+
+
+def _table_folder(arguments: Arguments) -> Path:
+    """Return where the report on a table goes."""
+    packed = r"(\.\w+)?\.(gz|bz2|xz|zst|zip)$|\.\w+$"
+    stem = re.sub(packed, "", Path(str(arguments.table)).name, flags=re.IGNORECASE)
+    return Path(arguments.output_dir or "outputs") / f"fit-{stem}"
+
+
+def _side(table: pd.DataFrame, arguments: Arguments, name: str = "") -> Table:
+    """Return the runs of a table of our own that can enter one law, and the others."""
+    from tinygpt.scaling.elsewhere import Table, find_columns
+    from tinygpt.scaling.runs import comparable
+
     if table.empty:
-        raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there")
+        raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there {name}".rstrip())
+    named = dataclasses.asdict(arguments.columns)
     named = {name: column for name, column in named.items() if column is not None}
     columns, _ = find_columns(table, named, arguments.loss)
     used, left_out = comparable(table, columns.loss, arguments.where)
-    return Table(used, left_out, columns, []), _folder(arguments)
+    return Table(used, left_out, columns, [])
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from tinygpt import cli
 from tinygpt.config import ConfigError
 from tinygpt.scaling.design import Design
 from tinygpt.scaling.forecast import Forecast
+from tinygpt.scaling.noise import guessed
 from tinygpt.scaling.split import flops_per_token
 from tinygpt.sweeping.engines import Share
 from tinygpt.sweeping.jobs import Job, compose_jobs
@@ -41,7 +42,6 @@ DEAREST = 0.6  # of a test run's cost, and of its FLOPs, that any run before it 
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
 BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
-SEED_NOISE, SHORT = 0.002, 2000.0  # scatter of log L between seeds, and the steps below which more
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Recipe:
             np.ones(len(table)),
             table["D"].to_numpy() * table["width"].map(self.flops_per_token).to_numpy(),
             LAWS,
-            seed_noise(steps),
+            guessed(steps),
         )
 
     def flops_of(self, n: Any, d: Any) -> Any:
@@ -155,11 +155,6 @@ class Recipe:
         by_width = ("step_costs", "parameters", "flops_per_token")
         more = {name: {int(w): v for w, v in facts[name].items()} for name in by_width}
         return cls(**{**facts, **more})
-
-
-def seed_noise(steps: Any) -> Any:
-    """Return the standard deviation of log L between seeds, as a guess before it is measured."""
-    return SEED_NOISE * np.hypot(1.0, SHORT / steps)
 
 
 def shape(width: int) -> list[str]:
