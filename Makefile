@@ -1,12 +1,12 @@
 # `make` lists the targets.  PYTHON chooses the interpreter for the virtual environment.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.installed
 QUICK := -m 'not slow' -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow test-faults fuzz lock lint typecheck check coverage format clean
+.PHONY: help install run test test-slow test-faults fuzz lock lint typecheck check docs coverage format clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -15,7 +15,7 @@ install: $(STAMP) ## Make .venv with everything the project needs (quick when do
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 run: install ## Train the default model (a minute or two on a laptop)
@@ -27,17 +27,17 @@ test: install ## Run the tests
 test-slow: install ## Run the slow tests: real commands, kill tests, every configuration
 	$(BIN)/python -m pytest -m 'slow and not faults' -n 2 --dist worksteal
 
-test-faults: install ## Kill, fill the disk, damage files: what the program promises, put to the test
+test-faults: install ## Kill, fill disks, damage files: test what the program promises
 	$(BIN)/python -m pytest tests/faults -m faults
 
 HARNESS ?= all
 SECONDS ?= 60
-fuzz: install ## Damaged files and words for every reader: HARNESS=all SECONDS=60 for each
+fuzz: install ## Feed damaged files and words to every reader: HARNESS=all SECONDS=60 for each
 	$(BIN)/python -m tests.fuzz $(HARNESS) $(SECONDS)
 
 LOCK := --generate-hashes --strip-extras --allow-unsafe --no-annotate --no-header --no-emit-index-url
 LOCK += --no-emit-trusted-host --no-emit-find-links
-lock: install ## The versions of constraints.txt with their hashes, for a release: requirements.lock
+lock: install ## Write requirements.lock: the versions of constraints.txt with their hashes
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[release]'
 	$(BIN)/pip-compile --quiet $(LOCK) -c constraints.txt -o requirements.lock pyproject.toml
 
@@ -47,13 +47,18 @@ lint: install ## Look for mistakes
 typecheck: install ## Check the types
 	$(BIN)/mypy
 
-check: install ## Format check, lint, types and tests: what must pass at each commit
+docs: install ## Build the documentation in site/, and check its links
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
+check: install ## Format check, lint, types, documentation and tests: what must pass at each commit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
 	$(BIN)/python -m pytest $(QUICK)
 
-coverage: install ## Which lines the tests run, the slow ones included
+coverage: install ## Show which lines the tests run, the slow ones included
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m 'not faults'
 	$(BIN)/coverage combine --quiet
@@ -64,5 +69,5 @@ format: install ## Format the code
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove caches and the virtual environment (outputs/ is kept)
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* htmlcov build dist
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* htmlcov build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

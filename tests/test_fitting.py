@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -413,3 +414,44 @@ def test_errors_are_one_line(change: Any, arguments: dict[str, Any], words: list
     assert "\n" not in str(raised.value)
     for word in words:
         assert word in str(raised.value)
+
+
+# --- what is printed
+
+
+def one_variable(column: str, noise: float = 0.01) -> pd.DataFrame:
+    """Twelve runs about L = 2 + 300 / x^0.5."""
+    x = np.geomspace(1e4, 1e7, 12)
+    scatter = np.exp(noise * np.random.default_rng(0).normal(size=len(x)))
+    return pd.DataFrame({column: x, "loss": (2 + 300 / x**0.5) * scatter})
+
+
+@pytest.mark.parametrize(
+    ("column", "letter", "end"),
+    [
+        ("parameters_non_embedding", "N", ""),
+        ("train_tokens", "D", ""),
+        ("flops_exact", "C", ""),
+        ("width", "x", ", x: width"),
+    ],
+)
+def test_a_law_is_printed_in_one_line(column: str, letter: str, end: str) -> None:
+    law = fit(one_variable(column), "power_constant", loss="loss", x=column)
+    alpha = intervals(law)["alpha"]
+    found = re.fullmatch(
+        rf"L = ([\d.]+) \+ ([\d.]+) / {letter}\^([\d.]+), alpha ([\d.]+) to ([\d.]+){end}", str(law)
+    )
+    assert found is not None, str(law)
+    shown = [float(number) for number in found.groups()]
+    expected = [*law.parameters.values(), alpha.low, alpha.high]
+    assert shown == pytest.approx(expected, rel=0.02)
+    at = {letter: 1e6}
+    assert law.predict(**at) == law.predict(x=1e6) == pytest.approx(2.3, rel=0.02)
+    page = law._repr_html_()
+    assert str(law) in page
+    assert "12 runs, least squares" in page
+
+
+def test_a_law_without_degrees_of_freedom_is_printed_without_intervals() -> None:
+    law = fit(one_variable("x").iloc[::5], "power_constant", loss="loss", x="x")
+    assert str(law).endswith(", no intervals: as many parameters as runs, x: x")

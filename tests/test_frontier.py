@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tinygpt.scaling import Columns, analyse
 from tinygpt.scaling import fit as fit_law
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.frontier import CURVES, LAW, PROFILES, frontier, predict
+from tinygpt.scaling.intervals import predict_interval
 from tinygpt.scaling.isoflop import PowerLaw, budgets, envelope, isoflop
 from tinygpt.scaling.runs import load_curves
 from tinygpt.scaling.split import (
@@ -584,6 +586,29 @@ def test_predict(exact: Fit) -> None:
     assert "a model twice too large or too small costs +0.3" in str(found)
     with pytest.raises(ConfigError, match="flops=0: must be above zero"):
         predict(exact, 0.0)
+
+
+def test_predict_at_a_place(exact: Fit) -> None:
+    """Of a law in one variable, too, which splits no budget."""
+    both = predict(exact, N=1e9, D=1e11)
+    assert both.loss.estimate == pytest.approx(chinchilla(1e9, 1e11))
+    random, n = np.random.default_rng(0), np.geomspace(1e5, 1e8, 20)
+    scatter = np.exp(0.01 * random.normal(size=20))
+    table = pd.DataFrame({"parameters_non_embedding": n, "loss": (1.5 + 300 / n**0.4) * scatter})
+    law = fit_law(table, "power_constant", loss="loss")
+    found = predict(law, N=1e9)
+    assert found.loss == predict_interval(law, x=1e9)
+    assert found.run.low < found.loss.low < 1.5 + 300 / 1e9**0.4 < found.loss.high < found.run.high
+    assert re.fullmatch(
+        r"at N = 1\.00e9: L = 1\.\d+ \(1\.\d+ to 1\.\d+\), a single run 1\.\d+ to 1\.\d+",
+        str(found),
+    )
+    with pytest.raises(ConfigError, match=r"a law in N alone splits no budget; predict\(law, N="):
+        predict(law, 1e14)
+    with pytest.raises(ConfigError, match="predict: the law does not go by D"):
+        predict(law, N=1e9, D=1e9)
+    with pytest.raises(ConfigError, match="predict: D is missing: the law goes by N and D"):
+        predict(exact, N=1e9)
 
 
 def test_intervals_of_a_budget_hold_the_estimate() -> None:

@@ -130,6 +130,7 @@ class Machine:
         self.wrong, self.kill_after = wrong or {}, kill_after
         self.trained: list[str] = []
         self.flops: dict[str, float] = {}
+        self.lasting = 2.0  # passes after which most of what repeating gives is had
 
     def __call__(self, jobs: Iterable[Job], folder: Path) -> Iterator[tuple[Job, Outcome]]:
         for job in jobs:
@@ -143,6 +144,8 @@ class Machine:
                 continue
             n, d = job.row["parameters_non_embedding"], job.row["train_tokens"]
             chance = np.random.default_rng([n, d, job.config.seed]).standard_normal()
+            unique = job.row["unique_train_tokens"]  # Muennighoff's law of repeated data
+            d = unique * (1 + self.lasting * (1 - np.exp((1 - d / unique) / self.lasting)))
             loss = float((1.5 + 20 / n**0.4 + 60 / d**0.4) * np.exp(0.003 * chance))
             job.run.path.mkdir(parents=True, exist_ok=True)
             job.run.results.write_text(json.dumps({"final_val_loss": loss}))
@@ -261,6 +264,32 @@ def test_a_killed_study_takes_the_same_decisions(
     assert again[1:] == whole[2][1:]  # the first names the folders
 
 
+def test_a_text_read_several_times_has_the_law_of_repeated_data(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = tmp_path / "small.txt"
+    small.write_text(text.read_text()[:100_000])
+    lines = find(small, tmp_path, Machine(), monkeypatch, flops=5e12)
+    prediction = json.loads((tmp_path / "law" / "prediction.json").read_text())
+    assert lines[0]["recipe"]["repeats"]
+    assert prediction["tokens"] > 4 * lines[0]["recipe"]["one_pass"]
+    assert "data_constrained" in prediction["laws"]
+    assert abs(lines[-1]["error"]) < 0.02
+
+
+def test_another_seed_is_another_study(
+    whole: tuple[Path, Machine, list[dict[str, Any]]],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = Machine()
+    find(text, tmp_path, machine, monkeypatch, seed=7)
+    assert not set(machine.trained) & set(whole[1].trained)
+    with pytest.raises(ConfigError, match="begun with other keys"):
+        find(text, tmp_path, Machine(), monkeypatch)
+
+
 def test_what_goes_wrong_is_recorded_and_not_chosen_again(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +355,7 @@ def test_sizes_suit_the_longest_run() -> None:
         ("path={text} data=tinystories", "path, data=tinystories: give one of them"),
         ("path={text} minutes=5 flops=1e15", "minutes, flops: give one of them"),
         ("path={text} minutes=0", "minutes=0.0: must be above 0"),
-        ("path={text} seed=3", "seed=3: tinygpt.law decides this"),
+        ("path={text} seed=-3", "seed=-3: must be at least 0"),
         ("path={text} schedule=cosine", "schedule=cosine: tinygpt.law needs schedule=wsd"),
         ("path={text} train.tokens=5", "train.tokens=5: tinygpt.law decides this"),
         ("path={text} modle=tiny", "modle: no such key"),

@@ -1,11 +1,12 @@
 """The notebooks run from the first cell to the last; as committed they show what they are about.
 
-To write them anew, outputs included: jupyter execute --inplace notebooks/*.ipynb
+To write them anew, outputs included, run `jupyter execute --inplace` on each in an empty folder.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,33 @@ def test_as_committed_it_is_whole(path: Path) -> None:
     assert path.stat().st_size < LARGEST
     text = path.read_text(encoding="utf-8")
     assert not [word for word in ("/tmp/", "/home/", "/root/", "\\u001b") if word in text]
+
+
+# What may have digits in prose: code, formulas, links, the year of a paper.
+NO_PROSE = re.compile(
+    r"`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|\[\d\d_\w+\]|et al\. \(?\d{4}\)?", re.S
+)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_numbers_come_from_cells(path: Path) -> None:
+    prose = [cell.source for cell in read(path).cells if cell.cell_type == "markdown"]
+    lines = NO_PROSE.sub("", "\n".join(prose)).splitlines()
+    assert [line for line in lines if re.search(r"\d", line)] == []
+
+
+def test_the_quickstart_answers_its_question_by_what_it_measured() -> None:
+    notebook = read(ROOT / "notebooks" / "01_quickstart.ipynb")
+    assert "How close does this one come?" in notebook.cells[0].source
+    shown = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
+    )
+    losses = re.search(r"this model +([\d.]+)\nexact floor +([\d.]+)", shown)
+    above = re.search(r"its loss is (\d+) % above the lowest possible", shown)
+    assert losses is not None
+    assert above is not None
+    final, floor = map(float, losses.groups())
+    assert float(above[1]) == pytest.approx(100 * (final / floor - 1), abs=0.6)
 
 
 @pytest.mark.slow

@@ -12,9 +12,18 @@ from tests.conftest import ROOT, Command
 
 # Whose commands are typed here, and whose elsewhere.
 PAGES = ["README.md", *(f"docs/{page}.md" for page in ("adaptation", "data", "laws", "models"))]
-PAGES += ["docs/runs.md", "docs/sweeps.md"]
+PAGES += [f"docs/{page}.md" for page in ("cheatsheet", "how-much-text", "questions", "runs")]
+PAGES += ["docs/start.md", "docs/sweeps.md"]
 ELSEWHERE = {"docs/extending.md": "test_extending.py", "docs/machines.md": "test_machines.py"}
-NOT_OURS = ("make ", ". .venv", "python -m venv", "pip install", "python -m pytest", "tensorboard ")
+NOT_OURS = (
+    "git clone ",
+    "make ",
+    ". .venv",
+    "python -m venv",
+    "pip install",
+    "python -m pytest",
+    "tensorboard ",
+)
 
 EVALUATED = "data.eval_tokens=4_000"
 SMOKE = ("train.tokens=6_000", "data.val_fraction=0.25", "hardware.threads=1", EVALUATED)

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import gzip
 import io
 import json
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from rich.console import Console
 
-from tinygpt.scaling import analysis, document, facts, report, wording
+from tinygpt import cli
+from tinygpt.config.counting import count_parameters
+from tinygpt.config.schema import ModelConfig
+from tinygpt.scaling import analysis, document, facts, measured, report, wording
 from tinygpt.scaling.analysis import Analysis, analyse
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.evidence import CHECKS, THRESHOLDS
 from tinygpt.scaling.intervals import Interval
+from tinygpt.scaling.runs import comparable, load_runs
 from tinygpt.scaling.selection import preferred
+
+STUDY = Path(__file__).parent / "fixtures" / "ff2412f" / "study"
 
 COLUMNS = Columns("N", None, "D", None, None, "C", "loss", "seed", "name")
 ALONE = {"loss": "loss", "seed": "seed", "run": "name", "n_total": "T", "d": "D", "c": "C"}
@@ -63,6 +75,16 @@ def folder(joint: Analysis, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+ORDER = ["What was measured", "Verdict", "Prediction", "The law", "Which law", "Compute-optimal"]
+ORDER += ["What to run next", "Residuals", "Runs", "Checklist", "How it was computed", "Files"]
+
+
+def test_the_report_answers_before_it_explains(folder: Path) -> None:
+    text = (folder / "report.md").read_text().replace("The law, as far as it goes", "The law")
+    assert re.findall("^## (.*)$", text, re.M) == ORDER
+    assert text.index("## Prediction") < text.index("![scaling]") < text.index("## The law")
+
+
 def printed(found: Analysis, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width, highlight=False)
     report.show(found, Path("there"), console)
@@ -95,11 +117,71 @@ def test_what_an_earlier_analysis_left_goes(
 
 def test_the_page_needs_nothing_else(folder: Path) -> None:
     text = (folder / "report.html").read_text()
-    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", text)
-    assert len(sources) == 6
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "url(" not in text
-    assert "<script" not in text
+    assert len(text) < 5e6
+    page, code = text.split('<script type="application/json"', 1)
+    sources = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
+    images = [source for source in sources if source.startswith("data:image/png;base64,")]
+    assert len(images) == 6
+    anchors = set(re.findall(r'id="([^"]+)"', page))
+    assert {source[1:] for source in sources if source not in images} <= anchors
+    assert "url(" not in page
+    assert "default-src 'none'" in page  # the browser refuses to load anything
+    packed = re.search(r'id="plotly">([^<]+)<', code)
+    assert packed is not None
+    assert (
+        gzip.decompress(base64.b64decode(packed[1])).decode().lstrip().startswith("/**\n* plotly")
+    )
+
+
+def live_figures(folder: Path) -> dict[str, Any]:
+    text = (folder / "report.html").read_text()
+    found = re.search(r'id="figures">([^<]+)<', text)
+    assert found is not None
+    figures: dict[str, Any] = json.loads(found[1])
+    return figures
+
+
+def test_live_figures_show_every_run_where_it_was_measured(folder: Path, joint: Analysis) -> None:
+    runs = joint.runs
+    for panel, column in zip(live_figures(folder)["scaling"]["panels"], ("N", "D"), strict=True):
+        points = [trace for trace in panel["traces"] if trace["mode"] == "markers"]
+        said = {
+            text.split("<br>")[0]: (x, y)
+            for trace in points
+            for text, x, y in zip(trace["text"], trace["x"], trace["y"], strict=True)
+        }
+        assert said.keys() == set(runs["name"])
+        for name, place in said.items():
+            row = runs[runs["name"] == name].iloc[0]
+            assert place == pytest.approx((row[column], row["loss"]), rel=1e-5)
+        text = next(text for trace in points for text in trace["text"])
+        for word in ("parameters", "training tokens", "loss", "law"):
+            assert word in text
+        hidden = [trace["legendgroup"] for trace in panel["traces"] if trace["mode"] == "lines"]
+        assert set(hidden) <= {trace["name"] for trace in points}  # a curve goes with its runs
+
+
+def test_live_curves_are_those_of_the_law(folder: Path, joint: Analysis) -> None:
+    panels = live_figures(folder)["scaling"]["panels"]
+    for name, panel in zip(("N", "D"), panels, strict=True):
+        other = "D" if name == "N" else "N"
+        levels = {f"{other} = {wording.letter(float(f'{v:.3g}'))}": v for v in joint.runs[other]}
+        curves = [t for t in panel["traces"] if t["mode"] == "lines" and "fill" not in t]
+        assert len(curves) >= 3
+        for curve in curves:
+            place = {name: np.array(curve["x"]), other: levels[curve["legendgroup"]]}
+            fitted = joint.fit.predict(**{k: np.broadcast_to(v, 100) for k, v in place.items()})
+            assert curve["y"] == pytest.approx(fitted, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_a_browser_draws_the_live_figures(folder: Path, tmp_path: Path) -> None:
+    words = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    words += ["--window-size=1280,20000", "--virtual-time-budget=20000", "--dump-dom"]
+    command = ["chromium", *words, (folder / "report.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert dom.count('class="plot-container') == 6
 
 
 def test_fit_json_has_no_nan_and_all_facts(folder: Path, joint: Analysis) -> None:
@@ -151,7 +233,83 @@ def test_the_report_says_the_numbers_of_fit_json(folder: Path) -> None:
     fields = {"id", "group", "title", "outcome", "figure", "threshold", "advice"}
     for check in found["checks"]:
         assert fields <= check.keys()
+        if check["outcome"] == "fail":
+            assert f"- FAIL: {check['title']} ({check['figure']}; needs" in text
+            continue
         assert f"| {check['title']} | {check['figure']} | {check['threshold']} |" in text
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
+    """A study whose run folders are there."""
+    folder = shutil.copytree(STUDY, tmp_path_factory.mktemp("runs") / "study")
+    return analyse(*comparable(load_runs(folder), "final_val_loss"), Columns())
+
+
+def test_what_was_measured_comes_from_the_run_folders(studied: Analysis) -> None:
+    _, rows = measured.measured(studied)
+    assert isinstance(rows, document.Table)
+    facts = {str(name): str(value) for name, value in rows.rows}
+    assert facts["runs"] == "9 fitted"
+    assert facts["corpus"] == "custom (corpus.txt)"
+    assert facts["tokenizer"] == "byte, vocabulary 258"
+    assert facts["sizes"].startswith("3 from ")
+    assert facts["sizes"].endswith("parameters without embeddings (d_model 8, 16, 32)")
+    assert facts["lengths"] == "3 from 6,400 to 25,600 training tokens"
+    assert facts["date"] == "2026-11-29"
+    assert facts["hardware"].startswith("cpu, 1 thread, precision 32; Linux")
+    assert "tinygpt 0.1.0" in facts["version"]
+    _, rows = measured.measured(studied, "there.csv")
+    assert isinstance(rows, document.Table)
+    assert ["table", f"`there.csv`, 9 rows, {len(studied.runs.columns)} columns"] in rows.rows
+
+
+def test_runs_are_linked_from_where_the_report_lies(studied: Analysis) -> None:
+    folder = Path(studied.runs["folder"].iloc[0]).parent / "fit"
+    blocks = list(measured.runs(studied, folder))
+    written = document.markdown(blocks), document.page(blocks, folder)
+    for text, link in zip(written, (r"\]\(([^)]+)\)", r'href="(\.\.[^"]+)"'), strict=True):
+        links = re.findall(link, text)
+        assert len(links) == 9
+        assert all((folder / one / "results.json").resolve().exists() for one in links)
+
+
+def composed(command: str) -> dict[str, Any]:
+    python, dash, module, *words = shlex.split(command)
+    assert [python, dash, module] == ["python", "-m", "tinygpt.run"]
+    return dataclasses.asdict(cli.compose_config(words))
+
+
+def test_the_run_to_do_next_can_be_pasted(studied: Analysis) -> None:
+    found = studied
+    assert found.next_run is not None
+    command = measured.next_command(found)
+    assert command is not None
+    config = composed(command)
+    size = count_parameters(ModelConfig(**config["model"]), 258).non_embedding
+    assert size == pytest.approx(found.next_run.place["N"], rel=0.35)  # widths come in steps
+    assert config["train"]["tokens"] == pytest.approx(found.next_run.place["D"], abs=256)
+    assert config["train"]["steps"] is None
+    assert config["seed"] > found.runs["seed"].max()
+    known = yaml.safe_load(Path(found.runs["folder"].iloc[0], "config.yaml").read_text())
+    for group in ("data", "tokenizer", "optim", "schedule"):
+        shared = config[group].keys() & known[group].keys()
+        assert {k: config[group][k] for k in shared} == {k: known[group][k] for k in shared}
+    assert measured.next_command(dataclasses.replace(found, next_run=None)) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data=tinystories", "tokenizer=char", "optim=muon", "schedule=wsd", "model=medium"],
+        ["data=custom", "data.path=my text.txt", "data.separator=\\n\\n", "optim=sgd"],
+        ["optim=lion", "optim.betas=[0.8,0.9]", "train.epochs=2", "model.position=rope"],
+        ["optim=adafactor", "model.bias=false", "train.sample_prompt='a, b=c'", "tokenizer=gpt2"],
+    ],
+)
+def test_the_command_of_a_run_gives_its_configuration(words: list[str]) -> None:
+    config = dataclasses.asdict(cli.compose_config([*words, "study=s", "seed=7"]))
+    assert composed(measured.command_of(config)) == config
 
 
 def test_shared_trunks_say_what_they_saved(joint: Analysis) -> None:
@@ -168,56 +326,58 @@ def test_shared_trunks_say_what_they_saved(joint: Analysis) -> None:
     total = len(runs) * 1e15
     numbers = (found.flops, found.independent_flops, found.saved)
     assert numbers == pytest.approx((total - 1.2e15, total, 1.2e15 / total))
-    blocks = report.runs(dataclasses.replace(joint, runs=branched))
+    blocks = measured.runs(dataclasses.replace(joint, runs=branched))
     text = document.markdown(list(blocks))
     assert f"({wording.percent(found.saved)}) against independent runs." in text
-    assert "trunk" not in document.markdown(list(report.runs(joint)))
+    assert "trunk" not in document.markdown(list(measured.runs(joint)))
 
 
 def test_what_fails_comes_first(alone: Analysis, tmp_path: Path) -> None:
     failing = analysis_of(table(sizes=6, tokens=(4e6,)), law="power")
     assert not failing.is_evidence
     text = _text(failing)
-    assert text.index("Not evidence yet") < text.index("FAIL: ") < text.index("The law, as far")
-    assert "A / x^alpha" in text
-    assert printed(failing).index("Not evidence yet") < printed(failing).index("L = A / x^alpha")
+    titles = [check.title for check in failing.checks if check.passed is False]
+    for said in (text, " ".join(printed(failing).split())):
+        assert said.index("not evidence yet") < said.index("The law, as far")
+        assert all(said.index(f"“{title}”") < said.index("L = A / x^alpha") for title in titles)
+        places = [said.index(f"FAIL: {title}") for title in titles]
+        assert max(places) < said.index("Checks that pass")
 
 
 def test_smoke_gives_no_verdict() -> None:
     for law in ("power", "auto"):
         found = analysis_of(table(sizes=6, tokens=(4e6,)).assign(scale="smoke"), law=law)
         for text in (_text(found), printed(found)):
-            assert "Smoke: not a result" in text
-            assert "Not evidence" not in text
-            assert "heck fails" not in text
+            assert "smoke: not a result" in text
+            assert "not evidence" not in text
+            assert "ailed check" not in text
         assert facts.facts(found)["is_evidence"] is None
 
 
-def test_each_group_shows_what_fails_first(joint: Analysis) -> None:
+def test_passed_checks_are_folded_by_group() -> None:
     failing = analysis_of(table(sizes=6, tokens=(4e6,)), law="power")
-    blocks = list(report.checklist(failing))
-    groups = [block for block in blocks if isinstance(block, document.Table)]
-    assert [table.header[1] for table in groups] == ["design", "fit", "prediction"]
-    order = ["FAIL", "pass", "not tested", "not applicable"]
-    for group in groups:
-        places = [order.index(row[0]) for row in group.rows]
-        assert places == sorted(places)
-    assert "FAIL" in [row[0] for row in groups[1].rows]
+    folded = [one for one in report.checklist(failing) if isinstance(one, document.Folded)]
+    tables = [[b for b in one.blocks if isinstance(b, document.Table)] for one in folded]
+    assert [one.header[1] for one in tables[0]] == ["design", "fit", "prediction"]
+    rows = [[row[0] for one in group for row in one.rows] for group in tables]
+    assert set(rows[0]) == {"pass"}
+    assert set(rows[1]) == {"not tested", "not applicable"}
+    assert len(rows[0]) + len(rows[1]) + failing.outcomes.count("fail") == len(failing.checks)
 
 
 def _text(found: Analysis) -> str:
-    return document.markdown(report.compose(found, []))
+    return document.markdown(report.compose(found, {}))
 
 
 def test_where_all_passes_it_says_so(alone: Analysis) -> None:
     text = _text(alone)
     assert alone.is_evidence
-    assert "Not evidence yet" not in text
-    assert "rounded to what each interval supports" in text
+    assert "not evidence yet" not in text
+    assert "rounds them to what each interval supports" in text
     untested = sum(check.outcome == "not tested" for check in alone.checks)
     passed = sum(check.outcome == "pass" for check in alone.checks)
     were = "was" if untested == 1 else "were"
-    assert f"No check fails, {untested} of {len(alone.checks)} {were} not tested." in text
+    assert f"no check fails, {untested} of {len(alone.checks)} {were} not tested**." in text
     assert f"{passed} pass, 0 fail, " in text  # what was not tested is not passed
     assert "FAIL" not in text
     assert "left out: 1 of 13 (diverged): row 0" in text
@@ -346,7 +506,7 @@ def test_runs_of_other_settings_are_named_at_the_top() -> None:
     text = _text(found)
     line = f"`vocab_size` 1024 (11 runs), 512 (1 run: {name})"
     assert line in text
-    assert text.index(line) < text.index("## ")
+    assert text.index("## Verdict") < text.index(line) < text.index("## Prediction")
     assert "vocab_size" in printed(found)
     assert facts.facts(found)["other_settings"] == {"vocab_size": {"1024": 11, "512": 1}}
 

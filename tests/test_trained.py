@@ -40,6 +40,22 @@ def test_three_lines_give_what_was_trained(trained: Path) -> None:
     assert run.tokenizer.decode(run.tokenizer.encode("a cat")) == "a cat"
 
 
+def test_a_run_is_printed_in_five_lines(trained: Path, tmp_path: Path) -> None:
+    run = tinygpt.load_run(trained)
+    assert run.results is not None
+    first, model, text, recipe, loss = str(run).splitlines()
+    assert first == f"run     {trained}, finished; final.ckpt after 12 steps"
+    assert f"{run.results['model_parameters']:,} parameters" in model
+    assert f"{run.results['train_tokens']:,} tokens of custom" in text
+    assert f"learning rate {run.results['learning_rate']:g}" in recipe
+    assert f"{run.results['final_val_loss']:.4f} nats per token" in loss
+    assert run._repr_html_().count("<tr>") == 5
+    ended = tmp_path / "run"
+    shutil.copytree(trained, ended)
+    (ended / "results.json").unlink()
+    assert "has not ended; last.ckpt after 12 steps" in str(tinygpt.load_run(ended, "last"))
+
+
 def test_every_checkpoint_can_be_had(trained: Path) -> None:
     kept = {name: tinygpt.load_run(trained, name) for name in ("step_4", "step_8", "last", "best")}
     assert [kept[name].step for name in ("step_4", "step_8", "last")] == [4, 8, 12]

@@ -56,6 +56,7 @@ RESULTS = {  # design.md, section 4
     *(f"test_{name}" for name in SCORES),
     *["best_val_loss", "best_val_step", "final_train_loss", "irreducible_loss_exact"],
     *["final_val_loss_standard_error", "test_loss_standard_error", "val_tokens", "val_documents"],
+    *["corpus_tokens", "corpus_documents", "corpus_bytes", "test_tokens", "test_documents"],
     *["model_parameters", "parameters_non_embedding", "parameters_embedding"],
     *["total_steps", "train_tokens", "unique_train_tokens", "flops_6nd", "flops_exact"],
     *["schedule_finished", "d_model", "d_ff", "n_layers", "n_heads", "max_seq_len", "vocab_size"],
@@ -138,11 +139,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path, cache: Path
 
 def test_every_file_is_there(finished: Trained) -> None:
     names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
-    assert names == FILES | {"tensorboard"}
+    events = {name for name in names if name.startswith("events.out.tfevents.")}
+    assert len(events) == 1
+    assert names == FILES | events
     kept = {path.name for path in (finished.path / "checkpoints").iterdir()}
     assert kept == {"last.ckpt", "best.ckpt", "final.ckpt", "step_8.ckpt", "step_16.ckpt"}
     assert not list(finished.path.rglob("*.tmp"))
-    assert any((finished.path / "tensorboard").iterdir())
 
 
 def test_results_are_whole(finished: Trained) -> None:

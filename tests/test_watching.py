@@ -96,10 +96,7 @@ def hparams_page(outputs: Path) -> Page:
     return Page(
         {info.name: info for info in experiment.hparam_infos},
         [info.name.tag for info in experiment.metric_infos],
-        {
-            group.sessions[0].name.removesuffix("/tensorboard"): group
-            for group in found.session_groups
-        },
+        {group.sessions[0].name: group for group in found.session_groups},
     )
 
 
@@ -132,19 +129,20 @@ def test_every_run_is_a_line_of_the_hparams_page(outputs: Path) -> None:
         group = page.groups[name]
         values = {value.name.tag: value.value for value in group.metric_values}
         wanted = {
-            "final/loss": results["final_val_loss"],
-            "final/best_val_loss": results["best_val_loss"],
-            "final/bits_per_byte": results["final_val_bits_per_byte"],
-            "final/accuracy": results["final_val_accuracy"],
-            "final/test_loss": results["test_loss"],
-            "final/tokens_per_second": results["tokens_per_second"],
+            "(final)/loss": results["final_val_loss"],
+            "(final)/loss_best": results["best_val_loss"],
+            "(final)/loss_bits_per_byte": results["final_val_bits_per_byte"],
+            "(final)/loss_test": results["test_loss"],
+            "(final)/token_accuracy": results["final_val_accuracy"],
+            "(final)/tokens_per_second": results["tokens_per_second"],
         }
-        finals = {tag: value for tag, value in values.items() if tag.startswith("final/")}
+        finals = {tag: value for tag, value in values.items() if tag.startswith("(final)/")}
         known = {tag: value for tag, value in wanted.items() if value is not None}
         assert finals == pytest.approx(known, rel=1e-6)
         ended = {"finished": api_pb2.STATUS_SUCCESS, "diverged": api_pb2.STATUS_FAILURE}
         assert group.sessions[0].status == ended[results["status"]]
-        assert group.hparams["model_parameters"].number_value == results["model_parameters"]
+        size = group.hparams["trained.model_parameters"].number_value
+        assert size == results["model_parameters"]
         assert group.hparams["optim.learning_rate"].number_value == results["learning_rate"]
 
 
@@ -152,12 +150,41 @@ def test_the_page_shows_first_in_what_runs_differ_and_how_they_ended(outputs: Pa
     page = hparams_page(outputs / "one")
     differing = {name for name, info in page.hparams.items() if info.differs}
     assert differing == {"optim.learning_rate"}
-    shown = ["accuracy", "best_val_loss", "bits_per_byte", "loss", "test_loss"]
-    assert page.metrics[:5] == [f"final/{name}" for name in shown]
+    shown = ["loss", "loss_best", "loss_bits_per_byte", "loss_test", "token_accuracy"]
+    assert page.metrics[:5] == [f"(final)/{name}" for name in shown]
+    assert max(page.hparams) == "trained.train_tokens"  # sizes come after every key
     all_runs = hparams_page(outputs)
     differing = {name for name, info in all_runs.hparams.items() if info.differs}
     assert {"optim.learning_rate", "optim.betas", "optim.kind", "model.position"} <= differing
     assert not any(name.startswith(("hardware.", "logger.")) for name in all_runs.hparams)
+
+
+def test_the_pages_begin_with_the_losses_and_end_with_the_results(outputs: Path) -> None:
+    found = read(outputs / "two" / "alone").Tags()["tensors"]
+    tags = [tag for tag in found if "/" in tag and not tag.startswith(("samples", "_hparams"))]
+    # there a slash is before a digit, and that before any other character
+    groups = sorted({tag.split("/")[0] for tag in tags}, key=lambda g: (not g[0].isdigit(), g))
+    assert groups == ["1 loss", "2 loss by MFLOPs", "3 train", "4 val", "(final)"]
+    assert {"1 loss/train", "1 loss/val", "4 val/accuracy", "3 train/learning_rate"} <= set(tags)
+
+
+@pytest.mark.parametrize("is_older", [False, True])
+def test_a_run_has_one_name_also_if_an_earlier_version_began_it(
+    is_older: bool, corpus: Path, cache: Path, tmp_path: Path
+) -> None:
+    trained = Trained(tmp_path, cache, tiny(corpus, *RHYTHM, "logger=tensorboard"))
+    stop_at(11, trained)
+    if is_older:
+        (trained.path / "tensorboard").mkdir()
+        for file in trained.path.glob("events.*"):
+            file.rename(trained.path / "tensorboard" / file.name)
+    folder = trained.path / "tensorboard" if is_older else trained.path
+    trained.go()
+    for _ in range(2):
+        runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Runs()
+        assert list(runs) == [str(folder.relative_to(tmp_path))]
+        trained.go("force=true")
+    assert len(list(folder.glob("events.*"))) == 1
 
 
 def test_what_is_null_has_no_value_and_a_list_is_text(outputs: Path) -> None:
@@ -178,30 +205,29 @@ def test_an_interrupted_run_is_there_once(corpus: Path, cache: Path, tmp_path: P
     """Also for who was looking on."""
     trained = Trained(tmp_path, cache, tiny(corpus, *RHYTHM, "logger=tensorboard"))
     stop_at(11, trained)
-    looking = read(trained.path / "tensorboard")
-    assert curve(looking, "train/loss")[0][-1] == 10 * 256
+    looking = read(trained.path)
+    assert curve(looking, "1 loss/train")[0][-1] == 10 * 256
     interrupt_at(14, trained)
     trained.go()
-    folder = trained.path / "tensorboard"
-    before = {file: file.read_bytes() for file in folder.iterdir()}
+    before = {file: file.read_bytes() for file in trained.path.glob("events.*")}
     trained.go()  # which finds it finished
-    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    assert {file: file.read_bytes() for file in trained.path.glob("events.*")} == before
 
     rows, written = table(trained.path), samples(trained.path)
     assert list(written) == [0, 2560, 5120]
     config = cli.compose_config(trained.words)
     per_token = flops_per_token(config.model, 258)
-    for board in (read(folder), looking.Reload()):
+    for board in (read(trained.path), looking.Reload()):
         for column in ("train_loss", "val_loss"):
             split = column.removesuffix("_loss")
             measured = [row for row in rows if row[column]]
             tokens = [int(row["tokens"]) for row in measured]
-            steps, values, times = curve(board, f"{split}/loss")
+            steps, values, times = curve(board, f"1 loss/{split}")
             assert steps == tokens
             assert values == pytest.approx([float(row[column]) for row in measured], rel=1e-6)
             seconds = [float(row["seconds"]) for row in measured]
             assert times == pytest.approx([second - seconds[0] for second in seconds], abs=1e-3)
-            mflops = curve(board, f"loss by MFLOPs/{split}")[0]
+            mflops = curve(board, f"2 loss by MFLOPs/{split}")[0]
             assert mflops == [round(t * per_token / 1e6) for t in tokens]
         found = texts(board)
         assert list(found) == list(written)

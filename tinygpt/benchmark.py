@@ -55,7 +55,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Arguments:
-    model: list[str] = key(["tiny", "small"])  # noqa: RUF009
+    model: list[str] = key(["tiny", "small"])
     steps: int = key(50, least=1)
     seconds: float = key(1.0, least=0.001)
     output_dir: str = "outputs/benchmark"

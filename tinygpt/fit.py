@@ -156,8 +156,8 @@ def main() -> None:
         **{name: getattr(arguments, name) for name in (*asked, "isoflop", "seed")},
     )
     story = Story.read(Path(arguments.runs[0])) if len(arguments.runs) == 1 else None
-    report.write(analysis, folder, story)
-    report.show(analysis, folder)
+    report.write(analysis, folder, story, arguments.table)
+    report.show(analysis, folder, table=arguments.table)
 
 
 def _are_adaptations(arguments: Arguments) -> bool:

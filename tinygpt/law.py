@@ -16,10 +16,11 @@ USAGE = """\
 python -m tinygpt.law path=book.txt minutes=15 [key=value ...]
 
 path=FILES              the text: files, folders or globs; or data=tinystories and the like
-minutes=15              what all of it may take; or flops=1e17
+minutes=15              of training and evaluation, all told; or flops=1e17
 error=0.01              stop earlier, once the prediction at the target is known to 1 %
 target.flops=1e15       what to predict: the best split of so much compute; by default that of
                         ten times a test run's
+seed=1                  the first of the seeds of its runs: other chances, another law
 plan=true               what this would cost and could show; nothing is trained
 study=NAME              where it goes, outputs/NAME; run it again to resume
 any key of tinygpt.run  tokenizer, batch, optimizer, hardware, launcher
@@ -31,7 +32,7 @@ the last and most expensive runs, whose loss it predicts before they begin.
 
 
 OWNED = (
-    *("seed", "model.d_model", "model.n_heads", "train.tokens", "train.steps", "train.epochs"),
+    *("model.d_model", "model.n_heads", "train.tokens", "train.steps", "train.epochs"),
     *("train.flops", "train.tokens_per_param", "data.fraction", "run_name", "experiment", "scale"),
     *("model.parametrization", "train.early_stopping_patience", "init_from", "plan", "fit"),
 )
@@ -49,6 +50,7 @@ class Arguments:
     flops: Optional[float] = key(None, above=0.0)
     error: Optional[float] = key(None, above=0.0, below=1.0)
     target: Target = field(default_factory=Target)
+    seed: int = key(1, least=0)
     plan: bool = False
     study: Optional[str] = None
     output_dir: str = "outputs"
@@ -103,6 +105,7 @@ def main() -> None:
         arguments.error,
         arguments.target.flops,
         arguments.plan,
+        arguments.seed,
     )
     find_law(asked, arguments.output_dir, Console(markup=False))
 

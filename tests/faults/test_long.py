@@ -93,7 +93,7 @@ def test_a_long_run_grows_by_its_log_alone(tmp_path: Path, cache: Path, corpus: 
         return float(last.split(b",")[0]) if last[:1].isdigit() else 0.0
 
     def logged() -> int:
-        logs = [run / "metrics.csv", run / "run.log", *run.glob("tensorboard/*")]
+        logs = [run / "metrics.csv", run / "run.log", *run.glob("events.*")]
         return sum(path.stat().st_size for path in logs if path.exists())
 
     looks = list(follow(tmp_path, cache, words, step, logged))
@@ -111,7 +111,7 @@ def test_a_long_run_grows_by_its_log_alone(tmp_path: Path, cache: Path, corpus: 
     kept = [f"step_{STEPS * n // 5}.ckpt" for n in range(1, 6)]
     checkpoints = sorted(path.name for path in run.glob("checkpoints/*"))
     assert checkpoints == sorted(["best.ckpt", "final.ckpt", "last.ckpt", *kept])
-    assert len(list(run.glob("tensorboard/*"))) == 1
+    assert len(list(run.glob("events.*"))) == 1
 
 
 def test_a_long_sweep_in_one_process_does_not_grow(

@@ -36,64 +36,68 @@ STUDY = "adaptation"  # the study of an adaptation that names none
 
 @dataclass
 class DocumentsConfig:
-    """Choose what a model adapts to; ``conf/adapt.yaml`` explains each key."""
+    """What a model adapts to."""
 
-    task: str = key("domain_shift", among=("domain_shift", "new_facts"))
-    train: int = key(8, least=0)
-    tune: int = key(4, least=0)
-    test: int = key(8, least=1)
-    context_tokens: int = key(512, least=1)
-    heldout_tokens: int = key(2048, least=1)
-    forgetting_tokens: int = key(8192, least=1)
-    seed: int = key(0, least=0, most=2**32 - 1)
+    task: str = key(
+        "domain_shift",
+        "domain_shift: documents of data=; new_facts: facts the embedded corpus never states",
+        among=("domain_shift", "new_facts"),
+    )
+    train: int = key(8, "documents that restem learns from", least=0)
+    tune: int = key(4, "documents that choose the learning rates", least=0)
+    test: int = key(8, "documents that are reported", least=1)
+    context_tokens: int = key(512, "tokens of a document, of domain_shift", least=1)
+    heldout_tokens: int = key(2048, "tokens scored for the reward, of domain_shift", least=1)
+    forgetting_tokens: int = key(8192, "validation tokens scored for forgetting", least=1)
+    seed: int = key(0, "seed of the documents", least=0, most=2**32 - 1)
 
 
 @dataclass
 class InnerConfig:
-    """Choose how a model is trained on one edit; the steps are snapshots of one training."""
+    """How a model is trained on one edit; the steps are snapshots of one training."""
 
-    inner_steps: list[int] = key([1, 3, 10, 30], least=0)  # noqa: RUF009
-    tokens_per_step: int = key(128, least=1)
+    inner_steps: list[int] = key([1, 3, 10, 30], "steps after which to score", least=0)
+    tokens_per_step: int = key(128, "tokens per step", least=1)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=8))  # rank null: all weights
 
 
 @dataclass
 class TuningConfig:
-    """Choose what is tried on the tune documents, by the reward after the most steps."""
+    """What is tried on the tune documents, by the reward after the most steps."""
 
-    learning_rates: list[float] = key([3e-4, 1e-3, 3e-3, 1e-2], above=0.0)  # noqa: RUF009
-    forgetting_weight: float = key(0.0, least=0.0)  # score = reward - weight·max(0, forgetting)
+    learning_rates: list[float] = key([3e-4, 1e-3, 3e-3, 1e-2], "rates to choose from", above=0.0)
+    forgetting_weight: float = key(0.0, "w in score = reward - w·max(0, forgetting)", least=0.0)
 
 
 @dataclass
 class OuterConfig:
-    """Choose how ReST-EM (Singh et al. 2023) trains a policy on its own edits that paid."""
+    """How ReST-EM (Singh et al. 2023) trains a policy on its own edits that paid."""
 
-    iterations: int = key(2, least=0)
-    samples: int = key(4, least=1)
-    inner_seeds: int = key(1, least=1)
-    explore: float = key(0.5, least=0.0, most=1.0)
-    explore_later: float = key(0.1, least=0.0, most=1.0)
-    steps: int = key(60, least=1)
-    tokens_per_step: int = key(512, least=1)
-    learning_rate: float = key(1e-3, above=0.0)
+    iterations: int = key(2, "rounds of sampling edits and learning from the best", least=0)
+    samples: int = key(4, "edits of each train document per iteration", least=1)
+    inner_seeds: int = key(1, "seeds that an edit is trained with", least=1)
+    explore: float = key(0.5, "share of random choices, first iteration", least=0.0, most=1.0)
+    explore_later: float = key(0.1, "share of random choices afterwards", least=0.0, most=1.0)
+    steps: int = key(60, "optimizer steps on the best edits", least=1)
+    tokens_per_step: int = key(512, "tokens per step", least=1)
+    learning_rate: float = key(1e-3, "learning rate", above=0.0)
     lora: LoraConfig = field(default_factory=lambda: LoraConfig(rank=4))
 
 
 @dataclass
 class PolicyConfig:
-    """Choose the policy that proposes edits."""
+    """The policy that proposes edits."""
 
-    kind: str = MISSING
+    kind: str = key(MISSING, "kind of policy, set by policy=")
 
 
 @dataclass
 class WritingPolicy(PolicyConfig):
     """A policy that samples text of its own."""
 
-    max_edit_tokens: int = key(128, least=1)  # of each text
-    temperature: float = key(0.8, above=0.0)
-    top_k: Optional[int] = key(20, least=1)
+    max_edit_tokens: int = key(128, "tokens of each text", least=1)
+    temperature: float = key(0.8, "sampling temperature", above=0.0)
+    top_k: Optional[int] = key(20, "draw from this many of the most likely; null: all", least=1)
 
 
 @dataclass
@@ -108,7 +112,7 @@ class ModelPolicy(WritingPolicy):
     """A Hugging Face model in a local folder, or one that mlx_lm reads."""
 
     kind: str = key("hf", among=("hf", "mlx"))
-    path: str = MISSING
+    path: str = key(MISSING, "folder of the model")
 
 
 @dataclass
@@ -116,7 +120,7 @@ class FilePolicy(PolicyConfig):
     """Edits written before: ``edits.jsonl`` of another study, or of anyone."""
 
     kind: str = key("file", among=("file",))
-    path: str = MISSING
+    path: str = key(MISSING, "edits.jsonl")
 
 
 POLICIES: dict[str, type] = {"self": SelfPolicy, "model": ModelPolicy, "file": FilePolicy}
@@ -126,9 +130,9 @@ POLICIES: dict[str, type] = {"self": SelfPolicy, "model": ModelPolicy, "file": F
 class AdaptConfig(Settings):
     """The whole configuration, as ``config.yaml`` in an adaptation's folder keeps it."""
 
-    run: str = MISSING  # the folder of the trained run that adapts
-    checkpoint: Optional[str] = None  # null: final, of a run that has not ended last
-    methods: Optional[list[str]] = key(None, among=METHODS)  # noqa: RUF009  # null: all of the task
+    run: str = key(MISSING, "folder of the trained run that adapts")
+    checkpoint: Optional[str] = key(None, "null: final, or last if the run has not ended")
+    methods: Optional[list[str]] = key(None, "null: all that the task has", among=METHODS)
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     data: Optional[DataConfig] = None  # of domain_shift: where the documents come from
     inner: InnerConfig = field(default_factory=InnerConfig)

@@ -46,12 +46,12 @@ class SelfEdit:
     """
 
     source: str = key("doc", among=SOURCES)
-    text_ops: list[str] = key(["continue"], among=TEXT_OPS)  # noqa: RUF009
+    text_ops: list[str] = key(["continue"], among=TEXT_OPS)
     n: int = key(1, least=1)
     aug: str = key("none", among=AUGMENTATIONS)
     lr: float = key(3e-3, above=0.0)
     mask: str = key("all", among=MASKS)
-    text: list[str] = key([])  # noqa: RUF009
+    text: list[str] = key([])
 
     @property
     def edit_id(self) -> str:

@@ -267,6 +267,6 @@ def _check_value(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     for bound, limit in bounds.items():
         if bound == "among":
             require(value in limit, f"{name}={value}: must be one of {', '.join(limit)}")
-        else:
+        elif bound in LIMITS:
             words, holds = LIMITS[bound]
             require(holds(value, limit), f"{name}={value}: must be {words} {limit:.10g}")

@@ -150,7 +150,7 @@ class StepLoader(DataLoader[Batch]):
 
 
 class TokenData(pl.LightningDataModule):
-    """The corpus of a configuration: tokenized by ``prepare_data``, opened by ``setup``.
+    """Serve the corpus of a configuration: ``prepare_data`` tokenizes it, ``setup`` opens it.
 
     ``prepared`` is the tokenized corpus where the caller has it already.
     """

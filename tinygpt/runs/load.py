@@ -1,11 +1,13 @@
 """Load a run folder: model, tokenizer, configuration and results.
 
 run = tinygpt.load_run("outputs/runs/stories")
+print(run)
 print(run.generate("Once upon a time", top_p=0.9))
 """
 
 from __future__ import annotations
 
+import html
 import itertools
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,8 @@ import torch
 
 from tinygpt import fileio
 from tinygpt.config import Config, ConfigError, Sampling
-from tinygpt.config.counting import padded_vocab
+from tinygpt.config.counting import count_parameters, padded_vocab
+from tinygpt.data.corpora import describe
 from tinygpt.data.tokenizers import Tokenizer, load_tokenizer
 from tinygpt.model.generate import Step, stream
 from tinygpt.model.gpt import GPT
@@ -29,9 +32,9 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WEIGHTS = "model."  # prefix of the model's own weights in a checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedRun:
-    """A run at one of its checkpoints.
+    """Hold a run at one of its checkpoints; ``print`` shows it in five lines.
 
     ``results`` is ``results.json``, None for a run that has not ended.  ``model`` is in
     evaluation mode, its weights in float32 (float64 where it was trained so).
@@ -49,6 +52,42 @@ class TrainedRun:
     def tokens(self) -> int:
         """Return the training tokens up to the checkpoint."""
         return self.step * self.config.train.batch_tokens
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:<8}{text}" for name, text in self._summary().items())
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><th>{name}</th><td style='text-align: left'>{html.escape(text)}</td></tr>"
+            for name, text in self._summary().items()
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+    def _summary(self) -> dict[str, str]:
+        """Return what to know of the run, by what it is about."""
+        config, model, results = self.config, self.config.model, self.results or {}
+        size = count_parameters(model, self.tokenizer.vocab_size)
+        status = results.get("status", "has not ended")
+        losses = {
+            "{:.4f} nats per token in validation": "final_val_loss",
+            "{:.4f} before training": "initial_val_loss",
+            "exact floor {:.4f}": "irreducible_loss_exact",
+            "{:.4f} bits per byte": "final_val_bits_per_byte",
+        }
+        known = [
+            text.format(results[n]) for text, n in losses.items() if results.get(n) is not None
+        ]
+        return {
+            "run": f"{self.path}, {status}; {self.checkpoint}.ckpt after {self.step:,} steps",
+            "model": f"{size.total:,} parameters, {size.non_embedding:,} without embeddings: "
+            f"n_layers={model.n_layers} d_model={model.d_model} n_heads={model.n_heads} "
+            f"max_seq_len={model.max_seq_len}",
+            "text": f"{self.tokens:,} tokens of {describe(config.data)}; tokenizer "
+            f"{config.tokenizer.kind} with {self.tokenizer.vocab_size:,} tokens",
+            "recipe": f"{config.optim.kind}, learning rate {config.optim.learning_rate:g}, "
+            f"batches of {config.train.batch_tokens:,} tokens, seed {config.seed}",
+            "loss": ", ".join(known) or "not in results.json",
+        }
 
     def generate(
         self, prompt: str = "", max_new_tokens: int = 200, *, seed: int = 0, **sampling: Any

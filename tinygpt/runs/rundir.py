@@ -291,6 +291,13 @@ class RunDir:
     def last(self) -> Path:
         return self.checkpoints / "last.ckpt"
 
+    @property
+    def events(self) -> Path:
+        """Return the folder of TensorBoard's files, whose path is the run's name there: the run's
+        own, or the one within it that earlier versions made."""
+        older = self.path / "tensorboard"
+        return older if older.is_dir() else self.path
+
     def step(self, number: int) -> Path:
         return self.checkpoints / f"step_{number}.ckpt"
 
@@ -372,7 +379,7 @@ class RunDir:
         files = (self.results, self.error, self.metrics, self.samples, self.log, self.mlflow)
         for path in (*files, self.records):
             path.unlink(missing_ok=True)
-        for path in [*self.checkpoints.glob("*"), *self.path.glob("tensorboard/*")]:
+        for path in [*self.checkpoints.glob("*"), *self.events.glob("events.out.tfevents.*")]:
             path.unlink()
 
     def write_config(self, config: Settings) -> None:

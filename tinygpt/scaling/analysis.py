@@ -76,7 +76,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What ``report`` writes and ``plots`` draw."""
+    """Hold all that a report says and draws of a law."""
 
     question: str  # "How does the loss fall with ...?"
     chosen: Candidate  # the law of the report

@@ -41,7 +41,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a law and its checks read; the defaults are those of ``results.json``."""
+    """Name the columns that a law and its checks read; by default as in ``results.json``."""
 
     n: str = "parameters_non_embedding"
     n_total: str | None = "model_parameters"
@@ -141,7 +141,7 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
     if where.get("U") in runs:
         unique = runs[where["U"]]
         tokens = runs[where["D"]] if "D" in where else np.inf
-        if unique.nunique() > 1 and (tokens > 1.001 * unique).any():
+        if (unique.nunique() > 1 or "D" in found) and (tokens > 1.001 * unique).any():
             found.append("U")
     if "T" in found and len(found) > 1 and "N" not in found:
         found.remove("T")

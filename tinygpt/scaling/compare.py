@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from scipy import optimize, special
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.fitting import ROUGH, starts_of
+from tinygpt.scaling.fitting import ROUGH
 from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import LAWS, Array, Law
 from tinygpt.scaling.noise import Seeds
 from tinygpt.scaling.points import Points
-from tinygpt.scaling.solver import solve
+from tinygpt.scaling.solver import solve, starts_of
 
 LAWS_TRIED = ("chinchilla", "coupled", "kaplan_constant")
 OF_ONE = ("power_constant", "log_power")  # in one variable
@@ -235,12 +235,7 @@ class Ratio:
         questions are asked of runs that may not differ at all, at 99 %."""
         return 1.0 not in self.exponents(LEVEL if self.differs else 0.99)
 
-    def _average(
-        self,
-        made: Estimates,
-        factor: float = 1.0,
-        level: float = LEVEL,
-    ) -> Interval:
+    def _average(self, made: Estimates, factor: float = 1.0, level: float = LEVEL) -> Interval:
         low, mean, high = factor * np.exp(self._quantiles(made, level))
         return Interval(float(mean), float(low), float(high), level, "average of laws")
 

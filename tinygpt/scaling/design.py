@@ -159,7 +159,8 @@ def _usual(law: Law, values: Mapping[str, Array]) -> Array:
     """Return the slopes of a law with usual parameters, (n, P), where none is known yet: terms of
     equal size amid the places, exponents of a third."""
     logs = {name: np.log(value) for name, value in values.items()}
-    x = {name: value - value.mean() for name, value in logs.items()}
+    unit = {**logs, "U": logs["D"]} if "U" in logs else logs  # both kinds of tokens have one unit
+    x = {name: value - unit[name].mean() for name, value in logs.items()}
     theta = np.array([0.0] * len(law.coefficients) + [1 / 3] * len(law.exponents))
     for name, (low, high) in law.bounds.items():
         if name in law.exponents:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -15,6 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from tinygpt import fileio
+from tinygpt.scaling import interactive
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    text: str  # text in backticks is code, here and in items and cells
+    text: str  # `code` and [links](path) as in Markdown, here and in items and cells
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,25 @@ class Table:
 class Picture:
     name: str  # of a figure beside the report, without ending
     caption: str
+    live: dict[str, Any] | None = None  # what makes it interactive, of ``interactive.traces``
 
 
-Block = Heading | Paragraph | Code | Items | Table | Picture
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that a reader opens; the terminal names them only."""
 
-CSS = """
-body { font: 16px/1.5 Georgia, 'Times New Roman', serif; max-width: 46em; margin: 2em auto;
-  padding: 0 1em; color: #222; background: #fff; }
-h1, h2, th, figcaption { font-family: Helvetica, Arial, sans-serif; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 1.8em; }
-table { border-collapse: collapse; font-size: .85em; margin: 1em 0; display: block;
-  overflow-x: auto; }
-th, td { text-align: left; padding: .25em .9em .25em 0; vertical-align: top; }
-thead th { border-top: 1.5px solid; border-bottom: .75px solid; }
-tbody tr:last-child td { border-bottom: 1.5px solid; }
-pre { background: #f5f5f3; padding: .7em 1em; overflow-x: auto; }
-code, pre { font: .85em Menlo, Consolas, monospace; }
-figure { margin: 1.5em 0; } img { max-width: 100%; }
-figcaption { font-size: .8em; color: #444; }
-td.fail { color: #b03000; font-weight: bold; }
-"""
+    title: str
+    blocks: Sequence[Block]
+
+
+Block = Heading | Paragraph | Code | Items | Table | Picture | Folded
+
+# A target is an anchor or a path, never an address with a scheme: names of runs come from outside.
+LINK = re.compile(r"\[([^\[\]]*)\]\((#?[\w./%-]+)\)")
+# Nothing but what is in the page is ever loaded.
+POLICY = (
+    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
 FAIL = "FAIL"
 WIDTH = 100  # of what is printed, at most
 
@@ -95,6 +96,9 @@ def _markdown(block: Block) -> str:
             return "\n".join(f"- {line}" for line in lines)
         case Picture(name, caption):
             return f"![{name}]({name}.png)\n\n{caption}"
+        case Folded(title, blocks):
+            inner = markdown(blocks)
+            return f"<details><summary>{html.escape(title)}</summary>\n\n{inner}\n</details>"
         case Table(header, rows):
             ruled = [header, ["---"] * len(header), *rows]
             cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in ruled]
@@ -104,34 +108,59 @@ def _markdown(block: Block) -> str:
 def page(blocks: Sequence[Block], folder: Path) -> str:
     """Return the report as one HTML file that needs no other: the figures are in it."""
     title = next((block.text for block in blocks if isinstance(block, Heading)), "")
+    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    sections = [b.text for b in blocks if isinstance(b, Heading) and b.level == 2]
+    links = "".join(f'<li><a href="#{slug(text)}">{_inline(text)}</a></li>' for text in sections)
+    contents = f"<nav><details open><summary>Contents</summary><ol>{links}</ol></details></nav>"
     body = "\n".join(_html(block, folder) for block in blocks)
+    live = interactive.script({p.name: p.live for p in _pictures(blocks) if p.live})
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{CSS}</style>\n</head>\n"
-        f"<body>\n{body}\n</body>\n</html>\n"
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n"
+        f"<body>\n{contents if links else ''}\n<main>\n{body}\n</main>\n{live}</body>\n</html>\n"
     )
+
+
+def _pictures(blocks: Iterable[Block]) -> Iterator[Picture]:
+    for block in blocks:
+        if isinstance(block, Picture):
+            yield block
+        elif isinstance(block, Folded):
+            yield from _pictures(block.blocks)
+
+
+def slug(text: str) -> str:
+    """Return the anchor of a heading: that of GitHub, where it shows the Markdown."""
+    return re.sub(r"[^\w-]", "", text.lower().replace(" ", "-"))
 
 
 def _html(block: Block, folder: Path) -> str:
     match block:
         case Heading(text, level):
-            return f"<h{level}>{_inline(text)}</h{level}>"
+            return f'<h{level} id="{slug(text)}">{_inline(text)}</h{level}>'
         case Paragraph(text):
             return f"<p>{_inline(text)}</p>"
         case Code(text):
             return f"<pre>{html.escape(text)}</pre>"
         case Items(lines):
             return f"<ul>{''.join(f'<li>{_inline(line)}</li>' for line in lines)}</ul>"
+        case Folded(title, blocks):
+            inner = "\n".join(_html(one, folder) for one in blocks)
+            return f"<details><summary>{_inline(title)}</summary>\n{inner}\n</details>"
         case Table(header, rows):
             top = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
+            head = f"<thead><tr>{top}</tr></thead>\n" if any(header) else ""
             body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
-            return f"<table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table>"
-        case Picture(name, caption):
+            return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
+        case Picture(name, caption, live):
             png = (folder / f"{name}.png").read_bytes()
             width = int.from_bytes(png[16:20], "big") // 2  # pixels: twice as fine as the page
+            mark = f' data-figure="{html.escape(name)}"' if live else ""
             return (
-                f'<figure><img width="{width}" alt="{html.escape(caption)}" '
+                f'<figure{mark}><img width="{width}" alt="{html.escape(caption)}" '
                 f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
                 f"<figcaption>{_inline(caption)}</figcaption></figure>"
             )
@@ -143,7 +172,10 @@ def _cell(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    text = html.escape(text).replace(" %", "\u00a0%")
+    text = re.sub(r"`([^`]*)`", r"<code>\1</code>", text)
+    text = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)
+    return LINK.sub(r'<a href="\2">\1</a>', text)
 
 
 def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) -> None:
@@ -162,17 +194,20 @@ def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) 
                 for line in lines:
                     console.print(Padding(_plain(line), (0, 0, 0, 2), expand=False))
             case Table(header, rows):
-                table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-                for name in header:
-                    whole = name == header[0]  # the names of the rows are not broken
+                grid: Any = {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
+                table = RichTable(show_header=any(header), **grid)
+                for at, name in enumerate(header):
+                    whole = at == 0  # the names of the rows are not broken
                     table.add_column(Text(name), header_style="dim", overflow="fold", no_wrap=whole)
                 for row in rows:
                     table.add_row(*(_plain(cell, "red" if cell == FAIL else "") for cell in row))
                 console.print(table)
+            case Folded(title):
+                console.print(f"{_plain(title)}: in the report")
         if not isinstance(block, Heading | Picture):
             console.print()
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True, markup=False)
 
 
 def _plain(text: str, style: str = "") -> Text:
-    return Text(text.replace("`", ""), style=style)
+    return Text(LINK.sub(r"\1", text.replace("`", "").replace("**", "")), style=style)

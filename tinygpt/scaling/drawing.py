@@ -10,12 +10,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -44,6 +48,8 @@ STYLE: Any = {
     "figure.dpi": 200,
     "svg.hashsalt": "tinygpt",  # else the ids in the file are random
 }
+# What the page shows of each point of an artist as the reader points at it.
+HOVER: WeakKeyDictionary[Artist, Sequence[str]] = WeakKeyDictionary()
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LABELS = {
     "N": "parameters N",
@@ -168,6 +174,26 @@ def panels(figure: Figure, count: int, across: int) -> list[Axes]:
     for axes in grid[count:]:
         axes.remove()
     return list(grid[:count])
+
+
+def label_contours(axes: Axes, lines: ContourSet, taken: Any) -> None:
+    """Label each contour where it is furthest from what is ``taken``, (n, 2), and from the edge."""
+    scaled = axes.transScale.transform
+    corners = scaled(np.column_stack([axes.get_xlim(), axes.get_ylim()]))
+    taken = (scaled(taken) - corners[0]) / (corners[1] - corners[0])
+    places = []
+    for path in lines.get_paths():
+        vertices = np.asarray(path.vertices, dtype=float)
+        if not len(vertices):
+            continue
+        points = (scaled(vertices) - corners[0]) / (corners[1] - corners[0])
+        nearest = np.linalg.norm(points[:, None] - taken[None], axis=-1).min(axis=1)
+        room = np.minimum(nearest, 1.5 * np.minimum(points, 1 - points).min(axis=1))
+        best = int(np.argmax(room))
+        if room[best] > 0.04:
+            places.append(tuple(vertices[best]))
+            taken = np.concatenate([taken, points[best : best + 1]])
+    axes.clabel(lines, fmt="%.3g", fontsize=6, inline_spacing=2, manual=places)
 
 
 def limit(axes: Axes, values: Any) -> None:

@@ -1,16 +1,16 @@
-"""One law through the points of a table: where a search starts, the best minimum, estimators.
+"""One law through the points of a table: the best minimum, estimators, and the fit itself.
 
-A sum of powers is fitted by variable projection: on a grid of exponents the coefficients follow
-in closed form, and every local minimum of that surface is polished.  Other laws are polished from
-many starts instead.  The threshold of a robust estimator comes down step by step on the way.
+The threshold of a robust estimator comes down step by step on the way.
 """
 
 from __future__ import annotations
 
-import itertools
+import html
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,18 @@ from tinygpt.config import REMOVED, ConfigError
 from tinygpt.config.checks import did_you_mean
 from tinygpt.scaling.laws import LAWS, Array, Law, check
 from tinygpt.scaling.points import Points
-from tinygpt.scaling.solver import FADING, NDBool, Solved, bounds, objective, solve, term_mask
+from tinygpt.scaling.solver import (
+    FADING,
+    N_POLISHED,
+    NDBool,
+    Solved,
+    bounds,
+    objective,
+    solve,
+    starts_of,
+    term_mask,
+)
+from tinygpt.scaling.wording import Interval, count, equation, estimate, percent, reach
 
 ESTIMATORS = ("auto", "least_squares", "huber", "likelihood")
 OBJECTIVES = ("log", "raw")
@@ -29,6 +40,8 @@ COLUMNS = {
     "N": "parameters_non_embedding",
     "D": "train_tokens",
     "U": "unique_train_tokens",
+    "T": "max_seq_len",
+    "C": "flops_exact",
     "x": "parameters_non_embedding",
 }
 LOSS = "final_val_loss"
@@ -36,108 +49,8 @@ EFFICIENT = 1.345  # Huber's threshold in units of the noise: 95 % efficient und
 HUBER_DENSITY = 1e-3  # threshold of the likelihood in units of its scale
 FEWEST_TO_JUDGE = 20  # residuals; the distribution of fewer cannot be judged
 
-# --- where a search starts
-
-EXPONENTS = np.geomspace(0.015, 2.4, 34)
-MOST_ON_GRID = 1000  # points that the surface of the grid is drawn from
-N_STARTS = 1024  # of a law that is no sum of powers; the best are polished
-N_POLISHED = 32
-N_FINISHED = 8  # of those, the best after a rough search
+N_FINISHED = 8  # starts of a law that is no sum of powers: the best after a rough search
 ROUGH: dict[str, Any] = {"most_steps": 50, "gain": 1e-6}
-# Where the starts of a law that is no sum of powers lie: exponents, logarithms of coefficients
-# (of a term: relative to the least loss).
-LIKELY = {
-    "E": (-3.0, 0.0),
-    **dict.fromkeys(("A", "B", "Nc", "Dc"), (-4.0, 1.0)),
-    **dict.fromkeys(("alpha", "beta"), (0.03, 1.0)),
-    **dict.fromkeys(("rn", "rd"), (0.0, 4.0)),
-    "gamma": (0.3, 2.0),
-    "c": (-3.0, 5.0),
-    "f": (-3.0, 1.0),
-    "x1": (0.0, 1.0),
-}
-
-
-def grid_starts(law: Law, points: Points) -> Array:
-    """Return the local minima of a sum of powers over a grid of its exponents, (B, P).
-
-    At each node the coefficients that minimise the sum of squared relative errors, none of them
-    negative, follow in closed form, by trying each set of active terms.
-    """
-    from scipy.ndimage import minimum_filter  # slow to import
-
-    points = points.rows(slice(None, None, 1 + len(points) // MOST_ON_GRID))
-    kinds, dimensions = len(law.coefficients), len(law.exponents)
-    grid = np.array(list(itertools.product(EXPONENTS, repeat=dimensions)))
-    theta = np.hstack([np.zeros((len(grid), kinds)), grid])
-    terms = np.moveaxis(np.exp(law.terms(theta, points.x) - points.y), 0, 1)  # (G, K, n)
-    gram, target = terms @ np.swapaxes(terms, 1, 2), terms.sum(axis=2)
-    least = np.full(len(grid), np.inf)
-    coefficients = np.zeros((len(grid), kinds))
-    for count in range(1, kinds + 1):
-        for active in itertools.combinations(range(kinds), count):
-            part = gram[:, active, :][:, :, active]
-            ridge = 1e-13 * np.trace(part, axis1=1, axis2=2)[:, None, None] * np.eye(count)
-            found = np.linalg.solve(part + ridge, target[:, active, None])[..., 0]
-            value = -np.sum(found * target[:, active], axis=1)
-            take = (found >= 0).all(axis=1) & (value < least)
-            least[take], coefficients[take] = value[take], 0.0
-            coefficients[np.ix_(take, active)] = found[take]
-    theta[:, :kinds] = np.log(np.maximum(coefficients, 1e-6))
-    surface = least.reshape((len(EXPONENTS),) * dimensions)
-    lowest = np.flatnonzero(surface <= minimum_filter(surface, size=3, mode="nearest"))
-    starts: Array = theta[lowest[np.argsort(least[lowest], kind="stable")[:8]]]
-    return starts
-
-
-def spread_starts(law: Law, points: Points, seed: int) -> Array:
-    """Return starts for any law, (B, P): a Latin hypercube over what its parameters may be."""
-    names, random = law.parameters, np.random.default_rng(seed)
-    ranks = random.permuted(np.tile(np.arange(N_STARTS), (len(names), 1)), axis=1).T
-    unit = (ranks + random.random(ranks.shape)) / N_STARTS
-    ends = np.array([LIKELY.get(name) or _likely(law, name) for name in names])
-    starts = ends[:, 0] + unit * (ends[:, 1] - ends[:, 0])
-    least = points.y.min()
-    for j, name in enumerate(names):
-        if name in (law.powers or ("E", "A", "B")):
-            starts[:, j] += least
-        if name in ("Nc", "Dc"):  # its power is what is about as large as the loss
-            exponent = starts[:, names.index("alpha" if name == "Nc" else "beta")]
-            starts[:, j] = (starts[:, j] + least) / exponent
-        if name == "x1":
-            starts[:, j] = np.quantile(points.x["x"], unit[:, j])
-    starts = np.clip(starts, *bounds(law, points))
-    with np.errstate(all="ignore"):
-        found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
-    best: Array = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
-    return best
-
-
-_starts: dict[Any, Array] = {}  # by law and points: fits that differ in weights share them
-
-
-def starts_of(law: Law, points: Points, seed: int) -> Array:
-    """Return where the search for a law's minima begins, (B, P)."""
-    arrays = [points.y, *points.x.values()]
-    key = (law.name, law.formula, law.parameters, seed, *(array.tobytes() for array in arrays))
-    if key not in _starts:
-        plain = law.powers and max(map(len, law.powers.values())) == 1 and len(law.exponents) <= 2
-        found = grid_starts(law, points) if plain else spread_starts(law, points, seed)
-        if len(_starts) > 100:
-            _starts.clear()
-        _starts[key] = found
-    return _starts[key]
-
-
-def _likely(law: Law, name: str) -> tuple[float, float]:
-    """Return where to look for a parameter of a law of the user's: within its bounds, if any."""
-    if name in law.bounds:
-        ends = np.array(law.bounds[name], dtype=float)
-        with np.errstate(divide="ignore"):
-            low, high = np.log(ends) if name in law.coefficients else ends
-        return max(low, -10.0), min(high, 10.0)
-    return (-4.0, 2.0) if name in law.coefficients else (0.03, 1.0)
-
 
 # --- the best minimum
 
@@ -232,9 +145,9 @@ def _smallest_eigenvalue(
 # --- a fit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
-    """A law with its estimates and all that says how they were found.
+    """Hold a law with its estimates and how they were found; ``print`` shows it in one line.
 
     ``parameters`` are those of the formula; losses are in the unit of the loss column, nats per
     token as a rule.
@@ -249,10 +162,42 @@ class Fit:
     estimator: str
     reason: str  # why this estimator
     scale: float  # of the residuals: a standard deviation, by the estimator's own measure
+    # those of the parameters; intervals.py puts its function here, as it imports this module
+    intervals: ClassVar[Callable[[Fit], Mapping[str, Interval]]]
+
+    def __repr__(self) -> str:
+        """Return the equation and the interval of each exponent."""
+        text = re.sub(r"\bx\b", self.letter, equation(self.optimum.law, self.parameters))
+        known = [f"{n} {reach(self._known[n])}" for n in self.law.exponents if n in self._known]
+        known += ["no intervals: as many parameters as runs"] if self.degrees < 1 else []
+        where = [f"x: {self.columns['x']}"] if self.letter in self.columns else []
+        return ", ".join([text, *known, *where])
+
+    def _repr_html_(self) -> str:
+        rows = [
+            [name, estimate(value, self._known.get(name)), reach(self._known.get(name))]
+            for name, value in self.parameters.items()
+        ]
+        table = pd.DataFrame(rows, columns=["", "estimate", "95 % interval"])
+        about = (
+            f"{count(len(self.points), 'run')}, {self.estimator.replace('_', ' ')}; "
+            f"a run scatters by {percent(self.relative(self.scale))} about the law"
+        )
+        return f"<p>{html.escape(str(self))}</p>{table.to_html(index=False)}<p>{about}</p>"
+
+    @cached_property
+    def _known(self) -> Mapping[str, Interval]:
+        return self.intervals() if self.degrees > 0 else {}
+
+    @property
+    def letter(self) -> str:
+        """Return the usual letter for the x of a law in one variable; x where there is none."""
+        column = self.columns.get("x")
+        return next((letter for letter, usual in COLUMNS.items() if usual == column), "x")
 
     @cached_property
     def parameters(self) -> dict[str, float]:
-        """By name; a term that went to zero has coefficient 0 and no exponent (nan)."""
+        """Return estimates by name; a term at zero has coefficient 0 and no exponent (nan)."""
         found = self.optimum.law.natural(self.optimum.theta, self.points.centres)
         missing = dict.fromkeys(self.law.coefficients, 0.0)
         missing |= dict.fromkeys(self.law.exponents, float("nan"))
@@ -260,18 +205,18 @@ class Fit:
 
     @cached_property
     def residuals(self) -> Array:
-        """Measured - fitted, (n,): log losses, or losses if ``objective`` was ``raw``."""
+        """Return measured - fitted, (n,): log losses, or losses if ``objective`` was ``raw``."""
         plain = replace(self.points, weights=None)
         return plain.residuals(self.optimum.law, self.optimum.theta)
 
     @cached_property
     def weighted(self) -> Array:
-        """Residuals times the weights of the runs, (n,)."""
+        """Return residuals times the weights of the runs, (n,)."""
         return self.points.residuals(self.optimum.law, self.optimum.theta)
 
     @property
     def unit(self) -> str:
-        """What the residuals are of."""
+        """Return what the residuals are of."""
         return "L" if self.points.raw else "log L"
 
     def relative(self, spread: Any, loss: Any = None) -> Any:
@@ -282,7 +227,7 @@ class Fit:
 
     @property
     def bounds_met(self) -> dict[str, str]:
-        """What to say of each parameter that lies at a bound, by its name."""
+        """Return what to say of each parameter at a bound, by its name."""
         found = self.optimum
         low = dict(zip(found.law.parameters, bounds(found.law, self.points)[0], strict=True))
         theta = dict(zip(found.law.parameters, found.theta, strict=True))
@@ -304,18 +249,30 @@ class Fit:
 
     @property
     def degrees(self) -> int:
-        """Degrees of freedom: points less parameters."""
+        """Return the degrees of freedom: points less parameters."""
         return len(self.points) - len(self.optimum.law)
 
     @property
     def r_squared(self) -> float:
-        """The share of the variance of log L, or of L, that the law explains."""
+        """Return the share of the variance of log L, or of L, that the law explains."""
         y = self.points.response
         return 1.0 - float(np.sum(self.residuals**2)) / float(np.sum((y - y.mean()) ** 2))
 
+    def at(self, values: Mapping[str, Any]) -> dict[str, Array]:
+        """Return new values of the variables as the law wants them; its x may go by its letter.
+
+        Raises ConfigError where one is missing.
+        """
+        given = {"x" if name == self.letter else name: value for name, value in values.items()}
+        wanted = {self.letter if name == "x" else name: name for name in self.columns}
+        if missing := [letter for letter, name in wanted.items() if name not in given]:
+            goes_by = " and ".join(wanted)
+            raise ConfigError(f"predict: {missing[0]} is missing: the law goes by {goes_by}")
+        return self.points.at(given)
+
     def predict(self, **values: Any) -> Array:
         """Return the loss at new values of the law's variables, as ``N=..., D=...``."""
-        x = self.points.at(values)
+        x = self.at(values)
         return np.asarray(np.exp(self.optimum.law.log_loss(self.optimum.theta[None], x)[0]))
 
 

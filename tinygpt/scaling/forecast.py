@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from scipy import special
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.fitting import EFFICIENT, ROUGH, starts_of
+from tinygpt.scaling.fitting import EFFICIENT, ROUGH
 from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.noise import Seeds
 from tinygpt.scaling.points import Points
-from tinygpt.scaling.solver import NDBool, solve
+from tinygpt.scaling.solver import NDBool, solve, starts_of
 
 HELD_OUT = 0.2  # at least so large a part of the groups, those of the largest size
 # Laws without the constant that a text has, or too free, predict only where no other law can.
@@ -149,6 +149,11 @@ class Forecast:
             total[member.law] = total.get(member.law, 0.0) + float(weight)
         return dict(sorted(total.items(), key=lambda one: -one[1]))
 
+    @property
+    def main(self) -> Member:
+        """Return the member that weighs most."""
+        return self.members[int(np.argmax(self.weights))]
+
 
 def expected(rate: float, between: Array, distance: Array, shape: Sequence[float] = SHAPE) -> Array:
     """Return what error to expect of log L beyond the scatter of runs, (n,): in proportion to the
@@ -233,7 +238,7 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
         except ConfigError:
             continue
         # through every point, a law extrapolates wildly
-        each = np.stack(list(points.x.values())).round(12)
+        each = np.stack([logs for v, logs in points.x.items() if v != "U"]).round(12)
         able = [i for i, part in enumerate(parts) if _carries(each[:, part], len(law))]
         tilts = [tilt for tilt in TILTS if "D" in own or tilt[1] == 0.0]
         tokens = values["D"] if "D" in own else np.ones_like(size)

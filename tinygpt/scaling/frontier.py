@@ -9,14 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import Fit
-from tinygpt.scaling.intervals import LEVEL, Bootstrap, Interval, delta, of_loss
+from tinygpt.scaling.intervals import (
+    LEVEL,
+    Bootstrap,
+    Interval,
+    delta,
+    of_loss,
+    predict_interval,
+)
 from tinygpt.scaling.isoflop import Envelope, IsoFlop, envelope, isoflop
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.split import (
@@ -30,7 +37,7 @@ from tinygpt.scaling.split import (
     six_n,
     splits,
 )
-from tinygpt.scaling.wording import number
+from tinygpt.scaling.wording import number, reach, with_interval
 
 # When ways disagree.  A cubic through a skewed profile and the stairs of an envelope are off by
 # about 0.01 in the exponent and 5 % in N themselves; a factor of 2 in N is worth knowing of even
@@ -65,7 +72,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The compute-optimal split by up to three ways."""
+    """Hold the compute-optimal split by up to three ways."""
 
     budget: float  # the largest that was run, FLOPs
     law: LawSplit | None
@@ -175,7 +182,7 @@ class WrongSize:
 
 @dataclass(frozen=True)
 class Budget:
-    """The best use of ``flops`` by a law, and what to expect of it."""
+    """Hold the best use of ``flops`` by a law, and what to expect of it."""
 
     flops: float
     n: Interval
@@ -200,28 +207,69 @@ class Budget:
         )
 
 
-def predict(
+@dataclass(frozen=True)
+class Expected:
+    """The loss at one place: what the law says, and what a single run would measure."""
+
+    place: dict[str, float]  # variable, by the letter that it was asked by -> value
+    loss: Interval
+    run: Interval
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{name} = {number(value)}" for name, value in self.place.items())
+        law = with_interval(self.loss.estimate, self.loss)
+        return f"at {where}: L = {law}, a single run {reach(self.run)}"
+
+
+@overload
+def predict(  # type: ignore[overload-overlap]  # no variable is called flops
     fit: Fit,
     flops: float,
+    *,
+    per_token: FlopsPerToken = ...,
+    unique: float = ...,
+    replicas: int | Bootstrap = ...,
+) -> Budget: ...
+
+
+@overload
+def predict(fit: Fit, **place: float) -> Expected: ...
+
+
+def predict(  # type: ignore[misc]
+    fit: Fit,
+    flops: float | None = None,
     *,
     per_token: FlopsPerToken = six_n,
     unique: float = np.inf,
     replicas: int | Bootstrap = REPLICAS,
-) -> Budget:
-    """Return the best N and D for ``flops``, the loss there, and what a factor of 2 in N costs.
+    **place: float,
+) -> Budget | Expected:
+    """Return the best N and D for ``flops``, the loss there, and what a factor of 2 in N costs; or,
+    of a law in any variables, the loss at a place, as ``N=...``.
 
     ``per_token`` says what a token costs at a size (``recorded`` reads it off the runs),
     ``unique`` how many tokens there are before they repeat.  The intervals of N and D are
     percentiles over a bootstrap, those of the loss the delta method's at the chosen N and D; nan
-    where the fit has no degrees of freedom.  Raises ConfigError where the law has no best split.
+    where the fit has no degrees of freedom.  At a place they are those of ``predict_interval``.
+    Raises ConfigError where the law has no best split.
     """
+    if flops is None:
+        return _expected(fit, place)
+    if place:
+        raise ConfigError(f"predict: give flops or {' and '.join(place)}, not both")
     if not flops > 0:
         raise ConfigError(f"flops={flops:g}: must be above zero")
+    if "x" in fit.columns:
+        raise ConfigError(
+            f"flops={flops:g}: a law in {fit.letter} alone splits no budget; "
+            f"predict(law, {fit.letter}=...) gives the loss at one {fit.letter}"
+        )
     budgets = np.append(flops * np.geomspace(CHEAPER, 1.0, 300)[:-1], flops)
     n, d, loss = best_splits(fit, budgets, per_token, unique)
-    place = {"N": float(n[-1]), "D": float(d[-1])}
+    best = {"N": float(n[-1]), "D": float(d[-1])}
     if "U" in fit.columns:
-        place["U"] = min(place["D"], unique)
+        best["U"] = min(best["D"], unique)
     theta, kind = parameter_vectors(fit, replicas)
     many = splits(fit, theta, budgets[-1:], per_token, unique)
     at_n = band(n[-1:], many[0], LEVEL, kind).at(0)
@@ -233,7 +281,16 @@ def predict(
         off = float(fit.predict(N=size, D=tokens, U=np.minimum(tokens, unique))[0])
         saved = np.interp(off, loss[::-1], np.log(budgets)[::-1])
         wrong.append(WrongSize(off / float(loss[-1]) - 1, 1 - float(np.exp(saved)) / flops))
-    return Budget(flops, at_n, at_d, *loss_at(fit, place, replicas), *wrong)
+    return Budget(flops, at_n, at_d, *loss_at(fit, best, replicas), *wrong)
+
+
+def _expected(fit: Fit, place: dict[str, float]) -> Expected:
+    if more := [name for name in place if name not in (*fit.columns, fit.letter)]:
+        raise ConfigError(f"predict: the law does not go by {' and '.join(more)}")
+    if fit.degrees < 1:
+        return Expected(place, *loss_at(fit, place))
+    law, run = (predict_interval(fit, new_run=new, **place) for new in (False, True))
+    return Expected(place, law, run)
 
 
 def loss_at(

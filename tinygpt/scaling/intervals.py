@@ -30,7 +30,7 @@ STIFFNESS = 1e6  # of a target that is held, in units of the curvature of its pr
 
 @dataclass(frozen=True)
 class Interval:
-    """``low`` to ``high`` at ``level``; an end that the data do not set is 0, -inf or inf."""
+    """Hold ``low`` to ``high`` at ``level``; an end that the data do not set is 0, -inf or inf."""
 
     estimate: float
     low: float
@@ -40,7 +40,7 @@ class Interval:
 
     @property
     def identified(self) -> bool:
-        """Whether the data set both ends."""
+        """Return whether the data set both ends."""
         return bool(np.isfinite(self.low) and np.isfinite(self.high) and self.low != 0.0)
 
     def __contains__(self, value: float) -> bool:
@@ -77,7 +77,7 @@ def of_parameter(fit: Fit, name: str) -> Target:
 
 def of_loss(fit: Fit, **values: float) -> Target:
     """Return the loss at one place, as ``N=..., D=...``."""
-    law, x = fit.optimum.law, fit.points.at(values)
+    law, x = fit.optimum.law, fit.at(values)
 
     def function(theta: Array) -> tuple[Array, Array]:
         value, gradient = law.derivatives(theta, x)
@@ -110,7 +110,7 @@ def standard_error(fit: Fit, target: Target) -> float:
 
 
 def delta(fit: Fit, target: Target, level: float = LEVEL, new_run: bool = False) -> Interval:
-    """Return that of the delta method; ``new_run`` adds the scatter of a single run."""
+    """Return the interval of the delta method; ``new_run`` adds the scatter of a single run."""
     value, _ = target.at(fit.optimum.theta)
     scatter = fit.relative(fit.scale, target.report(value)) if new_run else 0.0
     reach = quantile_of(fit, level) * float(np.hypot(standard_error(fit, target), scatter))
@@ -236,7 +236,7 @@ class Bootstrap:
 
     def predict(self, **values: Any) -> Array:
         """Return the loss by every replica, (B, n)."""
-        x = self.fit.points.at(values)
+        x = self.fit.at(values)
         return np.exp(self.fit.optimum.law.log_loss(self.theta, x))
 
     def interval(self, name: str, level: float = LEVEL) -> Interval:
@@ -292,6 +292,9 @@ def intervals(
         return {name: profile(whole, of_parameter(whole, name), level) for name in names}
     replicas = bootstrap(fit, REPLICAS, seed=seed)
     return {name: replicas.interval(name, level) for name in names}
+
+
+Fit.intervals = intervals
 
 
 def predict_interval(

@@ -163,7 +163,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """A profile a budget, the smallest budget first; ``minima`` of those that have one."""
+    """Hold a profile per budget, the smallest first; ``minima`` of those that have one."""
 
     profiles: tuple[Profile, ...]
     minima: Minima | None
@@ -358,7 +358,7 @@ def _noise(profiles: Sequence[Profile]) -> Array:
 
 @dataclass(frozen=True)
 class Envelope:
-    """The lower envelope of loss against compute, (G,) each, and the best size along it."""
+    """Hold the lower envelope of loss against compute, (G,) each, with the best size along it."""
 
     flops: Array
     n: Array

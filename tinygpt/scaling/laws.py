@@ -24,7 +24,7 @@ VARIABLES = (("x",), ("log x",), ("N", "D"), ("N", "D", "U"))
 
 @dataclass(frozen=True)
 class Law:
-    """One form: a sum of powers, or an expression of parameters and log variables."""
+    """Define one form: a sum of powers, or an expression of parameters and log variables."""
 
     name: str
     formula: str
@@ -46,6 +46,7 @@ class Law:
 
     @property
     def parameters(self) -> tuple[str, ...]:
+        """Return the names of the coefficients, then those of the exponents."""
         return self.coefficients + self.exponents
 
     def __len__(self) -> int:
@@ -228,6 +229,32 @@ def _data_constrained(p: Mapping[str, Any], x: Mapping[str, Array]) -> Any:
     return logaddexp(p["E"], logaddexp(p["A"] - alpha * size, p["B"] - beta * data))
 
 
+def _data_constrained_slopes(
+    p: Mapping[str, Any], x: Mapping[str, Array]
+) -> tuple[Any, dict[str, Any]]:
+    alpha, beta = p["alpha"], p["beta"]
+    fresh = np.minimum(x["U"], x["D"])
+    wanted = (np.log(alpha) + p["A"] - np.log(beta) - p["B"] + beta * fresh) / alpha
+    unique = np.minimum(x["N"], wanted)
+    size, of_size, of_rn = _worth_slopes(x["N"] - unique, p["rn"])
+    data, _, of_rd = _worth_slopes(x["D"] - fresh, p["rd"])
+    size, data = unique + size, fresh + data
+    both, a, b = _pair(p["A"] - alpha * size, p["B"] - beta * data)
+    moved = np.where(x["N"] > wanted, -a * (1.0 - of_size), 0.0)  # alpha times slope by unique
+    slopes = {"A": a + moved, "B": b - moved, "rn": -a * alpha * of_rn, "rd": -b * beta * of_rd}
+    slopes["alpha"] = moved * (1.0 / alpha - wanted) - a * size
+    slopes["beta"] = moved * (fresh - 1.0 / beta) - b * data
+    return _above(p, both, slopes)
+
+
+def _worth_slopes(log_ratio: Any, log_star: Any) -> tuple[Any, Any, Any]:
+    """Return ``_worth`` and its slopes by both arguments."""
+    star, ratio = np.exp(log_star), np.exp(log_ratio)
+    left = np.exp((1.0 - ratio) / star)
+    worth = star * (1.0 - left) + 1.0
+    return np.log(worth), ratio * left / worth, (worth - 1.0 - left * (ratio - 1.0)) / worth
+
+
 def _worth(log_ratio: Any, log_star: Any) -> Any:
     """Return log(1 + R* (1 - exp(-R / R*))), where R = exp(log_ratio) - 1 repetitions."""
     star = np.exp(log_star)
@@ -349,6 +376,7 @@ LAWS: dict[str, Law] = {
             ("alpha", "beta"),
             _A_B,
             expression=_data_constrained,
+            slopes=_data_constrained_slopes,
             bounds={"rn": (1e-3, 1e4), "rd": (1e-3, 1e4), **_ABOVE_ZERO},
         ),
     )

@@ -20,11 +20,13 @@ from tinygpt.scaling.drawing import (
     COLUMN,
     GREEN,
     GREY,
+    HOVER,
     LABELS,
     RED,
     SKY,
     STYLE,
     colour_bar,
+    label_contours,
     legend,
     limit,
     log_axes,
@@ -35,28 +37,35 @@ from tinygpt.scaling.drawing import (
     viridis,
 )
 from tinygpt.scaling.fitting import Fit
+from tinygpt.scaling.interactive import traces
 from tinygpt.scaling.intervals import LEVEL, covariance
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.story import Story
+from tinygpt.scaling.wording import number, whole
 
 CAPTIONS = {
     "scaling": "The runs and the law, with its 95 % band; dashed: beyond the runs.",
     "scaling together": (
-        "The runs and the law, with its 95 % band, at some values of the other variable: its "
-        "colour. What a panel does not show is at its geometric mean."
+        "The runs and the law, with its 95 % band. Colour gives the other variable; any third one "
+        "is at its geometric mean."
     ),
-    "residuals": "What the law leaves unexplained: structure here is what it misses.",
+    "residuals": "What the law leaves unexplained. A pattern here is something it misses.",
     "contours": (
         "Lines of equal loss by the law where no token is seen twice, and the runs, coloured by "
-        "what was measured."
+        "their measured loss."
     ),
-    "extrapolation": "The law fitted to the smaller runs predicts the larger ones, held out.",
+    "extrapolation": "The larger runs, held out, and what the smaller runs alone predict for them.",
     "isoflop": (
         "Loss against size at equal compute, a curve through each budget; stars: minima. A budget "
         "without a star has no reliable minimum; `fit.json` says why."
     ),
-    "frontier": "The best split of each budget by the law, with its 95 % band; dashed: beyond.",
-    "curves": "The loss of every run as it trains; dashed: the lowest loss of any run by compute.",
+    "frontier": (
+        "The best split of each budget by the law, with its 95 % band; dashed: beyond the runs."
+    ),
+    "curves": (
+        "The loss of every run as it trains; dashed: the lowest loss that any run reached with "
+        "that compute."
+    ),
 }
 OF_A_RUN, OF_THE_FITTED = "95 % of single runs", "forecast from the runs fitted"
 DASHED: Any = (0, (4, 2))
@@ -66,8 +75,9 @@ FEW_LOSSES = 5  # fewer measured losses than this make no training curve
 MANY_CURVES = 200  # more training curves than this are one image
 
 
-def draw(analysis: Analysis, folder: Path, story: Story | None = None) -> list[str]:
-    """Write every figure that applies as PNG and SVG; return their names, without ending."""
+def draw(analysis: Analysis, folder: Path, story: Story | None = None) -> dict[str, Any]:
+    """Write every figure that applies as PNG and SVG; return, by their names without ending, what
+    makes them interactive."""
     with mpl.rc_context(STYLE):
         figures = {
             "scaling": scaling(analysis),
@@ -79,7 +89,8 @@ def draw(analysis: Analysis, folder: Path, story: Story | None = None) -> list[s
             "curves": curves(analysis),
             "budget": story.figure() if story else None,
         }
-        return save(figures, folder)
+        save(figures, folder)
+    return {name: traces(figure) for name, figure in figures.items() if figure is not None}
 
 
 # --- what the panels share
@@ -99,6 +110,19 @@ def label(analysis: Analysis, name: str) -> str:
     if name == "N" and analysis.words[name] == "parameters without embeddings":
         return "parameters N (without embeddings)"
     return LABELS.get(name, analysis.words[name])
+
+
+def said(analysis: Analysis) -> list[str]:
+    """Return what is shown of each run as the reader points at it."""
+    fit, measured = analysis.fit, losses(analysis)
+    known = {name: values(analysis, name) for name in analysis.variables}
+    fitted = fit.predict(**known)
+    lines = []
+    for row, loss in enumerate(measured):
+        places = [f"{analysis.words[name]} {whole(x[row])}" for name, x in known.items()]
+        left = f"loss {loss:.4f}, law {fitted[row]:.4f} ({100 * (loss / fitted[row] - 1):+.2f} %)"
+        lines.append("\n".join([analysis.columns.name_of(analysis.runs, row), *places, left]))
+    return lines
 
 
 def size_of(fit: Fit) -> float:
@@ -126,18 +150,22 @@ def band(fit: Fit, axes: Axes, places: dict[str, Array], colour: Any, **style: A
 
 
 def _floors(analysis: Analysis, axes: Axes, constant: bool = True) -> None:
-    """Draw the entropy of the corpus, if it is known, and the law's constant if it is in sight."""
+    """Draw the entropy of the corpus, if it is known, and the law's constant if it is in sight.
+
+    To be called once the axes have their limits: what lies below them is named at the edge.
+    """
     style: Any = {"linewidth": 1, "zorder": 1}
-    if analysis.floor is not None:
-        axes.axhline(analysis.floor, color=GREEN, linestyle="-.", label="exact floor", **style)
+    axes.set_yscale("log")
+    bottom, top = axes.get_ylim()
+    if (floor := analysis.floor) is not None and floor > bottom / (top / bottom) ** 0.3:
+        axes.axhline(floor, color=GREEN, linestyle="-.", label="exact floor", **style)
+        axes.set_ylim(min(bottom, floor / (top / bottom) ** 0.05), top)
+    elif floor is not None:
+        edge: Any = {"transform": axes.transAxes, "ha": "left", "va": "bottom", "fontsize": 7}
+        axes.text(0.01, 0.01, f"exact floor {number(floor)} ↓", color=GREEN, **edge)
     level = analysis.fit.parameters.get("E", 0.0) if constant else 0.0
     if len(analysis.variables) == 1 and level > 0.8 * losses(analysis).min():
         axes.axhline(level, color=GREY, linestyle=":", label="E", **style)
-
-
-def _other(name: str, names: list[str]) -> str | None:
-    """Return the variable whose values colour the panel of ``name``."""
-    return next((one for one in names if one != name), None)
 
 
 # --- the law and the runs
@@ -147,17 +175,16 @@ def scaling(analysis: Analysis) -> Figure:
     """Draw the loss against each variable, with the law."""
     names = list(analysis.variables)
     figure, panels = side_by_side(len(names))
-    # what has to be in sight: losses measured and predicted, the floor
+    # what has to be in sight: losses measured and predicted
     shown = [*losses(analysis), *(one.loss.estimate for one in analysis.predictions)]
-    shown += [] if analysis.floor is None else [analysis.floor]
     for name, axes in zip(names, panels, strict=True):
-        other = _other(name, names)
+        other = next((one for one in names if one != name), None)  # its values are the colours
         if other is None:
             _one_curve(analysis, axes, name)
         else:
             _family(analysis, figure, axes, name, other)
-        _floors(analysis, axes)
         limit(axes, np.array(shown))
+        _floors(analysis, axes)
         log_axes(axes, label(analysis, name), analysis.columns.loss_label)
         if axes.get_legend_handles_labels()[0]:
             legend(axes, above=other is not None)
@@ -176,10 +203,11 @@ def _one_curve(analysis: Analysis, axes: Axes, name: str) -> None:
     axes.plot(grid[inside], loss[inside], color=BLUE, label="law")
     axes.plot(grid[~inside], loss[~inside], color=BLUE, linestyle=DASHED)
     dots: Any = {"color": BLACK, "markersize": size_of(fit), "zorder": 3}
-    axes.plot(x, losses(analysis), "o", label="runs", **dots)
-    for number, one in enumerate(analysis.predictions):
+    (drawn,) = axes.plot(x, losses(analysis), "o", label="runs", **dots)
+    HOVER[drawn] = said(analysis)
+    for at, one in enumerate(analysis.predictions):
         ends = [[one.run.estimate - one.run.low], [one.run.high - one.run.estimate]]
-        word = "prediction of a run" if number == 0 else None
+        word = "prediction of a run" if at == 0 else None
         style: Any = {"fmt": "D", "color": RED, "markersize": 3.5, "capsize": 2, "zorder": 4}
         axes.errorbar([one.place[name]], [one.loss.estimate], ends, label=word, **style)
 
@@ -204,7 +232,8 @@ def _family(analysis: Analysis, figure: Figure, axes: Axes, name: str, other: st
         band(fit, axes, place, colour)
         axes.plot(grid, fit.predict(**place), color=colour, zorder=2)
     style: Any = {"c": by, "cmap": "viridis", "norm": norm, "s": size_of(fit) ** 2}
-    axes.scatter(x, losses(analysis), edgecolors="white", linewidths=0.3, zorder=3, **style)
+    style |= {"edgecolors": "white", "linewidths": 0.3, "zorder": 3}
+    HOVER[axes.scatter(x, losses(analysis), **style)] = said(analysis)
     colour_bar(figure, axes, norm, LABELS.get(other, other))
 
 
@@ -226,11 +255,12 @@ def residuals(analysis: Analysis) -> Figure:
         axes.axhspan(-one, one, color=GREY, alpha=0.2, linewidth=0, label=word)
         axes.axhline(0, color=GREY, linewidth=0.6)
         style: Any = {"color": BLACK}
-        if other := _other(name, names):
+        if other := next((one for one in names if one != name), None):
             by = values(analysis, other)
             style = {"c": by, "cmap": "viridis", "norm": log_norm(by)}
             colour_bar(figure, axes, style["norm"], LABELS.get(other, other))
-        axes.scatter(values(analysis, name), left, s=size_of(fit) ** 2, zorder=3, **style)
+        style |= {"s": size_of(fit) ** 2, "zorder": 3}
+        HOVER[axes.scatter(values(analysis, name), left, **style)] = said(analysis)
         axes.set_xscale("log")
         axes.set(xlabel=label(analysis, name), ylabel=unit)
         log_ticks(axes.xaxis)
@@ -256,21 +286,19 @@ def contours(analysis: Analysis) -> Figure | None:
     axes = figure.subplots()
     levels = np.geomspace(predicted.min(), predicted.max(), 13)[1:-1]
     lines = axes.contour(mesh_n, mesh_d, predicted, levels=levels, linewidths=0.8, **colours)
-    axes.clabel(lines, fmt="%.3g", fontsize=6, inline_spacing=2)
     style: Any = {"c": measured, "s": size_of(fit) ** 2 * 1.3, **colours}
-    axes.scatter(n, d, edgecolors="black", linewidths=0.3, zorder=3, **style)
+    style |= {"edgecolors": "black", "linewidths": 0.3, "zorder": 3}
+    HOVER[axes.scatter(n, d, **style)] = said(analysis)
+    taken = np.column_stack([n, d])
     if analysis.frontier and (path := analysis.frontier.law):
-        axes.plot(
-            path.n.estimate,
-            path.d.estimate,
-            color=RED,
-            linewidth=1.4,
-            label="least loss for its compute",
-        )
+        split = np.column_stack([path.n.estimate, path.d.estimate])
+        axes.plot(*split.T, color=RED, linewidth=1.4, label="least loss for its compute")
+        taken = np.concatenate([taken, split])
         legend(axes, above=True)
     log_axes(axes, label(analysis, "N"), label(analysis, "D"))
     axes.set(xlim=(sizes[0], sizes[-1]), ylim=(tokens[0], tokens[-1]))
     colour_bar(figure, axes, norm, analysis.columns.loss_label)
+    label_contours(axes, lines, taken)
     return figure
 
 
@@ -300,9 +328,12 @@ def extrapolation(analysis: Analysis) -> Figure | None:
         axes.axhline(0, color=BLUE, label=OF_THE_FITTED)
         bars: Any = {"fmt": "none", "ecolor": SKY, "elinewidth": 1.2, "zorder": 1}
         axes.errorbar(x[above], 0 * spread, yerr=spread, label=OF_A_RUN, **bars)
-    axes.plot(x[~above], y[~above], "o", color=BLACK, markersize=size, label="runs fitted")
+    solid: Any = {"color": BLACK, "markersize": size, "label": "runs fitted"}
     hollow: Any = {"color": RED, "markerfacecolor": "white", "markersize": size + 0.7}
-    axes.plot(x[above], y[above], "s", label="runs held out", zorder=4, **hollow)
+    hollow |= {"label": "runs held out", "zorder": 4}
+    for marker, these, look in (("o", ~above, solid), ("s", above, hollow)):
+        (drawn,) = axes.plot(x[these], y[these], marker, **look)
+        HOVER[drawn] = [text for text, here in zip(said(analysis), these, strict=True) if here]
     if alone:
         log_axes(axes, label(analysis, name), analysis.columns.loss_label)
     else:
@@ -330,15 +361,16 @@ def frontier(analysis: Analysis) -> Figure | None:
     dots: Any = {"color": GREY, "markersize": size_of(analysis.fit) - 0.5, "alpha": 0.6}
     inside = path.flops <= compute.max()
     for axes, (word, measured, best) in zip(panels, rows, strict=True):
-        axes.plot(compute, measured, "o", label="runs", **dots)
+        (drawn,) = axes.plot(compute, measured, "o", label="runs", **dots)
+        HOVER[drawn] = said(analysis)
         axes.fill_between(path.flops, best.low, best.high, color=SKY, alpha=0.4, linewidth=0)
         axes.plot(path.flops[inside], best.estimate[inside], color=RED, label="best split")
         axes.plot(path.flops[~inside], best.estimate[~inside], color=RED, linestyle=DASHED)
         log_axes(axes, LABELS["C"], word)
     legend(panels[0], above=True, columns=2)
     _floors(analysis, panels[2])
-    if analysis.floor is not None:
-        panels[2].legend(handles=panels[2].lines[-1:], loc="lower left", bbox_to_anchor=(0, 1))
+    if floors := [line for line in panels[2].lines if line.get_label() == "exact floor"]:
+        panels[2].legend(handles=floors, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
@@ -351,10 +383,14 @@ def isoflop(analysis: Analysis) -> Figure | None:
     figure = Figure(figsize=(COLUMN * 1.35, COLUMN * 1.05))
     axes = figure.subplots()
     norm = log_norm(np.array([one.budget for one in profiles]))
+    rows = zip(values(analysis, "N"), values(analysis, "D"), said(analysis), strict=True)
+    known = {(n, d): text for n, d, text in rows}
     for one in profiles:
         colour = viridis(norm)(one.budget)
         grid = np.geomspace(one.n.min(), one.n.max(), 100)
-        axes.plot(one.n, one.loss, "o", color=colour, markersize=size_of(analysis.fit))
+        dots: Any = {"color": colour, "markersize": size_of(analysis.fit)}
+        (drawn,) = axes.plot(one.n, one.loss, "o", label=f"{number(one.budget)} FLOPs", **dots)
+        HOVER[drawn] = [known.get(place, "") for place in zip(one.n, one.d, strict=True)]
         axes.plot(grid, one.curve(grid), color=colour)
         if one.best:
             axes.plot(one.best[1], one.best[3], "*", color=RED, markersize=8, zorder=4)
@@ -383,22 +419,25 @@ def curves(analysis: Analysis) -> Figure | None:
         return None
     figure, (left, right) = side_by_side(2)
     each = [one for _, one in known.groupby("folder")]
-    sizes, norm, colours = analysis.columns.n, None, BLUE
+    sizes, norm = analysis.columns.n, None
+    style: Any = {"colors": BLUE}
     if sizes in known and known[sizes].nunique() > 1:
         norm = log_norm(known[sizes])
-        colours = viridis(norm)(np.array([one[sizes].iloc[0] for one in each]))
+        size = np.array([float(one[sizes].iloc[0]) for one in each])
+        style = {"array": size, "norm": norm, "cmap": "viridis"}
     word = f"{'training ' if name == 'train_loss' else ''}{analysis.columns.loss_label}"
     for axes, spent, letter in ((left, "tokens", "D"), (right, "flops_exact", "C")):
         lines = [one[[spent, name]].to_numpy() for one in each]
-        many = LineCollection(lines, colors=colours, linewidths=0.8, alpha=0.8)
+        many = LineCollection(lines, linewidths=0.8, alpha=0.8, **style)
         many.set_rasterized(len(lines) > MANY_CURVES)  # else the SVG takes megabytes
+        HOVER[many] = [str(name) for name in known.groupby("folder")["run_name"].first()]
         axes.add_collection(many)
         axes.autoscale()
         if axes is right:
             ordered = known.sort_values([spent, name])
             least = ordered[ordered[name] <= ordered[name].cummin()]
-            style: Any = {"color": BLACK, "linestyle": DASHED, "label": "lowest of all"}
-            axes.plot(least[spent], least[name], **style)
+            look: Any = {"color": BLACK, "linestyle": DASHED, "label": "lowest of all"}
+            axes.plot(least[spent], least[name], **look)
         _floors(analysis, axes, constant=False)
         log_axes(axes, LABELS[letter], word)
         if axes.get_legend_handles_labels()[0]:

@@ -75,7 +75,7 @@ class Points:
                 if values.min() <= 1:
                     raise ConfigError(f"{law.name}: needs {columns[variable[4:]]} above 1")
                 logs = np.log(logs)
-            if np.ptp(logs) == 0:
+            if np.ptp(logs) == 0 and variable != "U":  # one text, read more or less often
                 name = columns[variable.removeprefix("log ")]
                 raise ConfigError(f"{name}: is {values[0]:g} in every run; {law.name} varies it")
             centres[variable] = float(logs.mean())

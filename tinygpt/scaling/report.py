@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from tinygpt import fileio
-from tinygpt.config.settings import SMOKE
 from tinygpt.scaling import document, plots, wording
 from tinygpt.scaling.analysis import Analysis
-from tinygpt.scaling.document import FAIL, Block, Code, Heading, Items, Paragraph, Picture, Table
+from tinygpt.scaling.document import (
+    FAIL,
+    Block,
+    Code,
+    Folded,
+    Heading,
+    Items,
+    Paragraph,
+    Picture,
+    Table,
+)
 from tinygpt.scaling.evidence import CLEAR, NOT_APPLICABLE, NOT_TESTED, PASS, THRESHOLDS
-from tinygpt.scaling.facts import data_hash, facts, shared_trunks
+from tinygpt.scaling.facts import data_hash, facts
 from tinygpt.scaling.intervals import LEVEL
 from tinygpt.scaling.laws import LAWS
+from tinygpt.scaling.measured import measured, next_run, runs
 from tinygpt.scaling.selection import Candidate, preferred
 from tinygpt.scaling.story import Story
 from tinygpt.scaling.wording import (
@@ -27,13 +38,15 @@ from tinygpt.scaling.wording import (
     number,
     percent,
     reach,
+    times,
     with_interval,
 )
 
 FORECAST = (
-    "The loss is an average of laws, weighted by how well each, fitted to the smaller runs, "
-    "predicted the larger. On ten public tables intervals made this way covered 93 % of the losses "
-    "of larger runs, and 84 % of those of ten times the compute (`experiments/bank`)."
+    "Each predicted loss is an average over laws, weighted by how well each of them, fitted to the "
+    "smaller runs, predicts the larger ones. On ten public tables, intervals made this way covered "
+    "93 % of the losses of larger runs, and 84 % of those at ten times the compute "
+    "(`experiments/bank`)."
 )
 MOST_ROWS = 10  # of a table that grows with the runs
 INTERVAL = f"{100 * LEVEL:.0f} % interval"
@@ -44,18 +57,20 @@ ESTIMATORS = {
 }
 
 
-def write(analysis: Analysis, folder: Path, story: Story | None = None) -> list[Path]:
+def write(
+    analysis: Analysis, folder: Path, story: Story | None = None, table: str | None = None
+) -> list[Path]:
     """Write report, figures, numbers and tables in place of those of an earlier analysis.
 
-    ``story`` is that of a study with a budget, and comes first.
+    ``story`` is that of a study with a budget; ``table`` is the file that the runs were read from.
     """
     with fileio.report_lock(folder):
         fileio.remove_torn(folder, folder / "tensorboard")
         figures = plots.draw(analysis, folder, story)
-        files = document.write(list(compose(analysis, figures, story)), folder)
-        for name, table in (("runs.csv", analysis.runs), ("left_out.csv", analysis.left_out)):
-            if len(table):
-                fileio.write_text(folder / name, table.to_csv(index=False, lineterminator="\n"))
+        files = document.write(list(compose(analysis, figures, story, table, folder)), folder)
+        for name, kept in (("runs.csv", analysis.runs), ("left_out.csv", analysis.left_out)):
+            if len(kept):
+                fileio.write_text(folder / name, kept.to_csv(index=False, lineterminator="\n"))
                 files.append(name)
             else:
                 (folder / name).unlink(missing_ok=True)
@@ -64,40 +79,50 @@ def write(analysis: Analysis, folder: Path, story: Story | None = None) -> list[
     return [folder / name for name in files]
 
 
-def show(analysis: Analysis, folder: Path, console: Console | None = None) -> None:
+def show(
+    analysis: Analysis, folder: Path, console: Console | None = None, table: str | None = None
+) -> None:
     """Print the most important sections, and the path of the report."""
-    blocks = [*answer(analysis), *notes(analysis), *warning(analysis), *law(analysis)]
-    blocks += [*selection(analysis), *checklist(analysis, brief=True), *predictions(analysis)]
-    blocks += [*budgets(analysis), *next_run(analysis)]
+    blocks = [Heading(analysis.question, 1), *measured(analysis, table), *verdict(analysis)]
+    blocks += [*predictions(analysis), *law(analysis), *selection(analysis), *budgets(analysis)]
+    blocks += [*next_run(analysis), *checklist(analysis), *notes(analysis)]
     document.show(blocks, folder, console)
 
 
 def compose(
-    analysis: Analysis, figures: Sequence[str], story: Story | None = None
+    analysis: Analysis,
+    figures: Mapping[str, Any],
+    story: Story | None = None,
+    table: str | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Block]:
-    """Return the whole report, in the order it is read."""
+    """Return the whole report, in the order it is read; ``folder`` is where it goes."""
     together = " together" if len(analysis.variables) > 1 else ""
 
     def pictures(*names: str) -> Iterator[Block]:
         for name in names:
             if name in figures:
-                yield Picture(name, plots.CAPTIONS.get(name + together, plots.CAPTIONS[name]))
+                caption = plots.CAPTIONS.get(name + together, plots.CAPTIONS[name])
+                yield Picture(name, caption, figures[name])
 
-    yield from answer(analysis)
-    yield from story.blocks() if story else ()
-    yield from warning(analysis)
-    yield from notes(analysis)
-    yield from runs(analysis)
+    yield Heading(analysis.question, 1)
+    yield from measured(analysis, table)
+    yield from verdict(analysis)
+    yield from predictions(analysis, story)
+    yield from pictures("scaling", "extrapolation")
     yield from law(analysis)
-    yield from pictures("scaling", "residuals")
     yield from selection(analysis)
-    yield from pictures("extrapolation")
-    yield from checklist(analysis)
-    yield from single_runs(analysis)
-    yield from predictions(analysis)
     yield from optimum(analysis)
-    yield from pictures("contours", "isoflop", "frontier", "curves")
+    yield from pictures("contours", "isoflop", "frontier")
     yield from next_run(analysis)
+    yield from story.decisions(figures.get("budget")) if story else ()
+    yield Heading("Residuals")
+    yield from pictures("residuals")
+    yield from single_runs(analysis)
+    yield from runs(analysis, folder)
+    yield from pictures("curves")
+    yield from checklist(analysis)
+    yield from notes(analysis)
     yield from method(analysis)
     yield Heading("Files")
     lines = ["`fit.json`: all numbers, to full precision", "`runs.csv`: the runs that were fitted"]
@@ -106,9 +131,9 @@ def compose(
     yield Items([*lines, "`tensorboard/`: the figures for its page of images"])
 
 
-def answer(analysis: Analysis) -> Iterator[Block]:
-    """Return the question and the whole answer in two sentences."""
-    yield Heading(analysis.question, 1)
+def verdict(analysis: Analysis) -> Iterator[Block]:
+    """Return the whole answer in one sentence, and what to know before relying on it."""
+    yield Heading("Verdict")
     fit = analysis.fit
     exponents = [
         f"{name} {with_interval(fit.parameters[name], interval)}"
@@ -116,70 +141,32 @@ def answer(analysis: Analysis) -> Iterator[Block]:
         if name in fit.law.exponents
     ]
     word = "are described by" if len(analysis.candidates) > 1 else "were fitted by"
-    text = f"{count(len(analysis.runs), 'run')} {word} {fit.law.name}"
-    text += f": {', '.join(exponents)}." if exponents else "."
-    yield Paragraph(text + (f" {capital(analysis.verdict)}." if analysis.is_evidence else ""))
+    text = f"{count(len(analysis.runs), 'run')} {word} the law `{fit.law.name}`"
+    text += f", {', '.join(exponents)}" if exponents else ""
+    yield Paragraph(f"{text}; **{analysis.verdict}**.")
+    if analysis.is_evidence is None:
+        yield Paragraph("Runs at `scale=smoke` only try a study out.")
+    elif failed := [check for check in analysis.checks if check.passed is False]:
+        titles = "; ".join(f"“{check.title}”" for check in failed)
+        word = "Failed checks" if len(failed) > 1 else "The failed check"
+        yield Paragraph(f"{word}, with [what to do](#checklist): {titles}.")
+    elif not analysis.is_evidence:
+        yield Paragraph("There are too few runs to hold the larger ones out and predict them.")
     if analysis.others:
         each = "; ".join(
             wording.differing(name, values) for name, values in analysis.others.items()
         )
         yield Paragraph(
             "These runs differ in more than the variables of the law and their seeds, and are "
-            f"fitted together: {each}. If that was not meant, `where=` or another folder keeps "
-            "them apart."
-        )
-
-
-def warning(analysis: Analysis) -> Iterator[Block]:
-    """Return the checks that fail, each with what to do."""
-    failed = [check for check in analysis.checks if check.passed is False]
-    if analysis.is_evidence is None:
-        yield Heading(capital(SMOKE))
-        yield Paragraph("Runs at `scale=smoke` only try a study out, so there is no verdict.")
-    elif failed:
-        yield Heading("Not evidence yet")
-        many = f"{len(failed)} checks fail" if len(failed) > 1 else "A check fails"
-        yield Paragraph(
-            f"{many}. The law below describes these runs. Fix this before relying on it:"
-        )
-        lines = (f"{c.title} ({c.figure}; needs {c.threshold}). {c.advice}" for c in failed)
-        yield Items([f"{FAIL}: {line}" for line in lines])
-    elif not analysis.is_evidence:
-        yield Heading("Not evidence yet")
-        yield Paragraph(
-            "No check fails, but there are too few runs to hold the larger out and predict them."
+            f"fitted together: {each}. If that was not meant, use `where=` or another folder to "
+            "keep them apart."
         )
 
 
 def notes(analysis: Analysis) -> Iterator[Block]:
     if analysis.notes:
-        yield Heading("As the runs were read")
+        yield Heading("How the runs were read")
         yield Items(analysis.notes)
-
-
-def runs(analysis: Analysis) -> Iterator[Block]:
-    """Return the range of each variable, and of the loss."""
-    fit, compute = analysis.fit, analysis.compute
-    yield Heading("Runs")
-    points = len({tuple(row) for row in np.stack(list(fit.points.x.values()), 1).round(12)})
-    at = f"{count(len(analysis.runs), 'run')} at {count(points, 'different point')}"
-    yield Paragraph(f"{at}. What they span:")
-    rows = [
-        [f"{name}, {analysis.words[name]}", f"`{column}`", *wording.span(fit.table[column])]
-        for name, column in analysis.variables.items()
-    ]
-    if compute.min() < compute.max():
-        rows.append(["compute (FLOPs)", "", *wording.span(compute)])
-    rows.append([analysis.columns.loss_label, f"`{fit.loss}`", *wording.span(fit.table[fit.loss])])
-    yield Table(["", "column", "from", "to", "ratio", "values"], rows)
-    if shared := shared_trunks(analysis.runs):
-        saved = number(shared.independent_flops - shared.flops)
-        yield Paragraph(
-            f"Training took {number(shared.flops)} FLOPs: runs that share a trunk saved "
-            f"{saved} ({percent(shared.saved)}) against independent runs."
-        )
-    if len(analysis.left_out):
-        yield Paragraph("The runs that were left out, and why, are in `left_out.csv`.")
 
 
 def law(analysis: Analysis) -> Iterator[Block]:
@@ -198,8 +185,8 @@ def law(analysis: Analysis) -> Iterator[Block]:
     yield _parameters(analysis)
     if analysis.intervals:
         yield Paragraph(
-            "The same numbers twice: with four digits above, which draw the curve together, and "
-            "here rounded to what each interval supports."
+            "The formula has four digits of each number, so that it draws the curve; the table "
+            "rounds them to what each interval supports."
         )
     if fit.degrees > 0:
         spread = fit.relative(float(np.sqrt(np.sum(fit.residuals**2) / fit.degrees)))
@@ -304,47 +291,56 @@ def _how_clear(analysis: Analysis) -> str:
     return text + (f" {least} predicts the held-out runs best." if least != chosen.law else "")
 
 
-def checklist(analysis: Analysis, brief: bool = False) -> Iterator[Block]:
-    """Return every check by its group, those that fail first; ``brief`` only counts what does not
-    apply or was not tested, and leaves out the thresholds."""
+def checklist(analysis: Analysis) -> Iterator[Block]:
+    """Return the checks that fail, each with what to do, then the others, folded."""
     yield Heading("Checklist")
-    order = ["fail", PASS, *([] if brief else [NOT_TESTED, NOT_APPLICABLE])]
-    columns = 3 if brief else 4
-    for group in THRESHOLDS:
-        ours = [one for one in analysis.checks if one.group == group and one.outcome in order]
-        ours.sort(key=lambda one: order.index(one.outcome))
-        rows = [[c.outcome.replace("fail", FAIL), c.title, c.figure, c.threshold] for c in ours]
-        if rows:
-            header = ["", group, "found", "needs"][:columns]
-            yield Table(header, [row[:columns] for row in rows])
-    count = analysis.outcomes.count
+    many = analysis.outcomes.count
     yield Paragraph(
-        f"{count(PASS)} pass, {count('fail')} fail, {count(NOT_APPLICABLE)} not "
-        f"applicable, {count(NOT_TESTED)} not tested."
+        f"{many(PASS)} pass, {many('fail')} fail, {many(NOT_APPLICABLE)} not "
+        f"applicable, {many(NOT_TESTED)} not tested."
     )
+    failed = [one for one in analysis.checks if one.outcome == "fail"]
+    if failed:
+        lines = (f"{c.title} ({c.figure}; needs {c.threshold}). {c.advice}" for c in failed)
+        yield Items([f"{FAIL}: {line}" for line in lines])
+    others = {"Not tested, or not applicable": (NOT_TESTED, NOT_APPLICABLE)}
+    for title, outcomes in {"Checks that pass": (PASS,), **others}.items():
+        tables = []
+        for group in THRESHOLDS:
+            ours = [one for one in analysis.checks if one.group == group]
+            rows = [
+                [one.outcome, one.title, one.figure, one.threshold]
+                for outcome in outcomes
+                for one in ours
+                if one.outcome == outcome
+            ]
+            tables += [Table(["", group, "found", "needs"], rows)] if rows else []
+        if tables:
+            yield Folded(f"{title} ({sum(len(table.rows) for table in tables)})", tables)
 
 
 def single_runs(analysis: Analysis) -> Iterator[Block]:
     """Return how far each run alone moves the prediction, and the outliers."""
-    yield Heading("Single runs")
     if not analysis.single:
         yield Paragraph("No run was left out in turn: there are too few, or several rows per run.")
         return
     moved = [100 * one.moved for one in analysis.single]
     reached = f"{min(moved):+.2f} to {max(moved):+.2f} %"
-    where = "prediction below" if analysis.predictions else "loss at the largest run"
+    where = "prediction" if analysis.predictions else "loss at the largest run"
     text = f"Each run moves the {where} by {reached}, compared with a law fitted without it."
     outliers = [one for one in analysis.single if one.is_outlier]
     if outliers:
-        yield Paragraph(f"{text} Far from the law of the others, or from the seeds beside it:")
+        yield Paragraph(f"{text} Far from the law of the others, or from other seeds there:")
     else:
-        text += " None lies far from the law of the others, nor from its seeds. The three that"
-        yield Paragraph(f"{text} move it most:")
+        yield Paragraph(
+            f"{text} None lies far from the law of the others or from other seeds there. The three "
+            "that move it most:"
+        )
     listed = outliers or analysis.single[:3]
     header = ["run", "from the law", "standard errors", "from its seeds", "their scatter"]
     rows = []
     for one in listed[:MOST_ROWS]:
-        name = analysis.columns.name_of(analysis.runs, one.row)
+        name = Path(analysis.columns.name_of(analysis.runs, one.row)).name
         row = [name, f"{100 * one.off:+.1f} %", f"{one.errors:+.1f}", UNKNOWN, UNKNOWN]
         if one.off_siblings is not None and one.scatters is not None:
             row[3:] = [f"{100 * one.off_siblings:+.1f} %", f"×{abs(one.scatters):.1f}"]
@@ -354,13 +350,22 @@ def single_runs(analysis: Analysis) -> Iterator[Block]:
         yield Paragraph(f"And {len(listed) - MOST_ROWS} more, in `fit.json`.")
 
 
-def predictions(analysis: Analysis) -> Iterator[Block]:
-    """Return the predicted losses with their intervals."""
+def predictions(analysis: Analysis, story: Story | None = None) -> Iterator[Block]:
+    """Return how predictions of larger runs came out, then losses predicted beyond the runs."""
     yield Heading("Prediction")
+    yield from story.test() if story else ()
+    if held := analysis.held_out:
+        were = "largest run was" if held.runs == 1 else f"{held.runs} larger runs were"
+        yield Paragraph(
+            f"The {were} held out and predicted from the smaller runs alone, up to "
+            f"{times(held.distance)} beyond them. The predictions are off by "
+            f"{percent(held.error)} on average and {percent(held.worst)} at most, and "
+            f"{100 * held.within:.0f} % of the runs lie within their {INTERVAL}."
+        )
     if analysis.unanswered:
         yield Paragraph(" ".join(analysis.unanswered))
     if not analysis.predictions:
-        yield Paragraph("None: these runs cannot say how far it could be trusted.")
+        yield Paragraph("None beyond the runs: nothing here says how far it could be trusted.")
         return
     made = analysis.predictions
     columns = {}
@@ -370,10 +375,8 @@ def predictions(analysis: Analysis) -> Iterator[Block]:
         columns[analysis.words[name]] = [number(one.place[name]) for one in made]
     columns["loss"] = [estimate(one.run.estimate, one.run) for one in made]
     columns[f"{INTERVAL} of a run"] = [reach(one.run) for one in made]
-    columns["by the law above"] = [with_interval(one.loss.estimate, one.loss) for one in made]
+    columns["by the law alone"] = [with_interval(one.loss.estimate, one.loss) for one in made]
     yield Table(list(columns), list(zip(*columns.values(), strict=True)))
-    if analysis.forecast:
-        yield Paragraph(FORECAST)
 
 
 def optimum(analysis: Analysis) -> Iterator[Block]:
@@ -404,45 +407,30 @@ def budgets(analysis: Analysis) -> Iterator[Block]:
         yield Items([f"{capital(str(one))}." for one in analysis.budgets])
 
 
-def next_run(analysis: Analysis) -> Iterator[Block]:
-    """Return the run that would narrow the prediction most."""
-    one = analysis.next_run
-    if one is None or not np.isfinite(one.width_now):
-        return
-    yield Heading("What to run next")
-    if one.width_then > 0.97 * one.width_now:
-        yield Paragraph("No single run would narrow the prediction by much.")
-        return
-    place = ", ".join(
-        f"{number(value)} {analysis.words[name]}" for name, value in one.place.items()
-    )
-    cost = f" ({number(one.cost)} FLOPs)" if analysis.compute.max() > 1 else ""
-    yield Paragraph(
-        f"A run with {place}{cost} would narrow the prediction most: its {INTERVAL} is now "
-        f"{percent(one.width_now)} of the loss wide, and would be {percent(one.width_then)}."
-    )
-
-
 def method(analysis: Analysis) -> Iterator[Block]:
     fit, minimum = analysis.fit, analysis.fit.optimum
     yield Heading("How it was computed")
-    text = f"Estimator, of {fit.unit}: {ESTIMATORS[fit.estimator]} ({fit.reason})."
+    text = f"Estimator for residuals of {fit.unit}: {ESTIMATORS[fit.estimator]} ({fit.reason})."
     if np.isfinite(minimum.threshold):
         text += f" Threshold {number(minimum.threshold)} in {fit.unit}."
-    if (weights := fit.points.weights) is not None:
+    weights = fit.points.weights
+    if weights is not None and weights.max() > 1.01 * weights.min():
         text += " Runs are weighted by the scatter of seeds at their length, and by what the law "
-        text += f"leaves beside it: from {weights.min():.2g} to {weights.max():.2g}."
+        text += f"leaves unexplained; the weights run from {weights.min():.2g} to "
+        text += f"{weights.max():.2g}."
     methods = sorted({one.method for one in analysis.intervals.values()})
     if methods:
         text += f" Intervals of parameters: {', '.join(methods)}"
         ways = sorted({one.loss.method for one in analysis.predictions})
         text += f"; of predictions: {', '.join(ways)}." if ways else "."
     yield Paragraph(text)
+    if analysis.forecast and analysis.predictions:
+        yield Paragraph(FORECAST)
     yield Paragraph(
-        f"The minimum: {'' if minimum.converged else 'not '}converged from "
+        f"The solver {'converged' if minimum.converged else 'did not converge'}: "
         f"{count(minimum.starts, 'start')}, "
         f"{count(len(minimum.basins), 'distinct minimum', 'distinct minima')}, objective "
         f"{number(minimum.objective, 6)}, gradient {number(minimum.gradient_norm, 1)}, "
-        f"least eigenvalue {number(minimum.smallest_eigenvalue)}. Seed {analysis.seed}. "
+        f"smallest eigenvalue {number(minimum.smallest_eigenvalue)}. Seed {analysis.seed}. "
         f"Data {data_hash(analysis)[:12]}."
     )

@@ -1,7 +1,13 @@
-"""One solver for fits, profiles and refits: batched Gauss-Newton on a sum of Huber's losses."""
+"""One solver for fits, profiles and refits: batched Gauss-Newton on a sum of Huber's losses.
+
+A sum of powers is fitted by variable projection: on a grid of exponents the coefficients follow
+in closed form, and every local minimum of that surface is polished.  Other laws are polished from
+many starts instead.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -217,3 +223,104 @@ def solve(
 
 def _store(found: Solved, rows: Any, theta: Array, value: Array, gradient: Array) -> None:
     found.theta[rows], found.objective[rows], found.gradient[rows] = theta, value, gradient
+
+
+# --- where a search starts
+
+EXPONENTS = np.geomspace(0.015, 2.4, 34)
+MOST_ON_GRID = 1000  # points that the surface of the grid is drawn from
+N_STARTS = 1024  # of a law that is no sum of powers; the best are polished
+N_POLISHED = 32
+# Where the starts of a law that is no sum of powers lie: exponents, logarithms of coefficients
+# (of a term: relative to the least loss).
+LIKELY = {
+    "E": (-3.0, 0.0),
+    **dict.fromkeys(("A", "B", "Nc", "Dc"), (-4.0, 1.0)),
+    **dict.fromkeys(("alpha", "beta"), (0.03, 1.0)),
+    **dict.fromkeys(("rn", "rd"), (0.0, 4.0)),
+    "gamma": (0.3, 2.0),
+    "c": (-3.0, 5.0),
+    "f": (-3.0, 1.0),
+    "x1": (0.0, 1.0),
+}
+
+
+def grid_starts(law: Law, points: Points) -> Array:
+    """Return the local minima of a sum of powers over a grid of its exponents, (B, P).
+
+    At each node the coefficients that minimise the sum of squared relative errors, none of them
+    negative, follow in closed form, by trying each set of active terms.
+    """
+    from scipy.ndimage import minimum_filter  # slow to import
+
+    points = points.rows(slice(None, None, 1 + len(points) // MOST_ON_GRID))
+    kinds, dimensions = len(law.coefficients), len(law.exponents)
+    grid = np.array(list(itertools.product(EXPONENTS, repeat=dimensions)))
+    theta = np.hstack([np.zeros((len(grid), kinds)), grid])
+    terms = np.moveaxis(np.exp(law.terms(theta, points.x) - points.y), 0, 1)  # (G, K, n)
+    gram, target = terms @ np.swapaxes(terms, 1, 2), terms.sum(axis=2)
+    least = np.full(len(grid), np.inf)
+    coefficients = np.zeros((len(grid), kinds))
+    for count in range(1, kinds + 1):
+        for active in itertools.combinations(range(kinds), count):
+            part = gram[:, active, :][:, :, active]
+            ridge = 1e-13 * np.trace(part, axis1=1, axis2=2)[:, None, None] * np.eye(count)
+            found = np.linalg.solve(part + ridge, target[:, active, None])[..., 0]
+            value = -np.sum(found * target[:, active], axis=1)
+            take = (found >= 0).all(axis=1) & (value < least)
+            least[take], coefficients[take] = value[take], 0.0
+            coefficients[np.ix_(take, active)] = found[take]
+    theta[:, :kinds] = np.log(np.maximum(coefficients, 1e-6))
+    surface = least.reshape((len(EXPONENTS),) * dimensions)
+    lowest = np.flatnonzero(surface <= minimum_filter(surface, size=3, mode="nearest"))
+    starts: Array = theta[lowest[np.argsort(least[lowest], kind="stable")[:8]]]
+    return starts
+
+
+def spread_starts(law: Law, points: Points, seed: int) -> Array:
+    """Return starts for any law, (B, P): a Latin hypercube over what its parameters may be."""
+    names, random = law.parameters, np.random.default_rng(seed)
+    ranks = random.permuted(np.tile(np.arange(N_STARTS), (len(names), 1)), axis=1).T
+    unit = (ranks + random.random(ranks.shape)) / N_STARTS
+    ends = np.array([LIKELY.get(name) or _likely(law, name) for name in names])
+    starts = ends[:, 0] + unit * (ends[:, 1] - ends[:, 0])
+    least = points.y.min()
+    for j, name in enumerate(names):
+        if name in (law.powers or ("E", "A", "B")):
+            starts[:, j] += least
+        if name in ("Nc", "Dc"):  # its power is what is about as large as the loss
+            exponent = starts[:, names.index("alpha" if name == "Nc" else "beta")]
+            starts[:, j] = (starts[:, j] + least) / exponent
+        if name == "x1":
+            starts[:, j] = np.quantile(points.x["x"], unit[:, j])
+    starts = np.clip(starts, *bounds(law, points))
+    with np.errstate(all="ignore"):
+        found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
+    best: Array = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
+    return best
+
+
+_starts: dict[Any, Array] = {}  # by law and points: fits that differ in weights share them
+
+
+def starts_of(law: Law, points: Points, seed: int) -> Array:
+    """Return where the search for a law's minima begins, (B, P)."""
+    arrays = [points.y, *points.x.values()]
+    key = (law.name, law.formula, law.parameters, seed, *(array.tobytes() for array in arrays))
+    if key not in _starts:
+        plain = law.powers and max(map(len, law.powers.values())) == 1 and len(law.exponents) <= 2
+        found = grid_starts(law, points) if plain else spread_starts(law, points, seed)
+        if len(_starts) > 100:
+            _starts.clear()
+        _starts[key] = found
+    return _starts[key]
+
+
+def _likely(law: Law, name: str) -> tuple[float, float]:
+    """Return where to look for a parameter of a law of the user's: within its bounds, if any."""
+    if name in law.bounds:
+        ends = np.array(law.bounds[name], dtype=float)
+        with np.errstate(divide="ignore"):
+            low, high = np.log(ends) if name in law.coefficients else ends
+        return max(low, -10.0), min(high, 10.0)
+    return (-4.0, 2.0) if name in law.coefficients else (0.03, 1.0)

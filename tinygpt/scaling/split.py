@@ -35,7 +35,7 @@ def six_n(n: Array) -> Array:
 
 
 def flops_per_token(n: Array, d: Array, flops: Array) -> FlopsPerToken:
-    """Return what runs of N, D and FLOPs recorded, (n,) each; the mean of the logarithms at a size.
+    """Return FLOPs per token by size, from runs of N, D and FLOPs, (n,) each: log means at a size.
 
     Between sizes a monotone cubic in logarithms (corners would draw the best size to them),
     beyond them the slope over the last factor of 2 in N.  Runs that say 6·N give the rule of

@@ -1,4 +1,4 @@
-"""Tell before the report of a law within a budget what was asked, decided, predicted and found.
+"""Tell in the report of a law within a budget what was asked, decided, predicted and found.
 
 It reads the ``design.jsonl`` and ``prediction.json`` of the study.
 """
@@ -40,52 +40,54 @@ class Story:
     def of(self, event: str) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["event"] == event]
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield the prediction with its outcome, what it cost, and the decisions."""
-        yield from self._test()
+    def decisions(self, live: dict[str, Any] | None = None) -> Iterator[Block]:
+        """Yield what was done within the budget, run by run, and why."""
         begin, ends = self.of("begin")[0], self.of("end")
         asked, recipe = begin["asked"], begin["recipe"]
         budget = (
             f"{asked['flops']:.2g} FLOPs" if asked["flops"] else f"{asked['minutes']:g} minutes"
         )
         seconds = self.lines[-1]["at"]
-        text = f"Asked for within {budget}, done in {seconds / 60:.1f} minutes: "
-        text += f"{count(len(ends), 'run')} chosen one after the other"
+        text = f"The budget was {budget}; it took {seconds / 60:.1f} minutes: "
+        text += f"{count(len(ends), 'run')}, chosen one after the other"
         losses = self.of("score")[0]["losses"] if self.of("score") else {}
         text += f", then {count(len(losses), 'run')} to test the prediction." if losses else "."
         text += f" The text has {recipe['one_pass']:,} training tokens"
-        text += ", which were read several times." if recipe["repeats"] else ", none read twice."
+        text += (
+            ", too few for one pass: they were read several times, and the law of repeated data is "
+            "among those that were fitted."
+            if recipe["repeats"]
+            else ", none of them read twice."
+        )
         yield Heading("What was done")
         yield Paragraph(text)
         if any(line.get("half") is not None for line in ends):
-            yield Picture("budget", CAPTION)
+            yield Picture("budget", CAPTION, live)
         yield Table(("minute", "run", "cost", "expected", "loss", "target, ±"), list(self._rows()))
         yield Paragraph(
-            "Each run was chosen as the one that narrows the prediction at the target most for its "
-            "cost. Expected: the part of the variance at the target that it should take away, by "
-            "the laws of that time. Target: the half-width of the 95 % interval with that run, "
-            "which may widen where a run shows that a law was wrong."
+            "Each run was chosen to narrow the prediction at the target most for its cost. "
+            "Expected: the share of the variance at the target that it should remove, by the laws "
+            "known then. Target: the half-width of the 95 % interval once the run was in; it may "
+            "widen where a run shows that a law was wrong."
         )
 
-    def _test(self) -> Iterator[Block]:
+    def test(self) -> Iterator[Block]:
+        """Yield the prediction that was made before the last runs began, with its outcome."""
         said, score = self.prediction, self.of("score")
         if said is None:
             return
         words = f"{said['predicted']:.4f} ({said['low']:.4f} to {said['high']:.4f})"
         what = f"d_model {said['d_model']}, {said['tokens']:,} tokens"
-        text = (
-            f"Before the most expensive runs began ({what}), their loss was predicted as {words}, "
-        )
-        text += f"from {count(len(said['from_runs']), 'run')}"
-        yield Heading("A prediction, and its test")
+        text = f"Before the most expensive runs began ({what}), their loss was predicted to be "
+        text += f"{words}, from {count(len(said['from_runs']), 'run')}"
         if not score:
-            yield Paragraph(f"{text}. They have not ended.")
+            yield Paragraph(f"{text}. These runs have not finished.")
             return
         losses = list(score[0]["losses"].values())
         came = " and ".join(f"{loss:.4f}" for loss in losses)
         inside = sum(score[0]["inside"])
         yield Paragraph(
-            f"{text}. **They came to {came}: off by {percent(abs(score[0]['error']))}**, "
+            f"{text}. **They reached {came}: off by {percent(abs(score[0]['error']))}**, "
             f"{inside} of {len(losses)} inside the interval."
         )
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from tinygpt import fileio
 from tinygpt.config import ConfigError
 from tinygpt.config.checks import did_you_mean
-from tinygpt.scaling import document, drawing
+from tinygpt.scaling import document, drawing, interactive
 from tinygpt.scaling.columns import choice, varied
 from tinygpt.scaling.compare import LAWS_TRIED, OF_ONE, Ratio, ratio_of
 from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
@@ -285,10 +285,10 @@ def verdict(comparison: Comparison, name: str) -> str:
     )
 
 
-def compose(comparison: Comparison) -> Iterator[Block]:
-    """Return the whole report, in the order it is read."""
+def compose(comparison: Comparison, live: dict[str, Any]) -> Iterator[Block]:
+    """Return the whole report, in the order it is read; ``live`` makes its figure interactive."""
     yield from answer(comparison)
-    yield Picture("compare", CAPTION.format(scale=comparison.scale, what=comparison.what))
+    yield Picture("compare", CAPTION.format(scale=comparison.scale, what=comparison.what), live)
     yield from recipes(comparison)
     yield from checklist(comparison)
     yield Heading("How it was computed")
@@ -388,8 +388,10 @@ def write(comparison: Comparison, folder: Path) -> None:
     """Write the report, its figure, its numbers and the runs."""
     with fileio.report_lock(folder):
         with rc_context(drawing.STYLE):
-            drawing.save({"compare": draw(comparison)}, folder)
-        document.write(list(compose(comparison)), folder)
+            figure = draw(comparison)
+            drawing.save({"compare": figure}, folder)
+            live = interactive.traces(figure)
+        document.write(list(compose(comparison, live)), folder)
         sides = [side.runs.assign(recipe=name) for name, side in comparison.sides.items()]
         text = pd.concat(sides).to_csv(index=False, lineterminator="\n")
         fileio.write_text(folder / "runs.csv", text)
@@ -410,7 +412,10 @@ def draw(comparison: Comparison) -> Figure:
         colour, ratio = COLOURS[k % len(COLOURS)], comparison.ratios.get(name)
         x = side.columns.size(side.runs, comparison.variables)[0]
         along = np.geomspace(x.min(), x.max(), 60)
-        left.plot(x, side.runs[side.columns.loss], "o", ms=2.5, color=colour, label=name)
+        losses = side.runs[side.columns.loss].to_numpy(float)
+        (drawn,) = left.plot(x, losses, "o", ms=2.5, color=colour, label=name)
+        runs = [side.columns.name_of(side.runs, row) for row in range(len(x))]
+        drawing.HOVER[drawn] = [f"{run}: {y:.4g}" for run, y in zip(runs, losses, strict=True)]
         curve = (ratio or any_ratio).curve(along, other=ratio is not None)
         left.plot(along, curve, color=colour, lw=1)
         if ratio:

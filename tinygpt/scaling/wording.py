@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # figures of evaluations want no law
-    from tinygpt.scaling.intervals import Interval
     from tinygpt.scaling.laws import Law
 
 UNKNOWN = "–"
+
+
+class Interval(Protocol):
+    """Stand for an Interval of intervals.py, which prints by this module."""
+
+    @property
+    def estimate(self) -> float: ...
+
+    @property
+    def low(self) -> float: ...
+
+    @property
+    def high(self) -> float: ...
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -25,6 +25,8 @@ from tinygpt.config import ConfigError, RunError
 from tinygpt.runs import rundir
 from tinygpt.scaling import noise
 from tinygpt.scaling.design import Design
+from tinygpt.scaling.laws import LAWS
+from tinygpt.scaling.wording import equation
 from tinygpt.sweeping import recipe as rules
 from tinygpt.sweeping.engines import Engine, Outcome, Share, check_engine, ready
 from tinygpt.sweeping.jobs import Job, compose_jobs
@@ -44,6 +46,7 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of learning, at the width that µP begins fr
 TEST_SEED = 101  # the first: no run before has it
 # Half-widths at the target in simulated studies, as a part of what is expected without a loss.
 PLANNED = 0.22
+TELL = 0.1  # part of the budget between lines that say what the law is
 CLEAR = 0.01  # scatter of a run that hides little of what a plan asks
 
 
@@ -64,6 +67,8 @@ class LawStudy:
         self.spent = 0.0  # FLOPs
         self.took: list[tuple[int, float, float]] = []  # width, seconds as timed, as they were
         self.half: float | None = None  # of the interval at the target, as a part of the loss
+        self.words = ""  # what is known now: the law that weighs most, and the target's loss
+        self.said = 0.0  # part of the budget that was spent when these words were last printed
 
     def open(self) -> None:
         """Make the list of runs that can be chosen."""
@@ -163,7 +168,10 @@ class LawStudy:
         self.record.note("end", row=row, **facts, half=self.half, reason=outcome.reason)
         words = f"{outcome.status} {outcome.reason}" if loss is None else f"loss {loss:.4f}"
         known = "" if self.half is None else f"; target ±{self.half:.1%}"
-        say(self.console, f"{self.clock()}  {job.label}  {words}{known}")
+        say(self.console, f"{self.left()}  {job.label}  {words}{known}")
+        if self.words and self.used() >= self.said + TELL:
+            self.said = self.used()
+            say(self.console, f"law so far  {self.words}")
 
     def learn(self, row: int, loss: float | None) -> None:
         """Take a loss into the design."""
@@ -181,13 +189,22 @@ class LawStudy:
             target = self.recipe.target(self.asked.target_flops, made)
             self.design.target = pd.DataFrame([target])[list(self.design.target.columns)]
             place = {name: np.array([value]) for name, value in target.items()}
-            _, half = made.at(place, self.recipe.flops_of(place["N"], place["D"]))
+            log_loss, half = made.at(place, self.recipe.flops_of(place["N"], place["D"]))
             self.half = float(np.sinh(half[0]))
+            law = LAWS[made.main.law]
+            shown = equation(law, law.natural(made.main.theta, made.main.points.centres))
+            where = f"N={short(target['N'])} D={short(target['D'])}"
+            self.words = f"{shown}; at {where} {np.exp(log_loss[0]):.3f} ±{self.half:.1%}"
 
-    def clock(self) -> str:
-        if self.asked.flops is not None:
-            return f"{self.spent:.1e} of {self.asked.flops:.1e} FLOPs"
-        return f"{clock(self.record.elapsed())} of {clock(self.asked.budget)}"
+    def used(self) -> float:
+        """Return the part of the budget that is spent."""
+        spent = self.record.elapsed() if self.asked.flops is None else self.spent
+        return spent / self.asked.budget
+
+    def left(self) -> str:
+        """Return what is left of the budget, in words."""
+        left = max(0.0, 1 - self.used()) * self.asked.budget
+        return f"{clock(left) if self.asked.flops is None else f'{left:.1e} FLOPs'} left"
 
     def replay(self) -> None:
         """Take over the decisions and the losses that are recorded."""
@@ -220,7 +237,7 @@ class LawStudy:
         recipe, line = self.recipe, self.record.find("rate")
         if line is None:
             width, tokens = recipe.widths[1], recipe.lengths[len(recipe.lengths) // 2]
-            words = [*recipe.run(width, tokens, 1), f"study={self.asked.study}-rates"]
+            words = [*recipe.run(width, tokens, recipe.seed), f"study={self.asked.study}-rates"]
             jobs = compose_jobs([[*words, f"optim.learning_rate={r:g}"] for r in RATES], TRAINING)
             TRAINING.prepare(jobs, (), self.console)
             losses = {}
@@ -265,7 +282,7 @@ class LawStudy:
         able = [w for w in recipe.widths if tokens[w] >= rules.FEWEST_STEPS * recipe.batch_tokens]
         n = np.array([float(recipe.parameters[w]) for w in able])
         d = np.array([float(tokens[w]) for w in able])
-        places = {"N": n, "D": d}
+        places = recipe.places(n, d)
         flops = d * np.array([recipe.flops_per_token[w] for w in able])
         log_loss, half = made.at(places, flops)
         most = max(self.design.size[row] for row in self.design.losses)
@@ -273,6 +290,7 @@ class LawStudy:
         best = int(np.argmin(np.where(dearer, log_loss, np.inf)))
         ends = np.exp(log_loss[best] + half[best] * np.array([0.0, -1.0, 1.0]))
         used = [self.jobs[row].run for row in self.design.losses]
+        seed = TEST_SEED + recipe.seed - 1
         prediction = {
             "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(self.record.elapsed(), 1),
@@ -282,7 +300,7 @@ class LawStudy:
             "tokens": tokens[able[best]],
             "parameters_non_embedding": int(n[best]),
             "flops": float(flops[best]),
-            "seeds": [TEST_SEED + i for i in range(min(self.share.at_once, rules.SEEDS))],
+            "seeds": [seed + i for i in range(min(self.share.at_once, rules.SEEDS))],
             "laws": made.by_law,
             "from_runs": {run.path.name: fileio.sha256(run.results) for run in used},
         }
@@ -295,7 +313,7 @@ class LawStudy:
         low, high = said["low"], said["high"]
         what = f"d_model={said['d_model']} tokens={short(said['tokens'])}"
         words = f"predicted for {what}: {said['predicted']:.4f} ({low:.4f} to {high:.4f})"
-        say(self.console, f"{self.clock()}  {words}, written to {self.prediction}")
+        say(self.console, f"{self.left()}  {words}, written to {self.prediction}")
         if (scored := self.record.find("score")) is None:
             runs = [self.recipe.run(said["d_model"], said["tokens"], s) for s in said["seeds"]]
             ends = [list(self.jobs[row].overrides) for row in (0, -1)]  # so that names say it all
@@ -314,7 +332,7 @@ class LawStudy:
             scored = self.record.note("score", **facts)
         where = "inside" if all(scored["inside"]) else "outside"
         words = f"measured {scored['loss']:.4f}: off by {abs(scored['error']):.2%}"
-        say(self.console, f"{self.clock()}  {words}, {where} the interval")
+        say(self.console, f"{self.left()}  {words}, {where} the interval")
 
 
 def best_rate(losses: Mapping[float, float]) -> float:
@@ -376,7 +394,7 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
 
     Raises ConfigError before anything is trained where text or budget are too small.
     """
-    start, folder = time.monotonic(), Path(output_dir, asked.study)
+    folder = Path(output_dir, asked.study)
     words = [*asked.overrides, *rules.shape(rules.WIDTHS[0]), f"study={asked.study}"]
     (first,) = compose_jobs([words], TRAINING)
     check_engine(first.config.launcher)
@@ -392,14 +410,14 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
         new = None if folder.exists() else rules.make(asked, share, console)
         held.enter_context(fileio.locked(folder, folder.parent, "study"))
         study = LawStudy(asked, share, folder, console)
-        study.record.start = start  # the text and the timing count too
         begin = study.record.find("begin")
         recipe = Recipe.read(begin["recipe"]) if begin else new or rules.make(asked, share, console)
         if begin is None:
             study.record.note("begin", asked=dataclasses.asdict(asked), recipe=recipe.facts())
-        elif begin["asked"]["overrides"] != asked.overrides:
+        elif (begin["asked"]["overrides"], recipe.seed) != (asked.overrides, asked.seed):
             raise ConfigError(f"study={asked.study}: begun with other keys; give another study=")
         study.recipe = recipe
+        study.record.start = time.monotonic()  # the budget is for training and evaluation
         held.enter_context(study.record.marking_time())
         for line in rules.describe(recipe, asked, share):
             say(console, line)

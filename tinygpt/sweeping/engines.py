@@ -101,6 +101,7 @@ class Share(NamedTuple):
     at_once: int  # runs
     threads: int | None  # CPU threads of each; None: torch's choice
     gpus: int = 0  # that the runs of this machine share out
+    settle: Callable[[], object] = lambda: None  # waits until all processes have started
 
     @property
     def words(self) -> str:
@@ -177,6 +178,7 @@ def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[tuple[Share, Engine]]
         if share.engine == "local":
             workers = stack.enter_context(Workers(share.at_once, share.gpus))
             engines["local"] = lambda jobs, folder: run_local(jobs, workers)
+            share = share._replace(settle=workers.settle)
 
         def with_threads(jobs: Iterable[Job]) -> Iterator[Job]:
             for job in jobs:
@@ -257,6 +259,11 @@ class Workers:
             time.sleep(0.01)
         self._pool.shutdown(wait=True, kill_workers=True)
         self._folder.cleanup()
+
+    def settle(self) -> None:
+        """Wait until every process has imported what it needs."""
+        for one in self._begun:
+            one.exception()
 
     def _start(self) -> None:
         from joblib.externals.loky import ProcessPoolExecutor

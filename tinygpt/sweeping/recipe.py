@@ -18,6 +18,7 @@ from tinygpt import cli
 from tinygpt.config import ConfigError
 from tinygpt.scaling.design import Design
 from tinygpt.scaling.forecast import Forecast
+from tinygpt.scaling.laws import Array
 from tinygpt.scaling.noise import guessed
 from tinygpt.scaling.split import flops_per_token
 from tinygpt.sweeping.engines import Share
@@ -33,15 +34,18 @@ SMALL_TEXT = ("data.max_tokens=null", "tokenizer=byte", "data.val_fraction=0.1")
 FIRST_TOKENS = 1_000_000  # of a larger text: enough to time its runs
 BATCHES = (256, 32_768)  # tokens
 STEPS = 8000  # of the longest run, as far as powers of two allow
-FEWEST_STEPS = 200  # with less the seeds scatter by several per cent
+FEWEST_STEPS = 250  # with less the seeds scatter by several per cent
+ABLE = 2  # times so many steps: what the test's cost must pay for, of a size worth having
 PER_PARAMETER = 10.0  # tokens of the longest run, at the middle size
 FEWEST = 3  # sizes and lengths: less identify no law
 PASSES = 8  # at most, over a text that is too small for one
 TEST = 0.25  # of the budget: the last runs, whose loss is predicted before they begin
-DEAREST = 0.6  # of a test run's cost, and of its FLOPs, that any run before it may take
+DEAREST = 0.75  # of a test run's cost, and of its FLOPs, that any run before it may take
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
+REPEATED = "data_constrained"  # is one of the laws too where tokens are read more than once
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
 BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
+UNBALANCED = 10.0  # by which factor a law may move them: early ones would put the target anywhere
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Asked:
     error: float | None = None  # half-width at the target, as a part of the loss, to stop at
     target_flops: float | None = None
     plan: bool = False
+    seed: int = 1  # the first of the seeds of the runs
 
     @property
     def budget(self) -> float:
@@ -74,10 +79,11 @@ class Recipe:
     bytes_per_token: float
     repeats: bool  # the text is too small for one pass
     step_costs: dict[int, float]  # by width: seconds, or FLOPs
-    extra_steps: float  # that the evaluations of a run cost
+    extra_steps: float  # that the evaluations of a run cost: before, behind, and of the test text
     parameters: dict[int, int]  # by width, without embeddings
     flops_per_token: dict[int, float]  # by width
     test_cost: float  # of one test run, seconds or FLOPs
+    seed: int = 1  # the first of the seeds
 
     def run(self, width: int, tokens: int, seed: int) -> list[str]:
         """Return the overrides of one run."""
@@ -102,26 +108,30 @@ class Recipe:
         flops = DEAREST * max(self.flops_per_token[w] * self.longest(w) for w in self.widths)
         rows = [
             {"width": width, "tokens": tokens, "seed": seed}
-            for seed in range(1, SEEDS + 1)
+            for seed in range(self.seed, self.seed + SEEDS)
             for width in self.widths
             for tokens in self.lengths
             if self.cost(width, tokens / self.batch_tokens) <= cost
             and self.flops_per_token[width] * tokens <= flops
         ]
         table = pd.DataFrame(rows)
-        table["N"] = table["width"].map(self.parameters).astype(float)
-        table["D"] = table["tokens"].astype(float)
-        return table
+        return table.assign(**self.places(table["width"].map(self.parameters), table["tokens"]))
+
+    def places(self, n: Any, d: Any) -> dict[str, Array]:
+        """Return the variables of the law at parameters and tokens, (n,) each; the unique tokens
+        are one of them where the text is read more than once."""
+        found = {"N": np.asarray(n, dtype=float), "D": np.asarray(d, dtype=float)}
+        return {**found, "U": np.minimum(found["D"], self.one_pass)} if self.repeats else found
 
     def design(self, table: pd.DataFrame, target: Mapping[str, float]) -> Design:
         """Return the design that chooses among the rows of ``table``."""
         steps = table["D"].to_numpy() / self.batch_tokens
         return Design(
-            table[["N", "D"]],
+            table[list(target)],
             pd.DataFrame([target]),
             np.ones(len(table)),
             table["D"].to_numpy() * table["width"].map(self.flops_per_token).to_numpy(),
-            LAWS,
+            (*LAWS, REPEATED) if self.repeats else LAWS,
             guessed(steps),
         )
 
@@ -139,12 +149,14 @@ class Recipe:
         sizes = self.parameters.values()
         n = np.geomspace(min(sizes), 30 * max(sizes), 200)
         d = flops / self.flops_of(n, 1.0)
-        if made is not None:
-            loss, _ = made.at({"N": n, "D": d}, np.full(len(n), flops))
+        places, away = self.places(n, d), np.abs(np.log(d / n / BALANCED))
+        if made is None:
+            best = int(np.argmin(away))
         else:
-            loss = np.abs(np.log(d / n / BALANCED))
-        best = int(np.argmin(loss))
-        return {"N": float(n[best]), "D": float(d[best])}
+            loss, _ = made.at(places, np.full(len(n), flops))
+            near = away <= max(np.log(UNBALANCED), away.min())
+            best = int(np.argmin(np.where(near, loss, np.inf)))
+        return {name: float(values[best]) for name, values in places.items()}
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
@@ -176,6 +188,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     first = common if has_batch else [*common, f"train.batch_tokens={2 * BATCHES[0]}"]
     few = [] if has_limit else [f"data.max_tokens={FIRST_TOKENS}"]
     probe = _probe([*first, *few], WIDTHS[0], share, console)
+    share.settle()  # so that what is timed has a core to itself
     batch, test_cost = probe.config.train.batch_tokens, TEST * asked.budget
     top = test_cost / step_cost(asked, probe) * batch
     if not has_limit:  # of a large text no more is read than the longest run can use
@@ -201,12 +214,12 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     for width in WIDTHS:
         probe = _probe(common, width, share, console)
         costs[width], rows[width] = step_cost(asked, probe), probe.row
-        extra = 2 / 3 * probe.val_tokens / batch  # two evaluations; forward is a third of a step
-        if len(costs) >= FEWEST and costs[width] * (4 * FEWEST_STEPS + extra) > test_cost:
+        extra = probe.val_tokens / batch  # three evaluations; a forward pass is a third of a step
+        if len(costs) >= FEWEST and costs[width] * (ABLE * FEWEST_STEPS + extra) > test_cost:
             break
-    able = [w for w in costs if costs[w] * (4 * FEWEST_STEPS + extra) <= test_cost]
+    able = [w for w in costs if costs[w] * (ABLE * FEWEST_STEPS + extra) <= test_cost]
     if min(len(able), len(lengths)) < FEWEST:
-        needed = costs[WIDTHS[FEWEST - 1]] * (4 * FEWEST_STEPS + extra) / TEST
+        needed = costs[WIDTHS[FEWEST - 1]] * (ABLE * FEWEST_STEPS + extra) / TEST
         enough = (
             f"flops={needed:.1g}" if asked.flops else f"minutes={max(1, math.ceil(needed / 60))}"
         )
@@ -225,6 +238,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
         parameters={w: rows[w]["parameters_non_embedding"] for w in widths},
         flops_per_token={w: rows[w]["flops_per_token"] for w in widths},
         test_cost=test_cost,
+        seed=asked.seed,
     )
 
 

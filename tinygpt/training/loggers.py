@@ -43,11 +43,20 @@ log = logging.getLogger("tinygpt")
 
 # mlflow is last: imported before the others, it would not find them later
 LIBRARIES = {"wandb": ["wandb"], "mlflow": ["alembic", "sqlalchemy", "mlflow"]}
-# The results by which runs are compared.
-OUTCOME = (
-    *("final_val_loss", "best_val_loss", "final_val_bits_per_byte", "final_val_accuracy"),
-    *("test_loss", "tokens_per_second"),
-)
+# The results by which runs are compared, and their names in TensorBoard: its HParams page shows the
+# first five in the alphabet.
+OUTCOME = {
+    "final_val_loss": "loss",
+    "best_val_loss": "loss_best",
+    "final_val_bits_per_byte": "loss_bits_per_byte",
+    "test_loss": "loss_test",
+    "final_val_accuracy": "token_accuracy",
+    "tokens_per_second": "tokens_per_second",
+}
+# TensorBoard's pages of curves sort digits before all else, so its groups have numbers and the
+# results come after them; its HParams page sorts plain text, in which "(" is before any digit.
+LOSSES, BY_COMPUTE, FINAL = "1 loss", "2 loss by MFLOPs", "(final)"
+GROUPS = {"train": "3 train", "val": "4 val"}
 WIDTH = 120  # characters of a line of a sample: TensorBoard does not wrap them
 
 
@@ -105,7 +114,7 @@ class Loggers:
         if config.logger.tensorboard is not None:
             began = time.time() - (rows[-1]["seconds"] if rows else 0.0)
             flush_seconds = config.logger.tensorboard.flush_seconds
-            self.open.append(Board(run.path / "tensorboard", params, flush_seconds, began))
+            self.open.append(Board(run.events, params, flush_seconds, began))
         if config.logger.wandb is not None:
             self.open.append(WandbRun(config, run, params))
         if config.logger.mlflow is not None:
@@ -190,6 +199,8 @@ class Board:
     A new event file purges the earlier ones.  Step is training tokens.  The time of a point is
     when it would have been had the run only trained, without a break, so *Relative* is training
     time.  FLOPs, which must be whole numbers below 2^63, are the steps of a group of their own.
+    The losses are the first group and the results the last; on the HParams page the keys that
+    differ come first, then the sizes they lead to, then the final loss.
     """
 
     def __init__(
@@ -197,16 +208,17 @@ class Board:
     ) -> None:
         self.began = began
         # TensorBoard reads files in the order of their names: whole seconds, then the process
-        if any(folder.glob(f"*.{int(time.time())}.*")):
+        if any(folder.glob(f"events.*.{int(time.time())}.*")):
             time.sleep(1 - time.time() % 1)
         self.writer = SummaryWriter(str(folder), purge_step=0, flush_secs=flush_seconds)
-        losses = ["train/loss", "val/loss", "val/irreducible_loss_exact"]
-        self.writer.add_custom_scalars({"loss": {"all losses": ["Multiline", losses]}})
+        self.writer.add_custom_scalars({"loss": {"all losses": ["Multiline", [f"{LOSSES}/"]]}})
         # SummaryWriter.add_hparams would open another folder and end the session at once
         start = SessionStartInfo(start_time_secs=began)
         for name, value in params.items():
             if value is None or name.split(".")[0] in rundir.NOT_SCIENCE:
                 continue
+            if name in rundir.SIZES:  # after every key in the alphabet
+                name = f"trained.{name}"
             if isinstance(value, bool):
                 start.hparams[name].bool_value = value
             elif isinstance(value, int | float):
@@ -218,11 +230,14 @@ class Board:
     def log_line(self, values: Mapping[str, float], at: Progress) -> None:
         when = self.began + at.seconds
         for tag, value in values.items():
-            self.writer.add_scalar(tag, value, at.tokens, when)
-        for split in ("train", "val"):
-            if f"{split}/loss" in values:
-                tag = f"loss by MFLOPs/{split}"
-                self.writer.add_scalar(tag, values[f"{split}/loss"], round(at.flops / 1e6), when)
+            split, _, name = tag.partition("/")
+            group = f"{GROUPS[split]}/{name}"
+            if name == "loss":
+                group, mflops = f"{LOSSES}/{split}", round(at.flops / 1e6)
+                self.writer.add_scalar(f"{BY_COMPUTE}/{split}", value, mflops, when)
+            elif name == "irreducible_loss_exact":
+                group = f"{LOSSES}/{split}_irreducible_exact"
+            self.writer.add_scalar(group, value, at.tokens, when)
 
     def log_text(self, text: str, tokens: int) -> None:
         lines = (textwrap.fill(line, WIDTH) for line in text.splitlines())
@@ -231,8 +246,7 @@ class Board:
 
     def log_outcome(self, outcome: Mapping[str, float], status: str, at: Progress) -> None:
         for name, value in outcome.items():
-            # the HParams page shows the first five in the alphabet
-            tag = f"final/{name.removeprefix('final_').removeprefix('val_')}"
+            tag = f"{FINAL}/{OUTCOME[name]}"
             self.writer.add_scalar(tag, value, at.tokens, self.began + at.seconds)
         ended = api_pb2.STATUS_FAILURE if status == "diverged" else api_pb2.STATUS_SUCCESS
         end = SessionEndInfo(status=ended, end_time_secs=self.began + at.seconds)

@@ -43,7 +43,7 @@ class StepStats:
 
 
 class LanguageModel(pl.LightningModule):
-    """Next-token prediction with a GPT.
+    """Train a GPT to predict the next token.
 
     ``config`` is a configuration or the plain dict of one, as checkpoints hold it.  The model is
     built at once where ``vocab_size`` is given, else by ``setup`` for the tokenizer of the data.
@@ -90,7 +90,7 @@ class LanguageModel(pl.LightningModule):
 
     @property
     def data(self) -> TokenData:
-        """The data module that the Trainer was given.  Raises ConfigError for another one."""
+        """Return the data module of the Trainer.  Raise ConfigError unless it is a TokenData."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, TokenData):
             raise ConfigError("LanguageModel: needs TokenData, as in Trainer.fit(model, data)")

@@ -123,7 +123,8 @@ def sizes_of(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
 
 def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict[str, Any]:
     index, tokenizer = data.prepared.index, data.prepared.tokenizer
-    val, documents = index["splits"]["val"], index["splits"]["train"]["documents"]
+    train, val, test = (index["splits"][name] for name in ("train", "val", "test"))
+    documents = train["documents"]
     return {
         "init_from": config.init_from,
         "tokenizer": data.prepared.tokenizer.kind,
@@ -144,6 +145,9 @@ def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict
         "validation_fingerprint": val["fingerprint"],
         "val_tokens": scored_tokens(val),
         "val_every": data.val_every(),  # windows: one in so many is scored on the way
+        **{f"corpus_{name}": train[name] for name in ("tokens", "documents", "bytes")},
+        "test_tokens": scored_tokens(test) if test else None,
+        "test_documents": test["documents"] if test else None,
         # of a text that is one stream, and not cut into documents, there is no number
         "val_documents": val["documents"] if val["documents"] + documents > 2 else None,
     }

@@ -1,0 +1,289 @@
+"""Turn a drawn figure into the traces of one that a reader can point at, zoom and filter.
+
+The page shows them with plotly.js; nothing is drawn twice, so both figures say the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import html
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import LogNorm, to_hex
+from matplotlib.container import ErrorbarContainer
+from matplotlib.contour import ContourSet
+from matplotlib.figure import Figure
+
+from tinygpt.scaling.drawing import HOVER
+from tinygpt.scaling.wording import letter
+
+DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
+MARKERS = {"o": "circle", "s": "square", "D": "diamond", "*": "star", "x": "x-thin-open"}
+MOST_GROUPS = 12  # values that tell runs apart in the legend; of more there is a colour bar
+MOST_LINES = 100  # of a collection, that can be pointed at each
+PIXELS = 1.5  # of the page, to a point of a figure
+Trace = dict[str, Any]
+
+
+def traces(figure: Figure) -> dict[str, Any]:
+    """Return the panels of a figure, each with its axes and traces, as JSON can hold them."""
+    bars = [axes for axes in figure.axes if axes.get_label() == "<colorbar>"]
+    words = [axes.get_ylabel() for axes in bars]
+    panels: list[dict[str, Any]] = []
+    for axes in figure.axes:
+        if axes in bars:
+            continue
+        coloured = any(c.get_array() is not None for c in axes.collections)
+        panels.append(
+            {
+                "x": _axis(axes, "x"),
+                "y": _axis(axes, "y"),
+                "traces": list(
+                    _traces(
+                        axes, words[min(len(panels), len(words) - 1)] if words and coloured else ""
+                    )
+                ),
+                "notes": [
+                    {"text": one.get_text(), "color": to_hex(one.get_color())}
+                    for one in axes.texts
+                    if one.get_transform() == axes.transAxes
+                ],
+            }
+        )
+    return {"panels": panels}
+
+
+def _axis(axes: Axes, name: str) -> dict[str, Any]:
+    scale = getattr(axes, f"get_{name}scale")()
+    return {
+        "title": getattr(axes, f"get_{name}label")(),
+        "type": scale if scale == "log" else "linear",
+        "range": _numbers(sorted(getattr(axes, f"get_{name}lim")())),
+    }
+
+
+def _traces(axes: Axes, word: str) -> Iterator[Trace]:
+    """Yield what the panel shows, from the back to the front."""
+    parts: list[tuple[float, Trace]] = []
+    groups: dict[str, str] = {}  # colour -> the value it stands for
+    bars = [bar for bar in axes.containers if isinstance(bar, ErrorbarContainer)]
+    alone = {part: str(bar.get_label()) for bar in bars if not bar[0] for part in bar[2]}
+    for one in axes.collections:
+        if isinstance(one, PathCollection):
+            found = _points(one, word, groups)
+        else:
+            found = _area(one, alone.get(one, str(one.get_label())), word)
+        parts += [(one.get_zorder(), trace) for trace in found]
+    for patch in axes.patches:
+        corners = patch.get_patch_transform().transform(patch.get_path().vertices)
+        across = patch.get_data_transform() != axes.transData
+        style = {"fillcolor": _rgba(patch.get_facecolor()), **_named(str(patch.get_label()))}
+        parts.append((0.0, _filled(_across(axes, corners) if across else corners, style)))
+    errors: dict[Any, str] = {}
+    for bar in bars:
+        data, caps, _ = bar.lines
+        errors |= dict.fromkeys(caps, "") | ({data: str(bar.get_label())} if data else {})
+    for line in axes.lines:
+        if errors.get(line) != "":
+            name = errors.get(line, str(line.get_label()))
+            parts.append((line.get_zorder(), trace := _line(axes, line, name)))
+            if "name" in trace and "line" in trace:
+                groups.setdefault(trace["line"]["color"], name)
+    for text in axes.texts:
+        if text.get_transform() == axes.transAxes:
+            continue
+        place = {"x": _numbers([text.get_position()[0]]), "y": _numbers([text.get_position()[1]])}
+        font = {"size": 10, "color": to_hex(text.get_color())}
+        parts.append((9.0, {**place, "mode": "text", "text": [text.get_text()], "textfont": font}))
+    for _, trace in sorted(parts, key=lambda part: part[0]):
+        colour = trace.get("line", {}).get("color") or trace.get("tint", "")
+        if "name" not in trace and colour in groups:
+            trace["legendgroup"] = groups[colour]
+        yield trace
+
+
+def _line(axes: Axes, line: Any, name: str) -> Trace:
+    points = np.column_stack([line.get_xdata(), line.get_ydata()]).astype(float)
+    if line.get_transform() == axes.get_yaxis_transform(which="grid"):
+        points = _across(axes, points)
+    colour, marker = to_hex(line.get_color()), line.get_marker()
+    trace = _at(points) | _named(name)
+    modes = []
+    if line.get_linestyle() != "None":
+        modes.append("lines")
+        dash = DASHES.get(line.get_linestyle(), "dash")
+        width = PIXELS * line.get_linewidth()
+        trace["line"] = {"color": colour, "dash": dash, "width": width}
+    if marker not in ("None", None):
+        modes.append("markers")
+        symbol = MARKERS.get(str(marker), "circle")
+        hollow = to_hex(line.get_markerfacecolor()) != colour and not symbol.endswith("open")
+        trace["marker"] = {
+            "symbol": f"{symbol}-open" if hollow else symbol,
+            "size": 2 * line.get_markersize(),
+            "color": colour,
+            "line": {"width": 2 if symbol.endswith("open") or hollow else 0},
+        }
+    return trace | {"mode": "+".join(modes) or "lines"} | _hover(line, np.arange(len(points)))
+
+
+def _points(many: Any, word: str, groups: dict[str, str]) -> Iterator[Trace]:
+    """Yield the runs of a scatter plot: a trace for each value of the colour, if these are few."""
+    points, values = np.asarray(many.get_offsets(), dtype=float), many.get_array()
+    size = 1.7 * float(np.sqrt(many.get_sizes()[0]))
+    edge = {"width": 0.5, "color": "paper"}
+    everything = np.arange(len(points))
+    if values is None:
+        colour = to_hex(many.get_facecolor()[0])
+        marker = {"size": size, "color": colour, "line": edge}
+        yield _at(points) | {"mode": "markers", "marker": marker} | _named("runs")
+        return
+    levels = np.unique(values)
+    if len(levels) > MOST_GROUPS:
+        marker = {"size": size, "line": edge, **_scale(many, word)}
+        trace = _at(points) | {"mode": "markers", "marker": marker} | _named("runs")
+        yield trace | _hover(many, everything)
+        return
+    for level in levels:
+        own, colour = everything[values == level], to_hex(many.to_rgba(level))
+        name = groups[colour] = _level(word, level)
+        marker = {"size": size, "color": colour, "line": edge}
+        yield (
+            _at(points[own])
+            | {"mode": "markers", "marker": marker}
+            | _named(name)
+            | _hover(many, own)
+        )
+
+
+def _level(word: str, value: float) -> str:
+    """Return ``N = 6.59k`` for a value of "parameters N"."""
+    last = word.split(" (")[0].split()[-1:]
+    symbol = f"{last[0]} = " if last and len(last[0]) == 1 else ""
+    return symbol + letter(float(f"{value:.3g}"))
+
+
+def _scale(many: Any, word: str) -> dict[str, Any]:
+    """Return the colours of points by their values, logarithmic as the figure's."""
+    values, norm = np.asarray(many.get_array(), dtype=float), many.norm
+    low, high = float(norm.vmin or 0), float(norm.vmax or 1)
+    scale = np.log10 if isinstance(norm, LogNorm) else np.asarray
+    ticks = np.linspace(float(scale(low)), float(scale(high)), 5)
+    shown = 10.0**ticks if isinstance(norm, LogNorm) else ticks
+    return {
+        "color": _numbers(scale(values)),
+        "colorscale": [[at, to_hex(many.cmap(at))] for at in (0.0, 0.25, 0.5, 0.75, 1.0)],
+        "cmin": float(ticks[0]),
+        "cmax": float(ticks[-1]),
+        "colorbar": {
+            "title": {"text": word, "side": "right"},
+            "tickvals": _numbers(ticks),
+            "ticktext": [letter(float(f"{value:.2g}")) for value in shown],
+        },
+    }
+
+
+def _area(many: Any, label: str, word: str) -> Iterator[Trace]:
+    """Yield the lines or the areas of a collection."""
+    paths = many.get_paths()
+    name = _named(label)
+    is_contour = isinstance(many, ContourSet)
+    if is_contour or isinstance(many, LineCollection):
+        colours = many.get_edgecolors()
+        levels = np.array([] if is_contour or many.get_array() is None else many.get_array())
+        told = 0 < len(np.unique(levels)) <= MOST_GROUPS
+        for at, path in enumerate(paths):
+            pieces = path.to_polygons(closed_only=False)
+            if not pieces:
+                continue
+            broken = np.concatenate([part for p in pieces for part in (p, [[np.nan, np.nan]])])
+            colour = to_hex(colours[at % len(colours)])
+            line = {"color": colour, "width": PIXELS * float(many.get_linewidths()[0])}
+            trace = _at(broken[:-1]) | {"mode": "lines", "line": line}
+            if is_contour:
+                trace |= {"text": f"{many.levels[at]:.4g}", "hoverinfo": "text"}
+            elif len(paths) <= MOST_LINES:
+                said = HOVER.get(many, [""] * len(paths))[at]
+                trace |= {"text": html.escape(said, quote=False), "hoverinfo": "text+x+y"}
+            else:
+                trace["hoverinfo"] = "skip"
+            yield trace | (_named(_level(word, levels[at])) if told else name)
+            name = {}
+        return
+    colour = many.get_facecolor()[0]
+    for path in paths:
+        style = {"fillcolor": _rgba(colour), "tint": to_hex(colour[:3]), **name}
+        yield _filled(path.vertices, style)
+
+
+def _filled(points: Any, style: Mapping[str, Any]) -> Trace:
+    look: Trace = {"mode": "lines", "line": {"width": 0}, "fill": "toself", "hoverinfo": "skip"}
+    return _at(points) | look | dict(style)
+
+
+def _across(axes: Axes, points: Any) -> Any:
+    """Return points whose x counts the width of the panel, in the units of its axis."""
+    low, high = axes.get_xlim()
+    points = np.array(points, dtype=float)
+    points[:, 0] = np.where(points[:, 0] > 0.5, high, low)
+    return points
+
+
+def _named(label: str) -> dict[str, str]:
+    return {} if label.startswith("_") or not label else {"name": label, "legendgroup": label}
+
+
+def _hover(artist: Any, rows: Any) -> dict[str, Any]:
+    """Return what is said of each point, where the figure knows it."""
+    said = HOVER.get(artist)
+    if said is None:
+        return {}
+    lines = [html.escape(said[row], quote=False).replace("\n", "<br>") for row in rows]
+    return {"text": lines, "hoverinfo": "text"}
+
+
+def _at(points: Any) -> Trace:
+    array = np.asarray(points, dtype=float)
+    return {"x": _numbers(array[:, 0]), "y": _numbers(array[:, 1])}
+
+
+def _numbers(values: Any) -> list[float | None]:
+    """Return six significant digits of each: more than a screen shows; a gap is None."""
+    return [float(f"{value:.6g}") if np.isfinite(value) else None for value in values]
+
+
+def _rgba(colour: Any) -> str:
+    red, green, blue, alpha = (float(part) for part in colour)
+    return f"rgba({255 * red:.0f},{255 * green:.0f},{255 * blue:.0f},{alpha:.2g})"
+
+
+# --- the page
+
+
+def script(figures: Mapping[str, Any]) -> str:
+    """Return the elements that make figures of the page live: plotly.js, their traces, our code."""
+    if not figures:
+        return ""
+    data = json.dumps(figures, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    code = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
+    return (
+        f'<script type="application/json" id="figures">{data}</script>\n'
+        f'<script type="text/plain" id="plotly">{_library()}</script>\n<script>\n{code}</script>\n'
+    )
+
+
+@functools.cache
+def _library() -> str:
+    """Return plotly.js, packed: a third of its size."""
+    from plotly.offline import get_plotlyjs
+
+    packed = gzip.compress(get_plotlyjs().encode(), 6, mtime=0)
+    return base64.b64encode(packed).decode()

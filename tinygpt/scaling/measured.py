@@ -1,0 +1,307 @@
+"""Say what was measured, from the table and the run folders, and write the command of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from tinygpt import fileio
+from tinygpt.config.counting import count_parameters
+from tinygpt.config.schema import HORIZONS, ModelConfig, TrainConfig, variant
+from tinygpt.scaling import wording
+from tinygpt.scaling.analysis import Analysis
+from tinygpt.scaling.columns import Columns
+from tinygpt.scaling.document import LINK, Block, Code, Folded, Heading, Paragraph, Table
+from tinygpt.scaling.facts import shared_trunks
+from tinygpt.scaling.intervals import LEVEL
+from tinygpt.scaling.wording import count, letter, number, percent, whole
+
+NAMES = {"learned": "learned positions", "rope": "RoPE", "rmsnorm": "RMSNorm"}
+NAMES |= {"layernorm": "LayerNorm", "gelu": "GELU", "gelu_tanh": "GELU", "swiglu": "SwiGLU"}
+GROUPS = ("data", "tokenizer", "optim", "schedule")
+# Files of conf/ differ from the defaults of the schema in these keys.
+SET_BY_CHOICE = {"data.max_tokens", "data.separator", "optim.learning_rate", "optim.weight_decay"}
+
+
+def measured(analysis: Analysis, table: str | None = None) -> Iterator[Block]:
+    """Return what the runs are, so that a reader who knows nothing else can judge the answer."""
+    rows = [[name, value] for name, value in _facts(analysis, table) if value]
+    yield Heading("What was measured")
+    yield Table(["", ""], rows)
+    if command := typed():
+        yield Code(command)
+
+
+def typed() -> str | None:
+    """Return the command of this package that is running, as it was typed; None elsewhere."""
+    words = sys.orig_argv
+    for at, word in enumerate(words):
+        if word == "-m" and words[at + 1 : at + 2] and words[at + 1].split(".")[0] == "tinygpt":
+            return shlex.join(["python", *words[at:]])
+        if at == 1 and Path(word).name.startswith("tinygpt"):
+            return shlex.join([Path(word).name, *words[2:]])
+    return None
+
+
+def _facts(analysis: Analysis, table: str | None) -> Iterator[tuple[str, str]]:
+    runs, left = analysis.runs, len(analysis.left_out)
+    config, machine = _folder_of(runs, runs.index[-1])
+    yield "runs", f"{len(runs):,} fitted" + (f", {left:,} left out" if left else "")
+    if table:
+        size = f"{count(len(runs) + left, 'row')}, {count(runs.shape[1], 'column')}"
+        yield "table", f"`{table}`, {size}"
+    corpus = _values(runs, "dataset")
+    if path := config.get("data", {}).get("path"):
+        corpus += f" ({', '.join(Path(one).name for one in path.strip('[]').split(','))})"
+    if len(part := _unique(runs, "data_fraction")) > 1 or part not in ([], [1.0]):
+        corpus += f", fractions {_values(runs, 'data_fraction')}"
+    yield "corpus", corpus
+    for name, word in (("corpus", "training"), ("val", "validation"), ("test", "test")):
+        sizes = [_spoken(runs, f"{name}_{what}", what) for what in ("tokens", "documents")]
+        yield f"{word} text", " in ".join(filter(None, sizes))
+    vocabulary = _spoken(runs, "vocab_size", "")
+    yield "tokenizer", _values(runs, "tokenizer") + (vocabulary and f", vocabulary {vocabulary}")
+    model = config.get("model", {})
+    parts = [NAMES.get(str(model.get(key)), "") for key in ("position", "norm", "activation")]
+    parts += ["µP" if model.get("parametrization") == "mup" else ""]
+    layers = [f"{_values(runs, 'n_layers')} layers" if "n_layers" in runs else ""]
+    context = [f"context {_values(runs, 'max_seq_len')}" if "max_seq_len" in runs else ""]
+    yield "model", ", ".join(filter(None, ["GPT" if model else "", *layers, *context, *parts]))
+    where = analysis.columns.where(runs)
+    if "N" in where:
+        word = "parameters without embeddings" if where["N"] == Columns.n else "parameters"
+        widths = f" (d_model {_values(runs, 'd_model')})" if "d_model" in runs else ""
+        yield (
+            "sizes",
+            _range(runs, where["N"]) + f" {word}{widths}",
+        )
+    if "D" in where:
+        yield "lengths", _range(runs, where["D"]) + " training tokens"
+    if analysis.columns.seed in runs:
+        yield "seeds", _values(runs, str(analysis.columns.seed))
+    rate = f"learning rate {_values(runs, 'learning_rate')}" if "learning_rate" in runs else ""
+    batch = f"{_spoken(runs, 'batch_tokens', 'tokens')} a step" if "batch_tokens" in runs else ""
+    recipe = [_values(runs, "optimizer"), rate, _values(runs, "schedule"), batch]
+    yield "recipe", ", ".join(filter(None, recipe))
+    if machine:
+        threads = count(machine.get("threads") or 1, "thread")
+        precision = _values(runs, "precision_resolved")
+        device = f"{machine.get('device', '')}, {threads}, precision {precision}"
+        yield "hardware", f"{device}; {machine.get('platform', '')}"
+    yield "date", _dates(runs)
+    version = machine.get("packages", {})
+    commit = _values(runs, "git_commit", 7)
+    words = [f"{name} {version[name]}" for name in ("tinygpt", "torch") if name in version]
+    yield "version", ", ".join([*words, *([f"commit {commit}"] if commit else [])])
+
+
+def _unique(runs: pd.DataFrame, name: str) -> list[Any]:
+    return sorted(runs[name].dropna().unique()) if name in runs else []
+
+
+def _values(runs: pd.DataFrame, name: str, length: int = 40) -> str:
+    """Return the different values of a column, or how many there are and their ends."""
+    values = _unique(runs, name)
+    texts = [f"{v:g}" if isinstance(v, float) else str(v)[:length] for v in values]
+    if len(texts) > 6:
+        return f"{texts[0]} to {texts[-1]} ({len(texts)} values)"
+    return ", ".join(texts)
+
+
+def _range(runs: pd.DataFrame, name: str) -> str:
+    values = _unique(runs, name)
+    if len(values) < 2:
+        return whole(values[0])
+    return f"{len(values)} from {whole(values[0])} to {whole(values[-1])}"
+
+
+def _spoken(runs: pd.DataFrame, name: str, unit: str) -> str:
+    """Return ``1.24M tokens``, or the two ends."""
+    values = [letter(float(f"{v:.3g}")) for v in _unique(runs, name)]
+    ends = " to ".join(dict.fromkeys(values[:: max(1, len(values) - 1)]))
+    return f"{ends} {unit}".strip() if ends else ""
+
+
+def _folder_of(runs: pd.DataFrame, row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration and the environment of a run whose folder is still there."""
+    folder = Path(str(runs["folder"][row])) if "folder" in runs else None
+    if folder is None or not (folder / "config.yaml").exists():
+        return {}, {}
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    place = folder / "environment.json"
+    return config, fileio.read_json(place) if place.exists() else {}
+
+
+def _dates(runs: pd.DataFrame) -> str:
+    """Return the first and the last day on which a run began, by their logs."""
+    days = set()
+    for folder in runs.get("folder", ()):
+        log = Path(str(folder), "run.log")
+        if log.exists():
+            with log.open(encoding="utf-8", errors="replace") as file:
+                days |= set(re.findall(r"^\d{4}-\d\d-\d\d", file.readline()))
+    ends = sorted(days)
+    return " to ".join(dict.fromkeys([*ends[:1], *ends[-1:]]))
+
+
+# --- the runs themselves
+
+
+def runs(analysis: Analysis, folder: Path | None = None) -> Iterator[Block]:
+    """Return the range of each variable, and of the loss; in the report each run, with a link."""
+    fit, compute = analysis.fit, analysis.compute
+    yield Heading("Runs")
+    points = len({tuple(row) for row in np.stack(list(fit.points.x.values()), 1).round(12)})
+    at = f"{count(len(analysis.runs), 'run')} at {count(points, 'different point')}"
+    yield Paragraph(f"{at}. What they span:")
+    rows = [
+        [f"{name}, {analysis.words[name]}", f"`{column}`", *wording.span(fit.table[column])]
+        for name, column in analysis.variables.items()
+    ]
+    if compute.min() < compute.max():
+        rows.append(["compute (FLOPs)", "", *wording.span(compute)])
+    rows.append([analysis.columns.loss_label, f"`{fit.loss}`", *wording.span(fit.table[fit.loss])])
+    yield Table(["", "column", "from", "to", "ratio", "values"], rows)
+    if shared := shared_trunks(analysis.runs):
+        saved = number(shared.independent_flops - shared.flops)
+        yield Paragraph(
+            f"Training took {number(shared.flops)} FLOPs: runs that share a trunk saved "
+            f"{saved} ({percent(shared.saved)}) against independent runs."
+        )
+    if len(analysis.left_out):
+        yield Paragraph("`left_out.csv` lists the runs that were left out, and why.")
+    yield Folded("Every run", [_every_run(analysis, folder)])
+
+
+def _every_run(analysis: Analysis, folder: Path | None) -> Table:
+    fit = analysis.fit
+    fitted = fit.predict(**{v: fit.table[c].to_numpy() for v, c in analysis.variables.items()})
+    rows = []
+    for row, loss in enumerate(fit.table[fit.loss]):
+        name = analysis.columns.name_of(analysis.runs, row)
+        place = Path(name)
+        if folder and "folder" in analysis.runs and (place / "results.json").exists():
+            path = Path(os.path.relpath(place, folder)).as_posix().replace(" ", "%20")
+            name = f"[{place.name}]({path})" if LINK.fullmatch(f"[{place.name}]({path})") else name
+        places = [whole(fit.table[column].iloc[row]) for column in analysis.variables.values()]
+        rows.append([name, *places, number(loss, 5), f"{100 * (loss / fitted[row] - 1):+.2f} %"])
+    return Table(["run", *analysis.words.values(), "loss", "measured / law − 1"], rows)
+
+
+# --- the command of a run
+
+
+def next_run(analysis: Analysis) -> Iterator[Block]:
+    """Return the run that would narrow the prediction most."""
+    one = analysis.next_run
+    if one is None or not np.isfinite(one.width_now):
+        return
+    yield Heading("What to run next")
+    if one.width_then > 0.97 * one.width_now:
+        yield Paragraph("No single run would narrow the prediction by much.")
+        return
+    place = ", ".join(
+        f"{number(value)} {analysis.words[name]}" for name, value in one.place.items()
+    )
+    cost = f" ({number(one.cost)} FLOPs)" if analysis.compute.max() > 1 else ""
+    yield Paragraph(
+        f"A run with {place}{cost} would narrow the prediction most: its {100 * LEVEL:.0f} % "
+        f"interval is now {percent(one.width_now)} of the loss wide, and would be "
+        f"{percent(one.width_then)}."
+    )
+    if command := next_command(analysis):
+        yield Paragraph("The nearest model size, with the settings of the closest run:")
+        yield Code(command)
+
+
+def next_command(analysis: Analysis) -> str | None:
+    """Return the command that trains the run to do next, with the settings of the run closest to
+    it; None where no folder says how the runs were trained."""
+    one, columns = analysis.next_run, analysis.columns
+    if one is None or "folder" not in analysis.runs:
+        return None
+    wanted = {analysis.variables[name]: value for name, value in one.place.items() if name != "U"}
+    if not wanted or not wanted.keys() <= {columns.n, columns.d, columns.t}:
+        return None
+    runs = analysis.runs
+    away = np.log(runs[list(wanted)].astype(float) / list(wanted.values())) ** 2
+    config, _ = _folder_of(runs, away.sum(axis=1).idxmin())
+    if not {"model", "train", *GROUPS} <= config.keys():
+        return None
+    if columns.n in wanted:
+        config["model"] |= _shape(runs, config["model"], wanted[columns.n])
+    if columns.d in wanted:
+        steps = max(1, round(wanted[columns.d] / config["train"]["batch_tokens"]))
+        config["train"] |= dict.fromkeys(HORIZONS)
+        config["train"]["tokens"] = steps * config["train"]["batch_tokens"]
+    if columns.t in wanted:
+        config["model"]["max_seq_len"] = max(1, round(wanted[str(columns.t)]))
+    config["seed"] = int(runs["seed"].max()) + 1
+    return command_of(config)
+
+
+def _shape(runs: pd.DataFrame, model: Mapping[str, Any], parameters: float) -> dict[str, int]:
+    """Return the width and heads, or the layers, of the model nearest to that size."""
+    if runs["d_model"].nunique() == 1 and runs["n_layers"].nunique() > 1:
+        tried = [{"n_layers": layers} for layers in range(1, 1000)]
+    else:
+        head = model["d_model"] // model["n_heads"]
+        many = runs["n_heads"].nunique() > 1
+        step = head if many else model["n_heads"]
+        tried = [
+            {"d_model": step * k, "n_heads": k if many else model["n_heads"]}
+            for k in range(1, 1000)
+        ]
+    known = {name: value for name, value in model.items() if name in ModelConfig.__annotations__}
+    sizes = [count_parameters(ModelConfig(**{**known, **one}), 1).non_embedding for one in tried]
+    return tried[int(np.argmin(np.abs(np.log(np.array(sizes) / parameters))))]
+
+
+def command_of(config: Mapping[str, Any]) -> str:
+    """Return the command that trains the run of a ``config.yaml``, in its study."""
+    words = [f"{group}={config[group].get('kind') or config[group]['source']}" for group in GROUPS]
+    classes = {group: variant(group, config[group]) for group in GROUPS}
+    for group, known in {"model": ModelConfig, "train": TrainConfig, **classes}.items():
+        words += _differing(group, config[group], known)
+    top = {"study": None, "output_dir": "outputs", "init_from": None, "seed": None}
+    words += [f"{k}={_written(config.get(k))}" for k, v in top.items() if config.get(k) != v]
+    return shlex.join(["python", "-m", "tinygpt.run", *words])
+
+
+def _differing(group: str, values: Mapping[str, Any], known: type) -> Iterator[str]:
+    """Yield the keys of a group that differ from the defaults of the schema."""
+    for field in dataclasses.fields(known):
+        key, default = f"{group}.{field.name}", field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name in ("kind", "source") or field.name not in values:
+            continue
+        value = values[field.name]
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            yield from _differing(key, value, type(default))
+        elif (value != default or key in SET_BY_CHOICE) and value != values.get("source"):
+            yield f"{key}={_written(value)}"
+
+
+def _written(value: Any) -> str:
+    """Return a value as Hydra reads it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{name}:{_written(one)}" for name, one in value.items()) + "}"
+    if not isinstance(value, str) or re.fullmatch(r"[A-Za-z_./~-][\w./~-]*", value):
+        return str(value)
+    plain = value.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t")
+    return "'" + plain.replace("'", "\\'") + "'"
