@@ -19,6 +19,7 @@ from tinygpt.runs import rundir
 from tinygpt.scaling import compare, versus
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.elsewhere import Table
+from tinygpt.scaling.noise import Seeds
 
 SIZES = np.array([6_600.0, 25_500.0, 57_000.0, 100_000.0])
 LENGTHS = np.array([5e5, 1e6, 2e6, 4e6])
@@ -81,7 +82,7 @@ def test_an_estimate_is_that_of_scipy() -> None:
 
 
 def test_the_error_is_that_of_refits_without_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare.Seeds, "of", lambda *_: None)  # the weights stay the same
+    monkeypatch.setattr(Seeds, "of", lambda *_: None)  # the weights stay the same
     first, other = runs(noise=0.003), runs(tokens=1.3, noise=0.003, seed=1)
     whole = compare.ratio_of(first, other, VARIABLES, "loss")
 
@@ -295,7 +296,7 @@ def test_the_command_compares_two_studies(tinygpt: Command, tmp_path: Path) -> N
         (["compare=optim.knd"], "compare=optim.knd: the runs have no such key"),
         (["compare=dataset"], "compare=dataset: is books in every run; needs at least two values"),
         (["reference=adamw"], "reference: for compare= only"),
-        (["compare=optim.kind", "budgets=[1e15]"], "budgets: not for compare="),
+        (["compare=optim.kind", "budgets=1e15"], "budgets: not for compare="),
     ],
 )
 def test_mistakes_are_one_line(

@@ -41,7 +41,7 @@ P = ParamSpec("P")
 
 # Threads that wait must not spin: they would take the cores from those that others keep waiting.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-PATHS = ("runs", "table", "path", "output_dir")  # of the commands without Hydra
+PATHS = ("runs", "table", "path", "compare", "output_dir")  # of the commands without Hydra
 TRUTH = {"true": True, "yes": True, "on": True, "1": True}
 TRUTH |= {"false": False, "no": False, "off": False, "0": False}
 

@@ -95,7 +95,7 @@ def moves_of(residuals: Array, jacobian: Array, groups: NDArray[np.intp]) -> Arr
     for group in range(int(groups.max()) + 1):
         rows = groups == group
         own, along = np.linalg.eigh(np.eye(int(rows.sum())) - unit[rows] @ solve_for[:, rows])
-        left = along @ ((along.T @ residuals[rows]) / np.maximum(own, LEAST_LEFT))
+        left = along @ (along.T @ residuals[rows] / np.maximum(own, LEAST_LEFT))
         found.append(solve_for[:, rows] @ left / size)
     return np.array(found)
 
@@ -194,7 +194,7 @@ class Ratio:
         """Return the exponent of compute in the loss of the other, by that of the reference."""
         made = [one.estimate(np.eye(len(one.theta))[-1]) for one in self.models]
         low, mean, high = self._quantiles(made, level)
-        return Interval(*(float(1 + one) for one in (mean, low, high)), level, "average of laws")
+        return Interval(float(1 + mean), float(1 + low), float(1 + high), level, "average of laws")
 
     def curve(self, compute: Array, other: bool) -> Array:
         """Return the least loss at each compute (or x) of one recipe, at the sizes of the runs."""
@@ -205,12 +205,12 @@ class Ratio:
             logs = np.log(compute)
             x |= {"x": logs - self.centres["x"], "log x": np.log(logs) - self.centres["log x"]}
             return np.exp(model.fitted(x))
-        sizes, least = np.linspace(self.costs[0][0], self.costs[0][-1], 60), np.inf
-        for size in sizes:
+        each = []
+        for size in np.linspace(self.costs[0][0], self.costs[0][-1], 60):
             tokens = np.log(compute) - np.interp(size, *self.costs) - self.centres["D"]
-            size = np.full(len(compute), size - self.centres["N"])
-            least = np.minimum(least, model.fitted({**x, "N": size, "D": tokens}))
-        return np.asarray(np.exp(least))
+            n = np.full(len(compute), size - self.centres["N"])
+            each.append(model.fitted({**x, "N": n, "D": tokens}))
+        return np.asarray(np.exp(np.min(each, axis=0)))
 
     @property
     def shared(self) -> float:
@@ -289,7 +289,7 @@ def ratio_of(
     if "x" in names:
         centres["log x"] = float(np.log(np.log(settings["x"])).mean())
     at, each = (_variables(table, centres) for table in (settings, runs))
-    groups = settings.groupby(names).ngroup().to_numpy()
+    groups = np.asarray(settings.groupby(names).ngroup(), dtype=np.intp)
     count, weights = np.sqrt(settings["count"].to_numpy(float)), None
     laws = OF_ONE if "x" in variables else LAWS_TRIED
     points = Points(at, settings["y"].to_numpy(), {}, weights=count / np.sqrt(np.mean(count**2)))
@@ -348,11 +348,12 @@ def _variables(table: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, A
 def _costs(settings: pd.DataFrame) -> tuple[float, tuple[Array, Array]]:
     """Return the FLOPs per token of the reference by those of the other, at equal size, and those
     of the other by size, as logarithms."""
-    per, size = settings["scale"] - np.log(settings["D"]), np.log(settings["N"])
-    first, other = (per[rows].groupby(size[rows]).mean() for rows in
-                    (settings["other"] == k for k in (0, 1)))  # fmt: skip
+    size = np.log(settings["N"])
+    per = settings["scale"] - np.log(settings["D"]) - size  # FLOPs of a parameter and token
+    each = per.groupby([settings["other"], size]).mean()
+    first, other = each[0.0], each[1.0]
     apart = np.interp(other.index, first.index, first) - other
-    return float(np.exp(apart.mean())), (other.index.to_numpy(), other.to_numpy())
+    return float(np.exp(apart.mean())), (other.index.to_numpy(), (other + other.index).to_numpy())
 
 
 def _models(
@@ -375,7 +376,8 @@ def _models(
             for one, u in zip(begin, STARTS, strict=True):
                 one[:, -2] = u
             both = solve(law, points, np.vstack(begin), **ROUGH)
-            theta = both.theta[int(np.argmin(both.objective))]
+            least = both.theta[[int(np.argmin(both.objective))]]
+            theta = solve(law, points, least).theta[0]
             jacobian = points.jacobian(law, theta)
             if np.isfinite(theta).all() and np.abs(jacobian[:, -2:]).max(axis=0).all():
                 left = points.residuals(law, theta)
@@ -419,7 +421,7 @@ def _floor(model: Model, other: Array) -> tuple[float, float]:
     return float(step[-1]), float(p)
 
 
-def plan(n: Array, d: Array, noise: Array) -> float:
+def plan(n: Array, d: Array, noise: Array | float) -> float:
     """Return the smallest ratio that runs of two recipes, at these sizes and tokens each, would
     tell from 1, four times in five; ``noise`` is the scatter of log L between seeds.
 
@@ -439,8 +441,7 @@ def plan(n: Array, d: Array, noise: Array) -> float:
     theta = np.r_[np.log(TYPICAL[:3]), TYPICAL[3:], np.zeros(len(law) - len(base))]
     weights = np.sqrt(both["count"].to_numpy(float)) / both["noise"].to_numpy(float)
     points = Points(_variables(both, centres), np.zeros(len(both)), {}, weights=weights)
-    degrees = len(both) - len(law)
-    if degrees < FEWEST_LEFT:
+    if (degrees := len(both) - len(law)) < FEWEST_LEFT:
         raise ConfigError("too few different runs of each recipe")
     jacobian = points.jacobian(law, theta)
     covariance = np.linalg.pinv(jacobian.T @ jacobian)[-2:, -2:]

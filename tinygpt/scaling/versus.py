@@ -190,7 +190,7 @@ def _law(side: Read, variables: Mapping[str, str]) -> tuple[Fit, dict[str, Inter
     except ConfigError:
         return None
     best = preferred(candidates).fit
-    return best and (best, intervals(best) if best.degrees > 0 else {})
+    return (best, intervals(best) if best.degrees > 0 else {}) if best else None
 
 
 def check_rate(name: str, side: Read, place: Any, key: str) -> Check:
@@ -356,7 +356,7 @@ def facts(comparison: Comparison) -> dict[str, Any]:
     """Return all numbers, for compare.json."""
 
     def ends(one: Interval | None) -> dict[str, float] | None:
-        return one and {"estimate": one.estimate, "low": one.low, "high": one.high}
+        return {"estimate": one.estimate, "low": one.low, "high": one.high} if one else None
 
     found = {
         name: {
