@@ -18,8 +18,8 @@ LIMITS = {
     "data": 3_987,
     "model": 1_550,
     "training": 2_764,
-    "sweeping": 2_431,
-    "scaling": 10_080,
+    "sweeping": 2_434,
+    "scaling": 10_085,
     "evaluating": 1_460,
     "adaptation": 3_305,
 }

@@ -40,7 +40,6 @@ STEP = 1e-5  # in a log variable: the slope of a law is a difference
 FEWEST_LEFT = 3  # degrees of freedom
 POWER = 0.8  # of the test that the smallest detectable ratio stands for
 FURTHEST = 12.0  # in log tokens: a loss that takes more is out of reach
-TOLD = 1.1  # a ratio that a study should be able to tell from 1
 MARGIN = 1.5  # by so much simulated studies, whose law and noise are not known, told less
 TYPICAL = (0.6, 0.2, 0.2, 0.35, 0.4)  # of a plan: parts of the loss that are E, A and B; exponents
 

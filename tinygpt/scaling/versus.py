@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from tinygpt import fileio
 from tinygpt.config import ConfigError
 from tinygpt.config.checks import did_you_mean
+from tinygpt.config.settings import SMOKE
 from tinygpt.scaling import document, drawing, interactive
 from tinygpt.scaling.columns import choice, varied
 from tinygpt.scaling.compare import LAWS_TRIED, OF_ONE, Ratio, ratio_of
@@ -38,13 +39,18 @@ from tinygpt.scaling.wording import (
     with_interval,
 )
 
+COLUMNS = {
+    "optim": "optimizer",
+    "optim.kind": "optimizer",
+    "data": "dataset",
+    "data.name": "dataset",
+}
 BITS = "final_val_bits_per_byte"
 COLOURS = (drawing.BLUE, drawing.RED, drawing.GREEN, drawing.ORANGE, drawing.PURPLE, drawing.BLACK)
 CAPTION = (
-    "Left: the runs of each recipe, and the least loss at each {scale} by the law of both, among "
-    "the sizes that were trained. Right: how many times the {what} of the other recipe the "
-    f"reference needs for the same loss, with a {100 * LEVEL:.0f} % interval; a dot marks where "
-    "the ratio is known best."
+    "Left: the runs, and the least loss by the law of both at the sizes that were trained. Right: "
+    f"how many times the {{what}} the reference needs for the same loss, with {100 * LEVEL:.0f} % "
+    "intervals; a dot marks where the ratio is known best."
 )
 METHOD = (
     "One law goes through the runs of both recipes. The other recipe makes more, or less, of its "
@@ -53,6 +59,8 @@ METHOD = (
     "Its error comes from leaving out each place, under both recipes, in turn. How often such "
     "intervals cover the truth in simulated studies is in `experiments/compare`."
 )
+WORSE = "is better there"  # ends the reason to leave out a run at another learning rate
+UNKNOWABLE = 10.0  # a design that tells only larger ratios from 1 tells nothing
 FAIR = "the best of three or more, not at an end: else rates are compared, not recipes"
 
 
@@ -82,7 +90,6 @@ class Comparison:
 
     @property
     def first(self) -> Read:
-        """Return the runs of the reference."""
         return self.sides[self.reference]
 
 
@@ -94,7 +101,7 @@ def split(table: pd.DataFrame, key: str) -> tuple[dict[str, pd.DataFrame], str]:
 
     Raises ConfigError for a key that is not there, or has one value.
     """
-    last = {"optim.kind": "optimizer"}.get(key, key.rsplit(".", 1)[-1])
+    last = COLUMNS.get(key, key.rsplit(".", 1)[-1])
     column = next((name for name in (key, f"config.{key}", last) if name in table), None)
     if column is None:
         several = [str(name) for name in table if 2 <= table[name].nunique() <= len(table) // 2]
@@ -125,10 +132,8 @@ def loss_of(parts: Mapping[str, pd.DataFrame], loss: str, notes: list[str]) -> s
 
     if not several("tokenizer_fingerprint"):
         if several("validation_fingerprint"):
-            raise ConfigError(
-                "compare: these runs were scored on different validation texts; train all with one "
-                "data.val_file"
-            )
+            texts = "these runs were scored on different validation texts"
+            raise ConfigError(f"compare: {texts}; train all with one data.val_file")
     elif "bits_per" not in loss:
         notes.append(f"The tokenizers differ, so the losses are in bits per byte ({BITS}).")
         return BITS
@@ -163,8 +168,7 @@ def compare(
     for name in names:
         side = sides[name]
         checks.append(check_rate(name, side, variables.values(), key))
-        said += [f"{name}: {line}" for line in left_out_lines(side.left_out, _total(side))]
-        said += side.notes
+        said += [*_left_out(name, side), *side.notes]
         if found := _law(side, variables):
             laws[name] = found
         if name != reference:
@@ -172,13 +176,22 @@ def compare(
             ratios[name] = ratio_of(first.runs, side.runs, variables, loss, where.get("C"))
             checks += check_ratio(f"{name} and {reference}", ratios[name], first, side)
     checks.sort(key=lambda one: one.passed is not False)
-    ordered = {name: sides[name] for name in names}
-    said = list(dict.fromkeys(said))
-    return Comparison(key, reference, ordered, variables, words, laws, ratios, checks, said)
+    if "scale" in every and (every["scale"] == "smoke").any():
+        said.insert(0, SMOKE)
+    said, sides = list(dict.fromkeys(said)), {name: sides[name] for name in names}
+    return Comparison(key, reference, sides, variables, words, laws, ratios, checks, said)
 
 
-def _total(side: Read) -> int:
-    return len(side.runs) + len(side.left_out)
+def _left_out(name: str, side: Read) -> list[str]:
+    """Return a line for each reason to leave runs of a recipe out."""
+    left, total = side.left_out, len(side.runs) + len(side.left_out)
+    if left.empty:
+        return []
+    worse = left["reason"].str.endswith(WORSE)
+    lines = [f"{name}: {line}" for line in left_out_lines(left[~worse], total)]
+    many = count(int(worse.sum()), "run")
+    rates = f"{name}: {many} at a learning rate that is not the best at its place"
+    return [*lines, rates] if worse.any() else lines
 
 
 def _law(side: Read, variables: Mapping[str, str]) -> tuple[Fit, dict[str, Interval]] | None:
@@ -206,7 +219,7 @@ def check_rate(name: str, side: Read, place: Any, key: str) -> Check:
     if rate not in side.runs or side.runs[rate].isna().any():
         return made(NOT_TESTED, "the table does not say the rates")
     worse = [side.left_out] if len(side.left_out) else []
-    worse = [left[left["reason"].str.endswith("is better there")] for left in worse]
+    worse = [left[left["reason"].str.endswith(WORSE)] for left in worse]
     used, best, beyond = sorted(set(side.runs[rate])), set(), []
     for _, runs in pd.concat([side.runs, *worse]).groupby(list(place)):
         means = runs.groupby(rate)[side.columns.loss].mean()
@@ -265,16 +278,19 @@ def verdict(comparison: Comparison, name: str) -> str:
     ratio, reference, what = comparison.ratios[name], comparison.reference, comparison.what
     found, last = (ratio.at(place) for place in (ratio.best_known, ratio.ends[1]))
     shown = with_interval(found.estimate, found)
-    where = f"where {comparison.scale} is {number(ratio.best_known, 2)}"
+    where = f"at {number(ratio.best_known, 2)} {comparison.words.get('x', 'FLOPs')}"
+    if ratio.detectable > UNKNOWABLE:
+        return (
+            f"these runs are too few, or too alike, to say what {name} is worth: {shown} {where}."
+        )
     if not ratio.differs:
         text = f"no difference between {name} and {reference} is shown: {where}, the ratio of "
-        text += f"{what} at equal loss is {shown}, and {number(ratio.detectable)} could have been "
-        text += "told from 1"
+        text += f"{what} is {shown}; these runs can tell {number(ratio.detectable)} from 1"
     elif found.estimate > 1:
         text = f"{name} reaches the loss of {reference} with 1/{shown} of the {what}, {where}"
     else:
-        least, most = 1 / found.high, 1 / found.low
-        inverse = Interval(1 / found.estimate, least, most, LEVEL, found.method)
+        ends = 1 / found.high, 1 / found.low
+        inverse = Interval(1 / found.estimate, *ends, LEVEL, "")
         shown = with_interval(inverse.estimate, inverse)
         text = f"{name} needs {shown} times the {what} of {reference} for the same loss, {where}"
     if not ratio.drifts:
@@ -287,8 +303,7 @@ def verdict(comparison: Comparison, name: str) -> str:
 
 def compose(comparison: Comparison, live: dict[str, Any]) -> Iterator[Block]:
     """Return the whole report, in the order it is read; ``live`` makes its figure interactive."""
-    yield from answer(comparison)
-    yield Picture("compare", CAPTION.format(scale=comparison.scale, what=comparison.what), live)
+    yield from [*answer(comparison), Picture("compare", CAPTION.format(what=comparison.what), live)]
     yield from recipes(comparison)
     yield from checklist(comparison)
     yield Heading("How it was computed")
@@ -341,15 +356,16 @@ def recipes(comparison: Comparison) -> Iterator[Block]:
         yield Items(comparison.notes)
 
 
-def checklist(comparison: Comparison) -> Iterator[Block]:
-    """Return the checks, those that fail first, each with what to do."""
+def checklist(comparison: Comparison, brief: bool = False) -> Iterator[Block]:
+    """Return the checks, those that fail first; ``brief`` only says how many pass."""
     yield Heading("Checklist")
-    rows = []
-    for one in comparison.checks:
+    rows, passed = [], sum(one.passed is True for one in comparison.checks)
+    yield Paragraph(f"{passed} of {len(comparison.checks)} checks pass.")
+    for one in (one for one in comparison.checks if not (brief and one.passed)):
         outcome = one.outcome.replace(FAIL, document.FAIL)
-        advice = one.advice if one.passed is False else ""
-        rows.append([outcome, one.title, one.figure, one.threshold, advice])
-    yield Table(["", "check", "found", "needs", "what to do"], rows)
+        needs = one.advice if one.passed is False else f"needs {one.threshold}"
+        rows.append([outcome, one.title, one.figure, needs])
+    yield from [Table(["", "check", "found", ""], rows)] if rows else []
 
 
 def facts(comparison: Comparison) -> dict[str, Any]:
@@ -375,13 +391,8 @@ def facts(comparison: Comparison) -> dict[str, Any]:
         for name, ratio in comparison.ratios.items()
     }
     checks = [dataclasses.asdict(one) | {"passed": one.passed} for one in comparison.checks]
-    plain = ("key", "reference", "variables", "notes")
-    return {
-        **{name: getattr(comparison, name) for name in plain},
-        "loss": comparison.first.columns.loss,
-        "ratios": found,
-        "checks": checks,
-    }
+    plain = {name: getattr(comparison, name) for name in ("key", "reference", "variables", "notes")}
+    return {**plain, "loss": comparison.first.columns.loss, "ratios": found, "checks": checks}
 
 
 def write(comparison: Comparison, folder: Path) -> None:
@@ -400,7 +411,7 @@ def write(comparison: Comparison, folder: Path) -> None:
 
 def show(comparison: Comparison, folder: Path) -> None:
     """Print the report without its figure, and its path."""
-    blocks = [*answer(comparison), *recipes(comparison), *checklist(comparison)]
+    blocks = [*answer(comparison), *recipes(comparison), *checklist(comparison, brief=True)]
     document.show(blocks, folder)
 
 
@@ -434,7 +445,6 @@ def _draw_ratio(axes: Axes, ratio: Ratio, colour: str) -> None:
     along = np.geomspace(*ratio.ends, 40)
     found = [ratio.at(one) for one in along]
     axes.plot(along, [one.estimate for one in found], color=colour)
-    low, high = [one.low for one in found], [one.high for one in found]
-    axes.fill_between(along, low, high, color=colour, alpha=0.15, lw=0)
-    best = ratio.at(ratio.best_known).estimate
-    axes.plot([ratio.best_known], [best], "o", ms=4, color=colour)
+    ends = [one.low for one in found], [one.high for one in found]
+    axes.fill_between(along, *ends, color=colour, alpha=0.15, lw=0)
+    axes.plot([best := ratio.best_known], [ratio.at(best).estimate], "o", ms=4, color=colour)

@@ -31,6 +31,7 @@ from tinygpt.training.console import clock, short
 CALIBRATION = 15.0  # seconds, for all sizes together
 LONG_STEP = 5.0  # seconds; a step that takes longer is estimated from smaller models
 IDLE = 0.5  # cores: a machine where others have no more has no other work to speak of
+FINER = (1.1, 1.05, 1.02, 1.01)  # ratios of two recipes that a plan says the cost of
 STATES = {"sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}  # moments a weight; Adam has two
 
 
@@ -349,7 +350,7 @@ def compared_lines(jobs: Sequence[Job], rows: Any) -> Iterator[str]:
     import pandas as pd
 
     from tinygpt.scaling.columns import Columns, other_settings
-    from tinygpt.scaling.compare import TOLD, plan
+    from tinygpt.scaling.compare import plan
     from tinygpt.scaling.noise import guessed
 
     given = pd.DataFrame([dict(o.split("=", 1) for o in job.overrides) for job in jobs])
@@ -371,9 +372,11 @@ def compared_lines(jobs: Sequence[Job], rows: Any) -> Iterator[str]:
         except ConfigError as error:
             yield f"   -   compare={key}: {error}"
             continue
-        more = math.ceil(len(n) * (math.log(ratio) / math.log(TOLD)) ** 2)
-        yield f"       compare={key}: {len(n)} runs of each could tell a ratio of compute of"
-        yield f"       {ratio:.2f} from 1; to tell {TOLD:g} would take about {more} of each"
+        finer = next((one for one in FINER if one < ratio), FINER[-1])
+        more = math.ceil(len(n) * (math.log(ratio) / math.log(finer)) ** 2)
+        least = f"a ratio of {ratio:.2f}" if ratio < 10 else "no ratio below 10"
+        yield f"       compare={key}: {len(n)} runs of each can tell {least} in compute from 1;"
+        yield f"       {finer:g} would take about {more:,} of each"
 
 
 def _others_at_work() -> float:
