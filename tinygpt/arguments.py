@@ -18,7 +18,7 @@ from tinygpt import words
 from tinygpt.config import ConfigError, checks
 
 T = TypeVar("T")
-PATHS = ("runs", "table", "path", "output_dir")
+PATHS = ("runs", "table", "path", "compare", "output_dir")
 TRUTH = {"true": True, "yes": True, "on": True, "1": True}
 TRUTH |= {"false": False, "no": False, "off": False, "0": False}
 

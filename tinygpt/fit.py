@@ -17,6 +17,8 @@ from tinygpt.data.survey import many
 from tinygpt.runs import rundir
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from tinygpt.scaling.elsewhere import Table
 
 USAGE = """\
@@ -49,6 +51,9 @@ predict=PLACES          the loss, with its interval, at '[{n: 13e9, d: 5e12}, {n
                         a law in one variable takes n, d, u, t or c alone
 isoflop=cubic           the curve through the runs of a budget: cubic akima parabola
 seed=0                  of the bootstrap and of random starts
+compare=KEY             what each value of a key, as optim.kind, is worth in compute at equal loss;
+                        compare=[outputs/a,outputs/b]: two studies, or more, side by side
+reference=VALUE         of compare: the value, or the study, that the others are compared with
 output_dir=FOLDER       where to put a folder fit-<names>; default: fit/ in one folder of
                         runs, fit-a-b beside a and b, outputs/fit-a-x for a/x.csv
 force=true              replace the fit of another table or of other runs there
@@ -100,6 +105,8 @@ class Arguments:
     predict: Optional[str] = None
     isoflop: str = key("cubic", among=("cubic", "akima", "parabola"))
     seed: int = key(0, least=0)
+    compare: list[str] = field(default_factory=list)
+    reference: Optional[str] = None
     output_dir: Optional[str] = None
     force: bool = False
 
@@ -107,6 +114,12 @@ class Arguments:
 @cli.one_line_errors
 def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE, bare="runs")
+    if arguments.reference and not arguments.compare:
+        raise ConfigError("reference: for compare= only")
+    if len(arguments.compare) > 1:  # studies
+        if arguments.runs or arguments.table:
+            raise ConfigError("compare: give runs= and one key, or the folders of studies alone")
+        arguments.runs = arguments.compare
     if bool(arguments.runs) == bool(arguments.table):
         raise ConfigError("runs: give runs=FOLDER, or table=FILE")
     folder = _folder(arguments)
@@ -117,6 +130,9 @@ def main() -> None:
         adaptation_report.make(arguments.runs, folder, arguments.seed)
         return
     _check_table_keys(arguments)
+    if arguments.compare:
+        _compare(arguments)
+        return
     source = _source(arguments, folder)
     cli.announce("loading")
     from tinygpt.scaling import laws
@@ -230,20 +246,57 @@ def _source(arguments: Arguments, folder: Path) -> list[str]:
     return source
 
 
+def _compare(arguments: Arguments) -> None:
+    """Report what recipes are worth: the values of a key, or studies in folders of their own."""
+    used = "runs table columns units loss loss_unit decimal last where compare reference output_dir"
+    default = Arguments()
+    for name, value in vars(arguments).items():
+        if value != getattr(default, name) and name not in used.split():
+            raise ConfigError(f"{name}: not for compare=, which takes {', '.join(used.split())}")
+    from tinygpt.scaling import versus
+    from tinygpt.scaling.runs import load_runs
+
+    key, notes, sides = arguments.compare[0], list[str](), {}
+    if arguments.table:
+        for name, condition in versus.conditions(arguments.table, key, arguments.where).items():
+            sides[name] = _read(dataclasses.replace(arguments, where=condition))
+    else:
+        if len(arguments.compare) > 1:
+            parts = {Path(one).resolve().name: load_runs(one) for one in arguments.compare}
+            key = "studies"
+        else:
+            parts = versus.split(load_runs(*arguments.runs), key)[0]
+        arguments.loss = versus.loss_of(parts, arguments.loss, notes)
+        sides = {name: _side(part, arguments, name) for name, part in parts.items()}
+    found, folder = versus.compare(sides, key, arguments.reference, notes), _folder(arguments)
+    last = "" if key == "studies" else f"-{key}"  # the folder has the names of several studies
+    folder = folder.with_name(f"{folder.name.replace('fit', 'compare', 1)}{last}")
+    versus.write(found, folder)
+    versus.show(found, folder)
+
+
 def _read(arguments: Arguments) -> Table:
     """Return the runs, and where they say what."""
-    from tinygpt.scaling.elsewhere import Table, find_columns, read
-    from tinygpt.scaling.runs import comparable, load_runs
+    from tinygpt.scaling.elsewhere import read
+    from tinygpt.scaling.runs import load_runs
 
-    named = dataclasses.asdict(arguments.columns)
     if arguments.table:
+        named = dataclasses.asdict(arguments.columns)
         keys = ("loss", "loss_unit", "decimal", "last", "where")
         given = {name: getattr(arguments, name) for name in keys}
         units = dataclasses.asdict(arguments.units)
         return read(arguments.table, named, units=units, **given)
-    table = load_runs(*arguments.runs)
+    return _side(load_runs(*arguments.runs), arguments)
+
+
+def _side(table: pd.DataFrame, arguments: Arguments, name: str = "") -> Table:
+    """Return the runs of a table of our own that can enter one law, and the others."""
+    from tinygpt.scaling.elsewhere import Table, find_columns
+    from tinygpt.scaling.runs import comparable
+
     if table.empty:
-        raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there")
+        raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there {name}".rstrip())
+    named = dataclasses.asdict(arguments.columns)
     named = {name: column for name, column in named.items() if column is not None}
     columns, _ = find_columns(table, named, arguments.loss)
     used, left_out = comparable(table, columns.loss, arguments.where)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from tinygpt.scaling.laws import Array
 SLOPE = 1.0  # standard deviation of the slope of log variance in log tokens, before any run
 CURVE = 8.0  # degrees of freedom that the line counts for beside the seeds of one length
 STUDIES = 2000  # simulated, for the p-value of lack of fit
+LEAST, SHORT = 0.002, 2000.0  # of log L, before it is measured: of long runs; steps of shorter ones
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,11 @@ class Seeds:
     @staticmethod
     def _length(values: Mapping[str, Array]) -> Array:
         return np.log(values["D"]) if "D" in values else 0.0 * next(iter(values.values()))
+
+
+def guessed(steps: Any) -> Any:
+    """Return the standard deviation of log L between seeds, as a guess before it is measured."""
+    return LEAST * np.hypot(1.0, SHORT / steps)
 
 
 def replicas(table: pd.DataFrame, settings: Sequence[str]) -> NDArray[np.intp]:

@@ -23,6 +23,7 @@ from rich.console import Console
 from tinygpt import fileio, signals
 from tinygpt.config import ConfigError, RunError
 from tinygpt.runs import rundir
+from tinygpt.scaling import noise
 from tinygpt.scaling.design import Design
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.wording import equation
@@ -381,10 +382,10 @@ def print_plan(recipe: Recipe, asked: Asked, share: Share, console: Console) -> 
         console, f"\nabout {count} runs, then the test; the loss at the target to about ±{half:.1%}"
     )
     steps = recipe.longest(recipe.widths[0]) / recipe.batch_tokens
-    scatter = 1.96 * float(rules.seed_noise(steps))
+    scatter = 1.96 * float(noise.guessed(steps))
     say(console, f"the loss of a run of {steps:,.0f} steps hangs on its seed by ±{scatter:.1%}")
     if scatter > CLEAR:
-        needed = rules.SHORT / np.sqrt((CLEAR / 1.96 / rules.SEED_NOISE) ** 2 - 1)
+        needed = noise.SHORT / np.sqrt((CLEAR / 1.96 / noise.LEAST) ** 2 - 1)
         size = 1e-6 * needed * recipe.batch_tokens * recipe.bytes_per_token
         say(console, f"±{CLEAR:.0%} takes {needed:,.0f} steps: {size:.2g} MB of text, read once")
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from tinygpt.training.console import clock, short
 CALIBRATION = 15.0  # seconds, for all sizes together
 LONG_STEP = 5.0  # seconds; a step that takes longer is estimated from smaller models
 IDLE = 0.5  # cores: a machine where others have no more has no other work to speak of
+FINER = (1.1, 1.05, 1.02, 1.01)  # ratios of two recipes that a plan says the cost of
 STATES = {"sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}  # moments a weight; Adam has two
 
 
@@ -129,6 +130,8 @@ class Trainings(Kind):
             for check in [*check_design(rows), check_validation(rows)]:
                 mark = {True: "yes", False: "NO ", None: " - "}[check.passed]
                 console.print(f"  {mark}  {check.title}: {check.figure}", highlight=False)
+            for line in compared_lines(jobs, rows):
+                say(console, line)
 
     def run(self, job: Job, console: Console) -> dict[str, Any]:
         from tinygpt.training.session import Branch, train
@@ -340,6 +343,40 @@ def stable_steps_of(job: Job) -> int:
     if not isinstance(schedule, WsdSchedule) or schedule.warmup_steps is None:
         raise ConfigError("sweep.share_trunk=true: needs schedule=wsd, schedule.warmup_steps")
     return stable_steps(schedule, total_steps=plan.total_steps, warmup_steps=plan.warmup_steps)
+
+
+def compared_lines(jobs: Sequence[Job], rows: Any) -> Iterator[str]:
+    """Yield what ratio of two recipes a sweep could tell from 1, for each key that makes them."""
+    import pandas as pd
+
+    from tinygpt.scaling.columns import Columns, other_settings
+    from tinygpt.scaling.compare import plan
+    from tinygpt.scaling.noise import guessed
+
+    given = pd.DataFrame([dict(o.split("=", 1) for o in job.overrides) for job in jobs])
+    rows = rows.join(
+        given.drop(columns=["optim.learning_rate", "seed"], errors="ignore").add_prefix("config.")
+    )
+    place, seen = ["parameters_non_embedding", "train_tokens"], list[Any]()
+    for name in reversed(other_settings(rows, Columns(), place)):
+        parts = rows.groupby(name, dropna=False).ngroup()
+        if any(parts.equals(other) for other in seen):
+            continue
+        seen.append(parts)
+        each = [part.drop_duplicates([*place, "seed"]) for _, part in rows.groupby(name)]
+        fewest = min(each, key=len)
+        n, d = (fewest[column].to_numpy(dtype=float) for column in place)
+        key = name.removeprefix("config.")
+        try:
+            ratio = plan(n, d, guessed(fewest["total_steps"].to_numpy(dtype=float)))
+        except ConfigError as error:
+            yield f"   -   compare={key}: {error}"
+            continue
+        finer = next((one for one in FINER if one < ratio), FINER[-1])
+        more = math.ceil(len(n) * (math.log(ratio) / math.log(finer)) ** 2)
+        least = f"a ratio of {ratio:.2f}" if ratio < 10 else "no ratio below 10"
+        yield f"       compare={key}: {len(n)} runs of each can tell {least} in compute from 1;"
+        yield f"       {finer:g} would take about {more:,} of each"
 
 
 def _others_at_work() -> float:

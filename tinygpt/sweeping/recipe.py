@@ -19,6 +19,7 @@ from tinygpt.config import ConfigError
 from tinygpt.scaling.design import Design
 from tinygpt.scaling.forecast import Forecast
 from tinygpt.scaling.laws import Array
+from tinygpt.scaling.noise import guessed
 from tinygpt.scaling.split import flops_per_token
 from tinygpt.sweeping.engines import Share
 from tinygpt.sweeping.jobs import Job, compose_jobs
@@ -45,7 +46,6 @@ REPEATED = "data_constrained"  # is one of the laws too where tokens are read mo
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
 BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
 UNBALANCED = 10.0  # by which factor a law may move them: early ones would put the target anywhere
-SEED_NOISE, SHORT = 0.002, 2000.0  # scatter of log L between seeds, and the steps below which more
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Recipe:
             np.ones(len(table)),
             table["D"].to_numpy() * table["width"].map(self.flops_per_token).to_numpy(),
             (*LAWS, REPEATED) if self.repeats else LAWS,
-            seed_noise(steps),
+            guessed(steps),
         )
 
     def flops_of(self, n: Any, d: Any) -> Any:
@@ -167,11 +167,6 @@ class Recipe:
         by_width = ("step_costs", "parameters", "flops_per_token")
         more = {name: {int(w): v for w, v in facts[name].items()} for name in by_width}
         return cls(**{**facts, **more})
-
-
-def seed_noise(steps: Any) -> Any:
-    """Return the standard deviation of log L between seeds, as a guess before it is measured."""
-    return SEED_NOISE * np.hypot(1.0, SHORT / steps)
 
 
 def shape(width: int) -> list[str]:

@@ -1,0 +1,449 @@
+"""Estimate what one recipe is worth against another: the compute that it saves at equal loss.
+
+One law goes through the runs of both.  The other recipe makes of its tokens, its parameters, or
+both, what the reference makes of m times as many: L(N, D) = L_ref(N, m D), for instance.  Let m
+change with the compute, m = exp(u) C^v.  Then the reference needs m(C) times the compute to reach
+the loss that the other reaches with C, each at its best split, and the exponents by which their
+losses fall with compute have the ratio 1 + v.
+
+What the two share at a place, as the error of the law there, cancels in this ratio, so its error
+follows from leaving out each place under both recipes (the jackknife).  Neither the form of the law
+nor where the gain lies is known: the ratio is an average over both, by Akaike's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import optimize, special
+
+from tinygpt.config import ConfigError
+from tinygpt.scaling.fitting import ROUGH
+from tinygpt.scaling.intervals import LEVEL, Interval
+from tinygpt.scaling.laws import LAWS, Array, Law
+from tinygpt.scaling.noise import Seeds
+from tinygpt.scaling.points import Points
+from tinygpt.scaling.solver import solve, starts_of
+
+LAWS_TRIED = ("chinchilla", "coupled", "kaplan_constant")
+OF_ONE = ("power_constant", "log_power")  # in one variable
+GAINS = ("tokens", "size", "free")  # where the gain of a law in N and D lies; free: in both
+STARTS = (-0.4, 0.4)  # of u
+LEAST_LEFT = 0.05  # of a residual, that is taken for the place's own where the law follows it
+STEP = 1e-5  # in a log variable: the slope of a law is a difference
+FEWEST_LEFT = 3  # degrees of freedom
+POWER = 0.8  # of the test that the smallest detectable ratio stands for
+FURTHEST = 12.0  # in log tokens: a loss that takes more is out of reach
+MARGIN = 1.5  # by so much simulated studies, whose law and noise are not known, told less
+TYPICAL = (0.6, 0.2, 0.2, 0.35, 0.4)  # of a plan: parts of the loss that are E, A and B; exponents
+
+
+Estimates = Sequence[tuple[float, float, float]]  # a value, its error, the degrees of freedom
+
+
+def shifted(base: Law, gain: str) -> Law:
+    """Return the law of both recipes: ``base``, and the gain of the other as parameters u and v.
+
+    Beside the variables of the base stand ``other``, 1 for the other recipe and 0 for the
+    reference, and ``scale``, the log compute about its mean.  A ``free`` gain has its part in N as
+    a parameter q.
+    """
+    main = "N" if gain == "size" else base.variables[-1]
+    own = ("q", "u", "v") if gain == "free" else ("u", "v")
+
+    def slopes(p: Mapping[str, Any], x: Mapping[str, Array]) -> tuple[Any, dict[str, Any]]:
+        theta = np.concatenate([p[name] for name in base.parameters], axis=-1)
+        share = p["q"] if gain == "free" else 0.0
+        at = {name: x[name] for name in base.variables}
+        at[main] = at[main] + x["other"] * (p["u"] + p["v"] * x["scale"] - share)
+        at |= {"N": at["N"] + x["other"] * share} if gain == "free" else {}
+
+        def slope(name: str) -> Any:
+            up, down = (base.log_loss(theta, {**at, name: at[name] + by}) for by in (STEP, -STEP))
+            return x["other"] * (up - down) / (2 * STEP)
+
+        value, gradient = base.derivatives(theta, at)
+        found = {name: gradient[..., j] for j, name in enumerate(base.parameters)}
+        found |= {"u": slope(main)}
+        found |= {"v": found["u"] * x["scale"]}
+        return value, found | ({"q": slope("N") - found["u"]} if gain == "free" else {})
+
+    return replace(
+        base,
+        variables=(*base.variables, "other", "scale"),
+        exponents=(*base.exponents, *own),
+        powers=None,
+        expression=lambda p, x: slopes(p, x)[0],
+        slopes=slopes,
+    )
+
+
+def moves_of(residuals: Array, jacobian: Array, groups: NDArray[np.intp]) -> Array:
+    """Return by how much the parameters move without each group of rows, to first order, (G, P)."""
+    size = np.sqrt(np.sum(jacobian**2, axis=0))
+    size = np.where(size > 0, size, 1.0)
+    unit = jacobian / size
+    solve_for = np.linalg.pinv(unit)  # (P, n)
+    found = []
+    for group in range(int(groups.max()) + 1):
+        rows = groups == group
+        own, along = np.linalg.eigh(np.eye(int(rows.sum())) - unit[rows] @ solve_for[:, rows])
+        left = along @ (along.T @ residuals[rows] / np.maximum(own, LEAST_LEFT))
+        found.append(solve_for[:, rows] @ left / size)
+    return np.array(found)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One form of the law, with one place of the gain, through the runs of both recipes."""
+
+    base: Law
+    gain: str
+    law: Law
+    theta: Array  # (P,), u and v last
+    residuals: Array  # weighted, (n,)
+    jacobian: Array  # weighted, (n, P)
+    groups: NDArray[np.intp]  # the place of each row, (n,)
+
+    @cached_property
+    def moves(self) -> Array:
+        """Return by how much the parameters move without each place, to first order, (G, P)."""
+        return moves_of(self.residuals, self.jacobian, self.groups)
+
+    @property
+    def degrees(self) -> int:
+        """Return the degrees of freedom: of pairs, those of their differences."""
+        n, places = len(self.residuals), int(self.groups.max()) + 1
+        shared = len(self.base)
+        return n - len(self.theta) - max(0, n - places - shared)
+
+    def error(self, contrast: Array) -> float:
+        """Return the standard error of a combination of parameters: the jackknife over places."""
+        count = len(self.moves)
+        return float(np.sqrt((count - 1) / count * np.sum((self.moves @ contrast) ** 2)))
+
+    def fitted(self, x: Mapping[str, Array]) -> Array:
+        """Return the log loss at centred log variables, (n,)."""
+        return np.asarray(self.law.log_loss(self.theta[None], x)[0])
+
+    def estimate(self, contrast: Array) -> tuple[float, float, float]:
+        """Return a combination of parameters, its standard error and degrees of freedom."""
+        return float(contrast @ self.theta), self.error(contrast), self.degrees
+
+    def of_ratio(self, scale: float) -> tuple[float, float, float]:
+        """Return the same of the log ratio at a log compute about the mean."""
+        return self.estimate(np.r_[np.zeros(len(self.theta) - 2), 1.0, scale])
+
+    def tokens(self, at: Mapping[str, float], scale: float) -> tuple[float, float, float]:
+        """Return the same of the log of the tokens that the reference needs, for the loss of the
+        other at a place, by its size unchanged."""
+        steps = np.vstack([np.zeros(len(self.theta)), 1e-4 * np.eye(len(self.theta))])
+        theta = self.theta + steps
+        place = {name: np.full((len(theta), 1), value) for name, value in at.items()}
+        one, bare = np.ones((len(theta), 1)), theta[:, : len(self.base)]
+        aim = self.law.log_loss(theta, {**place, "other": one, "scale": scale * one})
+        low, high = -FURTHEST * one, FURTHEST * one
+        for _ in range(50):
+            middle = (low + high) / 2
+            above = self.base.log_loss(bare, {**place, "D": place["D"] + middle}) > aim
+            low, high = np.where(above, middle, low), np.where(above, high, middle)
+        found = low[:, 0]
+        gradient = (found[1:] - found[0]) / 1e-4
+        return float(found[0]), self.error(gradient), self.degrees
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """What one recipe is worth against the reference."""
+
+    models: list[Model]
+    weights: Array  # (models,), by Akaike
+    centres: Mapping[str, float]  # of the log variables and of the scale
+    best_known: float  # the compute (or x) at which the ratio is known best
+    ends: tuple[float, float]  # the least and largest compute (or x) of the other's runs
+    flops: float  # FLOPs per token of the reference / those of the other, at equal size
+    place: Mapping[str, float] | None  # where tokens are compared: a size, and the tokens there
+    costs: tuple[Array, Array]  # log N, and the log FLOPs per token there
+    places: int
+    pairs: int  # places that both have
+    floor: tuple[float, float]  # how much higher the other's E would be, as a log; p that it is 0
+
+    def at(self, compute: float, level: float = LEVEL) -> Interval:
+        """Return how much compute the reference needs to reach what the other does with so much,
+        as a multiple."""
+        scale = float(np.log(compute)) - self.centres["scale"]
+        return self._average([one.of_ratio(scale) for one in self.models], self.flops, level)
+
+    @property
+    def tokens(self) -> Interval | None:
+        """Return how many tokens the reference needs at equal size, as a multiple."""
+        if self.place is None:
+            return None
+        at = {v: float(np.log(value)) - self.centres[v] for v, value in self.place.items()}
+        scale = float(np.log(self.best_known)) - self.centres["scale"]
+        return self._average([one.tokens(at, scale) for one in self.models])
+
+    def exponents(self, level: float = LEVEL) -> Interval:
+        """Return the exponent of compute in the loss of the other, by that of the reference."""
+        made = [one.estimate(np.eye(len(one.theta))[-1]) for one in self.models]
+        low, mean, high = self._quantiles(made, level)
+        return Interval(float(1 + mean), float(1 + low), float(1 + high), level, "average of laws")
+
+    def curve(self, compute: Array, other: bool) -> Array:
+        """Return the least loss at each compute (or x) of one recipe, at the sizes of the runs."""
+        model = self.models[int(np.argmax(self.weights))]
+        scale = np.log(compute) - self.centres["scale"]
+        x = {"other": np.full(len(compute), float(other)), "scale": scale}
+        if self.place is None:
+            logs = np.log(compute)
+            x |= {"x": logs - self.centres["x"], "log x": np.log(logs) - self.centres["log x"]}
+            return np.exp(model.fitted(x))
+        each = []
+        for size in np.linspace(self.costs[0][0], self.costs[0][-1], 60):
+            tokens = np.log(compute) - np.interp(size, *self.costs) - self.centres["D"]
+            n = np.full(len(compute), size - self.centres["N"])
+            each.append(model.fitted({**x, "N": n, "D": tokens}))
+        return np.asarray(np.exp(np.min(each, axis=0)))
+
+    @property
+    def shared(self) -> float:
+        """Return how alike the residuals of the two recipes are: their correlation at a place."""
+        return _alike(self.models[int(np.argmax(self.weights))])
+
+    @property
+    def detectable(self) -> float:
+        """Return the smallest ratio that these runs would tell from 1, four times in five."""
+        found = self.at(self.best_known)
+        half = np.log(found.high / found.low) / 2
+        return float(np.exp(half * (1 + special.ndtri(POWER) / special.ndtri(0.5 + LEVEL / 2))))
+
+    @property
+    def differs(self) -> bool:
+        """Return whether 1 lies outside the interval of the ratio."""
+        return 1.0 not in self.at(self.best_known)
+
+    @property
+    def drifts(self) -> bool:
+        """Return whether the ratio changes with scale; where it is 1 in the middle, so that two
+        questions are asked of runs that may not differ at all, at 99 %."""
+        return 1.0 not in self.exponents(LEVEL if self.differs else 0.99)
+
+    def _average(self, made: Estimates, factor: float = 1.0, level: float = LEVEL) -> Interval:
+        low, mean, high = factor * np.exp(self._quantiles(made, level))
+        return Interval(float(mean), float(low), float(high), level, "average of laws")
+
+    def _quantiles(self, made: Estimates, level: float) -> Array:
+        """Return the low end, the mean and the high end of the mixture of Student's t."""
+        value, error, degrees = np.array(made).T
+        error = np.maximum(error, 1e-12)
+
+        def excess(z: float, part: float) -> float:
+            return float(self.weights @ special.stdtr(degrees, (z - value) / error)) - part
+
+        reach = np.abs(special.stdtrit(degrees, 0.25 - level / 4)) * error  # beyond either end
+        span = float(np.min(value - 2 * reach)), float(np.max(value + 2 * reach))
+        parts = 0.5 - level / 2, 0.5 + level / 2
+        low, high = (optimize.brentq(excess, *span, args=(part,), xtol=1e-7) for part in parts)
+        return np.array([low, self.weights @ value, high])
+
+
+def ratio_of(
+    reference: pd.DataFrame,
+    other: pd.DataFrame,
+    variables: Mapping[str, str],
+    loss: str,
+    compute: str | None = None,
+) -> Ratio:
+    """Return what the runs of one recipe are worth against those of the reference.
+
+    ``variables`` are the columns of N and D, or of the x of a law in one; ``compute`` that of the
+    FLOPs, by default 6 N D.  Runs that agree in the variables are seeds: their mean counts.
+    Raises ConfigError for too few.
+    """
+    runs = pd.DataFrame(
+        {
+            name: pd.concat([reference[column], other[column]]).to_numpy(float)
+            for name, column in {**variables, "loss": loss}.items()
+        }
+    )
+    runs["other"] = np.r_[np.zeros(len(reference)), np.ones(len(other))]
+    runs["y"] = np.log(runs["loss"])
+    if "x" in variables:
+        runs["scale"] = np.log(runs["x"])
+    elif compute is None:
+        runs["scale"] = np.log(6 * runs["N"] * runs["D"])
+    else:
+        runs["scale"] = np.log(pd.concat([reference[compute], other[compute]]).to_numpy(float))
+    names = list(variables)
+    means = {name: (name, "mean") for name in ("y", "scale")}
+    settings = runs.groupby(["other", *names], as_index=False).agg(**means, count=("y", "size"))
+    centres = {name: float(np.log(settings[name]).mean()) for name in names}
+    centres["scale"] = float(settings["scale"].mean())
+    if "x" in names:
+        centres["log x"] = float(np.log(np.log(settings["x"])).mean())
+    at, each = (_variables(table, centres) for table in (settings, runs))
+    groups = np.asarray(settings.groupby(names).ngroup(), dtype=np.intp)
+    count, weights = np.sqrt(settings["count"].to_numpy(float)), None
+    laws = OF_ONE if "x" in variables else LAWS_TRIED
+    points = Points(at, settings["y"].to_numpy(), {}, weights=count / np.sqrt(np.mean(count**2)))
+    rough = _models(points, groups, laws[:1], GAINS[:1])
+    if rough:
+        left = runs["y"].to_numpy() - rough[0].fitted(each)
+        words = {name: "D" if name == "x" else name for name in names}  # by length, else by x
+        seeds = Seeds.of({words[name]: runs[name].to_numpy() for name in names}, left)
+        if seeds is not None:
+            weights = count / seeds.at({words[name]: settings[name].to_numpy() for name in names})
+            points = replace(points, weights=weights / np.sqrt(np.mean(weights**2)))
+    models = _models(points, groups, laws, GAINS[:1] if "x" in variables else GAINS)
+    if not models:
+        raise ConfigError(
+            f"compare: {len(settings)} different settings of both recipes are too few to fit a "
+            "law: train each at four places and more"
+        )
+    weights = _akaike(models)
+    top = models[int(np.argmax(weights))]
+    is_other = settings["other"] == 1
+    gain = top.jacobian[:, -2] ** 2
+    middle = float(np.sum(gain * settings["scale"]) / np.sum(gain))
+    low, high = settings["scale"][is_other].min(), settings["scale"][is_other].max()
+    best_known = float(np.exp(np.clip(middle, low, high)))
+    factor, place, costs = 1.0, None, (np.zeros(1), np.zeros(1))
+    if "x" not in names:
+        factor, costs = _costs(settings)
+        size = np.log(settings["N"][is_other]).mean()
+        tokens = best_known / np.exp(np.interp(size, *costs))
+        place = {"N": float(np.exp(size)), "D": float(tokens)}
+    return Ratio(
+        models,
+        weights,
+        centres,
+        best_known,
+        (float(np.exp(low)), float(np.exp(high))),
+        factor,
+        place,
+        costs,
+        int(is_other.sum()),
+        len(groups) - int(groups.max()) - 1,
+        _floor(top, at["other"]),
+    )
+
+
+def _variables(table: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, Array]:
+    """Return the centred log variables of a table, (n,), and those of the second recipe."""
+    found = {k: np.log(table[k].to_numpy()) - centres[k] for k in ("N", "D", "x") if k in centres}
+    if "x" in found:
+        found["log x"] = np.log(np.log(table["x"].to_numpy())) - centres["log x"]
+    found["other"] = table["other"].to_numpy()
+    found["scale"] = table["scale"].to_numpy() - centres["scale"]
+    return found
+
+
+def _costs(settings: pd.DataFrame) -> tuple[float, tuple[Array, Array]]:
+    """Return the FLOPs per token of the reference by those of the other, at equal size, and those
+    of the other by size, as logarithms."""
+    size = np.log(settings["N"])
+    per = settings["scale"] - np.log(settings["D"]) - size  # FLOPs of a parameter and token
+    each = per.groupby([settings["other"], size]).mean()
+    first, other = each[0.0], each[1.0]
+    apart = np.interp(other.index, first.index, first) - other
+    return float(np.exp(apart.mean())), (other.index.to_numpy(), (other + other.index).to_numpy())
+
+
+def _models(
+    points: Points, groups: NDArray[np.intp], laws: Sequence[str], gains: Sequence[str]
+) -> list[Model]:
+    """Fit every form with every place of the gain; those too free for the runs are left out."""
+    found = []
+    for name in laws:
+        base = LAWS[name]
+        own = replace(points, x={variable: points.x[variable] for variable in base.variables})
+        starts = starts_of(base, replace(own, weights=None), 0)[:16]
+        solved = solve(base, own, starts, **ROUGH)
+        top = solved.theta[np.argsort(solved.objective)[:2]]
+        for gain in gains:
+            law = shifted(base, gain)
+            if len(points) - len(law) < FEWEST_LEFT:
+                continue
+            more = np.zeros((len(top), len(law) - len(base)))
+            begin = [np.hstack([top, more]) for _ in STARTS]
+            for one, u in zip(begin, STARTS, strict=True):
+                one[:, -2] = u
+            both = solve(law, points, np.vstack(begin), **ROUGH)
+            least = both.theta[[int(np.argmin(both.objective))]]
+            theta = solve(law, points, least).theta[0]
+            jacobian = points.jacobian(law, theta)
+            if np.isfinite(theta).all() and np.abs(jacobian[:, -2:]).max(axis=0).all():
+                left = points.residuals(law, theta)
+                found.append(Model(base, gain, law, theta, left, jacobian, groups))
+    return found
+
+
+def _akaike(models: Sequence[Model]) -> Array:
+    """Return the weights of the models by AICc, with the likelihood of residuals alike in pairs."""
+    best = min(models, key=lambda one: float(one.residuals @ one.residuals))
+    n, pairs = len(best.residuals), best.groups[:, None] == best.groups
+    inverse = np.linalg.inv(np.where(pairs, _alike(best), 0.0) + (1 - _alike(best)) * np.eye(n))
+    criteria = []
+    for one in models:
+        k = len(one.theta) + 1
+        rest = max(float(one.residuals @ inverse @ one.residuals), 1e-300)
+        criteria.append(n * np.log(rest / n) + 2 * k * n / max(n - k - 1, 1))
+    weights = np.exp(-(np.array(criteria) - min(criteria)) / 2)
+    return np.asarray(weights / weights.sum())
+
+
+def _alike(model: Model) -> float:
+    """Return the correlation of the residuals of two recipes at a place, within ±0.9."""
+    pairs = (model.groups[:, None] == model.groups) & ~np.eye(len(model.groups), dtype=bool)
+    squares = max(float(model.residuals**2 @ pairs.sum(axis=1)), 1e-300)
+    return float(np.clip(model.residuals @ pairs @ model.residuals / squares, -0.9, 0.9))
+
+
+def _floor(model: Model, other: Array) -> tuple[float, float]:
+    """Return the log of the other's E by that of the reference, if it had its own, to first order,
+    and the p-value of there being no difference; nan of a law without E."""
+    if "E" not in model.law.parameters:
+        return np.nan, np.nan
+    constant = model.jacobian[:, model.law.parameters.index("E")]
+    jacobian = np.column_stack([model.jacobian, other * constant])
+    size = np.sqrt(np.sum(jacobian**2, axis=0)) + 1e-300
+    step = np.linalg.lstsq(jacobian / size, model.residuals, rcond=None)[0] / size
+    own = replace(model, residuals=model.residuals - jacobian @ step, jacobian=jacobian)
+    error = own.error(np.eye(len(step))[-1])
+    p = 2 * special.stdtr(max(model.degrees - 1, 1), -abs(step[-1]) / max(error, 1e-12))
+    return float(step[-1]), float(p)
+
+
+def plan(n: Array, d: Array, noise: Array | float) -> float:
+    """Return the smallest ratio that runs of two recipes, at these sizes and tokens each, would
+    tell from 1, four times in five; ``noise`` is the scatter of log L between seeds.
+
+    Taken is a typical law, and a gain that could lie in the size or in the tokens.  Raises
+    ConfigError for too few runs.
+    """
+    places = pd.DataFrame({"N": n, "D": d, "noise": noise}).groupby(["N", "D"], as_index=False)
+    one = places.agg(noise=("noise", "mean"), count=("noise", "size"))
+    both = pd.concat([one.assign(other=0.0), one.assign(other=1.0)])
+    both["scale"] = np.log(both["N"] * both["D"])
+    centres = {v: float(np.log(both[v]).mean()) for v in "ND"}
+    centres["scale"] = float(both["scale"].mean())
+    base = LAWS["chinchilla"]
+    sizes, lengths = both["N"].nunique(), both["D"].nunique()
+    gain = "free" if min(sizes, lengths) > 1 else "tokens" if lengths > 1 else "size"
+    law = shifted(base, gain)
+    theta = np.r_[np.log(TYPICAL[:3]), TYPICAL[3:], np.zeros(len(law) - len(base))]
+    weights = np.sqrt(both["count"].to_numpy(float)) / both["noise"].to_numpy(float)
+    points = Points(_variables(both, centres), np.zeros(len(both)), {}, weights=weights)
+    if (degrees := len(both) - len(law)) < FEWEST_LEFT:
+        raise ConfigError("too few different runs of each recipe")
+    jacobian = points.jacobian(law, theta)
+    covariance = np.linalg.pinv(jacobian.T @ jacobian)[-2:, -2:]
+    error = np.sqrt(covariance[0, 0] - covariance[0, 1] ** 2 / covariance[1, 1])
+    quantiles = special.stdtrit(degrees, [0.5 + LEVEL / 2, POWER])
+    return float(np.exp(MARGIN * error * quantiles.sum()))
