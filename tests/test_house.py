@@ -18,7 +18,7 @@ LIMITS = {
     "data": 3_988,
     "model": 1_550,
     "training": 2_759,
-    "sweeping": 2_388,
+    "sweeping": 2_396,
     "scaling": 8_322,
     "evaluating": 1_460,
     "adaptation": 3_300,
