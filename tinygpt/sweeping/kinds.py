@@ -22,7 +22,7 @@ from tinygpt.config.counting import count_parameters
 from tinygpt.runs import rundir
 from tinygpt.sweeping.engines import Share, share_of
 from tinygpt.sweeping.jobs import Job, Kind, flops_of
-from tinygpt.sweeping.view import make_table, say
+from tinygpt.sweeping.view import make_table, say, say_below
 from tinygpt.training.console import clock, short
 
 # Torch, pandas and the data's libraries are imported where they are needed: mistakes are told,
@@ -177,7 +177,7 @@ class Trainings(Kind):
                 used, left_out = comparable(table, columns.loss)
                 analysis = analyse(used, left_out, columns, curves=curves_of(table))
             except ConfigError as error:
-                say(console, f"law        none: {error}")
+                say_below(console, "law", f"none: {error}")
                 return
             report.write(analysis, folder / "fit", Story.read(folder))
         found = fileio.read_json(folder / "fit" / "fit.json")
@@ -189,7 +189,8 @@ class Trainings(Kind):
         if verdict is None:
             verdict = "all applicable checks pass" if found["is_evidence"] else "not evidence yet"
         words = wording.variables({name: of["meaning"] for name, of in found["variables"].items()})
-        say(console, f"law        {wording.equation(law, values)}, {words}\n{'':10} {verdict}")
+        say_below(console, "law", f"{wording.equation(law, values)}, {words}")
+        say_below(console, "", verdict)
         say(console, f"report     {folder / 'fit' / 'report.html'}")
 
 
@@ -296,7 +297,7 @@ class Adaptations(Kind):
         try:
             report.make([folder], folder / "fit")
         except ConfigError as error:
-            say(console, f"report     none: {error}")
+            say_below(console, "report", f"none: {error}")
 
 
 TRAINING, ADAPTATION = Trainings(), Adaptations()

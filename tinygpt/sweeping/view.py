@@ -6,6 +6,7 @@ Whatever the engine, a run tells of itself in its folder: what is shown is read 
 from __future__ import annotations
 
 import math
+import textwrap
 import threading
 import time
 from collections.abc import Container, Sequence
@@ -31,6 +32,12 @@ TRUSTED = 1.5  # the factor by which a time left may be off and be shown
 def say(console: Console, line: str) -> None:
     """Print a line as it is: not wrapped, not coloured."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_below(console: Console, name: str, text: str) -> None:
+    """Print a named text; what does not fit into 80 columns goes below its beginning."""
+    shape = textwrap.TextWrapper(80, subsequent_indent=" " * 11, break_long_words=False)
+    say(console, shape.fill(f"{name:<10} {text}"))
 
 
 def make_table(*columns: str, left: Container[str] = ("run",)) -> Table:
@@ -188,8 +195,8 @@ class View:
 
     def _drawn(self) -> Group:
         table = Table.grid(padding=(0, 2))
-        for _ in range(4):
-            table.add_column(no_wrap=True, overflow="ellipsis")
+        room = max(12, self.console.width - 50)  # beside the bar, the percentage and two losses
+        table.add_column(no_wrap=True, overflow="ellipsis", max_width=room)
         with self._lock:
             running = list(self.progress.items())
         for job, (part, words) in running:
