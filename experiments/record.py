@@ -71,7 +71,7 @@ def fit_again(name: str) -> None:
         words += [f"where={WHERE[name]}"] if name in WHERE else []
         subprocess.run([sys.executable, "-m", "tinygpt.fit", *words], check=True)
         for file in ("fit.json", *(f"{figure}.png" for figure in FIGURES)):
-            if (found := Path(folder) / "fit-runs" / file).exists():
+            if (found := Path(folder) / f"fit-{name}-runs" / file).exists():
                 shutil.copyfile(found, HERE / name / file)
 
 

@@ -286,7 +286,7 @@ def test_the_command_compares_two_studies(tinygpt: Command, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "B reaches the loss of a with 1/1." in done.stdout
     assert "reference= names another" in done.stdout
-    assert (a / "compare-a-b" / "report.html").exists()
+    assert (tmp_path / "compare-a-b" / "report.html").exists()
 
 
 @pytest.mark.parametrize(

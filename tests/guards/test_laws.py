@@ -30,7 +30,7 @@ def test_the_command_gives_the_recorded_fit(
     monkeypatch.chdir(tmp_path)
     folder = ROOT / "experiments" / name
     succeed("fit", f"table={folder / 'runs.csv'}", "output_dir=made", *WHERE.get(name, []))
-    made = json.loads(Path("made/fit-runs/fit.json").read_text())
+    made = json.loads(Path(f"made/fit-{name}-runs/fit.json").read_text())
     recorded = json.loads((folder / "fit.json").read_text())
     assert_same_fit(made, recorded)
 
