@@ -18,7 +18,7 @@ LIMITS = {
     "data": 3_988,
     "model": 1_548,
     "training": 2_777,
-    "sweeping": 2_495,
+    "sweeping": 2_526,
     "scaling": 10_086,
     "evaluating": 1_459,
     "adaptation": 3_303,

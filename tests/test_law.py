@@ -400,7 +400,7 @@ def test_law_is_a_command() -> None:
 @pytest.mark.slow
 def test_a_killed_study_ends_as_if_it_had_not_been(tmp_path: Path, text: Path) -> None:
     """Real runs, killed with their study at four moments: the same decisions and the same bits."""
-    words = [f"path={text}", "flops=1e12", "launcher=serial", "hardware=cpu"]
+    words = [f"path={text}", "flops=1.5e12", "launcher=serial", "hardware=cpu"]
     program = [sys.executable, "-m", "tinygpt.law", *words, f"cache_dir={tmp_path / 'cache'}"]
     chance = random.Random(0)
 

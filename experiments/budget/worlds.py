@@ -30,7 +30,7 @@ MARKS = re.compile(r"(<!-- worlds -->\n).*?(<!-- end -->\n)", re.S)
 STUDIES, WORKERS, BUDGET, TEST = 100, 2, 600.0, 0.25  # seconds of each worker
 SIZES = np.array([6592, 25472, 56640, 100096, 223872, 396800, 890112], dtype=float)
 STEP_SECONDS = np.array([0.006, 0.008, 0.011, 0.014, 0.022, 0.033, 0.06])
-LENGTHS, BATCH, BESIDE = 64_000 * 2.0 ** np.arange(6), 256, 3.0
+LENGTHS, BATCH, BESIDE = 53_504 * 2.0 ** np.arange(6), 256, 3.0
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
 
 
@@ -55,7 +55,7 @@ def study(number: int) -> list[dict[str, Any]]:
         for d in LENGTHS
     ]
     table = pd.DataFrame(rows)
-    table = table[table["seconds"] <= 0.75 * TEST * BUDGET].reset_index(drop=True)
+    table = table[table["seconds"] <= 0.6 * TEST * BUDGET].reset_index(drop=True)
     n, d, seconds = (table[name].to_numpy() for name in ("N", "D", "seconds"))
     scatter = noise_of(d) * random.standard_normal(len(n))
     losses = form(5e4 / n, 1e6 / d) * np.exp(scatter)

@@ -24,7 +24,7 @@ from tinygpt import fileio, signals
 from tinygpt.config import ConfigError, RunError
 from tinygpt.runs import rundir
 from tinygpt.scaling import noise
-from tinygpt.scaling.design import Design
+from tinygpt.scaling.design import FEWEST, Design
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.wording import equation
 from tinygpt.sweeping import recipe as rules
@@ -145,7 +145,10 @@ class LawStudy:
             left = (1 - rules.TEST) * self.asked.budget - self.spent - running
         else:
             left = SLACK * (1 - rules.TEST) * self.asked.budget - self.record.elapsed()
-        affordable = (costs <= left) & ~self.table.index.isin(self.failed)
+        free = ~self.table.index.isin([*self.failed, *pending, *self.design.losses])
+        more = FEWEST - len(self.design.losses) - len(pending) - 1  # runs that a law still needs
+        kept = float(np.sort(costs[free])[: max(0, more)].sum())
+        affordable = (costs <= left - kept / self.at_once) & free
         found = self.design.next(affordable, pending)
         if found is None:
             return None
@@ -196,6 +199,11 @@ class LawStudy:
             shown = equation(law, law.natural(made.main.theta, made.main.points.centres))
             where = f"N={short(target['N'])} D={short(target['D'])}"
             self.words = f"{shown}; at {where} {np.exp(log_loss[0]):.3f} ±{self.half:.1%}"
+
+    @property
+    def at_once(self) -> int:
+        """Return how many runs spend the budget at once: of FLOPs, each spends its own."""
+        return 1 if self.asked.flops is not None else self.share.at_once
 
     def used(self) -> float:
         """Return the part of the budget that is spent."""

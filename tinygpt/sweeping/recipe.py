@@ -220,10 +220,8 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     able = [w for w in costs if costs[w] * (ABLE * FEWEST_STEPS + extra) <= test_cost]
     if min(len(able), len(lengths)) < FEWEST:
         needed = costs[WIDTHS[FEWEST - 1]] * (ABLE * FEWEST_STEPS + extra) / TEST
-        enough = (
-            f"flops={needed:.1g}" if asked.flops else f"minutes={max(1, math.ceil(needed / 60))}"
-        )
-        raise ConfigError(f"the budget is too small for a law of this text; it takes {enough}")
+        raise _too_small(asked, needed)
+    _check_pays(asked, share, costs, lengths, extra, batch)
     widths = _amid(able, [rows[w]["parameters_non_embedding"] for w in able], lengths[-1])
     return Recipe(
         overrides=common,
@@ -240,6 +238,31 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
         test_cost=test_cost,
         seed=asked.seed,
     )
+
+
+def _check_pays(
+    asked: Asked,
+    share: Share,
+    costs: Mapping[int, float],
+    lengths: Sequence[int],
+    extra: float,
+    batch: int,
+) -> None:
+    """Raise ConfigError where the budget does not pay for a sweep of rates and the cheapest runs
+    that a law needs."""
+    shortest = list(costs.values())[:FEWEST]
+    pilot = sum(cost * (tokens / batch + extra) for cost in shortest for tokens in lengths[:FEWEST])
+    pilot += 4 * shortest[1] * (lengths[len(lengths) // 2] / batch + extra)  # the rates
+    needed = pilot / (1 - TEST) / (1 if asked.flops else share.at_once)
+    if needed > asked.budget:
+        raise _too_small(asked, needed)
+
+
+def _too_small(asked: Asked, needed: float) -> ConfigError:
+    enough = (
+        f"flops={1.1 * needed:.2g}" if asked.flops else f"minutes={max(1, math.ceil(needed / 60))}"
+    )
+    return ConfigError(f"the budget is too small for a law of this text; it takes {enough}")
 
 
 def _amid(widths: list[int], parameters: list[int], tokens: int) -> list[int]:

@@ -116,7 +116,7 @@ def preparing(
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    name = Path(data.path).name if isinstance(data, CustomData) else data.name
+    name = Path(data.path.strip("[]")).name if isinstance(data, CustomData) else data.name
     seen = console.is_interactive or console.is_jupyter  # elsewhere it leaves an empty line
     with Progress(*columns, console=console, transient=True, disable=not seen) as bar:
         task, told = bar.add_task(f"preparing {name}", total=None), list[str]()
