@@ -434,7 +434,7 @@ def test_another_configuration_in_the_same_folder(
     if unfinished:
         (run / "results.json").unlink()
     before = content(run)
-    said = fails(*words, "optim.learning_rate=0.5")
+    said = fails(*words, "optim.learning_rate=0.5", "hardware.micro_batch_size=1")
     assert said == Said(
         2,
         f"run_name=r: {run} holds a run of another configuration; it has optim.learning_rate=0.003,"

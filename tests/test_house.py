@@ -14,7 +14,7 @@ from tests.test_imports import FILES, PACKAGE, imported
 LIMITS = {
     "root": 3_210,
     "config": 1_223,
-    "runs": 883,
+    "runs": 884,
     "data": 3_988,
     "model": 1_548,
     "training": 2_777,

@@ -393,11 +393,12 @@ class RunDir:
 def _changed(theirs: Any, ours: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
     """Return the keys of two configurations whose values differ, with both values."""
     changed: dict[str, tuple[Any, Any]] = {}
-    for key in dict.fromkeys([*theirs, *ours]):
+    keys = dict.fromkeys([*theirs, *ours])
+    for key in [key for key in keys if name or key not in NOT_SCIENCE]:
         old, new = theirs.get(key), ours.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             changed |= _changed(old, new, f"{name}{key}.")
-        elif old != new and (name or key not in NOT_SCIENCE):
+        elif old != new:
             changed[name + key] = old, new
     return changed
 
