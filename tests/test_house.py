@@ -12,14 +12,14 @@ from tests.test_imports import FILES, PACKAGE, imported
 
 # Lines of each part.  A change that needs more takes them from somewhere else.
 LIMITS = {
-    "root": 3_210,
+    "root": 3_209,
     "config": 1_223,
     "runs": 884,
     "data": 3_988,
     "model": 1_548,
     "training": 2_777,
-    "sweeping": 2_526,
-    "scaling": 10_086,
+    "sweeping": 2_525,
+    "scaling": 10_092,
     "evaluating": 1_459,
     "adaptation": 3_303,
 }

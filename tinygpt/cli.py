@@ -1,4 +1,4 @@
-"""What the commands share: composing the configuration, starting, one-line errors."""
+"""Share between the commands: composing the configuration, starting, one-line errors."""
 
 from __future__ import annotations
 

@@ -166,10 +166,7 @@ def main() -> None:
     )
     cli.announce("drawing")
     story = Story.read(Path(arguments.runs[0])) if len(arguments.runs) == 1 else None
-    report.write(analysis, folder, story, arguments.table)
-    if folder.name != "fit":
-        facts = folder / "fit.json"
-        fileio.write_json(facts, {**fileio.read_json(facts), "source": source})
+    report.write(analysis, folder, story, arguments.table, source)
     report.show(analysis, folder, table=arguments.table)
 
 
@@ -227,17 +224,19 @@ def _folder(arguments: Arguments) -> Path:
     return Path(parent) / f"fit-{'-'.join(path.resolve().name for path in runs):.80}"
 
 
-def _source(arguments: Arguments, folder: Path) -> list[str]:
-    """Return the table or the runs as seen from ``folder``.
+def _source(arguments: Arguments, folder: Path) -> list[str] | None:
+    """Return the table or the runs as seen from ``folder``; None where it lies within the runs.
 
     Raises ConfigError for a folder that holds the fit of others.
     """
+    if folder.name == "fit":
+        return None
     places = [arguments.table] if arguments.table else arguments.runs
     try:
         source = [Path(os.path.relpath(place, folder)).as_posix() for place in places]
     except ValueError:  # on another drive
         source = [Path(place).resolve().as_posix() for place in places]
-    if folder.name != "fit" and (folder / "fit.json").exists():
+    if (folder / "fit.json").exists():
         before = fileio.read_json(folder / "fit.json").get("source")
         if before != source and not arguments.force:
             of = ", ".join(os.path.normpath(folder / one) for one in before or ["something else"])

@@ -25,7 +25,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
+from tinygpt.config import ConfigError
 from tinygpt.fileio import write_text
 from tinygpt.scaling.drawing import BLUE, GREY, RED, STYLE
 from tinygpt.scaling.forecast import Forecast, HeldOut, Sample, forecast, groups_of, hold_out
@@ -36,7 +38,7 @@ RUNS, SECONDS = HERE / "tables" / "grid_runs.csv", HERE / "tables" / "grid_secon
 SCORES = HERE / "grids.csv"
 MARKS = re.compile(r"(<!-- grids -->\n).*?(<!-- end -->\n)", re.S)
 OUTPUTS = Path("outputs")
-WIDTHS, SEEDS, LENGTH, VOCABULARY = (16, 32, 48, 64, 96), (1, 2), 256, 1024
+WIDTHS, LENGTH, VOCABULARY = (16, 32, 48, 64, 96), 256, 1024
 LAW_SEEDS = (1, 11, 21)  # of the whole procedure: where its runs' seeds begin
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
 BATCH = {"books": 512, "tinystories": 256}  # what a law of so much text chooses
@@ -44,7 +46,6 @@ TOKENS = {
     "books": (250_000, 500_000, 1_000_000, 2_000_000, 4_000_000),
     "tinystories": (70_000, 140_000, 280_000, 560_000, 1_120_000),
 }
-PUBLISHED = {"books": 0.68, "tinystories": 0.27}  # error of the recorded grids, decayed by a cosine
 CLOSE = 0.01  # error at the most expensive setting
 
 
@@ -87,8 +88,9 @@ def plain_seconds(width: int, batch_tokens: int, steps: int = 150) -> float:
         np.random.default_rng(0).integers(VOCABULARY, size=10**6, dtype=np.uint16).tofile(path)
         get_batch = batches(path, "uint16", batch_tokens // LENGTH, LENGTH, seed=0)
 
-        def loss_of(x, y):  # type: ignore[no-untyped-def]
-            return model(x, y)[1]
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            loss: Tensor = model(x, y)[1]
+            return loss
 
         loop = training(model, loss_of, get_batch, recipe, contextlib.nullcontext())
         for _ in range(20):
@@ -181,7 +183,7 @@ def errors(made: Forecast, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]
     return np.expm1(off), np.abs(off) <= half
 
 
-def dearest(table: pd.DataFrame) -> pd.DataFrame:
+def most_expensive(table: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of the most expensive setting."""
     return table[table["flops"] == table["flops"].max()]
 
@@ -191,7 +193,7 @@ def follow(runs: pd.DataFrame, top: pd.DataFrame) -> Iterator[tuple[float, float
     what the runs up to then predict."""
     runs = runs.sort_values("minute", kind="stable")
     for count in range(9, len(runs) + 1):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(ConfigError):
             made = forecast(sample_of(runs.iloc[:count]))
             yield float(runs["minute"].iloc[count - 1]), float(np.abs(errors(made, top)[0]).mean())
 
@@ -206,7 +208,7 @@ def close_at(path: list[tuple[float, float]]) -> float:
 def by_plain_loop(grid: pd.DataFrame) -> pd.DataFrame:
     """Return the grid's runs but for the most expensive setting, with the minute at which each
     would have ended in the plain loop, the cheapest first."""
-    runs = grid.drop(dearest(grid).index).sort_values("flops", kind="stable")
+    runs = grid.drop(most_expensive(grid).index).sort_values("flops", kind="stable")
     return runs.assign(minute=(runs["steps"] * runs["plain"]).cumsum() / 60)
 
 
@@ -218,7 +220,7 @@ def score() -> tuple[pd.DataFrame, dict[str, list[list[tuple[float, float]]]]]:
         grid = table[table["study"] == "grid"].merge(seconds, on=["text", "d_model"])
         held = hold_out(sample_of(grid))
         assert isinstance(held, HeldOut)
-        top, top_setting = grid[held.above], dearest(grid)
+        top, top_setting = grid[held.above], most_expensive(grid)
         cost = float((grid["steps"] * grid["own"]).sum()) / 60
         path = list(follow(by_plain_loop(grid), top_setting))
         paths[str(text)] = [path]

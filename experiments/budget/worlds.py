@@ -21,6 +21,7 @@ import pandas as pd
 
 from tinygpt.fileio import write_text
 from tinygpt.scaling.design import Design
+from tinygpt.scaling.noise import guessed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bank"))
 import worlds as bank
@@ -69,7 +70,7 @@ def study(number: int) -> list[dict[str, Any]]:
         seconds,
         6 * n * d,
         LAWS,
-        0.002 * np.hypot(1.0, 2000 / steps),
+        guessed(steps),
     )
     workers: list[tuple[float, int | None]] = [(0.0, None)] * WORKERS  # free at, with what run
     while workers:

@@ -36,7 +36,7 @@ STUDY = "adaptation"  # the study of an adaptation that names none
 
 @dataclass
 class DocumentsConfig:
-    """What a model adapts to."""
+    """Choose what a model adapts to."""
 
     task: str = key(
         "domain_shift",
@@ -54,7 +54,7 @@ class DocumentsConfig:
 
 @dataclass
 class InnerConfig:
-    """How a model is trained on one edit; the steps are snapshots of one training."""
+    """Say how a model is trained on one edit; the steps are snapshots of one training."""
 
     inner_steps: list[int] = key([1, 3, 10, 30], "steps after which to score", least=0)
     tokens_per_step: int = key(128, "tokens per step", least=1)
@@ -63,7 +63,7 @@ class InnerConfig:
 
 @dataclass
 class TuningConfig:
-    """What is tried on the tune documents, by the reward after the most steps."""
+    """Say what is tried on the tune documents, by the reward after the most steps."""
 
     learning_rates: list[float] = key([3e-4, 1e-3, 3e-3, 1e-2], "rates to choose from", above=0.0)
     forgetting_weight: float = key(0.0, "w in score = reward - w·max(0, forgetting)", least=0.0)
@@ -71,7 +71,7 @@ class TuningConfig:
 
 @dataclass
 class OuterConfig:
-    """How ReST-EM (Singh et al. 2023) trains a policy on its own edits that paid."""
+    """Say how ReST-EM (Singh et al. 2023) trains a policy on its own edits that paid."""
 
     iterations: int = key(2, "rounds of sampling edits and learning from the best", least=0)
     samples: int = key(4, "edits of each train document per iteration", least=1)

@@ -157,7 +157,7 @@ class CustomData(TextData):
 
 @dataclass
 class TokenizerConfig:
-    """How text becomes tokens."""
+    """Say how text becomes tokens."""
 
     kind: str = key(MISSING, "kind of tokenizer, set by tokenizer=")
 

@@ -22,7 +22,7 @@ def key(default: Any, help: str = "", **bounds: Any) -> Any:
 
 @dataclass
 class HardwareConfig:
-    """Where a run trains; nothing here changes what is learned."""
+    """Say where a run trains; nothing here changes what is learned."""
 
     accelerator: str = key(
         "auto", "auto: CUDA, else MPS, else the CPU", among=("auto", "cpu", "mps", "cuda")
@@ -88,7 +88,7 @@ class LoggerConfig:
 
 @dataclass
 class LauncherConfig:
-    """Where the runs of a sweep train."""
+    """Say where the runs of a sweep train."""
 
     kind: str = key(MISSING, "kind of launcher, set by launcher=")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,16 @@ ESTIMATORS = {
 
 
 def write(
-    analysis: Analysis, folder: Path, story: Story | None = None, table: str | None = None
+    analysis: Analysis,
+    folder: Path,
+    story: Story | None = None,
+    table: str | None = None,
+    source: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write report, figures, numbers and tables in place of those of an earlier analysis.
 
     ``story`` is that of a study with a budget; ``table`` is the file that the runs were read from.
+    ``source`` is kept in fit.json: the table or the runs, where the folder is not within them.
     """
     with fileio.report_lock(folder):
         fileio.remove_torn(folder, folder / "tensorboard")
@@ -74,7 +79,8 @@ def write(
                 files.append(name)
             else:
                 (folder / name).unlink(missing_ok=True)
-        fileio.write_json(folder / "fit.json", facts(analysis))
+        kept_source = {"source": list(source)} if source else {}
+        fileio.write_json(folder / "fit.json", facts(analysis) | kept_source)
     files += ["fit.json", *(f"{name}.{kind}" for name in figures for kind in ("png", "svg"))]
     return [folder / name for name in files]
 

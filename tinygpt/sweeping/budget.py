@@ -148,7 +148,7 @@ class LawStudy:
         free = ~self.table.index.isin([*self.failed, *pending, *self.design.losses])
         more = FEWEST - len(self.design.losses) - len(pending) - 1  # runs that a law still needs
         kept = float(np.sort(costs[free])[: max(0, more)].sum())
-        affordable = (costs <= left - kept / self.at_once) & free
+        affordable = (costs <= left - kept / self.asked.at_once(self.share)) & free
         found = self.design.next(affordable, pending)
         if found is None:
             return None
@@ -199,11 +199,6 @@ class LawStudy:
             shown = equation(law, law.natural(made.main.theta, made.main.points.centres))
             where = f"N={short(target['N'])} D={short(target['D'])}"
             self.words = f"{shown}; at {where} {np.exp(log_loss[0]):.3f} ±{self.half:.1%}"
-
-    @property
-    def at_once(self) -> int:
-        """Return how many runs spend the budget at once: of FLOPs, each spends its own."""
-        return 1 if self.asked.flops is not None else self.share.at_once
 
     def used(self) -> float:
         """Return the part of the budget that is spent."""
@@ -366,7 +361,7 @@ def expected(recipe: Recipe, asked: Asked, share: Share) -> tuple[int, float]:
     pairs = zip(table["width"], table["tokens"], strict=True)
     costs = np.array([recipe.cost(w, d / recipe.batch_tokens) for w, d in pairs])
     design.cost = costs if asked.flops is not None else SLOWER * costs + OVERHEAD
-    left = (1 - rules.TEST) * asked.budget * (1 if asked.flops else share.at_once)
+    left = (1 - rules.TEST) * asked.budget * asked.at_once(share)
     made: list[int] = []
     while (found := design.next(design.cost <= left, made)) is not None:
         made.append(found[0])

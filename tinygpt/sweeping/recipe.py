@@ -66,6 +66,10 @@ class Asked:
         """Return the seconds that all runs may take together, or their FLOPs."""
         return self.flops if self.flops is not None else 60 * (self.minutes or 0.0)
 
+    def at_once(self, share: Share) -> int:
+        """Return how many runs spend the budget at once: of FLOPs, each spends its own."""
+        return 1 if self.flops is not None else share.at_once
+
 
 @dataclass
 class Recipe:
@@ -253,7 +257,7 @@ def _check_pays(
     shortest = list(costs.values())[:FEWEST]
     pilot = sum(cost * (tokens / batch + extra) for cost in shortest for tokens in lengths[:FEWEST])
     pilot += 4 * shortest[1] * (lengths[len(lengths) // 2] / batch + extra)  # the rates
-    needed = pilot / (1 - TEST) / (1 if asked.flops else share.at_once)
+    needed = pilot / (1 - TEST) / asked.at_once(share)
     if needed > asked.budget:
         raise _too_small(asked, needed)
 
