@@ -141,10 +141,11 @@ def predicted(facts: Facts) -> tuple[str, ...]:
     text = (
         f"**Prediction.** From the runs of up to {number(held['cut'], 2)} {unit} alone, the "
         f"forecast for the largest, {beyond} beyond, was {top['predicted']:.3f} "
-        f"({top['low']:.3f} to {top['high']:.3f}). They came to {top['measured']:.3f}: **off by "
-        f"{off}**. All {held['runs']} runs held out are off by {percent(held['error'])} on "
-        f"average, at most {percent(held['worst'])}; {held['within']:.0%} of them lie in their "
-        f"95 % interval (±{percent(held['half_width'])}). A guess as low as the best smaller run "
+        f"({top['low']:.3f} to {top['high']:.3f}). The measured loss is "
+        f"{top['measured']:.3f}: **off by {off}**. All {held['runs']} runs "
+        f"held out are off by {percent(held['error'])} on average, at most "
+        f"{percent(held['worst'])}; {held['within']:.0%} of them lie in their 95 % interval "
+        f"(±{percent(held['half_width'])}). A guess as low as the best smaller run "
         f"is off by {percent(held['best_cheaper'])}, a plane in the logarithms by "
         f"{percent(held['plane'])}."
     )
@@ -223,7 +224,7 @@ def beside_grid(runs: pd.DataFrame, facts: Facts) -> str:
         f"**Beside `grid`**, where each of the same {len(both)} settings has a cosine of its own: "
         f"the loss is {more.mean():+.2%} on average ({more.min():+.2%} to {more.max():+.2%}), for "
         f"{1 - facts['shared_trunks']['saved']:.0%} of the compute. For the most expensive "
-        f"run of `grid`, twice as long as any here, which came to {largest[loss].mean():.3f}, the "
+        f"run of `grid`, twice as long as any here, whose loss was {largest[loss].mean():.3f}, the "
         f"law says {by_trunks} through these runs and {by_cosines} through those of `grid`."
     )
 

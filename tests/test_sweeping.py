@@ -596,7 +596,7 @@ def test_a_plan_of_trials_writes_nothing(
 def test_no_trial_with_a_result_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trial: str, why: str
 ) -> None:
-    with pytest.raises(RunError, match=f"^no trial came to a result: {re.escape(why)}$"):
+    with pytest.raises(RunError, match=f"^no trial ended with a result: {re.escape(why)}$"):
         search(monkeypatch, tmp_path, trial, "model.n_layers=interval(1,3)", n_trials=2)
 
 

@@ -291,6 +291,15 @@ def announce(doing: str, file: TextIO | None = None) -> None:
         print(f"{doing} …", file=file, flush=True)
 
 
+def loading(file: TextIO | None = None) -> contextlib.AbstractContextManager[object]:
+    """Return what shows on a terminal that libraries load, for seconds."""
+    from rich.console import Console
+
+    console = Console(file=file)
+    is_shown = console.is_terminal and signals.PARENT not in os.environ
+    return console.status("torch, Lightning") if is_shown else contextlib.nullcontext()
+
+
 # --- errors and exit codes
 
 

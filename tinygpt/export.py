@@ -54,7 +54,8 @@ def main() -> None:
     families.family(rundir.read_config(rundir.open_run(arguments.run).config).model)
     check_target(arguments.to, arguments.force)
     cli.announce("loading")
-    from tinygpt.runs.load import load_run  # torch: once the words are right
+    with cli.loading():
+        from tinygpt.runs.load import load_run  # torch: once the words are right
 
     run = load_run(arguments.run, arguments.checkpoint)
     export(run, Path(arguments.to))

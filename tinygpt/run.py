@@ -27,7 +27,8 @@ def job(composed: DictConfig) -> float:
 
     from rich.console import Console
 
-    from tinygpt.training.session import train
+    with cli.loading():
+        from tinygpt.training.session import train
 
     results = train(config, overrides, Console(markup=False))
     loss = results["final_val_loss"]

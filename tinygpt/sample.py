@@ -269,7 +269,8 @@ def main() -> None:
     prompts = read_prompts(arguments)
     rundir.open_run(arguments.run)
     cli.announce("loading", sys.stderr)
-    from tinygpt.runs.load import load_run  # torch: once there is something to load
+    with cli.loading(sys.stderr):
+        from tinygpt.runs.load import load_run  # torch: once there is something to load
 
     run = load_run(arguments.run, arguments.checkpoint, arguments.device)
     begun = [run.encode_prompt(prompt) for prompt in prompts]

@@ -25,6 +25,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from tinygpt.config import ConfigError
@@ -271,7 +272,11 @@ def draw(paths: dict[str, list[list[tuple[float, float]]]]) -> None:
                     label=words if i < 2 else None,
                 )
             panel.axhline(100 * CLOSE, color=GREY, lw=0.8, ls=":")
-            panel.set(xscale="log", yscale="log", title=text, xlabel="minutes")
+            panel.set(xscale="log", yscale="log", title=text, xlabel="minutes", ylim=(0.4, 20))
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter("")
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[0][0].set(ylabel="error at the most expensive setting (%)")
         axes[0][0].legend()
         figure.savefig(HERE / "grids.png", dpi=160)

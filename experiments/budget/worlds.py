@@ -4,9 +4,9 @@ python experiments/budget/worlds.py        100 studies; writes worlds.csv and th
 python experiments/budget/worlds.py 20     so many, printed alone
 
 The true loss is a law that the forecast does not have; runs scatter as the seeds of
-experiments/grid_books do.  Two workers make the runs that ``tinygpt.scaling.design`` chooses, for
-20 minutes of one core; then the loss of the most expensive run, and that at ten times its compute,
-are predicted.
+experiments/grid_books do, those of one trunk alike.  Two workers make the runs that
+``tinygpt.scaling.design`` chooses, for 20 core-minutes; then the loss of the most expensive run,
+and that at ten times its compute, are predicted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pandas as pd
 from tinygpt.fileio import write_text
 from tinygpt.scaling.design import Design
 from tinygpt.scaling.noise import guessed
+from tinygpt.sweeping.recipe import COSTLIEST
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bank"))
 import worlds as bank
@@ -31,7 +32,8 @@ MARKS = re.compile(r"(<!-- worlds -->\n).*?(<!-- end -->\n)", re.S)
 STUDIES, WORKERS, BUDGET, TEST = 100, 2, 600.0, 0.25  # seconds of each worker
 SIZES = np.array([6592, 25472, 56640, 100096, 223872, 396800, 890112], dtype=float)
 STEP_SECONDS = np.array([0.006, 0.008, 0.011, 0.014, 0.022, 0.033, 0.06])
-LENGTHS, BATCH, BESIDE = 53_504 * 2.0 ** np.arange(6), 256, 3.0
+LENGTHS, BATCH, BESIDE = 64_000 * 2.0 ** np.arange(6), 256, 3.0
+TRUNK = 0.85  # correlation of a seed's luck at one length and at twice as much, as in grids.py
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
 
 
@@ -42,6 +44,14 @@ def noise_of(tokens: Any) -> Any:
         np.log(bank.LENGTHS / 512),
         bank.SCATTER["measured"],
     )
+
+
+def luck(random: np.random.Generator) -> np.ndarray:
+    """Return what a seed does to each length of a trunk, in standard deviations."""
+    steps = random.standard_normal(len(LENGTHS))
+    for i in range(1, len(steps)):
+        steps[i] = TRUNK * steps[i - 1] + np.sqrt(1 - TRUNK**2) * steps[i]
+    return steps
 
 
 def study(number: int) -> list[dict[str, Any]]:
@@ -56,21 +66,22 @@ def study(number: int) -> list[dict[str, Any]]:
         for d in LENGTHS
     ]
     table = pd.DataFrame(rows)
-    table = table[table["seconds"] <= 0.6 * TEST * BUDGET].reset_index(drop=True)
-    n, d, seconds = (table[name].to_numpy() for name in ("N", "D", "seconds"))
-    scatter = noise_of(d) * random.standard_normal(len(n))
-    losses = form(5e4 / n, 1e6 / d) * np.exp(scatter)
+    table["luck"] = np.concatenate([luck(random) for _ in range(3 * len(SIZES))])
     largest = TEST * BUDGET / STEP_SECONDS[4] * BATCH
     test = {"N": SIZES[4], "D": min(largest, LENGTHS[-1])}
+    is_cheap = table["seconds"] <= COSTLIEST * TEST * BUDGET
+    is_small = table["N"] * table["D"] <= COSTLIEST * test["N"] * test["D"]
+    table = table[is_cheap & is_small].reset_index(drop=True)
+    n, d, seconds = (table[name].to_numpy() for name in ("N", "D", "seconds"))
+    losses = form(5e4 / n, 1e6 / d) * np.exp(noise_of(d) * table["luck"].to_numpy())
     target = {name: value * 10**0.5 for name, value in test.items()}
-    steps = d / BATCH
     design = Design(
         table[["N", "D"]],
         pd.DataFrame([target]),
         seconds,
         6 * n * d,
         LAWS,
-        guessed(steps),
+        guessed(d / BATCH),
     )
     workers: list[tuple[float, int | None]] = [(0.0, None)] * WORKERS  # free at, with what run
     while workers:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW_ROWS = 16  # with fewer, calling oneDNN costs more than the product
+# With fewer rows, or fewer multiplications, calling oneDNN costs more than the product.
+FEW_ROWS, FEW_PRODUCTS = 16, 2**21
 # Logits of one piece: on the CPU what its cache holds, elsewhere what keeps the device busy.
 PIECE = {"cpu": 2**20, "mps": 2**25, "cuda": 2**26}
 LEAST_ROWS = 128  # on a smaller piece the products become slow
@@ -110,7 +111,8 @@ class Linear(nn.Linear):
     """``nn.Linear``, by oneDNN where that is in use."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if takes_onednn(x) and x.numel() >= FEW_ROWS * self.in_features:
+        is_large = x.numel() >= max(FEW_ROWS * self.in_features, FEW_PRODUCTS // self.out_features)
+        if is_large and takes_onednn(x):
             if torch.is_grad_enabled():
                 out: Tensor = _OneDnnLinear.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
                 return out

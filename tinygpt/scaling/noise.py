@@ -20,7 +20,7 @@ from tinygpt.scaling.laws import Array
 SLOPE = 1.0  # standard deviation of the slope of log variance in log tokens, before any run
 CURVE = 8.0  # degrees of freedom that the line counts for beside the seeds of one length
 STUDIES = 2000  # simulated, for the p-value of lack of fit
-LEAST, SHORT = 0.002, 2000.0  # of log L, before it is measured: of long runs; steps of shorter ones
+LEAST, SHORT = 0.002, 4000.0  # of log L, before it is measured: of long runs; steps of shorter ones
 
 
 @dataclass(frozen=True)

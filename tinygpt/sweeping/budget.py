@@ -317,7 +317,8 @@ class LawStudy:
         low, high = said["low"], said["high"]
         what = f"d_model={said['d_model']} tokens={short(said['tokens'])}"
         words = f"predicted for {what}: {said['predicted']:.4f} ({low:.4f} to {high:.4f})"
-        say(self.console, f"{self.left()}  {words}, written to {self.prediction}")
+        say(self.console, f"{self.left()}  {words}")
+        say(self.console, f"written to {self.prediction}, before it is tested")
         if (scored := self.record.find("score")) is None:
             runs = [self.recipe.run(said["d_model"], said["tokens"], s) for s in said["seeds"]]
             ends = [list(self.jobs[row].overrides) for row in (0, -1)]  # so that names say it all

@@ -40,7 +40,7 @@ PER_PARAMETER = 10.0  # tokens of the longest run, at the middle size
 FEWEST = 3  # sizes and lengths: less identify no law
 PASSES = 8  # at most, over a text that is too small for one
 TEST = 0.25  # of the budget: the last runs, whose loss is predicted before they begin
-DEAREST = 0.75  # of a test run's cost, and of its FLOPs, that any run before it may take
+COSTLIEST = 0.75  # of a test run's cost, and of its FLOPs, that any run before it may take
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
 REPEATED = "data_constrained"  # is one of the laws too where tokens are read more than once
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
@@ -108,8 +108,8 @@ class Recipe:
 
     def table(self) -> pd.DataFrame:
         """Return a row for each run that can be chosen: its shape, and the variables of the law."""
-        cost = DEAREST * self.test_cost
-        flops = DEAREST * max(self.flops_per_token[w] * self.longest(w) for w in self.widths)
+        cost = COSTLIEST * self.test_cost
+        flops = COSTLIEST * max(self.flops_per_token[w] * self.longest(w) for w in self.widths)
         rows = [
             {"width": width, "tokens": tokens, "seed": seed}
             for seed in range(self.seed, self.seed + SEEDS)

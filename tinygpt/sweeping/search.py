@@ -151,7 +151,7 @@ def _report(study: optuna.Study, folder: Path, kind: Kind, reasons: set[str]) ->
     """Print the best trial and its folder, and write them to ``optimization_results.yaml``."""
     ended = [t for t in study.trials if t.value is not None and math.isfinite(t.value)]
     if not ended:
-        raise RunError(f"no trial came to a result: {'; '.join(sorted(reasons))}")
+        raise RunError(f"no trial ended with a result: {'; '.join(sorted(reasons))}")
     best = min(ended, key=lambda trial: trial.value or 0.0)
     path = compose_jobs([best.user_attrs["overrides"]], kind)[0].run.path
     folder.mkdir(parents=True, exist_ok=True)

@@ -197,7 +197,7 @@ class LanguageModel(pl.LightningModule):
     ) -> None:
         limit = self.config.train.grad_clip_norm
         self.grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(),
+            [p for group in optimizer.param_groups for p in group["params"]],
             float("inf") if limit is None else limit,
             # on the CPU, too, one call for all, which torch chooses by itself on CUDA alone
             foreach=True if self.device.type == "cpu" else None,
