@@ -33,6 +33,7 @@ def job(composed: DictConfig) -> None:
 
     from tinygpt.adaptation.loop import adapt
 
+    cli.loaded()
     console = Console(markup=False)
     adapt(config, overrides, console)
     assert config.run_name is not None

@@ -230,7 +230,7 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
         elif not {item.split("=")[0] for item in overrides} & {"study", "experiment"}:
             sys.argv.append(f"study={sweep_name(command, overrides)}")
         if not arguments.cfg:
-            announce("loading")
+            loading()
     job()
 
 
@@ -291,13 +291,27 @@ def announce(doing: str, file: TextIO | None = None) -> None:
         print(f"{doing} …", file=file, flush=True)
 
 
-def loading(file: TextIO | None = None) -> contextlib.AbstractContextManager[object]:
-    """Return what shows on a terminal that libraries load, for seconds."""
+_shown = contextlib.ExitStack()
+
+
+def loading(file: TextIO | None = None) -> None:
+    """Say that libraries load, on a terminal with something that moves until ``loaded``."""
+    announce("loading", file)
+    _shown.enter_context(spinning("torch, Lightning", file))
+
+
+def loaded() -> None:
+    """Clear the line for what is printed next."""
+    _shown.close()
+
+
+def spinning(what: str, file: TextIO | None = None) -> contextlib.AbstractContextManager[object]:
+    """Return what shows on a terminal that something takes seconds."""
     from rich.console import Console
 
     console = Console(file=file)
     is_shown = console.is_terminal and signals.PARENT not in os.environ
-    return console.status("torch, Lightning") if is_shown else contextlib.nullcontext()
+    return console.status(what) if is_shown else contextlib.nullcontext()
 
 
 # --- errors and exit codes
@@ -318,7 +332,7 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
         streams.survive()
         try:
             # a shell starts what stands before an & with SIGINT ignored; who sends it means it
-            with signals.obeyed(also=(signal.SIGINT,)):
+            with signals.obeyed(also=(signal.SIGINT,)), _shown:
                 return command(*args, **kwargs)
         except (Exception, KeyboardInterrupt, signals.Stopped) as error:
             if (stopped := _stopped_by(error)) is not None:

@@ -53,12 +53,12 @@ def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE, bare="run")
     families.family(rundir.read_config(rundir.open_run(arguments.run).config).model)
     check_target(arguments.to, arguments.force)
-    cli.announce("loading")
-    with cli.loading():
-        from tinygpt.runs.load import load_run  # torch: once the words are right
+    cli.loading()
+    from tinygpt.runs.load import load_run  # torch: once the words are right
 
     run = load_run(arguments.run, arguments.checkpoint)
     export(run, Path(arguments.to))
+    cli.loaded()
     title = families.TITLES[families.family(run.config.model)]
     sizes = counting.count_parameters(run.config.model, run.tokenizer.vocab_size)
     size = (Path(arguments.to).expanduser() / WEIGHTS).stat().st_size

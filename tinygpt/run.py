@@ -27,8 +27,9 @@ def job(composed: DictConfig) -> float:
 
     from rich.console import Console
 
-    with cli.loading():
-        from tinygpt.training.session import train
+    from tinygpt.training.session import train
+
+    cli.loaded()
 
     results = train(config, overrides, Console(markup=False))
     loss = results["final_val_loss"]

@@ -268,11 +268,11 @@ def main() -> None:
     arguments = cli.read_arguments(Arguments, sys.argv[1:], USAGE, bare="run")
     prompts = read_prompts(arguments)
     rundir.open_run(arguments.run)
-    cli.announce("loading", sys.stderr)
-    with cli.loading(sys.stderr):
-        from tinygpt.runs.load import load_run  # torch: once there is something to load
+    cli.loading(sys.stderr)
+    from tinygpt.runs.load import load_run  # torch: once there is something to load
 
     run = load_run(arguments.run, arguments.checkpoint, arguments.device)
+    cli.loaded()
     begun = [run.encode_prompt(prompt) for prompt in prompts]
     for note in notes(run, prompts, begun):
         print(f"note: {note}", file=sys.stderr)

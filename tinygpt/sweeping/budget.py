@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from tinygpt import fileio, signals
+from tinygpt import cli, fileio, signals
 from tinygpt.config import ConfigError, RunError
 from tinygpt.runs import rundir
 from tinygpt.scaling import noise
@@ -400,6 +400,7 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
     Raises ConfigError before anything is trained where text or budget are too small.
     """
     folder = Path(output_dir, asked.study)
+    cli.loaded()
     words = [*asked.overrides, *rules.shape(rules.WIDTHS[0]), f"study={asked.study}"]
     (first,) = compose_jobs([words], TRAINING)
     check_engine(first.config.launcher)

@@ -63,11 +63,12 @@ class Trainings(Kind):
 
     def prepare(self, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
         """Prepare each corpus once and plan every run."""
-        from tinygpt.data import corpora, shards
-        from tinygpt.data.survey import Survey
-        from tinygpt.training.console import preparing
-        from tinygpt.training.results import planned
-        from tinygpt.training.session import open_data, open_machine
+        with cli.spinning("torch, Lightning"):
+            from tinygpt.data import corpora, shards
+            from tinygpt.data.survey import Survey
+            from tinygpt.training.console import preparing
+            from tinygpt.training.results import planned
+            from tinygpt.training.session import open_data, open_machine
 
         prepared: dict[str, shards.Prepared] = {}
         with preparing(console, jobs[0].config.data) as progress:
@@ -166,20 +167,22 @@ class Trainings(Kind):
 
     def fit(self, folder: Path, console: Console, anew: bool = True) -> None:
         """Fit the law with its report, or print why there is none."""
-        from tinygpt.scaling import LAWS, Columns, analyse, load_runs, report, wording
-        from tinygpt.scaling.runs import comparable, curves_of
-        from tinygpt.scaling.story import Story
+        with cli.spinning("fitting"):
+            from tinygpt.scaling import LAWS, Columns, analyse, load_runs, report, wording
+            from tinygpt.scaling.runs import comparable, curves_of
+            from tinygpt.scaling.story import Story
 
         if anew:
             columns = Columns()
             try:
-                table = load_runs(folder)
-                used, left_out = comparable(table, columns.loss)
-                analysis = analyse(used, left_out, columns, curves=curves_of(table))
+                with cli.spinning("fitting"):
+                    table = load_runs(folder)
+                    used, left_out = comparable(table, columns.loss)
+                    analysis = analyse(used, left_out, columns, curves=curves_of(table))
+                    report.write(analysis, folder / "fit", Story.read(folder))
             except ConfigError as error:
                 say_below(console, "law", f"none: {error}")
                 return
-            report.write(analysis, folder / "fit", Story.read(folder))
         found = fileio.read_json(folder / "fit" / "fit.json")
         law = LAWS[found["law"]]
         values = {name: of["estimate"] for name, of in found["parameters"].items()}

@@ -215,12 +215,14 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     lengths = sorted(tokens for tokens in lengths if tokens >= least)
     common.append(f"schedule.warmup_steps={FEWEST_STEPS // 5}")
     costs, rows, extra = dict[int, float](), dict[int, dict[str, Any]](), 0.0
-    for width in WIDTHS:
-        probe = _probe(common, width, share, console)
-        costs[width], rows[width] = step_cost(asked, probe), probe.row
-        extra = probe.val_tokens / batch  # three evaluations; a forward pass is a third of a step
-        if len(costs) >= FEWEST and costs[width] * (ABLE * FEWEST_STEPS + extra) > test_cost:
-            break
+    with console.status("timing models of several sizes"):
+        for width in WIDTHS:
+            probe = _probe(common, width, share, console)
+            costs[width], rows[width] = step_cost(asked, probe), probe.row
+            # three evaluations; a forward pass is a third of a step
+            extra = probe.val_tokens / batch
+            if len(costs) >= FEWEST and costs[width] * (ABLE * FEWEST_STEPS + extra) > test_cost:
+                break
     able = [w for w in costs if costs[w] * (ABLE * FEWEST_STEPS + extra) <= test_cost]
     if min(len(able), len(lengths)) < FEWEST:
         needed = costs[WIDTHS[FEWEST - 1]] * (ABLE * FEWEST_STEPS + extra) / TEST
@@ -339,8 +341,9 @@ def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
     return [
         f"text        {short(recipe.one_pass)} training tokens{passes}",
         f"tokenizer   {chosen.get('tokenizer', 'bpe')}; batches of {recipe.batch_tokens:,} tokens",
-        f"sizes       d_model {widths}: {short(min(recipe.parameters.values()))} to "
-        f"{short(max(recipe.parameters.values()))} parameters without embeddings, µP",
+        f"sizes       d_model {widths}; µP",
+        f"            {short(min(recipe.parameters.values()))} to "
+        f"{short(max(recipe.parameters.values()))} parameters without embeddings",
         f"lengths     {spans} tokens, branches of one trunk for each size and seed",
         f"budget      {budget}, a quarter of it for the test; {share.words}",
     ]

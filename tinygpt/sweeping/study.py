@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tinygpt import fileio, signals
+from tinygpt import cli, fileio, signals
 from tinygpt.config.settings import SMOKE
 from tinygpt.sweeping.engines import Engine, Share, check_engine, ready
 from tinygpt.sweeping.jobs import Job, Kind, compose_jobs, flops_of
@@ -29,6 +29,7 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
     """
     console = Console(markup=False)
     jobs = compose_jobs(job_overrides, kind)
+    cli.loaded()
     settings = jobs[0].config
     outcomes: dict[Job, Outcome] = {}
     for job in jobs:
