@@ -307,6 +307,7 @@ def loaded() -> None:
 
 def spinning(what: str, file: TextIO | None = None) -> contextlib.AbstractContextManager[object]:
     """Return what shows on a terminal that something takes seconds."""
+    loaded()
     from rich.console import Console
 
     console = Console(file=file)

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Optional
 
@@ -61,6 +62,9 @@ def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
     """Return the keys of the law and those of its runs.  Raises ConfigError."""
     names = ("target.", *(f"{one.name}=" for one in fields(Arguments)))
     own = [item for item in argv if item.startswith(("-", *names)) or "=" not in item]
+    for item in set(argv) - set(own):
+        if near := get_close_matches(item.partition("=")[0], [n.strip("=") for n in names], 1, 0.8):
+            raise ConfigError(f"{item}: no such key; did you mean {near[0]}?")
     arguments = cli.read_arguments(Arguments, own, USAGE, bare="path")
     given = [item for item in argv if item not in own]
     check(given)

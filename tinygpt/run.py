@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from tinygpt import cli
+from tinygpt.config import Config
 
 
 @hydra.main(config_path=cli.CONF_DIR, config_name=cli.RUN.file, version_base="1.3")
@@ -25,17 +28,38 @@ def job(composed: DictConfig) -> float:
         return math.nan
     config.study = config.study or study_name(config, overrides)
 
-    from rich.console import Console
+    results = before(config)
+    if results is None:
+        from rich.console import Console
 
-    from tinygpt.training.session import train
+        from tinygpt.training.session import train
 
-    cli.loaded()
-
-    results = train(config, overrides, Console(markup=False))
+        cli.loaded()
+        results = train(config, overrides, Console(markup=False))
     loss = results["final_val_loss"]
     if results["status"] == "diverged":
         raise SystemExit(1)
     return math.inf if loss is None else loss
+
+
+def before(config: Config) -> dict[str, Any] | None:
+    """Return the results of the run that is there, without torch; None where it is to be trained.
+
+    Raises ConfigError where it is another run.
+    """
+    from rich.console import Console
+
+    from tinygpt.data import corpora
+    from tinygpt.runs import pretrained, rundir
+    from tinygpt.training.console import report_finished
+
+    run = rundir.RunDir(Path(config.output_dir, config.study or "runs", config.run_name or ""))
+    if config.run_name is None or config.force or not run.config.exists():
+        return None
+    content = pretrained.contents(corpora.open_corpus(config.data), config)
+    results = run.finished(run.hash_in(config, content))
+    cli.loaded()
+    return results and report_finished(run, results, Console(markup=False))
 
 
 @cli.one_line_errors

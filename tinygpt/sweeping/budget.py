@@ -400,7 +400,6 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
     Raises ConfigError before anything is trained where text or budget are too small.
     """
     folder = Path(output_dir, asked.study)
-    cli.loaded()
     words = [*asked.overrides, *rules.shape(rules.WIDTHS[0]), f"study={asked.study}"]
     (first,) = compose_jobs([words], TRAINING)
     check_engine(first.config.launcher)
@@ -423,6 +422,7 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
         elif (begin["asked"]["overrides"], recipe.seed) != (asked.overrides, asked.seed):
             raise ConfigError(f"study={asked.study}: begun with other keys; give another study=")
         study.recipe = recipe
+        cli.loaded()
         study.record.start = time.monotonic()  # the budget is for training and evaluation
         held.enter_context(study.record.marking_time())
         for line in rules.describe(recipe, asked, share):

@@ -192,7 +192,8 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     first = common if has_batch else [*common, f"train.batch_tokens={2 * BATCHES[0]}"]
     few = [] if has_limit else [f"data.max_tokens={FIRST_TOKENS}"]
     probe = _probe([*first, *few], WIDTHS[0], share, console)
-    share.settle()  # so that what is timed has a core to itself
+    with cli.spinning("starting workers"):
+        share.settle()  # so that what is timed has a core to itself
     batch, test_cost = probe.config.train.batch_tokens, TEST * asked.budget
     top = test_cost / step_cost(asked, probe) * batch
     if not has_limit:  # of a large text no more is read than the longest run can use
