@@ -3,6 +3,7 @@ sweep around it does can be seen without a model."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from typing import Any
@@ -13,7 +14,6 @@ from tinygpt import fileio
 from tinygpt.adaptation.config import AdaptConfig, identify, methods_of
 from tinygpt.adaptation.records import FIELDS, Record, append, read_records, repair
 from tinygpt.config import RunError
-from tinygpt.runs import rundir
 
 # Run by every Python that finds it first: the workers of a sweep too.
 SITE = """
@@ -25,41 +25,41 @@ def adapt(config, overrides, console):
 module.adapt = adapt
 sys.modules[module.__name__] = module
 """
+USUAL = """{"seed": 0, "method": "lora_doc", "task": "new_facts", "split": "test", "doc_id": "a",
+"doc_sha256": "a", "edit_id": "e", "edit": {}, "inner_steps": 10, "lora_rank": 8, "lr": 0.001,
+"base_parameters": 182272, "batch_tokens": 256, "policy_backend": "self", "policy_model": "m",
+"policy_prompt_tokens": 0, "policy_tokens": 0, "sft_tokens": 0, "flops_est": 1e9, "reward": 0.5,
+"forgetting": 0.25, "accuracy_before": 0.0, "accuracy_after": 0.5}"""
 
 
-def reward_of(method: str, rank: int, steps: int, seed: int, document: int) -> float:
-    """More with more steps; of some methods more than of others."""
-    each = {"none": 0.0, "lora_doc": 0.02, "oracle": 0.04}.get(method, 0.03)
-    return each * math.sqrt(steps) + 0.001 * (rank + seed + document) * (method != "none")
+def record(**values: Any) -> Record:
+    """One line of ``adapt.jsonl`` with all its fields."""
+    found: Record = dict.fromkeys(FIELDS) | json.loads(USUAL) | values
+    found["tokens_processed"] = found["inner_steps"] * found["batch_tokens"]
+    found["run_id"] = found["run_id"] or fileio.digest(found)[:16]
+    return found
 
 
 def records_of(config: AdaptConfig) -> list[Record]:
+    """More reward with more steps; of some methods more than of others."""
     rank, found = config.inner.lora.rank or 0, []
     for method in methods_of(config):
+        each = {"none": 0.0, "lora_doc": 0.02, "oracle": 0.04}.get(method, 0.03)
         for document in range(config.documents.test):
             for steps in config.inner.inner_steps if method != "none" else [0]:
-                reward = reward_of(method, rank, steps, config.seed, document)
-                what = [config.run, config.seed, method, rank, document, steps]
+                more = 0.001 * (rank + config.seed + document) * (method != "none")
                 found.append(
-                    dict.fromkeys(FIELDS)
-                    | {
-                        "run_id": fileio.digest(what),
-                        "seed": config.seed,
-                        "task": config.documents.task,
-                        "method": method,
-                        "doc_sha256": str(document),
-                        "split": "test",
-                        "inner_steps": steps,
-                        "lora_rank": rank if method != "none" else None,
-                        "tokens_processed": steps * config.inner.tokens_per_step,
-                        "policy_prompt_tokens": 0,
-                        "policy_tokens": 0,
-                        "sft_tokens": 0,
-                        "flops_est": 1e6 * steps,
-                        "base_parameters": 1000,
-                        "reward": reward,
-                        "forgetting": 0.01 * steps,
-                    }
+                    record(
+                        run_id=fileio.digest(
+                            [config.run, config.seed, method, rank, document, steps]
+                        ),
+                        seed=config.seed,
+                        method=method,
+                        doc_sha256=str(document),
+                        inner_steps=steps,
+                        lora_rank=rank if method != "none" else None,
+                        reward=each * math.sqrt(steps) + more,
+                    )
                 )
     return found
 
@@ -67,8 +67,7 @@ def records_of(config: AdaptConfig) -> list[Record]:
 def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[str, Any]:
     """``TINYGPT_TEST_STOP=seed=2`` fails there, half way."""
     hash_, run = identify(config, overrides)
-    finished = run.finished(hash_)
-    if finished is not None and not config.force:
+    if (finished := run.finished(hash_, config.force)) is not None:
         return finished
     with run.locked():
         run.error.unlink(missing_ok=True)
@@ -91,25 +90,16 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
 
 
 def results_of(config: AdaptConfig, hash_: str, records: list[Record]) -> dict[str, Any]:
-    most = config.inner.inner_steps[-1]
-    rewards = {}
+    most, rewards = config.inner.inner_steps[-1], {}
     for method in methods_of(config):
         last = [r for r in records if r["method"] == method and r["inner_steps"] in (0, most)]
         rewards[f"reward_{method}"] = sum(r["reward"] for r in last) / len(last)
     return {
-        "schema_version": rundir.SCHEMA_VERSION,
-        "study": config.study,
         "run_name": config.run_name,
         "config_hash": hash_,
-        "git_commit": None,
         "seed": config.seed,
         "status": "finished",
-        "task": config.documents.task,
-        "base_run": config.run,
-        "base_parameters": 1000,
         "lora_rank": config.inner.lora.rank,
-        "policy": config.policy.kind,
         "records": len(records),
-        "errors": 0,
         **rewards,
     }

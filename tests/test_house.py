@@ -21,7 +21,7 @@ LIMITS = {
     "sweeping": 2_525,
     "scaling": 10_092,
     "evaluating": 1_459,
-    "adaptation": 3_303,
+    "adaptation": 3_129,
 }
 LONGEST = 450  # lines of a file
 MOST_FILES = 130

@@ -6,7 +6,7 @@ interval is over documents.  Torch-free.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,14 +22,12 @@ from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.wording import count
 
-LOG = "adapt.jsonl"
 RAW = "lora_doc"  # every method is compared with the same inner loop on the raw document
 REFERENCES = ("none", RAW, "oracle", "full_ft_doc")  # methods without edits of the model's choice
 REMOVED = ("uniform_directive", "fixed_best_directive")  # methods of earlier versions
 ORDER = ("none", RAW, "lora_edit", "lora_doc+edit", "restem", "oracle", "full_ft_doc")
 BASE = ["task", "base_parameters"]
-METHOD = ["method", "iteration", "lora_rank"]
-PLACE = [*BASE, *METHOD]
+PLACE = [*BASE, "method", "iteration", "lora_rank"]
 OUTCOMES = ["reward", "forgetting", "accuracy_gain"]
 MEANS = [
     *("accuracy_before", "accuracy_after"),
@@ -46,13 +44,17 @@ FEWEST_STEPS = 3  # different k that can contradict a power law
 class Adaptation:
     """``summary``, ``paired``, ``laws`` and ``restem`` have a row a setting; losses in nats."""
 
-    records: pd.DataFrame
     summary: pd.DataFrame
     paired: pd.DataFrame  # test documents, each method less ``lora_doc`` at equal tokens
     laws: pd.DataFrame  # reward = c·k^a, or the reason why there is none
     restem: pd.DataFrame  # by iteration, at the largest k
     notes: tuple[str, ...]  # what was left out or averaged over
     seed: int
+
+    @property
+    def tested(self) -> pd.DataFrame:
+        """Return the rows of the summary that are of test documents and have a result."""
+        return self.summary[(self.summary["split"] == "test") & (self.summary["documents"] > 0)]
 
 
 def load_records(*folders: str | Path) -> pd.DataFrame:
@@ -62,12 +64,12 @@ def load_records(*folders: str | Path) -> pd.DataFrame:
     records, found in several runs, and those of ``removed`` methods.  Raises ConfigError for a line
     that is no record and for one ``run_id`` with two rewards.
     """
-    paths = {path.resolve(): path for one in folders for path in sorted(Path(one).rglob(LOG))}
+    found = (path for one in folders for path in sorted(Path(one).rglob("adapt.jsonl")))
     rows: list[Record] = []
     torn = 0
-    for path in paths.values():
-        found, cut = read_records(path)
-        rows += [{**row, "folder": str(path.parent)} for row in found]
+    for path in {path.resolve(): path for path in found}.values():
+        records, cut = read_records(path)
+        rows += [{**row, "folder": str(path.parent)} for row in records]
         torn += cut
     if not rows:
         raise ConfigError(f"runs={','.join(map(str, folders))}: no record of an adaptation yet")
@@ -101,6 +103,12 @@ def by_order(methods: Iterable[str]) -> list[str]:
     return sorted(set(methods), key=place)
 
 
+def bases(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the part of each task and size of the base, with its title."""
+    for (task, parameters), part in table.groupby(BASE):
+        yield f"{str(task).replace('_', ' ')}, {int(str(parameters)):,} parameters", part
+
+
 def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
     """Return all that is known of the study; ``seed`` is the bootstrap's.  Raises ConfigError."""
     if records["error"].notna().all():
@@ -116,7 +124,7 @@ def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
     notes = tuple(_notes(table, records.attrs))
     table = table[table["method"].notna()]  # a document that was skipped has none
     tables = summarise(table, seed), paired(table), laws(table, seed), restem(table, seed)
-    return Adaptation(records, *tables, notes, seed)
+    return Adaptation(*tables, notes, seed)
 
 
 def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
@@ -124,16 +132,14 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
     table = table.assign(error=table["error"].str.replace(lengths, "", regex=True))
     reasons = table["error"].value_counts()
     for reason, number in reasons.head(REASONS).items():
-        methods = table[table["error"] == reason]["method"].dropna()
-        where = ", ".join(f"`{name}`" for name in by_order(methods))
-        line = f"{count(number, 'record')} of {len(table):,} without a result: {reason}"
-        yield f"{line} ({where})" if where else line
+        methods = by_order(table[table["error"] == reason]["method"].dropna())
+        where = f" ({', '.join(f'`{name}`' for name in methods)})" if methods else ""
+        yield f"{count(number, 'record')} of {len(table):,} without a result: {reason}{where}"
     if len(reasons) > REASONS:
         yield f"{len(reasons) - REASONS} other reasons, each of fewer records"
-    names = " and ".join(f"`{name}`" for name in REMOVED)
     told = {
         "torn": ("torn last line", "left out: the study was killed there"),
-        "removed": ("record", f"of the removed methods {names} left out"),
+        "removed": ("record", f"of the removed methods `{'` and `'.join(REMOVED)}` left out"),
         "repeated": ("record", "found in several runs and counted once"),
     }
     for name, (what, words) in told.items():
@@ -150,6 +156,25 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
         if (table.groupby(keys, dropna=False)[name].nunique() > 1).any():
             values = ", ".join(str(value) for value in table[name].dropna().unique()[:5])
             yield f"`{name}` differs within a row of the summary ({values}): averaged over"
+
+
+def _by(
+    table: pd.DataFrame, keys: list[str], describe: Callable[[pd.DataFrame], dict[str, Any]]
+) -> pd.DataFrame:
+    """Return a row for each group of which ``describe`` says something, beginning with its keys."""
+    rows = [
+        dict(zip(keys, key, strict=True)) | said
+        for key, group in table.groupby(keys, dropna=False)
+        if (said := describe(group))
+    ]
+    found = pd.DataFrame(rows)
+    return found.astype({name: "Int64" for name in WHOLE if name in found})
+
+
+def _tested(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the records of test documents that have a result after some step."""
+    good = (table["split"] == "test") & table["error"].isna()
+    return table[good & (table["inner_steps"] > 0)]
 
 
 # --- means over documents
@@ -183,11 +208,21 @@ def _expanded(n: int) -> tuple[float, float]:
     return tail, 1 - tail
 
 
+def mean_t(values: Array) -> tuple[Interval, float]:
+    """Return Student's t of a mean, (n,), and its p against zero: 1 where nothing scatters."""
+    n, nothing = len(values), float("nan")
+    mean = float(values.mean()) if n else nothing
+    error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else nothing
+    if not error > 0:
+        return Interval(mean, nothing, nothing, LEVEL, "t (documents)"), 1.0
+    reach = float(special.stdtrit(n - 1, 0.5 + LEVEL / 2)) * error
+    p = 2 * float(special.stdtr(n - 1, -abs(mean / error)))
+    return Interval(mean, mean - reach, mean + reach, LEVEL, "t (documents)"), p
+
+
 def share_interval(values: Array) -> Interval:
     """Return Clopper and Pearson's (1934) exact interval of a mean of shares, (n,) from 0 to 1.
-
-    Shares that are not all 0 or 1 scatter less than a binomial: for them it is wide.
-    """
+    Shares that are not all 0 or 1 scatter less than a binomial: for them it is wide."""
     n, hits, tail = len(values), float(values.sum()), (1 - LEVEL) / 2
     low = special.betaincinv(hits, n - hits + 1, tail) if hits > 0 else 0.0
     high = special.betaincinv(hits + 1, n - hits, 1 - tail) if hits < n else 1.0
@@ -195,39 +230,32 @@ def share_interval(values: Array) -> Interval:
     return Interval(*ends, LEVEL, "Clopper-Pearson")
 
 
+def _ends(interval: Interval, prefix: str = "") -> dict[str, float]:
+    return {f"{prefix}low": interval.low, f"{prefix}high": interval.high}
+
+
 def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return a row a setting; where rates were tuned, a row a rate."""
-    keys = [*BASE, "split", *METHOD, "inner_steps", "tuned_lr"]
-    rows = []
-    for key, group in table.groupby(keys, dropna=False):
+
+    def describe(group: pd.DataFrame) -> dict[str, Any]:
         good = group[group["error"].isna()]
         documents = good.groupby("doc_sha256")[[*OUTCOMES, *MEANS]].mean()
-        row: dict[str, Any] = dict(zip(keys, key, strict=True))
-        row |= {"documents": len(documents), "seeds": good["seed"].nunique()}
+        row: dict[str, Any] = {"documents": len(documents), "seeds": good["seed"].nunique()}
         row |= {"records": len(group), "errors": int(group["error"].notna().sum())}
         for name in OUTCOMES:
             found = mean_interval(documents[name].dropna().to_numpy(), seed)
             row |= {name: found.estimate, f"{name}_sd": documents[name].std()}
-            row |= {f"{name}_low": found.low, f"{name}_high": found.high}
+            row |= _ends(found, f"{name}_")
         share = share_interval(documents["accuracy_after"].dropna().to_numpy())
-        row |= {name: documents[name].mean() for name in MEANS}
-        row |= {"accuracy_after_low": share.low, "accuracy_after_high": share.high}
+        row |= {name: documents[name].mean() for name in MEANS} | _ends(share, "accuracy_after_")
         before = documents["accuracy_before"].dropna().unique()
         if len(before) == 1:  # all begin with the same share: the interval of the gain is exact
             row |= {"accuracy_gain_low": share.low - before[0]}
             row |= {"accuracy_gain_high": share.high - before[0]}
-        rows.append({**row, "accepted": group["accepted"].astype(float).mean()})
-    return pd.DataFrame(rows).astype(dict.fromkeys(WHOLE[:-1], "Int64"))
+        return {**row, "accepted": group["accepted"].astype(float).mean()}
 
-
-def _document_means(table: pd.DataFrame, keys: list[str], names: list[str]) -> pd.DataFrame:
-    return table.groupby([*keys, "doc_sha256"], dropna=False)[names].mean().reset_index()
-
-
-def _tested(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the records of test documents that have a result after some step."""
-    good = (table["split"] == "test") & table["error"].isna()
-    return table[good & (table["inner_steps"] > 0)]
+    keys = [*BASE, "split", *PLACE[len(BASE) :], "inner_steps", "tuned_lr"]
+    return _by(table, keys, describe)
 
 
 # --- against the raw document
@@ -241,10 +269,11 @@ def paired(table: pd.DataFrame) -> pd.DataFrame:
     ``p`` by Holm (1979) over all comparisons of a base: those of self-edits, and apart from them
     those of the references.  A method without a rank stands beside each rank.
     """
-    good, place = _tested(table), [*BASE, "lora_rank", "inner_steps", "tokens_processed"]
-    cells = _document_means(good, [*place, "method", "iteration", "seed"], OUTCOMES)
-    raw = cells[cells["method"] == RAW].drop(columns=["method", "iteration"])
-    others = cells[~cells["method"].isin(["none", RAW])]
+    place, keys = [*BASE, "lora_rank", "inner_steps", "tokens_processed"], [*PLACE, "inner_steps"]
+    cells = [*place, "method", "iteration", "seed", "doc_sha256"]
+    means = _tested(table).groupby(cells, dropna=False)[OUTCOMES].mean().reset_index()
+    raw = means[means["method"] == RAW].drop(columns=["method", "iteration"])
+    others = means[~means["method"].isin(["none", RAW])]
     alone = others["lora_rank"].isna()
     ranks = raw[[*BASE, "lora_rank"]].drop_duplicates()
     spread = others[alone].drop(columns="lora_rank").merge(ranks, on=BASE)
@@ -252,16 +281,11 @@ def paired(table: pd.DataFrame) -> pd.DataFrame:
     both = others.merge(raw, on=[*place, "doc_sha256", "seed"], suffixes=("", "_raw"))
     for name in OUTCOMES:
         both[f"{name}_more"] = both[name] - both[f"{name}_raw"]
-    keys = [*PLACE, "inner_steps"]
     names = [f"{name}{end}" for name in OUTCOMES for end in ("", "_raw", "_more")]
-    documents = _document_means(both, keys, names)
-    rows = [
-        {**dict(zip(keys, key, strict=True)), **_compared(group)}
-        for key, group in documents.groupby(keys, dropna=False)
-    ]
-    if not rows:
-        return pd.DataFrame()
-    found = pd.DataFrame(rows).astype(dict.fromkeys(WHOLE[:-1], "Int64"))
+    documents = both.groupby([*keys, "doc_sha256"], dropna=False)[names].mean().reset_index()
+    found = _by(documents, keys, _compared)
+    if found.empty:
+        return found
     found["self_edit"] = ~found["method"].isin(REFERENCES)
     groups = found.groupby([*BASE, "self_edit"])["p"]
     found["holm_p"] = groups.transform(lambda p: holm(p.to_numpy(dtype=float)))
@@ -276,31 +300,16 @@ def _compared(group: pd.DataFrame) -> dict[str, Any]:
     values = group["reward_more"].to_numpy()
     found, p = mean_t(values)
     more, _ = mean_t(group["forgetting_more"].to_numpy())
-    names = [f"{name}{end}" for name in OUTCOMES for end in ("", "_raw")]
     return {
         "documents": len(values),
-        **{name: group[name].mean() for name in names},
+        **{name: group[name].mean() for one in OUTCOMES for name in (one, f"{one}_raw")},
         "difference": found.estimate,
-        "low": found.low,
-        "high": found.high,
+        **_ends(found),
         "p": p,
         "wilcoxon_p": float(stats.wilcoxon(values).pvalue) if np.any(values) else 1.0,
         "forgetting_difference": more.estimate,
-        "forgetting_low": more.low,
-        "forgetting_high": more.high,
+        **_ends(more, "forgetting_"),
     }
-
-
-def mean_t(values: Array) -> tuple[Interval, float]:
-    """Return Student's t of a mean, (n,), and its p against zero: 1 where nothing scatters."""
-    n, nothing = len(values), float("nan")
-    mean = float(values.mean()) if n else nothing
-    error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else nothing
-    if not error > 0:
-        return Interval(mean, nothing, nothing, LEVEL, "t (documents)"), 1.0
-    reach = float(special.stdtrit(n - 1, 0.5 + LEVEL / 2)) * error
-    p = 2 * float(special.stdtr(n - 1, -abs(mean / error)))
-    return Interval(mean, mean - reach, mean + reach, LEVEL, "t (documents)"), p
 
 
 def holm(p: Array) -> Array:
@@ -316,14 +325,13 @@ def holm(p: Array) -> Array:
 
 def laws(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Fit reward = c·k^a of each method to its means over test documents, or say why not."""
-    good, rows = _tested(table), []
-    for key, group in good[good["method"] != "none"].groupby(PLACE, dropna=False):
+
+    def describe(group: pd.DataFrame) -> dict[str, Any]:
         means = group.pivot_table(index="doc_sha256", columns="inner_steps", values="reward")
-        row = dict(zip(PLACE, key, strict=True))
-        rows.append(row | power_law(means.dropna(), seed))
-    if not rows:
-        return pd.DataFrame()
-    return pd.DataFrame(rows).astype({"iteration": "Int64", "lora_rank": "Int64"})
+        return power_law(means.dropna(), seed)
+
+    good = _tested(table)
+    return _by(good[good["method"] != "none"], PLACE, describe)
 
 
 def power_law(rewards: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
@@ -380,33 +388,31 @@ def _why_none(steps: Array, means: Array, documents: int) -> str:
 
 
 def restem(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return by iteration, at the largest k, the mean and the best reward of a document's edits."""
-    rounds = table[table["method"].str.startswith("restem")]
-    rounds = rounds[rounds["inner_steps"] == rounds.groupby(BASE)["inner_steps"].transform("max")]
-    rows = []
-    keys = [*BASE, "lora_rank", "split", "iteration"]
-    for key, group in rounds.groupby(keys, dropna=False):
+    """Return by iteration, at the largest k, the mean and the best reward of a document's edits,
+    each edit as often as it was proposed."""
+
+    def describe(group: pd.DataFrame) -> dict[str, Any]:
         good = group[group["error"].isna()]
         if good.empty:
-            continue
-        documents = pd.DataFrame([_proposed(part) for _, part in good.groupby("doc_sha256")])
-        row = dict(zip(keys, key, strict=True))
-        row |= {"inner_steps": group["inner_steps"].iloc[0], "documents": len(documents)}
-        row["edits"] = documents["size"].mean()
-        for name, column in (("mean", "mean"), ("best", "max")):
-            found = mean_interval(documents[column].to_numpy(), seed)
-            row |= {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
+            return {}
+        by_edit = good.groupby(["doc_sha256", "edit_id"])
+        times = by_edit["times_proposed"].max().fillna(1)
+        edits = pd.DataFrame({"times": times, "best": by_edit["reward"].mean()})
+        edits["mean"] = edits["best"] * times
+        by_document = edits.groupby("doc_sha256")
+        documents = by_document.sum().assign(best=by_document["best"].max())
+        documents["mean"] /= documents["times"]
+        row = {"inner_steps": group["inner_steps"].iloc[0], "documents": len(documents)}
+        row["edits"] = documents["times"].mean()
+        for name in ("mean", "best"):
+            found = mean_interval(documents[name].to_numpy(), seed)
+            row |= {name: found.estimate, **_ends(found, f"{name}_")}
         learned = group.groupby("doc_sha256")["accepted"].max().astype(float)
-        rows.append({**row, "accepted": learned.mean()})  # of the documents
-    return pd.DataFrame(rows)
+        return {**row, "accepted": learned.mean()}  # of the documents
 
-
-def _proposed(records: pd.DataFrame) -> dict[str, float]:
-    """Summarise the edits of a document, each as often as it was proposed."""
-    edits = records.groupby("edit_id").agg({"reward": "mean", "times_proposed": "max"})
-    times = edits["times_proposed"].fillna(1)
-    mean = float(np.average(edits["reward"], weights=times))
-    return {"mean": mean, "max": edits["reward"].max(), "size": times.sum()}
+    rounds = table[table["method"].str.startswith("restem")]
+    rounds = rounds[rounds["inner_steps"] == rounds.groupby(BASE)["inner_steps"].transform("max")]
+    return _by(rounds, [*BASE, "lora_rank", "split", "iteration"], describe)
 
 
 def pareto_front(forgetting: Array, reward: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -162,7 +162,10 @@ def check_adapt(config: AdaptConfig) -> None:
         require(value == 1, f"hardware.{name}={value}: an adaptation takes one device")
     require(not config.sweep.share_trunk, "sweep.share_trunk=true: not for adaptations")
     _check_methods(config)
-    _check_policy(config)
+    kind, path = config.policy.kind, getattr(config.policy, "path", None)
+    place = Path(path or "").expanduser()
+    require(kind != "hf" or place.is_dir(), f"policy.path={path}: no such folder")
+    require(kind != "file" or place.is_file(), f"policy.path={path}: no such file")
     base = rundir.open_run(config.run)
     base.chosen(config.checkpoint)
     _check_base(config, rundir.read_config(base.config))
@@ -174,15 +177,12 @@ def _check_methods(config: AdaptConfig) -> None:
     require(config.methods != [], f"methods=[]: must name some of {', '.join(METHODS)}")
     line = "methods=oracle: needs documents.task=new_facts, where other ways to say it are known"
     require("oracle" not in (config.methods or ()) or documents.task == "new_facts", line)
-    methods = methods_of(config)
+    methods, kind = methods_of(config), config.policy.kind
     if "restem" in methods and outer.iterations > 0:
         line = "documents.train=0: methods=restem learns from train documents"
         require(documents.train > 0, line)
-        kind = config.policy.kind
-        line = (
-            f"policy={kind}: does not learn, as restem asks; outer.iterations=0 tests it as it is"
-        )
-        require(kind in LEARN, line)
+        line = "does not learn, as restem asks; outer.iterations=0 tests it as it is"
+        require(kind in LEARN, f"policy={kind}: {line}")
     rates = config.tuning.learning_rates
     require(bool(rates), "tuning.learning_rates=[]: must have a rate")
     steps = inner.inner_steps
@@ -191,7 +191,6 @@ def _check_methods(config: AdaptConfig) -> None:
     for method in methods:
         line = f"documents.tune=0: methods={method} is tuned on tune documents"
         require(documents.tune > 0 or method not in RATED or len(rates) == 1, line)
-    for method in methods:
         if method not in ("none", "full_ft_doc"):
             line = f"inner.lora.rank=null: methods={method} trains adapters"
             require(inner.lora.rank is not None, line)
@@ -201,35 +200,27 @@ def _check_methods(config: AdaptConfig) -> None:
         require(lora.rank is not None or lora.alpha is None, line)
 
 
-def _check_policy(config: AdaptConfig) -> None:
-    kind, path = config.policy.kind, getattr(config.policy, "path", None)
-    there = Path(path or "").expanduser()
-    require(kind != "hf" or there.is_dir(), f"policy.path={path}: no such folder")
-    require(kind != "file" or there.is_file(), f"policy.path={path}: no such file")
-
-
 def _check_base(config: AdaptConfig, base: Config) -> None:
     """Check what depends on the run that adapts."""
-    data, task, width = config.data, config.documents.task, base.model.d_model
-    name, given = data.name if data else "", f"documents.task={task}"
-    if task == "new_facts":
-        require(data is None, f"data={name}: not with {given}, which makes its own documents")
-        line = f"{given}: needs a run that was trained on data=synthetic; {config.run} was trained "
+    data, width = config.data, base.model.d_model
+    task = f"documents.task={config.documents.task}"
+    if config.documents.task == "new_facts":
+        name = data.name if data else ""
+        require(data is None, f"data={name}: not with {task}, which makes its own documents")
+        line = f"{task}: needs a run that was trained on data=synthetic; {config.run} was trained "
         require(isinstance(base.data, SyntheticData), f"{line}on {base.data.name}")
     elif data is None:
-        raise ConfigError(f"{given}: needs data=, where its documents come from")
+        raise ConfigError(f"{task}: needs data=, where its documents come from")
     else:
-        line = f"data={name}: what {config.run} was trained on is not new to it"
+        line = f"data={data.name}: what {config.run} was trained on is not new to it"
         require(_place(data) != _place(base.data), line)
     rank, outer = config.inner.lora.rank or 0, config.outer.lora.rank or 0
     line = f"inner.lora.rank={rank}: must be at most {width}, the width of the run's model"
     require(rank <= width, line)
     line = f"outer.lora.rank={outer}: must be at most {width}, the width of the policy"
     require(outer <= width or config.policy.kind == "hf", line)
-    line = (
-        "run: trained with model.parametrization=mup, under which adapters have no rule for rates"
-    )
-    require(base.model.parametrization == "standard", line)
+    line = "trained with model.parametrization=mup, under which adapters have no rule for rates"
+    require(base.model.parametrization == "standard", f"run: {line}")
 
 
 def _place(data: DataConfig) -> tuple[str, str]:
@@ -261,10 +252,8 @@ def count_records(config: AdaptConfig) -> int:
 
 
 def contents(config: AdaptConfig) -> dict[str, str]:
-    """Return fingerprints of what a configuration names and does not hold, for its hash.
-
-    Raises ConfigError for a base that is not there.
-    """
+    """Return fingerprints of what a configuration names and does not hold, for its hash.  Raises
+    ConfigError for a base that is not there."""
     from tinygpt.data import corpora  # slow to import, and not needed for what is refused before
 
     base = rundir.open_run(config.run)
@@ -275,8 +264,7 @@ def contents(config: AdaptConfig) -> dict[str, str]:
     }
     if config.data is not None:
         found["data"] = corpora.open_corpus(config.data).fingerprint()
-    path = getattr(config.policy, "path", None)
-    if path is not None:
+    if (path := getattr(config.policy, "path", None)) is not None:
         place = Path(path).expanduser()
         found["policy"] = fileio.sha256(place) if place.is_file() else str(place)
         if place.is_dir():

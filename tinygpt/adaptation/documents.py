@@ -11,26 +11,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import heapq
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tinygpt import fileio
 from tinygpt.adaptation.config import DocumentsConfig
-from tinygpt.config import ConfigError, DataConfig, SyntheticData
+from tinygpt.config import SyntheticData
+from tinygpt.config.checks import require
 from tinygpt.config.horizon import PASS_TOKENS
-from tinygpt.data import corpora
 from tinygpt.data.datamodule import IGNORED, TokenData
 from tinygpt.data.shards import Progress
-from tinygpt.data.synthetic import RELATIONS, STATEMENTS, Entity, Grammar
+from tinygpt.data.synthetic import RELATIONS, STATEMENTS, Grammar
 from tinygpt.data.tokenizers import Tokenizer
 from tinygpt.model.gpt import GPT
 from tinygpt.model.kernels import token_scores
@@ -43,8 +43,7 @@ SPLITS = ("test", "tune", "train")  # so that test documents do not depend on ho
 AT_ONCE = 64  # beginnings of answers that go through a model together
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """Tokens of a prompt, of its answer, and of all answers there are."""
 
     prompt: list[int]
@@ -101,23 +100,16 @@ class Heldout:
         """Return the share of questions whose likeliest answer of all is the right one."""
         if not self.questions:
             return None
-        found = likeliest(
-            model,
-            [question.prompt for question in self.questions],
-            [question.answers for question in self.questions],
-            InFull(model.output_weight.device),
-            at_once=AT_ONCE // len(self.questions),
-        )
-        right = [path == q.answer for path, q in zip(found, self.questions, strict=True)]
-        return float(np.mean(right))
+        prompts, answers, trees = zip(*self.questions, strict=True)
+        machine, at_once = InFull(model.output_weight.device), AT_ONCE // len(prompts)
+        found = likeliest(model, prompts, trees, machine, at_once)
+        return float(np.mean([path == answer for path, answer in zip(found, answers, strict=True)]))
 
 
 @dataclass(frozen=True)
 class Document:
     """``context_ids`` begin with the end of the text before, as documents do in training.
-
-    ``oracle``: other ways to say what the context says, where the corpus knows them.
-    """
+    ``oracle``: other ways to say what the context says, where the corpus knows them."""
 
     doc_id: str
     sha256: str  # of its text
@@ -128,34 +120,20 @@ class Document:
     unknown: int = 0  # characters of context and held-out part that the tokenizer lacks
     oracle: Sequence[str] = ()
 
-    @property
-    def task(self) -> str:
-        return "new_facts" if self.heldout.questions else "domain_shift"
 
-
-def open_documents(
-    config: DocumentsConfig, base: TrainedRun, data: DataConfig | None
-) -> tuple[list[Document], int]:
-    """Return the documents of ``config.task``, from the corpus ``data`` or the base's own grammar,
-    and how many were skipped because they are too short.  Raises ConfigError if too few are left.
-    """
-    if config.task == "new_facts":
-        return new_facts(config, base), 0
-    assert data is not None
-    texts = (document.text for document in corpora.open_corpus(data).documents("train"))
-    return domain_shift(config, base, itertools.islice(texts, data.max_documents))
-
-
-def _asked(config: DocumentsConfig) -> tuple[int, str]:
-    """Return how many documents there must be, and the keys that say so."""
+def _splits(config: DocumentsConfig) -> tuple[list[str], str]:
+    """Return the split of each document, and the keys that ask for so many."""
     keys = [f"documents.{name}={getattr(config, name)}" for name in reversed(SPLITS)]
-    return config.train + config.tune + config.test, ", ".join(keys)
+    return [name for name in SPLITS for _ in range(getattr(config, name))], ", ".join(keys)
 
 
-def _split(documents: Sequence[Document], config: DocumentsConfig) -> list[Document]:
-    names = [name for name in SPLITS for _ in range(getattr(config, name))]
-    pairs = zip(documents, names, strict=True)
-    return [dataclasses.replace(document, split=name) for document, name in pairs]
+def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets (W, T) of ``rows`` of tokens, one token apart, padded."""
+    inputs, targets = ([torch.tensor(row[at:][: len(row) - 1]) for row in rows] for at in (0, 1))
+    return (
+        pad_sequence(inputs, batch_first=True),
+        pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+    )
 
 
 # --- documents of a corpus
@@ -167,29 +145,30 @@ def domain_shift(
     """Return distinct texts in the order of a seeded hash, and how many too short ones come before
     the last of them.  Raises ConfigError where fewer are left than are asked for.
     """
-    asked, keys = _asked(config)
+    splits, keys = _splits(config)
     kept: list[tuple[str, Document]] = []
     short: list[str] = []
     seen: set[str] = set()
     for text in texts:
         sha = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
         place = fileio.digest([config.seed, sha])
-        if sha in seen or (len(kept) == asked and place > kept[-1][0]):
+        if sha in seen or (len(kept) == len(splits) and place > kept[-1][0]):
             continue
         seen.add(sha)
         found = _cut(text, sha, config, base)
         if found is None:
             short.append(place)
         else:
-            kept = heapq.nsmallest(asked, [*kept, (place, found)], key=lambda pair: pair[0])
-    if len(kept) < asked:
-        raise ConfigError(
-            f"{keys}: only {len(kept)} documents of {len(seen)} are long enough; lower these, "
-            f"documents.context_tokens={config.context_tokens} or "
-            f"documents.heldout_tokens={config.heldout_tokens}; or give longer documents "
-            "(data.separator=none: a file is one)"
-        )
-    documents = _split([document for _, document in kept], config)
+            kept = heapq.nsmallest(len(splits), [*kept, (place, found)], key=lambda pair: pair[0])
+    require(
+        len(kept) == len(splits),
+        f"{keys}: only {len(kept)} documents of {len(seen)} are long enough; lower these, "
+        f"documents.context_tokens={config.context_tokens} or "
+        f"documents.heldout_tokens={config.heldout_tokens}; or give longer documents "
+        "(data.separator=none: a file is one)",
+    )
+    pairs = zip((document for _, document in kept), splits, strict=True)
+    documents = [dataclasses.replace(document, split=split) for document, split in pairs]
     return documents, sum(place < kept[-1][0] for place in short)
 
 
@@ -203,89 +182,77 @@ def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Docu
     if len(ids) < needed:
         return None
     words = re.sub(r"\W+", "-", " ".join(text[:200].split()[:4])).strip("-").lower()
-    doc_id = f"{words[:40]}-{sha[:6]}"
     context, rest = ids[: config.context_tokens], ids[begin - 1 : needed]
+    rows = [rest[first : first + length + 1] for first in range(0, len(rest) - 1, length)]
     unknown = tokenizer.unknown_id
     # a tokenizer with an unknown token has one for each character
-    shown = text[: len(context)] if unknown is not None else tokenizer.decode(context)
-    rows = [rest[first : first + length + 1] for first in range(0, len(rest) - 1, length)]
-    lacking = (context + rest[1:]).count(unknown) if unknown is not None else 0
-    context_ids = [tokenizer.start_id, *context]
-    return Document(doc_id, sha, shown, context_ids, Heldout(*windows(rows)), unknown=lacking)
-
-
-def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets (W, T) of ``rows`` of tokens, one token apart, padded."""
-    inputs = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)
-    targets = torch.full_like(inputs, IGNORED)
-    for n, row in enumerate(rows):
-        inputs[n, : len(row) - 1] = torch.tensor(row[:-1])
-        targets[n, : len(row) - 1] = torch.tensor(row[1:])
-    return inputs, targets
+    shown = tokenizer.decode(context) if unknown is None else text[: len(context)]
+    return Document(
+        doc_id=f"{words[:40]}-{sha[:6]}",
+        sha256=sha,
+        context=shown,
+        context_ids=[tokenizer.start_id, *context],
+        heldout=Heldout(*windows(rows)),
+        unknown=0 if unknown is None else (context + rest[1:]).count(unknown),
+    )
 
 
 # --- facts of the embedded corpus
 
 
 def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
-    """Return facts of entities that the base never saw, an entity at a time.
-
-    Raises ConfigError where its corpus has too few of them, or its context is too short.
-    """
+    """Return facts of entities that the base never saw, an entity at a time.  Raises ConfigError
+    where its corpus has too few of them, or its context is too short."""
     data, tokenizer, length = base.config.data, base.tokenizer, base.model.config.max_seq_len
     assert isinstance(data, SyntheticData)  # check_adapt refuses others
     grammar = Grammar(data)
     there, relations = len(grammar.heldout), len(RELATIONS)
-    asked, keys = _asked(config)
-    if asked > there * relations:
-        raise ConfigError(
-            f"{keys}: {asked} facts, but the run kept {there} entities out of its corpus "
-            f"(data.heldout_entities), with {relations} facts each"
-        )
+    splits, keys = _splits(config)
+    require(
+        len(splits) <= there * relations,
+        f"{keys}: {len(splits)} facts, but the run kept {there} entities out of its corpus "
+        f"(data.heldout_entities), with {relations} facts each",
+    )
     order = np.random.default_rng(config.seed).permutation(there)
-    tree = {
+    trees = {
         relation: tree_of(_answer(tokenizer, f" {value}") for value in grammar.values[relation])
         for relation in RELATIONS
     }
     found = []
-    for n in range(asked):
+    for n, split in enumerate(splits):
         entity = grammar.heldout[order[n % there]]
         relation = RELATIONS[(n + n // there) % relations]
-        found.append(_fact(grammar, entity, relation, tree[relation], tokenizer))
+        ways = range(len(STATEMENTS[relation]))
+        said = [f"{grammar.opening} {grammar.statement(entity, relation, way)}" for way in ways]
+        questions = [
+            Question(
+                [tokenizer.start_id, *tokenizer.encode(f"{grammar.opening} {prompt}")],
+                _answer(tokenizer, answer),
+                trees[relation],
+            )
+            for prompt, answer in grammar.queries(entity, relation)
+        ]
+        inputs, targets = windows([[*q.prompt, *q.answer] for q in questions])
+        for row, question in zip(targets, questions, strict=True):
+            row[: len(question.prompt) - 1] = IGNORED
+        found.append(
+            Document(
+                doc_id=f"{entity.name}-{relation}",
+                sha256=hashlib.sha256(said[0].encode()).hexdigest(),
+                context=said[0],
+                context_ids=[tokenizer.start_id, *tokenizer.encode(said[0])],
+                heldout=Heldout(inputs, targets, questions),
+                split=split,
+                oracle=said[1:],
+            )
+        )
     longest = max(document.heldout.inputs.shape[1] for document in found)
-    if longest > length:
-        raise ConfigError(
-            f"documents.task=new_facts: a question takes {longest} tokens, and the context of the "
-            f"run is model.max_seq_len={length}"
-        )
-    return _split(found, config)
-
-
-def _fact(
-    grammar: Grammar, entity: Entity, relation: str, tree: Tree, tokenizer: Tokenizer
-) -> Document:
-    opening = grammar.opening
-    said = [grammar.statement(entity, relation, n) for n in range(len(STATEMENTS[relation]))]
-    context, *others = (f"{opening} {statement}" for statement in said)
-    questions = [
-        Question(
-            [tokenizer.start_id, *tokenizer.encode(f"{opening} {prompt}")],
-            _answer(tokenizer, answer),
-            tree,
-        )
-        for prompt, answer in grammar.queries(entity, relation)
-    ]
-    inputs, targets = windows([[*q.prompt, *q.answer] for q in questions])
-    for row, question in zip(targets, questions, strict=True):
-        row[: len(question.prompt) - 1] = IGNORED
-    return Document(
-        doc_id=f"{entity.name}-{relation}",
-        sha256=hashlib.sha256(context.encode()).hexdigest(),
-        context=context,
-        context_ids=[tokenizer.start_id, *tokenizer.encode(context)],
-        heldout=Heldout(inputs, targets, questions),
-        oracle=others,
+    require(
+        longest <= length,
+        f"documents.task=new_facts: a question takes {longest} tokens, and the context of the "
+        f"run is model.max_seq_len={length}",
     )
+    return found
 
 
 def _answer(tokenizer: Tokenizer, answer: str) -> Path:
@@ -299,10 +266,8 @@ def own_validation(
     cache_dir: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Heldout:
-    """Return about ``tokens`` of the base's own validation split, which it may forget.
-
-    The windows are evenly spread over it.  Raises ConfigError where its corpus is another now.
-    """
+    """Return about ``tokens`` of the base's own validation split, which it may forget.  The windows
+    are evenly spread over it.  Raises ConfigError where its corpus is another now."""
     run = rundir.RunDir(base.path)
     prepared = own_corpus(run, base.config, base.tokenizer, cache_dir, progress)
     data = TokenData(base.config, prepared)

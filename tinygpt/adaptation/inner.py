@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tinygpt import fileio
-from tinygpt.adaptation.config import InnerConfig
+from tinygpt.adaptation.config import InnerConfig, OuterConfig
 from tinygpt.adaptation.documents import Document, Heldout, windows
 from tinygpt.adaptation.edits import Policy, Proposal, Row, materialise
 from tinygpt.adaptation.records import FIELDS, Record
@@ -38,7 +38,16 @@ CLIP = 1.0  # norm of the gradient
 WARMUP = 3  # steps, if all weights are trained: Adam's first step moves each by the full rate
 FULL_RATE = 0.1  # the rate if all weights are trained, over that of adapters
 
+
+def seed_of(*what: Any) -> int:
+    """Return a seed for each thing that is drawn, so that the order of drawing does not matter."""
+    return int(fileio.digest(what)[:15], 16)
+
+
 # --- training on rows
+
+# From inputs (R, T), and which of their targets count, to the logits (n, V) of these.
+Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 def batches(
@@ -57,13 +66,13 @@ def batches(
         while room > 0:
             order = order or rng.permutation(len(rows)).tolist()
             row = rows[order[0]]
-            if len(row.mask) <= room:
+            if row.targets <= room:
                 order.pop(0)
-            taken.append(Row(row.ids[: room + 1], row.mask[:room]))
-            room -= len(taken[-1].mask)
+            taken.append(Row(row.ids[: room + 1], row.given))
+            room -= taken[-1].targets
         inputs, targets = windows([row.ids for row in taken])
         for wanted, row in zip(targets, taken, strict=True):
-            wanted[: len(row.mask)].masked_fill_(torch.tensor(row.mask) == 0, IGNORED)
+            wanted[: row.given] = IGNORED
         yield inputs, targets
 
 
@@ -77,29 +86,25 @@ def trainable_copy(base: GPT, lora: LoraConfig, seed: int) -> GPT:
     return model
 
 
-def logits_of(model: GPT) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function from inputs (R, T) and which targets count to the logits (n, V)."""
+def logits_of(model: GPT) -> Forward:
+    """Return how a GPT computes these logits."""
     return lambda inputs, counted: model.logits(model.hidden(inputs)[counted])
 
 
 def training(
     model: Any,
-    forward: Callable[[Tensor, Tensor], Tensor],
+    forward: Forward,
     rows: Sequence[Row],
     rate: float,
-    lora: LoraConfig,
-    tokens_per_step: int,
+    config: InnerConfig | OuterConfig,
     seed: int,
 ) -> Iterator[float]:
-    """Train ``model`` on ``rows``; yield each step's loss, the mean of the targets that count.
-
-    ``forward`` is as ``logits_of`` returns it.  A row has no more targets than the context and a
-    step can hold.
-    """
+    """Train ``model`` on ``rows``; yield each step's loss, the mean of the targets that count.  A
+    row has no more targets than the context and a step can hold."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    device, warmup = trained[0].device, WARMUP if lora.rank is None else 1
+    device, warmup = trained[0].device, WARMUP if config.lora.rank is None else 1
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
-    stream = batches(rows, tokens_per_step, np.random.default_rng(seed))
+    stream = batches(rows, config.tokens_per_step, np.random.default_rng(seed))
     for step, (inputs, targets) in enumerate(stream, start=1):
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, step / warmup)
@@ -133,6 +138,7 @@ class Base:
 
     run: TrainedRun
     validation: Heldout
+    git_commit: str | None = field(default_factory=rundir.git_commit, compare=False)
     _before: dict[str, Score] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -142,10 +148,6 @@ class Base:
         for name, weight in sorted(self.run.model.state_dict().items()):
             sha.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
         return sha.hexdigest()
-
-    @cached_property
-    def git_commit(self) -> str | None:
-        return rundir.git_commit()
 
     @cached_property
     def parameters(self) -> int:
@@ -170,10 +172,8 @@ class Base:
 
 @dataclass(frozen=True)
 class Trial:
-    """A document, an edit of it, and a seed; without a ``proposal`` nothing is trained.
-
-    ``policy`` is who wrote the edit, if anyone did.
-    """
+    """A document, an edit of it, and a seed; without a ``proposal`` nothing is trained.  ``policy``
+    is who wrote the edit, if anyone did."""
 
     method: str
     document: Document
@@ -182,10 +182,6 @@ class Trial:
     inner: InnerConfig
     policy: Policy | None = None
     iteration: int | None = None
-
-    @property
-    def steps(self) -> list[int]:
-        return self.inner.inner_steps if self.proposal else [0]
 
     @property
     def rate(self) -> float:
@@ -211,10 +207,8 @@ class Trial:
 
 
 def run_trial(base: Base, trial: Trial) -> list[Record]:
-    """Return a record for each of the trial's steps.
-
-    An edit that comes out empty and a training that diverges are records too, with an ``error``.
-    """
+    """Return a record for each of the trial's steps.  An edit that comes out empty and a training
+    that diverges are records too, with an ``error``."""
     document, inner = trial.document, trial.inner
     if trial.proposal is None:
         return [_record(base, trial, 0) | _outcome(base.before(document), base.before(document))]
@@ -222,18 +216,17 @@ def run_trial(base: Base, trial: Trial) -> list[Record]:
     length = min(model.config.max_seq_len, inner.tokens_per_step)
     rows = materialise(edit, document, tokenizer, length)
     if not rows:
-        return [_record(base, trial, steps) | {"error": "empty edit"} for steps in trial.steps]
-    # a seed of its own, so that trials can be done in any order
-    what = [document.sha256, edit.edit_id, inner.inner_steps[-1], inner.lora.rank, trial.seed]
-    seed = int(fileio.digest(what)[:15], 16)
+        return [
+            _record(base, trial, steps) | {"error": "empty edit"} for steps in inner.inner_steps
+        ]
+    last, rank = inner.inner_steps[-1], inner.lora.rank
+    seed = seed_of(document.sha256, edit.edit_id, last, rank, trial.seed)
     adapted = trainable_copy(model, inner.lora, seed)
-    losses = training(
-        adapted, logits_of(adapted), rows, trial.rate, inner.lora, inner.tokens_per_step, seed
-    )
-    unknown = [] if tokenizer.unknown_id is None else [tokenizer.unknown_id]
+    losses = training(adapted, logits_of(adapted), rows, trial.rate, inner, seed)
+    read = [token for row in rows for token in row.ids[1:]]
     about: Record = {
-        "edit_train_tokens": sum(len(row.mask) for row in rows),
-        "edit_unknown_tokens": sum(row.ids[1:].count(one) for row in rows for one in unknown),
+        "edit_train_tokens": len(read),
+        "edit_unknown_tokens": sum(token == tokenizer.unknown_id for token in read),
         "train_loss_first": None,
         "train_loss_last": None,
         "wall_s": 0.0,
@@ -241,7 +234,7 @@ def run_trial(base: Base, trial: Trial) -> list[Record]:
     }
     records: list[Record] = []
     error: str | None = None
-    for steps in range(inner.inner_steps[-1] + 1):
+    for steps in range(last + 1):
         if steps > 0 and error is None:
             wall, cpu = time.perf_counter(), time.process_time()
             loss = next(losses)
@@ -297,7 +290,7 @@ def _record(base: Base, trial: Trial, steps: int) -> Record:
         "run_id": trial.run_id(base, steps),
         "git_commit": base.git_commit,
         "seed": trial.seed,
-        "task": document.task,
+        "task": "new_facts" if document.heldout.questions else "domain_shift",
         "method": trial.method,
         "iteration": trial.iteration,
         "doc_id": document.doc_id,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,14 @@ from tinygpt.adaptation.config import (
     identify,
     methods_of,
 )
-from tinygpt.adaptation.documents import Document, open_documents, own_validation
+from tinygpt.adaptation.documents import Document, domain_shift, new_facts, own_validation
 from tinygpt.adaptation.edits import Policy, Proposal, SelfEdit, read
-from tinygpt.adaptation.inner import Base, Trial, run_trial
-from tinygpt.adaptation.policies import OwnPolicy, ReplayPolicy, seed_of
+from tinygpt.adaptation.inner import Base, Trial, run_trial, seed_of
+from tinygpt.adaptation.policies import OwnPolicy, ReplayPolicy, Writer
 from tinygpt.adaptation.prompted import HuggingFacePolicy, MlxPolicy
 from tinygpt.adaptation.records import Record
 from tinygpt.config import LoraConfig
+from tinygpt.data import corpora
 from tinygpt.runs import rundir
 from tinygpt.runs.load import TrainedRun, load_run
 from tinygpt.training.console import logging_to, preparing, short
@@ -61,19 +63,14 @@ SOURCES = {
 
 @dataclass
 class Study:
-    """The records and edits so far; what is there is not computed again.
-
-    ``advance`` is called with the number of new records.
-    """
+    """The records and edits so far; what is there is not computed again."""
 
     config: AdaptConfig
     base: Base
     documents: Sequence[Document]
     policy: Policy
     folder: Path
-    advance: Callable[[int], None] = lambda count: None
-    known: dict[str, Record] = field(default_factory=dict, init=False)  # by run id
-    proposals: dict[str, list[Proposal]] = field(default_factory=dict, init=False)  # by question
+    advance: Callable[[int], None] = lambda count: None  # called with the number of new records
 
     def __post_init__(self) -> None:
         self.records = self.folder / "adapt.jsonl"
@@ -81,6 +78,7 @@ class Study:
         for path in (self.records, self.edits):
             lines.repair(path)
         self.known = {record["run_id"]: record for record in lines.read_records(self.records)[0]}
+        self.proposals: dict[str, list[Proposal]] = {}  # by what was asked
         for line in lines.read_lines(self.edits)[0]:
             proposal = Proposal(read(line["edit"]), line["prompt_tokens"], line["tokens"])
             self.proposals.setdefault(line["key"], []).append(proposal)
@@ -90,7 +88,8 @@ class Study:
 
     def outcome(self, trial: Trial) -> list[Record]:
         """Return the trial's records, from the file or anew; they are not kept yet."""
-        ids = [trial.run_id(self.base, steps) for steps in trial.steps]
+        steps = trial.inner.inner_steps if trial.proposal else [0]
+        ids = [trial.run_id(self.base, k) for k in steps]
         if all(run_id in self.known for run_id in ids):
             return [self.known[run_id] for run_id in ids]
         return run_trial(self.base, trial)
@@ -102,13 +101,11 @@ class Study:
         self.known |= new
         self.advance(len(new))
 
-    def tested(self, method: str) -> dict[int, list[Record]]:
-        """Return the method's records of test documents, by steps."""
-        found: dict[int, list[Record]] = {}
-        for record in self.known.values():
-            if (record["method"], record["split"]) == (method, "test"):
-                found.setdefault(record["inner_steps"], []).append(record)
-        return found
+    def done(self, trial: Trial) -> list[Record]:
+        """Return the trial's records, which are kept."""
+        records = self.outcome(trial)
+        self.keep(records)
+        return records
 
     def score(self, records: Sequence[Record]) -> float:
         """Return the score of a trial, -inf if it has no result."""
@@ -131,37 +128,32 @@ class Study:
         return self.proposals[key]
 
     def trial(self, method: str, directive: SelfEdit | None, document: Document) -> Trial:
-        """Return the trial of a method whose directive is known, with its text.
-
-        The text is the untrained policy's, the same for all rates, or the oracle's.
-        """
-        inner, proposal, policy = self.config.inner, None, None
+        """Return the trial of a method whose directive is known, with its text.  The text is the
+        untrained policy's, the same for all rates, or the oracle's."""
+        inner, policy = self.config.inner, None
         if method == "full_ft_doc":
             inner = dataclasses.replace(inner, lora=LoraConfig())
-        if directive is not None:
-            proposal = Proposal(directive)
-            if method == "oracle":
-                proposal = Proposal(dataclasses.replace(directive, text=list(document.oracle)))
-            elif directive.source != "doc":
-                ops, n = directive.text_ops, directive.n
-                plain = SelfEdit("edit", text_ops=ops, n=n)
-                seed = seed_of(self.config.seed, "text", document.sha256, ops, n)
-                (written,) = self.proposed(
-                    f"text {'+'.join(ops)} {n}",
-                    document,
-                    lambda: [self.policy.with_text(plain, document, seed=seed)],
-                )
-                edit = dataclasses.replace(directive, text=written.edit.text)
-                proposal, policy = dataclasses.replace(written, edit=edit), self.policy
+        proposal = Proposal(directive) if directive else None
+        if directive and method == "oracle":
+            proposal = Proposal(dataclasses.replace(directive, text=list(document.oracle)))
+        elif directive and directive.source != "doc":
+            policy, ops, n = self.policy, directive.text_ops, directive.n
+            plain = SelfEdit("edit", text_ops=ops, n=n)
+            seed = seed_of(self.config.seed, "text", document.sha256, ops, n)
+            (written,) = self.proposed(
+                f"text {'+'.join(ops)} {n}",
+                document,
+                lambda: [self.policy.with_text(plain, document, seed=seed)],
+            )
+            edit = dataclasses.replace(directive, text=written.edit.text)
+            proposal = dataclasses.replace(written, edit=edit)
         return Trial(method, document, proposal, self.config.seed, inner, policy)
 
     def sampled(
         self, policy: Policy, iteration: int, document: Document, count: int, seeds: int = 1
     ) -> list[Trial]:
         """Return the trials of edits that a policy proposes, each as often, with ``seeds`` seeds.
-
-        It explores on train documents alone.
-        """
+        It explores on train documents alone."""
         outer, method = self.config.outer, f"restem_it{iteration}"
         explore = outer.explore_later if iteration else outer.explore
         explore = explore if document.split == "train" else 0.0
@@ -181,33 +173,50 @@ class Study:
 # --- the methods
 
 
-def run_methods(study: Study) -> None:
-    """Do all methods of the study, one after the other."""
+def run_methods(study: Study) -> dict[str, float | None]:
+    """Do all methods of the study, one after the other; return what `results.json` says of each:
+    its mean reward on the test documents after the most steps, None where none has a result."""
+    rewards: dict[str, float | None] = {}
     for method in methods_of(study.config):
         if method == "restem":
-            learn(study)
+            rewards |= learn(study)
             continue
         directive = None if method == "none" else tune(method, study)
-        for document in study.split("test"):
-            study.keep(study.outcome(study.trial(method, directive, document)))
-        _log_tested(study, method)
+        trials = (study.trial(method, directive, document) for document in study.split("test"))
+        rewards |= _tested(method, study, trials)
+    return rewards
+
+
+def _tested(method: str, study: Study, trials: Iterable[Trial]) -> dict[str, float | None]:
+    """Do a method's trials of test documents; log the means after each number of steps."""
+    parts: list[str] = []
+    reward: float | None = None
+    for records in zip(*[study.done(trial) for trial in trials], strict=True):
+        good = [record for record in records if record["error"] is None]
+        said, reward = "no result", None
+        if good:
+            names = ("reward", "forgetting")
+            reward, forgetting = (float(np.mean([r[name] for r in good])) for name in names)
+            said = f"{reward:+.3f} ({forgetting:+.3f})"
+            if good[0]["accuracy_after"] is not None:
+                said += f" {np.mean([r['accuracy_after'] for r in good]):.0%}"
+        parts.append(f"k={records[0]['inner_steps']} {said}")
+    log.info("tested  %s: %s", method, ", ".join(parts))
+    return {f"reward_{method}": reward}
 
 
 def tune(method: str, study: Study) -> SelfEdit:
     """Return the directive of ``method`` whose rate has the best score on the tune documents."""
     ops, rates = list(study.policy.ops), study.config.tuning.learning_rates
-    source = SOURCES[method]
+    source, documents = SOURCES[method], study.split("tune")
     plain = SelfEdit(source, ops, n=max(1, TEXTS // len(ops))) if source != "doc" else SelfEdit()
-    if not study.split("tune"):  # allowed if there is one rate
+    if not documents:  # allowed if there is one rate
         return dataclasses.replace(plain, lr=rates[0])
     scores: dict[float, float] = {}
     for rate in rates:
-        edit, each = dataclasses.replace(plain, lr=rate), []
-        for document in study.split("tune"):
-            records = study.outcome(study.trial(method, edit, document))
-            study.keep(records)
-            each.append(study.score(records))
-        scores[rate] = float(np.mean(each))
+        edit = dataclasses.replace(plain, lr=rate)
+        trials = (study.trial(method, edit, document) for document in documents)
+        scores[rate] = float(np.mean([study.score(study.done(trial)) for trial in trials]))
     best = max(scores, key=scores.__getitem__)
     others = ", ".join(f"{rate:g} {score:+.3f}" for rate, score in scores.items() if rate != best)
     end = {min(scores): ", the lowest tried", max(scores): ", the highest tried"}.get(best, "")
@@ -217,31 +226,16 @@ def tune(method: str, study: Study) -> SelfEdit:
     return dataclasses.replace(plain, lr=best)
 
 
-def _log_tested(study: Study, method: str) -> None:
-    """Log the means over the test documents after each number of steps."""
-    parts = []
-    for steps, records in study.tested(method).items():
-        good = [record for record in records if record["error"] is None]
-        if not good:
-            parts.append(f"k={steps} no result")
-            continue
-        reward, forgetting = (np.mean([r[name] for r in good]) for name in ("reward", "forgetting"))
-        parts.append(f"k={steps} {reward:+.3f} ({forgetting:+.3f})")
-        if good[0]["accuracy_after"] is not None:
-            parts[-1] += f" {np.mean([r['accuracy_after'] for r in good]):.0%}"
-    log.info("tested  %s: %s", method, ", ".join(parts))
-
-
-def learn(study: Study) -> None:
+def learn(study: Study) -> dict[str, float | None]:
     """Do ReST-EM: test the policy before and after each iteration."""
-    policy = study.policy
+    policy, rewards = study.policy, dict[str, float | None]()
     for iteration in range(study.config.outer.iterations + 1):
         if iteration > 0:
             policy = _improved(study, policy, iteration - 1)
-        for document in study.split("test"):
-            (trial,) = study.sampled(policy, iteration, document, 1)
-            study.keep(study.outcome(trial))
-        _log_tested(study, f"restem_it{iteration}")
+        documents = study.split("test")
+        trials = (study.sampled(policy, iteration, document, 1)[0] for document in documents)
+        rewards |= _tested(f"restem_it{iteration}", study, trials)
+    return rewards
 
 
 def _improved(study: Study, policy: Policy, iteration: int) -> Policy:
@@ -265,10 +259,11 @@ def _improved(study: Study, policy: Policy, iteration: int) -> Policy:
         accepted = best if means[best] > 0 else None
         chosen += [(document, edit) for edit in edits if edit.edit_id == accepted][:1]
         every += [score for some in scores.values() for score in some]
-        for record in (record for records in outcomes for record in records):
+        flat = [record for records in outcomes for record in records]
+        for record in flat:
             record["accepted"] = record["edit_id"] == accepted
             record["times_proposed"] = times[record["edit_id"]] // outer.inner_seeds
-        study.keep(record for records in outcomes for record in records)
+        study.keep(flat)
     log.info(
         "learned restem_it%d: from the best edit of %d of %d train documents, those that gained by "
         "one; mean score of all %d edits %s",
@@ -280,6 +275,7 @@ def _improved(study: Study, policy: Policy, iteration: int) -> Policy:
     )
     if not chosen:
         return policy
+    assert isinstance(policy, Writer)  # check_adapt refuses others
     folder = study.folder / "policies" / f"iteration_{iteration + 1}"
     if folder.exists():
         return policy.load(folder)
@@ -305,7 +301,13 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
         return found
     base_run = load_run(config.run, config.checkpoint, device.accelerator)
     with preparing(console, base_run.config.data) as progress:
-        documents, skipped = open_documents(config.documents, base_run, config.data)
+        if config.data is None:
+            documents, skipped = new_facts(config.documents, base_run), 0
+        else:
+            corpus = corpora.open_corpus(config.data).documents("train")
+            some = itertools.islice(corpus, config.data.max_documents)
+            texts = (document.text for document in some)
+            documents, skipped = domain_shift(config.documents, base_run, texts)
         tokens = config.documents.forgetting_tokens
         base = Base(base_run, own_validation(base_run, tokens, config.cache_dir, progress))
     policy = make_policy(config, base_run, documents)
@@ -323,8 +325,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
             advance = functools.partial(bar.advance, task)
             study = Study(config, base, documents, policy, run.path, advance)
             _introduce(study, skipped)
-            run_methods(study)
-            results = make_results(study, hash_)
+            results = make_results(study, hash_, run_methods(study))
             fileio.write_json(run.results, results)
             log.info("records %s", study.records)
     return results
@@ -332,9 +333,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
 
 def make_policy(config: AdaptConfig, run: TrainedRun, documents: Sequence[Document]) -> Policy:
     """Return the policy of ``config``, to be asked about ``documents``; ``run`` is what adapts.
-
-    Raises ConfigError, one line.
-    """
+    Raises ConfigError, one line."""
     policy, rates = config.policy, config.tuning.learning_rates
     if isinstance(policy, SelfPolicy):
         return OwnPolicy(run, policy, rates)
@@ -350,18 +349,15 @@ def _finished(
     config: AdaptConfig, run: rundir.RunDir, hash_: str, console: Console
 ) -> dict[str, Any] | None:
     found = run.finished(hash_, config.force)
-    if found is None:
-        return None
-    line = f"already finished: {run.path} ({found['records']} records); force=true makes them again"
-    console.print(line, highlight=False, soft_wrap=True)
+    if found is not None:
+        said = f"{run.path} ({found['records']} records); force=true makes them again"
+        console.print(f"already finished: {said}", highlight=False, soft_wrap=True)
     return found
 
 
 def _begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> None:
-    """Make the folder and say whose it is, or keep what a killed process left to resume.
-
-    If forced, an earlier adaptation goes first.
-    """
+    """Make the folder and say whose it is, or keep what a killed process left to resume.  If
+    forced, an earlier adaptation goes first."""
     if config.force:
         run.clear()
         for path in (run.path / "edits.jsonl", run.environment, run.config):
@@ -393,15 +389,9 @@ def _introduce(study: Study, skipped: int) -> None:
     log.info("shown   after k steps: reward (forgetting)%s; means over documents", facts)
 
 
-def make_results(study: Study, hash_: str) -> dict[str, Any]:
-    """Return ``results.json``: counts, and the mean reward of each method on the test documents
-    after the most steps, null where none has a result."""
-    config, records = study.config, list(study.known.values())
-    rewards: dict[str, float | None] = {}
-    for method in dict.fromkeys(r["method"] for r in records if r["split"] == "test"):
-        tested = study.tested(method)
-        good = [record["reward"] for record in tested[max(tested)] if record["error"] is None]
-        rewards[f"reward_{method}"] = float(np.mean(good)) if good else None
+def make_results(study: Study, hash_: str, rewards: Mapping[str, float | None]) -> dict[str, Any]:
+    """Return ``results.json``."""
+    config, records = study.config, study.known.values()
     return {
         "schema_version": rundir.SCHEMA_VERSION,
         "study": config.study,

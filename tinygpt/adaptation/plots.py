@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tinygpt.adaptation.analysis import BASE, RAW, REFERENCES, Adaptation, by_order, pareto_front
+from tinygpt.adaptation.analysis import (
+    BASE,
+    RAW,
+    REFERENCES,
+    Adaptation,
+    bases,
+    by_order,
+    pareto_front,
+)
 from tinygpt.scaling.drawing import (
     BLACK,
     BLUE,
@@ -59,31 +65,19 @@ def draw(adaptation: Adaptation, folder: Path) -> list[str]:
         return save(figures, folder)
 
 
-def bases(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the part of each task and size of the base, with its title."""
-    for (task, parameters), part in table.groupby(BASE):
-        yield f"{str(task).replace('_', ' ')}, {int(str(parameters)):,} parameters", part
-
-
 def colours(methods: list[str]) -> dict[str, Any]:
     """Return one for each method; iterations from light to dark."""
     rounds = [name for name in methods if name not in COLOURS]
-    depths = dict(zip(rounds, np.linspace(1.0, 0.4, len(rounds))[::-1], strict=True))
-    shades = {
-        n: tuple(1 - depth * (1 - part) for part in to_rgb(RED)) for n, depth in depths.items()
-    }
-    return {name: shades.get(name) or COLOURS[name] for name in methods}
-
-
-def _tested(adaptation: Adaptation) -> pd.DataFrame:
-    table = adaptation.summary
-    return table[(table["split"] == "test") & (table["documents"] > 0)]
+    shades: dict[str, Any] = {name: COLOURS.get(name) for name in methods}
+    for name, depth in zip(rounds, np.linspace(1.0, 0.4, len(rounds))[::-1], strict=True):
+        shades[name] = tuple(1 - depth * (1 - part) for part in to_rgb(RED))
+    return shades
 
 
 def steps(adaptation: Adaptation) -> Figure | None:
     """Draw for each base a panel a method, a line a rank with its band and the law if there is
     one; then all methods of the largest rank against tokens."""
-    table = _tested(adaptation)
+    table = adaptation.tested
     table = table[(table["method"] != "none") & (table["inner_steps"] > 0)]
     if table.empty:
         return None
@@ -111,9 +105,9 @@ def steps(adaptation: Adaptation) -> Figure | None:
         axes = next(every)
         largest = part["lora_rank"].isna() | (part["lora_rank"] == part["lora_rank"].max())
         for method, line in part[largest].groupby("method"):
-            style = "s-" if method in REFERENCES else "o-"
-            shade = {"color": methods[str(method)], "markersize": 3}
-            axes.plot(line["tokens_total"], line["reward"], style, **shade)
+            style: Any = {"color": methods[str(method)], "markersize": 3}
+            style["marker"] = "s" if method in REFERENCES else "o"
+            axes.plot(line["tokens_total"], line["reward"], **style)
         axes.set(xscale="log", xlabel="tokens a document, the policy's too", ylim=_limits(part))
         axes.set(title=f"{name}\nall, largest rank")
         log_ticks(axes.xaxis)
@@ -135,7 +129,7 @@ def _limits(part: pd.DataFrame) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _line(adaptation: Adaptation, axes: Axes, line: pd.DataFrame, colour: Any) -> None:
+def _line(adaptation: Adaptation, axes: Any, line: pd.DataFrame, colour: Any) -> None:
     k = line["inner_steps"].to_numpy(dtype=float)
     low, high = (line[f"reward_{end}"].to_numpy() for end in ("low", "high"))
     axes.fill_between(k, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -148,7 +142,7 @@ def _line(adaptation: Adaptation, axes: Axes, line: pd.DataFrame, colour: Any) -
 
 def pareto(adaptation: Adaptation) -> Figure | None:
     """Draw reward against forgetting on test documents, with the front of each base."""
-    table = _tested(adaptation)
+    table = adaptation.tested
     if table.empty:
         return None
     parts = list(bases(table))
@@ -163,7 +157,7 @@ def pareto(adaptation: Adaptation) -> Figure | None:
         own = part[part["method"] != "oracle"]
         front = own[pareto_front(own["forgetting"].to_numpy(), own["reward"].to_numpy())]
         front = front.sort_values("forgetting")
-        shown: dict[str, Any] = {"where": "post", "color": BLACK, "linewidth": 0.8, "zorder": 1}
+        shown: Any = {"where": "post", "color": BLACK, "linewidth": 0.8, "zorder": 1}
         axes.step(front["forgetting"], front["reward"], **shown)
         for row in part.to_dict("records"):
             hollow = len(ranks) > 1 and row["lora_rank"] == ranks[0]
@@ -172,10 +166,13 @@ def pareto(adaptation: Adaptation) -> Figure | None:
             axes.plot(row["forgetting"], row["reward"], marker, color=shade, mfc=face, ms=4)
         axes.set(xlabel=FORGETTING, ylabel=REWARD)
         axes.set_title(name, fontsize=8)
-    dot: dict[str, Any] = {"color": BLACK, "marker": "o", "ls": "", "markersize": 4}
+    dot: Any = {"color": BLACK, "marker": "o", "ls": "", "markersize": 4}
     marks = [Line2D([], [], **dot | {"color": c}, label=name) for name, c in shades.items()]
-    steps = {f"k = {k}": mark for k, mark in markers.items() if k > 0}
-    marks += [Line2D([], [], **dot | {"marker": mark}, label=name) for name, mark in steps.items()]
+    marks += [
+        Line2D([], [], **dot | {"marker": mark}, label=f"k = {k}")
+        for k, mark in markers.items()
+        if k > 0
+    ]
     if len(ranks) > 1:
         marks.append(Line2D([], [], **dot, mfc="white", label=f"hollow: rank {ranks[0]}"))
     marks.append(Line2D([], [], color=BLACK, linewidth=0.8, label="front"))
@@ -186,11 +183,10 @@ def pareto(adaptation: Adaptation) -> Figure | None:
 def iterations(adaptation: Adaptation) -> Figure | None:
     """Draw mean and best reward of the edits of a document, by iteration, and what the raw
     document gives on test documents."""
-    table = adaptation.restem
+    table, tested = adaptation.restem, adaptation.tested
     if table.empty:
         return None
-    raw = _tested(adaptation)
-    raw = raw[raw["method"] == RAW]
+    raw = tested[tested["method"] == RAW]
     parts = [(name, *pair) for name, base in bases(table) for pair in base.groupby("lora_rank")]
     across = min(3, len(parts))
     width = {1: COLUMN * 1.35, 2: PAGE * 0.85, 3: PAGE}[across]
@@ -200,15 +196,14 @@ def iterations(adaptation: Adaptation) -> Figure | None:
         axes.set_title(f"{name}\nrank {rank}, k = {part['inner_steps'].iloc[0]}", fontsize=7)
         for split, colour, aside in (("train", ORANGE, -0.04), ("test", BLUE, 0.04)):
             line = part[part["split"] == split]
-            edits = line["edits"].max() if len(line) else 0
-            for what, style in (("mean", "o-"), ("best", "^--")) if edits > 1 else [("mean", "o-")]:
-                of = f" of {edits:.2g} edits" if edits > 1 else ""
+            if line.empty:
+                continue
+            edits, x = line["edits"].max(), line["iteration"].to_numpy(dtype=float) + aside
+            for what, style in (("mean", "o-"), ("best", "^--"))[: 2 if edits > 1 else 1]:
                 ends = [line[what] - line[f"{what}_low"], line[f"{what}_high"] - line[what]]
-                bars: dict[str, Any] = {"color": colour, "markersize": 3.5, "elinewidth": 0.8}
-                x = line["iteration"].to_numpy(dtype=float) + aside
-                bars["label"] = f"{split}: {what}{of}"
-                if edits:
-                    axes.errorbar(x, line[what], yerr=np.stack(ends), fmt=style, **bars)
+                bars: Any = {"color": colour, "markersize": 3.5, "elinewidth": 0.8}
+                bars["label"] = f"{split}: {what}" + (f" of {edits:.2g} edits" if edits > 1 else "")
+                axes.errorbar(x, line[what], yerr=np.stack(ends), fmt=style, **bars)
         for level in raw.merge(part[[*BASE, "lora_rank", "inner_steps"]].head(1))["reward"]:
             axes.axhline(level, color=GREY, label=f"test: {RAW}", **DOTTED)
         rounds = sorted(part["iteration"].unique())

@@ -1,7 +1,9 @@
 """Propose edits: by the base itself, or from a file of edits.  Models that read instructions are in
 ``prompted``.
 
-A language model draws a directive slot by slot, then writes the texts that it asks for.
+A language model draws a directive slot by slot, then writes the texts that it asks for.  A small
+one cannot be told to write JSON, so each option of a slot stands for one token, and only the tokens
+of the options can be chosen: whatever the logits, the directive can be read.
 """
 
 from __future__ import annotations
@@ -11,42 +13,32 @@ import dataclasses
 import itertools
 import math
 import string
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
-from torch import Tensor
 
 from tinygpt.adaptation import edits
 from tinygpt.adaptation.config import OuterConfig, SelfPolicy
 from tinygpt.adaptation.documents import Document
-from tinygpt.adaptation.edits import Policy, Proposal, Row, SelfEdit, Slots
-from tinygpt.adaptation.inner import logits_of, trainable_copy, training
+from tinygpt.adaptation.edits import Policy, Proposal, Row, SelfEdit
+from tinygpt.adaptation.inner import Forward, logits_of, seed_of, trainable_copy, training
 from tinygpt.config import ConfigError, RunError, Sampling
-from tinygpt.fileio import digest, parse_json, replacing
+from tinygpt.config.checks import require
+from tinygpt.fileio import parse_json, replacing
+from tinygpt.model.generate import NO_CHOICE
 from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import merged
 from tinygpt.runs.load import TrainedRun
 
-
-def seed_of(*what: Any) -> int:
-    """Return a seed for each thing that is drawn, so that the order of drawing does not matter."""
-    return int(digest(what)[:15], 16)
-
+Examples = Sequence[tuple[Document, SelfEdit]]  # edits that paid
 
 # --- any language model
-
-
-class Text(NamedTuple):
-    """A text that a policy wrote, and how many tokens it took."""
-
-    text: str
-    tokens: int
 
 
 class Writer(Policy):
@@ -54,52 +46,81 @@ class Writer(Policy):
 
     lm: Any  # the model itself
     length: int  # the most tokens that it reads at once
-    slots: Slots
-    tokens: list[int]  # that stand for the options of a slot
+    slots: dict[str, list[Any]]  # by name, in the order they are drawn, what there is to choose
+    tokens: list[int]  # that stand for the options of any slot
 
-    @abstractmethod
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
 
-    @abstractmethod
     def behind(self, what: str, document: Document, count: int) -> list[list[int]]:
         """Return the tokens behind which ``count`` texts of a kind are written, or behind which a
         ``directive`` is drawn."""
+        raise NotImplementedError
 
-    @abstractmethod
     def logits(self, ids: Sequence[int], allowed: Sequence[int]) -> Sequence[float]:
         """Return those of the tokens ``allowed``, as the one that follows ``ids``."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def texts(self, prompts: Sequence[list[int]], seed: int) -> list[Text]:
-        """Return what follows the prompts of an edit.  Raises RunError for a diverged model."""
+    def texts(self, prompts: Sequence[list[int]], seed: int) -> tuple[list[str], int]:
+        """Return what follows the prompts of an edit, and how many tokens that is in all.  Raises
+        RunError for a diverged model."""
+        raise NotImplementedError
 
-    @abstractmethod
     def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Any:
         """Return a copy of the model, trained on ``rows``.  Raises RunError if that diverges."""
+        raise NotImplementedError
 
     def set_slots(self, rates: Sequence[float], unknown_id: int | None, where: str) -> None:
-        """Choose tokens of letters, which stand for the first, the second ... option of any slot.
-
-        Raises ConfigError, which ``where`` begins, for a tokenizer with too few.
-        """
-        self.slots = edits.slots(rates, self.ops)
+        """Set what a directive chooses, and choose tokens of letters that stand for it.  Raises
+        ConfigError, which ``where`` begins, for a tokenizer with too few."""
+        sizes = range(1, len(self.ops) + 1)
+        self.slots = {
+            "source": list(edits.SOURCES),
+            "text_ops": [list(some) for size in sizes for some in combinations(self.ops, size)],
+            "n": [1, 2, 4],
+            "aug": list(edits.AUGMENTATIONS),
+            "lr": list(rates),
+            "mask": list(edits.MASKS),
+        }
         found = [ids[-1] for letter in string.ascii_letters if (ids := self.encode(letter))]
         tokens = list(dict.fromkeys(token for token in found if token != unknown_id))
         most = max(map(len, self.slots.values()))
-        if len(tokens) < most:
-            raise ConfigError(
-                f"{where}: the tokenizer has {len(tokens)} letters; a policy needs {most}"
-            )
+        line = f"{where}: the tokenizer has {len(tokens)} letters; a policy needs {most}"
+        require(len(tokens) >= most, line)
         self.tokens = tokens[:most]
 
-    def propose(
-        self, document: Document, count: int, *, seed: int, explore: float
-    ) -> list[Proposal]:
+    def draw(
+        self, prefix: Sequence[int], explore: float, rng: np.random.Generator
+    ) -> tuple[SelfEdit, list[int]]:
+        """Return a directive drawn behind ``prefix``, without text, and its tokens.
+
+        An option has the probability (1 - explore) · softmax over the allowed tokens + explore /
+        options.  Raises RunError where the logits are not finite.
+        """
+        values: dict[str, Any] = {}
+        drawn: list[int] = []
+        for name, options in self.slots.items():
+            allowed = self.tokens[: len(options)]
+            of_each = np.asarray(self.logits([*prefix, *drawn], allowed), dtype=np.float64)
+            if not np.isfinite(of_each).all():
+                raise RunError(NO_CHOICE)
+            weights = np.exp(of_each - of_each.max())
+            p = (1 - explore) * weights / weights.sum() + explore / len(allowed)
+            number = int(rng.choice(len(allowed), p=p))
+            drawn.append(allowed[number])
+            values[name] = options[number]
+        return SelfEdit(**values), drawn
+
+    def directive(self, edit: SelfEdit) -> list[int]:
+        """Return the tokens by which ``draw`` would have drawn the directive of an edit."""
+        options = self.slots.items()
+        return [self.tokens[some.index(getattr(edit, name))] for name, some in options]
+
+    def propose(self, document: Document, count: int, seed: int, explore: float) -> list[Proposal]:
         (prefix,) = self.behind("directive", document, 1)
         found = []
         for one in [seed_of(seed, document.sha256, n) for n in range(count)]:
-            rng = np.random.default_rng(one)
-            edit, drawn = edits.decode(self.logits, prefix, self.slots, self.tokens, explore, rng)
+            edit, drawn = self.draw(prefix, explore, np.random.default_rng(one))
             text = self.with_text(edit, document, seed=one)
             read, wrote = text.prompt_tokens + len(prefix), text.tokens + len(drawn)
             found.append(Proposal(text.edit, read, wrote))
@@ -107,44 +128,26 @@ class Writer(Policy):
 
     def with_text(self, edit: SelfEdit, document: Document, *, seed: int) -> Proposal:
         prompts = self.prompts(edit, document)
-        texts = self.texts(prompts, seed) if prompts else []
-        written = dataclasses.replace(edit, text=[text.text for text in texts])
-        return Proposal(written, sum(map(len, prompts)), sum(text.tokens for text in texts))
+        texts, tokens = self.texts(prompts, seed) if prompts else ([], 0)
+        return Proposal(dataclasses.replace(edit, text=texts), sum(map(len, prompts)), tokens)
 
     def prompts(self, edit: SelfEdit, document: Document) -> list[list[int]]:
-        """Return the tokens behind which each text is written; none if none is needed.
-
-        Raises RunError for a kind of text that the policy cannot write.
-        """
+        """Return the tokens behind which each text is written; none if none is needed."""
         if edit.source == "doc":
             return []
-        for op in edit.text_ops:
-            if op not in self.ops:
-                can = ", ".join(self.ops)
-                raise RunError(f"policy.kind={self.backend}: cannot {op} a text; it can {can}")
         return [prompt for op in edit.text_ops for prompt in self.behind(op, document, edit.n)]
 
-    def sft(
-        self, examples: Sequence[tuple[Document, SelfEdit]], config: OuterConfig, *, seed: int
-    ) -> Writer:
-        rows = self.rows(examples, config.tokens_per_step)
-        if not rows:
-            return self
-        model = self.trained(rows, config, seed_of(seed, "sft"))
-        return self.with_model(model, self.sft_tokens + config.steps * config.tokens_per_step)
-
-    def rows(
-        self, examples: Sequence[tuple[Document, SelfEdit]], tokens_per_step: int
-    ) -> list[Row]:
-        """Return what ``sft`` trains on: of each edit the directive, and each of its texts."""
-        found: list[Row] = []
+    def sft(self, examples: Examples, config: OuterConfig, *, seed: int) -> Writer:
+        """Return a new policy, trained on the directive and the texts of each edit.  Raises
+        RunError if that diverges."""
+        rows: list[Row] = []
         for document, edit in examples:
-            written = [edits.directive_tokens(edit, self.slots, self.tokens)]
-            written += map(self.encode, edit.text)
+            written = [self.directive(edit), *map(self.encode, edit.text)]
             given = [*self.behind("directive", document, 1), *self.prompts(edit, document)]
             for pair in zip(given, written, strict=True):
-                found += learned_rows(*pair, min(self.length, tokens_per_step))
-        return found
+                rows += learned_rows(*pair, min(self.length, config.tokens_per_step))
+        model = self.trained(rows, config, seed_of(seed, "sft"))
+        return self.with_model(model, self.sft_tokens + config.steps * config.tokens_per_step)
 
     def with_model(self, model: Any, sft_tokens: int) -> Writer:
         new = copy.copy(self)
@@ -152,10 +155,12 @@ class Writer(Policy):
         return new
 
     def save(self, folder: Path) -> None:
+        """Write what ``load`` needs into an existing folder."""
         with replacing(folder / "policy.safetensors") as temporary:
             save_model(self.lm, str(temporary), {"sft_tokens": str(self.sft_tokens)})
 
     def load(self, folder: Path) -> Writer:
+        """Return the policy that a later state of this one saved.  Raises ConfigError."""
         path, model = folder / "policy.safetensors", copy.deepcopy(self.lm)
         try:
             load_model(model, path)
@@ -166,15 +171,11 @@ class Writer(Policy):
 
 
 def fine_tune(
-    model: Any,
-    forward: Callable[[Tensor, Tensor], Tensor],
-    rows: Sequence[Row],
-    config: OuterConfig,
-    seed: int,
+    model: Any, forward: Forward, rows: Sequence[Row], config: OuterConfig, seed: int
 ) -> None:
     """Train ``model`` on ``rows``, as ``training`` does.  Raises RunError if it diverges."""
     rate = config.learning_rate
-    losses = training(model, forward, rows, rate, config.lora, config.tokens_per_step, seed)
+    losses = training(model, forward, rows, rate, config, seed)
     for step, loss in enumerate(itertools.islice(losses, config.steps), start=1):
         if not math.isfinite(loss):
             line = f"outer.learning_rate={rate}: the policy's training diverged at step {step}"
@@ -182,14 +183,12 @@ def fine_tune(
 
 
 def learned_rows(given: Sequence[int], written: Sequence[int], length: int) -> Iterator[Row]:
-    """Yield rows of ``length`` targets at most, of which only the tokens written count.
-
-    Before them stands as much as fits of what they were written behind, one token at least.
-    """
+    """Yield rows of ``length`` targets at most, of which only the tokens written count.  Before
+    them stands as much as fits of what they were written behind, one token at least."""
     for first in range(0, len(written), length):
         some = written[first : first + length]
         before = [*given, *written[:first]][-(length + 1 - len(some)) :]
-        yield Row([*before, *some], [0] * (len(before) - 1) + [1] * len(some))
+        yield Row([*before, *some], given=len(before) - 1)
 
 
 # --- the base itself
@@ -230,14 +229,14 @@ class OwnPolicy(Writer):
         last: list[float] = self.lm.logits(self.lm.hidden(read)[0, -1])[list(allowed)].tolist()
         return last
 
-    def texts(self, prompts: Sequence[list[int]], seed: int) -> list[Text]:
-        """Return all, written side by side: the prompts of a document are of one length."""
+    def texts(self, prompts: Sequence[list[int]], seed: int) -> tuple[list[str], int]:
+        """Write all side by side: the prompts of a document are of one length."""
         tokenizer, seeds = self.run.tokenizer, [seed_of(seed, n) for n in range(len(prompts))]
         run = dataclasses.replace(self.run, model=self.lm)
         steps = run.stream(prompts, seeds, self.max_edit_tokens, self.sampling)
         rows = zip(*(step.tokens.tolist() for step in steps), strict=True)
         new = [list(itertools.takewhile(tokenizer.eot_id.__ne__, row)) for row in rows]
-        return [Text(tokenizer.decode(row), len(row)) for row in new]
+        return list(map(tokenizer.decode, new)), sum(map(len, new))
 
     def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> GPT:
         model = trainable_copy(self.lm, config.lora, seed)
@@ -288,9 +287,7 @@ class ReplayPolicy(Policy):
         line = f"policy.path={self.model}: has no edit of the document {document.doc_id}"
         raise ConfigError(line)
 
-    def propose(
-        self, document: Document, count: int, *, seed: int, explore: float
-    ) -> list[Proposal]:
+    def propose(self, document: Document, count: int, seed: int, explore: float) -> list[Proposal]:
         """Return them in the order of the file, beginning at the seed; nothing is explored."""
         found = self._of(document)
         return [found[(seed + n) % len(found)] for n in range(count)]
@@ -312,13 +309,11 @@ def _read_proposal(line: bytes) -> tuple[str, Proposal]:
         values = parse_json(line.decode())
     except ValueError as error:
         raise ConfigError(f"not JSON ({error})") from error
-    if not isinstance(values, dict) or "edit" not in values:
-        raise ConfigError("must be an object with an edit")
+    require(isinstance(values, dict) and "edit" in values, "must be an object with an edit")
     owner = values.get("doc_sha256") or values.get("doc_id")
-    if not isinstance(owner, str):
-        raise ConfigError("must say whose edit it is, by doc_sha256 or doc_id")
+    require(isinstance(owner, str), "must say whose edit it is, by doc_sha256 or doc_id")
     costs = {name: values.get(name, 0) for name in ("prompt_tokens", "tokens")}
     for name, value in costs.items():
-        if type(value) is not int or value < 0:
-            raise ConfigError(f"{name}={value!r:.60}: must be a number of tokens, at least 0")
+        said = f"{name}={value!r:.60}: must be a number of tokens, at least 0"
+        require(type(value) is int and value >= 0, said)
     return owner, Proposal(edits.read(values["edit"]), **costs)

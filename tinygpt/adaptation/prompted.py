@@ -15,7 +15,6 @@ import platform
 import re
 import sys
 import warnings
-from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,15 @@ from torch import Tensor
 from tinygpt.adaptation.config import ModelPolicy, OuterConfig
 from tinygpt.adaptation.documents import Document
 from tinygpt.adaptation.edits import TEXT_OPS, Row
-from tinygpt.adaptation.policies import Text, Writer, fine_tune, seed_of
+from tinygpt.adaptation.inner import seed_of
+from tinygpt.adaptation.policies import Writer, fine_tune
 from tinygpt.config import ConfigError, RunError, first_line, install
+from tinygpt.config.checks import require
 from tinygpt.fileio import read_json
 from tinygpt.model.generate import NO_CHOICE
 
 # What stands before the document in a prompt, and behind it.
-FRAMES: dict[str, tuple[str, str]] = {
+FRAMES = {
     "continue": ("", ""),
     "restate": (
         "Text:\n",
@@ -57,7 +58,7 @@ ANSWER = re.compile(r"\s*\n\s*(?=(?:Answer|A):)")  # on a line of its own it wou
 class PromptedPolicy(Writer):
     """A language model whose tokenizer is one of transformers; so are those of mlx_lm."""
 
-    ops: Sequence[str] = TEXT_OPS
+    ops = TEXT_OPS
 
     def __init__(self, config: ModelPolicy, rates: Sequence[float], tokenizer: Any) -> None:
         """Raises ConfigError if the prompts and the text do not fit into the context, and for a
@@ -74,11 +75,11 @@ class PromptedPolicy(Writer):
         asked += "The letters of the best choices, in this order: "
         self.frames = FRAMES | {"directive": ("Text:\n", asked)}
         room = min(map(self._room, self.frames))
-        if room < 1:
-            raise ConfigError(
-                f"{where}: its context of {self.length} tokens is too short; prompts and "
-                f"policy.max_edit_tokens={config.max_edit_tokens} take {self.length - room}"
-            )
+        require(
+            room >= 1,
+            f"{where}: its context of {self.length} tokens is too short; prompts and "
+            f"policy.max_edit_tokens={config.max_edit_tokens} take {self.length - room}",
+        )
 
     def _room(self, name: str) -> int:
         """Return how many tokens of a document a prompt can have."""
@@ -98,37 +99,36 @@ class PromptedPolicy(Writer):
         """Return prompts with the end of a document that is too long."""
         return [self._prompt(what, self.encode(document.context)[-self._room(what) :])] * count
 
-    def texts(self, prompts: Sequence[list[int]], seed: int) -> list[Text]:
-        groups = [(prompt, len(list(same))) for prompt, same in itertools.groupby(prompts)]
-        each = [self.continued(ids, count, seed_of(seed, ids)) for ids, count in groups]
-        return [Text(ANSWER.sub(" ", text), n) for texts in each for text, n in texts]
+    def texts(self, prompts: Sequence[list[int]], seed: int) -> tuple[list[str], int]:
+        found: list[str] = []
+        tokens = 0
+        for prompt, same in itertools.groupby(prompts):
+            texts, wrote = self.continued(prompt, len(list(same)), seed_of(seed, prompt))
+            found += [ANSWER.sub(" ", text) for text in texts]
+            tokens += wrote
+        return found, tokens
 
-    @abstractmethod
-    def continued(self, prompt: list[int], count: int, seed: int) -> list[Text]:
-        """Return so many texts behind one prompt."""
+    def continued(self, prompt: list[int], count: int, seed: int) -> tuple[list[str], int]:
+        """Return so many texts behind one prompt, and how many tokens they took."""
+        raise NotImplementedError
 
 
 def _context(path: str) -> int:
-    """Return the most tokens that the model in a local folder reads at once.
-
-    Raises ConfigError if it is no such folder, or brings code of its own.
-    """
+    """Return the most tokens that the model in a local folder reads at once.  Raises ConfigError if
+    it is no such folder, or brings code of its own."""
     folder, where = Path(path).expanduser(), f"policy.path={path}"
-    if not folder.is_dir():
-        raise ConfigError(f"{where}: no such folder")
-    if not (folder / "config.json").exists():
-        raise ConfigError(f"{where}: not the folder of a model, as it has no config.json")
+    require(folder.is_dir(), f"{where}: no such folder")
+    line = f"{where}: not the folder of a model, as it has no config.json"
+    require((folder / "config.json").exists(), line)
     try:
         values = read_json(folder / "config.json")
     except ConfigError as error:
         raise ConfigError(f"{where}: not the folder of a model ({error})") from error
-    if "model_file" in values:
-        raise ConfigError(f"{where}: brings code of its own; it is not run")
+    require("model_file" not in values, f"{where}: brings code of its own; it is not run")
     found = values.get("max_position_embeddings") or values.get("n_positions") or sys.maxsize
-    if type(found) is not int or found < 1:
-        line = f"max_position_embeddings={found!r:.40}: must be a whole number"
-        raise ConfigError(f"{where}: {line}")
-    return found
+    line = f"{where}: max_position_embeddings={found!r:.40}: must be a whole number"
+    require(type(found) is int and found >= 1, line)
+    return int(found)
 
 
 def _imported(name: str, kind: str) -> Any:
@@ -167,7 +167,7 @@ class HuggingFacePolicy(PromptedPolicy):
         of_each: list[float] = last[list(allowed)].tolist()
         return of_each
 
-    def continued(self, prompt: list[int], count: int, seed: int) -> list[Text]:
+    def continued(self, prompt: list[int], count: int, seed: int) -> tuple[list[str], int]:
         ends = self.lm.generation_config.eos_token_id or self.tokenizer.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         ids = torch.tensor([prompt], device=self.device)
@@ -185,11 +185,10 @@ class HuggingFacePolicy(PromptedPolicy):
                 pad_token_id=ends[0],
                 logits_processor=[_finite],
             )
-        found = []
-        for row in rows[:, len(prompt) :].tolist():
-            new = list(itertools.takewhile(lambda token: token not in ends, row))
-            found.append(Text(self.tokenizer.decode(new, skip_special_tokens=True), len(new)))
-        return found
+        written = rows[:, len(prompt) :].tolist()
+        new = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in written]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in new]
+        return texts, sum(map(len, new))
 
     def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Any:
         """Train adapters of all linear layers but the head, which may be tied; or all weights."""
@@ -253,9 +252,8 @@ class MlxPolicy(PromptedPolicy):
     def __init__(self, config: ModelPolicy, rates: Sequence[float]) -> None:
         """Raises ConfigError on other machines, and if the library or the model is missing."""
         machine = platform.system(), platform.machine()
-        if machine != ("Darwin", "arm64"):
-            here = " ".join(machine)
-            raise ConfigError(f"policy.kind=mlx: needs Apple silicon, and this is {here}; use hf")
+        line = f"policy.kind=mlx: needs Apple silicon, and this is {' '.join(machine)}; use hf"
+        require(machine == ("Darwin", "arm64"), line)
         self.length = _context(config.path)
         self.mlx, self.mlx_lm = _imported("mlx.core", "mlx"), _imported("mlx_lm", "mlx")
         sampling = _imported("mlx_lm.sample_utils", "mlx")
@@ -272,11 +270,10 @@ class MlxPolicy(PromptedPolicy):
         of_each: list[float] = last[self.mlx.array(list(allowed))].tolist()
         return of_each
 
-    def continued(self, prompt: list[int], count: int, seed: int) -> list[Text]:
+    def continued(self, prompt: list[int], count: int, seed: int) -> tuple[list[str], int]:
         self.mlx.random.seed(seed)
-        found = []
-        for _ in range(count):
-            text, tokens = "", 0
+        texts, tokens = [""] * count, 0
+        for n in range(count):
             for part in self.mlx_lm.stream_generate(
                 self.lm,
                 self.tokenizer,
@@ -286,10 +283,6 @@ class MlxPolicy(PromptedPolicy):
             ):
                 if not math.isfinite(part.logprobs[part.token].item()):
                     raise RunError(NO_CHOICE)
-                text += part.text
+                texts[n] += part.text
                 tokens += part.finish_reason != "stop"  # the last one, which ends the text
-            found.append(Text(text, tokens))
-        return found
-
-    def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Any:
-        raise RunError("policy.kind=mlx: cannot be trained; use self or hf")
+        return texts, tokens

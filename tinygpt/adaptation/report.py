@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
 from tinygpt import fileio
 from tinygpt.adaptation import plots
@@ -19,10 +18,10 @@ from tinygpt.adaptation.analysis import (
     RAW,
     Adaptation,
     analyse_adaptation,
+    bases,
     by_order,
     load_records,
 )
-from tinygpt.adaptation.plots import bases
 from tinygpt.scaling import document, wording
 from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
 from tinygpt.scaling.intervals import LEVEL, Interval
@@ -50,17 +49,17 @@ TABLES = {
 }
 BRIEF = ("method", "reward", "forgetting", "accuracy", "failed")  # columns of what is printed
 MARKS = {"better": " ▲", "worse": " ▼", "no evidence": ""}
+Row = dict[Any, Any]
 Cells = dict[str, str]  # of a row, by column
 
 
 def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
-    """Write the whole report on the records under ``runs``, and print the answer.
-
-    Raises ConfigError if there are none or they contradict each other.
-    """
+    """Write the whole report on the records under ``runs``, and print the answer.  Raises
+    ConfigError if there are none or they contradict each other."""
     adaptation = analyse_adaptation(load_records(*runs), seed)
     write(adaptation, folder)
-    show(adaptation, folder)
+    brief = outcomes(adaptation, brief=True)
+    document.show([*answer(adaptation), *brief, *notes(adaptation)], folder)
 
 
 def write(adaptation: Adaptation, folder: Path) -> list[Path]:
@@ -77,22 +76,19 @@ def write(adaptation: Adaptation, folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def show(adaptation: Adaptation, folder: Path, console: Console | None = None) -> None:
-    """Print the answer, what each method brings, and where the report lies."""
-    brief = outcomes(adaptation, brief=True)
-    document.show([*answer(adaptation), *brief, *notes(adaptation)], folder, console)
-
-
 def compose(adaptation: Adaptation, figures: Sequence[str]) -> Iterator[Block]:
     """Yield the whole report, in the order it is read."""
-    pictures = {name: Picture(name, CAPTIONS[name]) for name in figures}
+
+    def pictures(*names: str) -> Iterator[Block]:
+        return (Picture(name, CAPTIONS[name]) for name in names if name in figures)
+
     yield from answer(adaptation)
     yield from outcomes(adaptation)
     yield from differences(adaptation)
-    yield from (pictures[name] for name in list(CAPTIONS)[1::-1] if name in pictures)
+    yield from pictures("pareto_forgetting", "adaptation_laws")
     yield from powers(adaptation)
     yield from rounds(adaptation)
-    yield from (pictures[name] for name in list(CAPTIONS)[2:] if name in pictures)
+    yield from pictures("restem")
     yield from notes(adaptation)
     yield Heading("How it was computed")
     yield Paragraph(
@@ -162,8 +158,8 @@ def _largest(rows: pd.DataFrame, negative: bool = False) -> str:
     more = _signed(row, "forgetting_difference", "forgetting_")
     return (
         f"`{row['method']}` (rank {_rank(row)}, k = {row['inner_steps']}): "
-        f"{_signed(row, 'difference')} nats over {count(row['documents'], 'document')}, Holm's p "
-        f"{_p(row['holm_p'], '= ')}; forgetting {_plus(row['forgetting'])} nats, {more} against "
+        f"{_signed(row, 'difference', '')} nats over {count(row['documents'], 'document')}, Holm's "
+        f"p {_p(row['holm_p'], '= ')}; forgetting {_plus(row['forgetting'])} nats, {more} against "
         f"`{RAW}`"
     )
 
@@ -194,13 +190,15 @@ def _plus(value: float) -> str:
     return f"{'+' if value > 0 else ''}{wording.number(value, 2)}"
 
 
-def _signed(row: Any, name: str, prefix: str = "") -> str:
-    """Return ``+0.12 (0.05 to 0.19)``, to the digits that the interval supports."""
+def _signed(row: Any, name: str, prefix: str | None = None) -> str:
+    """Return ``+0.12 (0.05 to 0.19)``, to the digits that the interval supports; its ends are in
+    the columns low and high behind ``prefix``, or behind the name."""
+    prefix = f"{name}_" if prefix is None else prefix
     value, low, high = (float(row[end]) for end in (name, f"{prefix}low", f"{prefix}high"))
     if not low < high:
         return _plus(value)
     found = Interval(value, low, high, LEVEL, "")
-    return f"{'+' if value > 0 else ''}{wording.estimate(value, found)} ({wording.reach(found)})"
+    return ("+" if value > 0 else "") + wording.with_interval(value, found)
 
 
 # --- tables
@@ -208,7 +206,7 @@ def _signed(row: Any, name: str, prefix: str = "") -> str:
 
 def _tables(
     table: pd.DataFrame,
-    cells: Callable[[dict[Any, Any]], Cells],
+    cells: Callable[[Row], Cells],
     columns: Sequence[str] | None = None,
     title: str = "",
 ) -> Iterator[Block]:
@@ -227,8 +225,7 @@ def _tables(
 def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
     """Say what each method brings on test documents, after the fewest and the most steps;
     ``brief``: after the most alone, at the largest rank."""
-    table = adaptation.summary
-    table = table[(table["split"] == "test") & (table["documents"] > 0)]
+    table = adaptation.tested
     if table.empty:
         yield Paragraph("No test document has a result yet.")
         return
@@ -248,7 +245,7 @@ def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
         yield from _tables(part, _outcome, BRIEF if brief else None, title)
 
 
-def _outcome(row: dict[Any, Any]) -> Cells:
+def _outcome(row: Row) -> Cells:
     share = points = before = ""
     if np.isfinite(row["accuracy_after"]):
         ends = [100 * row[f"accuracy_after_{end}"] for end in ("low", "high")]
@@ -260,8 +257,8 @@ def _outcome(row: dict[Any, Any]) -> Cells:
         "method": f"`{row['method']}`",
         "rank": _rank(row),
         "k": str(row["inner_steps"]),
-        "reward": _signed(row, "reward", "reward_"),
-        "forgetting": _signed(row, "forgetting", "forgetting_"),
+        "reward": _signed(row, "reward"),
+        "forgetting": _signed(row, "forgetting"),
         "before": before,
         "accuracy": share,
         "gained": points,
@@ -284,26 +281,22 @@ def differences(adaptation: Adaptation) -> Iterator[Block]:
         "the most steps, the difference in forgetting and p by t, Wilcoxon and Holm."
     )
     for _, part in bases(table):
-        found = {(*_setting(row), row["inner_steps"]): row for row in part.to_dict("records")}
         last = part.sort_values("inner_steps").drop_duplicates(PLACE, keep="last").sort_index()
-        steps = sorted(part["inner_steps"].unique())
-        yield from _tables(last, partial(_difference, found, steps))
+        yield from _tables(last, partial(_difference, part.to_dict("records")))
     methods = set(adaptation.summary["method"]) - {"none", RAW} - set(table["method"])
     if methods:
         names = ", ".join(f"`{name}`" for name in by_order(methods))
         yield Paragraph(f"Without a document, seed and setting that `{RAW}` has too: {names}.")
 
 
-def _setting(row: dict[Any, Any]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in PLACE)
-
-
-def _difference(found: dict[Any, dict[Any, Any]], steps: list[int], row: dict[Any, Any]) -> Cells:
-    """Return the cells of a setting; ``found`` has the comparisons by setting and steps."""
+def _difference(every: list[Row], row: Row) -> Cells:
+    """Return the cells of a setting; ``every`` are the comparisons of its base, at any steps."""
+    place = [str(row[name]) for name in PLACE]
+    mine = {one["inner_steps"]: one for one in every if [str(one[name]) for name in PLACE] == place}
     cells = {"method": f"`{row['method']}`", "rank": _rank(row)}
-    for k in steps:
-        one = found.get((*_setting(row), k))
-        text = _signed(one, "difference") + MARKS[one["verdict"]] if one else wording.UNKNOWN
+    for k in sorted({one["inner_steps"] for one in every}):
+        one = mine.get(k)
+        text = _signed(one, "difference", "") + MARKS[one["verdict"]] if one else wording.UNKNOWN
         cells[f"k = {k}"] = text
     cells["documents"] = str(row["documents"])
     cells["forgetting"] = _signed(row, "forgetting_difference", "forgetting_")
@@ -325,11 +318,11 @@ def powers(adaptation: Adaptation) -> Iterator[Block]:
     yield from _tables(adaptation.laws, _power)
 
 
-def _power(row: dict[Any, Any]) -> Cells:
+def _power(row: Row) -> Cells:
     found = {"method": f"`{row['method']}`", "rank": _rank(row), "c": "", "a": "", "off": ""}
     if np.isnan(row["c"]):
         return found | {"": f"none: {row['reason']}"}
-    shown = {name: _signed(row, name, f"{name}_").removeprefix("+") for name in ("c", "a")}
+    shown = {name: _signed(row, name).removeprefix("+") for name in ("c", "a")}
     return found | shown | {"off": wording.percent(row["left"]), "": row["reason"]}
 
 
@@ -347,14 +340,14 @@ def rounds(adaptation: Adaptation) -> Iterator[Block]:
     yield from _tables(adaptation.restem.assign(method=adaptation.restem["split"]), _round)
 
 
-def _round(row: dict[Any, Any]) -> Cells:
+def _round(row: Row) -> Cells:
     accepted = row["accepted"]
     return {
         "rank": _rank(row),
         "documents": f"{row['documents']} {row['split']}",
         "iteration": str(row["iteration"]),
         "edits": f"{row['edits']:.3g}",
-        "mean": _signed(row, "mean", "mean_"),
-        "best": _signed(row, "best", "best_"),
+        "mean": _signed(row, "mean"),
+        "best": _signed(row, "best"),
         "accepted": wording.UNKNOWN if pd.isna(accepted) else wording.percent(accepted),
     }
