@@ -14,21 +14,14 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling import Columns, analyse
+from tinygpt.scaling import Columns, Envelope, IsoFlop, analyse
 from tinygpt.scaling import fit as fit_law
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.frontier import CURVES, LAW, PROFILES, frontier, predict
 from tinygpt.scaling.intervals import predict_interval
-from tinygpt.scaling.isoflop import PowerLaw, budgets, envelope, isoflop
+from tinygpt.scaling.isoflop import Minima, PowerLaw, budgets, envelope, isoflop
 from tinygpt.scaling.runs import load_curves
-from tinygpt.scaling.split import (
-    best_split,
-    best_splits,
-    by_law,
-    closed_form,
-    flops_per_token,
-    recorded,
-)
+from tinygpt.scaling.split import best_split, by_law, closed_form, flops_per_token, recorded
 
 HOFFMANN = {"A": 406.4, "B": 410.7, "E": 1.69, "alpha": 0.3392, "beta": 0.2849}
 EPOCH = {"A": 482.01, "B": 2085.43, "E": 1.8169, "alpha": 0.3478, "beta": 0.3658}
@@ -82,6 +75,11 @@ def fitted(table: pd.DataFrame, law: str = "chinchilla") -> Fit:
 @pytest.fixture(scope="module")
 def exact() -> Fit:
     return fitted(profiles())
+
+
+def minima_of(found: IsoFlop | Envelope) -> Minima:
+    assert found.minima is not None
+    return found.minima
 
 
 def with_parameters(fit: Fit, **natural: float) -> Fit:
@@ -149,9 +147,9 @@ def test_ways_that_differ_are_named(exact: Fit) -> None:
 )
 def test_minima_of_profiles(method: str, within: float) -> None:
     found = isoflop(profiles(), **COLUMNS, method=method)
-    assert found.minima is not None
-    assert found.minima.n == pytest.approx([best_n(c) for c in found.minima.flops], rel=within)
-    assert found.minima.n_law.exponent.estimate == pytest.approx(A_EXACT, abs=1e-4)
+    minima = minima_of(found)
+    assert minima.n == pytest.approx([best_n(c) for c in minima.flops], rel=within)
+    assert minima.n_law.exponent.estimate == pytest.approx(A_EXACT, abs=1e-4)
     for profile in found.profiles:
         assert profile.best is not None
         assert profile.curve(np.array([profile.best[1]])) == pytest.approx(profile.best[3])
@@ -169,20 +167,15 @@ def test_a_minimum_at_the_edge_is_none(factors: tuple[float, ...], end: str) -> 
         assert f"least at the {end} size" in profile.reason
 
 
-def test_few_sizes() -> None:
+def test_few_sizes_and_few_budgets() -> None:
     two = isoflop(profiles(factors=(0.5, 1)), **COLUMNS)
     assert all("2 sizes; a minimum needs 3" in p.reason for p in two.profiles)
     three = isoflop(profiles(factors=(0.5, 1, 2)), **COLUMNS)
     assert {p.method for p in three.profiles} == {"parabola"}
     assert all(p.best is not None for p in three.profiles)
-
-
-def test_two_minima_have_no_interval() -> None:
-    table = profiles()
-    found = isoflop(table[table["c"] < 1e19], **COLUMNS)
-    assert found.minima is not None
-    assert not found.minima.n_law.exponent.identified
-    assert not found.minima.n_law.at(1e20).identified
+    of_two = minima_of(isoflop(profiles().query("c < 1e19"), **COLUMNS)).n_law
+    assert not of_two.exponent.identified
+    assert not of_two.at(1e20).identified
 
 
 def test_every_seed_is_a_row_of_the_polynomial() -> None:
@@ -224,8 +217,7 @@ def test_compute_that_goes_with_the_size_does_not_move_the_minimum() -> None:
     table["c"] = 6 * table["n"] * table["d"]
     table["loss"] = chinchilla(table["n"], table["d"])
     assert np.ptp(table["c"].iloc[:9]) / table["c"].iloc[0] > 0.05
-    found = isoflop(table, **COLUMNS).minima
-    assert found is not None
+    found = minima_of(isoflop(table, **COLUMNS))
     assert found.n == pytest.approx([best_n(c) for c in found.flops], rel=0.015)
     assert found.d == pytest.approx(found.flops / 6 / found.n)
 
@@ -257,41 +249,23 @@ def test_the_interval_of_profiles_covers_interpolants_and_seeds() -> None:
     hits = alone = 0
     for seed in range(60):
         table, exponent = study(seed)
-        found = isoflop(table, **COLUMNS)
-        assert found.minima is not None
-        law = found.minima.n_law
-        assert law.exponent.method.startswith("bootstrap over interpolants and seeds")
-        hits += exponent in law.exponent
-        alone += exponent in PowerLaw.through(found.minima.flops, found.minima.n).exponent
+        minima = minima_of(isoflop(table, **COLUMNS))
+        found = minima.n_law.exponent
+        assert found.method.startswith("bootstrap over interpolants and seeds")
+        hits += exponent in found
+        alone += exponent in PowerLaw.through(minima.flops, minima.n).exponent
     assert alone < hits
     assert hits >= 54
-
-
-def test_interpolants_of_the_same_runs_agree_within_their_intervals() -> None:
-    """By a regression through the minima of each, cubic and akima exclude each other."""
-    runs = pd.read_csv("experiments/isoflop/runs.csv")
-    laws = {m: isoflop(runs, method=m).minima for m in ("cubic", "akima", "parabola")}
-    estimates = [one.n_law.exponent.estimate for one in laws.values() if one]
-    assert len(set(estimates)) == 3
-    for one in laws.values():
-        assert one is not None
-        assert all(estimate in one.n_law.exponent for estimate in estimates)
-        alone = PowerLaw.through(one.flops, one.n).exponent
-        assert one.n_law.exponent.high - one.n_law.exponent.low > 0.3
-        if one is laws["akima"]:
-            assert estimates[0] not in alone
 
 
 def test_an_interpolant_without_minima_is_named() -> None:
     """Of three sizes there is no cubic."""
     table = pd.concat([profiles(factors=(0.3, 1, 3), noise=1e-3, seed=seed) for seed in (0, 1)])
-    minima = isoflop(table, **COLUMNS).minima
-    assert minima is not None
-    method = minima.n_law.exponent.method
-    assert method.startswith("bootstrap over interpolants and seeds (minima by the akima and the")
-    assert A_EXACT in minima.n_law.exponent
-    plain = isoflop(profiles(factors=(0.3, 1, 3)), **COLUMNS).minima  # nothing tells the noise
-    assert plain is not None
+    found = minima_of(isoflop(table, **COLUMNS)).n_law.exponent
+    by_two = "bootstrap over interpolants and seeds (minima by the akima and the"
+    assert found.method.startswith(by_two)
+    assert A_EXACT in found
+    plain = minima_of(isoflop(profiles(factors=(0.3, 1, 3)), **COLUMNS))  # nothing tells the noise
     assert plain.n_law.exponent.method == "regression"
 
 
@@ -325,17 +299,13 @@ def test_the_interval_of_a_power_law_is_that_of_a_regression() -> None:
 
 def test_a_stretch_that_ends_with_a_curve_does_not_count() -> None:
     table = curves(sizes=9)
-    full = envelope(table, n="n")
-    assert full.minima is not None
-    sizes = np.unique(table["n"])
-    assert full.minima.n == pytest.approx(sizes[1:-1])
-    at = sizes[4]
-    cut = table[(table["n"] != at) | (table["flops_exact"] < full.minima.flops[3])]
-    found = envelope(cut, n="n")
-    assert found.minima is not None
+    full, sizes = minima_of(envelope(table, n="n")), np.unique(table["n"])
+    assert full.n == pytest.approx(sizes[1:-1])
+    cut = table[(table["n"] != sizes[4]) | (table["flops_exact"] < full.flops[3])]
     # the size itself still ends in a run of another size that loses there, but its neighbours
     # are not moved
-    assert set(np.round(found.minima.n)) >= set(np.round(sizes[[1, 2, 6, 7]]))
+    found = minima_of(envelope(cut, n="n"))
+    assert set(np.round(found.n)) >= set(np.round(sizes[[1, 2, 6, 7]]))
 
 
 def test_envelope_leaves_out_what_was_not_measured() -> None:
@@ -343,10 +313,8 @@ def test_envelope_leaves_out_what_was_not_measured() -> None:
     holes = table.copy()
     holes.loc[holes.index % 3 != 0, "val_loss"] = np.nan
     start = table.groupby("folder").head(1).assign(tokens=0.0, flops_exact=0.0, val_loss=11.0)
-    one, other = envelope(table, n="n"), envelope(pd.concat([start, holes]), n="n")
-    assert one.minima is not None
-    assert other.minima is not None
-    assert other.minima.flops == pytest.approx(one.minima.flops, rel=0.03)
+    one, other = (minima_of(envelope(t, n="n")) for t in (table, pd.concat([start, holes])))
+    assert other.flops == pytest.approx(one.flops, rel=0.03)
     with pytest.raises(ConfigError, match="no run has 2 checkpoints"):
         envelope(table.groupby("folder").head(1), n="n")
     with pytest.raises(ConfigError, match="size: no such column"):
@@ -364,8 +332,7 @@ def test_smoothing_takes_off_what_scatter_does_to_the_stairs() -> None:
         for _ in range(10):
             table = curves(low=1e7, high=1e10)
             table["val_loss"] *= np.exp(0.003 * random.normal(size=len(table)))
-            minima = envelope(table, n="n", smooth=smooth).minima
-            assert minima is not None
+            minima = minima_of(envelope(table, n="n", smooth=smooth))
             bias.append(minima.n_law.exponent.estimate - A_EXACT)
         found.append(abs(np.mean(bias)))
     assert found[1] < found[0] / 3
@@ -377,49 +344,18 @@ def test_smoothing_takes_off_what_scatter_does_to_the_stairs() -> None:
 
 
 OMEGA = 47491.0  # N_total = N + omega N^(1/3)
-SIZES = np.logspace(2.9, 9.2, 50)  # "768 to 1.5 billion" as their analysis has it
 
 
 def total(n):
     return n + OMEGA * np.cbrt(n)
 
 
-def without_embeddings(n_total):
-    """The one real root of y³ + omega·y = N_total, y = N^(1/3), by Cardano."""
-    half = np.asarray(n_total) / 2
-    root = np.sqrt(half**2 + (OMEGA / 3) ** 3)
-    y = np.cbrt(half + root)
-    y = y - OMEGA / 3 / y
-    for _ in range(3):  # what cancellation has lost
-        y = y - (y**3 + OMEGA * y - n_total) / (3 * y**2 + OMEGA)
-    return y**3
-
-
-@pytest.mark.parametrize(("p", "exponent"), [(HOFFMANN, 0.754), (EPOCH, 0.790)])
-def test_embeddings_left_out_give_kaplans_exponent(p: dict[str, float], exponent: float) -> None:
-    """The law counts all parameters, the budget is 6·N·D without embeddings.
-
-    The exponent is the slope of log N on log C at sizes evenly spaced in log N.
-    """
-    n, d = (axis.reshape(-1) for axis in np.meshgrid(np.geomspace(1e6, 1e9, 5), [1e9, 1e10, 1e11]))
-    law = fitted(pd.DataFrame({"n": n, "d": d, "loss": chinchilla(n, d, p)}))
-    flops = np.geomspace(1e11, 1e22, 200)
-    n_total, _, _ = best_splits(law, flops, lambda n: 6 * without_embeddings(n), np.inf)
-    n = without_embeddings(n_total)
-    # where the derivative in N is zero, solved for C
-    ratio = p["beta"] * p["B"] / (p["alpha"] * p["A"])
-    slope = 1 + OMEGA / 3 * n ** (-2 / 3)  # of N_total in N
-    power = ratio * n ** (p["beta"] - 1) * total(n) ** (p["alpha"] + 1) / slope
-    assert flops == pytest.approx(6 * power ** (1 / p["beta"]), rel=1e-4)
-    log_c = np.interp(np.log(SIZES), np.log(n), np.log(flops))
-    assert np.polyfit(log_c, np.log(SIZES), 1)[0] == pytest.approx(exponent, abs=1e-3)
-
-
 @pytest.mark.parametrize(("p", "exponent"), [(HOFFMANN, 0.74), (EPOCH, 0.78)])
 def test_the_envelope_of_twenty_sizes_gives_their_figures(
     p: dict[str, float], exponent: float
 ) -> None:
-    """The same from simulated curves, as they did it: a regression on the stairs themselves."""
+    """From simulated curves, as they did it: a regression on the stairs themselves.  The law counts
+    all parameters, the budget is 6·N·D without embeddings."""
     parts = []
     for n in np.logspace(2.9, 9.2, 20):
         d = np.logspace(6, 25, 1000)
@@ -429,8 +365,7 @@ def test_the_envelope_of_twenty_sizes_gives_their_figures(
     theirs = (found.flops > 10**12.95) & (found.flops < 10**20.7)
     stairs = np.polyfit(np.log(found.flops[theirs]), np.log(found.n[theirs]), 1)[0]
     assert stairs == pytest.approx(exponent, abs=5e-3)
-    assert found.minima is not None
-    assert exponent in found.minima.n_law.exponent  # the middles of the stretches agree
+    assert exponent in minima_of(found).n_law.exponent  # the middles of the stretches agree
 
 
 # --- the law

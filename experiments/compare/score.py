@@ -74,7 +74,7 @@ def rows(found: versus.Comparison) -> list[list[str]]:
     lines = []
     for name, ratio in found.ratios.items():
         made = [ratio.at(ratio.best_known), ratio.at(ratio.ends[1]), ratio.exponents()]
-        cells = [with_interval(one.estimate, one) for one in made]
+        cells = [with_interval(one) for one in made]
         runs = f"{len(found.sides[name].runs)} and {len(found.first.runs)}"
         failed = [one.id for one in found.checks if one.passed is False and name in one.title]
         line = [name, found.reference, runs, str(ratio.pairs), *cells, number(ratio.detectable)]

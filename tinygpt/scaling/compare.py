@@ -13,7 +13,7 @@ nor where the gain lies is known: the ratio is an average over both, by Akaike's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -42,9 +42,7 @@ POWER = 0.8  # of the test that the smallest detectable ratio stands for
 FURTHEST = 12.0  # in log tokens: a loss that takes more is out of reach
 MARGIN = 1.5  # by so much simulated studies, whose law and noise are not known, told less
 TYPICAL = (0.6, 0.2, 0.2, 0.35, 0.4)  # of a plan: parts of the loss that are E, A and B; exponents
-
-
-Estimates = Sequence[tuple[float, float, float]]  # a value, its error, the degrees of freedom
+Estimate = tuple[float, float, float]  # a value, its error, the degrees of freedom
 
 
 def shifted(base: Law, gain: str) -> Law:
@@ -84,21 +82,6 @@ def shifted(base: Law, gain: str) -> Law:
     )
 
 
-def moves_of(residuals: Array, jacobian: Array, groups: NDArray[np.intp]) -> Array:
-    """Return by how much the parameters move without each group of rows, to first order, (G, P)."""
-    size = np.sqrt(np.sum(jacobian**2, axis=0))
-    size = np.where(size > 0, size, 1.0)
-    unit = jacobian / size
-    solve_for = np.linalg.pinv(unit)  # (P, n)
-    found = []
-    for group in range(int(groups.max()) + 1):
-        rows = groups == group
-        own, along = np.linalg.eigh(np.eye(int(rows.sum())) - unit[rows] @ solve_for[:, rows])
-        left = along @ (along.T @ residuals[rows] / np.maximum(own, LEAST_LEFT))
-        found.append(solve_for[:, rows] @ left / size)
-    return np.array(found)
-
-
 @dataclass(frozen=True)
 class Model:
     """One form of the law, with one place of the gain, through the runs of both recipes."""
@@ -114,14 +97,23 @@ class Model:
     @cached_property
     def moves(self) -> Array:
         """Return by how much the parameters move without each place, to first order, (G, P)."""
-        return moves_of(self.residuals, self.jacobian, self.groups)
+        size = np.sqrt(np.sum(self.jacobian**2, axis=0))
+        size = np.where(size > 0, size, 1.0)
+        unit = self.jacobian / size
+        solve_for = np.linalg.pinv(unit)  # (P, n)
+        found = []
+        for group in range(int(self.groups.max()) + 1):
+            rows = self.groups == group
+            own, along = np.linalg.eigh(np.eye(int(rows.sum())) - unit[rows] @ solve_for[:, rows])
+            left = along @ (along.T @ self.residuals[rows] / np.maximum(own, LEAST_LEFT))
+            found.append(solve_for[:, rows] @ left / size)
+        return np.array(found)
 
     @property
     def degrees(self) -> int:
         """Return the degrees of freedom: of pairs, those of their differences."""
         n, places = len(self.residuals), int(self.groups.max()) + 1
-        shared = len(self.base)
-        return n - len(self.theta) - max(0, n - places - shared)
+        return n - len(self.theta) - max(0, n - places - len(self.base))
 
     def error(self, contrast: Array) -> float:
         """Return the standard error of a combination of parameters: the jackknife over places."""
@@ -132,17 +124,15 @@ class Model:
         """Return the log loss at centred log variables, (n,)."""
         return np.asarray(self.law.log_loss(self.theta[None], x)[0])
 
-    def estimate(self, contrast: Array) -> tuple[float, float, float]:
-        """Return a combination of parameters, its standard error and degrees of freedom."""
+    def estimate(self, u: float, v: float) -> Estimate:
+        """Return this combination of the gain's parameters: (1, s) is the log ratio at a log
+        compute of s about the mean, (0, 1) how it changes."""
+        contrast = np.r_[np.zeros(len(self.theta) - 2), u, v]
         return float(contrast @ self.theta), self.error(contrast), self.degrees
 
-    def of_ratio(self, scale: float) -> tuple[float, float, float]:
-        """Return the same of the log ratio at a log compute about the mean."""
-        return self.estimate(np.r_[np.zeros(len(self.theta) - 2), 1.0, scale])
-
-    def tokens(self, at: Mapping[str, float], scale: float) -> tuple[float, float, float]:
-        """Return the same of the log of the tokens that the reference needs, for the loss of the
-        other at a place, by its size unchanged."""
+    def tokens(self, at: Mapping[str, float], scale: float) -> Estimate:
+        """Return the log of the tokens that the reference needs, for the loss of the other at a
+        place, by its size unchanged."""
         steps = np.vstack([np.zeros(len(self.theta)), 1e-4 * np.eye(len(self.theta))])
         theta = self.theta + steps
         place = {name: np.full((len(theta), 1), value) for name, value in at.items()}
@@ -154,8 +144,7 @@ class Model:
             above = self.base.log_loss(bare, {**place, "D": place["D"] + middle}) > aim
             low, high = np.where(above, middle, low), np.where(above, high, middle)
         found = low[:, 0]
-        gradient = (found[1:] - found[0]) / 1e-4
-        return float(found[0]), self.error(gradient), self.degrees
+        return float(found[0]), self.error((found[1:] - found[0]) / 1e-4), self.degrees
 
 
 @dataclass(frozen=True)
@@ -174,11 +163,12 @@ class Ratio:
     pairs: int  # places that both have
     floor: tuple[float, float]  # how much higher the other's E would be, as a log; p that it is 0
 
-    def at(self, compute: float, level: float = LEVEL) -> Interval:
+    def at(self, compute: float) -> Interval:
         """Return how much compute the reference needs to reach what the other does with so much,
         as a multiple."""
         scale = float(np.log(compute)) - self.centres["scale"]
-        return self._average([one.of_ratio(scale) for one in self.models], self.flops, level)
+        made = [one.estimate(1.0, scale) for one in self.models]
+        return self._average(made, lambda log_ratio: self.flops * np.exp(log_ratio))
 
     @property
     def tokens(self) -> Interval | None:
@@ -187,13 +177,12 @@ class Ratio:
             return None
         at = {v: float(np.log(value)) - self.centres[v] for v, value in self.place.items()}
         scale = float(np.log(self.best_known)) - self.centres["scale"]
-        return self._average([one.tokens(at, scale) for one in self.models])
+        return self._average([one.tokens(at, scale) for one in self.models], np.exp)
 
     def exponents(self, level: float = LEVEL) -> Interval:
         """Return the exponent of compute in the loss of the other, by that of the reference."""
-        made = [one.estimate(np.eye(len(one.theta))[-1]) for one in self.models]
-        low, mean, high = self._quantiles(made, level)
-        return Interval(float(1 + mean), float(1 + low), float(1 + high), level, "average of laws")
+        made = [one.estimate(0.0, 1.0) for one in self.models]
+        return self._average(made, lambda change: 1 + change, level)
 
     def curve(self, compute: Array, other: bool) -> Array:
         """Return the least loss at each compute (or x) of one recipe, at the sizes of the runs."""
@@ -234,12 +223,11 @@ class Ratio:
         questions are asked of runs that may not differ at all, at 99 %."""
         return 1.0 not in self.exponents(LEVEL if self.differs else 0.99)
 
-    def _average(self, made: Estimates, factor: float = 1.0, level: float = LEVEL) -> Interval:
-        low, mean, high = factor * np.exp(self._quantiles(made, level))
-        return Interval(float(mean), float(low), float(high), level, "average of laws")
-
-    def _quantiles(self, made: Estimates, level: float) -> Array:
-        """Return the low end, the mean and the high end of the mixture of Student's t."""
+    def _average(
+        self, made: Sequence[Estimate], report: Callable[[Array], Array], level: float = LEVEL
+    ) -> Interval:
+        """Return the mean over the models, with the ends of the mixture of Student's t; ``report``
+        makes of these what is said."""
         value, error, degrees = np.array(made).T
         error = np.maximum(error, 1e-12)
 
@@ -250,7 +238,8 @@ class Ratio:
         span = float(np.min(value - 2 * reach)), float(np.max(value + 2 * reach))
         parts = 0.5 - level / 2, 0.5 + level / 2
         low, high = (optimize.brentq(excess, *span, args=(part,), xtol=1e-7) for part in parts)
-        return np.array([low, self.weights @ value, high])
+        low, mean, high = report(np.array([low, self.weights @ value, high])).tolist()
+        return Interval(mean, low, high, level, "average of laws")
 
 
 def ratio_of(
@@ -266,21 +255,15 @@ def ratio_of(
     FLOPs, by default 6 N D.  Runs that agree in the variables are seeds: their mean counts.
     Raises ConfigError for too few.
     """
-    runs = pd.DataFrame(
-        {
-            name: pd.concat([reference[column], other[column]]).to_numpy(float)
-            for name, column in {**variables, "loss": loss}.items()
-        }
-    )
-    runs["other"] = np.r_[np.zeros(len(reference)), np.ones(len(other))]
-    runs["y"] = np.log(runs["loss"])
+    both, names = pd.concat({0.0: reference, 1.0: other}), list(variables)
+    columns = {**variables, "y": loss, **({"C": compute} if compute else {})}
+    runs = pd.DataFrame({name: both[column].to_numpy(float) for name, column in columns.items()})
+    runs["other"] = both.index.get_level_values(0).to_numpy(float)
+    runs["y"] = np.log(runs["y"])
     if "x" in variables:
         runs["scale"] = np.log(runs["x"])
-    elif compute is None:
-        runs["scale"] = np.log(6 * runs["N"] * runs["D"])
     else:
-        runs["scale"] = np.log(pd.concat([reference[compute], other[compute]]).to_numpy(float))
-    names = list(variables)
+        runs["scale"] = np.log(runs["C"] if compute else 6 * runs["N"] * runs["D"])
     means = {name: (name, "mean") for name in ("y", "scale")}
     settings = runs.groupby(["other", *names], as_index=False).agg(**means, count=("y", "size"))
     centres = {name: float(np.log(settings[name]).mean()) for name in names}
@@ -289,18 +272,17 @@ def ratio_of(
         centres["log x"] = float(np.log(np.log(settings["x"])).mean())
     at, each = (_variables(table, centres) for table in (settings, runs))
     groups = np.asarray(settings.groupby(names).ngroup(), dtype=np.intp)
-    count, weights = np.sqrt(settings["count"].to_numpy(float)), None
-    laws = OF_ONE if "x" in variables else LAWS_TRIED
+    count = np.sqrt(settings["count"].to_numpy(float))
+    laws, gains = (OF_ONE, GAINS[:1]) if "x" in variables else (LAWS_TRIED, GAINS)
     points = Points(at, settings["y"].to_numpy(), {}, weights=count / np.sqrt(np.mean(count**2)))
-    rough = _models(points, groups, laws[:1], GAINS[:1])
-    if rough:
+    if rough := _models(points, groups, laws[:1], GAINS[:1]):
         left = runs["y"].to_numpy() - rough[0].fitted(each)
         words = {name: "D" if name == "x" else name for name in names}  # by length, else by x
         seeds = Seeds.of({words[name]: runs[name].to_numpy() for name in names}, left)
         if seeds is not None:
             weights = count / seeds.at({words[name]: settings[name].to_numpy() for name in names})
             points = replace(points, weights=weights / np.sqrt(np.mean(weights**2)))
-    models = _models(points, groups, laws, GAINS[:1] if "x" in variables else GAINS)
+    models = _models(points, groups, laws, gains)
     if not models:
         raise ConfigError(
             f"compare: {len(settings)} different settings of both recipes are too few to fit a "
@@ -319,19 +301,10 @@ def ratio_of(
         size = np.log(settings["N"][is_other]).mean()
         tokens = best_known / np.exp(np.interp(size, *costs))
         place = {"N": float(np.exp(size)), "D": float(tokens)}
-    return Ratio(
-        models,
-        weights,
-        centres,
-        best_known,
-        (float(np.exp(low)), float(np.exp(high))),
-        factor,
-        place,
-        costs,
-        int(is_other.sum()),
-        len(groups) - int(groups.max()) - 1,
-        _floor(top, at["other"]),
-    )
+    ends = float(np.exp(low)), float(np.exp(high))
+    pairs = len(groups) - int(groups.max()) - 1
+    found = (models, weights, centres, best_known, ends, factor, place, costs)
+    return Ratio(*found, int(is_other.sum()), pairs, _floor(top, at["other"]))
 
 
 def _variables(table: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, Array]:

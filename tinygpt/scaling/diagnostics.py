@@ -29,10 +29,9 @@ from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.noise import Noise
 from tinygpt.scaling.selection import Candidate
 from tinygpt.scaling.single import SingleRun
-from tinygpt.scaling.wording import estimate, reach, times
+from tinygpt.scaling.wording import count, estimate, reach, times
 
 MANY_TIMES = 5.0  # the noise: fifty runs that differ by it alone span 4.5 times its deviation
-NO_E = "the law has no E: a text's loss does not go to zero"
 PLAIN = ("power_constant", "chinchilla")  # what other laws must be compared with
 
 # A check that fails only because another one does is not counted again.
@@ -95,7 +94,10 @@ def check_law(
     """
     lack = noise.lack_of_fit if noise else None
     moving = min((one.p for one in single if one.moves), default=1.0) if single else None
-    hits = _p_of_hits(held_out) if held_out else None
+    hits = None
+    if held_out:  # the p-value of so few runs in intervals that cover 95 % of them
+        inside = round(held_out.within * held_out.groups)
+        hits = float(special.bdtr(inside, held_out.groups, LEVEL))
     tested = [p for p in (structure, lack, moving, hits) if p is not None]
     limit, joint = holm(tested), f"5 % for {len(tested)} tests together (Holm)"
     above = f"p above {limit:.3g}: {joint}"
@@ -123,8 +125,7 @@ def check_law(
     yield _constant(fit, intervals.get("E"), floor)
     if floor and "E" in fit.law.coefficients:
         yield _floor(fit, intervals.get("E"), floor)
-    yield _predicts(held_out, size, hits, limit, joint)
-    yield _skill(held_out)
+    yield from _held_out(held_out, size, hits, limit, joint)
 
 
 def check_exponent(name: str, one: Interval | None) -> Check:
@@ -150,18 +151,20 @@ def _spread(fit: Fit, noise: Noise | None, error: float | None) -> Check:
         error = None
     if noise is None and not error:
         return check("spread", NOT_TESTED, "neither seeds nor a standard error of validation")
-    each = math.hypot(fit.relative(noise.scale) if noise else 0.0, error or 0.0)
+    kinds = {"the scatter of seeds": fit.relative(noise.scale) if noise else 0.0}
+    kinds["the error of validation"] = error or 0.0
+    each = math.hypot(*kinds.values())
     detail = f"settings differ by up to {spread:.2%} of the loss, {spread / each:.3g} times "
-    kinds = ["the scatter of seeds"] if noise else []
-    kinds += ["the error of validation"] if error else []
-    return check("spread", spread >= MANY_TIMES * each, detail + " and ".join(kinds))
+    detail += " and ".join(kind for kind, size in kinds.items() if size)
+    return check("spread", spread >= MANY_TIMES * each, detail)
 
 
 def _constant(fit: Fit, one: Interval | None, floor: float | None) -> Check:
     if floor is not None and floor <= 0:
         return check("constant", NOT_APPLICABLE, "the exact floor of the corpus is zero")
     if "E" not in fit.law.coefficients:
-        return check("constant", False, NO_E)
+        none = "the law has no E: a text's loss does not go to zero"
+        return check("constant", False, none)
     if "E" in fit.optimum.at_bound:
         return check("constant", False, "the best E is zero")
     if one is None:
@@ -182,14 +185,13 @@ def dependence(fit: Fit) -> float:
 
 def _certified(fit: Fit) -> Check:
     found = fit.optimum
-    basins = "1 basin" if len(found.basins) == 1 else f"{len(found.basins)} basins"
-    detail = f"{basins}, gradient {found.gradient_norm:.1g}, "
+    detail = f"{count(len(found.basins), 'basin')}, gradient {found.gradient_norm:.1g}, "
     detail += f"least eigenvalue {found.smallest_eigenvalue:.2g}"
     detail += f"; at its bound: {', '.join(found.at_bound)}" if found.at_bound else ""
     detail += "" if found.converged else "; not converged"
     if found.at_bound and set(found.at_bound) <= {"rn", "rd"}:
-        none = f"{detail}: these runs do not show repetition of N or D"
-        return check("certified", NOT_TESTED, none)
+        detail += ": these runs do not show repetition of N or D"
+        return check("certified", NOT_TESTED, detail)
     others = set(found.at_bound) - {"E"}  # which is judged by itself
     passed = found.converged and found.smallest_eigenvalue > 0 and not others
     return check("certified", passed, detail)
@@ -229,37 +231,28 @@ def _best_law(fit: Fit, rivals: Sequence[Candidate], held_out: HeldOut | None) -
     return check("best_law", not clear, detail)
 
 
-def _p_of_hits(held_out: HeldOut) -> float:
-    """Return the p-value of so few runs in intervals that cover 95 % of them."""
-    inside = round(held_out.within * held_out.groups)
-    return float(special.bdtr(inside, held_out.groups, LEVEL))
-
-
-def _predicts(
-    held_out: HeldOut | None, size: str, hits: float | None, limit: float, joint: str
-) -> Check:
+def _held_out(
+    held: HeldOut | None, size: str, hits: float | None, limit: float, joint: str
+) -> Iterator[Check]:
     by = "compute" if size == "compute" else "x"
-    if held_out is None or hits is None:
-        return check("predicts", NOT_TESTED, "too few runs to hold any out", by)
+    if held is None or hits is None:
+        few = "too few runs to hold any out"
+        yield from (check("predicts", NOT_TESTED, few, by), check("skill", NOT_TESTED, few))
+        return
+    beyond = f"{held.runs} runs up to {times(held.distance)} beyond the rest"
+    beyond += "" if by == "compute" else f" in {size}"
     detail = (
-        f"{held_out.runs} runs up to {times(held_out.distance)} beyond the rest"
-        f"{'' if by == 'compute' else f' in {size}'}: off by "
-        f"{held_out.error:.2%}, at most {held_out.worst:.2%}; {held_out.within:.0%} of them in "
-        f"their 95 % interval (±{held_out.half_width:.1%} on average), p = {hits:.3g}"
+        f"{beyond}: off by {held.error:.2%}, at most {held.worst:.2%}; {held.within:.0%} of them "
+        f"in their 95 % interval (±{held.half_width:.1%} on average), p = {hits:.3g}"
     )
     threshold = f"off by no more than the average interval, and p above {limit:.3g}: {joint}"
-    passed = hits > limit and held_out.error <= held_out.half_width
-    return check("predicts", passed, detail, by, threshold)
-
-
-def _skill(held_out: HeldOut | None) -> Check:
-    if held_out is None:
-        return check("skill", NOT_TESTED, "too few runs to hold any out")
+    passed = hits > limit and held.error <= held.half_width
+    yield check("predicts", passed, detail, by, threshold)
     detail = (
-        f"off by {held_out.error:.2%}; as the best smaller run: {held_out.best_cheaper:.2%}; "
-        f"a plane through the larger half of the rest: {held_out.plane:.2%}"
+        f"off by {held.error:.2%}; as the best smaller run: {held.best_cheaper:.2%}; "
+        f"a plane through the larger half of the rest: {held.plane:.2%}"
     )
-    return check("skill", held_out.has_skill, detail)
+    yield check("skill", held.has_skill, detail)
 
 
 def _floor(fit: Fit, interval: Interval | None, floor: float) -> Check:
@@ -269,17 +262,12 @@ def _floor(fit: Fit, interval: Interval | None, floor: float) -> Check:
         return check("floor", NOT_TESTED, f"{detail}: too few runs")
     detail += f"; {reach(interval)}"
     if not {"N", "D"} <= set(fit.columns) and interval.high >= floor:  # its limit lies higher
-        none = f"{detail}: of one variable, the rest fixed"
-        return check("floor", NOT_APPLICABLE, none)
+        return check("floor", NOT_APPLICABLE, f"{detail}: of one variable, the rest fixed")
     return check("floor", floor in interval, detail)
 
 
 def _single_runs(
-    single: Sequence[SingleRun],
-    names: Sequence[str],
-    p: float | None,
-    limit: float,
-    above: str,
+    single: Sequence[SingleRun], names: Sequence[str], p: float | None, limit: float, above: str
 ) -> Check:
     """Judge the runs, each left out in turn; ``names`` are those of all runs, ``p`` is the least
     p-value of one that moves the prediction."""
@@ -317,8 +305,7 @@ def check_distance(
     if not places:
         return check("distance", NOT_TESTED, "nothing can be predicted")
     found = []
-    asked = ((name, value) for place in places for name, value in place.items())
-    for name, value in ((name, value) for name, value in asked if name in runs):
+    for name, value in (pair for place in places for pair in place.items() if pair[0] in runs):
         low, high = float(min(runs[name])), float(max(runs[name]))
         beyond, span = max(value / high, low / value, 1.0), high / low
         what = "" if name in (main, "C") else f"{name} = {value:.3g} is "

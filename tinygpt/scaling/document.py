@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,30 +107,23 @@ def _markdown(block: Block) -> str:
 
 def page(blocks: Sequence[Block], folder: Path) -> str:
     """Return the report as one HTML file that needs no other: the figures are in it."""
-    title = next((block.text for block in blocks if isinstance(block, Heading)), "")
+    headings = [block for block in blocks if isinstance(block, Heading)]
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    sections = [b.text for b in blocks if isinstance(b, Heading) and b.level == 2]
+    sections = [one.text for one in headings if one.level == 2]
     links = "".join(f'<li><a href="#{slug(text)}">{_inline(text)}</a></li>' for text in sections)
     parts = [_html(block, folder) for block in blocks]
     parts.insert(1, f'<nav aria-label="Contents"><ol>{links}</ol></nav>' if links else "")
     body = "\n".join(parts)
-    live = interactive.script({p.name: p.live for p in _pictures(blocks) if p.live})
+    figures = {one.name: one.live for one in blocks if isinstance(one, Picture) and one.live}
+    live = interactive.script(figures)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n"
+        f"<title>{html.escape(headings[0].text)}</title>\n<style>{style}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n{live}</body>\n</html>\n"
     )
-
-
-def _pictures(blocks: Iterable[Block]) -> Iterator[Picture]:
-    for block in blocks:
-        if isinstance(block, Picture):
-            yield block
-        elif isinstance(block, Folded):
-            yield from _pictures(block.blocks)
 
 
 def slug(text: str) -> str:
@@ -154,7 +147,9 @@ def _html(block: Block, folder: Path) -> str:
         case Table(header, rows):
             top = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
             head = f"<thead><tr>{top}</tr></thead>\n" if any(header) else ""
-            body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>\n" for row in rows)
+            marks = {FAIL: ' class="fail"'}
+            cells = [[f"<td{marks.get(c, '')}>{_inline(c)}</td>" for c in row] for row in rows]
+            body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in cells)
             return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
         case Picture(name, caption, live):
             png = (folder / f"{name}.png").read_bytes()
@@ -165,11 +160,6 @@ def _html(block: Block, folder: Path) -> str:
                 f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
                 f"<figcaption>{_inline(caption)}</figcaption></figure>"
             )
-
-
-def _cell(text: str) -> str:
-    kind = ' class="fail"' if text == FAIL else ""
-    return f"<td{kind}>{_inline(text)}</td>"
 
 
 def _inline(text: str) -> str:
@@ -195,8 +185,8 @@ def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) 
                 for line in lines:
                     console.print(Padding(_plain(line), (0, 0, 0, 2), expand=False))
             case Table(header, rows):
-                grid: Any = {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
-                table = RichTable(show_header=any(header), **grid)
+                table = RichTable(box=None, show_header=any(header), pad_edge=False)
+                table.padding = (0, 2, 0, 0)
                 for at, name in enumerate(header):
                     whole = at == 0  # the names of the rows are not broken
                     table.add_column(Text(name), header_style="dim", overflow="fold", no_wrap=whole)

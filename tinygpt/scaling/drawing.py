@@ -44,6 +44,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "legend.handlelength": 1.6,
+    "image.cmap": "viridis",
     "figure.constrained_layout.use": True,
     "figure.dpi": 200,
     "svg.hashsalt": "tinygpt",  # else the ids in the file are random
@@ -112,10 +113,8 @@ def write_events(folder: Path, figures: Sequence[str]) -> None:
     place, now = folder / "tensorboard", time.time_ns()
     place.mkdir(parents=True, exist_ok=True)
     before = list(place.glob("*"))
-    events = [
-        Event(file_version="brain.Event:2"),
-        Event(session_log=SessionLog(status=SessionLog.START)),
-    ]
+    start = SessionLog(status=SessionLog.START)
+    events = [Event(file_version="brain.Event:2"), Event(session_log=start)]
     for name in figures:
         png = (folder / f"{name}.png").read_bytes()
         width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
@@ -162,9 +161,8 @@ def colour_bar(figure: Figure, axes: Axes, norm: Normalize, word: str) -> None:
 def side_by_side(count: int) -> tuple[Figure, list[Axes]]:
     """Return a figure and its panels, three to a row; one alone is a column wide."""
     across = min(count, 3)
-    width = COLUMN * 1.2 if count == 1 else PAGE
-    height = {1: COLUMN * 0.9, 2: 2.7, 3: 2.2}[across]
-    figure = Figure(figsize=(width, height * -(-count // across)))
+    height = {1: COLUMN * 0.9, 2: 2.7, 3: 2.2}[across] * math.ceil(count / across)
+    figure = Figure(figsize=(COLUMN * 1.2 if count == 1 else PAGE, height))
     return figure, panels(figure, count, across)
 
 
@@ -213,15 +211,14 @@ def log_axes(axes: Axes, x: str, y: str) -> None:
 def log_ticks(axis: Any) -> None:
     """Set ticks at powers of ten; where these are too few, at plain numbers in between."""
     low, high = sorted(axis.get_view_interval())
+    axis.set_minor_formatter(NullFormatter())
     if high / low >= 30:
         axis.set_major_locator(LogLocator(numticks=7))
         axis.set_major_formatter(FuncFormatter(_power_of_ten))
-        axis.set_minor_formatter(NullFormatter())
         return
     narrow = high / low < 5
     axis.set_major_locator(MaxNLocator(5) if narrow else LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: letter(value)))
-    axis.set_minor_formatter(NullFormatter())
     if narrow:
         axis.set_minor_locator(NullLocator())
 

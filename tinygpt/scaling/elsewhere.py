@@ -82,16 +82,15 @@ def read(
     cells = read_cells(Path(path), notes)
     cells.index += 1  # row 1 is the first below the header
     given = {name: column for name, column in named.items() if column is not None}
-    given = {**_usual(cells, given, loss), **given}
+    given = _usual(cells, given, loss) | given
     columns, rate = find_columns(cells, given, loss)
     sizes = {k: column for k, column in given.items() if k in set("nduct") and column != "none"}
-    numbers = [*sizes.values(), *([rate] if rate else [])]
+    numbers = list(filter(None, [*sizes.values(), rate]))
     table = with_numbers(cells, {columns.loss}, numbers, decimal, notes)
-    found: dict[str, str | None] = {**columns.where(table), "loss": columns.loss}
-    found |= {"seed": columns.seed, "learning rate": rate}
-    notes.append(
-        "columns: " + ", ".join(f"{k} = {column}" for k, column in found.items() if column)
-    )
+    found = columns.where(table) | {"loss": columns.loss}
+    others = {"seed": columns.seed, "learning rate": rate}
+    found |= {name: column for name, column in others.items() if column}
+    notes.append(f"columns: {', '.join(f'{name} = {column}' for name, column in found.items())}")
     reason = entering(table, columns.loss, where, list(sizes.values()), notes)
     for column in sizes.values():  # losses are blank in most rows of a history
         blank = reason == f"no {column}"
@@ -166,10 +165,9 @@ def find_columns(
         if column not in table:
             key = f"columns.{name}" if name in given else name
             raise ConfigError(f"{key}={column}: {_there_are(table, column)}")
-    usual = {name: next(iter(_called(table, name)), None) for name in ("seed", "learning_rate")}
-    usual["seed"] = usual["seed"] or next(
-        (name for name in map(str, table) if "seed" in words_of(name)), None
-    )
+    seeds = [*_called(table, "seed"), *(c for c in map(str, table) if "seed" in words_of(c))]
+    rates = _called(table, "learning_rate")
+    usual = {"seed": next(iter(seeds), None), "learning_rate": next(iter(rates), None)}
     found = {name: column if column in table else None for name, column in vars(Columns()).items()}
     found |= {"n": Columns.n, "d": Columns.d, "loss": loss, **usual, **given}
     found |= {"n_total": None} if "n" in given else {}
@@ -256,9 +254,10 @@ def _with_runs(
             "checkpoints (last=1 keeps the last of each; columns.run=none: it names no run)"
         )
         return dataclasses.replace(columns, run=name)
-    steps = [name for name in map(str, used) if words_of(name)[-1:] in STEP and name != along]
-    if fixed and columns.n == fixed[0] and used.duplicated(fixed).any():
-        for name in steps:
+    if not (fixed and columns.n == fixed[0] and used.duplicated(fixed).any()):
+        return columns
+    for name in map(str, used):
+        if words_of(name)[-1:] in STEP and name != along:
             rising = used.sort_values(along).groupby(fixed)[name]
             if all(group.is_unique and group.is_monotonic_increasing for _, group in rising):
                 notes.append(
@@ -289,10 +288,8 @@ def _averaged(
     reason[used.index[to_end > 0]] = "averaged into the last row of its run"
     reason[used.index[to_end >= last]] = "an earlier row of its run"
     few = int((groups.size() < last).sum())
-    notes.append(
-        f"last={last}: the loss of each run is the mean of its last {last} evaluations"
-        + (f"; {few} runs have fewer" if few else "")
-    )
+    notes.append(f"last={last}: the loss of each run is the mean of its last {last} evaluations")
+    notes[-1] += f"; {few} runs have fewer" if few else ""
     return table.assign(**{columns.loss: loss}), reason
 
 

@@ -213,13 +213,18 @@ def check_design(runs: pd.DataFrame, law_of: Collection[str] = ()) -> list[Check
     is_repeated = {"D", "U"} <= set(columns) and _epochs(runs) > 1.001
     varied = [v for v in columns if v != "C" and runs[columns[v]].nunique() > 1]
     law_of = law_of or [v for v in varied if v != "U" or is_repeated]
-    ranges = [_range(runs[columns[v]], VARIABLES[v][1]) for v in law_of if v in columns]
+    checks = []
+    for v in (v for v in law_of if v in columns):
+        values, what = runs[columns[v]], VARIABLES[v][1]
+        points, ratio = values.nunique(), values.max() / values.min()
+        id, passed = ("wide_range", ratio >= 10) if points > 2 else ("three_values", False)
+        checks.append(check(id, passed, f"{points} values, {times(ratio)}", what))
     outside = {} if set(law_of) == {"N"} else {"equal_tokens": "not a law of size alone"}
     if not {"N", "D"} <= set(law_of):
         outside["collinear"] = "the law does not have both"
     if "U" in law_of and is_repeated:
         outside["no_repetition"] = "a law of unique tokens says what repeating them costs"
-    return [*ranges, *_judged(runs, DESIGN, outside)]
+    return [*checks, *_judged(runs, DESIGN, outside)]
 
 
 def check_finished(runs: pd.DataFrame, all_runs: pd.DataFrame) -> list[Check]:
@@ -241,22 +246,14 @@ def _judged(
             yield check(id, *judge(runs))
 
 
-def _range(values: pd.Series, what: str) -> Check:
-    points, ratio = values.nunique(), values.max() / values.min()
-    detail = f"{points} values, {times(ratio)}"
-    if points < 3:
-        return check("three_values", False, detail, what)
-    return check("wide_range", ratio >= 10, detail, what)
-
-
 def _equal_tokens(runs: pd.DataFrame) -> Verdict:
     tokens = runs["train_tokens"]
     by_size = tokens.groupby(runs["parameters_non_embedding"]).agg(frozenset)
-    if by_size.nunique() == 1:
-        many = tokens.nunique()
-        one = f"{int(tokens.iloc[0]):,} in every run"
-        return True, one if many == 1 else f"the same {many} amounts for every size"
-    return False, f"{int(tokens.min()):,} to {int(tokens.max()):,}, by size"
+    if by_size.nunique() > 1:
+        return False, f"{int(tokens.min()):,} to {int(tokens.max()):,}, by size"
+    if tokens.nunique() > 1:
+        return True, f"the same {tokens.nunique()} amounts for every size"
+    return True, f"{int(tokens.iloc[0]):,} in every run"
 
 
 def correlation(sizes: Any, tokens: Any) -> float:
@@ -288,15 +285,14 @@ def _epochs(runs: pd.DataFrame) -> float:
 
 
 def _no_repetition(runs: pd.DataFrame) -> Verdict:
-    epochs = _epochs(runs)
-    shown = f"{epochs:.3g}"
-    return epochs <= 1.0, f"up to {shown} epoch{'' if shown == '1' else 's'}"
+    shown = f"{_epochs(runs):.3g}"
+    return _epochs(runs) <= 1.0, f"up to {shown} epoch{'' if shown == '1' else 's'}"
 
 
 def _decayed(runs: pd.DataFrame) -> Verdict:
-    constant = int((runs["schedule"] == "constant").sum())
-    line = f"{constant} runs at a constant rate" if constant else "final, not best, loss counts"
-    return constant == 0, line
+    if constant := int((runs["schedule"] == "constant").sum()):
+        return False, f"{constant} runs at a constant rate"
+    return True, "final, not best, loss counts"
 
 
 def _fair_rate(runs: pd.DataFrame) -> Verdict:
@@ -317,15 +313,12 @@ def _rate_inside(runs: pd.DataFrame) -> Verdict:
     names = ["parameters_non_embedding", "train_tokens", "optimizer"]
     settings = [name for name in names if name in runs]
     losses = runs.groupby([*settings, "learning_rate"])["final_val_loss"].mean().reset_index()
-    swept, edge = 0, 0
-    for _, group in losses.groupby(settings) if settings else [((), losses)]:
-        if len(group) > 2:
-            swept += 1
-            best = group.sort_values("final_val_loss")["learning_rate"].iloc[0]
-            edge += best in (group["learning_rate"].min(), group["learning_rate"].max())
+    groups = [one for _, one in losses.groupby(settings)] if settings else [losses]
+    swept = [one.sort_values("final_val_loss")["learning_rate"] for one in groups if len(one) > 2]
     if not swept:
         return NOT_APPLICABLE, "no rate was swept here"
-    return edge == 0, f"the best is at the edge for {edge} of {swept} settings"
+    edge = sum(rates.iloc[0] in (rates.min(), rates.max()) for rates in swept)
+    return edge == 0, f"the best is at the edge for {edge} of {len(swept)} settings"
 
 
 def _kinds(values: pd.Series) -> str:
@@ -353,13 +346,12 @@ def _recipe(runs: pd.DataFrame) -> Verdict:
 
 def _training_set(runs: pd.DataFrame) -> Verdict:
     """Judge the texts; sets that differ in their size alone are prefixes of one corpus."""
-    sets = runs["data_fingerprint"].nunique()
-    if sets == 1:
-        return True, "all runs are trained on the same text"
     sizes = runs.groupby("data_fingerprint")["unique_train_tokens"].max()
-    if sizes.nunique() == sets:
-        return NOT_APPLICABLE, f"{sets} sets, each of its own size"
-    return False, f"{sets} different ones"
+    if len(sizes) == 1:
+        return True, "all runs are trained on the same text"
+    if sizes.nunique() == len(sizes):
+        return NOT_APPLICABLE, f"{len(sizes)} sets, each of its own size"
+    return False, f"{len(sizes)} different ones"
 
 
 def _finished(runs: pd.DataFrame) -> Verdict:
@@ -401,21 +393,19 @@ def check_validation(
         pd.to_numeric(runs.get(name, pd.Series(dtype=float)), errors="coerce").min()
         for name in ("val_tokens", "val_documents")
     )
-    found = [] if pd.isna(tokens) else [f"{int(tokens):,} tokens"]
+    counts = {"tokens": tokens, "documents": documents}
+    found = [f"{int(n):,} {what}" for what, n in counts.items() if not pd.isna(n)]
     few, is_counted = bool(documents < FEWEST_DOCUMENTS), not pd.isna(documents)
-    if is_counted:
-        found.append(f"{int(documents):,} documents")
-    elif "val_documents" in runs and error is not None:
+    if not is_counted and "val_documents" in runs and error is not None:
         found.append("one stream without documents, judged by its standard error alone")
         is_counted = True
     if error is None or spread is None:
         found.append("the standard error of its loss is not known")
         return check("validation", FAIL if few else NOT_TESTED, ", ".join(found))
     found.append(f"standard error {error:.2%} of the loss, spread of the losses {spread:.2%}")
-    passed: Any = not few and error <= NOISE_SHARE * spread
-    if passed and not is_counted:
-        passed = NOT_TESTED
-    return check("validation", passed, ", ".join(found))
+    passed = not few and error <= NOISE_SHARE * spread
+    outcome = NOT_TESTED if passed and not is_counted else passed
+    return check("validation", outcome, ", ".join(found))
 
 
 def check_choice(condition: str, loss: str, left_out: pd.DataFrame) -> Check:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ import pandas as pd
 from tinygpt import fileio
 from tinygpt.scaling.analysis import Analysis
 from tinygpt.scaling.fitting import Fit
-from tinygpt.scaling.forecast import HeldOut
-from tinygpt.scaling.frontier import Budget, Frontier
+from tinygpt.scaling.frontier import Frontier
 from tinygpt.scaling.intervals import Interval
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.selection import Candidate
@@ -25,7 +23,11 @@ SCHEMA_VERSION = 1
 
 def facts(analysis: Analysis) -> dict[str, Any]:
     """Return all numbers of a report; what is not known, or not finite, is None."""
-    fit, total, runs = analysis.fit, analysis.in_total, analysis.runs
+    fit, total, runs, noise = analysis.fit, analysis.in_total, analysis.runs, analysis.noise
+    held, ahead = analysis.held_out, analysis.forecast
+    solver = ("starts", "basins", "gradient_norm", "smallest_eigenvalue", "converged", "at_bound")
+    tested = ["error", "worst", "within", "half_width", "runs", "groups", "cut", "distance"]
+    tested += ["best_cheaper", "plane", "has_skill", "largest"]
     values = {
         "schema_version": SCHEMA_VERSION,
         **_pick(analysis, "question", "is_evidence", "verdict"),
@@ -53,15 +55,23 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "shared_trunks": shared_trunks(runs),
         "data_hash": data_hash(analysis),
         "seed": analysis.seed,
-        "method": _method(fit),
+        "method": {
+            **_pick(fit, "estimator", "reason"),
+            "residuals": fit.unit,
+            **_pick(fit.optimum, "threshold", "objective"),
+            "scale": fit.scale,
+            "weights": fit.points.weights,
+            "degrees_of_freedom": fit.degrees,
+            **_pick(fit.optimum, *solver),
+            "bounds_met": fit.bounds_met,
+        },
         "floor": analysis.floor,
-        "noise": analysis.noise
-        and {name: value for name, value in vars(analysis.noise).items() if name != "weights"},
+        "noise": noise and {name: of for name, of in vars(noise).items() if name != "weights"},
         "structure_p": analysis.structure,
         "selection": [_candidate(one, analysis) for one in analysis.candidates],
-        "held_out": analysis.held_out and _held_out(analysis.held_out),
-        "forecast": analysis.forecast
-        and {"weights": analysis.forecast.by_law, "rate": analysis.forecast.rate},
+        "held_out": held
+        and {**_pick(held, *tested), "weights": held.below.by_law, "rate": held.below.rate},
+        "forecast": ahead and {"weights": ahead.by_law, "rate": ahead.rate},
         "checks": [
             {"name": check.title, "passed": check.passed, **vars(check)}
             for check in analysis.checks
@@ -82,7 +92,17 @@ def facts(analysis: Analysis) -> dict[str, Any]:
             for one in analysis.predictions
         ],
         "unanswered": analysis.unanswered,
-        "budgets": [_budget(one) for one in analysis.budgets],
+        "budgets": [
+            {
+                "flops": one.flops,
+                **{
+                    name: {"estimate": of.estimate, "interval": of}
+                    for name, of in _pick(one, "n", "d", "loss", "run").items()
+                },
+                **_pick(one, "twice_too_large", "twice_too_small"),
+            }
+            for one in analysis.budgets
+        ],
         "frontier": analysis.frontier and _frontier(analysis.frontier),
         "next_run": analysis.next_run,
     }
@@ -118,26 +138,6 @@ def _parameters(fit: Fit, intervals: Mapping[str, Interval]) -> dict[str, Any]:
     }
 
 
-def _method(fit: Fit) -> dict[str, Any]:
-    solver = ("starts", "basins", "gradient_norm", "smallest_eigenvalue", "converged", "at_bound")
-    return {
-        **_pick(fit, "estimator", "reason"),
-        "residuals": fit.unit,
-        **_pick(fit.optimum, "threshold", "objective"),
-        "scale": fit.scale,
-        "weights": fit.points.weights,
-        "degrees_of_freedom": fit.degrees,
-        **_pick(fit.optimum, *solver),
-        "bounds_met": fit.bounds_met,
-    }
-
-
-def _held_out(held: HeldOut) -> dict[str, Any]:
-    names = ("error", "worst", "within", "half_width", "runs", "groups", "cut", "distance")
-    weights = {"weights": held.below.by_law, "rate": held.below.rate}
-    return {**_pick(held, *names, "best_cheaper", "plane", "has_skill", "largest"), **weights}
-
-
 def _candidate(one: Candidate, analysis: Analysis) -> dict[str, Any]:
     best, held = analysis.candidates[0], analysis.held_out
     return {
@@ -150,16 +150,6 @@ def _candidate(one: Candidate, analysis: Analysis) -> dict[str, Any]:
         "at_bound": one.fit.optimum.at_bound if one.fit else (),
         "held_out_error": held.by_law.get(one.law) if held else None,
         "not_fitted": one.reason or None,
-    }
-
-
-def _budget(one: Budget) -> dict[str, Any]:
-    intervals = ("n", "d", "loss", "run")
-    each = {name: getattr(one, name) for name in intervals}
-    return {
-        "flops": one.flops,
-        **{name: {"estimate": of.estimate, "interval": of} for name, of in each.items()},
-        **_pick(one, "twice_too_large", "twice_too_small"),
     }
 
 
@@ -192,17 +182,10 @@ def data_hash(analysis: Analysis) -> str:
     return fileio.digest(_plain(analysis.runs[columns].to_dict("records")))
 
 
-@dataclass(frozen=True)
-class SharedTrunks:
-    """The cost of runs of which some took over the first steps of another."""
-
-    flops: float
-    independent_flops: float  # had each run been trained from its own start
-    saved: float  # as a fraction of that
-
-
-def shared_trunks(runs: pd.DataFrame) -> SharedTrunks | None:
-    """Return what branching saved; None where no run branched off another of these."""
+def shared_trunks(runs: pd.DataFrame) -> dict[str, float] | None:
+    """Return the FLOPs of runs of which some took over the first steps of another, those had each
+    been trained from its own start, and what was saved as a part of these; None where no run
+    branched off another of these."""
     names = ["run_name", "branched_from", "branched_at_step", "total_steps", "flops_exact"]
     if not set(names) <= set(runs):
         return None
@@ -212,4 +195,5 @@ def shared_trunks(runs: pd.DataFrame) -> SharedTrunks | None:
     flops, taken_over = runs["flops_exact"], runs["branched_at_step"] / runs["total_steps"]
     independent = float(flops.sum())
     saved = float((flops * taken_over.where(branched, 0.0)).astype(float).sum())
-    return SharedTrunks(independent - saved, independent, saved / independent)
+    found = {"flops": independent - saved, "independent_flops": independent}
+    return found | {"saved": saved / independent}

@@ -16,14 +16,7 @@ import pandas as pd
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import Fit
-from tinygpt.scaling.intervals import (
-    LEVEL,
-    Bootstrap,
-    Interval,
-    delta,
-    of_loss,
-    predict_interval,
-)
+from tinygpt.scaling.intervals import LEVEL, Bootstrap, Interval, delta, of_loss, predict_interval
 from tinygpt.scaling.isoflop import Envelope, IsoFlop, envelope, isoflop
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.split import (
@@ -125,7 +118,13 @@ def frontier(
     runs = fit.table.assign(compute=compute)
     profiles = isoflop(runs, n=n, d=fit.columns["D"], c="compute", loss=fit.loss, method=method)
     try:
-        around = _around(curves, n, fit.loss)
+        if isinstance(curves, Envelope):
+            around = curves
+        elif curves is None or curves.empty:
+            raise ConfigError("no training curves were given")
+        else:
+            same = fit.loss.removeprefix("final_")
+            around = envelope(curves, n=n, loss=same if same in curves else "val_loss")
     except ConfigError as error:
         missing[CURVES] = str(error)
     for way, found in ((PROFILES, profiles), (CURVES, around)):
@@ -139,34 +138,23 @@ def frontier(
     return Frontier(budget, law, profiles, around, tuple(estimates), missing, apart)
 
 
-def _around(curves: pd.DataFrame | Envelope | None, n: str, loss: str) -> Envelope:
-    """Return the envelope of ``curves`` in the loss that the runs were fitted by."""
-    if isinstance(curves, Envelope):
-        return curves
-    if curves is None or curves.empty:
-        raise ConfigError("no training curves were given")
-    same = loss.removeprefix("final_")
-    return envelope(curves, n=n, loss=same if same in curves else "val_loss")
-
-
 def _disagreements(estimates: Sequence[Estimate], budget: float) -> Iterator[str]:
     """Name exponents and best sizes that differ by more than their intervals and by more than the
     ways are off themselves; sizes a factor of 2 apart in any case."""
-
-    def apart(one: Interval, other: Interval) -> bool:
-        return one.high < other.low or other.high < one.low
-
-    def words(way: str, one: Interval) -> str:
-        return f"{way} {number(one.estimate)} ({number(one.low)} to {number(one.high)})"
-
+    best = f"the best N at {number(budget)} FLOPs"
     for one, other in combinations(estimates, 2):
-        if apart(one.a, other.a) and abs(one.a.estimate - other.a.estimate) > EXPONENT_APART:
-            both = f"{words(one.way, one.a)}, {words(other.way, other.a)}"
-            yield f"the exponent of N: {both}"
+        steps = abs(one.a.estimate - other.a.estimate)
         factor = float(np.exp(abs(np.log(one.n.estimate / other.n.estimate))))
-        if factor > SIZE_FAR_APART or (factor > SIZE_APART and apart(one.n, other.n)):
-            both = f"{words(one.way, one.n)}, {words(other.way, other.n)}"
-            yield f"the best N at {number(budget)} FLOPs: {both}"
+        for what, first, second, is_apart, is_far in (
+            ("the exponent of N", one.a, other.a, steps > EXPONENT_APART, False),
+            (best, one.n, other.n, factor > SIZE_APART, factor > SIZE_FAR_APART),
+        ):
+            if is_far or (is_apart and (first.high < second.low or second.high < first.low)):
+                words = [
+                    f"{way} {number(of.estimate)} ({number(of.low)} to {number(of.high)})"
+                    for way, of in ((one.way, first), (other.way, second))
+                ]
+                yield f"{what}: {', '.join(words)}"
 
 
 # --- a budget
@@ -217,7 +205,7 @@ class Expected:
 
     def __str__(self) -> str:
         where = ", ".join(f"{name} = {number(value)}" for name, value in self.place.items())
-        law = with_interval(self.loss.estimate, self.loss)
+        law = with_interval(self.loss)
         return f"at {where}: L = {law}, a single run {reach(self.run)}"
 
 
@@ -255,7 +243,12 @@ def predict(  # type: ignore[misc]
     Raises ConfigError where the law has no best split.
     """
     if flops is None:
-        return _expected(fit, place)
+        if more := [name for name in place if name not in (*fit.columns, fit.letter)]:
+            raise ConfigError(f"predict: the law does not go by {' and '.join(more)}")
+        if fit.degrees < 1:
+            return Expected(place, *loss_at(fit, place))
+        law, run = (predict_interval(fit, new_run=new, **place) for new in (False, True))
+        return Expected(place, law, run)
     if place:
         raise ConfigError(f"predict: give flops or {' and '.join(place)}, not both")
     if not flops > 0:
@@ -272,8 +265,7 @@ def predict(  # type: ignore[misc]
         best["U"] = min(best["D"], unique)
     theta, kind = parameter_vectors(fit, replicas)
     many = splits(fit, theta, budgets[-1:], per_token, unique)
-    at_n = band(n[-1:], many[0], LEVEL, kind).at(0)
-    at_d = band(d[-1:], many[1], LEVEL, kind).at(0)
+    at_n, at_d = (band(one[-1:], by, LEVEL, kind).at(0) for one, by in ((n, many[0]), (d, many[1])))
     wrong = []
     for factor in (2.0, 0.5):
         size = np.array([factor * n[-1]])
@@ -282,15 +274,6 @@ def predict(  # type: ignore[misc]
         saved = np.interp(off, loss[::-1], np.log(budgets)[::-1])
         wrong.append(WrongSize(off / float(loss[-1]) - 1, 1 - float(np.exp(saved)) / flops))
     return Budget(flops, at_n, at_d, *loss_at(fit, best, replicas), *wrong)
-
-
-def _expected(fit: Fit, place: dict[str, float]) -> Expected:
-    if more := [name for name in place if name not in (*fit.columns, fit.letter)]:
-        raise ConfigError(f"predict: the law does not go by {' and '.join(more)}")
-    if fit.degrees < 1:
-        return Expected(place, *loss_at(fit, place))
-    law, run = (predict_interval(fit, new_run=new, **place) for new in (False, True))
-    return Expected(place, law, run)
 
 
 def loss_at(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
-from matplotlib.colors import LogNorm, to_hex
+from matplotlib.colors import to_hex
 from matplotlib.container import ErrorbarContainer
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
@@ -42,30 +42,21 @@ def traces(figure: Figure) -> dict[str, Any]:
         if axes in bars:
             continue
         coloured = any(c.get_array() is not None for c in axes.collections)
-        panels.append(
-            {
-                "x": _axis(axes, "x"),
-                "y": _axis(axes, "y"),
-                "traces": list(
-                    _traces(
-                        axes, words[min(len(panels), len(words) - 1)] if words and coloured else ""
-                    )
-                ),
-                "notes": [
-                    {"text": one.get_text(), "color": to_hex(one.get_color())}
-                    for one in axes.texts
-                    if one.get_transform() == axes.transAxes
-                ],
-            }
-        )
+        word = words[min(len(panels), len(words) - 1)] if words and coloured else ""
+        notes = [
+            {"text": one.get_text(), "color": to_hex(one.get_color())}
+            for one in axes.texts
+            if one.get_transform() == axes.transAxes
+        ]
+        both = {name: _axis(axes, name) for name in "xy"}
+        panels.append({**both, "traces": list(_traces(axes, word)), "notes": notes})
     return {"panels": panels}
 
 
 def _axis(axes: Axes, name: str) -> dict[str, Any]:
-    scale = getattr(axes, f"get_{name}scale")()
     return {
         "title": getattr(axes, f"get_{name}label")(),
-        "type": scale if scale == "log" else "linear",
+        "type": getattr(axes, f"get_{name}scale")(),
         "range": _numbers(sorted(getattr(axes, f"get_{name}lim")())),
     }
 
@@ -87,22 +78,20 @@ def _traces(axes: Axes, word: str) -> Iterator[Trace]:
         across = patch.get_data_transform() != axes.transData
         style = {"fillcolor": _rgba(patch.get_facecolor()), **_named(str(patch.get_label()))}
         parts.append((0.0, _filled(_across(axes, corners) if across else corners, style)))
-    errors: dict[Any, str] = {}
+    names: dict[Any, str] = {}  # of the lines of error bars; their caps have none
     for bar in bars:
         data, caps, _ = bar.lines
-        errors |= dict.fromkeys(caps, "") | ({data: str(bar.get_label())} if data else {})
+        names |= dict.fromkeys(caps, "") | ({data: str(bar.get_label())} if data else {})
     for line in axes.lines:
-        if errors.get(line) != "":
-            name = errors.get(line, str(line.get_label()))
+        if name := names.get(line, str(line.get_label())):
             parts.append((line.get_zorder(), trace := _line(axes, line, name)))
             if "name" in trace and "line" in trace:
                 groups.setdefault(trace["line"]["color"], name)
     for text in axes.texts:
-        if text.get_transform() == axes.transAxes:
-            continue
-        place = {"x": _numbers([text.get_position()[0]]), "y": _numbers([text.get_position()[1]])}
-        font = {"size": 10, "color": to_hex(text.get_color())}
-        parts.append((9.0, {**place, "mode": "text", "text": [text.get_text()], "textfont": font}))
+        if text.get_transform() != axes.transAxes:
+            font = {"size": 10, "color": to_hex(text.get_color())}
+            said = {"mode": "text", "text": [text.get_text()], "textfont": font}
+            parts.append((9.0, _at([text.get_position()]) | said))
     for _, trace in sorted(parts, key=lambda part: part[0]):
         colour = trace.get("line", {}).get("color") or trace.get("tint", "")
         if "name" not in trace and colour in groups:
@@ -114,54 +103,41 @@ def _line(axes: Axes, line: Any, name: str) -> Trace:
     points = np.column_stack([line.get_xdata(), line.get_ydata()]).astype(float)
     if line.get_transform() == axes.get_yaxis_transform(which="grid"):
         points = _across(axes, points)
-    colour, marker = to_hex(line.get_color()), line.get_marker()
+    colour, marker, modes = to_hex(line.get_color()), line.get_marker(), []
     trace = _at(points) | _named(name)
-    modes = []
     if line.get_linestyle() != "None":
         modes.append("lines")
         dash = DASHES.get(line.get_linestyle(), "dash")
-        width = PIXELS * line.get_linewidth()
-        trace["line"] = {"color": colour, "dash": dash, "width": width}
+        trace["line"] = {"color": colour, "dash": dash, "width": PIXELS * line.get_linewidth()}
     if marker not in ("None", None):
         modes.append("markers")
         symbol = MARKERS.get(str(marker), "circle")
-        hollow = to_hex(line.get_markerfacecolor()) != colour and not symbol.endswith("open")
-        trace["marker"] = {
-            "symbol": f"{symbol}-open" if hollow else symbol,
-            "size": 2 * line.get_markersize(),
-            "color": colour,
-            "line": {"width": 2 if symbol.endswith("open") or hollow else 0},
-        }
+        if to_hex(line.get_markerfacecolor()) != colour and not symbol.endswith("open"):
+            symbol += "-open"
+        look = {"symbol": symbol, "size": 2 * line.get_markersize(), "color": colour}
+        trace["marker"] = look | {"line": {"width": 2 if symbol.endswith("open") else 0}}
     return trace | {"mode": "+".join(modes) or "lines"} | _hover(line, np.arange(len(points)))
 
 
 def _points(many: Any, word: str, groups: dict[str, str]) -> Iterator[Trace]:
     """Yield the runs of a scatter plot: a trace for each value of the colour, if these are few."""
     points, values = np.asarray(many.get_offsets(), dtype=float), many.get_array()
-    size = 1.7 * float(np.sqrt(many.get_sizes()[0]))
-    edge = {"width": 0.5, "color": "paper"}
     everything = np.arange(len(points))
+    parts: list[tuple[Any, str, dict[str, Any]]] = []
     if values is None:
-        colour = to_hex(many.get_facecolor()[0])
-        marker = {"size": size, "color": colour, "line": edge}
-        yield _at(points) | {"mode": "markers", "marker": marker} | _named("runs")
-        return
-    levels = np.unique(values)
-    if len(levels) > MOST_GROUPS:
-        marker = {"size": size, "line": edge, **_scale(many, word)}
-        trace = _at(points) | {"mode": "markers", "marker": marker} | _named("runs")
-        yield trace | _hover(many, everything)
-        return
-    for level in levels:
-        own, colour = everything[values == level], to_hex(many.to_rgba(level))
-        name = groups[colour] = _level(word, level)
-        marker = {"size": size, "color": colour, "line": edge}
-        yield (
-            _at(points[own])
-            | {"mode": "markers", "marker": marker}
-            | _named(name)
-            | _hover(many, own)
-        )
+        parts.append((everything, "runs", {"color": to_hex(many.get_facecolor()[0])}))
+    elif len(levels := np.unique(values)) > MOST_GROUPS:
+        parts.append((everything, "runs", _scale(many, word)))
+    else:
+        for level in levels:
+            colour = to_hex(many.to_rgba(level))
+            name = groups[colour] = _level(word, level)
+            parts.append((everything[values == level], name, {"color": colour}))
+    look: Trace = {"size": 1.7 * float(np.sqrt(many.get_sizes()[0]))}
+    look |= {"line": {"width": 0.5, "color": "paper"}}
+    for own, name, colours in parts:
+        trace = _at(points[own]) | {"mode": "markers", "marker": look | colours} | _named(name)
+        yield trace | _hover(many, own)
 
 
 def _level(word: str, value: float) -> str:
@@ -172,61 +148,55 @@ def _level(word: str, value: float) -> str:
 
 
 def _scale(many: Any, word: str) -> dict[str, Any]:
-    """Return the colours of points by their values, logarithmic as the figure's."""
-    values, norm = np.asarray(many.get_array(), dtype=float), many.norm
-    low, high = float(norm.vmin or 0), float(norm.vmax or 1)
-    scale = np.log10 if isinstance(norm, LogNorm) else np.asarray
-    ticks = np.linspace(float(scale(low)), float(scale(high)), 5)
-    shown = 10.0**ticks if isinstance(norm, LogNorm) else ticks
+    """Return the colours of points by their values, on a logarithmic scale as in the figure."""
+    low, high = np.log10([many.norm.vmin, many.norm.vmax])
+    ticks = np.linspace(low, high, 5)
     return {
-        "color": _numbers(scale(values)),
+        "color": _numbers(np.log10(np.asarray(many.get_array(), dtype=float))),
         "colorscale": [[at, to_hex(many.cmap(at))] for at in (0.0, 0.25, 0.5, 0.75, 1.0)],
-        "cmin": float(ticks[0]),
-        "cmax": float(ticks[-1]),
+        "cmin": float(low),
+        "cmax": float(high),
         "colorbar": {
             "title": {"text": word, "side": "right"},
             "tickvals": _numbers(ticks),
-            "ticktext": [letter(float(f"{value:.2g}")) for value in shown],
+            "ticktext": [letter(float(f"{value:.2g}")) for value in 10.0**ticks],
         },
     }
 
 
 def _area(many: Any, label: str, word: str) -> Iterator[Trace]:
     """Yield the lines or the areas of a collection."""
-    paths = many.get_paths()
-    name = _named(label)
-    is_contour = isinstance(many, ContourSet)
-    if is_contour or isinstance(many, LineCollection):
-        colours = many.get_edgecolors()
-        levels = np.array([] if is_contour or many.get_array() is None else many.get_array())
-        told = 0 < len(np.unique(levels)) <= MOST_GROUPS
-        for at, path in enumerate(paths):
-            pieces = path.to_polygons(closed_only=False)
-            if not pieces:
-                continue
-            broken = np.concatenate([part for p in pieces for part in (p, [[np.nan, np.nan]])])
-            colour = to_hex(colours[at % len(colours)])
-            line = {"color": colour, "width": PIXELS * float(many.get_linewidths()[0])}
-            trace = _at(broken[:-1]) | {"mode": "lines", "line": line}
-            if is_contour:
-                trace |= {"text": f"{many.levels[at]:.4g}", "hoverinfo": "text"}
-            elif len(paths) <= MOST_LINES:
-                said = HOVER.get(many, [""] * len(paths))[at]
-                trace |= {"text": html.escape(said, quote=False), "hoverinfo": "text+x+y"}
-            else:
-                trace["hoverinfo"] = "skip"
-            yield trace | (_named(_level(word, levels[at])) if told else name)
-            name = {}
-        return
-    colour = many.get_facecolor()[0]
-    for path in paths:
+    paths, name, is_contour = many.get_paths(), _named(label), isinstance(many, ContourSet)
+    if not is_contour and not isinstance(many, LineCollection):
+        colour = many.get_facecolor()[0]
         style = {"fillcolor": _rgba(colour), "tint": to_hex(colour[:3]), **name}
-        yield _filled(path.vertices, style)
+        yield from (_filled(path.vertices, style) for path in paths)
+        return
+    colours = many.get_edgecolors()
+    levels = np.array([] if is_contour or many.get_array() is None else many.get_array())
+    told = 0 < len(np.unique(levels)) <= MOST_GROUPS
+    for at, path in enumerate(paths):
+        pieces = path.to_polygons(closed_only=False)
+        if not pieces:
+            continue
+        broken = np.concatenate([part for p in pieces for part in (p, [[np.nan, np.nan]])])
+        colour = to_hex(colours[at % len(colours)])
+        line = {"color": colour, "width": PIXELS * float(many.get_linewidths()[0])}
+        trace = _at(broken[:-1]) | {"mode": "lines", "line": line}
+        if is_contour:
+            trace |= {"text": f"{many.levels[at]:.4g}", "hoverinfo": "text"}
+        elif len(paths) <= MOST_LINES:
+            said = HOVER.get(many, [""] * len(paths))[at]
+            trace |= {"text": html.escape(said, quote=False), "hoverinfo": "text+x+y"}
+        else:
+            trace["hoverinfo"] = "skip"
+        yield trace | (_named(_level(word, levels[at])) if told else name)
+        name = {}
 
 
-def _filled(points: Any, style: Mapping[str, Any]) -> Trace:
+def _filled(points: Any, style: Trace) -> Trace:
     look: Trace = {"mode": "lines", "line": {"width": 0}, "fill": "toself", "hoverinfo": "skip"}
-    return _at(points) | look | dict(style)
+    return _at(points) | look | style
 
 
 def _across(axes: Axes, points: Any) -> Any:
@@ -251,8 +221,8 @@ def _hover(artist: Any, rows: Any) -> dict[str, Any]:
 
 
 def _at(points: Any) -> Trace:
-    array = np.asarray(points, dtype=float)
-    return {"x": _numbers(array[:, 0]), "y": _numbers(array[:, 1])}
+    x, y = np.asarray(points, dtype=float).T
+    return {"x": _numbers(x), "y": _numbers(y)}
 
 
 def _numbers(values: Any) -> list[float | None]:

@@ -45,9 +45,9 @@ class PowerLaw:
     exponent: Interval
     log_k: float
     centre: float  # mean log C of the points
-    scale: float  # standard deviation of log y about the line; inf with two points
-    points: int
     spread: float  # Σ (log C - centre)²
+    points: int
+    error: float  # of log y about the line, times Student's quantile; inf with two points
     lines: Array | None = None  # (2, B): log k and exponent by each replica
 
     @classmethod
@@ -60,34 +60,28 @@ class PowerLaw:
         if n < 2 or np.ptp(x) == 0:
             raise ConfigError(f"power law of compute: needs 2 budgets or more, there are {n}")
         centre, spread = float(x.mean()), float(np.sum((x - x.mean()) ** 2))
-        slope = float((x - centre) @ logs / spread)
-        left = logs - logs.mean() - slope * (x - centre)
-        scale = float(np.sqrt(left @ left / (n - 2))) if n > 2 else np.inf
-        reach = _t(level, n) * scale / np.sqrt(spread)
+        log_k, slope = _lines(x, logs[:, None])[:, 0].tolist()
+        left, error = logs - log_k - slope * x, np.inf
+        if n > 2:
+            quantile = special.stdtrit(n - 2, 0.5 + level / 2)
+            error = float(quantile * np.sqrt(left @ left / (n - 2)))
+        reach, lines = error / np.sqrt(spread), None
         exponent = Interval(slope, float(slope - reach), float(slope + reach), level, "regression")
-        lines = None
         if replicas is not None and n > 2:
             lines = _lines(x, replicas[0])
             exponent = _percentiles(slope, lines[1], level, replicas[1])
-        return cls(exponent, float(logs.mean()) - slope * centre, centre, scale, n, spread, lines)
-
-    def __call__(self, flops: Any) -> Array:
-        return np.asarray(np.exp(self.log_k + self.exponent.estimate * np.log(flops)))
+        return cls(exponent, log_k, centre, spread, n, error, lines)
 
     def at(self, flops: float) -> Interval:
         """Return y at a budget, with the interval of the line there."""
-        estimate, level = float(self(flops)), self.exponent.level
+        slope, log_c = self.exponent, float(np.log(flops))
+        estimate = float(np.exp(self.log_k + slope.estimate * log_c))
         if self.lines is not None:
-            values = np.exp(self.lines[0] + self.lines[1] * np.log(flops))
-            return _percentiles(estimate, values, level, self.exponent.method)
-        away = (np.log(flops) - self.centre) ** 2 / self.spread
-        reach = _t(level, self.points) * self.scale * np.sqrt(1 / self.points + away)
+            values = np.exp(self.lines[0] + self.lines[1] * log_c)
+            return _percentiles(estimate, values, slope.level, slope.method)
+        reach = self.error * np.sqrt(1 / self.points + (log_c - self.centre) ** 2 / self.spread)
         low, high = float(estimate * np.exp(-reach)), float(estimate * np.exp(reach))
-        return Interval(estimate, low, high, level, "regression")
-
-
-def _t(level: float, points: int) -> float:
-    return float(special.stdtrit(max(points - 2, 1), 0.5 + level / 2))
+        return Interval(estimate, low, high, slope.level, "regression")
 
 
 def _lines(x: Array, y: Array) -> Array:
@@ -184,13 +178,11 @@ def isoflop(
     """Return the minimum of the loss over log N in each budget (approach 2 of Hoffmann et al.).
 
     ``method``: ``cubic`` or ``parabola``, least squares through all rows, seeds among them, or
-    ``akima`` (the modified one, which does not overshoot), which needs one value a size and so
-    goes through the means over seeds.  Three sizes carry a parabola only, and then get one.
-    ``same_budget`` is the factor below which neighbours in compute are one budget; what its runs
-    differ in compute is taken off their losses.  Interpolants of the same runs disagree by more
-    than the noise; a parabola in log N, for one, is biased where sizes are far from the best
-    (arXiv:2603.22339).  So the intervals of the power laws are percentiles of replicas by all
-    three, of the same settings with other noise; ``method`` gives the estimate alone.
+    ``akima`` (the modified one, which does not overshoot), through the means over seeds.  Three
+    sizes carry a parabola only.  ``same_budget`` is the factor below which neighbours in compute
+    are one budget; what its runs differ in compute is taken off their losses.  Interpolants of the
+    same runs disagree by more than the noise (arXiv:2603.22339), so the intervals of the power
+    laws are percentiles of replicas by all three; ``method`` gives the estimate alone.
 
     A minimum counts only where the sizes tried enclose it: where the best size on average is the
     smallest or the largest there is none.  Raises ConfigError for columns that are not there.
@@ -383,15 +375,13 @@ def envelope(
 
     ``curves`` has a row a checkpoint: the run, its N, tokens seen, FLOPs spent, the loss.  Rows
     without a loss or before the first step are left out; between checkpoints log L is a monotone
-    cubic in log C.  Where a size has several runs, seeds or schedules, the lowest is what counts,
-    which favours what scatters: ``smooth`` takes the mean of so many neighbouring checkpoints of
-    a run, of log C, log D and log L alike.
+    cubic in log C.  The lowest of several runs of a size counts, which favours what scatters:
+    ``smooth`` takes the mean of so many neighbouring checkpoints of a run.
 
-    The steps of the envelope give a point for each size: the middle, in log C, of the stretch
-    where it is best.  The first and the last size have no such stretch, nor has one that starts
-    or ends because a curve does.  The intervals are those of the regression through these points.
-    A loss halfway down a decaying schedule is above that of a run which ends there, so that this
-    needs a constant rate, or schedules of several lengths a size.
+    Each size gives a point: the middle, in log C, of the stretch where it is best.  The first and
+    the last size have none, nor has one whose stretch starts or ends because a curve does.  A loss
+    halfway down a decaying schedule is above that of a run which ends there, so that this needs a
+    constant rate, or schedules of several lengths a size.
 
     Raises ConfigError where columns are absent or no run has two checkpoints.
     """
@@ -407,26 +397,18 @@ def envelope(
         raise ConfigError(
             f"{loss}: no run has {smooth + 1} checkpoints; an envelope needs training curves"
         )
-    grid = np.log(np.geomspace(rows[c].min(), rows[c].max(), BUDGETS))
-    sizes, along = [], []
+    grid, along = np.log(np.geomspace(rows[c].min(), rows[c].max(), BUDGETS)), []
     for _, part in rows.groupby(run):
         logs = np.log(np.column_stack([positive(part, name) for name in (c, loss, d)]))
         logs = np.lib.stride_tricks.sliding_window_view(logs, smooth, axis=0).mean(axis=-1)
-        sizes.append(float(part[n].iloc[0]))
         between = interpolate.PchipInterpolator(logs[:, 0], logs[:, 1:], extrapolate=False)
         along.append(between(grid))  # nan beyond the ends
-    losses, tokens = np.moveaxis(np.array(along), -1, 0)
-    return _envelope(grid, np.array(sizes), losses, tokens, level)
-
-
-def _envelope(grid: Array, sizes: Array, losses: Array, tokens: Array, level: float) -> Envelope:
-    """Return that of N of each run, (R,), and its log L and log D along log C, (R, G)."""
-    there = ~np.isnan(losses)
-    some = there.any(axis=0)
-    grid, losses, tokens, there = grid[some], losses[:, some], tokens[:, some], there[:, some]
-    winner = np.argmin(np.where(there, losses, np.inf), axis=0)
-    along = np.arange(len(grid))
-    best, least, seen = sizes[winner], losses[winner, along], tokens[winner, along]
+    sizes = rows.groupby(run)[n].first().to_numpy(float)
+    some = np.isfinite(along).any(axis=(0, 2))
+    grid = grid[some]
+    losses, tokens = np.moveaxis(np.array(along)[:, some], -1, 0)  # (runs, budgets)
+    there, winner, budget = np.isfinite(losses), np.nanargmin(losses, axis=0), np.arange(len(grid))
+    best, least, seen = sizes[winner], losses[winner, budget], tokens[winner, budget]
     # a size has a stretch where a smaller one has lost at its start and a larger one at its end
     smaller = (there & (sizes[:, None] < best)).any(axis=0)
     larger = (there & (sizes[:, None] > best)).any(axis=0)
@@ -437,12 +419,11 @@ def _envelope(grid: Array, sizes: Array, losses: Array, tokens: Array, level: fl
         if first == 0 or last == len(grid) - 1:
             continue
         taken_over = best[first - 1] < size and smaller[first]
-        given_over = best[last + 1] > size and larger[last]
-        if taken_over and given_over:
+        if taken_over and best[last + 1] > size and larger[last]:
             # where stretches fray, the cells that it has won weigh as much as a clean stretch
             middle = float(grid[cells].mean())
-            d, loss = (np.interp(middle, grid[cells], v[cells]) for v in (seen, least))
-            minima.append((np.exp(middle), size, np.exp(d), np.exp(loss)))
+            at = [np.interp(middle, grid[cells], v[cells]) for v in (seen, least)]
+            minima.append((np.exp(middle), size, *np.exp(at)))
     reason = ""
     if len(minima) < 2:
         reason = f"{len(minima)} sizes are best between a smaller and a larger one; it needs 2"

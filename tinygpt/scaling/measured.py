@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -54,6 +55,7 @@ def typed() -> str | None:
 
 
 def _facts(analysis: Analysis, table: str | None) -> Iterator[tuple[str, str]]:
+    """Yield what is known, a line each; what is not known is empty."""
     runs, left = analysis.runs, len(analysis.left_out)
     config, machine = _folder_of(runs, runs.index[-1])
     yield "runs", f"{len(runs):,} fitted" + (f", {left:,} left out" if left else "")
@@ -63,35 +65,29 @@ def _facts(analysis: Analysis, table: str | None) -> Iterator[tuple[str, str]]:
     corpus = _values(runs, "dataset")
     if path := config.get("data", {}).get("path"):
         corpus += f" ({', '.join(Path(one).name for one in path.strip('[]').split(','))})"
-    if len(part := _unique(runs, "data_fraction")) > 1 or part not in ([], [1.0]):
+    if _unique(runs, "data_fraction") not in ([], [1.0]):
         corpus += f", fractions {_values(runs, 'data_fraction')}"
     yield "corpus", corpus
     for name, word in (("corpus", "training"), ("val", "validation"), ("test", "test")):
-        sizes = [_spoken(runs, f"{name}_{what}", what) for what in ("tokens", "documents")]
+        sizes = (_spoken(runs, f"{name}_{of}", f"{{}} {of}") for of in ("tokens", "documents"))
         yield f"{word} text", " in ".join(filter(None, sizes))
-    vocabulary = _spoken(runs, "vocab_size", "")
-    yield "tokenizer", _values(runs, "tokenizer") + (vocabulary and f", vocabulary {vocabulary}")
+    yield "tokenizer", _values(runs, "tokenizer") + _spoken(runs, "vocab_size", ", vocabulary {}")
     model = config.get("model", {})
-    parts = [NAMES.get(str(model.get(key)), "") for key in ("position", "norm", "activation")]
-    parts += ["µP" if model.get("parametrization") == "mup" else ""]
-    layers = [f"{_values(runs, 'n_layers')} layers" if "n_layers" in runs else ""]
-    context = [f"context {_values(runs, 'max_seq_len')}" if "max_seq_len" in runs else ""]
-    yield "model", ", ".join(filter(None, ["GPT" if model else "", *layers, *context, *parts]))
+    parts = ["GPT" if model else "", _values(runs, "n_layers", "{} layers")]
+    parts.append(_values(runs, "max_seq_len", "context {}"))
+    parts += [NAMES.get(str(model.get(key)), "") for key in ("position", "norm", "activation")]
+    parts.append("µP" if model.get("parametrization") == "mup" else "")
+    yield "model", ", ".join(filter(None, parts))
     where = analysis.columns.where(runs)
     if "N" in where:
         word = "parameters without embeddings" if where["N"] == Columns.n else "parameters"
-        widths = f" (d_model {_values(runs, 'd_model')})" if "d_model" in runs else ""
-        yield (
-            "sizes",
-            _range(runs, where["N"]) + f" {word}{widths}",
-        )
+        widths = _values(runs, "d_model", " (d_model {})")
+        yield "sizes", f"{_range(runs, where['N'])} {word}{widths}"
     if "D" in where:
         yield "lengths", _range(runs, where["D"]) + " training tokens"
-    if analysis.columns.seed in runs:
-        yield "seeds", _values(runs, str(analysis.columns.seed))
-    rate = f"learning rate {_values(runs, 'learning_rate')}" if "learning_rate" in runs else ""
-    batch = f"{_spoken(runs, 'batch_tokens', 'tokens')} a step" if "batch_tokens" in runs else ""
-    recipe = [_values(runs, "optimizer"), rate, _values(runs, "schedule"), batch]
+    yield "seeds", _values(runs, str(analysis.columns.seed))
+    recipe = [_values(runs, "optimizer"), _values(runs, "learning_rate", "learning rate {}")]
+    recipe += [_values(runs, "schedule"), _spoken(runs, "batch_tokens", "{} tokens a step")]
     yield "recipe", ", ".join(filter(None, recipe))
     if machine:
         threads = count(machine.get("threads") or 1, "thread")
@@ -100,22 +96,21 @@ def _facts(analysis: Analysis, table: str | None) -> Iterator[tuple[str, str]]:
         yield "hardware", f"{device}; {machine.get('platform', '')}"
     yield "date", _dates(runs)
     version = machine.get("packages", {})
-    commit = _values(runs, "git_commit", 7)
     words = [f"{name} {version[name]}" for name in ("tinygpt", "torch") if name in version]
-    yield "version", ", ".join([*words, *([f"commit {commit}"] if commit else [])])
+    yield "version", ", ".join(filter(None, [*words, _values(runs, "git_commit", "commit {}", 7)]))
 
 
 def _unique(runs: pd.DataFrame, name: str) -> list[Any]:
     return sorted(runs[name].dropna().unique()) if name in runs else []
 
 
-def _values(runs: pd.DataFrame, name: str, length: int = 40) -> str:
+def _values(runs: pd.DataFrame, name: str, words: str = "{}", length: int = 40) -> str:
     """Return the different values of a column, or how many there are and their ends."""
-    values = _unique(runs, name)
-    texts = [f"{v:g}" if isinstance(v, float) else str(v)[:length] for v in values]
+    texts = [f"{v:g}" if isinstance(v, float) else str(v)[:length] for v in _unique(runs, name)]
+    listed = ", ".join(texts)
     if len(texts) > 6:
-        return f"{texts[0]} to {texts[-1]} ({len(texts)} values)"
-    return ", ".join(texts)
+        listed = f"{texts[0]} to {texts[-1]} ({len(texts)} values)"
+    return words.format(listed) if texts else ""
 
 
 def _range(runs: pd.DataFrame, name: str) -> str:
@@ -125,11 +120,11 @@ def _range(runs: pd.DataFrame, name: str) -> str:
     return f"{len(values)} from {whole(values[0])} to {whole(values[-1])}"
 
 
-def _spoken(runs: pd.DataFrame, name: str, unit: str) -> str:
+def _spoken(runs: pd.DataFrame, name: str, words: str) -> str:
     """Return ``1.24M tokens``, or the two ends."""
     values = [letter(float(f"{v:.3g}")) for v in _unique(runs, name)]
-    ends = " to ".join(dict.fromkeys(values[:: max(1, len(values) - 1)]))
-    return f"{ends} {unit}".strip() if ends else ""
+    ends = " to ".join(dict.fromkeys([*values[:1], *values[-1:]]))
+    return words.format(ends) if ends else ""
 
 
 def _folder_of(runs: pd.DataFrame, row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -173,10 +168,10 @@ def runs(analysis: Analysis, folder: Path | None = None) -> Iterator[Block]:
     rows.append([analysis.columns.loss_label, f"`{fit.loss}`", *wording.span(fit.table[fit.loss])])
     yield Table(["", "column", "from", "to", "ratio", "values"], rows)
     if shared := shared_trunks(analysis.runs):
-        saved = number(shared.independent_flops - shared.flops)
+        saved = number(shared["independent_flops"] - shared["flops"])
         yield Paragraph(
-            f"Training took {number(shared.flops)} FLOPs: runs that share a trunk saved "
-            f"{saved} ({percent(shared.saved)}) against independent runs."
+            f"Training took {number(shared['flops'])} FLOPs: runs that share a trunk saved "
+            f"{saved} ({percent(shared['saved'])}) against independent runs."
         )
     if len(analysis.left_out):
         yield Paragraph("`left_out.csv` lists the runs that were left out, and why.")
@@ -210,9 +205,7 @@ def next_run(analysis: Analysis) -> Iterator[Block]:
     if one.width_then > 0.97 * one.width_now:
         yield Paragraph("No single run would narrow the prediction by much.")
         return
-    place = ", ".join(
-        f"{number(value)} {analysis.words[name]}" for name, value in one.place.items()
-    )
+    place = ", ".join(f"{number(of)} {analysis.words[name]}" for name, of in one.place.items())
     cost = f" ({number(one.cost)} FLOPs)" if analysis.compute.max() > 1 else ""
     yield Paragraph(
         f"A run with {place}{cost} would narrow the prediction most: its {100 * LEVEL:.0f} % "
@@ -255,13 +248,11 @@ def _shape(runs: pd.DataFrame, model: Mapping[str, Any], parameters: float) -> d
     if runs["d_model"].nunique() == 1 and runs["n_layers"].nunique() > 1:
         tried = [{"n_layers": layers} for layers in range(1, 1000)]
     else:
-        head = model["d_model"] // model["n_heads"]
+        heads = model["n_heads"]
         many = runs["n_heads"].nunique() > 1
-        step = head if many else model["n_heads"]
-        tried = [
-            {"d_model": step * k, "n_heads": k if many else model["n_heads"]}
-            for k in range(1, 1000)
-        ]
+        step = model["d_model"] // heads if many else heads
+        counts = range(1, 1000)
+        tried = [{"d_model": step * k, "n_heads": k if many else heads} for k in counts]
     known = {name: value for name, value in model.items() if name in ModelConfig.__annotations__}
     sizes = [count_parameters(ModelConfig(**{**known, **one}), 1).non_embedding for one in tried]
     return tried[int(np.argmin(np.abs(np.log(np.array(sizes) / parameters))))]
@@ -272,31 +263,27 @@ def command_of(config: Mapping[str, Any]) -> str:
     words = [f"{group}={config[group].get('kind') or config[group]['source']}" for group in GROUPS]
     classes = {group: variant(group, config[group]) for group in GROUPS}
     for group, known in {"model": ModelConfig, "train": TrainConfig, **classes}.items():
-        words += _differing(group, config[group], known)
+        words += _differing(group, config[group], dataclasses.asdict(known()))
     top = {"study": None, "output_dir": "outputs", "init_from": None, "seed": None}
     words += [f"{k}={_written(config.get(k))}" for k, v in top.items() if config.get(k) != v]
     return shlex.join(["python", "-m", "tinygpt.run", *words])
 
 
-def _differing(group: str, values: Mapping[str, Any], known: type) -> Iterator[str]:
+def _differing(group: str, values: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys of a group that differ from the defaults of the schema."""
-    for field in dataclasses.fields(known):
-        key, default = f"{group}.{field.name}", field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        if field.name in ("kind", "source") or field.name not in values:
-            continue
-        value = values[field.name]
-        if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            yield from _differing(key, value, type(default))
-        elif (value != default or key in SET_BY_CHOICE) and value != values.get("source"):
+    shared = [name for name in usual if name in values and name not in ("kind", "source")]
+    for name in shared:
+        key, value = f"{group}.{name}", values[name]
+        if isinstance(usual[name], dict):
+            yield from _differing(key, value, usual[name])
+        elif (value != usual[name] or key in SET_BY_CHOICE) and value != values.get("source"):
             yield f"{key}={_written(value)}"
 
 
 def _written(value: Any) -> str:
     """Return a value as Hydra reads it."""
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return json.dumps(value)
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
     if isinstance(value, dict):

@@ -12,17 +12,7 @@ from rich.console import Console
 from tinygpt import fileio
 from tinygpt.scaling import document, plots, wording
 from tinygpt.scaling.analysis import Analysis
-from tinygpt.scaling.document import (
-    FAIL,
-    Block,
-    Code,
-    Folded,
-    Heading,
-    Items,
-    Paragraph,
-    Picture,
-    Table,
-)
+from tinygpt.scaling.document import Block, Code, Folded, Heading, Items, Paragraph, Picture, Table
 from tinygpt.scaling.evidence import CLEAR, NOT_APPLICABLE, NOT_TESTED, PASS, THRESHOLDS
 from tinygpt.scaling.facts import data_hash, facts
 from tinygpt.scaling.intervals import LEVEL
@@ -30,17 +20,7 @@ from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.measured import measured, next_run, runs
 from tinygpt.scaling.selection import Candidate, preferred
 from tinygpt.scaling.story import Story
-from tinygpt.scaling.wording import (
-    UNKNOWN,
-    capital,
-    count,
-    estimate,
-    number,
-    percent,
-    reach,
-    times,
-    with_interval,
-)
+from tinygpt.scaling.wording import UNKNOWN, count, number, percent, with_interval
 
 FORECAST = (
     "Each predicted loss is an average over laws, weighted by how well each of them, fitted to the "
@@ -141,14 +121,10 @@ def verdict(analysis: Analysis) -> Iterator[Block]:
     """Return the whole answer in one sentence, and what to know before relying on it."""
     yield Heading("Verdict")
     fit = analysis.fit
-    exponents = [
-        f"{name} {with_interval(fit.parameters[name], interval)}"
-        for name, interval in analysis.intervals.items()
-        if name in fit.law.exponents
-    ]
+    exponents = [name for name in analysis.intervals if name in fit.law.exponents]
     word = "are described by" if len(analysis.candidates) > 1 else "were fitted by"
     text = f"{count(len(analysis.runs), 'run')} {word} the law `{fit.law.name}`"
-    text += f", {', '.join(exponents)}" if exponents else ""
+    text += "".join(f", {name} {with_interval(analysis.intervals[name])}" for name in exponents)
     yield Paragraph(f"{text}; **{analysis.verdict}**.")
     if analysis.is_evidence is None:
         yield Paragraph("Runs at `scale=smoke` only try a study out.")
@@ -159,9 +135,7 @@ def verdict(analysis: Analysis) -> Iterator[Block]:
     elif not analysis.is_evidence:
         yield Paragraph("There are too few runs to hold the larger ones out and predict them.")
     if analysis.others:
-        each = "; ".join(
-            wording.differing(name, values) for name, values in analysis.others.items()
-        )
+        each = "; ".join(wording.differing(*other) for other in analysis.others.items())
         yield Paragraph(
             "These runs differ in more than the variables of the law and their seeds, and are "
             f"fitted together: {each}. If that was not meant, use `where=` or another folder to "
@@ -182,13 +156,23 @@ def law(analysis: Analysis) -> Iterator[Block]:
     left = fit.optimum.law  # of the law, without the terms that went to zero
     yield Code(f"{wording.formula(left)}\n{wording.equation(left, fit.parameters)}")
     letters = f"L: {analysis.columns.loss_label}; {wording.variables(analysis.words)}"
-    yield Paragraph(f"{letters}. {capital(source)}.")
+    yield Paragraph(f"{letters}. {wording.capital(source)}.")
     met = list(fit.bounds_met.values())
     if analysis.in_total:
         met += [f"embeddings counted, {line}" for line in analysis.in_total.bounds_met.values()]
     if met:
         yield Paragraph(" ".join(f"{line}." for line in met))
-    yield _parameters(analysis)
+    known = [(fit.parameters, analysis.intervals)]
+    if analysis.in_total:
+        known.append((analysis.in_total.parameters, analysis.total_intervals))
+    rows = []
+    for name in fit.parameters:
+        row = [name]
+        for values, found in known:
+            row += [wording.estimate(values[name], found.get(name)), wording.reach(found.get(name))]
+        rows.append(row)
+    header = ["", "estimate", INTERVAL, "embeddings counted", INTERVAL]
+    yield Table(header[: 1 + 2 * len(known)], rows)
     if analysis.intervals:
         yield Paragraph(
             "The formula has four digits of each number, so that it draws the curve; the table "
@@ -209,21 +193,6 @@ def law(analysis: Analysis) -> Iterator[Block]:
         yield Paragraph(" ".join(lines))
 
 
-def _parameters(analysis: Analysis) -> Table:
-    header = ["", "estimate", INTERVAL]
-    tables = [(analysis.fit.parameters, analysis.intervals)]
-    if analysis.in_total:
-        header += ["embeddings counted", INTERVAL]
-        tables.append((analysis.in_total.parameters, analysis.total_intervals))
-    rows = []
-    for name in analysis.fit.parameters:
-        row = [name]
-        for values, intervals in tables:
-            row += [estimate(values[name], intervals.get(name)), reach(intervals.get(name))]
-        rows.append(row)
-    return Table(header, rows)
-
-
 def _constant(analysis: Analysis) -> Iterator[str]:
     """Judge the constant E."""
     fit, floor = analysis.fit, analysis.floor
@@ -238,9 +207,10 @@ def _constant(analysis: Analysis) -> Iterator[str]:
             f"E lies above the lowest loss measured, {number(lowest, 4)}: runs scatter "
             "around the law, and E is where it levels off for their mean, not a bound on each."
         )
-    if floor is not None:
-        yield f"The entropy of the corpus is known: {number(floor, 5)}."
-    if floor is not None and constant:
+    if floor is None:
+        return
+    yield f"The entropy of the corpus is known: {number(floor, 5)}."
+    if constant:
         side = "above" if constant > floor else "below"
         alone = constant > floor and not {"N", "D"} <= set(fit.columns)
         why = ", because the factors held fixed add to the loss" if alone else ""
@@ -305,20 +275,18 @@ def checklist(analysis: Analysis) -> Iterator[Block]:
         f"{many(PASS)} pass, {many('fail')} fail, {many(NOT_APPLICABLE)} not "
         f"applicable, {many(NOT_TESTED)} not tested."
     )
-    failed = [one for one in analysis.checks if one.outcome == "fail"]
-    if failed:
+    if failed := [one for one in analysis.checks if one.passed is False]:
         lines = (f"{c.title} ({c.figure}; needs {c.threshold}). {c.advice}" for c in failed)
-        yield Items([f"{FAIL}: {line}" for line in lines])
+        yield Items([f"{document.FAIL}: {line}" for line in lines])
     others = {"Not tested, or not applicable": (NOT_TESTED, NOT_APPLICABLE)}
     for title, outcomes in {"Checks that pass": (PASS,), **others}.items():
         tables = []
         for group in THRESHOLDS:
-            ours = [one for one in analysis.checks if one.group == group]
             rows = [
-                [one.outcome, one.title, one.figure, one.threshold]
+                [outcome, one.title, one.figure, one.threshold]
                 for outcome in outcomes
-                for one in ours
-                if one.outcome == outcome
+                for one in analysis.checks
+                if (one.group, one.outcome) == (group, outcome)
             ]
             tables += [Table(["", group, "found", "needs"], rows)] if rows else []
         if tables:
@@ -336,12 +304,11 @@ def single_runs(analysis: Analysis) -> Iterator[Block]:
     text = f"Each run moves the {where} by {reached}, compared with a law fitted without it."
     outliers = [one for one in analysis.single if one.is_outlier]
     if outliers:
-        yield Paragraph(f"{text} Far from the law of the others, or from other seeds there:")
+        text += " Far from the law of the others, or from other seeds there:"
     else:
-        yield Paragraph(
-            f"{text} None lies far from the law of the others or from other seeds there. The three "
-            "that move it most:"
-        )
+        text += " None lies far from the law of the others or from other seeds there."
+        text += " The three that move it most:"
+    yield Paragraph(text)
     listed = outliers or analysis.single[:3]
     header = ["run", "from the law", "standard errors", "from its seeds", "their scatter"]
     rows = []
@@ -364,7 +331,7 @@ def predictions(analysis: Analysis, story: Story | None = None) -> Iterator[Bloc
         were = "largest run was" if held.runs == 1 else f"{held.runs} larger runs were"
         yield Paragraph(
             f"The {were} held out and predicted from the smaller runs alone, up to "
-            f"{times(held.distance)} beyond them. The predictions are off by "
+            f"{wording.times(held.distance)} beyond them. The predictions are off by "
             f"{percent(held.error)} on average and {percent(held.worst)} at most, and "
             f"{100 * held.within:.0f} % of the runs lie within their {INTERVAL}."
         )
@@ -373,16 +340,16 @@ def predictions(analysis: Analysis, story: Story | None = None) -> Iterator[Bloc
     if not analysis.predictions:
         yield Paragraph("None beyond the runs: nothing here says how far it could be trusted.")
         return
-    made = analysis.predictions
-    columns = {}
-    if any(one.flops is not None for one in made):
-        columns["FLOPs"] = [number(one.flops) for one in made]
-    for name in made[0].place:
-        columns[analysis.words[name]] = [number(one.place[name]) for one in made]
-    columns["loss"] = [estimate(one.run.estimate, one.run) for one in made]
-    columns[f"{INTERVAL} of a run"] = [reach(one.run) for one in made]
-    columns["by the law alone"] = [with_interval(one.loss.estimate, one.loss) for one in made]
-    yield Table(list(columns), list(zip(*columns.values(), strict=True)))
+    made, names = analysis.predictions, list(analysis.predictions[0].place)
+    costs = ["FLOPs"] if any(one.flops is not None for one in made) else []
+    header = [*costs, *(analysis.words[name] for name in names)]
+    rows = []
+    for one in made:
+        row = [number(one.flops)] if costs else []
+        row += [number(one.place[name]) for name in names]
+        row += [wording.estimate(one.run.estimate, one.run), wording.reach(one.run)]
+        rows.append([*row, with_interval(one.loss)])
+    yield Table([*header, "loss", f"{INTERVAL} of a run", "by the law alone"], rows)
 
 
 def optimum(analysis: Analysis) -> Iterator[Block]:
@@ -392,16 +359,16 @@ def optimum(analysis: Analysis) -> Iterator[Block]:
         return
     yield Heading("Compute-optimal")
     if path.estimates:
-        budget = f"{number(path.budget)} FLOPs:"
-        yield Paragraph(f"N ~ C^a, D ~ C^b; N and D at the largest budget that was run, {budget}")
-        rows = []
-        for one in path.estimates:
-            intervals = (one.a, one.b, one.n, one.d)
-            rows.append([one.way, *(with_interval(of.estimate, of) for of in intervals)])
+        largest = f"the largest budget that was run, {number(path.budget)} FLOPs:"
+        yield Paragraph(f"N ~ C^a, D ~ C^b; N and D at {largest}")
+        rows = [
+            [one.way, *(with_interval(of) for of in (one.a, one.b, one.n, one.d))]
+            for one in path.estimates
+        ]
         yield Table(["", "a", "b", "N", "D"], rows)
         methods = "; ".join(f"{one.way}: {one.a.method}" for one in path.estimates)
         yield Paragraph(f"Intervals of the {methods}.")
-    lines = [f"{FAIL}: the ways disagree on {line}." for line in path.disagreements]
+    lines = [f"{document.FAIL}: the ways disagree on {line}." for line in path.disagreements]
     lines += [f"{way}: {reason}." for way, reason in path.missing.items()]
     if lines:
         yield Items(lines)
@@ -410,7 +377,7 @@ def optimum(analysis: Analysis) -> Iterator[Block]:
 
 def budgets(analysis: Analysis) -> Iterator[Block]:
     if analysis.budgets:
-        yield Items([f"{capital(str(one))}." for one in analysis.budgets])
+        yield Items([f"{wording.capital(str(one))}." for one in analysis.budgets])
 
 
 def method(analysis: Analysis) -> Iterator[Block]:

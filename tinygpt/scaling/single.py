@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from tinygpt.scaling.evidence import SIGNIFICANT
-from tinygpt.scaling.fitting import (
-    HUBER_DENSITY,
-    Fit,
-    find_optimum,
-    residual_scale,
-    robust_scale,
-)
+from tinygpt.scaling.fitting import HUBER_DENSITY, Fit, find_optimum, residual_scale, robust_scale
 from tinygpt.scaling.intervals import new_runs, of_loss, standard_error, with_constant
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.points import Points
@@ -45,7 +40,7 @@ class SingleRun:
 def single_runs(
     fit: Fit, place: Mapping[str, float], replicas: NDArray[np.intp]
 ) -> list[SingleRun]:
-    """Leaves out each run in turn; what moves the loss predicted at ``place`` most comes first.
+    """Leave out each run in turn; what moves the loss predicted at ``place`` most comes first.
 
     A run is an outlier where its externally studentised residual, about the law or about the seeds
     of its setting, has a p-value below SIGNIFICANT after Bonferroni's count of the tests (Cook &
@@ -54,8 +49,7 @@ def single_runs(
 
     An outlier sets the law if it moves the prediction by more than the standard error that this
     has without it: what DFFITS counts as much in few runs (Belsley, Kuh & Welsch 1980, section
-    2.1).  In simulated studies without an outlier the line fails in one or two of a
-    hundred.
+    2.1).  In simulated studies without an outlier the line fails in one or two of a hundred.
     """
     n = len(fit.points)
     degrees = n - 1 - len(fit.law)
@@ -69,38 +63,32 @@ def single_runs(
     for label in np.unique(replicas):
         one = np.flatnonzero(replicas == label)
         further[one] = np.abs(errors[one]) == np.abs(errors[one]).max()
-    p = n * _p_value(errors, degrees)
+    p = 2 * n * special.stdtr(degrees, -np.abs(errors))
     if degrees_of_seeds > 0:
-        of_seeds = known.sum() * _p_value(np.where(known, scatters, 0.0), degrees_of_seeds)
-        p = 2 * np.minimum(p, of_seeds)
+        beside = np.where(known, np.abs(scatters), 0.0)
+        p = 2 * np.minimum(p, 2 * known.sum() * special.stdtr(degrees_of_seeds, -beside))
     p = np.where(further, np.minimum(p, 1.0), 1.0)
     outlier, moves = p < SIGNIFICANT, np.abs(now - predicted) > error
-    found = [
-        SingleRun(
-            row,
-            float(np.exp(predicted[row])),
-            float(np.expm1(now - predicted[row])),
-            float(p[row]),
-            bool(moves[row]),
-            bool(outlier[row] and moves[row]),
-            float(np.expm1(off[row])),
-            float(errors[row]),
-            float(np.expm1(apart[row])) if known[row] else None,
-            float(scatters[row]) if known[row] else None,
-            bool(outlier[row]),
-        )
-        for row in range(n)
-    ]
+    none: Any = None
+    columns = (
+        np.exp(predicted),
+        np.expm1(now - predicted),
+        p,
+        moves,
+        outlier & moves,
+        np.expm1(off),
+        errors,
+        np.where(known, np.expm1(apart), none),
+        np.where(known, scatters, none),
+        outlier,
+    )
+    rows = enumerate(zip(*(column.tolist() for column in columns), strict=True))
+    found = [SingleRun(row, *values) for row, values in rows]
     return sorted(found, key=lambda one: (not one.sets_law, -abs(one.moved)))
 
 
-def _p_value(t: Array, degrees: int) -> Array:
-    found: Array = 2 * special.stdtr(degrees, -np.abs(t))
-    return found
-
-
-def _left_out(fit: Fit, place: Mapping[str, float]) -> tuple[Array, Array, Array, Array]:
-    """Return, of the law without each run, (n,): the log loss at ``place`` with its standard
+def _left_out(fit: Fit, place: Mapping[str, float]) -> Array:
+    """Return, of the law without each run, (4, n): the log loss at ``place`` with its standard
     error; how far the run lies from it, and that in standard errors of a new run there."""
     whole = _with_its_terms(fit)
     law, points, n = whole.optimum.law, fit.points, len(fit.points)
@@ -125,7 +113,7 @@ def _left_out(fit: Fit, place: Mapping[str, float]) -> tuple[Array, Array, Array
         off = float(points.y[row] - here[0])
         there = max(standard_error(less, target), ROUNDING)
         found[:, row] = target.at(theta)[0], there, off, off / max(error[0], ROUNDING)
-    return found[0], found[1], found[2], found[3]
+    return found
 
 
 def _with_its_terms(fit: Fit) -> Fit:
@@ -142,7 +130,7 @@ def _with_its_terms(fit: Fit) -> Fit:
 
 
 def _beside_siblings(points: Points, replicas: NDArray[np.intp]) -> tuple[Array, Array, int]:
-    """How far each run lies from the mean of its siblings, (n,), the same as an externally
+    """Return how far each run lies from the mean of its siblings, (n,), the same as an externally
     studentised residual, and that one's degrees of freedom; nan without siblings."""
     count = np.bincount(replicas)
     size = count[replicas].astype(float)

@@ -46,24 +46,21 @@ def flops_per_token(n: Array, d: Array, flops: Array) -> FlopsPerToken:
         return six_n
     sizes, logs = by_size(n, np.log(per_token))
     inner = PchipInterpolator(sizes, logs) if len(sizes) > 1 else lambda x: logs[0] + 0.0 * x
-    first, last = _end_slope(sizes, logs), _end_slope(sizes[::-1], logs[::-1])
+    slopes = [1.0, 1.0]  # of one size, as in 6·N
+    # else from each end to the next size that is a factor of 2 away, or to the last
+    for side, (x, y) in enumerate(((sizes, logs), (sizes[::-1], logs[::-1]))):
+        if len(x) > 1:
+            far = np.flatnonzero(np.abs(x - x[0]) >= np.log(2) * (1 - 1e-9))
+            other = far[0] if len(far) else -1
+            slopes[side] = float((y[other] - y[0]) / (x[other] - x[0]))
 
     def at(size: Array) -> Array:
         x = np.log(size)
         inside = np.clip(x, sizes[0], sizes[-1])
-        beyond = np.where(x < inside, first, last) * (x - inside)
+        beyond = np.where(x < inside, *slopes) * (x - inside)
         return np.asarray(np.exp(inner(inside) + beyond))
 
     return at
-
-
-def _end_slope(x: Array, y: Array) -> float:
-    """Return that from the first point to the next that is a factor of 2 away, or else the last."""
-    if len(x) == 1:
-        return 1.0  # as in 6·N
-    far = np.flatnonzero(np.abs(x - x[0]) >= np.log(2) * (1 - 1e-9))
-    other = far[0] if len(far) else -1
-    return float((y[other] - y[0]) / (x[other] - x[0]))
 
 
 def recorded(fit: Fit, compute: Array) -> FlopsPerToken:
@@ -104,10 +101,8 @@ def best_splits(
     """Return N, D and L of the fitted law, (G,) each.  Raises ConfigError where it has no best
     split."""
     law = fit.optimum.law
-    left = (
-        law.variables if law.powers is None else {v for term in law.powers.values() for v in term}
-    )
-    if missing := {"N", "D"} - set(left):
+    left = set(law.variables) if law.powers is None else set[str]().union(*law.powers.values())
+    if missing := {"N", "D"} - left:
         gone = " and ".join(sorted(missing))
         raise ConfigError(f"law={fit.law.name}: as fitted it has no {gone}, and so no best split")
     n, d, loss = splits(fit, fit.optimum.theta[None], flops, per_token, unique)
@@ -125,12 +120,10 @@ def splits(
     """Return N, D and L for parameter vectors (B, P) at budgets (G,), each (B, G); nan: no
     minimum."""
     law = fit.optimum.law
-    powers = law.powers or {}
+    powers = {name: of for name, of in (law.powers or {}).items() if of}
     with np.errstate(invalid="ignore"):  # exponents below zero: no minimum
-        if per_token is six_n and {k: set(v) for k, v in powers.items() if v} == {
-            "A": {"N"},
-            "B": {"D"},
-        }:
+        variables = {name: {*of} for name, of in powers.items()}
+        if per_token is six_n and variables == {"A": {"N"}, "B": {"D"}}:
             plain = law.plain(theta, fit.points.centres)
             value = {name: plain[:, j : j + 1] for j, name in enumerate(law.parameters)}
             alpha, beta = value[powers["A"]["N"]], value[powers["B"]["D"]]
@@ -138,9 +131,7 @@ def splits(
             log_n = np.log(np.where((alpha > 0) & (beta > 0), n, np.nan))
         else:
             parts = np.array_split(theta, -(-len(theta) * len(flops) * PLACES[0] // AT_ONCE) or 1)
-            log_n = np.concatenate(
-                [_best_size(fit, part, flops, per_token, unique) for part in parts]
-            )
+            log_n = np.vstack([_best_size(fit, one, flops, per_token, unique) for one in parts])
         log_d = np.log(flops) - np.log(per_token(np.exp(log_n)))
         log_loss = law.log_loss(theta, _at(fit, log_n, log_d, unique))
     return np.exp(log_n), np.exp(log_d), np.exp(log_loss)

@@ -14,8 +14,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from tinygpt import fileio
+from tinygpt.scaling import drawing
 from tinygpt.scaling.document import Block, Heading, Paragraph, Picture, Table
-from tinygpt.scaling.drawing import BLUE, RED, legend, log_ticks, side_by_side
 from tinygpt.scaling.wording import count, percent
 
 CAPTION = "The half-width of the 95 % interval at the target, after each run."
@@ -42,14 +42,13 @@ class Story:
 
     def decisions(self, live: dict[str, Any] | None = None) -> Iterator[Block]:
         """Yield what was done within the budget, run by run, and why."""
-        begin, ends = self.of("begin")[0], self.of("end")
-        asked, recipe = begin["asked"], begin["recipe"]
-        budget = (
-            f"{asked['flops']:.2g} FLOPs" if asked["flops"] else f"{asked['minutes']:g} minutes"
-        )
-        seconds = self.lines[-1]["at"]
-        text = f"The budget was {budget}; it took {seconds / 60:.1f} minutes: "
-        text += f"{count(len(ends), 'run')}, chosen one after the other"
+        asked, recipe = (self.of("begin")[0][name] for name in ("asked", "recipe"))
+        ended = self.of("end")
+        budget = f"{asked['minutes']:g} minutes"
+        if asked["flops"]:
+            budget = f"{asked['flops']:.2g} FLOPs"
+        text = f"The budget was {budget}; it took {self.lines[-1]['at'] / 60:.1f} minutes: "
+        text += f"{count(len(ended), 'run')}, chosen one after the other"
         losses = self.of("score")[0]["losses"] if self.of("score") else {}
         text += f", then {count(len(losses), 'run')} to test the prediction." if losses else "."
         text += f" The text has {recipe['one_pass']:,} training tokens"
@@ -61,9 +60,18 @@ class Story:
         )
         yield Heading("What was done")
         yield Paragraph(text)
-        if any(line.get("half") is not None for line in ends):
+        if any(line.get("half") is not None for line in ended):
             yield Picture("budget", CAPTION, live)
-        yield Table(("minute", "run", "cost", "expected", "loss", "target, ±"), list(self._rows()))
+        ends, rows = {line["row"]: line for line in ended}, []
+        for line in self.of("choose"):
+            end, cost = ends.get(line["row"], {}), line["cost"]
+            loss, half = end.get("loss"), end.get("half")
+            row = [f"{line['at'] / 60:.1f}", line["run"]]
+            row += [f"{cost:.0f} s" if cost < 1e6 else f"{cost:.1e} FLOPs"]
+            row += [percent(line["expected"])]
+            row += [f"{loss:.4f}" if loss is not None else end.get("status", "not ended")]
+            rows.append([*row, percent(half) if half is not None else ""])
+        yield Table(("minute", "run", "cost", "expected", "loss", "target, ±"), rows)
         yield Paragraph(
             "Each run was chosen to narrow the prediction at the target most for its cost. "
             "Expected: the share of the variance at the target that it should remove, by the laws "
@@ -91,34 +99,20 @@ class Story:
             f"{inside} of {len(losses)} inside the interval."
         )
 
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        ends = {line["row"]: line for line in self.of("end")}
-        for line in self.of("choose"):
-            end = ends.get(line["row"], {})
-            loss, half = end.get("loss"), end.get("half")
-            cost = line["cost"]
-            yield (
-                f"{line['at'] / 60:.1f}",
-                line["run"],
-                f"{cost:.0f} s" if cost < 1e6 else f"{cost:.1e} FLOPs",
-                percent(line["expected"]),
-                f"{loss:.4f}" if loss is not None else end.get("status", "not ended"),
-                percent(half) if half is not None else "",
-            )
-
     def figure(self) -> Figure | None:
         """Draw the interval at the target against the minutes spent."""
         ends = [line for line in self.of("end") if line.get("half") is not None]
         if not ends:
             return None
-        figure, (axes,) = side_by_side(1)
+        figure, (axes,) = drawing.side_by_side(1)
         minutes = [line["at"] / 60 for line in ends]
         halves = [100 * line["half"] for line in ends]
-        axes.plot(minutes, halves, color=BLUE, marker="o", ms=3, label="interval at the target")
+        look: Any = {"color": drawing.BLUE, "marker": "o", "ms": 3}
+        axes.plot(minutes, halves, label="interval at the target", **look)
         if score := self.of("score"):
             at, error = score[0]["at"] / 60, 100 * abs(score[0]["error"])
-            axes.plot([at], [error], "x", color=RED, label="error of the test")
+            axes.plot([at], [error], "x", color=drawing.RED, label="error of the test")
         axes.set(yscale="log", xlabel="minutes", ylabel="± (%)")
-        log_ticks(axes.yaxis)
-        legend(axes, above=True, columns=2)
+        drawing.log_ticks(axes.yaxis)
+        drawing.legend(axes, above=True, columns=2)
         return figure

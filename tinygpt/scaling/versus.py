@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tinygpt import fileio
 from tinygpt.config import ConfigError
 from tinygpt.config.checks import did_you_mean
 from tinygpt.config.settings import SMOKE
-from tinygpt.scaling import document, drawing, interactive
+from tinygpt.scaling import document, drawing, interactive, wording
 from tinygpt.scaling.columns import choice, varied
 from tinygpt.scaling.compare import LAWS_TRIED, OF_ONE, Ratio, ratio_of
 from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
@@ -29,15 +28,7 @@ from tinygpt.scaling.intervals import LEVEL, Interval, intervals
 from tinygpt.scaling.runs import SETTINGS, left_out_lines
 from tinygpt.scaling.selection import preferred, select
 from tinygpt.scaling.tables import read_cells
-from tinygpt.scaling.wording import (
-    UNKNOWN,
-    capital,
-    count,
-    equation,
-    number,
-    percent,
-    with_interval,
-)
+from tinygpt.scaling.wording import UNKNOWN, count, number, with_interval
 
 COLUMNS = {
     "optim": "optimizer",
@@ -218,8 +209,8 @@ def check_rate(name: str, side: Read, place: Any, key: str) -> Check:
     rate = "learning_rate"
     if rate not in side.runs or side.runs[rate].isna().any():
         return made(NOT_TESTED, "the table does not say the rates")
-    worse = [side.left_out] if len(side.left_out) else []
-    worse = [left[left["reason"].str.endswith(WORSE)] for left in worse]
+    left = side.left_out
+    worse = [left[left["reason"].str.endswith(WORSE)]] if len(left) else []
     used, best, beyond = sorted(set(side.runs[rate])), set(), []
     for _, runs in pd.concat([side.runs, *worse]).groupby(list(place)):
         means = runs.groupby(rate)[side.columns.loss].mean()
@@ -259,12 +250,11 @@ def check_ratio(two: str, ratio: Ratio, first: Read, side: Read) -> Iterator[Che
         "Train both at the same sizes and tokens.",
     )
     higher, p = ratio.floor
-    side_of = "above" if higher > 0 else "below"
-    apart = f"{percent(abs(np.expm1(higher)))} {side_of} the reference's (p = {number(p, 2)})"
+    apart = f"{wording.percent(abs(np.expm1(higher)))} {'above' if higher > 0 else 'below'}"
     yield Check(
         *("floor", "fit", f"{two} have one floor E"),
         NOT_TESTED if np.isnan(p) else PASS if p > 0.05 else FAIL,
-        UNKNOWN if np.isnan(p) else apart,
+        UNKNOWN if np.isnan(p) else f"{apart} the reference's (p = {number(p, 2)})",
         "p above 5 %: on one text, all recipes have one entropy to reach",
         "Read the ratio within the range of the runs only.",
     )
@@ -276,29 +266,26 @@ def check_ratio(two: str, ratio: Ratio, first: Read, side: Read) -> Iterator[Che
 def verdict(comparison: Comparison, name: str) -> str:
     """Return in a sentence what a recipe is worth."""
     ratio, reference, what = comparison.ratios[name], comparison.reference, comparison.what
-    found, last = (ratio.at(place) for place in (ratio.best_known, ratio.ends[1]))
-    shown = with_interval(found.estimate, found)
+    found = ratio.at(ratio.best_known)
+    shown = with_interval(found)
     where = f"at {number(ratio.best_known, 2)} {comparison.words.get('x', 'FLOPs')}"
     if ratio.detectable > UNKNOWABLE:
-        return (
-            f"these runs are too few, or too alike, to say what {name} is worth: {shown} {where}."
-        )
+        few = "these runs are too few, or too alike, to say what"
+        return f"{few} {name} is worth: {shown} {where}."
     if not ratio.differs:
         text = f"no difference between {name} and {reference} is shown: {where}, the ratio of "
         text += f"{what} is {shown}; these runs can tell {number(ratio.detectable)} from 1"
     elif found.estimate > 1:
         text = f"{name} reaches the loss of {reference} with 1/{shown} of the {what}, {where}"
     else:
-        ends = 1 / found.high, 1 / found.low
-        inverse = Interval(1 / found.estimate, *ends, LEVEL, "")
-        shown = with_interval(inverse.estimate, inverse)
+        inverse = Interval(1 / found.estimate, 1 / found.high, 1 / found.low, LEVEL, "")
+        shown = with_interval(inverse)
         text = f"{name} needs {shown} times the {what} of {reference} for the same loss, {where}"
     if not ratio.drifts:
         return f"{text}; a change of the ratio with scale is not shown."
     turn = "rises" if ratio.exponents().estimate > 1 else "falls"
-    return (
-        f"{text}; the ratio {turn} with scale, to {with_interval(last.estimate, last)} at the end."
-    )
+    last = with_interval(ratio.at(ratio.ends[1]))
+    return f"{text}; the ratio {turn} with scale, to {last} at the end."
 
 
 def compose(comparison: Comparison, live: dict[str, Any]) -> Iterator[Block]:
@@ -312,8 +299,8 @@ def compose(comparison: Comparison, live: dict[str, Any]) -> Iterator[Block]:
     for name, ratio in comparison.ratios.items():
         top = sorted(zip(ratio.weights, ratio.models, strict=True), key=lambda one: -one[0])[:3]
         each = [f"{one.base.name}, gain in {one.gain}: {100 * part:.0f} %" for part, one in top]
-        lines.append(f"{name}: {'; '.join(each)}. Residuals at a place: correlation ")
-        lines[-1] += f"{ratio.shared:.2f}."
+        shared = f"Residuals at a place: correlation {ratio.shared:.2f}."
+        lines.append(f"{name}: {'; '.join(each)}. {shared}")
     yield Items(lines)
 
 
@@ -322,12 +309,12 @@ def answer(comparison: Comparison) -> Iterator[Block]:
     others = list(comparison.ratios)
     listed = " or ".join([", ".join(others[:-1]), others[-1]] if others[1:] else others)
     yield Heading(f"What is {listed} worth against {comparison.reference}?", 1)
-    yield Items([capital(verdict(comparison, name)) for name in others])
+    yield Items([wording.capital(verdict(comparison, name)) for name in others])
     header = ["", f"{comparison.what} at equal loss", "at the largest", "tokens at equal size"]
     rows = []
     for name, ratio in comparison.ratios.items():
         made = [ratio.at(ratio.best_known), ratio.at(ratio.ends[1]), ratio.tokens]
-        cells = [with_interval(o.estimate, o) if o else UNKNOWN for o in [*made, ratio.exponents()]]
+        cells = [with_interval(one) if one else UNKNOWN for one in [*made, ratio.exponents()]]
         rows.append([name, *cells, number(ratio.detectable)])
     yield Table([*header, "ratio of exponents", "detectable"], rows)
     yield Paragraph(
@@ -347,10 +334,12 @@ def recipes(comparison: Comparison) -> Iterator[Block]:
         spans = [f"{number(v.min(), 4)} to {number(v.max(), 4)}" for v in (compute, losses)]
         places = len(side.runs.drop_duplicates(list(comparison.variables.values())))
         fit, found = comparison.laws.get(name, (None, {}))
-        law = f"`{equation(fit.optimum.law, fit.parameters)}`" if fit else "too few runs"
-        each = [f"{one} {with_interval(v.estimate, v)}" for one, v in found.items() if one != "E"]
-        each = [text for text in each if text.split()[0] in (fit.law.exponents if fit else ())]
-        rows.append([name, str(len(side.runs)), str(places), *spans, "; ".join([law, *each])])
+        law = ["too few runs"]
+        if fit:
+            known = [one for one in found if one in fit.law.exponents]
+            law = [f"`{wording.equation(fit.optimum.law, fit.parameters)}`"]
+            law += [f"{one} {with_interval(found[one])}" for one in known]
+        rows.append([name, str(len(side.runs)), str(places), *spans, "; ".join(law)])
     yield Table(header, rows)
     if comparison.notes:
         yield Items(comparison.notes)
@@ -359,13 +348,16 @@ def recipes(comparison: Comparison) -> Iterator[Block]:
 def checklist(comparison: Comparison, brief: bool = False) -> Iterator[Block]:
     """Return the checks, those that fail first; ``brief`` only says how many pass."""
     yield Heading("Checklist")
-    rows, passed = [], sum(one.passed is True for one in comparison.checks)
+    passed = sum(one.passed is True for one in comparison.checks)
     yield Paragraph(f"{passed} of {len(comparison.checks)} checks pass.")
-    for one in (one for one in comparison.checks if not (brief and one.passed)):
-        outcome = one.outcome.replace(FAIL, document.FAIL)
-        needs = one.advice if one.passed is False else f"needs {one.threshold}"
-        rows.append([outcome, one.title, one.figure, needs])
-    yield from [Table(["", "check", "found", ""], rows)] if rows else []
+    rows = []
+    for one in comparison.checks:
+        if not (brief and one.passed):
+            needs = one.advice if one.passed is False else f"needs {one.threshold}"
+            outcome = one.outcome.replace(FAIL, document.FAIL)
+            rows.append([outcome, one.title, one.figure, needs])
+    if rows:
+        yield Table(["", "check", "found", ""], rows)
 
 
 def facts(comparison: Comparison) -> dict[str, Any]:
@@ -383,9 +375,7 @@ def facts(comparison: Comparison) -> dict[str, Any]:
             "ratio_at_largest": ends(ratio.at(ratio.ends[1])),
             "tokens": ends(ratio.tokens),
             "exponents": ends(ratio.exponents()),
-            "detectable": ratio.detectable,
-            "places": ratio.places,
-            "pairs": ratio.pairs,
+            **{key: getattr(ratio, key) for key in ("detectable", "places", "pairs")},
             "floor": dict(zip(("log_ratio", "p"), ratio.floor, strict=True)),
         }
         for name, ratio in comparison.ratios.items()
@@ -429,22 +419,16 @@ def draw(comparison: Comparison) -> Figure:
         drawing.HOVER[drawn] = [f"{run}: {y:.4g}" for run, y in zip(runs, losses, strict=True)]
         curve = (ratio or any_ratio).curve(along, other=ratio is not None)
         left.plot(along, curve, color=colour, lw=1)
-        if ratio:
-            _draw_ratio(right, ratio, colour)
+        if ratio:  # with its interval over the range of the runs
+            along, best = np.geomspace(*ratio.ends, 40), ratio.best_known
+            found = [ratio.at(one) for one in along]
+            right.plot(along, [one.estimate for one in found], color=colour)
+            ends = [one.low for one in found], [one.high for one in found]
+            right.fill_between(along, *ends, color=colour, alpha=0.15, lw=0)
+            right.plot([best], [ratio.at(best).estimate], "o", ms=4, color=colour)
     right.axhline(1.0, color=drawing.GREY, lw=0.8)
-    drawing.log_axes(left, comparison.scale, comparison.first.columns.loss_label)
-    drawing.log_axes(
-        right, comparison.scale, f"{comparison.what} that {comparison.reference} needs"
-    )
+    needed = f"{comparison.what} that {comparison.reference} needs"
+    for axes, word in ((left, comparison.first.columns.loss_label), (right, needed)):
+        drawing.log_axes(axes, comparison.scale, word)
     drawing.legend(left)
     return figure
-
-
-def _draw_ratio(axes: Axes, ratio: Ratio, colour: str) -> None:
-    """Draw a ratio with its interval over the range of the runs."""
-    along = np.geomspace(*ratio.ends, 40)
-    found = [ratio.at(one) for one in along]
-    axes.plot(along, [one.estimate for one in found], color=colour)
-    ends = [one.low for one in found], [one.high for one in found]
-    axes.fill_between(along, *ends, color=colour, alpha=0.15, lw=0)
-    axes.plot([best := ratio.best_known], [ratio.at(best).estimate], "o", ms=4, color=colour)

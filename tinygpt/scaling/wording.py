@@ -107,9 +107,9 @@ def reach(interval: Interval | None) -> str:
     return "not set by the data"
 
 
-def with_interval(value: float, interval: Interval | None) -> str:
+def with_interval(interval: Interval) -> str:
     """Return ``0.58 (0.43 to 0.77)``."""
-    return f"{estimate(value, interval)} ({reach(interval)})"
+    return f"{estimate(interval.estimate, interval)} ({reach(interval)})"
 
 
 def is_set(end: float) -> bool:
