@@ -9,7 +9,6 @@ here sees a run that is to be predicted, the choice of the law included.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,16 +93,6 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The errors of the members above one inner cut."""
-
-    distance: Array  # log(size / cut) of each run above, (n,)
-    errors: Array  # predicted - measured log loss, (members, n)
-    scales: Array  # of their residuals below it, (members,)
-    seeds: Array | None = None  # standard deviation of each run between seeds, (n,), if known
-
-
-@dataclass(frozen=True)
 class Forecast:
     """The members with their weights, and how their average erred."""
 
@@ -144,10 +133,9 @@ class Forecast:
     @property
     def by_law(self) -> dict[str, float]:
         """Return the weight of each law, the largest first."""
-        total: dict[str, float] = {}
-        for member, weight in zip(self.members, self.weights, strict=True):
-            total[member.law] = total.get(member.law, 0.0) + float(weight)
-        return dict(sorted(total.items(), key=lambda one: -one[1]))
+        each = pd.Series(self.weights, [member.law for member in self.members])
+        total = each.groupby(level=0, sort=False).sum()
+        return dict(total.sort_values(ascending=False, kind="stable"))
 
     @property
     def main(self) -> Member:
@@ -175,26 +163,30 @@ def forecast(sample: Sample) -> Forecast:
             members, *inner = fit_members(replace(sample, laws=laws), parts)
     if not members:
         raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
-    errors, seeds = [], Seeds.of(sample.values, sample.measured)
+    found, seeds = [], Seeds.of(sample.values, sample.measured)
     for (below, above), fitted in zip(cuts, inner, strict=True):
         if len(fitted) < len(members):
             continue
         test = sample.rows(above)
-        off = np.stack([member.log_loss(test.values) - test.measured for member in fitted])
-        scales = np.array([member.scale for member in fitted])
         distance = np.log(test.size / sample.size[below].max())
-        scatter = None if seeds is None else seeds.at(test.values)
-        errors.append(Cut(distance, off, scales, scatter))
-    weights, rate = _weigh(errors, len(members))
+        errors = np.stack([member.log_loss(test.values) - test.measured for member in fitted])
+        scatter = np.array([[member.scale] for member in fitted])
+        scatter = np.broadcast_to(scatter if seeds is None else seeds.at(test.values), errors.shape)
+        found.append((distance, errors, scatter))
+    weights, rate = _weigh(found, len(members))
     ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
     return Forecast(members, weights, float(sample.size.max()), ends, rate, seeds)
 
 
-def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
-    """Return the weights of the members, and the rate of the errors of their average."""
+def _weigh(cuts: Sequence[tuple[Array, Array, Array]], count: int) -> tuple[Array, float]:
+    """Return the weights of the members, and the rate of the errors of their average.
+
+    A cut has, of each run above it, the log distance, (n,), and of each member what it predicted
+    less what was measured, and the scatter of runs, (members, n).
+    """
     if not cuts:
         return np.full(count, 1.0 / count), TYPICAL
-    scaled = [cut.errors / np.hypot(cut.distance, NEAR) for cut in cuts]
+    scaled = [errors / np.hypot(distance, NEAR) for distance, errors, _ in cuts]
     square = np.mean([np.mean(each**2, axis=1) for each in scaled], axis=0) + 1e-16
     runs = max(each.shape[1] for each in scaled)
     square = (runs * square + SHRINKAGE * np.median(square)) / (runs + SHRINKAGE)
@@ -202,10 +194,9 @@ def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
     weights = (square / square.min()) ** (-sharpness / 2)
     weights /= weights.sum()
     rates = []
-    for cut in cuts:  # the scatter of the runs grows with no distance
-        scatter = weights @ cut.scales if cut.seeds is None else cut.seeds
-        beyond = np.maximum((weights @ cut.errors) ** 2 - scatter**2, 0.0)
-        rates.append(np.sqrt(np.mean(beyond / (cut.distance**2 + NEAR**2))))
+    for distance, errors, scatter in cuts:  # the scatter of the runs grows with no distance
+        beyond = np.maximum((weights @ errors) ** 2 - (weights @ scatter) ** 2, 0.0)
+        rates.append(np.sqrt(np.mean(beyond / (distance**2 + NEAR**2))))
     return weights, float(np.exp(np.mean(np.log(np.maximum(rates, LEAST)))))
 
 
@@ -217,8 +208,7 @@ def inner_cuts(size: Array, groups: NDArray[Any]) -> list[tuple[NDBool, NDBool]]
         below = top <= top.max() * np.exp(-distance)
         if below.sum() < max(8, len(size) // 4):
             break
-        above = size > size[below].max() * (1 + 1e-9)
-        above &= ~below
+        above = ~below & (size > size[below].max() * (1 + 1e-9))
         if above.any() and not any(np.array_equal(below, other) for other, _ in found):
             found.append((below, above))
     return found
@@ -240,50 +230,41 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
         # through every point, a law extrapolates wildly
         each = np.stack([logs for v, logs in points.x.items() if v != "U"]).round(12)
         able = [i for i, part in enumerate(parts) if _carries(each[:, part], len(law))]
-        tilts = [tilt for tilt in TILTS if "D" in own or tilt[1] == 0.0]
-        tokens = values["D"] if "D" in own else np.ones_like(size)
-        weights, starts, rows = [], [], []  # of each part: of tilts, where to search, its minima
-        for part in (parts[i] for i in able):
-            tilted = [
-                (size / size[part].max()) ** a * (tokens / tokens[part].max()) ** b * part
-                for a, b in tilts
-            ]
-            weights += [each * (part.sum() / each.sum()) for each in tilted]
-            starts.append(starts_of(law, points.rows(part), sample.seed)[:STARTS])
         if not able:
             continue
-        plain = np.concatenate(
-            [
-                np.tile(parts[i].astype(float), (len(start), 1))
-                for i, start in zip(able, starts, strict=True)
-            ]
-        )
+        starts = [starts_of(law, points.rows(parts[i]), sample.seed)[:STARTS] for i in able]
+        of_part = np.repeat(able, [len(each) for each in starts])
+        plain = np.array(parts, dtype=float)[of_part]
         first = solve(law, points, np.concatenate(starts), weights=plain, **ROUGH)
-        ends = np.cumsum([len(start) for start in starts])
-        for end, start in zip(ends, starts, strict=True):
-            objective = first.objective[end - len(start) : end]
-            order = np.argsort(objective, kind="stable")[:3]
-            apart = np.diff(objective[order], prepend=0.0) > SAME * objective[order]
+        tokens = values["D"] if "D" in own else np.ones_like(size)
+        begin, weights, fits = [], [], []  # of each search: its start, weights, part and tilt
+        for i in able:
+            part, rows = parts[i], np.flatnonzero(of_part == i)
+            rows = rows[np.argsort(first.objective[rows], kind="stable")[:3]]
+            apart = np.diff(first.objective[rows], prepend=0.0) > SAME * first.objective[rows]
             apart[0] = True
-            rows.append(end - len(start) + order[apart])  # distinct minima
-        theta = np.concatenate([np.tile(first.theta[row], (len(tilts), 1)) for row in rows])
-        counts = np.repeat([len(row) for row in rows], len(tilts))
-        repeated = np.repeat(np.array(weights), counts, axis=0)
+            for a, b in (tilt for tilt in TILTS if "D" in own or tilt[1] == 0.0):
+                one = (size / size[part].max()) ** a * (tokens / tokens[part].max()) ** b * part
+                for row in rows[apart]:  # distinct minima
+                    begin.append(first.theta[row])
+                    weights.append(one * (part.sum() / one.sum()))
+                    fits.append((i, (a, b)))
+        theta, weighted = np.array(begin), np.array(weights)
         limit = np.full((len(theta), 1), np.inf)  # Huber's
         for _ in range(PASSES):
-            solved = solve(law, points, theta, limit, repeated, **ROUGH)
+            solved = solve(law, points, theta, limit, weighted, **ROUGH)
             theta = solved.theta
             residuals = points.y - law.log_loss(theta, points.x)
-            limit = EFFICIENT * _weighted_scale(residuals, repeated, len(law))
-        least = [
-            end - count + int(np.argmin(solved.objective[end - count : end]))
-            for end, count in zip(np.cumsum(counts), counts, strict=True)
-        ]
-        scales = limit[least, 0] / EFFICIENT
-        for k, (i, tilt) in enumerate(itertools.product(able, tilts)):
-            member = Member(name, tilt, points, theta[least[k]], float(scales[k]))
-            if np.isfinite(member.theta).all():
-                found[i].append(member)
+            limit = EFFICIENT * _weighted_scale(residuals, weighted, len(law))
+        order = np.argsort(-solved.objective, kind="stable")
+        best = {
+            fits[row]: int(row) for row in order
+        }  # the last of a part and tilt, the best, stays
+        for i, tilt in dict.fromkeys(fits):
+            row = best[i, tilt]
+            if np.isfinite(theta[row]).all():
+                scale = float(limit[row, 0] / EFFICIENT)
+                found[i].append(Member(name, tilt, points, theta[row], scale))
     return found
 
 

@@ -145,11 +145,8 @@ def solve(
         parts = []
         for first in range(0, len(theta), size):
             part = rows[first : first + size]
-            own = None if weights is None else weights[part]
-            one = theta[first : first + size]
+            own, one = None if weights is None else weights[part], theta[first : first + size]
             parts.append(objective(law, points, one, limits[part], own, hold))
-        if len(parts) == 1:
-            return parts[0]
         value, gradient, hessian = map(np.concatenate, zip(*parts, strict=True))
         return value, gradient, hessian
 
@@ -165,9 +162,7 @@ def solve(
         if not len(live):
             break
         fixed = np.where(gradient > 0, here <= low, here >= high)
-        share = 1.0 / np.sqrt(hessian[:, diagonal, diagonal] + 1e-300)
-        if fixed.any():
-            share[fixed] = 0.0
+        share = np.where(fixed, 0.0, 1.0 / np.sqrt(hessian[:, diagonal, diagonal] + 1e-300))
         scaled, damped = gradient * share, damping > 0
         bend = hessian * (share[:, :, None] * share[:, None])  # with a diagonal of ones
         bend[:, diagonal, diagonal] = (1 + 1e-13) + damping[:, None]
@@ -183,46 +178,34 @@ def solve(
             full[ending] = 0.5 * (scaled[ending] * undamped).sum(axis=1)
         step *= -share
         longest = np.abs(step).max(axis=1, keepdims=True)
-        if not longest.max() <= 2.0:
-            step *= np.minimum(1.0, 2.0 / np.maximum(longest, 1e-300))
+        step *= np.minimum(1.0, 2.0 / np.maximum(longest, 1e-300))
         step = np.where(terms, np.log1p(np.maximum(step, -0.9)), step)
         trial = np.minimum(np.maximum(here + step, low), high)
-        fading = trial < faint
-        if fading.any():
-            trial = np.where(fading & (gradient > 0) & ~damped[:, None], low, trial)
+        gone = (trial < faint) & (gradient > 0) & ~damped[:, None]
+        trial = np.where(gone, low, trial)
         new = evaluate(trial, live)
         finite = np.isfinite(new[2].sum(axis=(1, 2)))
         gained = value - new[0]
         better, done = (gained >= 0) & finite, full <= gain * value + rounding
         good = better & (gained > 0.25 * expected)
-        if not better.all():  # within the rounding of the objective the last step need not go down
-            last = ~better & (full <= tiny)
-            done |= last
-            better |= last & finite
+        last = ~better & (full <= tiny)  # which rounding of the objective may keep from going down
+        done |= last
+        better |= last & finite
         over = done | (~better & (damping > 1e8))
-        if damped.any() or not good.all():
-            less = np.where(damping < 1e-6, 0.0, damping * 0.1)
-            keep = np.where(gained > 0.6 * expected, less, damping)
-            damping = np.where(good, keep, np.maximum(damping * 8, 1e-6))
-        if better.all():
-            here, (value, gradient, hessian) = trial, new
-        else:
-            here = np.where(better[:, None], trial, here)
-            value = np.where(better, new[0], value)
-            gradient = np.where(better[:, None], new[1], gradient)
-            hessian = np.where(better[:, None, None], new[2], hessian)
+        less = np.where(damping < 1e-6, 0.0, damping * 0.1)
+        keep = np.where(gained > 0.6 * expected, less, damping)
+        damping = np.where(good, keep, np.maximum(damping * 8, 1e-6))
+        here, value = np.where(better[:, None], trial, here), np.where(better, new[0], value)
+        gradient = np.where(better[:, None], new[1], gradient)
+        hessian = np.where(better[:, None, None], new[2], hessian)
         if over.any():
             found.converged[live[done]] = True
-            _store(found, live, here, value, gradient)
-            stay = ~over
-            live, here, damping = live[stay], here[stay], damping[stay]
-            value, gradient, hessian = value[stay], gradient[stay], hessian[stay]
-    _store(found, live, here, value, gradient)
+            found.theta[live], found.objective[live], found.gradient[live] = here, value, gradient
+            live, here, damping, value, gradient, hessian = (
+                each[~over] for each in (live, here, damping, value, gradient, hessian)
+            )
+    found.theta[live], found.objective[live], found.gradient[live] = here, value, gradient
     return found
-
-
-def _store(found: Solved, rows: Any, theta: Array, value: Array, gradient: Array) -> None:
-    found.theta[rows], found.objective[rows], found.gradient[rows] = theta, value, gradient
 
 
 # --- where a search starts
@@ -273,8 +256,7 @@ def grid_starts(law: Law, points: Points) -> Array:
     theta[:, :kinds] = np.log(np.maximum(coefficients, 1e-6))
     surface = least.reshape((len(EXPONENTS),) * dimensions)
     lowest = np.flatnonzero(surface <= minimum_filter(surface, size=3, mode="nearest"))
-    starts: Array = theta[lowest[np.argsort(least[lowest], kind="stable")[:8]]]
-    return starts
+    return np.asarray(theta[lowest[np.argsort(least[lowest], kind="stable")[:8]]])
 
 
 def spread_starts(law: Law, points: Points, seed: int) -> Array:
@@ -296,8 +278,8 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
     starts = np.clip(starts, *bounds(law, points))
     with np.errstate(all="ignore"):
         found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
-    best: Array = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
-    return best
+    best = np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]
+    return np.asarray(starts[best])
 
 
 _starts: dict[Any, Array] = {}  # by law and points: fits that differ in weights share them
