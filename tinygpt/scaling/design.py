@@ -136,13 +136,9 @@ class Design:
     def _laws(self, values: Mapping[str, Array]) -> Iterator[tuple[float, Array, Array]]:
         """Yield the weight of each law, by how much it differs from their mean, and its slopes."""
         if self.forecast is None:
-            usual = [LAWS[name] for name in self.names]
-            for law in usual:
-                yield (
-                    1 / len(usual),
-                    np.zeros(len(next(iter(values.values())))),
-                    _usual(law, values),
-                )
+            for name in self.names:
+                slopes = _usual(LAWS[name], values)
+                yield 1 / len(self.names), np.zeros(len(slopes)), slopes
             return
         pairs = zip(self.forecast.weights, self.forecast.members, strict=True)
         members = [(weight, member) for weight, member in pairs if weight > KNOWN]
@@ -150,8 +146,8 @@ class Design:
         each = [member.log_loss(values) for _, member in members]
         mean = sum(w / total * value for (w, _), value in zip(members, each, strict=True))
         for (weight, member), value in zip(members, each, strict=True):
-            law = LAWS[member.law]
-            slopes = law.derivatives(member.theta[None], member.points.at(values))[1][0]
+            x = member.points.at(values)
+            slopes = LAWS[member.law].derivatives(member.theta[None], x)[1][0]
             yield weight / total, value - mean, slopes
 
 

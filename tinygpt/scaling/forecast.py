@@ -256,10 +256,8 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
             theta = solved.theta
             residuals = points.y - law.log_loss(theta, points.x)
             limit = EFFICIENT * _weighted_scale(residuals, weighted, len(law))
-        order = np.argsort(-solved.objective, kind="stable")
-        best = {
-            fits[row]: int(row) for row in order
-        }  # the last of a part and tilt, the best, stays
+        order = np.argsort(solved.objective, kind="stable")[::-1]
+        best = {fits[row]: int(row) for row in order}  # of each part and tilt
         for i, tilt in dict.fromkeys(fits):
             row = best[i, tilt]
             if np.isfinite(theta[row]).all():
@@ -344,15 +342,14 @@ def split_by_size(groups: NDArray[Any], size: Array, least: int) -> NDBool | Non
     groups would be left.
     """
     top = largest_of(size, groups)
-    order = sorted({(c, g) for c, g in zip(top, groups, strict=True)}, reverse=True)
+    order = sorted(set(zip(top, groups, strict=True)), reverse=True)
     fifth = held = max(1, int(np.ceil(HELD_OUT * len(order))))
     while held < len(order) and order[held][0] > 0.87 * order[held - 1][0]:
         held += 1
     if order[fifth - 1][0] > 1.5 * order[held - 1][0]:  # a chain of compute, and no budget
         held = fifth
-    if len(order) - held < least:
-        return None
-    return np.isin(groups, [group for _, group in order[:held]])
+    rows = np.isin(groups, [group for _, group in order[:held]])
+    return rows if len(order) - held >= least else None
 
 
 def hold_out(sample: Sample, held: NDBool | None = None) -> HeldOut | None:
@@ -374,8 +371,8 @@ def hold_out(sample: Sample, held: NDBool | None = None) -> HeldOut | None:
     there, measured = test.values, np.exp(test.measured)
     log_loss, reach = made.at(there, test.size)
 
-    def error(predicted: Array) -> float:
-        return float(np.mean(np.abs(predicted / measured - 1)))
+    def off(log_loss: Array) -> Array:
+        return np.abs(np.exp(log_loss) / measured - 1)
 
     def design(part: Sample) -> Array:
         logs = [np.log(value) for value in part.values.values()]
@@ -383,23 +380,22 @@ def hold_out(sample: Sample, held: NDBool | None = None) -> HeldOut | None:
 
     half = below.rows(below.size >= np.median(below.size))
     plane = np.linalg.lstsq(design(half), half.measured, rcond=None)[0]
-    untilted = [member for member in made.members if member.tilt == TILTS[0]]
-    off = np.abs(np.exp(log_loss) / measured - 1)
+    laws = {one.law: one.log_loss(there) for one in made.members if one.tilt == TILTS[0]}
     last = test.size >= test.size.max() * (1 - 1e-9)
     ends = [log_loss, log_loss - reach, log_loss + reach, test.measured]
     top = [float(np.exp(end[last]).mean()) for end in ends]
     return HeldOut(
-        error=float(off.mean()),
-        worst=float(off.max()),
+        error=float(off(log_loss).mean()),
+        worst=float(off(log_loss).max()),
         within=float(np.mean(np.abs(test.measured - log_loss) <= reach)),
         half_width=float(np.sinh(reach).mean()),
         runs=int(above.sum()),
         groups=len(np.unique(test.groups)),
         cut=made.largest,
         distance=float(sample.size.max()) / made.largest,
-        best_cheaper=error(np.exp(np.full(len(measured), below.measured.min()))),
-        plane=error(np.exp(design(test) @ plane)),
-        by_law={one.law: error(np.exp(one.log_loss(there))) for one in untilted},
+        best_cheaper=float(off(below.measured.min()).mean()),
+        plane=float(off(design(test) @ plane).mean()),
+        by_law={law: float(off(one).mean()) for law, one in laws.items()},
         largest=dict(zip(("predicted", "low", "high", "measured"), top, strict=True)),
         below=made,
         above=above,

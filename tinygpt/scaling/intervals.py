@@ -223,13 +223,13 @@ class Bootstrap:
 
     @property
     def method(self) -> str:
-        """What it is, and how many replicas it could not use."""
+        """Return what it is, and how many replicas it could not use."""
         lost = f"; {self.failed} of {self.failed + len(self.theta)} refits failed"
         return f"bootstrap (pairs{lost if self.failed else ''})"
 
     @cached_property
     def parameters(self) -> pd.DataFrame:
-        """A row a replica, by the names of the formula."""
+        """Return a row a replica, by the names of the formula."""
         law = self.fit.optimum.law
         plain = law.plain(self.theta, self.fit.points.centres)
         return pd.DataFrame(plain, columns=list(law.parameters))
@@ -288,7 +288,7 @@ def intervals(
     """
     whole = with_constant(fit)
     names = names or whole.optimum.law.parameters
-    if _has_curvature(fit):
+    if fit.estimator != "likelihood":
         return {name: profile(whole, of_parameter(whole, name), level) for name in names}
     replicas = bootstrap(fit, REPLICAS, seed=seed)
     return {name: replicas.interval(name, level) for name in names}
@@ -306,7 +306,7 @@ def predict_interval(
     square, on the logarithmic scale.
     """
     whole = with_constant(fit)
-    if _has_curvature(fit):
+    if fit.estimator != "likelihood":
         found = profile(whole, of_loss(whole, **place), level)
     else:
         found = bootstrap(fit, REPLICAS).of_loss(level, **place)
@@ -318,10 +318,6 @@ def predict_interval(
     low = found.estimate * float(np.exp(-np.hypot(below, scatter)))
     high = found.estimate * float(np.exp(np.hypot(above, scatter)))
     return replace(found, low=low, high=high)
-
-
-def _has_curvature(fit: Fit) -> bool:
-    return fit.estimator in ("least_squares", "huber")
 
 
 def with_constant(fit: Fit) -> Fit:

@@ -142,7 +142,8 @@ class Law:
         assert self.powers is not None
         powers = {name: p for name, p in self.powers.items() if name != coefficient}
         rest = sum_of_powers(self.name, self.formula, self.source, powers)
-        return replace(rest, variables=self.variables, bounds=self.bounds)
+        exponents = tuple(name for name in self.exponents if name in rest.exponents)
+        return replace(rest, variables=self.variables, exponents=exponents, bounds=self.bounds)
 
 
 def _total(terms: Array) -> tuple[Array, Array]:

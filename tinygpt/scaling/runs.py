@@ -174,16 +174,15 @@ def _mark_unfinished(column: pd.Series, reason: pd.Series, notes: list[str]) -> 
 
 def refuse_several(used: pd.DataFrame, loss: str, seed: str | None = None) -> None:
     """Raise ConfigError for losses of several tokenizers or corpora, unless these are seeds."""
-    for name in ("tokenizer_fingerprint", "dataset"):
+    for name, kind in (("tokenizer_fingerprint", "tokenizer"), ("dataset", "dataset")):
         if name in used and used[name].nunique() > 1 and "bits_per" not in loss and name != seed:
-            shown = name.split("_")[0] if name.split("_")[0] in used else name
+            shown = kind if kind in used else name
             kinds = ", ".join(sorted(map(str, used[shown].dropna().unique())))
             way = "loss=final_val_bits_per_byte does"
             if "final_val_bits_per_byte" not in used:
                 way = f'where="{shown} == {used[shown].dropna().iloc[0]!r}" chooses one'
             raise ConfigError(
-                f"runs: several {name.split('_')[0]}s ({kinds}): nats per token do not compare; "
-                f"{way}"
+                f"runs: several {kind}s ({kinds}): nats per token do not compare; {way}"
             )
 
 
@@ -286,24 +285,17 @@ def read_rows(
     for row, config in zip(rows, configs, strict=True):
         if config.get("scale") == "smoke":  # such runs only try a study out
             row["scale"] = "smoke"
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    known = {name.rsplit(".", 1)[-1] for name in columns}
-    differing = [
-        name
-        for name in dict.fromkeys(name for config in configs for name in config)
-        if name.split(".")[0] not in rundir.NOT_SCIENCE
-        and name.rsplit(".", 1)[-1] not in known
-        and len({repr(config.get(name)) for config in configs}) > 1
-    ]
     last = ("error", "folder")
-    return [
-        {
-            **{name: row.get(name) for name in columns if name not in last},
-            **{f"config.{name}": config.get(name) for name in differing},
-            **{name: row.get(name) for name in last},
-        }
-        for row, config in zip(rows, configs, strict=True)
-    ]
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in last]
+    known = {name.rsplit(".", 1)[-1] for name in (*names, *last)}
+    for name in dict.fromkeys(name for config in configs for name in config):
+        is_science = name.split(".")[0] not in rundir.NOT_SCIENCE
+        differs = len({repr(config.get(name)) for config in configs}) > 1
+        if is_science and differs and name.rsplit(".", 1)[-1] not in known:
+            names.append(f"config.{name}")
+            for row, config in zip(rows, configs, strict=True):
+                row[f"config.{name}"] = config.get(name)
+    return [{name: row.get(name) for name in (*names, *last)} for row in rows]
 
 
 def _outcome(run: rundir.RunDir) -> dict[str, Any]:

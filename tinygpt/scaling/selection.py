@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +25,6 @@ class Candidate:
     """A law that was tried."""
 
     law: str
-    formula: str
     fit: Fit | None
     reason: str  # why it could not be fitted
     aicc: float = float("inf")  # Akaike's criterion, corrected for few points; the least is best
@@ -48,38 +46,36 @@ def select(
     that share the ``cluster`` column, checkpoints of a run, count as few as their residuals are
     worth.  ``settings`` are those of ``fit``.
     """
-    plain = {**settings, "estimator": "least_squares"}
-    squares = _fitted(runs, laws, plain)
-    if squares and cluster is None:
-        law, first = next(iter(squares.items()))
-        weights = weigh(first, same, tokens, lambda each: fit(runs, law, weights=each, **plain))
+    reasons: dict[str, str] = {}  # why a law could not be fitted
+
+    def fitted(laws: Iterable[str], **more: Any) -> dict[str, Fit]:
+        found = {}
+        for law in laws:
+            try:
+                found[law] = fit(runs, law, **{**settings, **more})
+            except ConfigError as error:
+                reasons[law] = str(error)
+        return found
+
+    plain = {"estimator": "least_squares"}
+    fits = fitted(laws, **plain)
+    if fits and cluster is None:
+        law, first = next(iter(fits.items()))
+        one = {**settings, **plain}
+        weights = weigh(first, same, tokens, lambda each: fit(runs, law, weights=each, **one))
         if weights is not None:
             settings = {**settings, "weights": weights}
-            squares = _fitted(runs, laws, {**plain, "weights": weights})
-    worth, settings, reason = _one_estimator(squares, settings, cluster)
-    fits = squares
+            fits = fitted(laws, **plain)
+    worth, settings, reason = _one_estimator(fits, settings, cluster)
     if settings["estimator"] != "least_squares":
-        fits = _fitted(runs, list(squares), settings)
+        fits = fitted(fits)
     factor = _quasi(fits.values())
     found = [
-        Candidate(law, one.law.formula, replace(one, reason=reason), "", aicc(one, worth, factor))
+        Candidate(law, replace(one, reason=reason), "", aicc(one, worth, factor))
         for law, one in fits.items()
     ]
-    for law in laws:
-        if law not in fits:
-            try:
-                fit(runs, law, **settings)
-            except ConfigError as error:
-                found.append(Candidate(law, "", None, str(error)))
+    found += [Candidate(law, None, reasons[law]) for law in laws if law not in fits]
     return sorted(found, key=lambda one: (one.aicc, one.fit is None))
-
-
-def _fitted(runs: pd.DataFrame, laws: Sequence[str], settings: Settings) -> dict[str, Fit]:
-    found = {}
-    for law in laws:
-        with contextlib.suppress(ConfigError):
-            found[law] = fit(runs, law, **settings)
-    return found
 
 
 def _one_estimator(
