@@ -84,8 +84,8 @@ def table(
     return pd.DataFrame(rows)
 
 
-def analysed(runs: pd.DataFrame, **settings: Any) -> Analysis:
-    return analyse(*comparable(runs, "loss"), TABLE, **settings)
+def analysed(runs: pd.DataFrame, columns: Columns = TABLE, **settings: Any) -> Analysis:
+    return analyse(*comparable(runs, columns.loss), columns, **settings)
 
 
 def failing(analysis: Analysis) -> list[str]:
@@ -248,15 +248,14 @@ def test_the_next_run_narrows_the_prediction() -> None:
     """It costs what the runs recorded: here 9 N D, as with attention and head at small sizes."""
     runs = table(chinchilla, 0.003, seeds=1, points=4).assign(flops=lambda t: 9 * t["N"] * t["D"])
     columns = dataclasses.replace(TABLE, c="flops")
-    best = analyse(*comparable(runs, "loss"), columns, law="chinchilla").next_run
+    best = analysed(runs, columns, law="chinchilla").next_run
     assert best is not None
     assert best.width_then < best.width_now
     n, d = best.place["N"], best.place["D"]
     assert best.cost == pytest.approx(9 * n * d)
     assert best.cost <= 2 * runs["flops"].max()
-    more = {"N": n, "D": d, "loss": chinchilla(n, d), "seed": 0, "flops": 9 * n * d}
-    runs = pd.concat([runs, pd.DataFrame([more])], ignore_index=True)
-    again = analyse(*comparable(runs, "loss"), columns, law="chinchilla").next_run
+    runs.loc[len(runs)] = {"N": n, "D": d, "loss": chinchilla(n, d), "seed": 0, "flops": 9 * n * d}
+    again = analysed(runs, columns, law="chinchilla").next_run
     assert again is not None
     assert again.width_now < best.width_now
 
@@ -394,7 +393,7 @@ def test_a_study_is_judged_by_the_columns_of_its_validation() -> None:
     for documents, part, outcome in ((6, 1e-4, FAIL), (20, 1e-4, PASS), (20, 0.5, FAIL)):
         error = part * runs["final_val_loss"]
         scored = runs.assign(val_documents=documents, final_val_loss_standard_error=error)
-        found = analyse(*comparable(scored, "final_val_loss"), columns, law="chinchilla")
+        found = analysed(scored, columns, law="chinchilla")
         assert line(found.checks, "validation").outcome == outcome
         assert line(found.checks, "spread").outcome == PASS  # not for the same reason
         assert found.is_evidence is (outcome == PASS)
@@ -455,7 +454,7 @@ def test_checkpoints_of_a_run_are_no_independent_points() -> None:
     runs = table(chinchilla, 0.01, seeds=1)
     runs["run"] = runs["N"].rank(method="dense").astype(str)  # all tokens of a size are one run
     columns = dataclasses.replace(TABLE, run="run")
-    found = analyse(*comparable(runs, "loss"), columns, law="chinchilla")
+    found = analysed(runs, columns, law="chinchilla")
     assert {one.method for one in found.intervals.values()} == {"bootstrap (pairs)"}
     alone = analysed(runs, law="chinchilla")
     assert {one.method for one in alone.intervals.values()} == {"profile"}
@@ -478,7 +477,7 @@ def test_the_limit_of_one_variable_is_not_the_floor() -> None:
         loss = (limit + 40 / sizes**0.6) * noise
         runs = pd.DataFrame({"parameters_non_embedding": sizes, "train_tokens": 1e6})
         runs = runs.assign(final_val_loss=loss, irreducible_loss_exact=0.9676)
-        found = analyse(*comparable(runs, "final_val_loss"), Columns(u=None, t=None, c=None))
+        found = analysed(runs, Columns(u=None, t=None, c=None))
         assert line(found.checks, "floor").passed is verdict
 
 
@@ -549,9 +548,8 @@ def test_runs_of_the_largest_x_are_held_out(letter: str) -> None:
     noise = 0.002 * np.random.default_rng(5).normal(size=20)
     losses = (1.5 + 40 / x**0.3) * np.exp(noise)
     runs = pd.DataFrame({"mine": x, "loss": losses, "seed": [1, 2] * 10})
-    none: dict[str, Any] = {"n": "no n", "d": "no d", "u": None, "t": None, "c": None}
-    columns = dataclasses.replace(TABLE, **{**none, letter: "mine"})
-    found = analyse(*comparable(runs, "loss"), columns, variable=letter.upper())
+    columns = dataclasses.replace(TABLE, **{"n": "no n", "d": "no d", letter: "mine"})
+    found = analysed(runs, columns, variable=letter.upper())
     held = found.held_out
     assert held is not None
     assert held.above.tolist() == [False] * 16 + [True] * 4
@@ -582,7 +580,7 @@ def test_a_verdict_hangs_on_no_name() -> None:
         renamed = runs.rename(columns=names)
         c, loss, n = (names.get(name, name) for name in ("flops_exact", "loss", "N"))
         columns = dataclasses.replace(TABLE, c=c, loss=loss, n=n)
-        found = analyse(*comparable(renamed, loss), columns, law="chinchilla")
+        found = analysed(renamed, columns, law="chinchilla")
         return [(one.id, one.passed, one.figure) for one in found.checks]
 
     one = checks()
@@ -615,7 +613,7 @@ def test_what_is_asked_for_counts_for_the_distance(
     asked: dict[str, Any], passed: bool, detail: str
 ) -> None:
     columns = dataclasses.replace(TABLE, c="flops_exact")
-    found = analyse(*comparable(isoflop_runs(), "loss"), columns, law="chinchilla", **asked)
+    found = analysed(isoflop_runs(), columns, law="chinchilla", **asked)
     check = line(found.checks, "distance")
     assert check.passed is passed
     assert detail in check.figure
@@ -713,8 +711,7 @@ def test_the_curve_through_a_budget_is_the_one_asked_for() -> None:
     columns = dataclasses.replace(TABLE, c="flops_exact")
     best = {}
     for method in ("cubic", "akima", "parabola"):
-        settings: dict[str, Any] = {"law": "chinchilla", "isoflop": method}
-        found = analyse(*comparable(isoflop_runs(), "loss"), columns, **settings)
+        found = analysed(isoflop_runs(), columns, law="chinchilla", isoflop=method)
         assert found.frontier is not None
         profiles = found.frontier.isoflop.profiles
         words = found.frontier.table()["interval"].tolist()
@@ -770,14 +767,12 @@ def test_a_law_of_one_s_own_is_compared(forget: None) -> None:
     runs = pd.DataFrame({"D": tokens, "loss": (1.2 + 40 / (tokens + 2e6) ** 0.3) * noise})
     columns = dataclasses.replace(TABLE, n="no n", seed=None)
     register(shifted())
-    asked: dict[str, Any] = {"law": "shifted", "places": [{"D": 1e9}]}
-    found = analyse(*comparable(runs, "loss"), columns, **asked)
+    found = analysed(runs, columns, law="shifted", places=[{"D": 1e9}])
     assert found.candidates[0].law in ("broken", "shifted")
     assert 1.2 in found.intervals["E"]
     assert 2e6 in found.intervals["x0"]
-    assert {c.law for c in found.candidates} == {
-        name for name, law in LAWS.items() if len(law.variables) == 1
-    }
+    alone = {name for name, law in LAWS.items() if len(law.variables) == 1}
+    assert {c.law for c in found.candidates} == alone
     assert 1.2 + 40 / (1e9 + 2e6) ** 0.3 in found.predictions[-1].loss
     own = shifted(bounds={"x0": (1e-3, 1e3)})
     alone = fit(runs, own, loss="loss", weights=found.fit.points.weights, x="D")

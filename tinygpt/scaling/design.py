@@ -74,7 +74,8 @@ class Design:
 
         ``pending`` runs count as made: what they tell, but for their losses, is known.
         """
-        if self._is_due():
+        known = len(self.losses)
+        if known > self._fitted and (known <= OFTEN or known > 1.1 * self._fitted):
             self.fit()
         everywhere, count = self._prior(), len(self.candidates)
         made = [*self.losses, *pending]
@@ -115,10 +116,6 @@ class Design:
             except ConfigError:
                 self.forecast = None
         return self.forecast
-
-    def _is_due(self) -> bool:
-        count = len(self.losses)
-        return count > self._fitted and (count <= OFTEN or count > 1.1 * self._fitted)
 
     def _prior(self) -> Array:
         """Return the covariance of the log loss at the candidates, then the targets."""

@@ -289,12 +289,12 @@ def read_rows(
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in last]
     known = {name.rsplit(".", 1)[-1] for name in (*names, *last)}
     for name in dict.fromkeys(name for config in configs for name in config):
-        is_science = name.split(".")[0] not in rundir.NOT_SCIENCE
-        differs = len({repr(config.get(name)) for config in configs}) > 1
-        if is_science and differs and name.rsplit(".", 1)[-1] not in known:
-            names.append(f"config.{name}")
-            for row, config in zip(rows, configs, strict=True):
-                row[f"config.{name}"] = config.get(name)
+        parts, values = name.split("."), [config.get(name) for config in configs]
+        if parts[0] in rundir.NOT_SCIENCE or parts[-1] in known or len(set(map(repr, values))) < 2:
+            continue
+        names.append(f"config.{name}")
+        for row, value in zip(rows, values, strict=True):
+            row[f"config.{name}"] = value
     return [{name: row.get(name) for name in (*names, *last)} for row in rows]
 
 

@@ -201,9 +201,9 @@ def solve(
         if over.any():
             found.converged[live[done]] = True
             found.theta[live], found.objective[live], found.gradient[live] = here, value, gradient
-            live, here, damping, value, gradient, hessian = (
-                each[~over] for each in (live, here, damping, value, gradient, hessian)
-            )
+            stay = ~over
+            live, here, damping = live[stay], here[stay], damping[stay]
+            value, gradient, hessian = value[stay], gradient[stay], hessian[stay]
     found.theta[live], found.objective[live], found.gradient[live] = here, value, gradient
     return found
 
