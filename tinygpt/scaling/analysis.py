@@ -52,19 +52,19 @@ from tinygpt.scaling.selection import Candidate, NextRun, next_run, preferred, s
 from tinygpt.scaling.single import SingleRun, single_runs
 from tinygpt.scaling.split import best_split, recorded
 
-INSEPARABLE = 0.98  # a correlation of log N and log D from which on no law tells them apart
+INSEPARABLE = 0.98  # from this correlation of log N and log D no law tells them apart
 FURTHER = 10.0  # the default prediction lies at so many times the largest compute, or x
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss at a place where nothing was trained."""
+    """Hold the loss at a place where nothing was trained."""
 
     place: dict[str, float]  # variable -> value
     flops: float | None
     loss: Interval  # of the law there
     run: Interval  # of a single run there, by the forecast
-    asked: bool = False  # for with ``predict=``
+    asked: bool = False  # by ``predict=``
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def analyse(
     condition: str | None = None,
     notes: Sequence[str] = (),
 ) -> Analysis:
-    """Fit every law that the runs can tell of, and judge the best, or the one asked for.
+    """Fit every law that these runs allow, and judge the best, or the one asked for.
 
     ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
     varies.  ``objective`` says whether residuals are those of log L or of L (``raw``).

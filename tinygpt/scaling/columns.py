@@ -61,7 +61,7 @@ class Columns:
         return f"loss ({unit})" if unit else "loss"
 
     def where(self, runs: pd.DataFrame) -> dict[str, str]:
-        """Return the columns that the table has by their variables."""
+        """Return the columns that the table has, by variable."""
         found = {"N": self.n, "D": self.d, "U": self.u, "T": self.t, "C": self.c}
         return {name: column for name, column in found.items() if column and column in runs}
 
@@ -82,8 +82,8 @@ class Columns:
         return positive(runs, variables["x"]), name
 
     def dependence(self, runs: pd.DataFrame, variables: Iterable[str]) -> list[pd.Series]:
-        """Return what rows that are not independent agree in: their place, their run where several
-        rows share one, their trunk where runs branched off one."""
+        """Return what dependent rows have in common: their place, their run where several rows
+        share one, their trunk where runs branched off one."""
         place = runs[list(variables)].apply(tuple, axis=1)
         keys = [place, *(runs[name] for name in [self.cluster(runs)] if name)]
         if {"branched_from", "run_name"} <= set(runs):
@@ -146,7 +146,7 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
 def other_settings(
     runs: pd.DataFrame, columns: Columns, variables: Iterable[str]
 ) -> dict[str, dict[str, list[str]]]:
-    """Return the settings that differ between runs though no law here has them, each with its
+    """Return the settings that differ between runs but are in no law here, each with its
     values, the commonest first, and the names of their runs.
 
     Not returned are ``variables``, what divides the runs as one of them does (the warm-up that

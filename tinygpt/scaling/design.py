@@ -25,14 +25,14 @@ LEFT = 0.1  # standard deviation of what a law leaves of log L far from any run
 ALIKE = 1.5  # in the logarithm of each variable: so far apart, what is left has little in common
 NOISE = 0.003  # standard deviation of log L between seeds, where nothing is known
 FEWEST = 9  # runs, of the cheapest that tell most, before any law is fitted
-OFTEN = 30  # runs up to which each one is followed by new fits; beyond, each tenth part more
-KNOWN = 0.01  # weight of a member that counts
-POWER = 0.5  # of the cost: what is learnt early makes later choices better, so dear runs may pay
+OFTEN = 30  # up to so many runs each is followed by new fits; beyond, each 10 % more
+KNOWN = 0.01  # weight from which a member counts
+POWER = 0.5  # of the cost: an expensive run may pay by improving later choices
 
 
 @dataclass
 class Design:
-    """Holds the runs that can be made, those that were, and what is to be predicted.
+    """Hold the runs that can be made, those that were, and what is to be predicted.
 
     ``candidates`` has a row for each run that can be made, a second seed included, and a column
     for each variable; ``target`` the same columns for the places to predict.  Of each candidate,
@@ -108,7 +108,7 @@ class Design:
         return Sample(table, self.names, columns, "loss", self.size[rows], groups, self.seed)
 
     def fit(self) -> Forecast | None:
-        """Fit the forecast to the runs made so far; None of too few."""
+        """Fit the forecast to the runs made so far and return it; None of too few."""
         self._fitted, self._covariance = len(self.losses), None
         if len(self.losses) >= FEWEST:
             try:
@@ -164,7 +164,7 @@ def _usual(law: Law, values: Mapping[str, Array]) -> Array:
 
 @dataclass(frozen=True)
 class Spent:
-    """The runs that were chosen within a budget, in their order, and what they predict."""
+    """Hold the runs that were chosen within a budget, in their order, and what they predict."""
 
     rows: list[int]
     cost: float

@@ -57,7 +57,7 @@ ROUGH: dict[str, Any] = {"most_steps": 50, "gain": 1e-6}
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best minimum found, and what certifies it."""
+    """Hold the best minimum found, and what certifies it."""
 
     law: Law  # without the terms that went to zero
     theta: Array  # (P,)
@@ -133,7 +133,7 @@ def _distinct(found: Solved) -> Solved:
 def _smallest_eigenvalue(
     law: Law, points: Points, theta: Array, threshold: float, free: NDBool
 ) -> float:
-    """Return that of the whole Hessian of the objective, by differences of its gradient."""
+    """Return the least eigenvalue of the full Hessian, by differences of the gradient."""
     steps = 1e-5 * np.eye(len(law))[free]
     with np.errstate(all="ignore"):
         _, up, _ = objective(law, points, theta + steps, threshold)
@@ -162,7 +162,7 @@ class Fit:
     estimator: str
     reason: str  # why this estimator
     scale: float  # of the residuals: a standard deviation, by the estimator's own measure
-    # those of the parameters; intervals.py puts its function here, as it imports this module
+    # set by intervals.py, which imports this module
     intervals: ClassVar[Callable[[Fit], Mapping[str, Interval]]]
 
     def __repr__(self) -> str:
@@ -226,7 +226,7 @@ class Fit:
 
     @property
     def bounds_met(self) -> dict[str, str]:
-        """Return what to say of each parameter at a bound, by its name."""
+        """Return what to say of each parameter at a bound, by name."""
         law, met = self.optimum.law, {}
         at_low = self.optimum.theta <= bounds(law, self.points)[0]
         least = dict(
@@ -382,7 +382,7 @@ def residual_scale(points: Points, optimum: Optimum) -> float:
 
 
 def _likelihood(law: Law, points: Points, squares: Optimum, unit: float, seed: int) -> Optimum:
-    """Alternate the law, given the scale, and the scale, given the law, until both stand."""
+    """Fit the law given the scale and the scale given the law in turn, until neither moves."""
     optimum = squares
     for _ in range(100):
         sizes = np.abs(points.residuals(optimum.law, optimum.theta))

@@ -50,7 +50,7 @@ LEAST, TYPICAL = 2e-4, 0.01  # rates: none is less; that of a table too small to
 
 @dataclass(frozen=True)
 class Sample:
-    """Holds the runs that a forecast is made from, and what it needs to know of them."""
+    """Hold the runs that a forecast is made from, and what it needs to know of them."""
 
     table: pd.DataFrame
     laws: Sequence[str]
@@ -79,7 +79,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Member:
-    """One law fitted with one tilt."""
+    """Hold one law fitted with one tilt."""
 
     law: str
     tilt: tuple[float, float]
@@ -94,7 +94,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The members with their weights, and how their average erred."""
+    """Hold the members with their weights, and how their average erred."""
 
     members: list[Member]
     weights: Array  # (members,)
@@ -139,7 +139,7 @@ class Forecast:
 
     @property
     def main(self) -> Member:
-        """Return the member that weighs most."""
+        """Return the member with the largest weight."""
         return self.members[int(np.argmax(self.weights))]
 
 
@@ -153,7 +153,7 @@ def expected(rate: float, between: Array, distance: Array, shape: Sequence[float
 
 
 def forecast(sample: Sample) -> Forecast:
-    """Fit the procedure to a sample of runs.  Raises ConfigError where no law can be fitted."""
+    """Fit the members to a sample of runs.  Raises ConfigError where no law can be fitted."""
     cuts = inner_cuts(sample.size, sample.groups)
     parts = [np.ones(len(sample.size), dtype=bool), *(below for below, _ in cuts)]
     members: list[Member] = []
@@ -215,8 +215,8 @@ def inner_cuts(size: Array, groups: NDArray[Any]) -> list[tuple[NDBool, NDBool]]
 
 
 def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
-    """Fit each law with each tilt to each part of a sample, by Huber's loss; those that a part
-    cannot carry are left out there.  All are solved together: a row outside a part weighs zero."""
+    """Fit each law with each tilt to each part of a sample, by Huber's loss, except where a part is
+    too small for it.  All are solved together: a row outside a part has no weight."""
     found: list[list[Member]] = [[] for _ in parts]
     values, size = sample.values, sample.size
     for name in sample.laws:
@@ -289,14 +289,14 @@ def _weighted_scale(residuals: Array, weights: Array, parameters: int) -> Array:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Says how the whole procedure, given the runs below a cut in size alone, predicts the rest."""
+    """Say how the whole procedure, given only the runs below a cut in size, predicts the rest."""
 
     error: float  # mean |predicted - measured| / measured
     worst: float
     within: float  # share of the runs within their 95 % interval
     half_width: float  # mean of those intervals, as a part of the loss predicted
     runs: int
-    groups: int  # of them, that are independent of each other
+    groups: int  # independent ones among them
     cut: float  # the largest size that was fitted
     distance: float  # largest size / cut
     best_cheaper: float  # the error of "as low as the best run below the cut"

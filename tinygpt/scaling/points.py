@@ -15,13 +15,13 @@ from tinygpt.scaling.laws import Array, Law
 
 @dataclass(frozen=True)
 class Points:
-    """What a law is fitted to: log variables about their centres, log losses."""
+    """Hold what a law is fitted to: log variables about their centres, log losses."""
 
     x: dict[str, Array]  # by variable of the law, (n,)
     y: Array  # (n,)
     centres: dict[str, float]
     raw: bool = False  # whether residuals are those of the loss itself, not of its logarithm
-    weights: Array | None = None  # that multiply residuals, (n,): roots of relative precisions
+    weights: Array | None = None  # multiply residuals, (n,): roots of relative precisions
 
     @property
     def response(self) -> Array:

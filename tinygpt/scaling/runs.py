@@ -128,7 +128,7 @@ def entering(
             continue
         reason[(reason == "") & table[name].isna()] = "no loss" if name == loss else f"no {name}"
         below = (reason == "") & (table[name] <= 0) if needed else pd.Series(False, table.index)
-        if 2 * below.sum() <= (reason == "").sum():  # else the column is another one: refused later
+        if 2 * below.sum() <= (reason == "").sum():  # else it is the wrong column: refused later
             reason[below] = f"{name} is not above zero"
     if not (reason == "").any():
         kinds = ", ".join(f"{count} {one}" for one, count in reason.value_counts().items())
@@ -238,8 +238,8 @@ def _meets(table: pd.DataFrame, where: str) -> pd.Series:
 def best_rates(
     table: pd.DataFrame, loss: str, reason: pd.Series, rate: str, place: Sequence[str] = PLACE
 ) -> pd.Series:
-    """Return the reasons with those of runs at a learning rate that is not the best, by its mean
-    loss, of those tried at the same ``place`` (columns of sizes) and in the same setting."""
+    """Return the reasons, with one for each run whose learning rate is not the best, by mean loss,
+    of those tried at the same ``place`` (columns of sizes) and in the same setting."""
     runs, reason = table[reason == ""], reason.copy()
     settings = [*place, *(name for name in SETTINGS if name not in RATES)]
     settings = [name for name in dict.fromkeys(settings) if name in runs and name != rate]
@@ -299,7 +299,7 @@ def read_rows(
 
 
 def _outcome(run: rundir.RunDir) -> dict[str, Any]:
-    """Return the row of a run.  Raises ConfigError for a file that is not one of a run."""
+    """Return the row of a run.  Raises ConfigError for a file that no run wrote."""
     place = {"study": run.path.parent.name, "run_name": run.path.name, "folder": str(run.path)}
     if run.results.exists():
         found = fileio.read_json(run.results)

@@ -22,7 +22,7 @@ Settings = dict[str, Any]  # arguments of ``fit``
 
 @dataclass(frozen=True)
 class Candidate:
-    """A law that was tried."""
+    """Hold a law that was tried."""
 
     law: str
     fit: Fit | None
@@ -114,7 +114,7 @@ def independent(residuals: Array, cluster: pd.Series) -> float:
 
 
 def preferred(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the law that stands first in LAWS, of those hardly worse than the best."""
+    """Return the first in LAWS of the laws that are hardly worse than the best."""
     near = [c for c in candidates if c.fit and c.aicc - candidates[0].aicc < CLEAR]
     order = list(LAWS)
     return min(near, key=lambda c: order.index(c.law)) if near else candidates[0]
@@ -139,7 +139,7 @@ def aicc(fit: Fit, worth: float | None = None, factor: float = 1.0) -> float:
 
 
 def _quasi(fits: Iterable[Fit]) -> float:
-    """Return by what differences of log objectives count more than of a normal, from the variance
+    """Return the factor of differences of log objectives relative to a normal's, from the variance
     of the slope of Huber's objective at the best fit (Ronchetti 1985)."""
     best = min(fits, key=lambda one: one.optimum.objective, default=None)
     if best is None or best.estimator != "huber" or best.optimum.objective < 1e-30:
@@ -153,7 +153,7 @@ def _quasi(fits: Iterable[Fit]) -> float:
 
 
 def structure(fit: Fit) -> float | None:
-    """Return the p-value of no structure in the residuals; None where too few points tell.
+    """Return the p-value of there being no structure in the residuals; None of too few points.
 
     An F test of what second and third powers of the log variables explain of them beyond the
     law's own derivatives (Ramsey 1969, as a score test).
@@ -185,7 +185,7 @@ def structure(fit: Fit) -> float | None:
 
 @dataclass(frozen=True)
 class NextRun:
-    """The affordable run that would most shrink the interval of the prediction asked for."""
+    """Hold the affordable run that would most shrink the interval of the prediction asked for."""
 
     place: dict[str, float]
     cost: float  # FLOPs, or whatever the compute of the runs is counted in

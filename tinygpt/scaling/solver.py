@@ -20,7 +20,7 @@ from tinygpt.scaling.points import Points
 NDBool = np.ndarray[Any, np.dtype[np.bool_]]
 
 LEAST = float(np.log(1e-9))  # a coefficient below this part of the loss is zero
-FADING = 10.0  # in units of log: a term so near its floor that still falls is tried there
+FADING = 10.0  # in logs: a falling term this close to its floor is moved onto it
 STEPS = 300
 GAIN = 1e-18
 IN_CACHE = 8000  # points times rows that are evaluated at once
@@ -29,10 +29,10 @@ ROUNDING = 1e-15  # of a log loss
 
 @dataclass(frozen=True)
 class Hold:
-    """A function of the parameters that is drawn to a value, as by one more measurement.
+    """Pull a function of the parameters to a value, as one more measurement would.
 
-    Where the solver ends is the best of all laws that have the value which the function takes
-    there, whatever the stiffness: a point of the profile.
+    Whatever the stiffness, the solver ends at a point of the profile: the best law among those that
+    give the function the value it takes there.
     """
 
     function: Callable[[Array], tuple[Array, Array]]  # (B, P) -> values (B,), gradients (B, P)
@@ -42,7 +42,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Solved:
-    """Where the solver ended, for each of a batch of starts."""
+    """Hold where the solver ended, for each of a batch of starts."""
 
     theta: Array  # (B, P)
     objective: Array  # (B,)
@@ -100,7 +100,7 @@ def objective(
         loss, inside = huber(residuals, threshold), (size <= threshold).astype(float)
         inside = inside if weights is None else inside * weights
         few = np.count_nonzero(inside, axis=1) < theta.shape[1]
-        if few.any():  # their curvature says nothing; Huber's own weights still lead down
+        if few.any():  # their curvature says nothing, but Huber's weights still lead downhill
             share = np.minimum(1.0, threshold / np.maximum(size, 1e-300))
             share = share if weights is None else share * weights
             inside = np.where(few[:, None], share, inside)
@@ -156,7 +156,7 @@ def solve(
     low, high = bounds(law, points)
     terms, diagonal = term_mask(law), np.arange(len(law))
     faint = np.where(terms, low + FADING, -np.inf)
-    # no sum of squares is known better
+    # a sum of squares cannot be computed more exactly than this
     rounding = len(points) * (ROUNDING * (points.response.max() if points.raw else 1.0)) ** 2
     for _ in range(most_steps):
         if not len(live):
@@ -188,7 +188,7 @@ def solve(
         gained = value - new[0]
         better, done = (gained >= 0) & finite, full <= gain * value + rounding
         good = better & (gained > 0.25 * expected)
-        last = ~better & (full <= tiny)  # which rounding of the objective may keep from going down
+        last = ~better & (full <= tiny)  # a gain this small drowns in rounding
         done |= last
         better |= last & finite
         over = done | (~better & (damping > 1e8))
@@ -270,7 +270,7 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
     for j, name in enumerate(names):
         if name in (law.powers or ("E", "A", "B")):
             starts[:, j] += least
-        if name in ("Nc", "Dc"):  # its power is what is about as large as the loss
+        if name in ("Nc", "Dc"):  # raised to its exponent it is about as large as the loss
             exponent = starts[:, names.index("alpha" if name == "Nc" else "beta")]
             starts[:, j] = (starts[:, j] + least) / exponent
         if name == "x1":
@@ -299,7 +299,7 @@ def starts_of(law: Law, points: Points, seed: int) -> Array:
 
 
 def _likely(law: Law, name: str) -> tuple[float, float]:
-    """Return where to look for a parameter of a law of the user's: within its bounds, if any."""
+    """Return the range to search for a parameter of a user's law: within its bounds, if any."""
     if name in law.bounds:
         ends = np.array(law.bounds[name], dtype=float)
         with np.errstate(divide="ignore"):

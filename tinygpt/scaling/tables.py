@@ -41,7 +41,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
-    """Return the table as it stands in the file: texts where the file has texts.
+    """Return the table as it is in the file: texts where the file has texts.
 
     Adds a note on the dialect and the size.  Raises ConfigError, naming the file.
     """
@@ -62,7 +62,7 @@ def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
         table = _checked(table)
     except ConfigError as error:
         raise ConfigError(f"table={path}: {error}") from error
-    except Exception as error:  # whatever broken bytes lead the libraries to
+    except Exception as error:  # whatever broken bytes make the libraries do
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"table={path}: cannot be read ({reason})") from error
     size = f"{len(table)} rows, {len(table.columns)} columns"
@@ -123,7 +123,7 @@ def _read_text(data: bytes) -> Found:
 
 
 def _delimiter(sample: Sequence[str]) -> str:
-    """Return what cuts the header and nearly all rows into equally many parts, the most of them.
+    """Return the mark that cuts the header and nearly all rows into as many, and the most, parts.
 
     A space counts only where nothing else cuts.
     """
@@ -201,7 +201,7 @@ def _are_records(value: Any) -> bool:
 
 
 def _read_workbook(data: bytes) -> Found:
-    """Read the first sheet that has rows, and all with the same columns, told apart by one more."""
+    """Read the first sheet with rows and all with the same columns, plus a column for the sheet."""
     try:
         import openpyxl  # type: ignore[import-untyped]
     except ImportError as error:
@@ -233,7 +233,7 @@ READERS: dict[str, Callable[[bytes], Found]] = {
 
 
 def _checked(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with texts for names.  Raises ConfigError for what is no table of runs."""
+    """Return the table with texts as names.  Raises ConfigError if it is no table of runs."""
     if not isinstance(table.index, pd.RangeIndex):
         table = table.reset_index()
     names = pd.Index([str(name) for name in table])

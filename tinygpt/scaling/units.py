@@ -32,7 +32,7 @@ FLOPS = {  # the same of compute, whose name may be the unit alone
 }
 COUNTS = {"n": (1e3, 1e14), "d": (1e3, 1e16), "c": (1e6, 1e32)}  # between which medians lie
 EPOCHS = 1e5  # times that a token is read, at most
-FEW, MANY = 1e3, 1e6  # counts that do not stand in one column
+FEW, MANY = 1e3, 1e6  # counts that do not go together in one column
 LARGEST = 20.0  # loss of a token: a guess among 5e8 of them
 
 
@@ -40,7 +40,7 @@ def in_units(
     table: pd.DataFrame, used: pd.DataFrame, columns: Columns, named: Mapping[str, str],
     stated: Units, notes: list[str], cells: pd.DataFrame,
 ) -> tuple[pd.DataFrame, Columns]:  # fmt: skip
-    """Return the table with columns in parameters, tokens and FLOPs, where its own are in others.
+    """Return the table with its columns in parameters, tokens and FLOPs.
 
     ``named`` are the columns that were given by letter, ``stated`` their units; ``cells`` is the
     table as it was written: a value with a unit of its own, as 1.2B, keeps that.  Raises
