@@ -771,8 +771,8 @@ def test_a_law_of_one_s_own_is_compared(forget: None) -> None:
     assert found.candidates[0].law in ("broken", "shifted")
     assert 1.2 in found.intervals["E"]
     assert 2e6 in found.intervals["x0"]
-    alone = {name for name, law in LAWS.items() if len(law.variables) == 1}
-    assert {c.law for c in found.candidates} == alone
+    of_x = {name for name, law in LAWS.items() if len(law.variables) == 1}
+    assert {c.law for c in found.candidates} == of_x
     assert 1.2 + 40 / (1e9 + 2e6) ** 0.3 in found.predictions[-1].loss
     own = shifted(bounds={"x0": (1e-3, 1e3)})
     alone = fit(runs, own, loss="loss", weights=found.fit.points.weights, x="D")

@@ -19,7 +19,7 @@ LIMITS = {
     "model": 1_548,
     "training": 2_777,
     "sweeping": 2_525,
-    "scaling": 10_092,
+    "scaling": 9_938,
     "evaluating": 1_459,
     "adaptation": 3_303,
 }

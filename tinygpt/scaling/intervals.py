@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, special
+from scipy import special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import Fit
@@ -170,33 +170,44 @@ def profile(fit: Fit, target: Target, level: float = LEVEL) -> Interval:
 def _follow(fit: Fit, target: Target, theta: Array, step: float, quantile: float) -> float:
     """Return where the profile, followed from ``theta``, has risen enough; ±inf if it does not.
 
-    ``step`` is one standard error in the direction to go.
+    ``step`` is one standard error in the direction to go.  The square root of the rise is nearly
+    linear in the target, so that Newton's method soon finds where it is enough; its slope follows
+    from the force that holds the target.
     """
     law, points, limit = fit.optimum.law, fit.points, fit.optimum.threshold
     slope, inside = np.clip(fit.weighted, -limit, limit), np.abs(fit.weighted) <= limit
     # by how much the objective rises, on average, where a parameter is off by its error
     worth = 0.5 * float(np.sum(slope**2)) / fit.degrees / float(inside.mean())
-    start = there = target.at(theta)[0]
-
-    def excess(wanted: float) -> float:
-        """Return the root of the rise, nearly linear in the target, less the quantile."""
-        nonlocal theta, there
-        hold = Hold(target.function, wanted, STIFFNESS * 2 * worth / step**2)
+    start, _ = target.at(theta)
+    far: float | None = None
+    near = start  # target values: the furthest with too little rise, one with too much
+    wanted, stiffness = start + quantile * step, STIFFNESS * 2 * worth / step**2
+    for _ in range(60):
+        hold = Hold(target.function, wanted, stiffness)
         held = solve(law, points, theta[None], limit, hold=hold).theta[0]
+        there, _ = target.at(held)
         rise = float(huber(points.residuals(law, held), limit).sum()) - fit.optimum.objective
-        root, there = float(np.sqrt(max(rise, 0.0) / worth)), target.at(held)[0]
+        root = float(np.sqrt(max(rise, 0.0) / worth))
+        off = root - quantile
+        if abs(off) < 1e-7 * quantile or (far is not None and abs(far - near) < 1e-7 * abs(step)):
+            return there
+        if off > 0:
+            far = there
+        elif (there - near) * step <= 0 or abs(there - start) > FURTHEST * abs(step):
+            return wanted if far is not None else float(np.copysign(np.inf, step))
+        else:
+            near = there
         theta = held if root < 2 * quantile else theta
-        return root - quantile
-
-    near, far = start, start + quantile * step
-    if excess(near) >= 0:  # the step is below the rounding of the target
-        return start
-    while excess(far) < 0:
-        if (there - near) * step <= 0 or abs(there - start) > FURTHEST * abs(step):
-            return float(np.copysign(np.inf, step))
-        near, far = there, there + (there - start)
-    excess(optimize.brentq(excess, near, far, xtol=1e-8 * abs(step), disp=False))
-    return there
+        force = stiffness * (wanted - there)
+        ahead = -off * 2 * root * worth / force if force * step > 0 else 0.0
+        if far == near:  # the step is below the rounding of the target
+            return near
+        if far is None:  # some way beyond, so that the end soon lies between
+            wanted = near + float(np.clip(ahead / (near - start), 0.02, 1.5)) * (near - start)
+        else:
+            part = (there + ahead - near) / (far - near)
+            wanted = near + (part if 0.0 < part < 1.0 else 0.5) * (far - near)
+    return near
 
 
 # --- bootstrap
