@@ -128,10 +128,10 @@ def test_no_other_optimizer_does_better(law: str, seed: int) -> None:
     exact: dict[str, Any] = {"xtol": 1e-15, "ftol": 1e-15, "gtol": 1e-15, "max_nfev": 200}
 
     def residuals(theta: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(form.log_loss(theta[None], points.x)[0] - points.y)
+        return np.asarray(np.nan_to_num(form.log_loss(theta[None], points.x)[0] - points.y))
 
     def jacobian(theta: np.ndarray) -> np.ndarray:
-        return np.nan_to_num(form.derivatives(theta[None], points.x)[1][0])
+        return np.asarray(np.nan_to_num(form.derivatives(theta[None], points.x)[1][0]))
 
     for _ in range(STARTS):
         solved = optimize.least_squares(
