@@ -16,21 +16,12 @@ from hypothesis import strategies as st
 from scipy import optimize, special
 
 from tinygpt.config import ConfigError
-from tinygpt.scaling.fitting import HUBER_DENSITY, Fit, fit
+from tinygpt.scaling.fitting import Fit, fit
 from tinygpt.scaling.intervals import covariance, intervals, predict_interval
 from tinygpt.scaling.laws import LAWS, Law
-from tinygpt.scaling.solver import bounds, huber, solve
+from tinygpt.scaling.solver import bounds
 
-TRUTH = {
-    "E": 1.8,
-    "A": 480.0,
-    "B": 2100.0,
-    "alpha": 0.35,
-    "beta": 0.37,
-    "gamma": 0.8,
-    "rn": 5.0,
-    "rd": 15.0,
-}
+TRUTH = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37, "rn": 5.0, "rd": 15.0}
 # where the general values are of no likely size
 SPECIAL: dict[str, dict[str, float]] = {
     "kaplan": {"Nc": 5e10, "Dc": 3e11, "alpha": 0.2, "beta": 0.25},
@@ -103,23 +94,6 @@ def test_published_likelihood(chinchilla_points: pd.DataFrame) -> None:
     assert found["beta"] == pytest.approx(0.3658, abs=0.0001)
 
 
-def test_likelihood_is_stationary_in_law_and_scale(chinchilla_points: pd.DataFrame) -> None:
-    """n log σ + Σ huber(r/σ): no better scale for the law, no better law for the scale."""
-    found = fitted(chinchilla_points, "chinchilla", estimator="likelihood")
-    scale = found.optimum.threshold / HUBER_DENSITY
-    sizes = np.abs(found.residuals)
-
-    def negative_log_likelihood(log_scale: float) -> float:
-        ratios = huber(sizes / np.exp(log_scale), HUBER_DENSITY)
-        return float(len(sizes) * log_scale + ratios.sum())
-
-    here = negative_log_likelihood(np.log(scale))
-    for factor in (0.5, 0.99, 1.01, 2.0):
-        assert negative_log_likelihood(np.log(scale * factor)) > here
-    assert found.optimum.converged
-    assert found.optimum.gradient_norm < 1e-6 * found.optimum.threshold
-
-
 # --- against exact methods and other optimizers
 
 
@@ -149,17 +123,15 @@ def test_no_other_optimizer_does_better(law: str, seed: int) -> None:
     form = LAWS[law]
     squares = fitted(table(form, truth(form), 0.01, seed), law, estimator="least_squares")
     points, ends = squares.points, bounds(form, squares.points)
-    random = np.random.default_rng(seed)
-    start = form.internal(truth(form), points.centres)
-    best = np.inf
+    random, size = np.random.default_rng(seed), len(form)
+    middle = start = form.internal(truth(form), points.centres)
+    exact: dict[str, Any] = {"xtol": 1e-15, "ftol": 1e-15, "gtol": 1e-15, "max_nfev": 200}
 
     def residuals(theta: np.ndarray) -> np.ndarray:
-        found: np.ndarray = np.nan_to_num(form.log_loss(theta[None], points.x)[0] - points.y)
-        return found
+        return np.asarray(np.nan_to_num(form.log_loss(theta[None], points.x)[0] - points.y))
 
     def jacobian(theta: np.ndarray) -> np.ndarray:
-        found: np.ndarray = np.nan_to_num(form.derivatives(theta[None], points.x)[1][0])
-        return found
+        return np.asarray(np.nan_to_num(form.derivatives(theta[None], points.x)[1][0]))
 
     for _ in range(STARTS):
         solved = optimize.least_squares(
@@ -167,17 +139,10 @@ def test_no_other_optimizer_does_better(law: str, seed: int) -> None:
             np.clip(start, ends[0] + 1e-9, ends[1] - 1e-9),
             jac=jacobian,
             bounds=ends,
-            xtol=1e-15,
-            ftol=1e-15,
-            gtol=1e-15,
-            max_nfev=200,
+            **exact,
         )
-        best = min(best, solved.cost)
-        start = form.internal(truth(form), points.centres)
-        start = start * random.uniform(0.7, 1.4, len(form)) + 0.2 * random.standard_normal(
-            len(form)
-        )
-    assert squares.optimum.objective <= best * (1 + 1e-9)
+        assert squares.optimum.objective <= solved.cost * (1 + 1e-9)
+        start = middle * random.uniform(0.7, 1.4, size) + 0.2 * random.standard_normal(size)
 
 
 # --- exact surfaces
@@ -204,7 +169,7 @@ def test_exact_recovery(law: str, data: st.DataObject) -> None:
     assert np.abs(found.residuals).max() < 1e-10
 
 
-@pytest.mark.parametrize("law", [name for name, law in LAWS.items() if law.expression])
+@pytest.mark.parametrize("law", [name for name, law in LAWS.items() if not law.powers])
 def test_exact_recovery_of_laws_that_are_no_sums(law: str) -> None:
     form = LAWS[law]
     found = fitted(table(form, truth(form)), law)
@@ -235,11 +200,12 @@ def test_narrow_designs_reach_their_minimum() -> None:
     form = LAWS["chinchilla"]
     natural = {"E": 1.5, "A": 2.2, "B": 60.0, "alpha": 0.04, "beta": 0.3}
     for seed in range(10):
-        found = fitted(table(form, natural, 0.03, seed), "chinchilla", estimator="least_squares")
-        zero = fitted(
-            table(form, natural, 0.03, seed), "chinchilla_zero", estimator="least_squares"
+        runs = table(form, natural, 0.03, seed)
+        found, zero = (
+            fitted(runs, law, estimator="least_squares").optimum.objective
+            for law in ("chinchilla", "chinchilla_zero")
         )
-        assert found.optimum.objective <= zero.optimum.objective * (1 + 1e-12)
+        assert found <= zero * (1 + 1e-12)
 
 
 @pytest.mark.parametrize("estimator", ["least_squares", "huber", "likelihood"])
@@ -262,9 +228,7 @@ def test_certificate() -> None:
     assert found.converged
     assert found.gradient_norm < 1e-10
     assert found.smallest_eigenvalue > 0
-    assert found.basins[0] == found.objective
-    assert list(found.basins) == sorted(found.basins)
-    assert found.starts >= len(found.basins)
+    assert found.objective == min(found.basins)
     assert not found.at_bound
 
 
@@ -277,20 +241,8 @@ def test_heavy_tails_are_seen() -> None:
     assert robust.estimator == "huber"
     assert "heavy tails" in robust.reason
     squares = fitted(runs, "chinchilla", estimator="least_squares")
-    error = {
-        kind.estimator: abs(kind.parameters["alpha"] - TRUTH["alpha"]) for kind in (robust, squares)
-    }
-    assert error["huber"] < error["least_squares"]
-
-
-def test_a_step_made_small_by_damping_is_no_convergence() -> None:
-    form = LAWS["chinchilla"]
-    points = fitted(table(form, truth(form), 0.01), "chinchilla").points
-    start = np.array([[-3.0, 0.5, -2.0, 0.9, 0.05]])
-    found = solve(form, points, start, most_steps=1)
-    assert not found.converged[0]
-    found = solve(form, points, start)
-    assert np.abs(found.gradient).max() < 1e-9 or not found.converged[0]
+    off, off_squares = (abs(k.parameters["alpha"] - TRUTH["alpha"]) for k in (robust, squares))
+    assert off < off_squares
 
 
 # --- bounds

@@ -175,26 +175,6 @@ def test_where_seeds_tell_it_the_interval_is_that_of_runs_of_this_length() -> No
     assert made.at(there, beyond)[1] < single.at(there, beyond)[1]
 
 
-def test_an_interval_widens_as_the_members_part() -> None:
-    made = held(grid(noise=0.01)).below
-    beyond = ahead.expected(made.rate, np.array([0.0, 0.01, 0.02]), np.full(3, 2.0))
-    assert 0 < beyond[0] < beyond[1] < beyond[2] < 2 * beyond[1]
-    far = {"N": np.array([1e10]), "D": np.array([1e12])}
-    mean, between = made.mean(far)
-    each = np.array([member.log_loss(far)[0] for member in made.members])
-    assert mean[0] == pytest.approx(np.average(each, weights=made.weights))
-    assert between[0] ** 2 == pytest.approx(np.average((each - mean) ** 2, weights=made.weights))
-
-
-@pytest.mark.parametrize(("runs", "sharpness"), [(9, 2.0), (18, 4.0), (36, 8.0), (72, 8.0)])
-def test_few_errors_say_less_of_which_member_is_best(runs: int, sharpness: float) -> None:
-    errors = np.array([0.01, 0.02, 0.03])[:, None] * np.ones(runs)
-    cut = ahead.Cut(np.ones(runs), errors, np.full(3, 1e-3))
-    weights, _ = ahead._weigh([cut], 3)
-    one, middle, _ = runs * errors[:, 0] ** 2 + ahead.SHRINKAGE * errors[1, 0] ** 2
-    assert weights[0] / weights[1] == pytest.approx((middle / one) ** (sharpness / 2))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["olmo_ladder", "gadre_rpj", "porian_rw_base_long_kaplan"])
 def test_the_bank_is_predicted_no_worse_than_recorded(name: str) -> None:

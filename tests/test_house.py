@@ -12,14 +12,14 @@ from tests.test_imports import FILES, PACKAGE, imported
 
 # Lines of each part.  A change that needs more takes them from somewhere else.
 LIMITS = {
-    "root": 3_209,
+    "root": 3_265,
     "config": 1_223,
     "runs": 884,
     "data": 3_988,
-    "model": 1_548,
+    "model": 1_550,
     "training": 2_777,
-    "sweeping": 2_525,
-    "scaling": 9_820,
+    "sweeping": 2_535,
+    "scaling": 9_666,
     "evaluating": 1_459,
     "adaptation": 3_129,
 }

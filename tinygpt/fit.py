@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
@@ -129,7 +130,11 @@ def main() -> None:
 
         adaptation_report.make(arguments.runs, folder, arguments.seed)
         return
-    _check_table_keys(arguments)
+    keys = [f"units.{name}" for name, unit in vars(arguments.units).items() if unit is not None]
+    keys += [n for n in ("loss_unit", "decimal", "last") if getattr(arguments, n) is not None]
+    keys += ["columns.learning_rate"] if arguments.columns.learning_rate is not None else []
+    if keys and not arguments.table:
+        raise ConfigError(f"{keys[0]}: for table= only; a run's own folder says it")
     if arguments.compare:
         _compare(arguments)
         return
@@ -192,20 +197,17 @@ def _are_adaptations(arguments: Arguments) -> bool:
             print(f"note: adaptations in {folder} are left out ({count}); give their folders alone")
     if not alone:
         return False
-    default = Arguments()
-    for name, value in vars(arguments).items():
-        if value != getattr(default, name) and name not in ("runs", "seed", "output_dir", "force"):
-            raise ConfigError(f"{name}: not for runs that adapted a model; seed, output_dir are")
+    used = ("runs", "seed", "output_dir", "force")
+    _refuse(arguments, used, "not for runs that adapted a model; seed, output_dir are")
     return True
 
 
-def _check_table_keys(arguments: Arguments) -> None:
-    """Raise ConfigError for what only a table can use."""
-    keys = [f"units.{name}" for name, unit in vars(arguments.units).items() if unit is not None]
-    keys += [n for n in ("loss_unit", "decimal", "last") if getattr(arguments, n) is not None]
-    keys += ["columns.learning_rate"] if arguments.columns.learning_rate is not None else []
-    if keys and not arguments.table:
-        raise ConfigError(f"{keys[0]}: for table= only; a run's own folder says it")
+def _refuse(arguments: Arguments, used: Sequence[str], why: str) -> None:
+    """Raise ConfigError for a key that was given and is not used."""
+    default = Arguments()
+    for name, value in vars(arguments).items():
+        if value != getattr(default, name) and name not in used:
+            raise ConfigError(f"{name}: {why}")
 
 
 def _folder(arguments: Arguments) -> Path:
@@ -248,27 +250,24 @@ def _source(arguments: Arguments, folder: Path) -> list[str] | None:
 def _compare(arguments: Arguments) -> None:
     """Report what recipes are worth: the values of a key, or studies in folders of their own."""
     used = "runs table columns units loss loss_unit decimal last where compare reference output_dir"
-    default = Arguments()
-    for name, value in vars(arguments).items():
-        if value != getattr(default, name) and name not in used.split():
-            raise ConfigError(f"{name}: not for compare=, which takes {', '.join(used.split())}")
+    _refuse(arguments, used.split(), f"not for compare=, which takes {', '.join(used.split())}")
     from tinygpt.scaling import versus
     from tinygpt.scaling.runs import load_runs
 
-    key, notes, sides = arguments.compare[0], list[str](), {}
+    key, notes, last = arguments.compare[0], list[str](), f"-{arguments.compare[0]}"
     if arguments.table:
-        for name, condition in versus.conditions(arguments.table, key, arguments.where).items():
-            sides[name] = _read(dataclasses.replace(arguments, where=condition))
+        conditions = versus.conditions(arguments.table, key, arguments.where)
+        each = {name: dataclasses.replace(arguments, where=one) for name, one in conditions.items()}
+        sides = {name: _read(one) for name, one in each.items()}
     else:
         if len(arguments.compare) > 1:
             parts = {Path(one).resolve().name: load_runs(one) for one in arguments.compare}
-            key = "studies"
+            key, last = "studies", ""  # whose names the folder has
         else:
             parts = versus.split(load_runs(*arguments.runs), key)[0]
         arguments.loss = versus.loss_of(parts, arguments.loss, notes)
         sides = {name: _side(part, arguments, name) for name, part in parts.items()}
     found, folder = versus.compare(sides, key, arguments.reference, notes), _folder(arguments)
-    last = "" if key == "studies" else f"-{key}"  # the folder has the names of several studies
     folder = folder.with_name(f"{folder.name.replace('fit', 'compare', 1)}{last}")
     versus.write(found, folder)
     versus.show(found, folder)

@@ -48,30 +48,23 @@ from tinygpt.scaling.intervals import (
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.noise import Noise, replicas, seed_noise
 from tinygpt.scaling.runs import SETTINGS, left_out_lines
-from tinygpt.scaling.selection import (
-    Candidate,
-    NextRun,
-    next_run,
-    preferred,
-    select,
-    structure,
-)
+from tinygpt.scaling.selection import Candidate, NextRun, next_run, preferred, select, structure
 from tinygpt.scaling.single import SingleRun, single_runs
 from tinygpt.scaling.split import best_split, recorded
 
-INSEPARABLE = 0.98  # a correlation of log N and log D from which on no law tells them apart
+INSEPARABLE = 0.98  # from this correlation of log N and log D no law tells them apart
 FURTHER = 10.0  # the default prediction lies at so many times the largest compute, or x
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The loss at a place where nothing was trained."""
+    """Hold the loss at a place where nothing was trained."""
 
     place: dict[str, float]  # variable -> value
     flops: float | None
     loss: Interval  # of the law there
     run: Interval  # of a single run there, by the forecast
-    asked: bool = False  # for with ``predict=``
+    asked: bool = False  # by ``predict=``
 
 
 @dataclass(frozen=True)
@@ -114,8 +107,8 @@ class Analysis:
         runs at smoke scale, which only try a study out, give no verdict."""
         if "scale" in self.runs and (self.runs["scale"] == "smoke").any():
             return None
-        passed = {check.id: check.passed for check in self.checks}
-        return bool(passed["predicts"] and passed["skill"]) and FAIL not in self.outcomes
+        passed = {check.id for check in self.checks if check.passed}
+        return {"predicts", "skill"} <= passed and FAIL not in self.outcomes
 
     @property
     def outcomes(self) -> list[str]:
@@ -128,10 +121,11 @@ class Analysis:
         failed, untested = map(self.outcomes.count, (FAIL, NOT_TESTED))
         if self.is_evidence is None:
             return SMOKE
-        if self.is_evidence:
+        if self.is_evidence and untested:
             were = "was" if untested == 1 else "were"
-            line = f"no check fails, {untested} of {len(self.checks)} {were} not tested"
-            return line if untested else "all applicable checks pass"
+            return f"no check fails, {untested} of {len(self.checks)} {were} not tested"
+        if self.is_evidence:
+            return "all applicable checks pass"
         reason = "a check fails" if failed == 1 else f"{failed} checks fail"
         return f"not evidence yet: {reason if failed else 'no larger run was predicted'}"
 
@@ -154,7 +148,7 @@ def analyse(
     condition: str | None = None,
     notes: Sequence[str] = (),
 ) -> Analysis:
-    """Fit every law that the runs can tell of, and judge the best, or the one asked for.
+    """Fit every law that these runs allow, and judge the best, or the one asked for.
 
     ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
     varies.  ``objective`` says whether residuals are those of log L or of L (``raw``).
@@ -173,18 +167,11 @@ def analyse(
     if columns.n != Columns.n:  # of a table from elsewhere nobody says which count it is
         words = {name: word.replace(WORDS["N"], "parameters") for name, word in words.items()}
     compute = columns.compute(runs)
-    settings: dict[str, Any] = {
-        "loss": columns.loss,
-        "estimator": estimator,
-        "threshold": threshold,
-        "objective": objective,
-        "seed": seed,
-        **variables,
-    }
+    settings: dict[str, Any] = {"loss": columns.loss, "estimator": estimator, **variables}
+    settings |= {"threshold": threshold, "objective": objective, "seed": seed}
     size, size_name = columns.size(runs, variables)
     cluster = columns.cluster(runs)  # rows that share a run are no independent points
-    settled = [*where.values(), *SETTINGS]
-    tokens = where.get("D")
+    settled, tokens = [*where.values(), *SETTINGS], where.get("D")
     candidates = select(runs, laws, same=settled, tokens=tokens, cluster=cluster, **settings)
     chosen = preferred(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
     best = chosen.fit
@@ -221,9 +208,9 @@ def analyse(
     wanted = [] if inseparable else _places(best, variables, compute, per_token, budgets)
     predictions = [_predicted(best, ahead, place, flops, drawn) for place, flops in wanted]
     for place in asked:
-        flops = None if per_token is None else float(per_token(np.array([place["N"]]))[0])
-        flops = flops and flops * place["D"]
-        predictions.append(replace(_predicted(best, ahead, place, flops, drawn), asked=True))
+        each = None if per_token is None else float(per_token(np.array([place["N"]]))[0])
+        one = _predicted(best, ahead, place, each and each * place["D"], drawn)
+        predictions.append(replace(one, asked=True))
     ways: Frontier | None = None
     split_budgets: list[Budget] = []
     if per_token is not None and not inseparable:
@@ -243,22 +230,20 @@ def analyse(
         more = [where[v] for v in differing if where[v] != best.columns["x"] and v in "NDU"]
         detail = ", ".join(f"{name} takes {runs[name].nunique()} values" for name in more)
         checks.append(check("one_variable", not more, detail or "one variable was varied"))
-    checks += [
-        *check_law(
-            best,
-            held_out=held,
-            size=size_name,
-            intervals=found,
-            noise=noise,
-            structure=shape,
-            floor=floor,
-            rivals=candidates,
-            single=single,
-            names=[columns.name_of(runs, row) for row in range(len(runs))],
-            error=error,
-        ),
-        _check_distance(best, compute, predictions, budgets),
-    ]
+    checks += check_law(
+        best,
+        held_out=held,
+        size=size_name,
+        intervals=found,
+        noise=noise,
+        structure=shape,
+        floor=floor,
+        rivals=candidates,
+        single=single,
+        names=[columns.name_of(runs, row) for row in range(len(runs))],
+        error=error,
+    )
+    checks.append(_check_distance(best, compute, predictions, budgets))
     if ways is not None and len(ways.estimates) > 1:
         detail = "; ".join(ways.disagreements) or f"{len(ways.estimates)} ways"
         checks.append(check("splits_agree", not ways.disagreements, detail))
@@ -303,10 +288,8 @@ def _in_total(
     if name is None or columns.n_total is None or columns.n_total not in runs:
         return None
     settings = {**settings, "estimator": best.estimator, name: columns.n_total}
-    settings["weights"] = best.points.weights
-    if best.estimator == "huber":
-        settings |= {"limit": best.optimum.threshold}
-    return fit(runs, best.law, **settings)
+    limit = best.optimum.threshold  # which only Huber's takes
+    return fit(runs, best.law, **{**settings, "weights": best.points.weights, "limit": limit})
 
 
 def _intervals(fit: Fit | None, cluster: str | None, seed: int) -> dict[str, Interval]:
@@ -343,7 +326,8 @@ def _places(
         n, d = best_split(best, flops, per_token)
     except ConfigError:  # the frontier says why
         return []
-    return [({"N": n, "D": d, **({"U": d} if "U" in variables else {})}, flops)]
+    place = {"N": n, "D": d, "U": d}
+    return [({name: place[name] for name in variables}, flops)]
 
 
 def _predicted(
@@ -382,14 +366,13 @@ def _next(
     columns = {name: best.table[column] for name, column in best.columns.items() if name != "U"}
     axes = [np.geomspace(v.min(), v.max() * 4, 33) for v in columns.values()]
     places = dict(zip(columns, map(np.ravel, np.meshgrid(*axes)), strict=True))
-    largest = float(compute.max())
     if per_token is None:
-        costs = largest * places["x"] / float(columns["x"].max())
+        costs = float(compute.max()) * places["x"] / float(columns["x"].max())
     else:
         costs = per_token(places["N"]) * places["D"]
     if "U" in best.columns:
         places["U"] = places["D"]
-    cheap = costs <= 2 * largest
+    cheap = costs <= 2 * float(compute.max())
     target = of_loss(best, **predictions[0].place)
     return next_run(best, target, {k: v[cheap] for k, v in places.items()}, costs[cheap])
 
@@ -416,11 +399,10 @@ def _checks_of_runs(
     if condition is not None:
         yield check_choice(condition, columns.loss, left_out)
     task = {columns.t, "max_seq_len", "vocab_size", "tokenizer", "dataset", "init_from"}
-    mixed = {name: list(values)[:4] for name, values in others.items() if name in task}
-    kinds = "; ".join(f"{name} {', '.join(values)}" for name, values in mixed.items())
+    mixed = [f"{k} {', '.join(list(values)[:4])}" for k, values in others.items() if k in task]
     if task & set(runs):
         same = "the same in every run, apart from the variables of the law"
-        yield check("same_task", not mixed, kinds or same)
+        yield check("same_task", not mixed, "; ".join(mixed) or same)
     else:
         yield check("same_task", NOT_TESTED, "the table does not say")
 
@@ -433,8 +415,7 @@ def _check_distance(
     runs = {name: best.table[column].to_numpy(float) for name, column in best.columns.items()}
     main = "x" if "x" in runs else "C"
     runs.setdefault(main, compute)
-    places = [{main: FURTHER * float(runs[main].max())}, *({main: flops} for flops in budgets)]
-    for one in predictions:
-        if one.asked:
-            places.append(one.place | ({"C": one.flops} if one.flops else {}))
+    places = [{main: flops} for flops in (FURTHER * float(runs[main].max()), *budgets)]
+    asked = [one for one in predictions if one.asked]
+    places += [one.place | ({"C": one.flops} if one.flops else {}) for one in asked]
     return check_distance(runs, places if predictions else [], main)

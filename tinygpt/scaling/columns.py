@@ -61,17 +61,16 @@ class Columns:
         return f"loss ({unit})" if unit else "loss"
 
     def where(self, runs: pd.DataFrame) -> dict[str, str]:
-        """Return the columns that the table has by their variables."""
+        """Return the columns that the table has, by variable."""
         found = {"N": self.n, "D": self.d, "U": self.u, "T": self.t, "C": self.c}
         return {name: column for name, column in found.items() if column and column in runs}
 
     def compute(self, runs: pd.DataFrame) -> Array:
         """Return the FLOPs of each run, (n,): as recorded, else 6·N·D, else ones."""
-        where = self.where(runs)
-        if "C" in where:
-            return positive(runs, where["C"])
-        if {"N", "D"} <= set(where):
-            return 6.0 * positive(runs, where["N"]) * positive(runs, where["D"])
+        if self.c in runs:
+            return positive(runs, str(self.c))
+        if {self.n, self.d} <= set(runs):
+            return 6.0 * positive(runs, self.n) * positive(runs, self.d)
         return np.ones(len(runs))
 
     def size(self, runs: pd.DataFrame, variables: Mapping[str, str]) -> tuple[Array, str]:
@@ -83,8 +82,8 @@ class Columns:
         return positive(runs, variables["x"]), name
 
     def dependence(self, runs: pd.DataFrame, variables: Iterable[str]) -> list[pd.Series]:
-        """Return what rows that are not independent agree in: their place, their run where several
-        rows share one, their trunk where runs branched off one."""
+        """Return what dependent rows have in common: their place, their run where several rows
+        share one, their trunk where runs branched off one."""
         place = runs[list(variables)].apply(tuple, axis=1)
         keys = [place, *(runs[name] for name in [self.cluster(runs)] if name)]
         if {"branched_from", "run_name"} <= set(runs):
@@ -95,9 +94,10 @@ class Columns:
     def floor(self, runs: pd.DataFrame) -> float | None:
         """Return the entropy of the corpus, where it is known exactly and the same for all runs."""
         name = "irreducible_loss_exact"
-        if self.loss != "final_val_loss" or name not in runs or runs[name].isna().any():
+        if self.loss != "final_val_loss" or name not in runs:
             return None
-        return float(runs[name].iloc[0]) if runs[name].nunique() == 1 else None
+        values = runs[name].unique()
+        return float(values[0]) if len(values) == 1 and pd.notna(values[0]) else None
 
     def validation_error(self, runs: pd.DataFrame) -> float | None:
         """Return the standard error of the validation loss as a part of it, where that is fitted
@@ -115,22 +115,15 @@ class Columns:
 
     def name_of(self, runs: pd.DataFrame, row: int) -> str:
         """Return the name of the run at a position of the table; its row where it has none."""
-        if self.run and self.run in runs:
+        if self.run in runs:
             return str(runs[self.run].iloc[row])
         return f"row {runs.index[row]}"
 
     def as_results(self, runs: pd.DataFrame) -> pd.DataFrame:
         """Return the table with the names of ``results.json``, which the design checks read."""
-        known = {
-            "parameters_non_embedding": self.n,
-            "train_tokens": self.d,
-            "unique_train_tokens": self.u,
-            "max_seq_len": self.t,
-            "flops_exact": self.c,
-            "final_val_loss": self.loss,
-            "seed": self.seed,
-        }
-        names = {old: new for new, old in known.items() if old and old in runs and old != new}
+        read = (*"nduct", "loss", "seed")
+        known = {getattr(self, key): name for key, name in vars(Columns()).items() if key in read}
+        names = {old: new for old, new in known.items() if old in runs and old != new}
         return runs.drop(columns=[n for n in names.values() if n in runs]).rename(columns=names)
 
 
@@ -146,14 +139,14 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
     if "T" in found and len(found) > 1 and "N" not in found:
         found.remove("T")
     if not found and not {"N", "D"} & set(where) and where.get("C") in runs:
-        found += ["C"] if _spread(runs[where["C"]]) > SAME else []
+        return ["C"] if _spread(runs[where["C"]]) > SAME else []
     return found
 
 
 def other_settings(
     runs: pd.DataFrame, columns: Columns, variables: Iterable[str]
 ) -> dict[str, dict[str, list[str]]]:
-    """Return the settings that differ between runs though no law here has them, each with its
+    """Return the settings that differ between runs but are in no law here, each with its
     values, the commonest first, and the names of their runs.
 
     Not returned are ``variables``, what divides the runs as one of them does (the warm-up that
@@ -161,11 +154,12 @@ def other_settings(
     ``comparable`` keeps the best of each setting.
     """
     scaled = [name for name in [*variables, columns.u] if name in runs]
-    known = [name for name in (*SETTINGS, columns.t, *FINGERPRINTS) if name in runs]
-    known += [name for name in map(str, runs) if name.startswith("config.")]
+    config = [name for name in map(str, runs) if name.startswith("config.")]
     passed = {*SHAPE, *LENGTH, *RATES, *scaled, columns.seed}
     found = {}
-    for name in dict.fromkeys(name for name in known if name not in passed):
+    for name in dict.fromkeys([*SETTINGS, columns.t, *FINGERPRINTS, *config]):
+        if name in passed or name not in runs:
+            continue
         # a whole number in a column with gaps is a float to pandas
         values = runs[name].map(lambda v: f"{v:.12g}" if isinstance(v, float) else str(v))
         values = values.where(runs[name].notna(), "none")
@@ -232,13 +226,12 @@ def read_places(text: str) -> list[dict[str, float]]:
     places = [{str(name).upper(): value for name, value in row.items()} for row in rows]
     for place in places:
         for name, value in place.items():
+            said = f"predict={text}: {name.lower()}"
             if name not in WORDS:
-                raise ConfigError(f"predict={text}: {name.lower()}: must be one of n, d, u, t, c")
-            number = pd.to_numeric(str(value), errors="coerce")
-            if not 0 < number < np.inf:
-                wrong = f"{name.lower()}={value}: must be a number above zero"
-                raise ConfigError(f"predict={text}: {wrong}")
-            place[name] = float(number)
+                raise ConfigError(f"{said}: must be one of n, d, u, t, c")
+            place[name] = float(pd.to_numeric(str(value), errors="coerce"))
+            if not 0 < place[name] < np.inf:
+                raise ConfigError(f"{said}={value}: must be a number above zero")
     return places
 
 

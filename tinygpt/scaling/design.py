@@ -25,14 +25,14 @@ LEFT = 0.1  # standard deviation of what a law leaves of log L far from any run
 ALIKE = 1.5  # in the logarithm of each variable: so far apart, what is left has little in common
 NOISE = 0.003  # standard deviation of log L between seeds, where nothing is known
 FEWEST = 9  # runs, of the cheapest that tell most, before any law is fitted
-OFTEN = 30  # runs up to which each one is followed by new fits; beyond, each tenth part more
-KNOWN = 0.01  # weight of a member that counts
-POWER = 0.5  # of the cost: what is learnt early makes later choices better, so dear runs may pay
+OFTEN = 30  # up to so many runs each is followed by new fits; beyond, each 10 % more
+KNOWN = 0.01  # weight from which a member counts
+POWER = 0.5  # of the cost: an expensive run may pay by improving later choices
 
 
 @dataclass
 class Design:
-    """Holds the runs that can be made, those that were, and what is to be predicted.
+    """Hold the runs that can be made, those that were, and what is to be predicted.
 
     ``candidates`` has a row for each run that can be made, a second seed included, and a column
     for each variable; ``target`` the same columns for the places to predict.  Of each candidate,
@@ -74,7 +74,8 @@ class Design:
 
         ``pending`` runs count as made: what they tell, but for their losses, is known.
         """
-        if self._is_due():
+        known = len(self.losses)
+        if known > self._fitted and (known <= OFTEN or known > 1.1 * self._fitted):
             self.fit()
         everywhere, count = self._prior(), len(self.candidates)
         made = [*self.losses, *pending]
@@ -107,7 +108,7 @@ class Design:
         return Sample(table, self.names, columns, "loss", self.size[rows], groups, self.seed)
 
     def fit(self) -> Forecast | None:
-        """Fit the forecast to the runs made so far; None of too few."""
+        """Fit the forecast to the runs made so far and return it; None of too few."""
         self._fitted, self._covariance = len(self.losses), None
         if len(self.losses) >= FEWEST:
             try:
@@ -115,10 +116,6 @@ class Design:
             except ConfigError:
                 self.forecast = None
         return self.forecast
-
-    def _is_due(self) -> bool:
-        count = len(self.losses)
-        return count > self._fitted and (count <= OFTEN or count > 1.1 * self._fitted)
 
     def _prior(self) -> Array:
         """Return the covariance of the log loss at the candidates, then the targets."""
@@ -136,13 +133,9 @@ class Design:
     def _laws(self, values: Mapping[str, Array]) -> Iterator[tuple[float, Array, Array]]:
         """Yield the weight of each law, by how much it differs from their mean, and its slopes."""
         if self.forecast is None:
-            usual = [LAWS[name] for name in self.names]
-            for law in usual:
-                yield (
-                    1 / len(usual),
-                    np.zeros(len(next(iter(values.values())))),
-                    _usual(law, values),
-                )
+            for name in self.names:
+                slopes = _usual(LAWS[name], values)
+                yield 1 / len(self.names), np.zeros(len(slopes)), slopes
             return
         pairs = zip(self.forecast.weights, self.forecast.members, strict=True)
         members = [(weight, member) for weight, member in pairs if weight > KNOWN]
@@ -150,8 +143,8 @@ class Design:
         each = [member.log_loss(values) for _, member in members]
         mean = sum(w / total * value for (w, _), value in zip(members, each, strict=True))
         for (weight, member), value in zip(members, each, strict=True):
-            law = LAWS[member.law]
-            slopes = law.derivatives(member.theta[None], member.points.at(values))[1][0]
+            x = member.points.at(values)
+            slopes = LAWS[member.law].derivatives(member.theta[None], x)[1][0]
             yield weight / total, value - mean, slopes
 
 
@@ -171,7 +164,7 @@ def _usual(law: Law, values: Mapping[str, Array]) -> Array:
 
 @dataclass(frozen=True)
 class Spent:
-    """The runs that were chosen within a budget, in their order, and what they predict."""
+    """Hold the runs that were chosen within a budget, in their order, and what they predict."""
 
     rows: list[int]
     cost: float

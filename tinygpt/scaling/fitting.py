@@ -57,7 +57,7 @@ ROUGH: dict[str, Any] = {"most_steps": 50, "gain": 1e-6}
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best minimum found, and what certifies it."""
+    """Hold the best minimum found, and what certifies it."""
 
     law: Law  # without the terms that went to zero
     theta: Array  # (P,)
@@ -133,7 +133,7 @@ def _distinct(found: Solved) -> Solved:
 def _smallest_eigenvalue(
     law: Law, points: Points, theta: Array, threshold: float, free: NDBool
 ) -> float:
-    """Return that of the whole Hessian of the objective, by differences of its gradient."""
+    """Return the least eigenvalue of the full Hessian, by differences of the gradient."""
     steps = 1e-5 * np.eye(len(law))[free]
     with np.errstate(all="ignore"):
         _, up, _ = objective(law, points, theta + steps, threshold)
@@ -162,7 +162,7 @@ class Fit:
     estimator: str
     reason: str  # why this estimator
     scale: float  # of the residuals: a standard deviation, by the estimator's own measure
-    # those of the parameters; intervals.py puts its function here, as it imports this module
+    # set by intervals.py, which imports this module
     intervals: ClassVar[Callable[[Fit], Mapping[str, Interval]]]
 
     def __repr__(self) -> str:
@@ -198,10 +198,9 @@ class Fit:
     @cached_property
     def parameters(self) -> dict[str, float]:
         """Return estimates by name; a term at zero has coefficient 0 and no exponent (nan)."""
-        found = self.optimum.law.natural(self.optimum.theta, self.points.centres)
-        missing = dict.fromkeys(self.law.coefficients, 0.0)
-        missing |= dict.fromkeys(self.law.exponents, float("nan"))
-        return {name: found.get(name, missing[name]) for name in self.law.parameters}
+        zero = dict.fromkeys(self.law.coefficients, 0.0)
+        none = dict.fromkeys(self.law.exponents, float("nan"))
+        return {**zero, **none, **self.optimum.law.natural(self.optimum.theta, self.points.centres)}
 
     @cached_property
     def residuals(self) -> Array:
@@ -227,23 +226,23 @@ class Fit:
 
     @property
     def bounds_met(self) -> dict[str, str]:
-        """Return what to say of each parameter at a bound, by its name."""
-        found = self.optimum
-        low = dict(zip(found.law.parameters, bounds(found.law, self.points)[0], strict=True))
-        theta = dict(zip(found.law.parameters, found.theta, strict=True))
-        met = {}
-        for name in found.at_bound:
-            least = name in theta and theta[name] <= low[name]
-            if name not in theta or (name in ("E", "A", "B") and name not in self.law.bounds):
+        """Return what to say of each parameter at a bound, by name."""
+        law, met = self.optimum.law, {}
+        at_low = self.optimum.theta <= bounds(law, self.points)[0]
+        least = dict(
+            zip(law.parameters, at_low, strict=True)
+        )  # without the terms that went to zero
+        for name in self.optimum.at_bound:
+            if name not in least or (name in ("E", "A", "B") and name not in self.law.bounds):
                 words = "went to zero, its natural bound: these data do not show that term"
             elif name == "x1":
-                end = "smallest" if least else "largest"
+                end = "smallest" if least[name] else "largest"
                 words = f"is the {end} x of the runs, its natural bound: they show no break"
-            elif least and self.law.bounds[name][0] == 0:
+            elif least[name] and self.law.bounds[name][0] == 0:
                 words = "is at its natural bound: below zero the loss would rise"
             else:
-                end = f"{'lower' if least else 'upper'} bound"
-                words = f"is at its {end}: its value comes from the bound, not from the runs"
+                end = "lower" if least[name] else "upper"
+                words = f"is at its {end} bound: its value comes from the bound, not from the runs"
             met[name] = f"{name} = {self.parameters[name]:.4g} {words}"
         return met
 
@@ -311,8 +310,8 @@ def fit(
         raise ConfigError(f"objective={objective}: must be one of {', '.join(OBJECTIVES)}")
     if threshold is not None and not threshold > 0:
         raise ConfigError(f"threshold={threshold:g}: must be above zero")
-    where = {name.removeprefix("log "): "" for name in form.variables}
-    where = {name: {**COLUMNS, **columns}[name] for name in where}
+    names = [variable.removeprefix("log ") for variable in form.variables]
+    where = {name: {**COLUMNS, **columns}[name] for name in names}
     points = Points.read(table, form, where, loss, objective == "raw", weights)
     reason = "asked for"
     given = limit if estimator == "huber" and limit else np.inf
@@ -348,14 +347,14 @@ def judge(residuals: Array) -> tuple[str, str]:
     apart = residuals - residuals.mean()
     excess = float(np.mean(apart**4) / np.mean(apart**2) ** 2 - 3)
     p = 1.0
-    if excess > np.sqrt(24 / n):  # its standard error; slow to import
-        from scipy import stats
+    if excess > np.sqrt(24 / n):  # its standard error
+        from scipy import stats  # slow to import
 
         p = float(stats.kurtosistest(residuals).pvalue)
+    kurtosis = f"heavy tails (excess kurtosis {excess:.1f}"
     if p < 0.01:
-        words = f"the residuals have heavy tails (excess kurtosis {excess:.1f}, p = {p:.1g})"
-        return "huber", words
-    return "least_squares", f"the residuals have no heavy tails (excess kurtosis {excess:.1f})"
+        return "huber", f"the residuals have {kurtosis}, p = {p:.1g})"
+    return "least_squares", f"the residuals have no {kurtosis})"
 
 
 def robust_scale(points: Points, optimum: Optimum) -> float:
@@ -383,7 +382,7 @@ def residual_scale(points: Points, optimum: Optimum) -> float:
 
 
 def _likelihood(law: Law, points: Points, squares: Optimum, unit: float, seed: int) -> Optimum:
-    """Alternate the law, given the scale, and the scale, given the law, until both stand."""
+    """Fit the law given the scale and the scale given the law in turn, until neither moves."""
     optimum = squares
     for _ in range(100):
         sizes = np.abs(points.residuals(optimum.law, optimum.theta))

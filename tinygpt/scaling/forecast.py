@@ -9,7 +9,6 @@ here sees a run that is to be predicted, the choice of the law included.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,7 +50,7 @@ LEAST, TYPICAL = 2e-4, 0.01  # rates: none is less; that of a table too small to
 
 @dataclass(frozen=True)
 class Sample:
-    """Holds the runs that a forecast is made from, and what it needs to know of them."""
+    """Hold the runs that a forecast is made from, and what it needs to know of them."""
 
     table: pd.DataFrame
     laws: Sequence[str]
@@ -80,7 +79,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Member:
-    """One law fitted with one tilt."""
+    """Hold one law fitted with one tilt."""
 
     law: str
     tilt: tuple[float, float]
@@ -94,18 +93,8 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The errors of the members above one inner cut."""
-
-    distance: Array  # log(size / cut) of each run above, (n,)
-    errors: Array  # predicted - measured log loss, (members, n)
-    scales: Array  # of their residuals below it, (members,)
-    seeds: Array | None = None  # standard deviation of each run between seeds, (n,), if known
-
-
-@dataclass(frozen=True)
 class Forecast:
-    """The members with their weights, and how their average erred."""
+    """Hold the members with their weights, and how their average erred."""
 
     members: list[Member]
     weights: Array  # (members,)
@@ -144,14 +133,13 @@ class Forecast:
     @property
     def by_law(self) -> dict[str, float]:
         """Return the weight of each law, the largest first."""
-        total: dict[str, float] = {}
-        for member, weight in zip(self.members, self.weights, strict=True):
-            total[member.law] = total.get(member.law, 0.0) + float(weight)
-        return dict(sorted(total.items(), key=lambda one: -one[1]))
+        each = pd.Series(self.weights, [member.law for member in self.members])
+        total = each.groupby(level=0, sort=False).sum()
+        return dict(total.sort_values(ascending=False, kind="stable"))
 
     @property
     def main(self) -> Member:
-        """Return the member that weighs most."""
+        """Return the member with the largest weight."""
         return self.members[int(np.argmax(self.weights))]
 
 
@@ -165,7 +153,7 @@ def expected(rate: float, between: Array, distance: Array, shape: Sequence[float
 
 
 def forecast(sample: Sample) -> Forecast:
-    """Fit the procedure to a sample of runs.  Raises ConfigError where no law can be fitted."""
+    """Fit the members to a sample of runs.  Raises ConfigError where no law can be fitted."""
     cuts = inner_cuts(sample.size, sample.groups)
     parts = [np.ones(len(sample.size), dtype=bool), *(below for below, _ in cuts)]
     members: list[Member] = []
@@ -175,26 +163,30 @@ def forecast(sample: Sample) -> Forecast:
             members, *inner = fit_members(replace(sample, laws=laws), parts)
     if not members:
         raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
-    errors, seeds = [], Seeds.of(sample.values, sample.measured)
+    found, seeds = [], Seeds.of(sample.values, sample.measured)
     for (below, above), fitted in zip(cuts, inner, strict=True):
         if len(fitted) < len(members):
             continue
         test = sample.rows(above)
-        off = np.stack([member.log_loss(test.values) - test.measured for member in fitted])
-        scales = np.array([member.scale for member in fitted])
         distance = np.log(test.size / sample.size[below].max())
-        scatter = None if seeds is None else seeds.at(test.values)
-        errors.append(Cut(distance, off, scales, scatter))
-    weights, rate = _weigh(errors, len(members))
+        errors = np.stack([member.log_loss(test.values) - test.measured for member in fitted])
+        scatter = np.array([[member.scale] for member in fitted])
+        scatter = np.broadcast_to(scatter if seeds is None else seeds.at(test.values), errors.shape)
+        found.append((distance, errors, scatter))
+    weights, rate = _weigh(found, len(members))
     ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
     return Forecast(members, weights, float(sample.size.max()), ends, rate, seeds)
 
 
-def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
-    """Return the weights of the members, and the rate of the errors of their average."""
+def _weigh(cuts: Sequence[tuple[Array, Array, Array]], count: int) -> tuple[Array, float]:
+    """Return the weights of the members, and the rate of the errors of their average.
+
+    A cut has, of each run above it, the log distance, (n,), and of each member what it predicted
+    less what was measured, and the scatter of runs, (members, n).
+    """
     if not cuts:
         return np.full(count, 1.0 / count), TYPICAL
-    scaled = [cut.errors / np.hypot(cut.distance, NEAR) for cut in cuts]
+    scaled = [errors / np.hypot(distance, NEAR) for distance, errors, _ in cuts]
     square = np.mean([np.mean(each**2, axis=1) for each in scaled], axis=0) + 1e-16
     runs = max(each.shape[1] for each in scaled)
     square = (runs * square + SHRINKAGE * np.median(square)) / (runs + SHRINKAGE)
@@ -202,10 +194,9 @@ def _weigh(cuts: Sequence[Cut], count: int) -> tuple[Array, float]:
     weights = (square / square.min()) ** (-sharpness / 2)
     weights /= weights.sum()
     rates = []
-    for cut in cuts:  # the scatter of the runs grows with no distance
-        scatter = weights @ cut.scales if cut.seeds is None else cut.seeds
-        beyond = np.maximum((weights @ cut.errors) ** 2 - scatter**2, 0.0)
-        rates.append(np.sqrt(np.mean(beyond / (cut.distance**2 + NEAR**2))))
+    for distance, errors, scatter in cuts:  # the scatter of the runs grows with no distance
+        beyond = np.maximum((weights @ errors) ** 2 - (weights @ scatter) ** 2, 0.0)
+        rates.append(np.sqrt(np.mean(beyond / (distance**2 + NEAR**2))))
     return weights, float(np.exp(np.mean(np.log(np.maximum(rates, LEAST)))))
 
 
@@ -217,16 +208,15 @@ def inner_cuts(size: Array, groups: NDArray[Any]) -> list[tuple[NDBool, NDBool]]
         below = top <= top.max() * np.exp(-distance)
         if below.sum() < max(8, len(size) // 4):
             break
-        above = size > size[below].max() * (1 + 1e-9)
-        above &= ~below
+        above = ~below & (size > size[below].max() * (1 + 1e-9))
         if above.any() and not any(np.array_equal(below, other) for other, _ in found):
             found.append((below, above))
     return found
 
 
 def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
-    """Fit each law with each tilt to each part of a sample, by Huber's loss; those that a part
-    cannot carry are left out there.  All are solved together: a row outside a part weighs zero."""
+    """Fit each law with each tilt to each part of a sample, by Huber's loss, except where a part is
+    too small for it.  All are solved together: a row outside a part has no weight."""
     found: list[list[Member]] = [[] for _ in parts]
     values, size = sample.values, sample.size
     for name in sample.laws:
@@ -240,50 +230,39 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
         # through every point, a law extrapolates wildly
         each = np.stack([logs for v, logs in points.x.items() if v != "U"]).round(12)
         able = [i for i, part in enumerate(parts) if _carries(each[:, part], len(law))]
-        tilts = [tilt for tilt in TILTS if "D" in own or tilt[1] == 0.0]
-        tokens = values["D"] if "D" in own else np.ones_like(size)
-        weights, starts, rows = [], [], []  # of each part: of tilts, where to search, its minima
-        for part in (parts[i] for i in able):
-            tilted = [
-                (size / size[part].max()) ** a * (tokens / tokens[part].max()) ** b * part
-                for a, b in tilts
-            ]
-            weights += [each * (part.sum() / each.sum()) for each in tilted]
-            starts.append(starts_of(law, points.rows(part), sample.seed)[:STARTS])
         if not able:
             continue
-        plain = np.concatenate(
-            [
-                np.tile(parts[i].astype(float), (len(start), 1))
-                for i, start in zip(able, starts, strict=True)
-            ]
-        )
+        starts = [starts_of(law, points.rows(parts[i]), sample.seed)[:STARTS] for i in able]
+        of_part = np.repeat(able, [len(each) for each in starts])
+        plain = np.array(parts, dtype=float)[of_part]
         first = solve(law, points, np.concatenate(starts), weights=plain, **ROUGH)
-        ends = np.cumsum([len(start) for start in starts])
-        for end, start in zip(ends, starts, strict=True):
-            objective = first.objective[end - len(start) : end]
-            order = np.argsort(objective, kind="stable")[:3]
-            apart = np.diff(objective[order], prepend=0.0) > SAME * objective[order]
+        tokens = values["D"] if "D" in own else np.ones_like(size)
+        begin, weights, fits = [], [], []  # of each search: its start, weights, part and tilt
+        for i in able:
+            part, rows = parts[i], np.flatnonzero(of_part == i)
+            rows = rows[np.argsort(first.objective[rows], kind="stable")[:3]]
+            apart = np.diff(first.objective[rows], prepend=0.0) > SAME * first.objective[rows]
             apart[0] = True
-            rows.append(end - len(start) + order[apart])  # distinct minima
-        theta = np.concatenate([np.tile(first.theta[row], (len(tilts), 1)) for row in rows])
-        counts = np.repeat([len(row) for row in rows], len(tilts))
-        repeated = np.repeat(np.array(weights), counts, axis=0)
+            for a, b in (tilt for tilt in TILTS if "D" in own or tilt[1] == 0.0):
+                one = (size / size[part].max()) ** a * (tokens / tokens[part].max()) ** b * part
+                for row in rows[apart]:  # distinct minima
+                    begin.append(first.theta[row])
+                    weights.append(one * (part.sum() / one.sum()))
+                    fits.append((i, (a, b)))
+        theta, weighted = np.array(begin), np.array(weights)
         limit = np.full((len(theta), 1), np.inf)  # Huber's
         for _ in range(PASSES):
-            solved = solve(law, points, theta, limit, repeated, **ROUGH)
+            solved = solve(law, points, theta, limit, weighted, **ROUGH)
             theta = solved.theta
             residuals = points.y - law.log_loss(theta, points.x)
-            limit = EFFICIENT * _weighted_scale(residuals, repeated, len(law))
-        least = [
-            end - count + int(np.argmin(solved.objective[end - count : end]))
-            for end, count in zip(np.cumsum(counts), counts, strict=True)
-        ]
-        scales = limit[least, 0] / EFFICIENT
-        for k, (i, tilt) in enumerate(itertools.product(able, tilts)):
-            member = Member(name, tilt, points, theta[least[k]], float(scales[k]))
-            if np.isfinite(member.theta).all():
-                found[i].append(member)
+            limit = EFFICIENT * _weighted_scale(residuals, weighted, len(law))
+        order = np.argsort(solved.objective, kind="stable")[::-1]
+        best = {fits[row]: int(row) for row in order}  # of each part and tilt
+        for i, tilt in dict.fromkeys(fits):
+            row = best[i, tilt]
+            if np.isfinite(theta[row]).all():
+                scale = float(limit[row, 0] / EFFICIENT)
+                found[i].append(Member(name, tilt, points, theta[row], scale))
     return found
 
 
@@ -310,14 +289,14 @@ def _weighted_scale(residuals: Array, weights: Array, parameters: int) -> Array:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Says how the whole procedure, given the runs below a cut in size alone, predicts the rest."""
+    """Say how the whole procedure, given only the runs below a cut in size, predicts the rest."""
 
     error: float  # mean |predicted - measured| / measured
     worst: float
     within: float  # share of the runs within their 95 % interval
     half_width: float  # mean of those intervals, as a part of the loss predicted
     runs: int
-    groups: int  # of them, that are independent of each other
+    groups: int  # independent ones among them
     cut: float  # the largest size that was fitted
     distance: float  # largest size / cut
     best_cheaper: float  # the error of "as low as the best run below the cut"
@@ -363,15 +342,14 @@ def split_by_size(groups: NDArray[Any], size: Array, least: int) -> NDBool | Non
     groups would be left.
     """
     top = largest_of(size, groups)
-    order = sorted({(c, g) for c, g in zip(top, groups, strict=True)}, reverse=True)
+    order = sorted(set(zip(top, groups, strict=True)), reverse=True)
     fifth = held = max(1, int(np.ceil(HELD_OUT * len(order))))
     while held < len(order) and order[held][0] > 0.87 * order[held - 1][0]:
         held += 1
     if order[fifth - 1][0] > 1.5 * order[held - 1][0]:  # a chain of compute, and no budget
         held = fifth
-    if len(order) - held < least:
-        return None
-    return np.isin(groups, [group for _, group in order[:held]])
+    rows = np.isin(groups, [group for _, group in order[:held]])
+    return rows if len(order) - held >= least else None
 
 
 def hold_out(sample: Sample, held: NDBool | None = None) -> HeldOut | None:
@@ -393,8 +371,8 @@ def hold_out(sample: Sample, held: NDBool | None = None) -> HeldOut | None:
     there, measured = test.values, np.exp(test.measured)
     log_loss, reach = made.at(there, test.size)
 
-    def error(predicted: Array) -> float:
-        return float(np.mean(np.abs(predicted / measured - 1)))
+    def off(log_loss: Array) -> Array:
+        return np.abs(np.exp(log_loss) / measured - 1)
 
     def design(part: Sample) -> Array:
         logs = [np.log(value) for value in part.values.values()]
@@ -402,23 +380,22 @@ def hold_out(sample: Sample, held: NDBool | None = None) -> HeldOut | None:
 
     half = below.rows(below.size >= np.median(below.size))
     plane = np.linalg.lstsq(design(half), half.measured, rcond=None)[0]
-    untilted = [member for member in made.members if member.tilt == TILTS[0]]
-    off = np.abs(np.exp(log_loss) / measured - 1)
+    laws = {one.law: one.log_loss(there) for one in made.members if one.tilt == TILTS[0]}
     last = test.size >= test.size.max() * (1 - 1e-9)
     ends = [log_loss, log_loss - reach, log_loss + reach, test.measured]
     top = [float(np.exp(end[last]).mean()) for end in ends]
     return HeldOut(
-        error=float(off.mean()),
-        worst=float(off.max()),
+        error=float(off(log_loss).mean()),
+        worst=float(off(log_loss).max()),
         within=float(np.mean(np.abs(test.measured - log_loss) <= reach)),
         half_width=float(np.sinh(reach).mean()),
         runs=int(above.sum()),
         groups=len(np.unique(test.groups)),
         cut=made.largest,
         distance=float(sample.size.max()) / made.largest,
-        best_cheaper=error(np.exp(np.full(len(measured), below.measured.min()))),
-        plane=error(np.exp(design(test) @ plane)),
-        by_law={one.law: error(np.exp(one.log_loss(there))) for one in untilted},
+        best_cheaper=float(off(below.measured.min()).mean()),
+        plane=float(off(design(test) @ plane).mean()),
+        by_law={law: float(off(one).mean()) for law, one in laws.items()},
         largest=dict(zip(("predicted", "low", "high", "measured"), top, strict=True)),
         below=made,
         above=above,

@@ -49,7 +49,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Target:
-    """A function of the parameters; ``is_log``: what is reported is its exponential."""
+    """Hold a function of the parameters; with ``is_log`` its exponential is reported."""
 
     function: Callable[[Array], tuple[Array, Array]]  # (B, P) -> values (B,), gradients (B, P)
     is_log: bool
@@ -64,7 +64,7 @@ class Target:
 
 
 def of_parameter(fit: Fit, name: str) -> Target:
-    """Return a parameter of the formula.  Raises ConfigError for a name that the law has not."""
+    """Return a parameter of the formula.  Raises ConfigError if the law has no such parameter."""
     law = fit.optimum.law
     if name not in law.parameters:
         raise ConfigError(f"{name}: must be one of {', '.join(law.parameters)}")
@@ -90,7 +90,7 @@ def of_loss(fit: Fit, **values: float) -> Target:
 
 
 def covariance(fit: Fit) -> Array:
-    """Return that of the parameters for centred variables, (P, P): s² (JᵀJ)⁻¹.
+    """Return the covariance of the parameters for centred variables, (P, P): s² (JᵀJ)⁻¹.
 
     s is the scale of an M-estimator (Huber & Ronchetti 2009, section 7.6); of least squares it is
     the standard error of the residuals.  A parameter at its bound does not vary.
@@ -104,7 +104,7 @@ def covariance(fit: Fit) -> Array:
 
 
 def standard_error(fit: Fit, target: Target) -> float:
-    """Return that of the target by the delta method."""
+    """Return the standard error of the target by the delta method."""
     _, gradient = target.at(fit.optimum.theta)
     return float(np.sqrt(max(float(gradient @ covariance(fit) @ gradient), 0.0)))
 
@@ -119,8 +119,8 @@ def delta(fit: Fit, target: Target, level: float = LEVEL, new_run: bool = False)
 
 
 def new_runs(fit: Fit, x: Mapping[str, Array], weights: Array | float = 1.0) -> tuple[Array, Array]:
-    """Return the log loss at centred log variables, (n,), and the standard error of a run there
-    that has a weight in the fit as these runs."""
+    """Return the log loss at centred log variables, (n,), and the standard error of a new run
+    there with these weights in the fit."""
     value, gradient = fit.optimum.law.derivatives(fit.optimum.theta[None], x)
     variance = np.einsum("np,pq,nq->n", gradient[0], covariance(fit), gradient[0])
     scatter = fit.relative(fit.scale, np.exp(value[0])) / weights
@@ -154,7 +154,7 @@ def profile(fit: Fit, target: Target, level: float = LEVEL) -> Interval:
     estimate, low, high = value, -np.inf, np.inf
     if step > 0.0:
         low, high = (_follow(fit, target, theta, sign * step, quantile) for sign in (-1.0, 1.0))
-    elif (term_mask(fit.optimum.law) & (gradient != 0)).any():  # a term that is zero can but grow
+    elif (term_mask(fit.optimum.law) & (gradient != 0)).any():  # a term at zero can only grow
         start = theta + (FAINT - LEAST) * (gradient != 0)
         estimate, high = -np.inf, _follow(fit, target, start, 1.0, quantile)
     else:  # at a bound: only the other end is the data's
@@ -215,7 +215,7 @@ def _follow(fit: Fit, target: Target, theta: Array, step: float, quantile: float
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """The law fitted anew to resampled runs; the replicas are those that converged."""
+    """Hold the law refitted to resampled runs; the replicas are those that converged."""
 
     fit: Fit
     theta: Array  # (B, P)
@@ -223,13 +223,13 @@ class Bootstrap:
 
     @property
     def method(self) -> str:
-        """What it is, and how many replicas it could not use."""
+        """Return the name of the method, with the number of refits that failed."""
         lost = f"; {self.failed} of {self.failed + len(self.theta)} refits failed"
         return f"bootstrap (pairs{lost if self.failed else ''})"
 
     @cached_property
     def parameters(self) -> pd.DataFrame:
-        """A row a replica, by the names of the formula."""
+        """Return a row for each replica, by the names of the formula."""
         law = self.fit.optimum.law
         plain = law.plain(self.theta, self.fit.points.centres)
         return pd.DataFrame(plain, columns=list(law.parameters))
@@ -283,12 +283,12 @@ def intervals(
 ) -> dict[str, Interval]:
     """Return the default interval of each parameter: the profile of least squares and Huber.
 
-    Where the threshold is so low that hardly a residual lies within it the curvature says
-    nothing, and the bootstrap over runs stands in.  An E of zero has an upper end.
+    The threshold of ``likelihood`` leaves hardly a residual inside, so that the curvature says
+    nothing: the bootstrap over runs stands in.  An E of zero has an upper end.
     """
     whole = with_constant(fit)
     names = names or whole.optimum.law.parameters
-    if _has_curvature(fit):
+    if fit.estimator != "likelihood":
         return {name: profile(whole, of_parameter(whole, name), level) for name in names}
     replicas = bootstrap(fit, REPLICAS, seed=seed)
     return {name: replicas.interval(name, level) for name in names}
@@ -306,7 +306,7 @@ def predict_interval(
     square, on the logarithmic scale.
     """
     whole = with_constant(fit)
-    if _has_curvature(fit):
+    if fit.estimator != "likelihood":
         found = profile(whole, of_loss(whole, **place), level)
     else:
         found = bootstrap(fit, REPLICAS).of_loss(level, **place)
@@ -318,10 +318,6 @@ def predict_interval(
     low = found.estimate * float(np.exp(-np.hypot(below, scatter)))
     high = found.estimate * float(np.exp(np.hypot(above, scatter)))
     return replace(found, low=low, high=high)
-
-
-def _has_curvature(fit: Fit) -> bool:
-    return fit.estimator in ("least_squares", "huber")
 
 
 def with_constant(fit: Fit) -> Fit:

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from tinygpt.config import ConfigError, first_line
 
 Array = NDArray[np.float64]
+Slopes = tuple[Any, dict[str, Any]]  # a log loss, and its slope by the name of each parameter
 STEP = 1e-30  # of the complex step, which loses no digits however small it is
 VARIABLES = (("x",), ("log x",), ("N", "D"), ("N", "D", "U"))
 
 
 @dataclass(frozen=True)
 class Law:
-    """Define one form: a sum of powers, or an expression of parameters and log variables."""
+    """Define one form: a sum of powers, or a function of parameters and log variables."""
 
     name: str
     formula: str
@@ -39,10 +40,8 @@ class Law:
     # of any other law: (parameters, log variables) -> log loss, analytic in the parameters
     expression: Callable[[Mapping[str, Any], Mapping[str, Array]], Any] | None = None
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of a plain value
-    # its log loss and gradient by name in real numbers: several times faster than a complex step
-    slopes: (
-        Callable[[Mapping[str, Any], Mapping[str, Array]], tuple[Any, dict[str, Any]]] | None
-    ) = None
+    # instead of an expression, and several times faster than its complex step
+    slopes: Callable[[Mapping[str, Any], Mapping[str, Array]], Slopes] | None = None
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -56,34 +55,33 @@ class Law:
         """Return the log loss, (B, n), at the centred log variables ``x``, (n,) or (B, n) each."""
         if self.powers is not None:
             return _total(self.terms(theta, x))[0]
-        assert self.expression is not None
         named = self._named(theta)
+        if self.slopes is not None:
+            return np.asarray(self.slopes(named, x)[0])
+        assert self.expression is not None
         shape = (len(theta), next(iter(x.values())).shape[-1])
         return np.asarray(np.broadcast_to(self.expression(named, x), shape), dtype=float)
 
     def derivatives(self, theta: Array, x: Mapping[str, Array]) -> tuple[Array, Array]:
         """Return the log loss, (B, n), and its gradient in the parameters, (B, n, P).
 
-        Of an expression without slopes the gradient is by the complex step: exact to rounding.
+        Of an expression the gradient is by the complex step: exact to rounding.
         """
-        size = len(self)
+        place = {name: j for j, name in enumerate(self.parameters)}
         if self.slopes is not None:
             value, by_name = self.slopes(self._named(theta), x)
-            gradient = np.empty((*value.shape, size))
-            for j, name in enumerate(self.parameters):
+            gradient = np.empty((*value.shape, len(self)))
+            for name, j in place.items():
                 gradient[..., j] = by_name[name]
             return value, gradient
         if self.powers is None:
             assert self.expression is not None
             value = self.log_loss(theta, x)
-            steps = 1j * STEP * np.eye(size)[:, None]
-            moved = theta + steps  # (P, B, P)
-            named = self._named(moved)
-            slopes = np.broadcast_to(self.expression(named, x), (size, *value.shape)).imag / STEP
-            return value, np.ascontiguousarray(np.moveaxis(slopes, 0, -1))
+            moved = self._named(theta + 1j * STEP * np.eye(len(self))[:, None])  # (P, B, P)
+            slopes = np.broadcast_to(self.expression(moved, x), (len(self), *value.shape))
+            return value, np.ascontiguousarray(np.moveaxis(slopes.imag / STEP, 0, -1))
         value, shares = _total(self.terms(theta, x))
-        gradient = np.zeros((*value.shape, size))
-        place = {name: j for j, name in enumerate(self.parameters)}
+        gradient = np.zeros((*value.shape, len(self)))
         for (coefficient, powers), share in zip(self.powers.items(), shares, strict=True):
             gradient[..., place[coefficient]] = share
             for variable, exponent in powers.items():
@@ -97,8 +95,7 @@ class Law:
         """Return the logarithm of each term of a sum of powers, (K, B, n)."""
         assert self.powers is not None
         column = self._named(theta)
-        n = next(iter(x.values())).shape[-1]
-        terms = np.empty((len(self.powers), len(theta), n))
+        terms = np.empty((len(self.powers), len(theta), next(iter(x.values())).shape[-1]))
         for term, (coefficient, powers) in zip(terms, self.powers.items(), strict=True):
             term[:] = column[coefficient]
             for variable, exponent in powers.items():
@@ -108,15 +105,14 @@ class Law:
     def shift(self, centres: Mapping[str, float]) -> Array:
         """Return the affine map from a vector for centred variables to one for plain ones,
         (P, P + 1)."""
-        size = len(self)
-        affine = np.hstack([np.eye(size), np.zeros((size, 1))])
+        affine = np.eye(len(self), len(self) + 1)
         for coefficient, unit in self.units.items():
-            row = self.parameters.index(coefficient)
+            row = affine[self.parameters.index(coefficient)]
             for variable, power in unit:
                 if isinstance(power, str):
-                    affine[row, self.parameters.index(power)] += centres[variable]
+                    row[self.parameters.index(power)] += centres[variable]
                 else:
-                    affine[row, size] += power * centres[variable]
+                    row[-1] += power * centres[variable]
         return affine
 
     def plain(self, theta: Array, centres: Mapping[str, float]) -> Array:
@@ -145,14 +141,9 @@ class Law:
         """Return a sum of powers without one of its terms, where that has gone to zero."""
         assert self.powers is not None
         powers = {name: p for name, p in self.powers.items() if name != coefficient}
-        used = {exponent for term in powers.values() for exponent in term.values()}
-        return replace(
-            self,
-            coefficients=tuple(powers),
-            exponents=tuple(name for name in self.exponents if name in used),
-            units={name: unit for name, unit in self.units.items() if name in powers},
-            powers=powers,
-        )
+        rest = sum_of_powers(self.name, self.formula, self.source, powers)
+        exponents = tuple(name for name in self.exponents if name in rest.exponents)
+        return replace(rest, variables=self.variables, exponents=exponents, bounds=self.bounds)
 
 
 def _total(terms: Array) -> tuple[Array, Array]:
@@ -177,12 +168,15 @@ def logaddexp(one: Any, other: Any) -> Any:
     return top + np.log(np.exp(one - top) + np.exp(other - top))
 
 
-def _kaplan(p: Mapping[str, Any], x: Mapping[str, Array]) -> Any:
-    size = (p["Nc"] - x["N"]) * p["alpha"] / p["beta"]
-    return p["beta"] * logaddexp(size, p["Dc"] - x["D"])
+def _above(p: Mapping[str, Any], value: Any, slopes: dict[str, Any]) -> Slopes:
+    """Add the constant, if there is one, to a log loss and its slopes."""
+    if "E" not in p:
+        return value, slopes
+    whole, constant, rest = _pair(p["E"], value)
+    return whole, {"E": constant, **{name: rest * slope for name, slope in slopes.items()}}
 
 
-def _kaplan_slopes(p: Mapping[str, Any], x: Mapping[str, Array]) -> tuple[Any, dict[str, Any]]:
+def _kaplan(p: Mapping[str, Any], x: Mapping[str, Array]) -> Slopes:
     away = p["Nc"] - x["N"]
     size = away * p["alpha"] / p["beta"]
     both, share, other = _pair(size, p["Dc"] - x["D"])
@@ -191,25 +185,12 @@ def _kaplan_slopes(p: Mapping[str, Any], x: Mapping[str, Array]) -> tuple[Any, d
     return _above(p, p["beta"] * both, slopes)
 
 
-def _coupled_slopes(p: Mapping[str, Any], x: Mapping[str, Array]) -> tuple[Any, dict[str, Any]]:
+def _coupled(p: Mapping[str, Any], x: Mapping[str, Array]) -> Slopes:
     size, data = p["A"] - p["alpha"] * x["N"], p["B"] - p["beta"] * x["D"]
     both, share, other = _pair(size, data)
     share, other = p["gamma"] * share, p["gamma"] * other
     slopes = {"A": share, "B": other, "alpha": -share * x["N"], "beta": -other * x["D"]}
     return _above(p, p["gamma"] * both, {**slopes, "gamma": both})
-
-
-def _above(p: Mapping[str, Any], value: Any, slopes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Add the constant, if there is one, to a log loss and its slopes."""
-    if "E" not in p:
-        return value, slopes
-    whole, constant, rest = _pair(p["E"], value)
-    return whole, {"E": constant, **{name: rest * slope for name, slope in slopes.items()}}
-
-
-def _coupled(p: Mapping[str, Any], x: Mapping[str, Array]) -> Any:
-    size, data = p["A"] - p["alpha"] * x["N"], p["B"] - p["beta"] * x["D"]
-    return logaddexp(p["E"], p["gamma"] * logaddexp(size, data))
 
 
 def _broken(p: Mapping[str, Any], x: Mapping[str, Array]) -> Any:
@@ -218,26 +199,14 @@ def _broken(p: Mapping[str, Any], x: Mapping[str, Array]) -> Any:
     return logaddexp(p["E"], p["A"] - p["alpha"] * x["x"] - p["c"] * sharpness * beyond)
 
 
-def _data_constrained(p: Mapping[str, Any], x: Mapping[str, Array]) -> Any:
+def _data_constrained(p: Mapping[str, Any], x: Mapping[str, Array]) -> Slopes:
     alpha, beta = p["alpha"], p["beta"]
     fresh = np.minimum(x["U"], x["D"])  # of less than one epoch all tokens are unique
     # the size that so much unique data pays for: where both terms shrink at the same cost
     wanted = (np.log(alpha) + p["A"] - np.log(beta) - p["B"] + beta * fresh) / alpha
-    unique = np.where(x["N"] > wanted.real, wanted, x["N"])
-    size = unique + _worth(x["N"] - unique, p["rn"])
-    data = fresh + _worth(x["D"] - fresh, p["rd"])
-    return logaddexp(p["E"], logaddexp(p["A"] - alpha * size, p["B"] - beta * data))
-
-
-def _data_constrained_slopes(
-    p: Mapping[str, Any], x: Mapping[str, Array]
-) -> tuple[Any, dict[str, Any]]:
-    alpha, beta = p["alpha"], p["beta"]
-    fresh = np.minimum(x["U"], x["D"])
-    wanted = (np.log(alpha) + p["A"] - np.log(beta) - p["B"] + beta * fresh) / alpha
     unique = np.minimum(x["N"], wanted)
-    size, of_size, of_rn = _worth_slopes(x["N"] - unique, p["rn"])
-    data, _, of_rd = _worth_slopes(x["D"] - fresh, p["rd"])
+    size, of_size, of_rn = _worth(x["N"] - unique, p["rn"])
+    data, _, of_rd = _worth(x["D"] - fresh, p["rd"])
     size, data = unique + size, fresh + data
     both, a, b = _pair(p["A"] - alpha * size, p["B"] - beta * data)
     moved = np.where(x["N"] > wanted, -a * (1.0 - of_size), 0.0)  # alpha times slope by unique
@@ -247,18 +216,13 @@ def _data_constrained_slopes(
     return _above(p, both, slopes)
 
 
-def _worth_slopes(log_ratio: Any, log_star: Any) -> tuple[Any, Any, Any]:
-    """Return ``_worth`` and its slopes by both arguments."""
+def _worth(log_ratio: Any, log_star: Any) -> tuple[Any, Any, Any]:
+    """Return log(1 + R* (1 - exp(-R / R*))), where R = exp(log_ratio) - 1 repetitions, and its
+    slopes by both arguments."""
     star, ratio = np.exp(log_star), np.exp(log_ratio)
     left = np.exp((1.0 - ratio) / star)
     worth = star * (1.0 - left) + 1.0
     return np.log(worth), ratio * left / worth, (worth - 1.0 - left * (ratio - 1.0)) / worth
-
-
-def _worth(log_ratio: Any, log_star: Any) -> Any:
-    """Return log(1 + R* (1 - exp(-R / R*))), where R = exp(log_ratio) - 1 repetitions."""
-    star = np.exp(log_star)
-    return np.log(star * (1.0 - np.exp((1.0 - np.exp(log_ratio)) / star)) + 1.0)
 
 
 def sum_of_powers(
@@ -332,8 +296,7 @@ LAWS: dict[str, Law] = {
             ("E", "A", "B"),
             ("alpha", "beta", "gamma"),
             _A_B,
-            expression=_coupled,
-            slopes=_coupled_slopes,
+            slopes=_coupled,
             bounds={"gamma": (0.05, 20.0)},
         ),
         Law(
@@ -344,8 +307,7 @@ LAWS: dict[str, Law] = {
             ("E", "Nc", "Dc"),
             ("alpha", "beta"),
             _NC_DC,
-            expression=lambda p, x: logaddexp(p["E"], _kaplan(p, x)),
-            slopes=_kaplan_slopes,
+            slopes=_kaplan,
             bounds=_ABOVE_ZERO,
         ),
         sum_of_powers(
@@ -362,8 +324,7 @@ LAWS: dict[str, Law] = {
             ("Nc", "Dc"),
             ("alpha", "beta"),
             _NC_DC,
-            expression=_kaplan,
-            slopes=_kaplan_slopes,
+            slopes=_kaplan,
             bounds=_ABOVE_ZERO,
         ),
         Law(
@@ -375,8 +336,7 @@ LAWS: dict[str, Law] = {
             ("E", "A", "B", "rn", "rd"),
             ("alpha", "beta"),
             _A_B,
-            expression=_data_constrained,
-            slopes=_data_constrained_slopes,
+            slopes=_data_constrained,
             bounds={"rn": (1e-3, 1e4), "rd": (1e-3, 1e4), **_ABOVE_ZERO},
         ),
     )
@@ -417,9 +377,9 @@ def load(place: str) -> str:
 
 def check(law: Law) -> None:
     """Raise ConfigError for a law that cannot be fitted, or whose gradient cannot be had."""
-    if (law.powers is None) == (law.expression is None):
+    if (law.powers is None) == (law.expression is None and law.slopes is None):
         raise ConfigError(f"law={law.name}: give it either powers or an expression")
-    if law.expression is None:
+    if law.powers is not None:
         return
     theta = np.linspace(0.3, 0.7, len(law))[None]
     x = {name: np.linspace(-0.5, 0.5, 3) + 0.1 * k for k, name in enumerate(law.variables)}

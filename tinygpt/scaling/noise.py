@@ -25,7 +25,7 @@ LEAST, SHORT = 0.002, 4000.0  # of log L, before it is measured: of long runs; s
 
 @dataclass(frozen=True)
 class Noise:
-    """The scatter between seeds: standard deviations of log L, or of L where a fit is of that."""
+    """Hold the scatter between seeds: standard deviations of log L, or of L if that is fitted."""
 
     scale: float  # of all settings together
     degrees: int
@@ -38,14 +38,14 @@ class Noise:
 
 @dataclass(frozen=True)
 class Seeds:
-    """The scatter between runs that agree in a law's variables, at each length."""
+    """Hold the scatter between runs that agree in a law's variables, at each length."""
 
     lengths: Array  # log training tokens, ascending, (L,); a single 0 of laws without them
     log_variances: Array  # of log L, (L,)
 
     @classmethod
     def of(cls, values: Mapping[str, Array], log_loss: Array) -> Seeds | None:
-        """Return that of runs at some values of the variables; None of too few."""
+        """Return the scatter of runs at some values of the variables; None of too few."""
         places = np.stack(list(values.values()), axis=1)
         _, first, labels = np.unique(places, axis=0, return_index=True, return_inverse=True)
         count, _, pure = _within(labels.ravel(), log_loss)
@@ -58,7 +58,7 @@ class Seeds:
         return cls(lengths, np.log(found[one]))
 
     def at(self, values: Mapping[str, Array]) -> Array:
-        """Return the standard deviation of log L, (n,); beyond all lengths that of the nearest."""
+        """Return the standard deviation of log L, (n,); beyond all lengths, of the nearest."""
         return np.exp(np.interp(self._length(values), self.lengths, self.log_variances) / 2)
 
     @staticmethod
@@ -78,7 +78,7 @@ def replicas(table: pd.DataFrame, settings: Sequence[str]) -> NDArray[np.intp]:
 
 
 def seed_noise(fit: Fit, settings: Sequence[str] = (), tokens: str | None = None) -> Noise | None:
-    """Return that of runs that agree in the law's variables and in ``settings``; None without any.
+    """Return the scatter of runs that agree in the law and in ``settings``; None without any.
 
     ``tokens`` names the column of the training tokens.  Lack of fit sets what the law leaves of
     the means of the settings, weighted by their variances, beside the same in studies simulated
@@ -125,8 +125,8 @@ def seed_noise(fit: Fit, settings: Sequence[str] = (), tokens: str | None = None
 def weigh(
     fitted: Fit, settings: Sequence[str], tokens: str | None, refit: Callable[[Array], Fit]
 ) -> Array | None:
-    """Return the weights of runs by what their seeds scatter and the law leaves, (n,); None
-    without seeds.  ``refit`` returns the law by some weights: what it leaves hangs on them."""
+    """Return the weights of runs by the scatter of their seeds and of the law, (n,); None
+    without seeds.  ``refit`` returns the law by some weights, which its residuals depend on."""
     weights = None
     for _ in range(3):
         noise = seed_noise(fitted if weights is None else refit(weights), settings, tokens)

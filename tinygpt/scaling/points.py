@@ -15,13 +15,13 @@ from tinygpt.scaling.laws import Array, Law
 
 @dataclass(frozen=True)
 class Points:
-    """What a law is fitted to: log variables about their centres, log losses."""
+    """Hold what a law is fitted to: log variables about their centres, log losses."""
 
     x: dict[str, Array]  # by variable of the law, (n,)
     y: Array  # (n,)
     centres: dict[str, float]
     raw: bool = False  # whether residuals are those of the loss itself, not of its logarithm
-    weights: Array | None = None  # that multiply residuals, (n,): roots of relative precisions
+    weights: Array | None = None  # multiply residuals, (n,): roots of relative precisions
 
     @property
     def response(self) -> Array:
@@ -66,23 +66,24 @@ class Points:
         raw: bool = False,
         weights: Array | None = None,
     ) -> Points:
-        """Raises ConfigError for a column that is absent, values no law can take, too few rows."""
+        """Read the points of a law.
+
+        Raises ConfigError for a column that is absent, values no law can take, too few rows.
+        """
         x, centres = {}, {}
         for variable in law.variables:
-            values = positive(table, columns[variable.removeprefix("log ")])
-            logs = np.log(values)
+            name = columns[variable.removeprefix("log ")]
+            values = positive(table, name)
+            x[variable] = np.log(values)
             if variable.startswith("log "):
                 if values.min() <= 1:
-                    raise ConfigError(f"{law.name}: needs {columns[variable[4:]]} above 1")
-                logs = np.log(logs)
-            if np.ptp(logs) == 0 and variable != "U":  # one text, read more or less often
-                name = columns[variable.removeprefix("log ")]
+                    raise ConfigError(f"{law.name}: needs {name} above 1")
+                x[variable] = np.log(x[variable])
+            if np.ptp(x[variable]) == 0 and variable != "U":  # one text, read more or less often
                 raise ConfigError(f"{name}: is {values[0]:g} in every run; {law.name} varies it")
-            centres[variable] = float(logs.mean())
-            x[variable] = logs
-        shared = centres["D"] if "U" in centres else 0.0
+            centres[variable] = float(x[variable].mean())
         if "U" in centres:  # unique and all tokens are counted in one unit
-            centres["U"] = shared
+            centres["U"] = centres["D"]
         x = {name: logs - centres[name] for name, logs in x.items()}
         points = cls(x, np.log(positive(table, loss)), centres, raw, weights)
         distinct = len({tuple(row) for row in np.stack(list(x.values()), axis=1).round(12)})
@@ -94,25 +95,23 @@ class Points:
         return points
 
     def at(self, values: Mapping[str, Any]) -> dict[str, Array]:
-        """New values of the variables, as the law wants them."""
+        """Return new values of the variables, (n,) or one for all, as the law wants them."""
         found = {}
         for name, centre in self.centres.items():
             logs = np.log(np.atleast_1d(np.asarray(values[name.removeprefix("log ")], dtype=float)))
             found[name] = (np.log(logs) if name.startswith("log ") else logs) - centre
-        size = max(len(logs) for logs in found.values())
-        return {name: np.broadcast_to(logs, size) for name, logs in found.items()}
+        return dict(zip(found, np.broadcast_arrays(*found.values()), strict=True))
 
 
 def positive(table: pd.DataFrame, column: str) -> Array:
-    """A column as numbers, (n,).  Raises ConfigError where it is absent or a value is not."""
+    """Return a column as numbers, (n,).  Raises ConfigError where it is absent or a value is not
+    above zero."""
     if column not in table:
         raise ConfigError(f"{column}: no such column; there are {', '.join(map(str, table))}")
     values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
     bad = ~(np.isfinite(values) & (values > 0))
     if bad.any():
-        where = table.index[bad][0]
-        raise ConfigError(
-            f"{column}={table[column][where]}: row {where}: must be above zero; "
-            "where= leaves rows out"
-        )
+        row = table.index[bad][0]
+        value = f"{column}={table[column][row]}"
+        raise ConfigError(f"{value}: row {row}: must be above zero; where= leaves rows out")
     return values

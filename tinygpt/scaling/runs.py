@@ -128,7 +128,7 @@ def entering(
             continue
         reason[(reason == "") & table[name].isna()] = "no loss" if name == loss else f"no {name}"
         below = (reason == "") & (table[name] <= 0) if needed else pd.Series(False, table.index)
-        if 2 * below.sum() <= (reason == "").sum():  # else the column is another one: refused later
+        if 2 * below.sum() <= (reason == "").sum():  # else it is the wrong column: refused later
             reason[below] = f"{name} is not above zero"
     if not (reason == "").any():
         kinds = ", ".join(f"{count} {one}" for one, count in reason.value_counts().items())
@@ -174,16 +174,15 @@ def _mark_unfinished(column: pd.Series, reason: pd.Series, notes: list[str]) -> 
 
 def refuse_several(used: pd.DataFrame, loss: str, seed: str | None = None) -> None:
     """Raise ConfigError for losses of several tokenizers or corpora, unless these are seeds."""
-    for name in ("tokenizer_fingerprint", "dataset"):
+    for name, kind in (("tokenizer_fingerprint", "tokenizer"), ("dataset", "dataset")):
         if name in used and used[name].nunique() > 1 and "bits_per" not in loss and name != seed:
-            shown = name.split("_")[0] if name.split("_")[0] in used else name
+            shown = kind if kind in used else name
             kinds = ", ".join(sorted(map(str, used[shown].dropna().unique())))
             way = "loss=final_val_bits_per_byte does"
             if "final_val_bits_per_byte" not in used:
                 way = f'where="{shown} == {used[shown].dropna().iloc[0]!r}" chooses one'
             raise ConfigError(
-                f"runs: several {name.split('_')[0]}s ({kinds}): nats per token do not compare; "
-                f"{way}"
+                f"runs: several {kind}s ({kinds}): nats per token do not compare; {way}"
             )
 
 
@@ -239,8 +238,8 @@ def _meets(table: pd.DataFrame, where: str) -> pd.Series:
 def best_rates(
     table: pd.DataFrame, loss: str, reason: pd.Series, rate: str, place: Sequence[str] = PLACE
 ) -> pd.Series:
-    """Return the reasons with those of runs at a learning rate that is not the best, by its mean
-    loss, of those tried at the same ``place`` (columns of sizes) and in the same setting."""
+    """Return the reasons, with one for each run whose learning rate is not the best, by mean loss,
+    of those tried at the same ``place`` (columns of sizes) and in the same setting."""
     runs, reason = table[reason == ""], reason.copy()
     settings = [*place, *(name for name in SETTINGS if name not in RATES)]
     settings = [name for name in dict.fromkeys(settings) if name in runs and name != rate]
@@ -286,28 +285,21 @@ def read_rows(
     for row, config in zip(rows, configs, strict=True):
         if config.get("scale") == "smoke":  # such runs only try a study out
             row["scale"] = "smoke"
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    known = {name.rsplit(".", 1)[-1] for name in columns}
-    differing = [
-        name
-        for name in dict.fromkeys(name for config in configs for name in config)
-        if name.split(".")[0] not in rundir.NOT_SCIENCE
-        and name.rsplit(".", 1)[-1] not in known
-        and len({repr(config.get(name)) for config in configs}) > 1
-    ]
     last = ("error", "folder")
-    return [
-        {
-            **{name: row.get(name) for name in columns if name not in last},
-            **{f"config.{name}": config.get(name) for name in differing},
-            **{name: row.get(name) for name in last},
-        }
-        for row, config in zip(rows, configs, strict=True)
-    ]
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in last]
+    known = {name.rsplit(".", 1)[-1] for name in (*names, *last)}
+    for name in dict.fromkeys(name for config in configs for name in config):
+        parts, values = name.split("."), [config.get(name) for config in configs]
+        if parts[0] in rundir.NOT_SCIENCE or parts[-1] in known or len(set(map(repr, values))) < 2:
+            continue
+        names.append(f"config.{name}")
+        for row, value in zip(rows, values, strict=True):
+            row[f"config.{name}"] = value
+    return [{name: row.get(name) for name in (*names, *last)} for row in rows]
 
 
 def _outcome(run: rundir.RunDir) -> dict[str, Any]:
-    """Return the row of a run.  Raises ConfigError for a file that is not one of a run."""
+    """Return the row of a run.  Raises ConfigError for a file that no run wrote."""
     place = {"study": run.path.parent.name, "run_name": run.path.name, "folder": str(run.path)}
     if run.results.exists():
         found = fileio.read_json(run.results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,10 +22,9 @@ Settings = dict[str, Any]  # arguments of ``fit``
 
 @dataclass(frozen=True)
 class Candidate:
-    """A law that was tried."""
+    """Hold a law that was tried."""
 
     law: str
-    formula: str
     fit: Fit | None
     reason: str  # why it could not be fitted
     aicc: float = float("inf")  # Akaike's criterion, corrected for few points; the least is best
@@ -48,38 +46,36 @@ def select(
     that share the ``cluster`` column, checkpoints of a run, count as few as their residuals are
     worth.  ``settings`` are those of ``fit``.
     """
-    plain = {**settings, "estimator": "least_squares"}
-    squares = _fitted(runs, laws, plain)
-    if squares and cluster is None:
-        law, first = next(iter(squares.items()))
-        weights = weigh(first, same, tokens, lambda each: fit(runs, law, weights=each, **plain))
+    reasons: dict[str, str] = {}  # why a law could not be fitted
+
+    def fitted(laws: Iterable[str], **more: Any) -> dict[str, Fit]:
+        found = {}
+        for law in laws:
+            try:
+                found[law] = fit(runs, law, **{**settings, **more})
+            except ConfigError as error:
+                reasons[law] = str(error)
+        return found
+
+    plain = {"estimator": "least_squares"}
+    fits = fitted(laws, **plain)
+    if fits and cluster is None:
+        law, first = next(iter(fits.items()))
+        one = {**settings, **plain}
+        weights = weigh(first, same, tokens, lambda each: fit(runs, law, weights=each, **one))
         if weights is not None:
             settings = {**settings, "weights": weights}
-            squares = _fitted(runs, laws, {**plain, "weights": weights})
-    worth, settings, reason = _one_estimator(squares, settings, cluster)
-    fits = squares
+            fits = fitted(laws, **plain)
+    worth, settings, reason = _one_estimator(fits, settings, cluster)
     if settings["estimator"] != "least_squares":
-        fits = _fitted(runs, list(squares), settings)
+        fits = fitted(fits)
     factor = _quasi(fits.values())
     found = [
-        Candidate(law, one.law.formula, replace(one, reason=reason), "", aicc(one, worth, factor))
+        Candidate(law, replace(one, reason=reason), "", aicc(one, worth, factor))
         for law, one in fits.items()
     ]
-    for law in laws:
-        if law not in fits:
-            try:
-                fit(runs, law, **settings)
-            except ConfigError as error:
-                found.append(Candidate(law, "", None, str(error)))
+    found += [Candidate(law, None, reasons[law]) for law in laws if law not in fits]
     return sorted(found, key=lambda one: (one.aicc, one.fit is None))
-
-
-def _fitted(runs: pd.DataFrame, laws: Sequence[str], settings: Settings) -> dict[str, Fit]:
-    found = {}
-    for law in laws:
-        with contextlib.suppress(ConfigError):
-            found[law] = fit(runs, law, **settings)
-    return found
 
 
 def _one_estimator(
@@ -118,7 +114,7 @@ def independent(residuals: Array, cluster: pd.Series) -> float:
 
 
 def preferred(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the law that stands first in LAWS, of those hardly worse than the best."""
+    """Return the first in LAWS of the laws that are hardly worse than the best."""
     near = [c for c in candidates if c.fit and c.aicc - candidates[0].aicc < CLEAR]
     order = list(LAWS)
     return min(near, key=lambda c: order.index(c.law)) if near else candidates[0]
@@ -143,7 +139,7 @@ def aicc(fit: Fit, worth: float | None = None, factor: float = 1.0) -> float:
 
 
 def _quasi(fits: Iterable[Fit]) -> float:
-    """Return by what differences of log objectives count more than of a normal, from the variance
+    """Return the factor of differences of log objectives relative to a normal's, from the variance
     of the slope of Huber's objective at the best fit (Ronchetti 1985)."""
     best = min(fits, key=lambda one: one.optimum.objective, default=None)
     if best is None or best.estimator != "huber" or best.optimum.objective < 1e-30:
@@ -157,7 +153,7 @@ def _quasi(fits: Iterable[Fit]) -> float:
 
 
 def structure(fit: Fit) -> float | None:
-    """Return the p-value of no structure in the residuals; None where too few points tell.
+    """Return the p-value of there being no structure in the residuals; None of too few points.
 
     An F test of what second and third powers of the log variables explain of them beyond the
     law's own derivatives (Ramsey 1969, as a score test).
@@ -189,7 +185,7 @@ def structure(fit: Fit) -> float | None:
 
 @dataclass(frozen=True)
 class NextRun:
-    """The affordable run that would most shrink the interval of the prediction asked for."""
+    """Hold the affordable run that would most shrink the interval of the prediction asked for."""
 
     place: dict[str, float]
     cost: float  # FLOPs, or whatever the compute of the runs is counted in

@@ -20,7 +20,7 @@ from tinygpt.scaling.points import Points
 NDBool = np.ndarray[Any, np.dtype[np.bool_]]
 
 LEAST = float(np.log(1e-9))  # a coefficient below this part of the loss is zero
-FADING = 10.0  # in units of log: a term so near its floor that still falls is tried there
+FADING = 10.0  # in logs: a falling term this close to its floor is moved onto it
 STEPS = 300
 GAIN = 1e-18
 IN_CACHE = 8000  # points times rows that are evaluated at once
@@ -29,10 +29,10 @@ ROUNDING = 1e-15  # of a log loss
 
 @dataclass(frozen=True)
 class Hold:
-    """A function of the parameters that is drawn to a value, as by one more measurement.
+    """Pull a function of the parameters to a value, as one more measurement would.
 
-    Where the solver ends is the best of all laws that have the value which the function takes
-    there, whatever the stiffness: a point of the profile.
+    Whatever the stiffness, the solver ends at a point of the profile: the best law among those that
+    give the function the value it takes there.
     """
 
     function: Callable[[Array], tuple[Array, Array]]  # (B, P) -> values (B,), gradients (B, P)
@@ -42,7 +42,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Solved:
-    """Where the solver ended, for each of a batch of starts."""
+    """Hold where the solver ended, for each of a batch of starts."""
 
     theta: Array  # (B, P)
     objective: Array  # (B,)
@@ -100,7 +100,7 @@ def objective(
         loss, inside = huber(residuals, threshold), (size <= threshold).astype(float)
         inside = inside if weights is None else inside * weights
         few = np.count_nonzero(inside, axis=1) < theta.shape[1]
-        if few.any():  # their curvature says nothing; Huber's own weights still lead down
+        if few.any():  # their curvature says nothing, but Huber's weights still lead downhill
             share = np.minimum(1.0, threshold / np.maximum(size, 1e-300))
             share = share if weights is None else share * weights
             inside = np.where(few[:, None], share, inside)
@@ -145,11 +145,8 @@ def solve(
         parts = []
         for first in range(0, len(theta), size):
             part = rows[first : first + size]
-            own = None if weights is None else weights[part]
-            one = theta[first : first + size]
+            own, one = None if weights is None else weights[part], theta[first : first + size]
             parts.append(objective(law, points, one, limits[part], own, hold))
-        if len(parts) == 1:
-            return parts[0]
         value, gradient, hessian = map(np.concatenate, zip(*parts, strict=True))
         return value, gradient, hessian
 
@@ -159,15 +156,13 @@ def solve(
     low, high = bounds(law, points)
     terms, diagonal = term_mask(law), np.arange(len(law))
     faint = np.where(terms, low + FADING, -np.inf)
-    # no sum of squares is known better
+    # a sum of squares cannot be computed more exactly than this
     rounding = len(points) * (ROUNDING * (points.response.max() if points.raw else 1.0)) ** 2
     for _ in range(most_steps):
         if not len(live):
             break
         fixed = np.where(gradient > 0, here <= low, here >= high)
-        share = 1.0 / np.sqrt(hessian[:, diagonal, diagonal] + 1e-300)
-        if fixed.any():
-            share[fixed] = 0.0
+        share = np.where(fixed, 0.0, 1.0 / np.sqrt(hessian[:, diagonal, diagonal] + 1e-300))
         scaled, damped = gradient * share, damping > 0
         bend = hessian * (share[:, :, None] * share[:, None])  # with a diagonal of ones
         bend[:, diagonal, diagonal] = (1 + 1e-13) + damping[:, None]
@@ -183,46 +178,34 @@ def solve(
             full[ending] = 0.5 * (scaled[ending] * undamped).sum(axis=1)
         step *= -share
         longest = np.abs(step).max(axis=1, keepdims=True)
-        if not longest.max() <= 2.0:
-            step *= np.minimum(1.0, 2.0 / np.maximum(longest, 1e-300))
+        step *= np.minimum(1.0, 2.0 / np.maximum(longest, 1e-300))
         step = np.where(terms, np.log1p(np.maximum(step, -0.9)), step)
         trial = np.minimum(np.maximum(here + step, low), high)
-        fading = trial < faint
-        if fading.any():
-            trial = np.where(fading & (gradient > 0) & ~damped[:, None], low, trial)
+        gone = (trial < faint) & (gradient > 0) & ~damped[:, None]
+        trial = np.where(gone, low, trial)
         new = evaluate(trial, live)
         finite = np.isfinite(new[2].sum(axis=(1, 2)))
         gained = value - new[0]
         better, done = (gained >= 0) & finite, full <= gain * value + rounding
         good = better & (gained > 0.25 * expected)
-        if not better.all():  # within the rounding of the objective the last step need not go down
-            last = ~better & (full <= tiny)
-            done |= last
-            better |= last & finite
+        last = ~better & (full <= tiny)  # a gain this small drowns in rounding
+        done |= last
+        better |= last & finite
         over = done | (~better & (damping > 1e8))
-        if damped.any() or not good.all():
-            less = np.where(damping < 1e-6, 0.0, damping * 0.1)
-            keep = np.where(gained > 0.6 * expected, less, damping)
-            damping = np.where(good, keep, np.maximum(damping * 8, 1e-6))
-        if better.all():
-            here, (value, gradient, hessian) = trial, new
-        else:
-            here = np.where(better[:, None], trial, here)
-            value = np.where(better, new[0], value)
-            gradient = np.where(better[:, None], new[1], gradient)
-            hessian = np.where(better[:, None, None], new[2], hessian)
+        less = np.where(damping < 1e-6, 0.0, damping * 0.1)
+        keep = np.where(gained > 0.6 * expected, less, damping)
+        damping = np.where(good, keep, np.maximum(damping * 8, 1e-6))
+        here, value = np.where(better[:, None], trial, here), np.where(better, new[0], value)
+        gradient = np.where(better[:, None], new[1], gradient)
+        hessian = np.where(better[:, None, None], new[2], hessian)
         if over.any():
             found.converged[live[done]] = True
-            _store(found, live, here, value, gradient)
+            found.theta[live], found.objective[live], found.gradient[live] = here, value, gradient
             stay = ~over
             live, here, damping = live[stay], here[stay], damping[stay]
             value, gradient, hessian = value[stay], gradient[stay], hessian[stay]
-    _store(found, live, here, value, gradient)
+    found.theta[live], found.objective[live], found.gradient[live] = here, value, gradient
     return found
-
-
-def _store(found: Solved, rows: Any, theta: Array, value: Array, gradient: Array) -> None:
-    found.theta[rows], found.objective[rows], found.gradient[rows] = theta, value, gradient
 
 
 # --- where a search starts
@@ -273,8 +256,7 @@ def grid_starts(law: Law, points: Points) -> Array:
     theta[:, :kinds] = np.log(np.maximum(coefficients, 1e-6))
     surface = least.reshape((len(EXPONENTS),) * dimensions)
     lowest = np.flatnonzero(surface <= minimum_filter(surface, size=3, mode="nearest"))
-    starts: Array = theta[lowest[np.argsort(least[lowest], kind="stable")[:8]]]
-    return starts
+    return np.asarray(theta[lowest[np.argsort(least[lowest], kind="stable")[:8]]])
 
 
 def spread_starts(law: Law, points: Points, seed: int) -> Array:
@@ -288,7 +270,7 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
     for j, name in enumerate(names):
         if name in (law.powers or ("E", "A", "B")):
             starts[:, j] += least
-        if name in ("Nc", "Dc"):  # its power is what is about as large as the loss
+        if name in ("Nc", "Dc"):  # raised to its exponent it is about as large as the loss
             exponent = starts[:, names.index("alpha" if name == "Nc" else "beta")]
             starts[:, j] = (starts[:, j] + least) / exponent
         if name == "x1":
@@ -296,8 +278,8 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
     starts = np.clip(starts, *bounds(law, points))
     with np.errstate(all="ignore"):
         found = np.sum((law.log_loss(starts, points.x) - points.y) ** 2, axis=1)
-    best: Array = starts[np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]]
-    return best
+    best = np.argsort(np.where(np.isfinite(found), found, np.inf))[:N_POLISHED]
+    return np.asarray(starts[best])
 
 
 _starts: dict[Any, Array] = {}  # by law and points: fits that differ in weights share them
@@ -317,7 +299,7 @@ def starts_of(law: Law, points: Points, seed: int) -> Array:
 
 
 def _likely(law: Law, name: str) -> tuple[float, float]:
-    """Return where to look for a parameter of a law of the user's: within its bounds, if any."""
+    """Return the range to search for a parameter of a user's law: within its bounds, if any."""
     if name in law.bounds:
         ends = np.array(law.bounds[name], dtype=float)
         with np.errstate(divide="ignore"):

@@ -41,7 +41,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
-    """Return the table as it stands in the file: texts where the file has texts.
+    """Return the table as it is in the file: texts where the file has texts.
 
     Adds a note on the dialect and the size.  Raises ConfigError, naming the file.
     """
@@ -62,7 +62,7 @@ def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
         table = _checked(table)
     except ConfigError as error:
         raise ConfigError(f"table={path}: {error}") from error
-    except Exception as error:  # whatever broken bytes lead the libraries to
+    except Exception as error:  # whatever broken bytes make the libraries do
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"table={path}: cannot be read ({reason})") from error
     size = f"{len(table)} rows, {len(table.columns)} columns"
@@ -73,9 +73,7 @@ def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
 def _only_member(data: bytes) -> tuple[str, bytes]:
     """Return the suffix and the content of the one file in a zip."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        hidden = ("__MACOSX", ".")
-        names = [name for name in archive.namelist() if not name.startswith(hidden)]
-        names = [name for name in names if not name.endswith("/")]
+        names = [name for name in archive.namelist() if not re.match(r"__MACOSX|\.|.*/$", name)]
         if len(names) != 1:
             raise ConfigError(f"holds {len(names)} files; a .zip must hold one table")
         with archive.open(names[0]) as member:
@@ -125,7 +123,7 @@ def _read_text(data: bytes) -> Found:
 
 
 def _delimiter(sample: Sequence[str]) -> str:
-    """Return what cuts the header and nearly all rows into equally many parts, the most of them.
+    """Return the mark that cuts the header and nearly all rows into as many, and the most, parts.
 
     A space counts only where nothing else cuts.
     """
@@ -136,8 +134,8 @@ def _delimiter(sample: Sequence[str]) -> str:
         if not counts or counts[0] <= most or (mark == " " and most > 1):
             continue
         rows = counts[1:] or counts
-        regular = max(map(rows.count, rows)) >= 0.8 * len(rows)
-        if regular and sum(count >= counts[0] for count in rows) >= 0.5 * len(rows):
+        are_regular = max(map(rows.count, rows)) >= 0.8 * len(rows)
+        if are_regular and sum(count >= counts[0] for count in rows) >= 0.5 * len(rows):
             best, most = mark, counts[0]
     return best
 
@@ -202,12 +200,8 @@ def _are_records(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
-def _read_parquet(data: bytes) -> Found:
-    return pd.read_parquet(io.BytesIO(data)), ""
-
-
 def _read_workbook(data: bytes) -> Found:
-    """Read the first sheet that has rows, and all with the same columns, told apart by one more."""
+    """Read the first sheet with rows and all with the same columns, plus a column for the sheet."""
     try:
         import openpyxl  # type: ignore[import-untyped]
     except ImportError as error:
@@ -233,13 +227,13 @@ def _read_workbook(data: bytes) -> Found:
 READERS: dict[str, Callable[[bytes], Found]] = {
     **dict.fromkeys((".csv", ".tsv", ".tab", ".psv", ".txt", ".dat"), _read_text),
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), _read_json),
-    **dict.fromkeys((".parquet", ".pq"), _read_parquet),
+    **dict.fromkeys((".parquet", ".pq"), lambda data: (pd.read_parquet(io.BytesIO(data)), "")),
     **dict.fromkeys((".xlsx", ".xlsm"), _read_workbook),
 }
 
 
 def _checked(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with texts for names.  Raises ConfigError for what is no table of runs."""
+    """Return the table with texts as names.  Raises ConfigError if it is no table of runs."""
     if not isinstance(table.index, pd.RangeIndex):
         table = table.reset_index()
     names = pd.Index([str(name) for name in table])
@@ -278,11 +272,7 @@ _INFINITE = re.compile(r"[+\-−]?inf(inity)?", re.IGNORECASE)
 
 
 def _is_missing(value: Any) -> bool:
-    if value is None or value is pd.NA or value is pd.NaT:
-        return True
-    if isinstance(value, str):
-        return value.strip().casefold() in MISSING
-    return isinstance(value, float) and value != value
+    return value.strip().casefold() in MISSING if isinstance(value, str) else bool(pd.isna(value))
 
 
 def _all_numbers(cells: Iterable[Any]) -> bool:
@@ -297,33 +287,29 @@ def _number(value: Any, mark: str, is_loss: bool = False) -> float | None:
 
     What is not finite is missing: NaN.  A loss has neither thousands separators nor a suffix.
     """
-    if isinstance(value, str):
-        if _INFINITE.fullmatch(value):
+    if not isinstance(value, str):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+            return None
+        try:
+            return float(value) if abs(float(value)) < 1e300 else float("nan")
+        except OverflowError:  # whole numbers have no end
             return float("nan")
-        match = _NUMBER.fullmatch(value) if len(value) <= 64 else None
-        if match is None:
-            return None
-        sign, digits, exponent, power, suffix = match.groups()
-        digits = digits.rstrip()
-        whole, _, part = digits.partition(mark)
-        if digits.count(mark) > 1:  # then it parts thousands
-            whole, part = digits, ""
-        if not is_loss and _THOUSANDS.fullmatch(whole):
-            whole = re.sub(r"\D", "", whole)
-        if not re.fullmatch(r"\d*", whole) or not re.fullmatch(r"\d*", part):
-            return None
-        if is_loss and suffix:
-            return None
-        tens = int((exponent or power or "0").replace("−", "-"))
-        tens += _SUFFIX.get((suffix or "").casefold(), 0)
-        return float(f"{'-' if sign in ('-', '−') else ''}{whole or 0}.{part or 0}e{tens}")
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # whole numbers have no end
+    if _INFINITE.fullmatch(value):
         return float("nan")
-    return number if abs(number) < 1e300 else float("nan")
+    match = _NUMBER.fullmatch(value) if len(value) <= 64 else None
+    if match is None or (is_loss and match[5]):
+        return None
+    sign, digits, exponent, power, suffix = match.groups("")
+    digits = digits.rstrip()
+    whole, _, part = digits.partition(mark)
+    if digits.count(mark) > 1:  # then it parts thousands
+        whole, part = digits, ""
+    if not is_loss and _THOUSANDS.fullmatch(whole):
+        whole = re.sub(r"\D", "", whole)
+    if not re.fullmatch(r"\d*", whole) or not re.fullmatch(r"\d*", part):
+        return None
+    tens = int((exponent or power or "0").replace("−", "-")) + _SUFFIX.get(suffix.casefold(), 0)
+    return float(f"{'-' if sign in ('-', '−') else ''}{whole or 0}.{part or 0}e{tens}")
 
 
 def _mark_of(value: Any) -> str:
@@ -333,11 +319,8 @@ def _mark_of(value: Any) -> str:
     """
     if not isinstance(value, str):
         return ""
-    readings = {mark: _number(value, mark) for mark in ".," if value.count(mark) < 2}
-    readings = {mark: number for mark, number in readings.items() if number is not None}
-    if len(readings) == 1:
-        return next(iter(readings))
-    return "?" if "," in value and len(readings) == 2 else ""
+    marks = [m for m in ".," if value.count(m) < 2 and _number(value, m) is not None]
+    return marks[0] if len(marks) == 1 else "?" if marks and "," in value else ""
 
 
 def with_numbers(
@@ -361,7 +344,7 @@ def with_numbers(
     strict = {*losses, *named}
     marks = {n: v.map(_mark_of) for n, v in cells.items() if n in strict or _all_numbers(v)}
     of_file = {mark for found in marks.values() for mark in found} & {",", "."}
-    choices: dict[str, list[str]] = {"decimal comma": [], "thousands separators": []}
+    commas, thousands = list[str](), list[str]()
     columns = {name: _plain(table[name], found) for name, found in cells.items()}
     for name in sorted(marks, key=lambda name: name not in losses):
         is_loss, found = name in losses, cells[name]
@@ -376,15 +359,17 @@ def with_numbers(
             value = f"{table[name][bad[0]]!s:.40}"
             hint = "; a loss has no thousands" if is_loss and _number(value.strip(), ".") else ""
             raise ConfigError(f"{name}={value}: row {bad[0]}: must be a number{hint}")
-        is_whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", str(value)) for value in found)
-        is_whole = is_whole and len(found) == len(table)
-        numbers = found.map(int) if is_whole else pd.Series(read, found.index, dtype=float)
-        columns[name] = numbers.reindex(table.index)
+        are_whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", str(value)) for value in found)
+        if are_whole and len(found) == len(table):
+            columns[name] = found.map(int)
+        else:
+            columns[name] = pd.Series(read, found.index, dtype=float).reindex(table.index)
         texts = [value for value in found if isinstance(value, str) and name in strict]
         if mark == "," and any("," in text for text in texts):
-            choices["decimal comma"].append(name)
+            commas.append(name)
         if any(_THOUSANDS.search(text.partition(mark)[0]) for text in texts):
-            choices["thousands separators"].append(name)
+            thousands.append(name)
+    choices = {"decimal comma": commas, "thousands separators": thousands}
     made = [f"{choice} ({', '.join(names)})" for choice, names in choices.items() if names]
     if made:
         notes.append(f"numbers: {'; '.join(made)}")

@@ -15,15 +15,15 @@ from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.runs import words_of
 
 Units = Mapping[str, float]  # of n, d and c: how many parameters, tokens or FLOPs one is
-SCALES = {  # the last word of a column's name
-    1e3: ("k", "thousand", "thousands"),
-    1e6: ("m", "mm", "million", "millions"),
-    1e9: ("b", "bn", "g", "billion", "billions"),
-    1e12: ("t", "tn", "trillion", "trillions"),
+SCALES = {  # what a unit is called, and the last word of a column's name
+    1e3: ("thousands", "k|thousands?"),
+    1e6: ("millions", "mm?|millions?"),
+    1e9: ("billions", "bn?|g|billions?"),
+    1e12: ("trillions", "tn?|trillions?"),
 }
-FLOPS = {  # the last words of a column's name
-    8.64e19: ("PFLOP-days", r"p(eta)?_?f(lops?)?_?s?_?days?"),
-    8.64e16: ("TFLOP-days", r"t(era)?_?f(lops?)?_?s?_?days?"),
+FLOPS = {  # the same of compute, whose name may be the unit alone
+    8.64e19: ("PFLOP-days", "p(eta)?_?f(lops?)?_?s?_?days?"),
+    8.64e16: ("TFLOP-days", "t(era)?_?f(lops?)?_?s?_?days?"),
     1e21: ("1e+21 FLOPs", "z(etta)?_?flops?"),
     1e18: ("1e+18 FLOPs", "e(xa)?_?flops?"),
     1e15: ("1e+15 FLOPs", "p(eta)?_?flops?"),
@@ -32,7 +32,7 @@ FLOPS = {  # the last words of a column's name
 }
 COUNTS = {"n": (1e3, 1e14), "d": (1e3, 1e16), "c": (1e6, 1e32)}  # between which medians lie
 EPOCHS = 1e5  # times that a token is read, at most
-FEW, MANY = 1e3, 1e6  # counts that do not stand in one column
+FEW, MANY = 1e3, 1e6  # counts that do not go together in one column
 LARGEST = 20.0  # loss of a token: a guess among 5e8 of them
 
 
@@ -40,7 +40,7 @@ def in_units(
     table: pd.DataFrame, used: pd.DataFrame, columns: Columns, named: Mapping[str, str],
     stated: Units, notes: list[str], cells: pd.DataFrame,
 ) -> tuple[pd.DataFrame, Columns]:  # fmt: skip
-    """Return the table with columns in parameters, tokens and FLOPs, where its own are in others.
+    """Return the table with its columns in parameters, tokens and FLOPs.
 
     ``named`` are the columns that were given by letter, ``stated`` their units; ``cells`` is the
     table as it was written: a value with a unit of its own, as 1.2B, keeps that.  Raises
@@ -92,9 +92,7 @@ def _choose(
     """
     named = {key: columns[key] for key in values}
     plain = {key: stated.get(key, 1.0) for key in named}
-    for key in named:
-        if plain[key] != 1:
-            notes.append(f"units: {named[key]} is in {plain[key]:g}, as given")
+    notes += [f"units: {named[k]} is in {u:g}, as given" for k, u in plain.items() if u != 1]
     units = {k: stated.get(k) or _unit_in(k, column) for k, column in named.items()}
     why = "by their names"
     if named and not _are_plausible(values, units, stated):
@@ -103,9 +101,8 @@ def _choose(
         if len(chosen) != 1:
             raise ConfigError(_question(values, named))
         units, why = chosen[0], "for then C is about 6 N D"
-    changed = {key: unit for key, unit in units.items() if unit != plain[key]}
-    if changed:
-        said = (f"{named[key]} is in {_word(key, unit)}" for key, unit in changed.items())
+    said = [f"{named[k]} is in {_word(k, unit)}" for k, unit in units.items() if unit != plain[k]]
+    if said:
         notes.append(f"units: {', '.join(said)}, {why}")
     times = _over_6nd(values, units) if len(named) == 3 else 1.0
     if not 1 / 3 <= times <= 3:
@@ -144,9 +141,7 @@ def _are_plausible(
     is_stated = {"n", "d"} <= set(stated) or not {"n", "d"} <= set(counts)
     if not is_stated and not 0.1 <= float((counts["d"] / counts["n"]).median()) <= 1e4:
         return False
-    if len(values) < 3 or "c" in stated:
-        return True
-    return 1 / factor <= _over_6nd(values, units) <= factor
+    return len(values) < 3 or "c" in stated or 1 / factor <= _over_6nd(values, units) <= factor
 
 
 def _over_6nd(values: Mapping[str, pd.Series], units: Units) -> float:
@@ -172,18 +167,16 @@ def _by_compute(
 
 def _unit_in(key: str, column: str) -> float:
     """Return what a column's name says that it counts in, as params_m, tokens (B) or pf-days."""
+    known, before = SCALES, ""
     if key == "c":
-        parts = re.findall("[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).casefold())
-        name = "_" + "_".join(parts)
-        return next((u for u, (_, end) in FLOPS.items() if re.search(f"_{end}$", name)), 1.0)
-    _, *words = re.findall("[a-z]+", column.casefold()) or [""]
-    return next((u for u, names in SCALES.items() if words and words[-1] in names), 1.0)
+        known, before, column = FLOPS, "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column)
+    name = before + "_".join(re.findall("[a-z]+", column.casefold()))
+    return next((unit for unit, (_, end) in known.items() if re.search(f"_({end})$", name)), 1.0)
 
 
 def _word(key: str, unit: float) -> str:
-    if key == "c":
-        return FLOPS[unit][0] if unit in FLOPS else f"{unit:g} FLOPs"
-    return SCALES[unit][-1] if unit in SCALES else f"{unit:g}"
+    known = FLOPS if key == "c" else SCALES
+    return known[unit][0] if unit in known else f"{unit:g}{' FLOPs' if key == 'c' else ''}"
 
 
 def _question(values: Mapping[str, pd.Series], named: Mapping[str, str]) -> str:
