@@ -219,3 +219,19 @@ def test_the_page_of_the_bank_says_how_studies_were_covered() -> None:
     assert (table["studies"] >= 200).all()
     assert table.loc[table["form"] == "inside", "covered"].between(92, 98).all()
     assert (table[table["form"] == "outside"]["covered"] >= 85).all()
+
+
+def test_of_few_runs_no_law_counts_whose_loss_rises() -> None:
+    """Ten runs of a law within a budget, in which the largest size was unlucky: laws with a
+    negative exponent fit them best, and predict 1e44 nats for a run of twice the size."""
+    table = pd.DataFrame(
+        {
+            "N": [56640, 100096, 100096, 6592, 25472, 25472, 25472, 56640, 25472, 25472],
+            "D": np.array([1, 2, 4, 1, 4, 8, 2, 4, 2, 4]) * 70_400.0,
+            "loss": [4.760, 4.375, 4.021, 4.811, 4.021, 3.848, 4.292, 4.009, 4.266, 4.000],
+        }
+    )
+    size = (table["N"] * table["D"]).to_numpy(dtype=float)
+    made = ahead.forecast(ahead.Sample(table, LAWS, COLUMNS, "loss", size, np.arange(10)))
+    place = {"N": np.array([223_872.0]), "D": np.array([1.12e6])}
+    assert 3.0 < np.exp(made.at(place, 6 * place["N"] * place["D"])[0][0]) < 4.0

@@ -20,7 +20,7 @@ from scipy import special
 
 from tinygpt.config import ConfigError
 from tinygpt.scaling.fitting import EFFICIENT, ROUGH
-from tinygpt.scaling.laws import LAWS, Array
+from tinygpt.scaling.laws import BUILT_IN, LAWS, Array
 from tinygpt.scaling.noise import Seeds
 from tinygpt.scaling.points import Points
 from tinygpt.scaling.solver import NDBool, solve, starts_of
@@ -90,6 +90,13 @@ class Member:
     def log_loss(self, values: Mapping[str, Array]) -> Array:
         """Return the log loss, (n,), at values of the law's variables."""
         return np.asarray(LAWS[self.law].log_loss(self.theta[None], self.points.at(values))[0])
+
+    @property
+    def rises(self) -> bool:
+        """Return whether the loss would rise with parameters or tokens, as no law of ours means."""
+        exponents = dict(zip(LAWS[self.law].parameters, self.theta, strict=True))
+        is_ours = self.law in BUILT_IN
+        return is_ours and min(exponents.get(name, 0.0) for name in ("alpha", "beta")) < 0
 
 
 @dataclass(frozen=True)
@@ -163,16 +170,20 @@ def forecast(sample: Sample) -> Forecast:
             members, *inner = fit_members(replace(sample, laws=laws), parts)
     if not members:
         raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
+    # of few runs, one that rises may predict anything
+    used = [i for i, one in enumerate(members) if not one.rises] or range(len(members))
     found, seeds = [], Seeds.of(sample.values, sample.measured)
     for (below, above), fitted in zip(cuts, inner, strict=True):
         if len(fitted) < len(members):
             continue
+        fitted = [fitted[i] for i in used]
         test = sample.rows(above)
         distance = np.log(test.size / sample.size[below].max())
         errors = np.stack([member.log_loss(test.values) - test.measured for member in fitted])
         scatter = np.array([[member.scale] for member in fitted])
         scatter = np.broadcast_to(scatter if seeds is None else seeds.at(test.values), errors.shape)
         found.append((distance, errors, scatter))
+    members = [members[i] for i in used]
     weights, rate = _weigh(found, len(members))
     ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
     return Forecast(members, weights, float(sample.size.max()), ends, rate, seeds)
