@@ -15,7 +15,7 @@ LIMITS = {
     "root": 3_209,
     "config": 1_223,
     "runs": 884,
-    "data": 3_988,
+    "data": 3_793,
     "model": 1_548,
     "training": 2_777,
     "sweeping": 2_525,
