@@ -12,7 +12,34 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinygpt.data.synthetic import KINDS, OPENING_CAST, RELATIONS, Floats, Grammar
+from tinygpt.data.synthetic import (
+    KINDS,
+    OPENING_CAST,
+    RELATIONS,
+    TEMPLATES,
+    WORDS,
+    Floats,
+    Grammar,
+)
+
+
+def smaller(
+    least: int,
+    most: int,
+    names: int = 64,
+    cast: int = 8,
+    adjectives: int = 32,
+    nouns: int = 32,
+    words: int = 8,
+    templates: int = 5,
+) -> type[Grammar]:
+    """A grammar of stories with ``least`` to ``most`` sentences, and less of everything else."""
+    limits = {"name": names, "adjective": adjectives, **dict.fromkeys(RELATIONS, nouns)}
+    less = {
+        "words": {c: found[: limits.get(c, words)] for c, found in WORDS.items()},
+        "templates": {kind: texts[:templates] for kind, texts in TEMPLATES.items()},
+    }
+    return type("Smaller", (Grammar,), {**less, "lengths": range(least, most + 1), "cast": cast})
 
 
 class Choice(NamedTuple):
@@ -77,11 +104,11 @@ class Reader:
         sentences = [self._read(part) for part in re.split(r"(?<=[.!]) ", text)]
         kinds = [sentence.kind for sentence in sentences]
         length = len(sentences) - 2
-        if not self.grammar.shape.least_sentences <= length <= self.grammar.shape.most_sentences:
+        if length not in self.grammar.lengths:
             raise ValueError(f"a story cannot have {len(sentences)} sentences")
         if kinds[0] != "opening" or kinds[-1] != "closing" or not set(kinds[1:-1]) <= set(KINDS):
             raise ValueError("a story has one opening, its body and one closing sentence")
-        choices = [Choice("length", str(length), 1 / self.grammar.shape.lengths)]
+        choices = [Choice("length", str(length), 1 / len(self.grammar.lengths))]
         cast: list[str] = []
         for sentence in sentences:
             for choice in self._sentence_choices(sentence, cast):
@@ -130,7 +157,9 @@ class Reader:
 
 
 def entropy(grammar: Grammar) -> float:
-    """Expected nats of a story, end of text included."""
+    """Expected nats of a story, end of text included: ln 5 for the length, and for each sentence
+    the entropy of its kind, its template and its slots: H(Zipf) + h(noise) + noise·ln 1023 for a
+    fact, H(1/d, d ≤ k) for a recalled name, where the size k of the cast is the only state."""
     return math.fsum(entropy_parts(grammar).values())
 
 
@@ -145,7 +174,7 @@ def entropy_parts(grammar: Grammar) -> dict[str, float]:
     noise = grammar.config.noise_rate
     wrong = noise * math.log(grammar.n_values - 1) if noise else 0.0
     return {
-        "length": math.log(grammar.shape.lengths),
+        "length": math.log(len(grammar.lengths)),
         "kind": float(body.sum(axis=1) @ entropy_of(grammar.kind_p)),
         "template": sum(n * math.log(len(grammar.templates[kind])) for kind, n in counts.items()),
         "name": float(new_name[:OPENING_CAST].sum() + body[:, 3] @ new_name),
@@ -161,14 +190,14 @@ def entropy_parts(grammar: Grammar) -> dict[str, float]:
 
 def expected_sentences(grammar: Grammar) -> tuple[Floats, Floats]:
     """Body sentences by (cast before, kind), and closings by cast, in a story on average."""
-    shape = grammar.shape
-    cast = np.zeros(shape.cast + 1)  # the distribution of its size at a position
+    lengths = grammar.lengths
+    cast = np.zeros(grammar.cast + 1)  # the distribution of its size at a position
     cast[OPENING_CAST] = 1.0
     body, closing = np.zeros_like(grammar.kind_p), np.zeros_like(cast)
-    for position in range(shape.most_sentences + 1):
+    for position in range(lengths.stop):
         here = cast[:, None] * grammar.kind_p
-        body += here * min(1.0, (shape.most_sentences - position) / shape.lengths)
-        closing += cast * (position >= shape.least_sentences) / shape.lengths
+        body += here * min(1.0, (lengths[-1] - position) / len(lengths))
+        closing += cast * (position >= lengths.start) / len(lengths)
         cast = cast - here[:, 3] + np.roll(here[:, 3], 1)
     return body, closing
 

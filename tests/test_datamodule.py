@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,13 +104,6 @@ def test_a_batch_depends_on_seed_and_step_alone(
     micro = min(micro, 32 // world)
     whole = step_tokens(data, seed, step, 32, micro=32, world=1)
     assert torch.equal(step_tokens(data, seed, step, 32, micro, world), whole)
-
-
-def test_the_order_of_asking_does_not_matter(data: TokenData) -> None:
-    made = batches(data, 3, plan(8, 4))
-    forth = {index: made[index][0] for index in range(100)}
-    back = {index: made[index][0] for index in reversed(range(100))}
-    assert all(torch.equal(forth[index], back[index]) for index in range(100))
 
 
 @settings(max_examples=30, deadline=None)
@@ -219,19 +211,6 @@ def test_every_target_is_scored_once(
     assert scored == raw[split][1:]
     assert rows == len(windows.starts)
     assert len(made) == -(-rows // batch_size)
-
-
-def test_evaluation_does_not_depend_on_the_batch_size(data: TokenData) -> None:
-    def rows(size: int) -> list[Tensor]:
-        pairs = data.eval_batches("val", size)
-        return list(
-            itertools.chain.from_iterable(
-                torch.stack([inputs, targets], dim=1) for inputs, targets in pairs
-            )
-        )
-
-    for one, other in zip(rows(3), rows(64), strict=True):
-        assert torch.equal(one, other)
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def test_windows_of_any_stride_share_out_the_targets(
     split.offsets = [np.array([0, size]) for size in sizes]
     windows = split.eval_windows(length, False, stride)
     counted: list[int] = []
-    for start, size, before in zip(*vars(windows).values(), strict=True):
+    for start, size, before in zip(*windows, strict=True):
         assert 0 < size <= length
         is_first = start in np.cumsum([0, *(size + 1 for size in sizes)])
         assert before == 0 if is_first else before >= length - stride

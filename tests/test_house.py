@@ -15,11 +15,11 @@ LIMITS = {
     "root": 3_265,
     "config": 1_223,
     "runs": 884,
-    "data": 3_988,
+    "data": 3_793,
     "model": 1_550,
     "training": 2_777,
     "sweeping": 2_535,
-    "scaling": 9_666,
+    "scaling": 9_677,
     "evaluating": 1_459,
     "adaptation": 3_129,
 }

@@ -71,6 +71,13 @@ class Endless(Texts):
             yield Document(f"document {number}")
 
 
+@contextlib.contextmanager
+def limited(**limits: Any) -> Iterator[Path]:
+    """A folder to write into, with other limits than those of ``writing``."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(writing, **limits):
+        yield Path(folder)
+
+
 def stories(count: int, start: int = 0) -> list[str]:
     return [f"Story {n}: {'la' * (n % 17)} and {n * n} birds." for n in range(start, start + count)]
 
@@ -79,8 +86,8 @@ def config(**values: Any) -> CustomData:
     return CustomData(name="texts", path="-", **values)
 
 
-def whole(folder: str | Path, corpus: Any, data: DataConfig | None = None) -> Prepared:
-    return prepare(corpus, data or config(), ByteTokenizer(), Path(folder))
+def whole(folder: Path, corpus: Any, data: DataConfig | None = None) -> Prepared:
+    return prepare(corpus, data or config(), ByteTokenizer(), folder)
 
 
 def shard_tokens(prepared: Prepared, name: str) -> list[list[int]]:
@@ -120,10 +127,7 @@ def test_documents_come_back_in_order_and_are_counted(
 ) -> None:
     corpus = Texts([*texts, "last"], val=["validation"], test=["test", "one more"])
     kept = [t for t in corpus.texts["train"] if t and t not in ("validation", "test", "one more")]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(writing, SHARD_TOKENS=shard, BATCH_CHARACTERS=batch),
-    ):
+    with limited(SHARD_TOKENS=shard, BATCH_CHARACTERS=batch) as folder:
         made = whole(folder, corpus)
         assert documents_of(made, "train") == kept
         assert documents_of(made, "val") == ["validation"]
@@ -215,10 +219,7 @@ def test_training_windows_are_those_of_a_direct_cut(
 ) -> None:
     stride = min(part, length)
     corpus = Texts(stories(count), val=["validation"], test=["test"])
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(writing, SHARD_TOKENS=shard, BATCH_CHARACTERS=1),
-    ):
+    with limited(SHARD_TOKENS=shard, BATCH_CHARACTERS=1) as folder:
         made = whole(folder, corpus)
         split = made.split("train")
         windows = split.train_windows(length, stride, fraction)
@@ -252,10 +253,7 @@ def test_evaluation_windows_hold_every_target_once(
     count: int, shard: int, length: int, packed: bool
 ) -> None:
     corpus = Texts(["t"], val=stories(count), test=["test"])
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(writing, SHARD_TOKENS=shard, BATCH_CHARACTERS=1),
-    ):
+    with limited(SHARD_TOKENS=shard, BATCH_CHARACTERS=1) as folder:
         made = whole(folder, corpus)
         split, files = made.split("val"), shard_tokens(made, "val")
         longest = made.index["splits"]["val"]["longest_document"]
@@ -285,10 +283,7 @@ def test_max_tokens_stops_an_endless_source_and_nests(limits: tuple[int, int]) -
     small, large = sorted(limits)
     made: list[Prepared] = []
     raw: list[list[int]] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(writing, BATCH_CHARACTERS=50, _cpus=lambda: 2),
-    ):
+    with limited(BATCH_CHARACTERS=50, _cpus=lambda: 2) as folder:
         for limit in (small, large):
             corpus = Endless()
             made.append(whole(folder, corpus, config(max_tokens=limit)))
@@ -330,13 +325,8 @@ def test_any_number_of_threads_writes_the_same_bytes(
     data = config(max_tokens=max_tokens, eval_tokens=eval_tokens)
     found = []
     for count in (1, cpus):
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            mock.patch.multiple(
-                writing, BATCH_CHARACTERS=batch, _cpus=mock.Mock(return_value=count)
-            ),
-        ):
-            made = prepare(corpus, data, BpeTokenizer(vocab_size=270), Path(folder))
+        with limited(BATCH_CHARACTERS=batch, _cpus=mock.Mock(return_value=count)) as folder:
+            made = prepare(corpus, data, BpeTokenizer(vocab_size=270), folder)
             found.append(contents(made.folder))
     assert found[0] == found[1]
 
@@ -401,19 +391,18 @@ def test_only_what_changes_shards_changes_the_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("key", "value"),
     [
-        {"corpus_seed": 1},
-        {"n_facts": 16385},
-        {"zipf_exponent": 1.2000001},
-        {"noise_rate": 0.0500001},
+        ("corpus_seed", 1),
+        ("n_facts", 16385),
+        ("zipf_exponent", 1.2000001),
+        ("noise_rate", 0.0500001),
     ],
-    ids=str,
 )
-def test_every_key_of_the_synthetic_corpus_is_in_the_fingerprint(change: dict[str, Any]) -> None:
+def test_every_key_of_the_synthetic_corpus_is_in_the_fingerprint(key: str, value: Any) -> None:
     """Also one that happens to leave the first stories as they are: it changes the floor."""
     data = SyntheticData(name="synthetic", max_documents=10)
-    changed = dataclasses.replace(data, **change)
+    changed = dataclasses.replace(data, **{key: value})
     assert SyntheticCorpus(data).fingerprint() != SyntheticCorpus(changed).fingerprint()
 
 
@@ -514,17 +503,14 @@ def test_an_interrupted_preparation_goes_on_from_whole_shards(
     """To the same bytes."""
     data = config(max_tokens=limit, eval_tokens=limit, val_fraction=0.2, test_fraction=0.2)
     texts = [*stories(290), "", *stories(5), *stories(4, start=800)]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(writing, SHARD_TOKENS=shard, BATCH_CHARACTERS=batch, MOST_THREADS=1),
-    ):
-        clean = contents(whole(Path(folder) / "clean", Texts(texts), data).folder)
+    with limited(SHARD_TOKENS=shard, BATCH_CHARACTERS=batch, MOST_THREADS=1) as folder:
+        clean = contents(whole(folder / "clean", Texts(texts), data).folder)
         for at in ats:
             with contextlib.suppress(KeyboardInterrupt):  # where the limit is reached before it
-                whole(Path(folder) / "here", Interrupted(texts, at), data)
-        made = whole(Path(folder) / "here", Texts(texts), data)
+                whole(folder / "here", Interrupted(texts, at), data)
+        made = whole(folder / "here", Texts(texts), data)
         assert contents(made.folder) == clean
-        assert not list(Path(folder).glob("here/data/.*"))
+        assert not list(folder.glob("here/data/.*"))
 
 
 def test_what_stands_in_whole_shards_is_not_encoded_again(tmp_path: Path) -> None:

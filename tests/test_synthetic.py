@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from tests.grammar import Choice, Reader, entropy, entropy_parts, render
+from tests.grammar import Choice, Reader, entropy, entropy_parts, render, smaller
 from tinygpt.config import SyntheticData
 from tinygpt.data.synthetic import (
     BLOCK,
@@ -25,12 +24,11 @@ from tinygpt.data.synthetic import (
     SYLLABLES,
     WORDS,
     Grammar,
-    Shape,
 )
 
 SMALL = SyntheticData(n_facts=40, zipf_exponent=1.0, noise_rate=0.2, heldout_entities=3)
 # Few enough stories to write them all down.
-TINY = Shape(1, 2, names=4, cast=4, adjectives=1, nouns=2, words=2, templates=1)
+TINY = smaller(1, 2, names=4, cast=4, adjectives=1, nouns=2, words=2, templates=1)
 
 FIRST_STORY = (  # of SMALL: a change of it is a change of every corpus
     "Once Beth, Fred and Amy met. Which treasure has Ginzil? A small sled. They knew that "
@@ -61,16 +59,6 @@ def choices(grammar: Grammar, count: int) -> Iterator[Choice]:
         yield from reader.parse(text)
 
 
-def agrees(observed: list[int], weights: list[float]) -> bool:
-    """Pearson's chi-square at about five standard deviations."""
-    counts, p = np.array(observed), np.array(weights) / sum(weights)
-    expected = p * counts.sum()
-    freedom = len(p) - 1
-    assert expected.min() > 5
-    chi2 = float(((counts - expected) ** 2 / expected).sum())
-    return chi2 < freedom + 5 * math.sqrt(2 * freedom) + 5
-
-
 # One derivation, and its probability
 
 
@@ -98,7 +86,8 @@ def test_the_parse_gives_the_nats_of_the_generator(grammar: Grammar) -> None:
 def test_any_knobs_give_stories_that_parse(
     config: SyntheticData, least: int, extra: int, cast: int, words: int, templates: int
 ) -> None:
-    grammar = Grammar(config, Shape(least, least + extra, 6, cast, words, words, words, templates))
+    made = smaller(least, least + extra, 6, cast, words, words, words, templates)
+    grammar = made(config)
     assert entropy(grammar) > 0
     reader = Reader(grammar)
     for text, nats in take(grammar, 60):
@@ -108,7 +97,7 @@ def test_any_knobs_give_stories_that_parse(
 
 def test_the_probabilities_of_all_stories_of_a_tiny_grammar_add_up_to_one() -> None:
     config = SyntheticData(n_facts=3, noise_rate=0.3, heldout_entities=0)
-    grammar = Grammar(config, TINY)
+    grammar = TINY(config)
     names = WORDS["name"][:4]
     values = {r: [f"red {noun}" for noun in WORDS[r][:2]] for r in RELATIONS}
 
@@ -206,17 +195,19 @@ def test_no_word_has_two_meanings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "shape"),
+    ("config", "made"),
     [
-        (SyntheticData(), Shape()),
-        (SMALL, Shape()),
-        (SMALL, Shape(0, 9, names=5, cast=4, adjectives=2, nouns=3, words=3, templates=2)),
-        (SyntheticData(n_facts=7, noise_rate=0.9), Shape(3, 3, 3, 3, 4, 4, 2, 1)),
-        (SyntheticData(n_facts=1, noise_rate=0.0), Shape(20, 30)),
+        (SyntheticData(), Grammar),
+        (SMALL, Grammar),
+        (SMALL, smaller(0, 9, names=5, cast=4, adjectives=2, nouns=3, words=3, templates=2)),
+        (SyntheticData(n_facts=7, noise_rate=0.9), smaller(3, 3, 3, 3, 4, 4, 2, 1)),
+        (SyntheticData(n_facts=1, noise_rate=0.0), smaller(20, 30)),
     ],
 )
-def test_the_mean_over_stories_is_the_closed_form(config: SyntheticData, shape: Shape) -> None:
-    grammar = Grammar(config, shape)
+def test_the_mean_over_stories_is_the_closed_form(
+    config: SyntheticData, made: type[Grammar]
+) -> None:
+    grammar = made(config)
     nats = np.array([nats for _, nats in take(grammar, 20_000)])
     error = nats.std() / math.sqrt(len(nats))
     assert abs(nats.mean() - entropy(grammar)) < 4 * error
@@ -235,14 +226,6 @@ def test_each_part_of_the_entropy_is_that_of_its_choices(small: Grammar) -> None
     error = found.std(axis=0) / math.sqrt(count)
     assert np.all(np.abs(found.mean(axis=0) - list(parts.values())) < 4 * error + 1e-9)
     assert set(parts) == {choice.kind for choice in choices(small, 50)}
-
-
-def test_facts_follow_zipf_and_their_entities_are_in_order(small: Grammar) -> None:
-    names = [e.name for e in small.entities]
-    facts = [f"{names[i // 4]} {RELATIONS[i % 4]}" for i in range(40)]
-    counts = Counter(c.value for c in choices(small, 3000) if c.kind == "fact")
-    assert sum(counts.values()) > 10_000
-    assert agrees([counts[fact] for fact in facts], [1 / rank for rank in range(1, 41)])
 
 
 # A corpus

@@ -35,7 +35,6 @@ from tinygpt.data.tokenizers import Bpe, Gpt2, Tokenizer, load_tokenizer, train_
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 GPT2 = SHARED / "gpt2-bpe"
 needs_gpt2 = pytest.mark.skipif(not GPT2.is_dir(), reason="GPT-2's vocabulary is not here")
-needs_stories = pytest.mark.skipif(not (SHARED / "tinystories").is_dir(), reason="no stories here")
 
 TEXTS = [
     "Once upon a time, there was a little girl named Lily.\nShe didn't like the 3 big dogs! ",
@@ -99,9 +98,7 @@ def test_ids_are_identical_for_any_trained_merges(
     # joined, because merges differ most where learned pieces meet
     for text in [*texts, *corpus, "".join(corpus), "".join(reversed(corpus))]:
         assert tokenizer.encode(text) == library.encode(text).ids
-    assert all(
-        len(library.model.tokenize(t)) == 1 for t in tokenizers.merged_tokens(tokenizer.merges)
-    )
+    assert all(len(library.model.tokenize(token)) == 1 for token in tokenizer.merged)
 
 
 @settings(max_examples=200, deadline=None)
@@ -141,10 +138,12 @@ def test_a_literal_special_token_is_text(literal: str) -> None:
         assert not {tokenizer.bos_id, tokenizer.eot_id} & set(ids)
 
 
-def test_special_ids_decode_to_their_literal_text() -> None:
+def test_special_ids_decode_to_their_literal_text_and_nothing_to_nothing() -> None:
     for tokenizer in every_kind():
         ids = [tokenizer.bos_id, *tokenizer.encode("the"), tokenizer.eot_id]
         assert tokenizer.decode(np.array(ids)) == "<|bos|>the<|endoftext|>"
+        assert tokenizer.encode("") == tokenizer.encode_batch([]) == []
+        assert tokenizer.decode([]) == ""
 
 
 @pytest.mark.parametrize("wrong", [-1, 10**6])
@@ -180,13 +179,6 @@ def test_empty_training_text_is_an_error(config: TokenizerConfig, texts: list[st
         train_tokenizer(config, texts)
 
 
-def test_encoding_nothing_gives_nothing() -> None:
-    for tokenizer in every_kind():
-        assert tokenizer.encode("") == []
-        assert tokenizer.decode([]) == ""
-        assert tokenizer.encode_batch([]) == []
-
-
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     for tokenizer in every_kind():
         path = tmp_path / f"{tokenizer.kind}.json"
@@ -200,17 +192,6 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
         loaded.save(path)
         assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bpe.json", "byte.json", "char.json"]
-
-
-def test_the_bpe_file_is_a_plain_hugging_face_file(tmp_path: Path, bpe: Bpe) -> None:
-    bpe.save(tmp_path / "tokenizer.json")
-    library = HuggingFaceTokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert library.get_vocab_size() == bpe.vocab_size
-    assert library.token_to_id("<|bos|>") == bpe.bos_id
-    assert library.token_to_id("<|endoftext|>") == bpe.eot_id
-    for text in TEXTS[:2]:
-        assert library.encode(text).ids == bpe.encode(text)
-        assert library.decode(library.encode(text).ids) == text
 
 
 def test_training_is_deterministic(tmp_path: Path, bpe: Bpe) -> None:
@@ -233,11 +214,7 @@ def test_training_is_deterministic(tmp_path: Path, bpe: Bpe) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"not json",
-        b"[1, 2]",
-        b"{}",
-        b"\xff\xfe",
+        *(b"", b"not json", b"[1, 2]", b"{}", b"\xff\xfe"),
         b'{"kind": "word"}',
         b'{"kind": "char"}',
         b'{"kind": "char", "alphabet": "ba"}',
@@ -352,20 +329,20 @@ def test_gpt2_is_tiktokens(
 def test_gpt2_folder_with_damaged_files(tmp_path: Path) -> None:
     config = Gpt2Tokenizer(vocab_dir=str(tmp_path))
     wanted = r"tokenizer\.vocab_dir=.*encoder\.json and vocab\.bpe"
+    encoder, merges = ((GPT2 / name).read_bytes() for name in ("encoder.json", "vocab.bpe"))
     with pytest.raises(ConfigError, match=wanted):
         train_tokenizer(config, ())
-    shutil.copyfile(GPT2 / "encoder.json", tmp_path / "encoder.json")
+    (tmp_path / "encoder.json").write_bytes(encoder)
     with pytest.raises(ConfigError, match=wanted + r".*vocab\.bpe: No such file"):
         train_tokenizer(config, ())
-    merges = (GPT2 / "vocab.bpe").read_bytes()
-    for damaged in (merges[: len(merges) // 2], b"", b"\xff", b"<html></html>"):
-        (tmp_path / "vocab.bpe").write_bytes(damaged)
+    damaged = (
+        (encoder, bad) for bad in (merges[: len(merges) // 2], b"", b"\xff", b"<html></html>")
+    )
+    for first, second in (*damaged, (b"[", merges)):
+        (tmp_path / "encoder.json").write_bytes(first)
+        (tmp_path / "vocab.bpe").write_bytes(second)
         with pytest.raises(ConfigError, match=wanted):
             train_tokenizer(config, ())
-    (tmp_path / "vocab.bpe").write_bytes(merges)
-    (tmp_path / "encoder.json").write_text("[")
-    with pytest.raises(ConfigError, match=wanted):
-        train_tokenizer(config, ())
 
 
 def test_gpt2_without_network_fails_fast_and_deletes_nothing(

@@ -108,7 +108,7 @@ def decode(argv: Sequence[str]) -> None:
 @one_line_errors
 def main() -> None:
     commands = {"train": train, "encode": encode, "decode": decode}
-    name, rest = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         show_help(USAGE)
         return

@@ -6,10 +6,9 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from tinygpt.config import ConfigError, CustomData
+from tinygpt.config import ConfigError
 from tinygpt.data.readers import HEAD_CHARACTERS, HEAD_ROWS, Row
 from tinygpt.data.survey import Survey
 
@@ -23,16 +22,12 @@ MANY = 0.05  # of the rows, whose text of another name is not skipped unsaid
 _MISSING = object()
 
 
-@dataclass
-class Choice:
+class Choice(NamedTuple):
     """The columns that are the text; several are joined by blank lines."""
 
     columns: list[str]
     others: list[str]  # of text, not chosen; the first of many
-    is_asked: bool = False
-
-    def __post_init__(self) -> None:
-        del self.others[SHOWN:]
+    is_asked: bool
 
     def __str__(self) -> str:
         return " + ".join(self.columns)
@@ -57,41 +52,39 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
     """Return the column that ``asked`` names, or for ``auto`` the one that holds the text.
 
     That is ``text`` in any case, else the column of prose with the most characters; labels, ids,
-    links, numbers and what never varies are no prose.  Raises ConfigError where lists, structs or
-    chats hold more text than any such column, and where there is none.  What was chosen ``first``,
-    in another file, is chosen where it holds text here too.
+    links, numbers and constants are no prose.  Raises ConfigError where lists, structs or chats
+    hold more text than any such column, and where there is none.  What was chosen ``first``, in
+    another file, is chosen where it holds text here too.
     """
-    if not head:
-        return Choice(_asked(asked), [])
     names = list(dict.fromkeys(name for row in head for name in row))
     texts = {name: [row[name] for row in head if isinstance(row.get(name), str)] for name in names}
     lengths = {name: sum(map(len, values)) for name, values in texts.items() if values}
 
     def chosen(columns: list[str]) -> Choice:
         others = [name for name in lengths if lengths[name] and name not in columns]
-        return Choice(columns, others, is_asked=asked != "auto")
+        return Choice(columns, others[:SHOWN], is_asked=asked != "auto")
 
-    if asked != "auto":
-        for column in _asked(asked):
+    if asked != "auto" or not head:
+        for column in _asked(asked) if head else ():
             _check(column, head, names, where)
         return chosen(_asked(asked))
     if first is not None and all(texts.get(name) for name in first.columns):
         return chosen(first.columns)
     prose = {name: lengths[name] for name in lengths if _is_prose(texts[name])}
 
-    def is_ids(values: list[str], size: int) -> bool:
+    def is_ids(name: str) -> bool:
         """Return whether a column called text names files, or is ids beside far longer prose."""
-        filled = [value for value in values if value.strip()]
-        is_short = not any(map(_is_wordy, filled)) and max(prose.values(), default=0) > 4 * size
+        filled = [value for value in texts[name] if value.strip()]
+        is_short = max(prose.values(), default=0) > 4 * lengths.get(name, 0)
         is_files = len(lengths) > 1 and all(map(FILE.fullmatch, filled))
-        return bool(filled) and (is_short or is_files)
+        return bool(filled) and (is_files or (is_short and not any(map(_is_wordy, filled))))
 
     by_name = [
         name
         for name in names
         if name.casefold() == "text"
         and (texts[name] or all(row.get(name) is None for row in head))
-        and not is_ids(texts[name], lengths.get(name, 0))
+        and not is_ids(name)
     ]
     if by_name:
         return chosen(["text" if "text" in by_name else by_name[0]])
@@ -106,10 +99,9 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
     best = max(prose, key=lambda name: prose[name], default=None)
     inner = max(nested, key=lambda name: nested[name], default=None)
     key = f"data.text_column=auto: {where}"
-    if inner is not None and nested[inner] > (prose[best] if best is not None else 0):
-        beside, other = "", ""
-        if best is not None:
-            beside, other = f", more than in {best}", f" or data.text_column={best}"
+    if inner is not None and nested[inner] > (0 if best is None else prose[best]):
+        beside = "" if best is None else f", more than in {best}"
+        other = "" if best is None else f" or data.text_column={best}"
         raise ConfigError(
             f"{key}: most text is inside {inner}{beside}; give data.text_column={inner}{other}"
         )
@@ -130,10 +122,10 @@ def _asked(asked: str) -> list[str]:
 def _check(column: str, head: Sequence[Row], names: list[str], where: str) -> None:
     """Raise ConfigError for a column that is not there, or holds no text in any row."""
     key = f"data.text_column={column}: {where}"
-    values = [_value(row, column) for row in head]
-    if all(value is _MISSING for value in values):
+    there = [(n, v) for n, row in enumerate(head, 1) if (v := _value(row, column)) is not _MISSING]
+    if not there:
         raise ConfigError(f"{key} has no such column; it has {_shown(names)}")
-    filled = [(n, v) for n, v in enumerate(values, 1) if v is not _MISSING and v is not None]
+    filled = [(number, value) for number, value in there if value is not None]
     if filled and all(_text(value, key, number) is None for number, value in filled):
         number, value = filled[0]
         raise ConfigError(f"{key}: holds no text but {value!r:.40} (row {number})")
@@ -145,11 +137,10 @@ def _shown(names: Sequence[str]) -> str:
 
 def _is_prose(values: list[str]) -> bool:
     """Return whether the values vary, and are mostly neither labels nor ids, links or numbers."""
-    if len(values) > 1 and len(set(values)) == 1:
-        return False
-    is_short = sum(map(len, values)) < 40 * len(values)
-    enough, few = (6, len(values) / 2) if is_short else (20, len(values) / 20)
-    if len(values) >= enough and len(set(values)) <= few:
+    different, count = len(set(values)), len(values)
+    is_short = sum(map(len, values)) < 40 * count
+    enough, few = (6, count / 2) if is_short else (20, count / 20)
+    if (count > 1 and different == 1) or (count >= enough and different <= few):
         return False
     filled = [value for value in values if value.strip()]
     return sum(map(_is_wordy, filled)) >= WORDY * len(filled) > 0
@@ -213,8 +204,7 @@ def prefixes(column: str) -> list[str]:
 
 
 def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> Iterator[str]:
-    """Yield the text of each row, empty where it is null; others than text are counted and
-    skipped.
+    """Yield the text of each row, empty where it is null; count and skip what is no text.
 
     A list gives its texts on lines of their own; a chat, a list of ``{role, content}`` or
     ``{from, value}``, paragraphs ``role: content``.  Raises ConfigError, naming the row, for a
@@ -222,47 +212,39 @@ def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> It
     """
     number, with_text = 0, 0
     beside, instead, samples = Counter[str](), Counter[str](), dict[str, list[str]]()
+
+    def refuse(rows: str, name: str) -> ConfigError:
+        return ConfigError(
+            f"data.text_column=auto: {where}: {rows} no {choice} but a text in {name}; "
+            f"data.text_column=[{','.join([*choice.columns, name])}] takes whichever a row has, "
+            f"data.text_column={choice} only its own"
+        )
+
     for number, row in enumerate(rows, start=1):
-        values = [(column, _value(row, column)) for column in choice.columns]
-        filled = [(c, v) for c, v in values if v is not None and v is not _MISSING]
+        values = [(c, v) for c in choice.columns if (v := _value(row, c)) is not _MISSING]
+        filled = [(column, value) for column, value in values if value is not None]
         found = [_text(v, f"data.text_column={c}: {where}", number) for c, v in filled]
         found = ["" if text in NULLS else text for text in found]
         survey.values_not_text += found.count(None)
         if not choice.is_asked:
-            if all(value is _MISSING for _, value in values):
-                _refuse_other(row, choice, where, number)
-            others = [name for name, value in row.items() if value and isinstance(value, str)]
             with_text += any(found)
-            for name in others:
+            for name, value in row.items():
+                if not isinstance(value, str) or not value:
+                    continue
+                if not values and len(value) >= LONG and _is_wordy(value):
+                    raise refuse(f"row {number} has", name)
                 if any(found):
                     beside[name] += 1
-                elif _is_wordy(row[name]):
+                elif _is_wordy(value):
                     instead[name] += 1
                     if instead[name] <= HEAD_ROWS:
-                        samples.setdefault(name, []).append(row[name][:LONG])
+                        samples.setdefault(name, []).append(value[:LONG])
         if not filled or found.count(None) < len(found):
             yield "\n\n".join(text for text in found if text)
     for name, count in instead.items():
         is_other_name = count > number * MANY and beside[name] * 2 <= with_text
         if is_other_name and _is_prose(samples[name]):
-            raise ConfigError(_other(choice, where, f"{count:,} of {number:,} rows have", name))
-
-
-def _refuse_other(row: Row, choice: Choice, where: str, number: int) -> None:
-    """Raise ConfigError for a row that has a text, but under another name than the rows before."""
-    for name, value in row.items():
-        if isinstance(value, str) and len(value) >= LONG and _is_wordy(value):
-            raise ConfigError(_other(choice, where, f"row {number} has", name))
-
-
-def _other(choice: Choice, where: str, rows: str, name: str) -> str:
-    """Return the line that refuses rows whose text is under another name than the one chosen."""
-    both = ",".join([*choice.columns, name])
-    return (
-        f"data.text_column=auto: {where}: {rows} no {choice} but a text in {name}; "
-        f"data.text_column=[{both}] takes whichever a row has, data.text_column={choice} only its "
-        "own"
-    )
+            raise refuse(f"{count:,} of {number:,} rows have", name)
 
 
 def _text(value: Any, key: str, number: int) -> str | None:
@@ -291,7 +273,7 @@ def _text(value: Any, key: str, number: int) -> str | None:
         if {str, dict} <= set(map(type, value)):  # a sentence, of which links are parts
             return "".join(found)
         if any(isinstance(one, dict) for one in value):  # a chat
-            return "\n\n".join(part for part in found if part)
+            return "\n\n".join(filter(None, found))
         return "\n".join(found) if found or not value else None
     return None
 
@@ -320,10 +302,10 @@ def _message(value: Row) -> str | None:
     return None
 
 
-def chosen_before(head: Sequence[Row], config: CustomData) -> str:
+def chosen_before(head: Sequence[Row], asked: str) -> str:
     """Return the column that earlier versions chose; what was made from another is made anew."""
-    if config.text_column != "auto":
-        return config.text_column
+    if asked != "auto":
+        return asked
     lengths = Counter[str]()
     for row in head[:100]:
         for name, value in row.items():

@@ -5,12 +5,13 @@ A corpus is streamed: nothing here holds more than a chunk of a file or a batch 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -44,6 +45,7 @@ class Corpus(Protocol):
 
     def position(self) -> tuple[int, int] | None:
         """Return how many bytes have been read this time, and of how many, where one can tell."""
+        return None
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -65,11 +67,8 @@ def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
 
 
 def split_documents(corpus: Corpus, config: DataConfig) -> Iterator[tuple[str, Document]]:
-    """Yield every document with its split: the source's own validation and test, then the rest.
-
-    A training document that stands in the source's own validation or test text too is given the
-    split ``duplicate``, so that it can be counted and kept out of training.
-    """
+    """Yield every document with its split: the source's own validation and test, then the rest,
+    in which ``duplicate`` is what those have too."""
     seen: set[bytes] = set()
     for split in ("val", "test"):
         if split in corpus.own:
@@ -91,6 +90,11 @@ def _short_hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
 
 
+def _sha256(values: Any) -> str:
+    # not fileio.digest, which writes its JSON without spaces: these are compared with old ones
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
     """Yield whole texts until ``limit`` bytes of UTF-8 are reached."""
     size = 0
@@ -101,7 +105,7 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
         size += len(text.encode("utf-8", "replace"))
 
 
-class SyntheticCorpus:
+class SyntheticCorpus(Corpus):
     """Stories from the embedded grammar, as many as are asked for."""
 
     def __init__(self, config: SyntheticData) -> None:
@@ -112,65 +116,13 @@ class SyntheticCorpus:
 
     def fingerprint(self) -> str:
         names = ("corpus_seed", "n_facts", "zipf_exponent", "noise_rate", "heldout_entities")
-        keys = {name: getattr(self.config, name) for name in names}
         first = next(self.documents("train")).text  # changes with the grammar itself
-        return hashlib.sha256(json.dumps([keys, first], sort_keys=True).encode()).hexdigest()
+        return _sha256([{name: getattr(self.config, name) for name in names}, first])
 
     def documents(self, split: str) -> Iterator[Document]:
         from tinygpt.data.synthetic import Grammar
 
         return (Document(text, nats) for text, nats in Grammar(self.config).stories())
-
-    def position(self) -> None:
-        return None
-
-
-class Scan(NamedTuple):
-    """What is known of a file before it is read; ``size`` in bytes."""
-
-    sha256: str
-    has_end_of_text: bool
-    size: int
-    has_carriage_return: bool
-    has_indented_line: bool
-    is_plain: bool  # neither packed nor in another encoding than UTF-8
-
-
-# A line that begins with white space, of which U+00A0 and U+3000 have other first bytes.
-_INDENTED = re.compile(rb"[\n\r\v\f](?:[ \t\x1f]|\xc2|\xe1\x9a|\xe2\x80|\xe2\x81|\xe3\x80)")
-
-
-def scan(path: Path, where: str, encoding: str | None = None) -> Scan:
-    """Read a file once, for its checksum and what decides how a text is cut.
-
-    Raises ConfigError, which ``where`` begins, for one that is empty, no text or cannot be read.
-    """
-    sha, size, mark, tail, line_end = hashlib.sha256(), 0, END_OF_TEXT.encode(), b"", b"\n"
-    has_mark = has_return = has_indented = False
-    try:
-        with path.open("rb") as file:
-            marked = file.read(4).startswith(tuple(textfiles.MARKS))
-            is_plain = not (textfiles.packing(path) or marked or encoding)
-            file.seek(0)
-            while chunk := file.read(textfiles.CHUNK):
-                sha.update(chunk)
-                size += len(chunk)
-                if not is_plain:
-                    continue
-                if b"\0" in chunk and path.suffix.lower() not in textfiles.BINARY:
-                    raise ConfigError(f"{where}: not a text file (it has NUL bytes)")
-                tail += chunk
-                has_mark = has_mark or mark in tail
-                has_return = has_return or b"\r" in chunk
-                has_indented = has_indented or _INDENTED.search(line_end + chunk) is not None
-                line_end, tail = chunk[-1:], tail[-len(mark) :]
-    except OSError as error:
-        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
-    if size == 0:
-        raise ConfigError(f"{where}: this file is empty")
-    if not is_plain and textfiles.format_of(path) == "text":
-        has_mark = any(textfiles.around_marks(textfiles.text_chunks(path, {}, encoding)))
-    return Scan(sha.hexdigest(), has_mark, size, has_return, has_indented, is_plain)
 
 
 class FileCorpus:
@@ -178,150 +130,182 @@ class FileCorpus:
 
     def __init__(self, config: CustomData) -> None:
         self.config, self.survey = config, Survey()
-        self.files: dict[str, list[Path]] = {}
-        self.scans: dict[Path, Scan] = {}
+        found: dict[str, list[Path]] = {}
         for split, key in (("train", "path"), ("val", "val_file"), ("test", "test_file")):
             if (value := getattr(config, key)) is not None:
-                self.files[split] = find_files(f"data.{key}", value, self.survey)
-        for split, paths in self.files.items():
+                found[split] = find_files(f"data.{key}", value, self.survey)
+        sources: dict[Path, Source] = {}  # a file may be in two splits
+        for split, paths in found.items():
             key = "path" if split == "train" else f"{split}_file"
-            for path in paths:
-                self.scans[path] = scan(path, f"data.{key}={path}", config.encoding)
-        self.own = set(self.files) - {"train"}
-        self.tables = {p: Rows(p, config) for p in self.scans if textfiles.format_of(p) != "text"}
-        self.choices: dict[Path, columns.Choice] = {}
-        self._choose()
-        self.separators = {
-            path: self._separator(path) for path in self.scans if path not in self.tables
-        }
+            sources |= {path: Source(path, f"data.{key}={path}", config) for path in paths}
+        self.files = {split: [sources[p] for p in paths] for split, paths in found.items()}
+        self.sources, self.own = list(sources.values()), set(found) - {"train"}
+        self._choose_columns()
+        texts = [source for source in self.sources if source.rows is None]
+        for source in texts:
+            source.choose_separator()
         mark = config.separator
-        is_mark = mark not in ("auto", "none", "sections") and self.separators
-        if is_mark and not any(self._has(mark, path) for path in self.separators):
+        is_mark = mark not in ("auto", "none", "sections") and texts
+        if is_mark and not any(source.has(mark) for source in texts):
             raise ConfigError(f"data.separator={mark!r}: occurs nowhere in data.path={config.path}")
         self.read: dict[Path, int] = {}  # bytes
 
-    def _has(self, separator: str, path: Path) -> bool:
-        chunks = textfiles.unix_lines(self._chunks(path, {}))
-        pieces = textfiles.split_at(chunks, "".join(textfiles.unix_lines([separator])))
-        return len(list(itertools.islice(pieces, 2))) > 1
-
-    def _choose(self) -> None:
+    def _choose_columns(self) -> None:
         """Choose the text column of each table: the same in all that have the same columns."""
         asked = self.config.text_column
         alike: dict[frozenset[str], columns.Choice] = {}
-        self.chosen_as_before: dict[Path, bool] = {}
         refused: dict[Path, ConfigError] = {}
-        for path, rows in self.tables.items():
-            head = columns.head_of(rows.read({}), asked)
+        for source in self.sources:
+            if source.rows is None:
+                continue
+            head = columns.head_of(source.rows.read({}), asked)
             names = frozenset(name for row in head for name in row)
             if names not in alike:
-                first = next(iter(self.choices.values()), None)
+                first = next(iter(alike.values()), None)
                 try:
-                    alike[names] = columns.choose(head, asked, str(path), first)
+                    alike[names] = columns.choose(head, asked, str(source.path), first)
                 except ConfigError as error:
-                    refused[path] = error
+                    refused[source.path] = error
                     continue
-            self.choices[path] = alike[names]
-            before = columns.chosen_before(head, self.config)
-            is_named = not str(alike[names]).startswith("column_")
-            self.chosen_as_before[path] = is_named and before == str(alike[names])
+            choice = source.choice = alike[names]
+            source.is_column_new = str(choice).startswith("column_") or (
+                columns.chosen_before(head, asked) != str(choice)
+            )
         if refused:
-            rest = [str(path) for path in self.scans if path not in refused]
+            rest = [str(source.path) for source in self.sources if source.path not in refused]
             files = f"; data.path='[{','.join(rest)}]' names those with text"
             raise ConfigError(f"{next(iter(refused.values()))}{files * (0 < len(rest) < 9)}")
-        every = self.choices.values()
-        self.survey.text_column = ", ".join(dict.fromkeys(map(str, every))) or None
-        others = (name for choice in every for name in choice.others)
+        self.survey.text_column = ", ".join(dict.fromkeys(map(str, alike.values()))) or None
+        others = (name for choice in alike.values() for name in choice.others)
         self.survey.other_columns = list(dict.fromkeys(others))
-
-    def _separator(self, path: Path) -> str:
-        """Return where a text is cut: ``separator``, or what ``auto`` finds."""
-        if self.config.separator != "auto":
-            return self.config.separator
-        if textfiles.has_objects(path) or textfiles.inner_suffix(path) == ".ipynb":
-            kind = "lines of JSON objects; name it .jsonl to read them as rows"
-            if textfiles.inner_suffix(path) == ".ipynb":
-                kind = "a notebook; jupyter nbconvert --to markdown makes text of it"
-            raise ConfigError(f"data.path={path}: {kind} (data.separator=none: it is a text)")
-        has_mark = self.scans[path].has_end_of_text and textfiles.is_separated(
-            self._chunks(path, {})
-        )
-        return END_OF_TEXT if has_mark else "sections"
 
     def fingerprint(self) -> str:
         return self._fingerprint
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        found = {split: [self.identity(p) for p in paths] for split, paths in self.files.items()}
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
-
-    def identity(self, path: Path) -> list[Any]:
-        """Return what a file's documents follow from: its content and how it is read.
-
-        One that earlier versions cut or read as other documents has a mark, so that nothing made
-        from those is taken for this.
-        """
-        known = self.scans[path]
-        if path in self.tables:
-            suffix, dialect = f".{self.tables[path].format}", self.tables[path].dialect
-            is_new = not (
-                path.suffix == suffix
-                and (dialect is None or dialect.is_default)
-                and known.is_plain
-                and self.chosen_as_before[path]
-            )
-        else:
-            suffix, separator = "", self.separators[path]
-            before = END_OF_TEXT if known.has_end_of_text else "sections"
-            is_new = (
-                known.has_carriage_return
-                or not known.is_plain
-                or (self.config.separator == "auto" and separator != before)
-                or (
-                    known.has_indented_line
-                    and textfiles.keeps_indentation(separator)
-                    and any(one[0].isspace() for one in cut(self._chunks(path, {}), separator))
-                )
-            )
-        return [known.sha256, suffix, 2] if is_new else [known.sha256, suffix]
+        return _sha256({split: [s.identity() for s in own] for split, own in self.files.items()})
 
     def documents(self, split: str) -> Iterator[Document]:
-        self.read |= dict.fromkeys(self.files[split], 0)
-        for path in self.files[split]:
-            self.survey.formats.update(self._formats(path))
-            if path in self.tables:
-                choice = self.choices[path]
-                tops = [name for column in choice.columns for name in columns.prefixes(column)]
-                rows = self.tables[path].read(self.read, tops, texts=not choice.is_asked)
-                texts = columns.texts(rows, choice, str(path), self.survey)
-            else:
-                texts = cut(self._chunks(path, self.read), self.separators[path])
-            yield from map(Document, texts)
-
-    def _chunks(self, path: Path, read: dict[Path, int]) -> Iterator[str]:
-        return textfiles.text_chunks(path, read, self.config.encoding)
-
-    def _formats(self, path: Path) -> list[str]:
-        """Return what was detected of a file, and what was given."""
-        found = [textfiles.packing(path).lstrip(".")]
-        if textfiles.format_of(path) != "parquet":
-            found.append(self.config.encoding or textfiles.encoding_found(path))
-        if path in self.tables:
-            rows = self.tables[path]
-            named = {"jsonl": "JSON lines", "json": "JSON"}
-            found.append(str(rows.dialect or named.get(rows.format, rows.format)))
-        elif self.separators[path] == END_OF_TEXT:
-            found.append(f"cut at {END_OF_TEXT}")
-        elif self.separators[path] == "sections":
-            found.append(f"cut into sections of about {textfiles.SECTION:,} characters")
-        return [", ".join(part for part in found if part)] if any(found) else []
+        self.read |= {source.path: 0 for source in self.files[split]}
+        for source in self.files[split]:
+            self.survey.formats.update(source.formats())
+            yield from map(Document, source.texts(self.read, self.survey))
 
     def position(self) -> tuple[int, int]:
-        return sum(self.read.values()), sum(known.size for known in self.scans.values())
+        return sum(self.read.values()), sum(source.size for source in self.sources)
 
 
-class HubCorpus:
+# A line that begins with white space, of which U+00A0 and U+3000 have other first bytes.
+_INDENTED = re.compile(rb"[\n\r\v\f](?:[ \t\x1f]|\xc2|\xe1\x9a|\xe2\x80|\xe2\x81|\xe3\x80)")
+
+
+class Source:
+    """A file, and how it is read: a table (``rows``, by ``choice``), or a text (``separator``)."""
+
+    choice: columns.Choice
+    is_column_new = False  # earlier versions chose another
+    separator: str
+
+    def __init__(self, path: Path, where: str, config: CustomData) -> None:
+        """Read it once, for its checksum and what decides how a text is cut.  Raises ConfigError,
+        which ``where`` begins, for one that is empty, no text or cannot be read."""
+        self.path, self.config, self.size = path, config, 0
+        self.has_mark = self.has_return = self.has_indented = False
+        sha, mark, tail, line_end = hashlib.sha256(), END_OF_TEXT.encode(), b"", b"\n"
+        try:
+            with path.open("rb") as file:
+                marked = file.read(4).startswith(tuple(textfiles.MARKS))
+                self.is_plain = not (textfiles.packing(path) or marked or config.encoding)
+                file.seek(0)
+                while chunk := file.read(textfiles.CHUNK):
+                    sha.update(chunk)
+                    self.size += len(chunk)
+                    if not self.is_plain:
+                        continue
+                    if b"\0" in chunk and path.suffix.lower() not in textfiles.BINARY:
+                        raise ConfigError(f"{where}: not a text file (it has NUL bytes)")
+                    tail += chunk
+                    self.has_mark |= mark in tail
+                    self.has_return |= b"\r" in chunk
+                    self.has_indented |= _INDENTED.search(line_end + chunk) is not None
+                    line_end, tail = chunk[-1:], tail[-len(mark) :]
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
+        if self.size == 0:
+            raise ConfigError(f"{where}: this file is empty")
+        self.sha256 = sha.hexdigest()
+        self.rows = None if textfiles.format_of(path) == "text" else Rows(path, config)
+        if self.rows is None and not self.is_plain:
+            self.has_mark = any(textfiles.around_marks(self._chunks({})))
+
+    def _chunks(self, read: dict[Path, int]) -> Iterator[str]:
+        return textfiles.text_chunks(self.path, read, self.config.encoding)
+
+    def choose_separator(self) -> None:
+        """Choose where a text is cut: at ``data.separator``, or at what ``auto`` finds."""
+        self.separator = self.config.separator
+        if self.separator != "auto":
+            return
+        kind = "lines of JSON objects; name it .jsonl to read them as rows"
+        if is_notebook := textfiles.inner_suffix(self.path) == ".ipynb":
+            kind = "a notebook; jupyter nbconvert --to markdown makes text of it"
+        if is_notebook or textfiles.has_objects(self.path):
+            raise ConfigError(f"data.path={self.path}: {kind} (data.separator=none: it is a text)")
+        is_separated = self.has_mark and textfiles.is_separated(self._chunks({}))
+        self.separator = END_OF_TEXT if is_separated else "sections"
+
+    def has(self, separator: str) -> bool:
+        """Return whether the separator occurs in the text."""
+        chunks = textfiles.unix_lines(self._chunks({}))
+        pieces = textfiles.split_at(chunks, "".join(textfiles.unix_lines([separator])))
+        return len(list(itertools.islice(pieces, 2))) > 1
+
+    def identity(self) -> list[Any]:
+        """Return what the documents follow from: the content, and a mark where earlier versions
+        made other documents of it."""
+        if self.rows is not None:
+            suffix, dialect = f".{self.rows.format}", self.rows.dialect
+            is_usual = self.path.suffix == suffix and (dialect is None or dialect.is_default)
+            is_new = not (is_usual and self.is_plain) or self.is_column_new
+        else:
+            suffix, before = "", END_OF_TEXT if self.has_mark else "sections"
+            is_new = (
+                self.has_return
+                or not self.is_plain
+                or (self.config.separator == "auto" and self.separator != before)
+                or (
+                    self.has_indented
+                    and textfiles.keeps_indentation(self.separator)
+                    and any(one[0].isspace() for one in cut(self._chunks({}), self.separator))
+                )
+            )
+        return [self.sha256, suffix, 2] if is_new else [self.sha256, suffix]
+
+    def texts(self, read: dict[Path, int], survey: Survey) -> Iterator[str]:
+        """Yield the documents; ``read`` counts bytes, ``survey`` what is skipped."""
+        if self.rows is None:
+            return cut(self._chunks(read), self.separator)
+        tops = [name for column in self.choice.columns for name in columns.prefixes(column)]
+        rows = self.rows.read(read, tops, texts=not self.choice.is_asked)
+        return columns.texts(rows, self.choice, str(self.path), survey)
+
+    def formats(self) -> list[str]:
+        """Return what was detected of the file, and what was given, as one text or none."""
+        found = [textfiles.packing(self.path).lstrip(".")]
+        if self.rows is None or self.rows.format != "parquet":
+            found.append(self.config.encoding or textfiles.encoding_found(self.path))
+        if self.rows is not None:
+            named = {"jsonl": "JSON lines", "json": "JSON"}
+            found.append(str(self.rows.dialect or named.get(self.rows.format, self.rows.format)))
+        elif self.separator == END_OF_TEXT:
+            found.append(f"cut at {END_OF_TEXT}")
+        elif self.separator == "sections":
+            found.append(f"cut into sections of about {textfiles.SECTION:,} characters")
+        return [", ".join(filter(None, found))] if any(found) else []
+
+
+class HubCorpus(Corpus):
     """A text data set of the Hugging Face hub, streamed; or a local folder laid out like one."""
 
     def __init__(self, config: HubData) -> None:
@@ -334,55 +318,47 @@ class HubCorpus:
         self.own = set(self.splits) - {"train"}
 
     def _own_splits(self) -> dict[str, str]:
-        there = self._ask(lambda hub: hub.get_dataset_split_names(*self._place()))
-        chosen = {"train": self.config.split}
-        wanted = {"val": self.config.val_split, "test": self.config.test_split}
-        for split, name in wanted.items():
-            standard = "validation" if split == "val" else "test"
-            if name == "auto" and standard in there and standard != self.config.split:
-                chosen[split] = standard
-            elif name not in (None, "auto"):
-                chosen[split] = str(name)
-        for split, name in chosen.items():
-            key = "split" if split == "train" else f"{split}_split"
+        with self._library() as hub:
+            there = hub.get_dataset_split_names(*self._place())
+        chosen = {"train": ("split", self.config.split)}
+        for split, standard in (("val", "validation"), ("test", "test")):
+            key = f"{split}_split"
+            name = getattr(self.config, key)
+            if name == "auto":
+                name = standard if standard in there and standard != self.config.split else None
+            if name is not None:
+                chosen[split] = key, name
+        for key, name in chosen.values():
             if name not in there:
                 raise ConfigError(f"data.{key}={name}: no such split; there are {', '.join(there)}")
-        return chosen
+        return {split: name for split, (_, name) in chosen.items()}
 
     def _place(self) -> tuple[str, str | None]:
-        """Return what the hub library is to open, and the configuration's name in it.
-
-        Only a README.md says what configurations there are.  In a local folder without one, as
-        the hub's own parquet branch comes, a configuration is the sub-folder of its name.
-        """
+        """Return what the hub's library is to open, and the configuration's name in it: in a local
+        folder without README.md, as the hub's parquet branch comes, the sub-folder of that name."""
         repo, name = self.config.repo, self.config.config
-        if self.local and name is not None and not Path(repo, "README.md").exists():
-            folder = Path(repo, name)
-            if folder.is_dir():
-                return str(folder), None
+        folder = Path(repo, name or "")
+        is_folder = self.local and name is not None and folder.is_dir()
+        if is_folder and not Path(repo, "README.md").exists():
+            return str(folder), None
         return repo, name
 
-    def _ask(self, question: Callable[[Any], Any]) -> Any:
-        """Call the hub library; its errors become one line."""
+    @contextlib.contextmanager
+    def _library(self) -> Iterator[Any]:
+        """Yield the hub's library, whose errors become one line."""
         import datasets
 
         datasets.logging.set_verbosity_error()
         datasets.disable_progress_bars()
         try:
-            return question(datasets)
+            yield datasets
         except (OSError, ValueError, RuntimeError) as error:
-            raise self._refused(error) from error
-
-    def _refused(self, error: Exception) -> ConfigError:
-        return ConfigError(f"{self.where}: {first_line(error)}")
+            raise ConfigError(f"{self.where}: {first_line(error)}") from error
 
     def fingerprint(self) -> str:
         config = self.config
-        found: dict[str, Any] = {
-            "config": config.config,
-            "splits": self.splits,
-            "column": config.text_column,
-        }
+        found: dict[str, Any] = {"config": config.config, "splits": self.splits}
+        found["column"] = config.text_column
         if config.separator not in ("auto", "none"):
             found["cut"] = 2  # which rows have line ends that are cut at now is not known
         if self.local:
@@ -390,7 +366,7 @@ class HubCorpus:
             found["files"] = [fileio.sha256(p) for p in files]
         else:
             found |= {"repo": config.repo, "revision": config.revision}
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+        return _sha256(found)
 
     def documents(self, split: str) -> Iterator[Document]:
         config = self.config
@@ -404,16 +380,9 @@ class HubCorpus:
         return map(Document, texts)
 
     def _rows(self, split: str) -> Iterator[dict[str, Any]]:
-        config, name = self.config, self.splits[split]
-        options = {"split": name, "streaming": True, "revision": config.revision}
-        stream = self._ask(lambda hub: hub.load_dataset(*self._place(), **options))
-        try:
-            yield from stream
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._refused(error) from error
-
-    def position(self) -> None:
-        return None
+        options = {"split": self.splits[split], "revision": self.config.revision}
+        with self._library() as hub:
+            yield from hub.load_dataset(*self._place(), streaming=True, **options)
 
 
 def describe(config: DataConfig) -> str:

@@ -7,10 +7,9 @@ that any machine, and any resumed run, sees the same tokens in the same order.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 
 import lightning.pytorch as pl
@@ -24,17 +23,8 @@ from tinygpt.config import Config, ConfigError
 from tinygpt.config.checks import require
 from tinygpt.config.counting import count_parameters, flops_per_token
 from tinygpt.config.horizon import PASS_TOKENS, Plan, derive
-from tinygpt.data import corpora
-from tinygpt.data.shards import (
-    WORDS,
-    EvalWindows,
-    Prepared,
-    Split,
-    TrainWindows,
-    cache_root,
-    kilobytes,
-    prepare,
-)
+from tinygpt.data import corpora, shards
+from tinygpt.data.shards import EvalWindows, Prepared, Split, TrainWindows
 
 IGNORED = -100  # a target that is not scored: padding behind a short window
 Batch = tuple[Tensor, Tensor]  # inputs (B, T), targets (B, T), both int64
@@ -64,14 +54,12 @@ class TrainBatches(Dataset[Batch]):
 
     def starts(self, step: int) -> NDArray[np.int64]:
         """Return positions ``(batch_size,)`` of the windows of optimizer step ``step``."""
-        count = len(self.windows.starts)
-        first = step * self.plan.batch_size
-        places = np.arange(first, first + self.plan.batch_size)
-        epochs = places // count
+        first, count = step * self.plan.batch_size, len(self.windows.starts)
+        epochs, places = np.divmod(np.arange(first, first + self.plan.batch_size), count)
         out = np.empty(len(places), dtype=np.int64)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
-            out[rows] = self._epoch(int(epoch))[places[rows] % count]
+            out[rows] = self._epoch(int(epoch))[places[rows]]
         return out
 
     def __getitem__(self, index: int) -> Batch:
@@ -99,44 +87,32 @@ class EvalBatches(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        starts, lengths = self.windows.starts[rows], self.windows.lengths[rows]
+        starts, lengths, before = self.windows.at(rows)
         inputs = np.full((len(starts), self.length), self.pad, dtype=np.int64)
         targets = np.full((len(starts), self.length), IGNORED, dtype=np.int64)
         for count in np.unique(lengths):
             same = lengths == count
             tokens = self.split.gather(starts[same], int(count) + 1)
             inputs[same, :count], targets[same, :count] = tokens[:, :-1], tokens[:, 1:]
-        targets[np.arange(self.length) < self.windows.before[rows, None]] = IGNORED
+        targets[np.arange(self.length) < before[:, None]] = IGNORED
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def __iter__(self) -> Iterator[Batch]:
         return (self[index] for index in range(len(self)))
 
 
-class _FromStep(Sampler[int]):
-    """Passes from ``first`` on; its length is that of the whole run, as Lightning counts it."""
+@dataclass(eq=False)
+class _Indices(Sampler[int]):
+    """Indices that are asked for anew each time; ``length`` is what Lightning counts by."""
 
-    def __init__(self, first: int, total: int) -> None:
-        self.first, self.total = first, total
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.total))
-
-    def __len__(self) -> int:
-        return self.total
-
-
-class _Windows(Sampler[int]):
-    """Batches of this device: of all validation windows, or of the part behind them."""
-
-    def __init__(self, data: TokenData, whole: range, part: range) -> None:
-        self.data, self.whole, self.part = data, whole, part
+    length: int
+    indices: Callable[[], range]
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.whole if self.data.scores_all else self.part)
+        return iter(self.indices())
 
     def __len__(self) -> int:
-        return len(self.whole)
+        return self.length
 
 
 class StepLoader(DataLoader[Batch]):
@@ -158,12 +134,12 @@ class TokenData(pl.LightningDataModule):
     prepared: Prepared  # from ``setup`` on, as is all that follows
     splits: dict[str, Split]
     windows: TrainWindows
+    plan: Plan
     scores_all = True  # validation windows, or every k-th (``val_every``)
 
     def __init__(self, config: Config, prepared: Prepared | None = None) -> None:
         super().__init__()
         self.config, self.length = config, config.model.max_seq_len
-        self.plan: Plan | None = None  # from ``setup`` on
         if prepared is not None:
             self._open(prepared)
 
@@ -179,8 +155,7 @@ class TokenData(pl.LightningDataModule):
         if self.trainer is None:
             self.derive_plan("cpu", devices=1)
             return
-        device = self.trainer.strategy.root_device
-        plan = self.derive_plan(device.type, self.trainer.world_size)
+        plan = self.derive_plan(self.trainer.strategy.root_device.type, self.trainer.world_size)
         if stage == "fit":
             asked = self.trainer.accumulate_grad_batches
             require(
@@ -191,8 +166,8 @@ class TokenData(pl.LightningDataModule):
 
     def _prepare(self) -> Prepared:
         config = self.config
-        corpus, cache = corpora.open_corpus(config.data), cache_root(config.cache_dir)
-        return prepare(corpus, config.data, config.tokenizer, cache, lambda *_: None)
+        corpus, cache = corpora.open_corpus(config.data), shards.cache_root(config.cache_dir)
+        return shards.prepare(corpus, config.data, config.tokenizer, cache)
 
     def _open(self, prepared: Prepared) -> None:
         data, splits = self.config.data, prepared.index["splits"]
@@ -205,8 +180,8 @@ class TokenData(pl.LightningDataModule):
             enough = len(self.windows.starts) > 0 if name == "train" else tokens >= self.length
             if not enough:
                 raise ConfigError(
-                    f"model.max_seq_len={self.length}: longer than the {WORDS[name]} split of "
-                    f"{tokens} tokens; lower it, {self._lengthen(name)}"
+                    f"model.max_seq_len={self.length}: longer than the {shards.WORDS[name]} split "
+                    f"of {tokens} tokens; lower it, {self._lengthen(name)}"
                 )
 
     def _lengthen(self, name: str) -> str:
@@ -216,12 +191,12 @@ class TokenData(pl.LightningDataModule):
         limit = getattr(data, cut)
         if limit is not None and limit <= self.length:
             return f"or raise data.{cut}={limit}"
-        share = {"val": data.val_fraction, "test": data.test_fraction}.get(
-            name, data.fraction * (1 - data.val_fraction - data.test_fraction)
-        )
-        key = "data.fraction" if name == "train" else f"data.{name}_fraction"
+        key, share = "fraction", data.fraction * (1 - data.val_fraction - data.test_fraction)
+        if name != "train":
+            key = f"{name}_fraction"
+            share = getattr(data, key)
         wanted = 2 * (self.length + 1) * info["bytes"] / info["tokens"] / share
-        return f"raise {key} or take more text, about {kilobytes(wanted)} in all"
+        return f"raise data.{key} or take more text, about {shards.kilobytes(wanted)} in all"
 
     def derive_plan(self, accelerator: str, devices: int) -> Plan:
         """Set and return ``plan``: everything that is counted in steps on these devices."""
@@ -253,27 +228,28 @@ class TokenData(pl.LightningDataModule):
         A forward pass costs a third of a step.  Runs that share a trunk score all, as one.
         """
         plan, share = self.plan, self.config.train.eval_share
-        assert plan is not None
         if share is None or self.config.sweep.share_trunk:
             return 1
         between = (plan.total_steps - 1) // plan.eval_steps
-        tokens = int(self.splits["val"].info["tokens"])
-        wanted = between * tokens / (3 * share * plan.train_tokens)
+        wanted: float = (
+            between * self.splits["val"].info["tokens"] / (3 * share * plan.train_tokens)
+        )
         windows = len(self.eval_batches("val", 1))
         return max(1, min(math.ceil(wanted), windows // 16))
 
     def eval_batches(self, split: str, batch_size: int, every: int = 1) -> EvalBatches:
         """Return the batches of a split, or of every so many of its windows."""
         windows = self.splits[split].eval_windows(self.length, self.floor(split) is not None)
-        windows = EvalWindows(*(part[::every] for part in dataclasses.astuple(windows)))
-        pad = self.prepared.tokenizer.eot_id
         return EvalBatches(
-            self.splits[split], windows, length=self.length, batch_size=batch_size, pad=pad
+            self.splits[split],
+            windows.at(slice(None, None, every)),
+            length=self.length,
+            batch_size=batch_size,
+            pad=self.prepared.tokenizer.eot_id,
         )
 
     def train_dataloader(self) -> StepLoader:
         """Return the passes of this device, from the Trainer's next step on."""
-        assert self.plan is not None
         rank, world_size = self._place()
         batches = TrainBatches(
             self.splits["train"],
@@ -285,24 +261,25 @@ class TokenData(pl.LightningDataModule):
             world_size=world_size,
         )
         step = 0 if self.trainer is None else self.trainer.global_step
-        return self._loader(batches, _FromStep(step * self.plan.accumulate, len(batches)))
+        own = range(step * self.plan.accumulate, len(batches))
+        return self._loader(batches, _Indices(len(batches), lambda: own))
 
     def val_dataloader(self) -> StepLoader:
         """Return the batches of validation: of all windows, or of a part once ``scores_all`` is
         false."""
-        assert self.plan is not None
         rank, world_size = self._place()
         size = self.plan.micro_batch_size
         batches = [self.eval_batches("val", size, k) for k in (1, self.val_every())]
-        whole, end = len(batches[0]), sum(map(len, batches))
-        own = _Windows(self, range(rank, whole, world_size), range(whole + rank, end, world_size))
+        count = len(batches[0])
+        every = range(rank, count, world_size)
+        part = range(count + rank, count + len(batches[1]), world_size)
+        own = _Indices(len(every), lambda: every if self.scores_all else part)
         return self._loader(ConcatDataset(batches), own)
 
     def test_dataloader(self) -> StepLoader | list[StepLoader]:
         """Return the batches of the test split; none where the corpus has no such split."""
         if "test" not in self.splits:
             return []
-        assert self.plan is not None
         rank, world_size = self._place()
         batches = self.eval_batches("test", self.plan.micro_batch_size)
         return self._loader(batches, range(rank, len(batches), world_size))

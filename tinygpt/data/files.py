@@ -6,7 +6,6 @@ import glob
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tinygpt.config import ConfigError
@@ -26,16 +25,15 @@ zsh
 FOLDER_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
 
 
-def find_files(key: str, value: str | Sequence[str], survey: Survey | None = None) -> list[Path]:
+def find_files(key: str, value: str, survey: Survey | None = None) -> list[Path]:
     """Return the files that a path, a folder, a glob or a list of these names, each once.
 
     What a folder or a glob holds beside them is counted in ``survey``.  Raises ConfigError.
     """
-    survey = survey or Survey()
-    files: list[Path] = []
+    survey, files = survey or Survey(), list[Path]()
     for place in _places(value):
         try:
-            files += _files_of(key, place, Path(place).expanduser(), survey.skipped)
+            files += _files_of(key, place, survey.skipped)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise ConfigError(f"{key}={place}: cannot be read ({reason})") from error
@@ -46,10 +44,8 @@ def find_files(key: str, value: str | Sequence[str], survey: Survey | None = Non
     return files
 
 
-def _places(value: str | Sequence[str]) -> Sequence[str]:
+def _places(value: str) -> list[str]:
     """Return what a list ``[a.txt,'b, c.txt']`` names; any other text names itself."""
-    if not isinstance(value, str):
-        return value
     if not (value[:1] == "[" and value[-1:] == "]") or os.path.exists(value):
         return [value] if value else []
     words = shlex.shlex(value[1:-1], posix=True)
@@ -61,17 +57,10 @@ def _places(value: str | Sequence[str]) -> Sequence[str]:
         return [word.strip() for word in value[1:-1].split(",")]
 
 
-def _files_of(key: str, value: str, path: Path, skipped: Counter[str]) -> list[Path]:
+def _files_of(key: str, value: str, skipped: Counter[str]) -> list[Path]:
+    path = Path(value).expanduser()
     if path.is_dir():
-        there = _walk(path, skipped)
-        suffixes = {inner_suffix(file) for file in there} & FOLDER_SUFFIXES
-        if suffixes != {".json"}:  # beside text, .json holds settings
-            suffixes -= {".json"}
-        files = [file for file in there if inner_suffix(file) in suffixes]
-        skipped.update(_shown_suffix(file) for file in there if inner_suffix(file) not in suffixes)
-        logs = list(filter(_is_latex_log, files))
-        files = [file for file in files if file not in logs]
-        skipped.update("LaTeX log" for _ in logs)
+        files = _texts_in(path, skipped)
     elif path.exists():
         if not path.is_file():
             raise ConfigError(f"{key}={value}: not a file")
@@ -90,10 +79,15 @@ def _files_of(key: str, value: str, path: Path, skipped: Counter[str]) -> list[P
             skipped["folder"] += len(matches) - len(files)
     kept = []
     for file in _once(files, skipped):
-        if (unread := _reason_to_skip(file)) is None:
-            kept.append(file)
+        with file.open("rb") as stream:
+            head = stream.read(8192)  # by which git, too, tells what is text
+        is_packed = file.suffix.lower() in (*BINARY, *PACKED) or head.startswith(tuple(MARKS))
+        if not head:
+            skipped["empty file"] += 1
+        elif b"\0" in head and not is_packed:
+            skipped["binary file"] += 1
         else:
-            skipped[unread] += 1
+            kept.append(file)
     if not kept:
         beside = ", ".join(counted(skipped)) or "it is empty"
         raise ConfigError(
@@ -102,9 +96,21 @@ def _files_of(key: str, value: str, path: Path, skipped: Counter[str]) -> list[P
     return sorted(kept)
 
 
-def _is_latex_log(path: Path) -> bool:
-    beside = (path.with_suffix(suffix).exists() for suffix in (".tex", ".aux"))
-    return path.suffix == ".log" and any(beside)
+def _texts_in(folder: Path, skipped: Counter[str]) -> list[Path]:
+    there = _walk(folder, skipped)
+    suffixes = {inner_suffix(file) for file in there} & FOLDER_SUFFIXES
+    if suffixes != {".json"}:  # beside text, .json holds settings
+        suffixes -= {".json"}
+    files = []
+    for file in there:
+        inner, suffix = inner_suffix(file), file.suffix.lower()
+        if inner not in suffixes:
+            skipped[(inner + suffix if suffix in PACKED else suffix) or "without suffix"] += 1
+        elif file.suffix == ".log" and any(file.with_suffix(s).exists() for s in (".tex", ".aux")):
+            skipped["LaTeX log"] += 1
+        else:
+            files.append(file)
+    return files
 
 
 def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
@@ -130,28 +136,12 @@ def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
     return files
 
 
-def _once(files: Iterable[Path], skipped: Counter[str]) -> list[Path]:
+def _once(files: list[Path], skipped: Counter[str]) -> list[Path]:
     """Return every file by one of its names, which is not a link where it has another."""
     kept: dict[tuple[int, int], Path] = {}
-    order = list(files)
-    for path in sorted(order, key=Path.is_symlink):
+    for path in sorted(files, key=Path.is_symlink):
         status = path.stat()
         if kept.setdefault((status.st_dev, status.st_ino), path) is not path:
             skipped["duplicate file"] += 1
     names = set(kept.values())
-    return [path for path in dict.fromkeys(order) if path in names]
-
-
-def _shown_suffix(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return (inner_suffix(path) + suffix if suffix in PACKED else suffix) or "without suffix"
-
-
-def _reason_to_skip(path: Path) -> str | None:
-    """Return why a file that no name asks for holds no text, as git tells it: by its first 8 kB."""
-    with path.open("rb") as file:
-        head = file.read(8192)
-    if not head:
-        return "empty file"
-    is_packed = path.suffix.lower() in (*BINARY, *PACKED) or head.startswith(tuple(MARKS))
-    return "binary file" if b"\0" in head and not is_packed else None
+    return [path for path in dict.fromkeys(files) if path in names]

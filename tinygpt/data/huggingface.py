@@ -11,22 +11,9 @@ from tokenizers import processors
 
 from tinygpt import fileio
 from tinygpt.config import ConfigError, one_line
+from tinygpt.data import tokenizers as own
 from tinygpt.data.library import Foreign, Tokenizer, library_errors, library_tokenizer
 from tinygpt.data.network import model_folder
-from tinygpt.data.tokenizers import (
-    BOS,
-    BYTE_OF,
-    EOT,
-    UNKNOWN,
-    Bpe,
-    Bytes,
-    Char,
-    Gpt2,
-    load_tokenizer,
-    read_gpt2,
-    read_merge,
-    spells_itself,
-)
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
@@ -38,10 +25,10 @@ def open_tokenizer(key: str, place: str) -> Tokenizer:
     """
     path = Path(place).expanduser()
     if path.is_file():
-        return load_tokenizer(path)
+        return own.load_tokenizer(path)
     folder = model_folder(key, place)
     if not (folder / "config.json").exists():
-        return load_tokenizer(folder / "tokenizer.json")
+        return own.load_tokenizer(folder / "tokenizer.json")
     return read_tokenizer(folder)
 
 
@@ -51,7 +38,7 @@ def tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
     A text begins as in training: after the end of another (<|bos|> was never seen), or after the
     token that tokenizer.json puts there.
     """
-    start, end, unknown = None, EOT, UNKNOWN if tokenizer.unknown_id is not None else None
+    start, end, unknown = None, own.EOT, own.UNKNOWN if tokenizer.unknown_id is not None else None
     if isinstance(tokenizer, Foreign):
         start, end = tokenizer.start, tokenizer.eot
         unknown = tokenizer.tokenizer_json["model"].get("unk_token")
@@ -68,13 +55,10 @@ def tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
     }
 
 
-# --- those of other models
-
-
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer of a folder.  Raises ConfigError, naming what is missing."""
     ours = tokenizer_from_hugging_face(folder)
-    settings, special = (_settings(folder / name) for name in SETTINGS)
+    settings, special = (_settings(folder, name) for name in SETTINGS)
     eot, bos = (
         _token(settings.get(key)) or _token(special.get(key)) for key in ("eos_token", "bos_token")
     )
@@ -83,16 +67,22 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         return ours
     content = fileio.read_json(path)
     try:
-        eot = eot or _eot_by_number(folder, content)
+        library = library_tokenizer(json.dumps(content))
+        eot = eot or _eot_by_number(folder, library)
         if eot is None:
             raise ConfigError(
                 f"{folder}: no eos_token, which ends a document, in {', '.join(SETTINGS)}, "
                 "generation_config.json or config.json"
             )
-        start, ends = _added(content, eot)
+        start, ends = _added(library, eot)
         if start is None and adds_bos and bos not in (None, eot):
-            content = _with_start(content, [str(bos), "$A", *([eot] if ends else [])])
-            start, ends = _added(content, eot)
+            template = [str(bos), "$A", *([eot] if ends else [])]
+            library.post_processor = processors.TemplateProcessing(
+                single=" ".join(template),
+                special_tokens=[(t, library.token_to_id(t)) for t in template if t != "$A"],
+            )
+            content = json.loads(library.to_str())
+            start, ends = _added(library, eot)
         return Foreign(content, eot, start or _token(settings.get("bos_token")) or eot, start, ends)
     except ConfigError:
         raise
@@ -102,8 +92,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         ) from error
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    return dict(fileio.read_json(path)) if path.exists() else {}
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    return fileio.read_json(folder / name) if (folder / name).exists() else {}
 
 
 def _token(value: Any) -> str | None:
@@ -111,20 +101,19 @@ def _token(value: Any) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def _eot_by_number(folder: Path, content: dict[str, Any]) -> str | None:
+def _eot_by_number(folder: Path, library: Library) -> str | None:
     """Return the token that the settings of the model give as the end, the first of several."""
     for name in ("generation_config.json", "config.json"):
-        number = _settings(folder / name).get("eos_token_id")
+        number = _settings(folder, name).get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int):
-            return library_tokenizer(json.dumps(content)).id_to_token(number)
+            return library.id_to_token(number)
     return None
 
 
-def _added(content: dict[str, Any], eot: str) -> tuple[str | None, bool]:
+def _added(library: Library, eot: str) -> tuple[str | None, bool]:
     """Return the token that tokenizer.json puts before a text, unless it is ``eot``, which stands
     there anyway; and whether it puts ``eot`` behind it.  Raises ValueError for more than that."""
-    library = library_tokenizer(json.dumps(content))
     with library_errors():
         words = sorted(library.get_vocab(with_added_tokens=False))
         some = next((w for w in words if library.encode(w, add_special_tokens=False).ids), "")
@@ -140,19 +129,6 @@ def _added(content: dict[str, Any], eot: str) -> tuple[str | None, bool]:
     return before[0], bool(behind)
 
 
-def _with_start(content: dict[str, Any], template: list[str]) -> dict[str, Any]:
-    """Return a tokenizer.json that makes ``template`` of a text, as ``add_bos_token`` asks."""
-    library = library_tokenizer(json.dumps(content))
-    library.post_processor = processors.TemplateProcessing(
-        single=" ".join(template),
-        special_tokens=[(token, library.token_to_id(token)) for token in template if token != "$A"],
-    )
-    return dict(json.loads(library.to_str()))
-
-
-# --- ours
-
-
 def tokenizer_from_hugging_face(folder: Path) -> Tokenizer | None:
     """Return the tokenizer of a folder as ours: one that we exported, or GPT-2's own.
 
@@ -162,7 +138,7 @@ def tokenizer_from_hugging_face(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     if not path.exists() and (folder / "vocab.json").exists():
         try:  # as GPT-2's were, before there was a tokenizer.json
-            return read_gpt2(*((folder / n).read_bytes() for n in ("vocab.json", "merges.txt")))
+            return own.read_gpt2(*((folder / n).read_bytes() for n in ("vocab.json", "merges.txt")))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{folder}: has no tokenizer.json, and its vocab.json and merges.txt are not "
@@ -179,7 +155,7 @@ def tokenizer_from_hugging_face(folder: Path) -> Tokenizer | None:
         return None
     if made is None or _essence(made.to_hugging_face()) != _essence(given):
         return None
-    return None if isinstance(made, Bpe) and not spells_itself(made) else made
+    return None if isinstance(made, own.Bpe) and not own.spells_itself(made) else made
 
 
 def _ours_like(content: dict[str, Any]) -> Tokenizer | None:
@@ -187,15 +163,15 @@ def _ours_like(content: dict[str, Any]) -> Tokenizer | None:
     alphabet that it cannot have."""
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     model = content["model"]
-    merges = [read_merge(merge) for merge in model.get("merges", ())]
-    if special == {UNKNOWN: 0, BOS: 1, EOT: 2}:
-        return Char("".join(sorted(model["vocab"].keys() - special)))
-    if special == {BOS: Bytes.bos_id, EOT: Bytes.eot_id} and not merges:
-        return Bytes()
-    if special == {BOS: 0, EOT: 1}:
-        return Bpe(merges)
-    if special == {EOT: len(BYTE_OF) + len(merges)}:
-        return Gpt2(merges)
+    merges = [own.read_merge(merge) for merge in model.get("merges", ())]
+    if special == {own.UNKNOWN: 0, own.BOS: 1, own.EOT: 2}:
+        return own.Char("".join(sorted(model["vocab"].keys() - special)))
+    if special == {own.BOS: own.Bytes.bos_id, own.EOT: own.Bytes.eot_id} and not merges:
+        return own.Bytes()
+    if special == {own.BOS: 0, own.EOT: 1}:
+        return own.Bpe(merges)
+    if special == {own.EOT: len(own.BYTE_OF) + len(merges)}:
+        return own.Gpt2(merges)
     return None
 
 

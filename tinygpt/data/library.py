@@ -22,11 +22,11 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as Library
 
 from tinygpt.config import ConfigError, one_line
+from tinygpt.data.textfiles import unicode_only
 from tinygpt.fileio import digest, parse_json, write_text
 
 Ids = npt.NDArray[np.uint32]
 
-SURROGATES = re.compile("[\ud800-\udfff]")
 UNUSUAL = "\U0010fffd"  # a character for private use, which hardly any vocabulary has
 
 
@@ -61,7 +61,7 @@ class Tokenizer(ABC):
 
     @property
     def convention(self) -> str | None:
-        """What begins a document, in a line; None where that is the end of another, as in ours."""
+        """A line on what begins a document, unless that is the end of another, as in ours."""
         start = self.start_text
         return start and f"documents start with {start}, as the tokenizer's folder does it"
 
@@ -88,7 +88,7 @@ class Tokenizer(ABC):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Return one array a text; the fast way for a corpus, from several threads too."""
-        clean = [without_surrogates(text) for text in texts]
+        clean = [unicode_only(text) for text in texts]
         with library_errors():
             found = self.library.encode_batch_fast(clean, add_special_tokens=False)
         return [np.array(one.ids, dtype=np.uint32) for one in found]
@@ -170,16 +170,16 @@ class Foreign(Tokenizer):
         return {**named, **start, "tokenizer": self.tokenizer_json}
 
 
-def _is_stable(decoder: dict[str, Any] | None) -> bool:
+def _is_stable(decoder: Any) -> bool:
     """Return whether a decoder never changes what it made of some tokens when others follow, but
     for characters that are not whole."""
     kind = decoder["type"] if decoder else "Fuse"
     if kind == "Sequence":
-        return all(map(_is_stable, decoder["decoders"]))  # type: ignore[index]
+        return all(map(_is_stable, decoder["decoders"]))
     if kind == "Replace":  # of more than a character, it can join two tokens
-        return len(decoder["pattern"].get("String", "??")) == 1  # type: ignore[index]
+        return len(decoder["pattern"].get("String", "??")) == 1
     return kind in ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece") or (
-        kind == "Strip" and decoder["stop"] == 0  # type: ignore[index]
+        kind == "Strip" and decoder["stop"] == 0
     )
 
 
@@ -217,7 +217,3 @@ def library_errors() -> Iterator[None]:
         raise
     except BaseException as error:
         raise ConfigError(f"this tokenizer fails: {one_line(error)}") from error
-
-
-def without_surrogates(text: str) -> str:
-    return text if text.isascii() else SURROGATES.sub("\ufffd", text)

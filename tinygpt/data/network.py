@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tiktoken.load import read_file_cached
 
+from tinygpt import fileio
 from tinygpt.config import HUB_NAME, ConfigError, first_line
 
 WAIT = 1.5  # seconds for an answer
@@ -101,6 +102,7 @@ def gpt2_files() -> dict[str, bytes]:
     Raises ConfigError, within two seconds where there is no network.
     """
     remedy = "give tokenizer.vocab_dir=FOLDER, a folder with GPT-2's encoder.json and vocab.bpe"
+    # tiktoken deletes a damaged file and goes to the network, so that is found out first
     missing = [name for name in GPT2_SHA256 if not _is_cached(name)]
     if missing and not reachable(GPT2_URL + missing[0]):
         raise ConfigError(
@@ -117,13 +119,10 @@ def gpt2_files() -> dict[str, bytes]:
 
 
 def _is_cached(name: str) -> bool:
-    """Return whether tiktoken would take this file from its cache.  It deletes one that is damaged
-    and goes to the network, so that is found out first."""
     default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    places = os.environ
-    folder = places.get("TIKTOKEN_CACHE_DIR", places.get("DATA_GYM_CACHE_DIR", default))
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
     path = Path(folder, hashlib.sha1((GPT2_URL + name).encode()).hexdigest())
     try:
-        return folder != "" and hashlib.sha256(path.read_bytes()).hexdigest() == GPT2_SHA256[name]
+        return folder != "" and fileio.sha256(path) == GPT2_SHA256[name]
     except OSError:
         return False

@@ -12,22 +12,13 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from tinygpt import fileio
 from tinygpt.config import ConfigError, CustomData
-from tinygpt.data.textfiles import (
-    CHUNK,
-    format_of,
-    inner_suffix,
-    packing,
-    split_at,
-    text_chunks,
-    unicode_only,
-    unpacked,
-)
+from tinygpt.data import textfiles
 
 Row = dict[str, Any]
 MOST_FIELDS = 20  # of a row that is a file of its own
@@ -42,7 +33,7 @@ class Rows:
 
     def __init__(self, path: Path, config: CustomData) -> None:
         """Raises ConfigError where the first rows cannot be read."""
-        self.path, self.format, self.encoding = path, format_of(path), config.encoding
+        self.path, self.format, self.encoding = path, textfiles.format_of(path), config.encoding
         self.dialect = find_dialect(path, config) if self.format == "csv" else None
 
     def read(
@@ -54,25 +45,25 @@ class Rows:
         """
         if self.format == "parquet":
             return _parquet(self.path, read, columns, texts)
-        chunks = text_chunks(self.path, read, self.encoding)
+        chunks = textfiles.text_chunks(self.path, read, self.encoding)
         if self.dialect is not None:
             return _csv(self.path, chunks, self.dialect)
         return _json(self.path, chunks, whole=self.format == "json")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Dialect:
     """Say how a CSV file is written: its delimiter, whether quotes quote, whether it has names."""
 
     delimiter: str
-    quoted: bool
-    header: bool
+    quoted: bool = True
+    header: bool = True
     line_end: str = "\n"  # "\r" where that is the only one
     spaced: bool = False  # blanks stand between a delimiter and a quote
 
     @property
     def is_default(self) -> bool:
-        return (self.delimiter, self.quoted, self.header, self.spaced) == (",", True, True, False)
+        return replace(self, line_end="\n") == Dialect(",")
 
     def __str__(self) -> str:
         between = {**DELIMITERS, NOWHERE: "one column"}.get(self.delimiter, repr(self.delimiter))
@@ -80,84 +71,81 @@ class Dialect:
         quotes = "" if self.quoted else ", quotes are text"
         return f"CSV with {between}, {names}{', blanks before quotes' * self.spaced}{quotes}"
 
+    def records(self, chunks: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+        """Yield each record with the number of the line it ends in.
+
+        A line that begins with a byte order mark began a file that was put behind another.
+        """
+        csv.field_size_limit(sys.maxsize)
+        lines = (line.removeprefix("\ufeff") + "\n" for line in textfiles.split_at(chunks, "\n"))
+        first = next(lines)
+        skipped = bool(EXCEL.fullmatch(first))
+        reader = csv.reader(
+            lines if skipped else itertools.chain([first], lines),
+            delimiter=self.delimiter,
+            quoting=csv.QUOTE_MINIMAL if self.quoted else csv.QUOTE_NONE,
+            skipinitialspace=self.spaced,
+            strict=True,
+        )
+        for record in reader:
+            yield reader.line_num + skipped, record
+
 
 def find_dialect(path: Path, config: CustomData) -> Dialect:
     """Return the dialect of the first rows: the delimiter by which most of them have as many
     values as the first.  A text whose first line has none, and which no delimiter makes a table,
     is one column."""
     text, ended, line_end = "", True, "\n"
-    for chunk in text_chunks(path, {}, config.encoding):
+    for chunk in textfiles.text_chunks(path, {}, config.encoding):
         text += chunk
         if len(text) > HEAD_CHARACTERS:
             ended = False
             break
     if "\r" in text and "\n" not in text:
         text, line_end = text.replace("\r", "\n"), "\r"
-    usual = {".tsv": "\t", ".tab": "\t", ".psv": "|"}.get(inner_suffix(path), ",")
-    named = EXCEL.match(text)
-    mark = config.delimiter or (named[1] if named else None)
-    marks = [mark] if mark else list(dict.fromkeys([usual, *DELIMITERS]))
-    asked = [(mark, True) for mark in marks] + [("\t", False)] * ("\t" in marks)
-    widths = {one: _widths(text, *one, ended) for one in asked}
 
-    def share(one: tuple[str, bool]) -> float:
+    def dialect(delimiter: str, quoted: bool = True) -> Dialect:
+        mark = re.escape(delimiter)
+        blank_before_quote = re.compile(rf'{mark} +"[^"\r\n{mark}]')
+        spaced = quoted and delimiter != " " and blank_before_quote.search(text) is not None
+        return Dialect(delimiter, quoted, line_end=line_end, spaced=spaced)
+
+    usual = {".tsv": "\t", ".tab": "\t", ".psv": "|"}.get(textfiles.inner_suffix(path), ",")
+    named = EXCEL.match(text)
+    given = config.delimiter or (named[1] if named else None)
+    marks = [given] if given else list(dict.fromkeys([usual, *DELIMITERS]))
+    asked = [dialect(mark) for mark in marks]
+    asked += [dialect("\t", quoted=False)] * ("\t" in marks)
+    widths = {one: _widths(text, one, ended) for one in asked}
+
+    def share(one: Dialect) -> float:
         found = widths[one]
         return found.count(found[0]) / len(found) if found and found[0] > 1 else 0.0
 
-    delimiter, quoted = best = max(asked, key=share)  # the first of equals
+    best = max(asked, key=share)  # the first of equals
     if share(best) < 0.9 and config.delimiter is None:
         is_narrow = all(found[:1] == [1] for found in widths.values())
         is_prose = is_narrow and not any(map(_is_table, widths.values()))
-        is_column = is_prose and max(widths[usual, True]) > 1
-        delimiter, quoted = NOWHERE if is_column else usual, True
-    header, spaced = config.header, _is_spaced(text, delimiter, quoted)
-    if header is None:
-        records: list[list[str]] = []
-        with contextlib.suppress(csv.Error):  # which says so when it is read
-            for _, record in itertools.islice(_records([text], delimiter, quoted, spaced), 500):
-                records += [record] if record else []
-        header = _has_header(records)
-        if title := _title(records):
-            raise ConfigError(
-                f"data.path={path}: the first line has only {title!r:.60}, a title above the names "
-                "of the columns? remove it; data.header=true: it is a name itself"
-            )
-    return Dialect(delimiter, quoted, header, line_end, spaced)
+        best = dialect(NOWHERE if is_prose and max(widths[asked[0]]) > 1 else usual)
+    if config.header is not None:
+        return replace(best, header=config.header)
+    records: list[list[str]] = []
+    with contextlib.suppress(csv.Error):  # which says so when it is read
+        for _, record in itertools.islice(best.records([text]), 500):
+            records += [record] if record else []
+    if title := _title(records):
+        raise ConfigError(
+            f"data.path={path}: the first line has only {title!r:.60}, a title above the names "
+            "of the columns? remove it; data.header=true: it is a name itself"
+        )
+    return replace(best, header=_has_header(records))
 
 
-def _is_spaced(text: str, delimiter: str, quoted: bool) -> bool:
-    mark = re.escape(delimiter)
-    return quoted and bool(re.search(rf'{mark} +"[^"\r\n{mark}]', text)) and delimiter != " "
-
-
-def _records(
-    chunks: Iterable[str], delimiter: str, quoted: bool, spaced: bool
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield each record of a CSV text with the number of the line it ends in.
-
-    A line that begins with a byte order mark began a file that was put behind another.
-    """
-    csv.field_size_limit(sys.maxsize)
-    lines = (line.removeprefix("\ufeff") + "\n" for line in split_at(chunks, "\n"))
-    first = next(lines)
-    skipped = bool(EXCEL.fullmatch(first))
-    reader = csv.reader(
-        lines if skipped else itertools.chain([first], lines),
-        delimiter=delimiter,
-        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
-        skipinitialspace=spaced,
-        strict=True,
-    )
-    for record in reader:
-        yield reader.line_num + skipped, record
-
-
-def _widths(text: str, delimiter: str, quoted: bool, ended: bool) -> list[int]:
+def _widths(text: str, dialect: Dialect, ended: bool) -> list[int]:
     """Return how many values each of the first records has; none where it is no such table."""
     widths = []
-    spaced = _is_spaced(text, delimiter, quoted)
     try:
-        for _, record in itertools.islice(_records([text], delimiter, quoted, spaced), HEAD_ROWS):
+        for _, record in itertools.islice(dialect.records([text]), HEAD_ROWS):
             widths += [len(record)] if record else []
     except csv.Error:
         if ended:
@@ -183,13 +171,12 @@ def _has_header(records: list[list[str]]) -> bool:
         below = [record[place].strip() for record in others if len(record) > place]
         alike = [re.sub(r"\d+", "0", value) for value in below].count(re.sub(r"\d+", "0", name))
         is_value = name in below or "://" in name or alike * 2 > len(below)
-        is_number = re.fullmatch(r"[-+]?[\d., :/-]*\d[\d., :/-]*", name)
         asks = [bool(re.search(r"[?？]\W*$", value)) for value in (name, *below)]
         if len(first) > 1 and len(below) > 1 and asks[0] and not any(asks[1:]) and not is_value:
             continue  # a question of a survey, above its answers
-        if name and (is_value or len(name.split()) > 4 or is_number):
-            return False
-        if re.search(r"[.!?。！？]\W*$", name):
+        is_number = re.fullmatch(r"[-+]?[\d., :/-]*\d[\d., :/-]*", name)
+        is_sentence = len(name.split()) > 4 or re.search(r"[.!?。！？]\W*$", name)
+        if name and (is_value or is_number or is_sentence):
             return False
     return any(cell.strip() for cell in first)
 
@@ -203,11 +190,10 @@ def _title(records: list[list[str]]) -> str:
 
 
 def _csv(path: Path, chunks: Iterable[str], dialect: Dialect) -> Iterator[Row]:
-    chunks = (chunk.replace(dialect.line_end, "\n") for chunk in chunks)
     names: list[str] = []
     line = 0
     try:
-        for line, record in _records(chunks, dialect.delimiter, dialect.quoted, dialect.spaced):
+        for line, record in dialect.records(c.replace(dialect.line_end, "\n") for c in chunks):
             if not record:
                 continue
             if not names:
@@ -255,9 +241,9 @@ def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[Row]:
             values = _values(path, chunks, is_array)
             first = list(itertools.islice(values, 2))
             lone = _rows_in(path, first[0]) if len(first) == 1 and not is_array else first
-            yield from map(unicode_only, itertools.chain(lone, values))
+            yield from map(textfiles.unicode_only, itertools.chain(lone, values))
             return
-    for number, line in enumerate(split_at(chunks, "\n"), start=1):
+    for number, line in enumerate(textfiles.split_at(chunks, "\n"), start=1):
         line = line.removeprefix("\ufeff")  # of a file put behind another
         if not line.strip():
             continue
@@ -265,7 +251,7 @@ def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[Row]:
             row = fileio.parse_json(line)
         except ValueError as error:
             raise ConfigError(f"data.path={path}: line {number} is not JSON ({error})") from error
-        yield unicode_only(_row(row, f"data.path={path}: line {number}"))
+        yield textfiles.unicode_only(_row(row, f"data.path={path}: line {number}"))
 
 
 def _row(value: Any, where: str) -> Row:
@@ -311,7 +297,7 @@ def _values(path: Path, chunks: Iterator[str], is_array: bool) -> Iterator[Row]:
             except RecursionError as error:
                 raise ConfigError(f"{where} is not JSON (nested too deeply)") from error
             except ValueError as error:
-                more = "".join(itertools.islice(chunks, max(1, len(buffer) // CHUNK)))
+                more = "".join(itertools.islice(chunks, max(1, len(buffer) // textfiles.CHUNK)))
                 if more:
                     buffer, at = buffer[at:] + more, 0
                     continue
@@ -326,27 +312,30 @@ def _values(path: Path, chunks: Iterator[str], is_array: bool) -> Iterator[Row]:
 
 def _rows_in(path: Path, value: Row) -> list[Row]:
     """Return the rows in the only object of a file: its list of rows, else itself."""
-    lists = {name: rows for name, rows in value.items() if isinstance(rows, list) and rows}
-    tables = [name for name, rows in lists.items() if all(isinstance(row, dict) for row in rows)]
-    inner = [one for one in value.values() if isinstance(one, dict)]
-    is_words = any(isinstance(one, str) and len(one.split()) > 3 for one in value.values())
+    fields = list(value.values())
+    lists = {
+        name: rows
+        for name, rows in value.items()
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    }
+    inner = [one for one in fields if isinstance(one, dict)]
+    is_words = any(isinstance(one, str) and len(one.split()) > 3 for one in fields)
     deeper = [one for one in inner[0].values() if isinstance(one, list)] if len(inner) == 1 else []
-    if not tables and not is_words and any(isinstance(row, dict) for one in deeper for row in one):
+    if not lists and not is_words and any(isinstance(row, dict) for one in deeper for row in one):
         return _rows_in(path, inner[0])
-    chats = [
-        name
-        for name in tables
-        if all({"role", "from"} & set(row) for row in lists[name])
-        and any({"content", "value"} & set(row) for row in lists[name])
-    ]
-    tables = [name for name in tables if name not in chats]
+    tables = {
+        name: rows
+        for name, rows in lists.items()
+        if not all({"role", "from"} & set(row) for row in rows)
+        or not any({"content", "value"} & set(row) for row in rows)  # else a chat
+    }
     if len(tables) == 1:
-        return lists[tables[0]]
-    texts = len(value) if all(isinstance(one, str) for one in value.values()) else 0
-    is_row = chats or not all(isinstance(one, dict | list) for one in value.values())
+        return next(iter(tables.values()))
+    texts = len(value) if all(isinstance(one, str) for one in fields) else 0
+    is_row = len(tables) < len(lists) or not all(isinstance(one, dict | list) for one in fields)
     if tables or not is_row or texts > MOST_FIELDS:
-        found = f"{len(tables)} lists of rows ({', '.join(tables[:12])})" if tables else "no list"
-        found = f"{texts} texts" if texts else found
+        lists_found = f"{len(tables)} lists of rows ({', '.join([*tables][:12])})"
+        found = f"{texts} texts" if texts else lists_found if tables else "no list"
         raise ConfigError(
             f"data.path={path}: one JSON object with {found}; an array of objects is read, an "
             "object a line, or one object with one list of objects"
@@ -364,10 +353,10 @@ def _parquet(
     try:
         with contextlib.ExitStack() as stack:
             source: Path | IO[bytes] = path
-            if packing(path):  # parquet is read from its end
-                stream, _ = stack.enter_context(unpacked(path))
+            if textfiles.packing(path):  # parquet is read from its end
+                stream, _ = stack.enter_context(textfiles.unpacked(path))
                 source = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(stream, source, CHUNK)
+                shutil.copyfileobj(stream, source, textfiles.CHUNK)
                 source.seek(0)
             file, rows = pyarrow.parquet.ParquetFile(source), 0
             wanted: list[str] | None = None
@@ -379,7 +368,7 @@ def _parquet(
                 rows += len(batch)
                 read[path] = path.stat().st_size * rows // file.metadata.num_rows
                 yield from batch.to_pylist()
+    except ConfigError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"data.path={path}: not readable as parquet ({error})") from error

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
@@ -32,7 +32,6 @@ from tinygpt.data.writing import BATCH_CHARACTERS, Placed, SplitWriter, write
 FORMAT = 3  # of the files here; part of the cache key
 VERIFY_BYTES = 1 << 30  # larger files are checked by their size alone
 WORDS = {"train": "training", "val": "validation", "test": "test"}
-SPLITS = tuple(WORDS)
 CHANCE = 3.0  # expected documents of a split that make it all but sure (95 %) that it has one
 READ = ("gpt2", "saved")  # tokenizers that are read from files, not trained
 
@@ -43,6 +42,26 @@ def cache_root(cache_dir: str | None) -> Path:
     """Return ``cache_dir``, else ``$TINYGPT_CACHE``, else ``~/.cache/tinygpt``."""
     chosen = cache_dir or os.environ.get("TINYGPT_CACHE") or "~/.cache/tinygpt"
     return Path(chosen).expanduser()
+
+
+class TrainWindows(NamedTuple):
+    """Where the windows of training begin, (W,)."""
+
+    starts: NDArray[np.int64]  # global positions
+    used_tokens: int  # distinct targets in the windows
+    dropped_tokens: int  # at the shards' ends, shorter than a window
+
+
+class EvalWindows(NamedTuple):
+    """Where the windows of validation or test lie, (W,) each."""
+
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]  # targets in each
+    before: NDArray[np.int64]  # the first of them, which count in the window before
+
+    def at(self, rows: slice | NDArray[np.bool_]) -> EvalWindows:
+        """Return some of the windows."""
+        return EvalWindows(*(part[rows] for part in self))
 
 
 class Split:
@@ -63,11 +82,10 @@ class Split:
         ends = np.cumsum([len(shard) for shard in self.shards])
         which = np.searchsorted(ends, starts, side="right")
         out = np.empty((len(starts), length), dtype=np.int64)
-        steps = np.arange(length)
         for shard in np.unique(which):
             rows = which == shard
             local = starts[rows] - (ends[shard] - len(self.shards[shard]))
-            out[rows] = self.shards[shard][local[:, None] + steps]
+            out[rows] = self.shards[shard][local[:, None] + np.arange(length)]
         return out
 
     def train_windows(self, length: int, stride: int, fraction: float) -> TrainWindows:
@@ -97,11 +115,11 @@ class Split:
         do, in each later one those that no window before it holds.  Where documents begin with a
         token of their own each is scored by itself, as ``transformers`` reads it.
         """
-        starts, ends, counted = [], [], []
+        parts: list[tuple[NDArray[np.int64], ...]] = []
         base = 0
         for shard, offsets in zip(self.shards, self.offsets, strict=True):
             if whole_documents:
-                cuts = np.array(_packed(offsets, length), dtype=np.int64)
+                cuts = _packed(offsets, length)
                 first, last = cuts[:-1], cuts[1:]
             else:
                 cuts = offsets if self.unscored else offsets[[0, -1]]
@@ -114,38 +132,18 @@ class Split:
                 first = begin[which] + number * step
                 last = np.minimum(first + length, end[which])
             seen = np.concatenate((first[:1], last[:-1]))
-            starts.append(base + first)
-            ends.append(base + last)
-            counted.append(base + np.maximum(first, seen))
+            parts.append((base + first, last - first, np.maximum(seen - first, 0)))
             base += len(shard)
-        begin = np.concatenate(starts)
-        return EvalWindows(begin, np.concatenate(ends) - begin, np.concatenate(counted) - begin)
+        return EvalWindows(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
-@dataclass(frozen=True)
-class TrainWindows:
-    """Where the windows of training begin, (W,)."""
-
-    starts: NDArray[np.int64]  # global positions
-    used_tokens: int  # distinct targets in the windows
-    dropped_tokens: int  # at the shards' ends, shorter than a window
-
-
-@dataclass(frozen=True)
-class EvalWindows:
-    """Where the windows of validation or test lie, (W,) each."""
-
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]  # targets in each
-    before: NDArray[np.int64]  # the first of them, which count in the window before
-
-
-def _packed(offsets: NDArray[np.int64], length: int) -> list[int]:
+def _packed(offsets: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Return where to cut so that each part holds as many whole documents as fit."""
     cuts = [0]
     for start, end in itertools.pairwise(offsets.tolist()):
         if end - cuts[-1] > length:
             cuts.append(start)
-    return [*cuts, int(offsets[-1])]
+    return np.array([*cuts, offsets[-1]], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -181,20 +179,13 @@ def prepare(
     killed on its way is resumed from the last whole shard.  Raises ConfigError where the corpus
     does not give the splits that it should.
     """
-    source = corpus.fingerprint()
-    vocabulary = _tokenizer(corpus, source, data, tokenizer, cache, progress)
-    sizes = [data.max_tokens, data.eval_tokens]
-    key = fileio.digest([FORMAT, source, vocabulary.fingerprint(), _cutting(data), sizes])
-    folder = cache / "data" / f"{data.name}-{key[:16]}"
-
-    def tokenized(temporary: Path) -> dict[str, Any]:
-        return _tokenize(corpus, data, vocabulary, temporary, progress)
-
-    index = _cached(folder, source, tokenized)
+    work = _Preparation(corpus, data, cache, progress)
+    vocabulary = work.vocabulary(tokenizer)
+    made = work.cached(vocabulary, [data.max_tokens, data.eval_tokens], work.tokenize_splits)
     survey = getattr(corpus, "survey", None)
     if survey is not None:  # the same text may lie beside other files now
-        index["survey"] |= {"files": survey.files, "skipped": dict(survey.skipped)}
-    return Prepared(folder, index, vocabulary)
+        made.index["survey"] |= {"files": survey.files, "skipped": dict(survey.skipped)}
+    return made
 
 
 def prepare_whole(
@@ -202,38 +193,144 @@ def prepare_whole(
 ) -> Prepared:
     """Return all of a corpus as one split, ``all``, by a tokenizer that is there; from the cache
     or made now.  Raises ConfigError where there is no text in it."""
-    source = corpus.fingerprint()
-    key = fileio.digest([FORMAT, source, tokenizer.fingerprint(), _cutting(data), "all"])
-    folder = cache / "data" / f"{data.name}-{key[:16]}"
+    work = _Preparation(corpus, data, cache, progress)
+    return work.cached(tokenizer, "all", work.tokenize_all)
 
-    def tokenized(temporary: Path) -> dict[str, Any]:
-        writers = {"all": SplitWriter(temporary, "all", tokenizer, None)}
-        documents = (("all", document) for document in corpus.documents("train"))
-        reported = _reported(documents, "tokenizing", corpus, progress)
-        infos, _ = write(reported, tokenizer, writers, temporary)
+
+@dataclass
+class _Preparation:
+    """A corpus on its way into the cache."""
+
+    corpus: Corpus
+    data: DataConfig
+    cache: Path
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.source = self.corpus.fingerprint()
+
+    @property
+    def cutting(self) -> list[Any]:
+        """The keys that say which document is in which split; ``fraction`` takes a prefix."""
+        names = ("max_documents", "val_fraction", "test_fraction", "val_is_test")
+        return [getattr(self.data, name, None) for name in (*names, "separator", "text_column")]
+
+    @property
+    def place(self) -> str:
+        return f"data.path={getattr(self.data, 'path', self.data.name)}"
+
+    def cached(
+        self, tokenizer: Tokenizer, part: Any, make: Callable[[Path, Tokenizer], dict[str, Any]]
+    ) -> Prepared:
+        """Return the shards in the cache, which ``make`` writes if they are missing."""
+        parts = [FORMAT, self.source, tokenizer.fingerprint(), self.cutting, part]
+        folder = self.cache / "data" / f"{self.data.name}-{fileio.digest(parts)[:16]}"
+        with _lock(folder):
+            index = load_index(folder)
+            if index is None:
+                with fileio.replacing_folder(folder, kept=True) as temporary:
+                    index = {"source_fingerprint": self.source, **make(temporary, tokenizer)}
+                    index["checksum"] = fileio.digest(index)
+                    fileio.write_json(temporary / "index.json", index)
+        return Prepared(folder, index, tokenizer)
+
+    def vocabulary(self, config: TokenizerConfig) -> Tokenizer:
+        """Return the tokenizer, trained on the first ``train_bytes`` of the training split,
+        whatever prefix is used later."""
+        train_bytes = getattr(config, "train_bytes", None)
+        if train_bytes is None:
+            return _untrained(config)
+        key = fileio.digest([FORMAT, self.source, self.cutting, vars(config)])
+        stem = self.cache / "tokenizers" / f"{config.kind}-{key[:16]}"
+        with _lock(stem):
+            for path in stem.parent.glob(f"{stem.name}-*.json"):
+                with contextlib.suppress(ConfigError):
+                    found = load_tokenizer(path)
+                    if path.stem.endswith(found.fingerprint()[:16]):  # else damaged: made again
+                        return found
+            for path in stem.parent.glob(f".{stem.name}-*.tmp"):  # of one that was killed
+                path.unlink()
+            documents = split_documents(self.corpus, self.data)
+            placed = self.reported(documents, "reading text for the tokenizer")
+            texts = (document.text for split, document in placed if split == "train")
+            tokenizer = train_tokenizer(config, corpora.first_bytes(texts, train_bytes))
+            tokenizer.save(stem.with_name(f"{stem.name}-{tokenizer.fingerprint()[:16]}.json"))
+        return tokenizer
+
+    def reported(self, documents: Iterator[Placed], what: str = "tokenizing") -> Iterator[Placed]:
+        """Yield the documents, and tell ``progress`` how far the source is, or how much it gave."""
+        size = told = 0
+        for split, document in documents:
+            size += len(document.text)
+            if size - told >= BATCH_CHARACTERS // 4:
+                done, total = self.corpus.position() or (size, None)
+                self.progress(what, done, total)
+                told = size
+            yield split, document
+
+    def tokenize_all(self, folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Write one split and return the index."""
+        writers = {"all": SplitWriter(folder, "all", tokenizer, None)}
+        documents = (("all", document) for document in self.corpus.documents("train"))
+        infos, _ = write(self.reported(documents), tokenizer, writers, folder)
         if not infos["all"]["documents"]:
-            raise ConfigError(f"data.path={getattr(data, 'path', data.name)}: no text in it")
+            raise ConfigError(f"{self.place}: no text in it")
         return {"dtype": writers["all"].dtype.name, "splits": infos}
 
-    return Prepared(folder, _cached(folder, source, tokenized), tokenizer)
+    def tokenize_splits(self, folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Write the shards of all splits and return the index."""
+        data = self.data
+        limits = {"train": data.max_tokens, "val": data.eval_tokens, "test": data.eval_tokens}
+        writers = {name: SplitWriter(folder, name, tokenizer, limits[name]) for name in WORDS}
+        survey: Survey | None = getattr(self.corpus, "survey", None)
+        if survey is not None:
+            survey.restart()  # a tokenizer may have been trained on the same text
+        documents = self.reported(split_documents(self.corpus, data))
+        infos, duplicates = write(documents, tokenizer, writers, folder)
+        if survey is not None:
+            survey.empty_documents = sum(info["empty_documents"] for info in infos.values())
+            kept = (info["documents"] + info["left_out_documents"] for info in infos.values())
+            survey.documents = sum(kept) + duplicates
+        if data.val_is_test:
+            infos["test"] = infos["val"]
+        for name, info in infos.items():
+            is_asked = name != "test" or data.test_fraction > 0 or data.val_is_test
+            if is_asked and not info["documents"]:
+                self.refuse_empty(name, infos, survey)
+        return {
+            "dtype": writers["train"].dtype.name,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_fingerprint": tokenizer.fingerprint(),
+            "duplicates_of_validation_or_test": duplicates,
+            "survey": survey.facts() if survey else None,
+            "splits": {name: info if info["documents"] else None for name, info in infos.items()},
+        }
+
+    def refuse_empty(self, name: str, infos: dict[str, Any], survey: Survey | None) -> None:
+        """Raise ConfigError, with how much text of such documents fills every split."""
+        remedy = {
+            "train": "lower data.val_fraction and data.test_fraction",
+            "val": "raise data.val_fraction or give data.val_file",
+            "test": "raise data.test_fraction, give data.test_file or set data.test_fraction=0",
+        }[name]
+        needed, found = "", sum(info["documents"] for info in infos.values())
+        if found:
+            val, test = self.data.val_fraction, self.data.test_fraction
+            size = sum(info["bytes"] for info in infos.values()) / found
+            least = min(share for share in (val, test, 1 - val - test) if share > 0)
+            needed = f", about {kilobytes(CHANCE * size / least)} in documents of that size"
+        skipped = ", ".join(counted(survey.skipped)) if survey else ""
+        beside = f" (skipped {skipped})" if skipped else ""
+        raise ConfigError(
+            f"{self.place}: the {WORDS[name]} split is empty, as the corpus has only {found} "
+            f"document{'s' * (found != 1)}{beside}; {remedy}, or take more text{needed}"
+        )
 
 
-def _cached(folder: Path, source: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Return the index of the shards in ``folder``, which ``make`` writes if they are missing."""
-    with _lock(folder):
-        index = load_index(folder)
-        if index is None:
-            with fileio.replacing_folder(folder, kept=True) as temporary:
-                index = {"source_fingerprint": source, **make(temporary)}
-                index["checksum"] = fileio.digest(index)
-                fileio.write_json(temporary / "index.json", index)
-    return index
-
-
-def _cutting(data: DataConfig) -> list[Any]:
-    """Return the keys that say which document is in which split; ``fraction`` takes a prefix."""
-    names = ("max_documents", "val_fraction", "test_fraction", "val_is_test")
-    return [getattr(data, name, None) for name in (*names, "separator", "text_column")]
+def _untrained(config: TokenizerConfig) -> Tokenizer:
+    if isinstance(config, SavedTokenizer):
+        return open_tokenizer("tokenizer.path", config.path)
+    return train_tokenizer(config, ())
 
 
 def _lock(path: Path) -> filelock.BaseFileLock:
@@ -262,110 +359,6 @@ def load_index(folder: Path) -> dict[str, Any] | None:
     return index
 
 
-def _tokenizer(
-    corpus: Corpus,
-    source: str,
-    data: DataConfig,
-    config: TokenizerConfig,
-    cache: Path,
-    progress: Progress,
-) -> Tokenizer:
-    """Train on the first ``train_bytes`` of the training split, whatever prefix is used later."""
-    train_bytes = getattr(config, "train_bytes", None)
-    if train_bytes is None:
-        return _untrained(config)
-    key = fileio.digest([FORMAT, source, _cutting(data), vars(config)])
-    stem = cache / "tokenizers" / f"{config.kind}-{key[:16]}"
-    with _lock(stem):
-        for path in stem.parent.glob(f"{stem.name}-*.json"):
-            with contextlib.suppress(ConfigError):
-                found = load_tokenizer(path)
-                if path.stem.endswith(found.fingerprint()[:16]):  # else damaged, and made again
-                    return found
-        for path in stem.parent.glob(f".{stem.name}-*.tmp"):  # of one that was killed
-            path.unlink()
-        what = "reading text for the tokenizer"
-        documents = _reported(split_documents(corpus, data), what, corpus, progress)
-        texts = (document.text for split, document in documents if split == "train")
-        tokenizer = train_tokenizer(config, corpora.first_bytes(texts, train_bytes))
-        tokenizer.save(stem.with_name(f"{stem.name}-{tokenizer.fingerprint()[:16]}.json"))
-    return tokenizer
-
-
-def _untrained(config: TokenizerConfig) -> Tokenizer:
-    if isinstance(config, SavedTokenizer):
-        return open_tokenizer("tokenizer.path", config.path)
-    return train_tokenizer(config, ())
-
-
-def _reported(
-    documents: Iterator[Placed], what: str, corpus: Corpus, progress: Progress
-) -> Iterator[Placed]:
-    """Yield the documents, and tell ``progress`` now and then how far the source is, or how much
-    text there was where it is endless or elsewhere."""
-    size = told = 0
-    for split, document in documents:
-        size += len(document.text)
-        if size - told >= BATCH_CHARACTERS // 4:
-            done, total = corpus.position() or (size, None)
-            progress(what, done, total)
-            told = size
-        yield split, document
-
-
-def _tokenize(
-    corpus: Corpus, data: DataConfig, tokenizer: Tokenizer, folder: Path, progress: Progress
-) -> dict[str, Any]:
-    """Write the shards of all splits into ``folder`` and return the index."""
-    limits = {"train": data.max_tokens, "val": data.eval_tokens, "test": data.eval_tokens}
-    writers = {name: SplitWriter(folder, name, tokenizer, limits[name]) for name in SPLITS}
-    survey: Survey | None = getattr(corpus, "survey", None)
-    if survey is not None:
-        survey.restart()  # a tokenizer may have been trained on the same text
-    documents = _reported(split_documents(corpus, data), "tokenizing", corpus, progress)
-    infos, duplicates = write(documents, tokenizer, writers, folder)
-    if survey is not None:
-        survey.empty_documents = sum(info["empty_documents"] for info in infos.values())
-        kept = (info["documents"] + info["left_out_documents"] for info in infos.values())
-        survey.documents = sum(kept) + duplicates
-    if data.val_is_test:
-        infos["test"] = infos["val"]
-    expected = ["train", "val", *(["test"] if data.test_fraction > 0 or data.val_is_test else [])]
-    for name in expected:
-        if not infos[name]["documents"]:
-            _refuse_empty(name, infos, data, survey)
-    return {
-        "dtype": writers["train"].dtype.name,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer_fingerprint": tokenizer.fingerprint(),
-        "duplicates_of_validation_or_test": duplicates,
-        "survey": survey.facts() if survey else None,
-        "splits": {name: info if info["documents"] else None for name, info in infos.items()},
-    }
-
-
-def _refuse_empty(
-    name: str, infos: dict[str, Any], data: DataConfig, survey: Survey | None
-) -> None:
-    """Raise ConfigError, with how much text of such documents fills every split."""
-    remedy = {
-        "train": "lower data.val_fraction and data.test_fraction",
-        "val": "raise data.val_fraction or give data.val_file",
-        "test": "raise data.test_fraction, give data.test_file or set data.test_fraction=0",
-    }[name]
-    needed, found = "", sum(info["documents"] for info in infos.values())
-    if found:
-        shares = (data.val_fraction, data.test_fraction, 1 - data.val_fraction - data.test_fraction)
-        size = sum(info["bytes"] for info in infos.values()) / found
-        wanted = CHANCE * size / min(share for share in shares if share > 0)
-        needed = f", about {kilobytes(wanted)} in documents of that size"
-    beside = f" (skipped {', '.join(counted(survey.skipped))})" if survey and survey.skipped else ""
-    raise ConfigError(
-        f"data.path={getattr(data, 'path', data.name)}: the {WORDS[name]} split is empty, as the "
-        f"corpus has only {found} document{'s' * (found != 1)}{beside}; {remedy}, or take more "
-        f"text{needed}"
-    )
-
-
 def kilobytes(size: float) -> str:
+    """Return a size in bytes as a message has it."""
     return f"{max(1.0, size / 1000):,.0f} kB"

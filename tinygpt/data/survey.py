@@ -35,20 +35,21 @@ class Survey:
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Survey:
         """Return the survey that ``facts`` came from."""
-        counters = {name: Counter(facts[name]) for name in ("skipped", "formats")}
-        return cls(**{**facts, **counters})
+        values: dict[str, Any] = {
+            k: Counter(v) if isinstance(v, dict) else v for k, v in facts.items()
+        }
+        return cls(**values)
 
     def lines(self) -> list[str]:
         """Return what a command prints: what was read and skipped, and the column chosen."""
-        read = [many(self.files, "file")] if self.files else []
+        read = [many(self.files, "file")] * (self.files > 0) + [many(self.documents, "document")]
         skipped = counted(self.skipped)
         if self.empty_documents:
             skipped.append(many(self.empty_documents, "empty document"))
         if self.values_not_text:
             skipped.append(many(self.values_not_text, "value") + " not text")
         beside = f"; skipped {', '.join(skipped)}" if skipped else ""
-        found = [f"text: {', '.join([*read, many(self.documents, 'document')])}{beside}"]
-        formats = "; ".join(self.formats)
+        found, formats = [f"text: {', '.join(read)}{beside}"], "; ".join(self.formats)
         if self.text_column is not None:
             others = f" (not {', '.join(self.other_columns)})" if self.other_columns else ""
             found.append(f"text column: {self.text_column}{others}{formats and '; '}{formats}")
@@ -59,7 +60,7 @@ class Survey:
 
 def results(facts: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what ``results.json`` says of a survey; all null for a corpus that is not read."""
-    survey = Survey() if facts is None else Survey.read(facts)
+    survey = Survey.read(facts or {})
     values = {
         "text_files": survey.files or None,
         "text_files_skipped": ", ".join(counted(survey.skipped)) or None,
@@ -76,9 +77,9 @@ def results(facts: Mapping[str, Any] | None) -> dict[str, Any]:
 def counted(skipped: Counter[str]) -> list[str]:
     """Return ``2 .png``, ``1 empty file`` ..., the most frequent first."""
     several = skipped.most_common()
-    found = [many(count, reason) for reason, count in several[:SHOWN]]
     rest = sum(count for _, count in several[SHOWN:])
-    return found + ([many(rest, "other")] if rest else [])
+    found = [many(count, reason) for reason, count in several[:SHOWN]]
+    return found + [many(rest, "other")] * (rest > 0)
 
 
 def many(count: int, thing: str) -> str:

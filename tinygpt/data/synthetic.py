@@ -22,18 +22,11 @@ then shows one of the other 1023, uniformly.
 *Recall.*  The d-th last name introduced has a probability proportional to 1/d: a model that sees
 the story's beginning needs about 1.1 nats for it, one that does not needs ln 64 = 4.2.
 
-Why a story has one derivation: the word classes are disjoint and hold no word of a template, so
-each word says its class; the sequence of classes and literal words, the signature, differs from
-template to template, so a sentence says its template and its slots; the names in a cast are
-distinct, so a name says its distance; a wrong attribute differs from the true one.  The tests
-read stories back so (``tests/grammar.py``).  Hence the information content of a story is the sum of
--ln p over its choices, its length and the closing sentence (after which nothing but the end of
-the text can follow) included, and the mean over stories is a floor no model gets below.
-
-Its entropy, exactly: ln 5 for the length, and for each sentence the entropy of its kind, its
-template (uniform) and its slots: H(Zipf) + h(noise) + noise·ln 1023 for a fact; H(1/d, d ≤ k)
-for a recalled name, where the size k of the cast is the only state, its distribution at each
-position following from a recursion.  The tests add this up, and find it in the mean story.
+A story has one derivation: the word classes are disjoint and hold no word of a template, the
+sequence of classes and literal words differs from template to template, the names in a cast are
+distinct, and a wrong attribute differs from the true one.  Hence its information content is the sum
+of -ln p over its choices, its length and the closing sentence included, and the mean over stories
+is a floor no model gets below.  ``tests/grammar.py`` reads stories back and adds that mean up.
 
 Literature: Hutter 2021 (Learning curve theory) gets power laws in D from Zipf-distributed items
 to be memorised; Michaud et al. 2023 (The quantization model of neural scaling) in N as well, from
@@ -120,6 +113,7 @@ OTHERS: dict[str, tuple[str, ...]] = {  # within a kind the slots keep their ord
     "intro": ("From the {place} came {name}.", "Near the {place} they saw {name}."),
     "closing": ("At last {name} {deed} and went home.", "In the end {name} {deed} and slept."),
 }
+TEMPLATES = {**OTHERS, **{r: STATEMENTS[r] + QUERIES[r] for r in RELATIONS}}
 KINDS = {"fact": 0.6, "recall": 0.2, "filler": 0.1, "intro": 0.1}  # intro last: it may drop out
 OPENING_CAST = 3
 RECALL_EXPONENT = 1.0
@@ -132,24 +126,6 @@ BLOCK = 1024  # stories drawn from one random stream
 MAX_SLOTS = 3
 
 
-@dataclass(frozen=True)
-class Shape:
-    """How much of the grammar is used.  The default is the corpus; tests take less of it."""
-
-    least_sentences: int = 8  # of the body
-    most_sentences: int = 12
-    names: int = 64
-    cast: int = 8  # names in one story, at most
-    adjectives: int = 32
-    nouns: int = 32  # of each relation
-    words: int = 8  # of each other class
-    templates: int = 5  # of each kind
-
-    @property
-    def lengths(self) -> int:
-        return self.most_sentences - self.least_sentences + 1
-
-
 class Entity(NamedTuple):
     """An invented being and its true attributes, by relation."""
 
@@ -160,27 +136,28 @@ class Entity(NamedTuple):
 class Grammar:
     """A corpus: ``config`` fixes the facts and every story."""
 
-    def __init__(self, config: SyntheticData, shape: Shape = Shape()) -> None:
+    words = WORDS  # the tests take less of these four
+    templates = TEMPLATES
+    lengths = range(8, 13)  # sentences of the body
+    cast = 8  # names in one story, at most
+
+    def __init__(self, config: SyntheticData) -> None:
         self.config = config
-        self.shape = shape
-        limits = {"name": shape.names, "adjective": shape.adjectives}
-        limits.update(dict.fromkeys(RELATIONS, shape.nouns))
-        self.words = {c: words[: limits.get(c, shape.words)] for c, words in WORDS.items()}
-        self.templates = {kind: texts[: shape.templates] for kind, texts in OTHERS.items()}
-        for relation in RELATIONS:
-            texts = STATEMENTS[relation] + QUERIES[relation]
-            self.templates[relation] = texts[: shape.templates]
         self.values = {
             r: [" ".join(pair) for pair in product(self.words["adjective"], self.words[r])]
             for r in RELATIONS
         }
         self.n_values = len(self.values["tool"])
-        if config.noise_rate > 0 and self.n_values < 2:
-            raise ValueError("noise needs a second attribute to choose")
         weights = np.arange(1, config.n_facts + 1, dtype=np.float64) ** -config.zipf_exponent
         self.fact_p: Floats = weights / weights.sum()
+        kinds = np.tile(list(KINDS.values()), (self.cast + 1, 1))
+        kinds[self.cast, -1] = 0.0
+        # of the kinds of sentences and of the distances, by the size k of the cast
+        self.kind_p: Floats = kinds / kinds.sum(axis=1, keepdims=True)  # (k, kind)
+        distance = np.arange(1, self.cast + 1, dtype=np.float64) ** -RECALL_EXPONENT
+        recall = np.tril(np.ones((self.cast + 1, self.cast)), -1) * distance
+        self.recall_p: Floats = recall / np.maximum(recall.sum(axis=1, keepdims=True), 1e-300)
         self._make_table()
-        self._make_distributions()
         self._make_pieces()
 
     def _rng(self, *key: int) -> np.random.Generator:
@@ -200,18 +177,6 @@ class Grammar:
         digits = np.stack(np.unravel_index(order, (len(SYLLABLES),) * syllables), axis=1)
         self.names = ["".join(SYLLABLES[i] for i in row).capitalize() for row in digits.tolist()]
         self.truth: Ints = np.floor(rng.random((total, len(RELATIONS))) * self.n_values).astype(int)
-
-    def _make_distributions(self) -> None:
-        """Set the probabilities of sentence kinds and of distances, by the size k of the cast."""
-        shape = self.shape
-        kinds = np.tile(list(KINDS.values()), (shape.cast + 1, 1))
-        kinds[shape.cast, -1] = 0.0
-        self.kind_p: Floats = kinds / kinds.sum(axis=1, keepdims=True)  # (k, kind)
-        distance = np.arange(1, shape.cast + 1, dtype=np.float64) ** -RECALL_EXPONENT
-        recall = np.tril(np.ones((shape.cast + 1, shape.cast)), -1) * distance
-        self.recall_p: Floats = recall / np.maximum(recall.sum(axis=1, keepdims=True), 1e-300)
-
-    # Writing
 
     def _make_pieces(self) -> None:
         """Collect all strings a story is joined from, and where each class of them begins."""
@@ -240,15 +205,15 @@ class Grammar:
 
     def _block(self, block: int) -> tuple[list[str], list[float]]:
         """Draw stories ``block * BLOCK`` up to the next block, all at once."""
-        rng, shape = self._rng(1, block), self.shape
-        positions = shape.most_sentences + 2
-        length = shape.least_sentences + (rng.random(BLOCK) * shape.lengths).astype(int)
+        rng, lengths = self._rng(1, block), self.lengths
+        positions = lengths[-1] + 2
+        length = lengths[0] + (rng.random(BLOCK) * len(lengths)).astype(int)
         kinds, casts, nats = self._draw_kinds(rng, length)
         order = np.argsort(rng.random((BLOCK, len(self.words["name"]))), axis=1, kind="stable")
         draw = _Draw(
             u=rng.random((BLOCK, positions, 4)).reshape(-1, 4),
             casts=casts.ravel(),
-            names=np.repeat(order[:, : shape.cast], positions, axis=0),
+            names=np.repeat(order[:, : self.cast], positions, axis=0),
             ids=np.zeros((BLOCK * positions, 2 * MAX_SLOTS + 1), dtype=np.int64),
             nats=nats.ravel(),
         )
@@ -258,19 +223,19 @@ class Grammar:
             if kind != "fact":
                 self._write(draw, np.flatnonzero(flat == index), kind)
         rows = self._pieces[draw.ids.reshape(BLOCK, -1)].tolist()
-        total = draw.nats.reshape(BLOCK, -1).sum(axis=1) + math.log(shape.lengths)
+        total = draw.nats.reshape(BLOCK, -1).sum(axis=1) + math.log(len(lengths))
         return ["".join(row) for row in rows], total.tolist()
 
     def _draw_kinds(self, rng: np.random.Generator, length: Ints) -> tuple[Ints, Ints, Floats]:
         """Draw the kind of each sentence (4 opening, 5 closing, -1 none); return it with the cast
         before it and -ln p."""
-        positions = self.shape.most_sentences + 2
+        positions = self.lengths[-1] + 2
         kinds = np.full((BLOCK, positions), -1)
         casts = np.zeros((BLOCK, positions), dtype=np.int64)
         nats = np.zeros((BLOCK, positions))
         kinds[:, 0] = len(KINDS)
         cumulative = np.cumsum(self.kind_p, axis=1)[:, :-1]
-        cumulative[self.shape.cast, -1] = 1.0  # not 0.999..: no new name for a full cast
+        cumulative[self.cast, -1] = 1.0  # not 0.999..: no new name for a full cast
         cost = -_log(self.kind_p)
         cast = np.full(BLOCK, OPENING_CAST)
         for position in range(1, positions):
@@ -290,7 +255,7 @@ class Grammar:
         wrong = u[:, 3] < noise
         shift = wrong * (1 + (u[:, 2] * (count - 1)).astype(int))
         value = (self.truth[entity, relation] + shift) % count
-        log_value = np.where(wrong, _log(noise / max(count - 1, 1)), _log(1 - noise))
+        log_value = np.where(wrong, _log(noise / (count - 1)), _log(1 - noise))
         draw.nats[rows] -= _log(self.fact_p)[fact] + log_value
         for index, name in enumerate(RELATIONS):
             mine = relation == index
@@ -325,8 +290,6 @@ class Grammar:
         for index, slot in enumerate(slots):
             draw.ids[rows, 2 * index + 1] = slot
         draw.nats[rows] += math.log(len(literals))
-
-    # Facts by name
 
     @cached_property
     def entities(self) -> list[Entity]:

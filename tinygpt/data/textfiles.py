@@ -21,11 +21,9 @@ CHUNK = 1 << 20  # bytes read at a time
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".zip")
 BINARY = (".parquet", ".arrow")
 ROW_FORMATS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".jsonlines": "jsonl",
-    ".json": "json",
+    **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines"), "jsonl"),
     **dict.fromkeys((".csv", ".tsv", ".tab", ".psv"), "csv"),
+    ".json": "json",
     ".parquet": "parquet",
 }
 # Byte order marks of what is not UTF-8, the longer ones first: they begin as the shorter do.
@@ -35,10 +33,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_DAMAGED = (
-    *(OSError, EOFError, ValueError, RuntimeError, NotImplementedError),
-    *(lzma.LZMAError, zlib.error, zipfile.BadZipFile),
-)
+_DAMAGED = (lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 
 REFUSED = {
     b"%PDF-": "a PDF; extract its text first",
@@ -129,7 +124,7 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
                 yield archive.open(_member(archive, path)), raw
             else:
                 yield fileio.unpacked(raw, kind), raw
-    except _DAMAGED as error:
+    except (OSError, EOFError, ValueError, RuntimeError, *_DAMAGED) as error:
         if not kind or isinstance(error, ConfigError):
             raise
         raise ConfigError(f"data.path={path}: damaged or no {kind} ({one_line(error)})") from error
@@ -296,38 +291,26 @@ def around_marks(chunks: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def _sections(chunks: Iterable[str]) -> Iterator[str]:
-    buffer, in_line = "", False
+    last = "\n"
+    for section in _lengths_of_text(chunks):
+        # what begins within a line is not indented by its spaces
+        yield section if last == "\n" else re.sub(r"\A[^\S\n]+", "", section)
+        last = section[-1:]
 
-    def section(start: int, end: int | None = None) -> str:
-        nonlocal in_line
-        text = buffer[start:end]
-        if in_line:  # which was cut: its spaces indent nothing
-            text = re.sub(r"\A[^\S\n]+", "", text)
-        in_line = end is not None and buffer[end - 1] != "\n"
-        return text
 
-    for chunk in chunks:
-        buffer += chunk
-        start = 0
-        while len(buffer) - start > 2 * SECTION:
-            end = _section_end(buffer, start)
-            yield section(start, end)
+def _lengths_of_text(chunks: Iterable[str]) -> Iterator[str]:
+    """Cut a text at the first blank line after SECTION characters, else at a line's end, a space,
+    or anywhere."""
+    buffer = ""
+    for chunk in itertools.chain(chunks, [None]):
+        buffer += chunk or ""
+        start, longest = 0, SECTION * 3 // 2 if chunk is None else 2 * SECTION
+        while len(buffer) - start > longest:
+            window = (start + SECTION, start + 2 * SECTION)
+            blank = _BLANK_LINE.search(buffer, *window)
+            ends = (buffer.find(mark, *window) + 1 for mark in ("\n", " "))
+            end = blank.end() if blank else next(filter(None, ends), window[0])
+            yield buffer[start:end]
             start = end
         buffer = buffer[start:]
-    end = _section_end(buffer, 0) if len(buffer) > SECTION * 3 // 2 else 0
-    if end:
-        yield section(0, end)
-    yield section(end)
-
-
-def _section_end(buffer: str, start: int) -> int:
-    """Return the first blank line after SECTION characters, else a line's end, a space, a cut."""
-    window = (start + SECTION, start + 2 * SECTION)
-    blank = _BLANK_LINE.search(buffer, *window)
-    if blank:
-        return blank.end()
-    for mark in ("\n", " "):
-        place = buffer.find(mark, *window)
-        if place >= 0:
-            return place + 1
-    return window[0]
+    yield buffer

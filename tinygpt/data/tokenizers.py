@@ -22,9 +22,10 @@ from tokenizers import Tokenizer as Library
 
 from tinygpt import config as schema
 from tinygpt.config import ConfigError, TokenizerConfig, one_line
-from tinygpt.data.library import SURROGATES, Foreign, Ids, library_tokenizer, without_surrogates
+from tinygpt.data.library import Foreign, Ids, library_tokenizer
 from tinygpt.data.library import Tokenizer as Tokenizer
 from tinygpt.data.network import gpt2_files
+from tinygpt.data.textfiles import unicode_only
 from tinygpt.fileio import parse_json
 
 Merge = tuple[str, str]
@@ -54,7 +55,7 @@ class Char(Tokenizer):
         """Raises ValueError unless ``alphabet`` is a text of distinct characters, sorted."""
         if not isinstance(alphabet, str) or list(alphabet) != sorted(set(alphabet)):
             raise ValueError("its alphabet is not a sorted text")
-        if SURROGATES.search(alphabet):
+        if unicode_only(alphabet) != alphabet:
             raise ValueError("its alphabet has surrogates")
         self.alphabet, self.vocab_size = alphabet, 3 + len(alphabet)
         self._table = np.zeros(0x110000, dtype=np.uint32)
@@ -81,13 +82,12 @@ class Bytes(Tokenizer):
     vocab_size, bos_id, eot_id = 258, 256, 257
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        encoded = (without_surrogates(text).encode() for text in texts)
+        encoded = (unicode_only(text).encode() for text in texts)
         return [np.frombuffer(one, dtype=np.uint8).astype(np.uint32) for one in encoded]
 
     def to_hugging_face(self) -> Library:
         vocab = {**BYTE_OF, BOS: self.bos_id, EOT: self.eot_id}
-        made = _byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False)
-        return _with_special(made, BOS, EOT)
+        return _byte_level(models.BPE(vocab=vocab, merges=[]), BOS, EOT, use_regex=False)
 
     def content(self) -> dict[str, Any]:
         return {"kind": self.kind}
@@ -110,7 +110,12 @@ class Bpe(Tokenizer):
     def __init__(self, merges: Iterable[Merge]) -> None:
         """Raises ValueError for merges that do not build on one another."""
         self.merges = [(left, right) for left, right in merges]
-        self.merged = merged_tokens(self.merges)
+        tokens = dict.fromkeys(BYTE_OF)
+        for left, right in self.merges:
+            if left not in tokens or right not in tokens or left + right in tokens:
+                raise ValueError(f"the merge '{left} {right}' does not build on those before it")
+            tokens[left + right] = None
+        self.merged = list(tokens)  # the 256 bytes and what the merges make of them
         self.vocab_size = len(self.merged) + len(self.special)
 
     @property
@@ -146,8 +151,8 @@ class Bpe(Tokenizer):
         return super().encode_batch(texts)
 
     def to_hugging_face(self) -> Library:
-        made = _byte_level(models.BPE(vocab=_numbered(self.names), merges=self.merges))
-        return _with_special(made, *self.special)
+        model = models.BPE(vocab=_numbered(self.names), merges=self.merges)
+        return _byte_level(model, *self.special)
 
     def content(self) -> dict[str, Any]:
         return {"kind": self.kind, "merges": [" ".join(merge) for merge in self.merges]}
@@ -197,7 +202,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         characters: set[str] = set()
         for text in _not_empty(texts, config.kind):
             characters.update(text)
-        return Char("".join(sorted(c for c in characters if not SURROGATES.match(c))))
+        return Char("".join(sorted(c for c in characters if unicode_only(c) == c)))
     if isinstance(config, schema.Gpt2Tokenizer):
         return _gpt2(config.vocab_dir)
     assert isinstance(config, schema.ByteTokenizer)
@@ -214,7 +219,7 @@ def _not_empty(texts: Iterable[str], kind: str) -> Iterator[str]:
 
 
 def _learnable(texts: Iterable[str]) -> Iterator[str]:
-    for text in map(without_surrogates, texts):
+    for text in map(unicode_only, texts):
         start = 0
         if len(text) > _LONGEST_RUN:
             for run in _LONG_RUNS.finditer(text):
@@ -262,27 +267,27 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _from_content(text: str, content: dict[str, Any]) -> Tokenizer:
-    kind = content.get("kind")
     made: Tokenizer
-    if kind is None:
-        made = Bpe(map(read_merge, content["model"]["merges"]))
-        # every setting must be as we write it, since tiktoken does the encoding
-        if library_tokenizer(text).to_str() != made.to_hugging_face().to_str():
-            raise ValueError("a byte-level BPE with other settings than ours")
-        if not spells_itself(made):
-            raise ValueError("merges that contradict one another")
-        return made
-    if kind == "char":
-        made = Char(content["alphabet"])
-    elif kind == "byte":
-        made = Bytes()
-    elif kind == "gpt2":
-        made = Gpt2(map(read_merge, content["merges"]))
-    elif kind == "hf":
-        start, ends = content.get("start"), content.get("ends", False)
-        made = Foreign(content["tokenizer"], content["eot"], content["bos"], start, ends)
-    else:
-        raise ValueError(f"kind {kind!r}")
+    match content.get("kind"):
+        case None:  # a tokenizer.json
+            bpe = Bpe(map(read_merge, content["model"]["merges"]))
+            # every setting must be as we write it, since tiktoken does the encoding
+            if library_tokenizer(text).to_str() != bpe.to_hugging_face().to_str():
+                raise ValueError("a byte-level BPE with other settings than ours")
+            if not spells_itself(bpe):
+                raise ValueError("merges that contradict one another")
+            return bpe
+        case "char":
+            made = Char(content["alphabet"])
+        case "byte":
+            made = Bytes()
+        case "gpt2":
+            made = Gpt2(map(read_merge, content["merges"]))
+        case "hf":
+            start, ends = content.get("start"), content.get("ends", False)
+            made = Foreign(content["tokenizer"], content["eot"], content["bos"], start, ends)
+        case kind:
+            raise ValueError(f"kind {kind!r}")
     if made.content() != content:
         raise ValueError("unknown keys")
     return made
@@ -296,28 +301,17 @@ def read_merge(written: Any) -> Merge:
     return parts[0], parts[1]
 
 
-def merged_tokens(merges: Sequence[Merge]) -> list[str]:
-    """Return the 256 bytes and what ``merges`` make of them, in the spelling of ``BYTE_OF``.
-    Raises ValueError where they do not fit."""
-    tokens = dict.fromkeys(BYTE_OF)
-    for left, right in merges:
-        if left not in tokens or right not in tokens or left + right in tokens:
-            raise ValueError(f"the merge '{left} {right}' does not build on those before it")
-        tokens[left + right] = None
-    return list(tokens)
-
-
 def spells_itself(tokenizer: Bpe) -> bool:
     """Return whether every token comes out of its own bytes."""
     model = tokenizer.library.model
     return all(len(model.tokenize(token)) == 1 for token in tokenizer.merged)
 
 
-def _byte_level(model: models.BPE, use_regex: bool = True) -> Library:
+def _byte_level(model: models.BPE, *special: str, use_regex: bool = True) -> Library:
     made = Library(model)
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     made.decoder = decoders.ByteLevel()
-    return made
+    return _with_special(made, *special)
 
 
 def _with_special(made: Library, *tokens: str) -> Library:
