@@ -198,7 +198,7 @@ def _signed(row: Any, name: str, prefix: str | None = None) -> str:
     if not low < high:
         return _plus(value)
     found = Interval(value, low, high, LEVEL, "")
-    return ("+" if value > 0 else "") + wording.with_interval(value, found)
+    return ("+" if value > 0 else "") + wording.with_interval(found)
 
 
 # --- tables
