@@ -285,7 +285,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     folder = study(tmp_path / "study", {"adamw": 1.0, "muon": 1.5})
     done = tinygpt("fit", f"runs={folder}", *words)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
 

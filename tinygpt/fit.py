@@ -251,6 +251,7 @@ def _compare(arguments: Arguments) -> None:
     """Report what recipes are worth: the values of a key, or studies in folders of their own."""
     used = "runs table columns units loss loss_unit decimal last where compare reference output_dir"
     _refuse(arguments, used.split(), f"not for compare=, which takes {', '.join(used.split())}")
+    cli.announce("loading")
     from tinygpt.scaling import versus
     from tinygpt.scaling.runs import load_runs
 
@@ -267,6 +268,7 @@ def _compare(arguments: Arguments) -> None:
             parts = versus.split(load_runs(*arguments.runs), key)[0]
         arguments.loss = versus.loss_of(parts, arguments.loss, notes)
         sides = {name: _side(part, arguments, name) for name, part in parts.items()}
+    cli.announce(f"comparing {many(sum(len(one.runs) for one in sides.values()), 'run')}")
     found, folder = versus.compare(sides, key, arguments.reference, notes), _folder(arguments)
     folder = folder.with_name(f"{folder.name.replace('fit', 'compare', 1)}{last}")
     versus.write(found, folder)

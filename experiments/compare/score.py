@@ -1,7 +1,8 @@
 """Compares recipes in tables of real runs: those of experiments/bank, and studies recorded here.
 
 python experiments/compare/score.py                          all of them; writes the page
-python experiments/compare/score.py muon=outputs/FOLDER      takes over the runs of a study first
+python experiments/compare/score.py muon=outputs/FOLDER      takes over the runs of a study first;
+                                                             several folders with commas between
 
 Porian's runs are on RefinedWeb, scored on it; Gadre's on three corpora, all scored on C4.
 """
@@ -9,7 +10,6 @@ Porian's runs are on RefinedWeb, scored on it; Gadre's on three corpora, all sco
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pandas as pd
 from tinygpt.fileio import write_text
 from tinygpt.scaling import elsewhere, versus
 from tinygpt.scaling.columns import Columns
-from tinygpt.scaling.runs import comparable
+from tinygpt.scaling.runs import comparable, load_runs
 from tinygpt.scaling.wording import number, with_interval
 
 HERE = Path(__file__).parent
@@ -99,8 +99,12 @@ def tables() -> dict[str, str]:
 
 def main() -> None:
     for word in sys.argv[1:]:
-        name, _, folder = word.partition("=")
-        shutil.copyfile(Path(folder) / "sweep_summary.csv", HERE / f"{name}.csv")
+        name, _, folders = word.partition("=")
+        runs = load_runs(*folders.split(","))
+        if name == "position":
+            runs = runs[runs["optimizer"] == "adamw"]
+        runs["folder"] = [Path(folder).name for folder in runs["folder"]]
+        write_text(HERE / f"{name}.csv", runs.to_csv(index=False, lineterminator="\n"))
     made, page = tables(), HERE / "README.md"
     print("\n".join(made.values()))
     text = MARKS.sub(lambda m: f"{m[1]}{made[m[2]]}{m[3]}", page.read_text())

@@ -64,7 +64,8 @@ def _facts(analysis: Analysis, table: str | None) -> Iterator[tuple[str, str]]:
         yield "table", f"`{table}`, {size}"
     corpus = _values(runs, "dataset")
     if path := config.get("data", {}).get("path"):
-        corpus += f" ({', '.join(Path(one).name for one in path.strip('[]').split(','))})"
+        files = ", ".join(Path(one).name for one in path.strip("[]").split(","))
+        corpus += "" if files == corpus else f" ({files})"
     if _unique(runs, "data_fraction") not in ([], [1.0]):
         corpus += f", fractions {_values(runs, 'data_fraction')}"
     yield "corpus", corpus

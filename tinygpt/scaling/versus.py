@@ -250,7 +250,8 @@ def check_ratio(two: str, ratio: Ratio, first: Read, side: Read) -> Iterator[Che
         "Train both at the same sizes and tokens.",
     )
     higher, p = ratio.floor
-    apart = f"{wording.percent(abs(np.expm1(higher)))} {'above' if higher > 0 else 'below'}"
+    far = wording.percent(abs(float(np.expm1(higher)))) if higher < 5 else "far"
+    apart = f"{far} {'above' if higher > 0 else 'below'}"
     yield Check(
         *("floor", "fit", f"{two} have one floor E"),
         NOT_TESTED if np.isnan(p) else PASS if p > 0.05 else FAIL,
@@ -327,22 +328,22 @@ def answer(comparison: Comparison) -> Iterator[Block]:
 def recipes(comparison: Comparison) -> Iterator[Block]:
     """Return the runs and the law of each recipe, side by side."""
     yield Heading("The recipes")
-    header = ["", "runs", "places", "compute (FLOPs)", "losses", "law of this recipe alone"]
-    rows = []
+    header = ["", "runs", "places", "compute (FLOPs)", "losses"]
+    rows, laws = [], []
     for name, side in comparison.sides.items():
         compute, losses = side.columns.compute(side.runs), side.runs[side.columns.loss]
         spans = [f"{number(v.min(), 4)} to {number(v.max(), 4)}" for v in (compute, losses)]
         places = len(side.runs.drop_duplicates(list(comparison.variables.values())))
         fit, found = comparison.laws.get(name, (None, {}))
-        law = ["too few runs"]
+        law = ["too few runs for a law of its own"]
         if fit:
             known = [one for one in found if one in fit.law.exponents]
             law = [f"`{wording.equation(fit.optimum.law, fit.parameters)}`"]
             law += [f"{one} {with_interval(found[one])}" for one in known]
-        rows.append([name, str(len(side.runs)), str(places), *spans, "; ".join(law)])
+        laws.append(f"{name} alone: {'; '.join(law)}")
+        rows.append([name, str(len(side.runs)), str(places), *spans])
     yield Table(header, rows)
-    if comparison.notes:
-        yield Items(comparison.notes)
+    yield Items([*laws, *comparison.notes])
 
 
 def checklist(comparison: Comparison, brief: bool = False) -> Iterator[Block]:
