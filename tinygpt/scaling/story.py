@@ -44,9 +44,8 @@ class Story:
         """Yield what was done within the budget, run by run, and why."""
         asked, recipe = (self.of("begin")[0][name] for name in ("asked", "recipe"))
         ended = self.of("end")
-        budget = f"{asked['minutes']:g} minutes"
-        if asked["flops"]:
-            budget = f"{asked['flops']:.2g} FLOPs"
+        flops, minutes = asked["flops"], asked["minutes"]
+        budget = f"{flops:.2g} FLOPs" if flops else f"{minutes:g} minutes"
         text = f"The budget was {budget}; it took {self.lines[-1]['at'] / 60:.1f} minutes: "
         text += f"{count(len(ended), 'run')}, chosen one after the other"
         losses = self.of("score")[0]["losses"] if self.of("score") else {}
