@@ -86,13 +86,14 @@ class Bench:
         """Return a training step without Lightning: the same batches, model and optimizer."""
         limit, passes = self.config.train.grad_clip_norm, self.plan.accumulate
         optimizer, schedule = self.module.make_optimizer(fused=self.device.accelerator != "mps")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         index = itertools.count()
 
         def step() -> None:
             for _ in range(passes):
                 torch.autograd.backward(self.loss(self.batches[next(index)]) / passes)
             if limit is not None:
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit, foreach=True)
+                torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -211,10 +211,11 @@ def check_rate(name: str, side: Read, place: Any, key: str) -> Check:
         return made(NOT_TESTED, "the table does not say the rates")
     left = side.left_out
     worse = [left[left["reason"].str.endswith(WORSE)]] if len(left) else []
-    used, best, beyond = sorted(set(side.runs[rate])), set(), []
+    used, best, beyond, tried = sorted(set(side.runs[rate])), set(), [], list[set[float]]()
     for _, runs in pd.concat([side.runs, *worse]).groupby(list(place)):
         means = runs.groupby(rate)[side.columns.loss].mean()
         rates, least = means.index.to_numpy(), int(np.argmin(means))
+        tried.append(set(rates.tolist()))
         if len(rates) > 2:
             best.add(float(rates[least]))
             if least in (0, len(rates) - 1):
@@ -226,7 +227,7 @@ def check_rate(name: str, side: Read, place: Any, key: str) -> Check:
     if beyond:
         more = ",".join(sorted({f"{one:.3g}" for one in beyond}))
         return made("fail", f"{swept}: at an end", f"optim.learning_rate={more} too")
-    if set(used) - best:
+    if not all(rates & best for rates in tried):
         figure = f"{shown} is used, {swept} is best where rates were swept"
         return made("fail", figure, f"optim.learning_rate={swept} everywhere")
     return made(PASS, f"{swept}, the best of a sweep")
