@@ -29,7 +29,6 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
     """
     console = Console(markup=False)
     jobs = compose_jobs(job_overrides, kind)
-    cli.loaded()
     settings = jobs[0].config
     outcomes: dict[Job, Outcome] = {}
     for job in jobs:
@@ -48,12 +47,14 @@ def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> 
         if pending:
             check_engine(settings.launcher)
             share, engine = held.enter_context(ready(pending, len(jobs)))
+            cli.loaded()
             if len(pending) > 1:
                 starting = f"starting {share.words.replace('at once', 'workers')} …"
                 are_workers = share.engine == "local" and share.at_once > 1
                 how = f"launcher {share.engine}: {share.words}"
                 say(console, starting if are_workers else how)
             kind.prepare(jobs if settings.sweep.share_trunk else pending, outcomes, console)
+        cli.loaded()
         for folder in folders:
             held.enter_context(fileio.locked(folder, folder.parent, "study"))
         if pending:
