@@ -18,7 +18,7 @@ LIMITS = {
     "data": 3_793,
     "model": 1_550,
     "training": 2_777,
-    "sweeping": 2_535,
+    "sweeping": 2_536,
     "scaling": 9_679,
     "evaluating": 1_459,
     "adaptation": 3_129,
