@@ -17,10 +17,10 @@ LIMITS = {
     "runs": 884,
     "data": 3_793,
     "model": 1_550,
-    "training": 2_777,
-    "sweeping": 2_536,
+    "training": 2_772,
+    "sweeping": 2_534,
     "scaling": 9_679,
-    "evaluating": 1_459,
+    "evaluating": 1_458,
     "adaptation": 3_129,
 }
 LONGEST = 450  # lines of a file

@@ -1,4 +1,4 @@
-"""Share between the commands: composing the configuration, starting, one-line errors."""
+"""Compose configurations, start commands, and turn errors into one line, for every command."""
 
 from __future__ import annotations
 

@@ -62,11 +62,11 @@ def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
     """Return the keys of the law and those of its runs.  Raises ConfigError."""
     names = ("target.", *(f"{one.name}=" for one in fields(Arguments)))
     own = [item for item in argv if item.startswith(("-", *names)) or "=" not in item]
-    for item in set(argv) - set(own):
+    given = [item for item in argv if item not in own]
+    for item in given:
         if near := get_close_matches(item.partition("=")[0], [n.strip("=") for n in names], 1, 0.8):
             raise ConfigError(f"{item}: no such key; did you mean {near[0]}?")
     arguments = cli.read_arguments(Arguments, own, USAGE, bare="path")
-    given = [item for item in argv if item not in own]
     check(given)
     if arguments.minutes and arguments.flops:
         raise ConfigError("minutes, flops: give one of them")

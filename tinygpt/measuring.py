@@ -52,7 +52,6 @@ class Bench:
         corpus, cache = corpora.open_corpus(config.data), shards.cache_root(config.cache_dir)
         tokenized = shards.prepare(corpus, config.data, config.tokenizer, cache, lambda *_: None)
         self.tokenizer, self.data = tokenized.tokenizer, open_data(config, tokenized, self.device)
-        assert self.data.plan is not None
         split, windows, self.plan = self.data.splits["train"], self.data.windows, self.data.plan
         self.batches = TrainBatches(
             split, windows, length=self.data.length, seed=config.seed, plan=self.plan

@@ -57,9 +57,10 @@ def before(config: Config) -> dict[str, Any] | None:
     if config.run_name is None or config.force or not run.config.exists():
         return None
     content = pretrained.contents(corpora.open_corpus(config.data), config)
-    results = run.finished(run.hash_in(config, content))
+    if (results := run.finished(run.hash_in(config, content))) is None:
+        return None
     cli.loaded()
-    return results and report_finished(run, results, Console(markup=False))
+    return report_finished(run, results, Console(markup=False))
 
 
 @cli.one_line_errors

@@ -45,7 +45,7 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 class TrainWindows(NamedTuple):
-    """Where the windows of training begin, (W,)."""
+    """Hold where the windows of training begin, (W,)."""
 
     starts: NDArray[np.int64]  # global positions
     used_tokens: int  # distinct targets in the windows
@@ -53,7 +53,7 @@ class TrainWindows(NamedTuple):
 
 
 class EvalWindows(NamedTuple):
-    """Where the windows of validation or test lie, (W,) each."""
+    """Hold where the windows of validation or test lie, (W,) each."""
 
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]  # targets in each

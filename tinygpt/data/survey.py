@@ -35,21 +35,21 @@ class Survey:
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Survey:
         """Return the survey that ``facts`` came from."""
-        values: dict[str, Any] = {
-            k: Counter(v) if isinstance(v, dict) else v for k, v in facts.items()
-        }
+        values: dict[str, Any] = dict(facts)
+        values |= {k: Counter(v) for k, v in facts.items() if isinstance(v, dict)}
         return cls(**values)
 
     def lines(self) -> list[str]:
         """Return what a command prints: what was read and skipped, and the column chosen."""
-        read = [many(self.files, "file")] * (self.files > 0) + [many(self.documents, "document")]
+        read = [many(self.files, "file")] if self.files else []
         skipped = counted(self.skipped)
         if self.empty_documents:
             skipped.append(many(self.empty_documents, "empty document"))
         if self.values_not_text:
             skipped.append(many(self.values_not_text, "value") + " not text")
         beside = f"; skipped {', '.join(skipped)}" if skipped else ""
-        found, formats = [f"text: {', '.join(read)}{beside}"], "; ".join(self.formats)
+        found = [f"text: {', '.join([*read, many(self.documents, 'document')])}{beside}"]
+        formats = "; ".join(self.formats)
         if self.text_column is not None:
             others = f" (not {', '.join(self.other_columns)})" if self.other_columns else ""
             found.append(f"text column: {self.text_column}{others}{formats and '; '}{formats}")
@@ -79,7 +79,7 @@ def counted(skipped: Counter[str]) -> list[str]:
     several = skipped.most_common()
     rest = sum(count for _, count in several[SHOWN:])
     found = [many(count, reason) for reason, count in several[:SHOWN]]
-    return found + [many(rest, "other")] * (rest > 0)
+    return [*found, many(rest, "other")] if rest else found
 
 
 def many(count: int, thing: str) -> str:

@@ -154,7 +154,7 @@ def _cpus() -> int:
 
 @dataclass
 class Written:
-    """What there is of a split: its counts, and its files, of which all but the last are whole."""
+    """Hold the counts of a split, and its files, of which all but the last are whole."""
 
     full: bool = False  # ``limit`` is reached
     files: list[dict[str, Any]] = field(default_factory=list)

@@ -172,7 +172,6 @@ def open_text(trained: TrainedRun, options: Options, machine: Machine, progress:
     data = open_data(config, prepared, machine.resolved)
     if name not in data.splits:
         raise ConfigError(f"split={name}: {run.path} has none, as data.test_fraction=0")
-    assert data.plan is not None
     batch_size = data.plan.micro_batch_size
     return Text(name, data.splits[name], data.length, batch_size, pad, data.floor(name))
 

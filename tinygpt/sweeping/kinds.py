@@ -82,7 +82,6 @@ class Trainings(Kind):
                         corpus, config.data, config.tokenizer, cache, progress
                     )
                 data = open_data(config, prepared[source], device)
-                assert data.plan is not None
                 job.plan = data.plan
                 job.row = planned(config, data, device)
                 job.val_tokens = data.splits["val"].info["tokens"]
@@ -167,22 +166,21 @@ class Trainings(Kind):
 
     def fit(self, folder: Path, console: Console, anew: bool = True) -> None:
         """Fit the law with its report, or print why there is none."""
-        with cli.spinning("fitting"):
-            from tinygpt.scaling import LAWS, Columns, analyse, load_runs, report, wording
-            from tinygpt.scaling.runs import comparable, curves_of
-            from tinygpt.scaling.story import Story
+        try:
+            with cli.spinning("fitting"):
+                from tinygpt.scaling import LAWS, Columns, analyse, load_runs, report, wording
+                from tinygpt.scaling.runs import comparable, curves_of
+                from tinygpt.scaling.story import Story
 
-        if anew:
-            columns = Columns()
-            try:
-                with cli.spinning("fitting"):
+                if anew:
+                    columns = Columns()
                     table = load_runs(folder)
                     used, left_out = comparable(table, columns.loss)
                     analysis = analyse(used, left_out, columns, curves=curves_of(table))
                     report.write(analysis, folder / "fit", Story.read(folder))
-            except ConfigError as error:
-                say_below(console, "law", f"none: {error}")
-                return
+        except ConfigError as error:
+            say_below(console, "law", f"none: {error}")
+            return
         found = fileio.read_json(folder / "fit" / "fit.json")
         law = LAWS[found["law"]]
         values = {name: of["estimate"] for name, of in found["parameters"].items()}

@@ -37,7 +37,6 @@ def make_results(
 
     ``state`` is the Journal's; ``final`` is None for a run that diverged.
     """
-    assert data.plan is not None
     steps = state["steps"]
     return {
         "schema_version": rundir.SCHEMA_VERSION,
@@ -60,7 +59,6 @@ def make_results(
 
 def planned(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
     """Return what is known of the results before training: sizes and recipe."""
-    assert data.plan is not None
     vocab_size = data.prepared.tokenizer.vocab_size
     return {
         "seed": config.seed,

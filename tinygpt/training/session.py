@@ -106,7 +106,6 @@ def train(
             return report_finished(run, found, console)
         prepared = shards.prepare(corpus, config.data, config.tokenizer, cache, progress)
     data, vocab_size = open_data(config, prepared, device), prepared.tokenizer.vocab_size
-    assert data.plan is not None
     if config.trainer.fast_dev_run:
         return _fast_dev_run(config, run, data, device, callbacks, console)
     begun = fileio.read_json(run.environment) if run.last.exists() and not config.force else {}
@@ -165,7 +164,6 @@ def _fast_dev_run(
     console: Console,
 ) -> dict[str, Any]:
     """Train a step and validate a batch, to see whether all of it works; no folder is made."""
-    assert data.plan is not None
     trainer = make_trainer(run, data.plan, device, callbacks, 1, config.trainer)
     module = LanguageModel(config)
     with ending_together(trainer), quiet_lightning():
@@ -188,7 +186,6 @@ class Run:
         module: LanguageModel,
         keep_at: Sequence[int],
     ) -> None:
-        assert data.plan is not None
         self.config, self.run, self.data, self.device = config, run, data, device
         self.plan, self.hash, self.module = data.plan, hash_, module
         self.loggers = Loggers()
