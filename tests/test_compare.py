@@ -174,11 +174,12 @@ def test_a_plan_promises_more_of_more_seeds() -> None:
 
 
 def side(rates: Mapping[float, float], others: tuple[float, ...] = (0.01,)) -> Table:
-    """Runs of one place at several rates, with the factor of the loss at each, and of others."""
+    """Runs of one place at several rates, with the factor of the loss at each, and of others, whose
+    first rate is the best."""
     rows = [
         {**row, "learning_rate": rate, "loss": row["loss"] * factor}
         for k, row in enumerate(runs().to_dict("records"))
-        for rate, factor in (rates.items() if k == 0 else zip(others, [1.0], strict=True))
+        for rate, factor in (rates.items() if k == 0 else zip(others, (1.0, 1.1), strict=False))
     ]
     table = pd.DataFrame(rows)
     best = table.groupby(["N", "D"])["loss"].transform("min") == table["loss"]
@@ -191,6 +192,7 @@ def side(rates: Mapping[float, float], others: tuple[float, ...] = (0.01,)) -> T
     [
         ({0.005: 1.1, 0.01: 1.0, 0.02: 1.1}, (0.01,), True, ""),
         ({0.005: 1.1, 0.01: 1.05, 0.02: 1.0}, (0.02,), False, "optim.learning_rate=0.04 too"),
+        ({0.005: 1.1, 0.01: 1.05, 0.02: 1.0}, (0.02, 0.04), True, ""),  # beyond it, elsewhere
         ({0.01: 1.0}, (0.01,), False, "optim.learning_rate=0.005,0.01,0.02 at one place"),
         ({0.005: 1.1, 0.01: 1.0, 0.02: 1.1}, (0.03,), False, "optim.learning_rate=0.01 everywhere"),
     ],
@@ -202,6 +204,16 @@ def test_a_rate_is_fair(
     assert found.passed is passed
     assert said in found.advice
     assert not said or found.advice.startswith("Run optim.kind=muon ")
+
+
+def test_a_recipe_is_one_recipe() -> None:
+    """Runs of two optimizers, say, beside the key that is compared."""
+    read = side({0.01: 1.0})
+    assert versus.check_alone("rope", read, ["N", "D"]).passed
+    read.runs["optimizer"] = ["adamw", "muon"] * (len(read.runs) // 2)
+    found = versus.check_alone("rope", read, ["N", "D"])
+    assert found.passed is False
+    assert "`optimizer` adamw (" in found.figure
 
 
 def test_losses_are_those_that_compare() -> None:

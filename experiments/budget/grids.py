@@ -55,7 +55,7 @@ def keys(text: str, path: str) -> list[str]:
     return [
         *("data=custom", f"data.path={path}", f"data.name={text}", "data.max_tokens=null"),
         *("tokenizer=bpe", f"tokenizer.vocab_size={VOCABULARY}", "optim.learning_rate=0.003"),
-        f"train.batch_tokens={BATCH[text]}",
+        *(f"train.batch_tokens={BATCH[text]}", "model.position=rope"),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tinygpt.config import ConfigError
 from tinygpt.config.checks import did_you_mean
 from tinygpt.config.settings import SMOKE
 from tinygpt.scaling import document, drawing, interactive, wording
-from tinygpt.scaling.columns import choice, varied
+from tinygpt.scaling.columns import choice, other_settings, varied
 from tinygpt.scaling.compare import LAWS_TRIED, OF_ONE, Ratio, ratio_of
 from tinygpt.scaling.document import Block, Heading, Items, Paragraph, Picture, Table
 from tinygpt.scaling.elsewhere import Table as Read
@@ -159,6 +159,7 @@ def compare(
     for name in names:
         side = sides[name]
         checks.append(check_rate(name, side, variables.values(), key))
+        checks.append(check_alone(name, side, variables.values()))
         said += [*_left_out(name, side), *side.notes]
         if found := _law(side, variables):
             laws[name] = found
@@ -212,13 +213,15 @@ def check_rate(name: str, side: Read, place: Any, key: str) -> Check:
     left = side.left_out
     worse = [left[left["reason"].str.endswith(WORSE)]] if len(left) else []
     used, best, beyond, tried = sorted(set(side.runs[rate])), set(), [], list[set[float]]()
-    for _, runs in pd.concat([side.runs, *worse]).groupby(list(place)):
+    every = pd.concat([side.runs, *worse])
+    ends = (every[rate].min(), every[rate].max())  # beyond those of one place, another may go on
+    for _, runs in every.groupby(list(place)):
         means = runs.groupby(rate)[side.columns.loss].mean()
         rates, least = means.index.to_numpy(), int(np.argmin(means))
         tried.append(set(rates.tolist()))
         if len(rates) > 2:
             best.add(float(rates[least]))
-            if least in (0, len(rates) - 1):
+            if rates[least] in ends:
                 beyond.append(rates[least] ** 2 / rates[abs(least - 1)])
     shown, swept = (", ".join(f"{one:.3g}" for one in some) for some in (used, sorted(best)))
     if not best:
@@ -231,6 +234,17 @@ def check_rate(name: str, side: Read, place: Any, key: str) -> Check:
         figure = f"{shown} is used, {swept} is best where rates were swept"
         return made("fail", figure, f"optim.learning_rate={swept} everywhere")
     return made(PASS, f"{swept}, the best of a sweep")
+
+
+def check_alone(name: str, side: Read, variables: Iterable[str]) -> Check:
+    """Judge whether the runs of a recipe are of one recipe."""
+    others = list(other_settings(side.runs, side.columns, variables).items())
+    return Check(
+        *("alone", "runs", f"the runs of {name} are of one recipe", FAIL if others else PASS),
+        "; ".join(wording.differing(*one) for one in others[:3]) or "no other setting differs",
+        "only size, tokens, learning rate and seed differ: else several recipes are mixed",
+        "Choose runs with where=, or compare by what differs.",
+    )
 
 
 def check_ratio(two: str, ratio: Ratio, first: Read, side: Read) -> Iterator[Check]:
