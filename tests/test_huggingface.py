@@ -391,7 +391,7 @@ def test_theirs_are_not_mup() -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert said(lambda: read_weights(tmp_path)).endswith("has no model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert "from_pretrained and save_pretrained convert them" in said(
+    assert "with transformers' from_pretrained and save_pretrained" in said(
         lambda: read_weights(tmp_path)
     )
     (tmp_path / "model.safetensors").write_bytes(b"torn")
