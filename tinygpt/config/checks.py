@@ -111,7 +111,7 @@ def _extra_keys(composed: DictConfig, config: Any, prefix: str = "") -> Iterator
 
 
 def check(config: Config) -> None:
-    """Check the bounds of every key, then that the keys fit together.  Raise ConfigError."""
+    """Check the bounds of every key, then that the keys fit together, or raise ConfigError."""
     check_bounds(config)
     model, data, train, optim = config.model, config.data, config.train, config.optim
     horizons = sorted(f"train.{name}" for name in HORIZONS if getattr(train, name) is not None)
@@ -212,7 +212,7 @@ def check_sweepable(config: Settings) -> None:
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:
-    """Check every field of a dataclass against the bounds of its ``key``.  Raise ConfigError."""
+    """Check every field of a dataclass against the bounds of its ``key``, or raise ConfigError."""
     for item in dataclasses.fields(section):
         value, name = getattr(section, item.name), prefix + item.name
         if dataclasses.is_dataclass(value):

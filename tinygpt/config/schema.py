@@ -80,9 +80,7 @@ class SyntheticData(DataConfig):
     source: str = key("synthetic", among=("synthetic",))
     corpus_seed: int = key(0, "Seed of the grammar and its stories.", least=0)
     n_facts: int = key(16384, "Number of facts that stories draw on.", least=1)
-    zipf_exponent: float = key(
-        1.2, "The r-th most frequent fact has a probability like r^-this.", least=0.0
-    )
+    zipf_exponent: float = key(1.2, "Facts have frequencies of r^-this, by rank r.", least=0.0)
     noise_rate: float = key(0.05, "Chance that a story misstates a fact.", least=0.0, below=1.0)
     heldout_entities: int = key(64, "Entities kept out of the stories, for adaptation.", least=0)
 
@@ -103,7 +101,7 @@ class TextData(DataConfig):
         "else cuts sections of about 2,000 characters.",
     )
     text_column: str = key(
-        "auto", "Column of the text, or a.b, or [a,b]; auto takes text, else the most prose."
+        "auto", "Column of the text, also a.b or [a,b]; auto takes text, else the most prose."
     )
 
     def __post_init__(self) -> None:
@@ -119,11 +117,10 @@ class HubData(TextData):
     config: Optional[str] = key(None, "Configuration of the data set, where it has several.")
     split: str = key("train", "Split to train on.")
     val_split: Optional[str] = key(
-        "auto",
-        "Split to validate on; auto is validation if it exists, null cuts from split.",
+        "auto", "Split to validate on; auto is validation if any, null cuts it from split."
     )
     test_split: Optional[str] = key(
-        "auto", "Split to test on; auto is test if it exists, null cuts from split."
+        "auto", "Split to test on; auto is test if there is one, null cuts it from split."
     )
     revision: Optional[str] = key(None, "Branch, tag or commit; null means the newest.")
 
@@ -213,8 +210,7 @@ class OptimConfig:
     weight_decay: float = key(0.1, "Strength of weight decay.", least=0.0)
     decay_embeddings: bool = key(True, "Decay embeddings too; norms and biases are always exempt.")
     scale_rate_with_width: Optional[bool] = key(
-        None,
-        "Divide the matrices' learning rate by the relative width; null does under mup only.",
+        None, "Divide the matrices' learning rate by relative width; null does under mup only."
     )
 
 
@@ -246,17 +242,17 @@ class LionOptim(OptimConfig):
 
 @dataclass
 class AdafactorOptim(OptimConfig):
-    """Use Adafactor (Shazeer & Stern 2018), whose steps are relative to a parameter's own RMS."""
+    """Use Adafactor (Shazeer & Stern 2018); ``learning_rate`` is relative to a parameter's RMS."""
 
     kind: str = key("adafactor", among=("adafactor",))
     beta2_decay: float = key(-0.8, "Step n keeps 1 - n^this of the average.", least=-1.0, below=0.0)
-    least_rms: float = key(1e-3, "Smallest RMS that a parameter counts as having.", above=0.0)
+    least_rms: float = key(1e-3, "Smallest RMS at which a parameter counts.", above=0.0)
     clip_threshold: float = key(1.0, "Largest RMS of an update.", least=1.0)
 
 
 @dataclass
 class MuonOptim(OptimConfig):
-    """Train the matrices inside the blocks by Muon (Jordan et al. 2024), and the rest by AdamW."""
+    """Use Muon (Jordan et al. 2024) at ``learning_rate`` inside the blocks, and AdamW elsewhere."""
 
     kind: str = key("muon", among=("muon",))
     momentum: float = key(0.95, "Momentum of the matrices.", least=0.0, below=1.0)
@@ -313,9 +309,7 @@ class TrainConfig:
     flops: Optional[float] = key(None, "Train for this many FLOPs, counted exactly.", above=0.0)
     batch_tokens: int = key(2048, "Tokens per optimizer step.", least=1)
     precision: str = key(
-        "auto",
-        "Number format of the computation; auto means bf16-mixed on a GPU that has it, else 32.",
-        among=PRECISIONS,
+        "auto", "Number format; auto is bf16-mixed on a GPU that has it, else 32.", among=PRECISIONS
     )
     grad_clip_norm: Optional[float] = key(1.0, "Gradient norm limit; null never clips.", above=0.0)
     skip_nonfinite: bool = key(False, "Skip steps whose gradient is not finite, and count them.")

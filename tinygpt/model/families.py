@@ -168,7 +168,7 @@ def _llama_shape(read: _Reader) -> dict[str, Any]:
     read.require(
         mlp_bias == bias, f"mlp_bias={mlp_bias}: must be {bias} like attention_bias={bias}"
     )
-    read.require(d_model // n_heads % 2 == 0, "an odd width of a head, where RoPE rotates pairs")
+    read.require(d_model // n_heads % 2 == 0, "the width of a head is odd, but RoPE rotates pairs")
     return {
         "n_layers": read.number("num_hidden_layers"),
         "d_model": d_model,

@@ -194,8 +194,12 @@ def _check_rest(
     for name, tensor in left.items():
         line = f"{where}: {name} has no place in a {TITLES[kind]} of its shape"
         require(name in implied, line)
-        why = "not the embedding, but tied to it" if name == HEAD else "not zero, but bias=false"
-        line = f"{where}: {name} is {why}, says its config.json"
+        why = (
+            "not the embedding, to which config.json ties it"
+            if name == HEAD
+            else "not zero, but config.json has bias=false"
+        )
+        line = f"{where}: {name} is {why}"
         require(torch.equal(tensor.float(), implied[name]), line)
 
 
