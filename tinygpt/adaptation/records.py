@@ -69,9 +69,9 @@ def read_records(path: Path) -> tuple[list[Record], bool]:
     """Return the records in a file, as ``read_lines`` does.  Raise ConfigError for other lines."""
     rows, torn = read_lines(path)
     for number, row in enumerate(rows, start=1):
+        for name in [name for name in TYPES if name not in row]:
+            raise ConfigError(f"{path}: line {number} has no {name}")
         for name, types in TYPES.items():
-            if name not in row:
-                raise ConfigError(f"{path}: line {number} has no {name}")
             value = row[name]
             limit = {int: 2**63, float: math.inf}.get(type(value))  # more does not fit in a table
             holds = type(value) in types and not (limit and abs(value) >= limit)
