@@ -96,7 +96,10 @@ def test_the_help_names_what_there_is() -> None:
         ("run=PLACE/books data=synthetic", "run=PLACE/books: not the folder of a run"),
         ("run=BASE", "documents.task=domain_shift: needs data="),
         ("run=BASE data.path=x", "data.path=x: needs data=, where the text is from"),
-        ("run=BASE data=synthetic", "data=synthetic: what PLACE/base was trained on is not new"),
+        (
+            "run=BASE data=synthetic",
+            "data=synthetic: not new to PLACE/base, which was trained on it",
+        ),
         ("run=BASE data=custom data.path=PLACE methods=[oracle]", "methods=oracle: needs document"),
         ("run=PLACE/text FACTS", "documents.task=new_facts: needs a run that was trained on data"),
         ("run=PLACE/mup FACTS", "run: trained with model.parametrization=mup"),
@@ -107,8 +110,8 @@ def test_the_help_names_what_there_is() -> None:
         ("FACTS inner.lora.rank=null", "inner.lora.rank=null: methods=lora_doc trains ad"),
         ("FACTS inner.lora.rank=null inner.lora.alpha=8 methods=[none]", "inner.lora.alp"),
         ("FACTS inner.lora.rnak=4", "inner.lora.rnak: no such key; did you mean inner.lo"),
-        ("FACTS inner.inner_steps=[3,1]", "inner.inner_steps=3,1: must be numbers that"),
-        ("FACTS inner.inner_steps=[]", "inner.inner_steps=: must be numbers that rise"),
+        ("FACTS inner.inner_steps=[3,1]", "inner.inner_steps=3,1: must be increasing numbers"),
+        ("FACTS inner.inner_steps=[]", "inner.inner_steps=: must be increasing"),
         ("FACTS methods=[oracel]", "methods=oracel: must be one of none, lora_doc, lora"),
         ("FACTS methods=[]", "methods=[]: must name some of none, lora_doc"),
         ("FACTS documents.train=0", "documents.train=0: methods=restem learns from"),
@@ -120,7 +123,7 @@ def test_the_help_names_what_there_is() -> None:
         ("FACTS methods=[uniform_directive]", "methods=uniform_directive: removed; metho"),
         ("FACTS policy=hf", "policy.path: must be given"),
         ("FACTS policy=hf policy.path=nowhere", "policy.path=nowhere: no such folder"),
-        ("FACTS policy=file policy.path=PLACE/edits.jsonl", "policy=file: does not learn"),
+        ("FACTS policy=file policy.path=PLACE/edits.jsonl", "policy=file: cannot be trained"),
         ("FACTS policy=file policy.path=no methods=[none]", "policy.path=no: no such file"),
         ("FACTS policy.path=x", "policy.path: not a key of the chosen policy; it is one"),
         ("FACTS hardware.devices=2", "hardware.devices=2: an adaptation takes one device"),
@@ -154,7 +157,7 @@ def test_an_experiment_belongs_to_one_command(name: str) -> None:
     theirs, ours = cli.COMMANDS if name == "adaptation" else cli.COMMANDS[::-1]
     with pytest.raises(ConfigError) as error:
         cli.sweeps(theirs, [f"experiment={name}"], False)
-    assert str(error.value) == f"experiment={name}: is one of python -m tinygpt.{ours.name}"
+    assert str(error.value) == f"experiment={name}: is for python -m tinygpt.{ours.name}"
     assert cli.sweeps(ours, [f"experiment={name}"], False)
 
 
@@ -290,7 +293,7 @@ def test_a_plan_does_nothing(adapt: Command, place: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["hydra/sweeper=optuna", "--multirun"], "hydra/sweeper=optuna: makes one number small"),
+        (["hydra/sweeper=optuna", "--multirun"], "hydra/sweeper=optuna: minimizes one number"),
         (["--multirun", "seed=1,2", "inner.lora.rank=4,99"], "inner.lora.rank=99: must be at most"),
         (["--multirun", "hardware.threads=1,2"], "hardware.threads=1 and hardware.threads=2: both"),
     ],

@@ -206,7 +206,7 @@ def test_accuracy_is_by_the_likeliest_of_all_answers(
 ) -> None:
     question, heldout = facts[0].heldout.questions[0], facts[0].heldout
     assert len(question.answers.whole) == 1024
-    cpu = documents.InFull(torch.device("cpu"))
+    cpu = documents.FullPrecision(torch.device("cpu"))
     (best,) = likeliest(run.model, [question.prompt], [question.answers], cpu)
     for answer in [*sorted(question.answers.whole)[:3], best]:
         asked = question._replace(answer=answer)

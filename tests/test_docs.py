@@ -67,8 +67,13 @@ def test_every_key_of_the_schema_has_a_description(command: Any) -> None:
 
 def test_the_reference_has_the_keys_with_their_bounds_and_the_choices_with_what_they_set() -> None:
     page = hooks.keys_of("run")
-    assert "| `model.d_model` | integer, at least 1 | `64` | width of the residual stream |" in page
-    assert "| `data.repo` | text | required | owner/name on the hub |" in page
+    assert (
+        "| `model.d_model` | integer, at least 1 | `64` | Width of the residual stream. |" in page
+    )
+    assert (
+        "| `data.repo` | text | required | Name of the data set on the hub, as owner/name. |"
+        in page
+    )
     assert "- **optim=lion**: A step has the same size" in page
     assert "Sets `learning_rate=2e-3`, `weight_decay=0.3`." in page
     named = {field.name for field in dataclasses.fields(cli.RUN.schema)}

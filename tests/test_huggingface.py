@@ -334,7 +334,7 @@ BASE = {
         ),
         ("llama", {"rope_scaling": {**ROPE, "low_freq_factor": 4}}, "must be below high_freq_fac"),
         ("llama", {"rope_parameters": 3}, "rope_parameters=3: must be a table"),
-        ("llama", {"num_attention_heads": 32}, "an odd width of a head"),
+        ("llama", {"num_attention_heads": 32}, "the width of a head is odd"),
     ],
 )
 def test_a_config_that_ours_cannot_be(kind: str, change: dict[str, Any], line: str) -> None:
@@ -355,11 +355,15 @@ def test_a_config_that_ours_cannot_be(kind: str, change: dict[str, Any], line: s
             {"transformer.h.0.attn.c_attn.weight": torch.ones(96, 32)},
             "c_attn.weight is 96 x 32, must be 32 x 96",
         ),
-        ({}, {"lm_head.weight": torch.ones(VOCAB, 32)}, "is not the embedding, but tied to it"),
+        (
+            {},
+            {"lm_head.weight": torch.ones(VOCAB, 32)},
+            "is not the embedding, to which config.json ties it",
+        ),
         (
             {"bias": False},
             {"transformer.h.0.mlp.c_fc.bias": torch.ones(128)},
-            "c_fc.bias is not zero, but bias=false",
+            "c_fc.bias is not zero, but config.json has bias=false",
         ),
         (LLAMA, {"model.embed_tokens.weight": torch.ones(51, 32)}, "is 51 x 32, must be 50 x 32"),
         (
@@ -391,7 +395,7 @@ def test_theirs_are_not_mup() -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert said(lambda: read_weights(tmp_path)).endswith("has no model.safetensors")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert "from_pretrained and save_pretrained convert them" in said(
+    assert "with transformers' from_pretrained and save_pretrained" in said(
         lambda: read_weights(tmp_path)
     )
     (tmp_path / "model.safetensors").write_bytes(b"torn")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from tinygpt.config import ModelConfig
-from tinygpt.model.gpt import GPT, Attention
-from tinygpt.model.inspect import attention_weights
+from tinygpt.model.gpt import GPT, Attention, attention_weights
 
 
 def make(**options: Any) -> GPT:

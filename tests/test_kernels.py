@@ -1,4 +1,4 @@
-"""The loss in pieces, and the products by oneDNN, against torch's own."""
+"""The chunked loss, and the products by oneDNN, against torch's own."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def with_gradients(value: Tensor, *of: Tensor) -> list[Tensor]:
 def test_value_and_gradients_are_those_of_the_plain_loss(
     tokens: int, width: int, vocabulary: int, seed: int
 ) -> None:
-    """Whatever the number of pieces: here of 128 tokens, the last one short."""
+    """Whatever the number of chunks: here of 128 tokens, the last one short."""
     hidden, weight, targets = made(tokens, width, vocabulary, torch.float64, seed)
-    before, kernels.PIECE["cpu"] = kernels.PIECE["cpu"], 1
+    before, kernels.CHUNK["cpu"] = kernels.CHUNK["cpu"], 1
     try:
         found = with_gradients(mean_loss(hidden, weight, targets), hidden, weight)
     finally:
-        kernels.PIECE["cpu"] = before
+        kernels.CHUNK["cpu"] = before
     for ours, theirs in zip(
         found, with_gradients(plain(hidden, weight, targets), hidden, weight), strict=True
     ):
@@ -129,7 +129,7 @@ def test_hits_among_the_likeliest(tokens: int, vocabulary: int, top: int, seed: 
 @pytest.mark.slow
 def test_the_loss_of_a_large_vocabulary_takes_a_fraction_of_the_memory() -> None:
     """`small` at vocabulary 50257, batch 32, context 256: at most 40 % of the plain loss's."""
-    ours, theirs = (peak_bytes(f"tinygpt.{name}") for name in ("pieces", "plain"))
+    ours, theirs = (peak_bytes(f"tinygpt.{name}") for name in ("chunks", "plain"))
     assert ours <= 0.4 * theirs
 
 
@@ -147,7 +147,7 @@ model = GPT(ModelConfig(n_layers=4, d_model=128, n_heads=8), 50257)
 tokens = torch.randint(50257, (32, 257))
 inputs, targets = tokens[:, :-1], tokens[:, 1:]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-if {kind!r} == "tinygpt.pieces":
+if {kind!r} == "tinygpt.chunks":
     loss = model(inputs, targets)
 else:
     loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())

@@ -437,7 +437,7 @@ GOOD = json.dumps({"doc_id": "x", "edit": dataclasses.asdict(SelfEdit())})
         ("\udcff", "not JSON ("),
         ("[1]", "must be an object with an edit"),
         ('{"doc_id": "x"}', "must be an object with an edit"),
-        (GOOD.replace('"x"', "3"), "must say whose edit it is, by doc_sha256 or doc_id"),
+        (GOOD.replace('"x"', "3"), "must name the document, by doc_sha256 or doc_id"),
         (GOOD.replace('"n": 1', '"n": 0'), "edit.n=0: must be at least 1"),
         (GOOD.replace('"lr": 0.003', '"lr": 1e999'), "edit.lr=inf: must be a finite number"),
         (GOOD[:-1] + ', "tokens": -1}', "tokens=-1: must be a number of tokens, at least 0"),
@@ -476,7 +476,7 @@ def test_what_is_no_model_is_said_in_a_line(run: TrainedRun, gpt2: Path, tmp_pat
     (tmp_path / "config.json").write_text("[]")
     assert said(run, ModelPolicy(path=str(tmp_path))).startswith(where)
     (tmp_path / "config.json").write_text('{"model_file": "model.py"}')
-    assert said(run, ModelPolicy(path=str(tmp_path))).endswith("code of its own; it is not run")
+    assert said(run, ModelPolicy(path=str(tmp_path))).endswith("code of its own, which is not run")
     (tmp_path / "config.json").write_bytes((gpt2 / "config.json").read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")
     assert said(run, ModelPolicy(path=str(tmp_path))).startswith(
@@ -536,5 +536,5 @@ def test_a_state_that_is_another_policys_is_refused(
     torch.manual_seed(0)
     other = GPT(ModelConfig(d_model=32, n_heads=2), run.tokenizer.vocab_size)
     own.with_model(other, 0).save(tmp_path)
-    with pytest.raises(ConfigError, match="not a policy that the model of"):
+    with pytest.raises(ConfigError, match="not a policy of the model"):
         own.load(tmp_path)

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -272,14 +271,6 @@ def test_nothing_unpickles_and_only_libraries_download() -> None:
             requests = [c for c in calls(tree) if ast.unparse(c.func) == "urllib.request.Request"]
             assert all("method='HEAD'" in ast.unparse(request) for request in requests)
             assert ".read()" not in ast.unparse(tree)
-
-
-def test_numpy_reads_no_objects(tmp_path: Path, code: Code) -> None:
-    """As offsets of shards are read."""
-    np.save(tmp_path / "x.npy", np.array([code], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
-        np.load(tmp_path / "x.npy")
-    assert not code.canary.exists()
 
 
 def test_a_run_s_configuration_does_not_read_the_environment(

@@ -62,7 +62,7 @@ def stopped(process: subprocess.Popen[str], *numbers: int) -> tuple[int, str]:
 def test_a_signal_ends_a_command_with_its_code_and_one_line(number: signal.Signals) -> None:
     code, said = stopped(start(WAITING, "waiting"), number)
     assert code == 128 + number
-    assert said == f"stopped by {number.name}; the same command goes on from what is saved\n"
+    assert said == f"stopped by {number.name}; the same command resumes from what is saved\n"
 
 
 def test_an_ignored_hangup_stays_ignored() -> None:
@@ -74,7 +74,7 @@ def test_a_second_signal_leaves_at_once() -> None:
     """And what waits inside a library for minutes needs no second one."""
     code, said = stopped(start(WAITING, "noting"), signal.SIGTERM, signal.SIGINT)
     assert code == 128 + signal.SIGINT
-    assert said == "stopped at once by SIGINT; the same command goes on from what is saved\n"
+    assert said == "stopped at once by SIGINT; the same command resumes from what is saved\n"
     code, said = stopped(start(WAITING, "library"), signal.SIGTERM)
     assert code == 128 + signal.SIGTERM
     assert said.count("\n") == 1

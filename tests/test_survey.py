@@ -131,7 +131,7 @@ def test_several_files_in_their_order(tmp_path: Path) -> None:
     assert texts(config.data.path) == ["a.txt", "b.txt"]
     with pytest.raises(ConfigError) as error:
         cli.compose_config(["data=custom", "data.path=a.txt,b.txt"])
-    line = "data.path=a.txt,b.txt: several files are a list, 'data.path=[a.txt,b.txt]'"
+    line = "data.path=a.txt,b.txt: write several files as a list, 'data.path=[a.txt,b.txt]'"
     assert str(error.value) == line
     with pytest.raises(ConfigError, match=r"several are a list, 'data\.path=\[a\.txt,b\.txt\]'"):
         opened("a.txt,b.txt")

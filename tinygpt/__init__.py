@@ -1,4 +1,4 @@
-"""tinygpt: from text to a scaling law with error bars."""
+"""Train small GPTs on a text, and fit scaling laws with error bars to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tinygpt.training.module import LanguageModel as LanguageModel
 
 __version__ = "0.1.0"
-_HOME = {  # public names come from where they live when they are first used: torch takes seconds
+_HOME = {  # public names are imported on first use, because torch takes seconds to import
     "LanguageModel": "tinygpt.training.module",
     "TokenData": "tinygpt.data.datamodule",
     "TrainedRun": "tinygpt.runs.load",
@@ -28,7 +28,7 @@ __all__ = ["compose", *_HOME]
 
 
 def compose(*overrides: str) -> Config:
-    """Return the configuration of ``python -m tinygpt.run`` with these ``key=value`` words.
+    """Return the configuration of ``python -m tinygpt.run`` with these ``key=value`` overrides.
 
     Raises ConfigError, one line, for a mistake in them.
     """

@@ -1,4 +1,4 @@
-"""``tinygpt COMMAND ...``: every command by one name, as ``python -m tinygpt.COMMAND``."""
+"""Run ``tinygpt COMMAND ...`` as ``python -m tinygpt.COMMAND ...``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main() -> None:
     name, words = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in COMMANDS:
         sys.argv[1:] = words
-        # under the module's own name, as workers and the further processes of a run look it up
+        # as __main__, because workers and further processes of a run look the module up there
         runpy.run_module(f"tinygpt.{name}", run_name="__main__", alter_sys=True)
     elif name in ("-h", "--help"):
         print(USAGE.format("\n".join(f"  {name:<11} {does}" for name, does in COMMANDS.items())))

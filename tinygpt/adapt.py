@@ -1,5 +1,4 @@
-"""``python -m tinygpt.adapt``: how a trained run adapts to new text, or a sweep of such studies
-with ``--multirun``."""
+"""Study how a trained run adapts to new text (``python -m tinygpt.adapt``)."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from tinygpt.config import ConfigError
 @hydra.main(config_path=cli.CONF_DIR, config_name=cli.ADAPT.file, version_base="1.3")
 @cli.one_line_errors
 def job(composed: DictConfig) -> None:
-    """Do one adaptation."""
+    """Run one adaptation study."""
     overrides = list(HydraConfig.get().overrides.task)
     config = cli.checked_adaptation(composed, overrides)
     from tinygpt.sweeping.jobs import study_name
@@ -48,7 +47,7 @@ def main() -> None:
     for word in sys.argv[1:]:
         if word.startswith("hydra/sweeper=") and word != "hydra/sweeper=tinygpt":
             raise ConfigError(
-                f"{word}: makes one number small, and an adaptation has several; "
+                f"{word}: minimizes one number, but an adaptation has several; "
                 "--multirun tries every combination"
             )
     cli.start(cli.ADAPT, job)

@@ -1,4 +1,4 @@
-"""Arguments of the commands without Hydra: ``key=value`` words into a dataclass, and their help."""
+"""Read the ``key=value`` arguments of commands without Hydra into a dataclass."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tinygpt.config import ConfigError, checks
 
 T = TypeVar("T")
 PATHS = ("runs", "table", "path", "compare", "output_dir")
-TRUTH = {"true": True, "yes": True, "on": True, "1": True}
-TRUTH |= {"false": False, "no": False, "off": False, "0": False}
+TRUTH = dict.fromkeys(("true", "yes", "on", "1"), True)
+TRUTH |= dict.fromkeys(("false", "no", "off", "0"), False)
 
 
 def show_help(text: str) -> None:
-    """Print ``text``; where it is wider than the terminal, its columns are wrapped."""
+    """Print ``text``, wrapping its columns if the terminal is too narrow."""
     width, blocks, was_plain = shutil.get_terminal_size().columns, [""], False
     if max(map(len, text.splitlines())) <= width:
         print(text)
@@ -44,12 +44,11 @@ def show_help(text: str) -> None:
 
 
 def read_arguments(cls: type[T], argv: Sequence[str], usage: str, bare: str = "") -> T:
-    """Fill the dataclass ``cls`` from ``key=value`` arguments, ``field.key=value`` for a dataclass
-    in it.
+    """Fill the dataclass ``cls`` from ``key=value`` arguments (nested: ``field.key=value``).
 
     A text is taken verbatim after the first ``=``; a list is split at commas.  A word without
-    ``=`` is a value of the key ``bare``, of a list one more.  ``--help`` prints ``usage``.  Raises
-    ConfigError for an unknown key, a missing one or a wrong type.
+    ``=`` is a value of the key ``bare``, or is appended to it if it is a list.  ``--help`` prints
+    ``usage``.  Raises ConfigError for an unknown or missing key or a wrong type.
     """
     if any(item in ("-h", "--help") for item in argv):
         show_help(usage)
@@ -83,7 +82,7 @@ def read_arguments(cls: type[T], argv: Sequence[str], usage: str, bare: str = ""
 
 
 def _read(text: str, kind: Any, is_path: bool) -> Any:
-    """Return the value of type ``kind`` that ``text`` spells."""
+    """Parse ``text`` as a value of type ``kind``."""
     if typing.get_origin(kind) is list:
         items = words.files(text) if is_path else text.split(",") if text else []
         (inner,) = typing.get_args(kind)
@@ -114,7 +113,7 @@ def _filled(cls: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
 def read_text(key: str, place: str, newline: str | None = None) -> str:
     """Return the text of the file that ``key`` names, without a byte order mark.
 
-    ``newline=""`` keeps its line ends; else they become line feeds.  Raises ConfigError.
+    ``newline=""`` keeps line endings; otherwise they become line feeds.  Raises ConfigError.
     """
     try:
         with Path(place).expanduser().open(encoding="utf-8-sig", newline=newline) as file:

@@ -41,7 +41,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound=Settings)
 P = ParamSpec("P")
 
-# Threads that wait must not spin: they would take the cores from those that others keep waiting.
+# Waiting threads must not spin, which would take cores from the threads they wait for.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
 
@@ -50,7 +50,7 @@ WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME":
 
 @functools.cache
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra, so that it checks names and types as it composes."""
+    """Register the schema with Hydra, so that it checks names and types."""
     store = ConfigStore.instance()
     for command in COMMANDS:
         store.store(name=f"schema_{command.name}", node=command.schema)
@@ -60,15 +60,12 @@ def register_schemas() -> None:
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
-    """Return the checked configuration of ``tinygpt.run`` with ``overrides``.
-
-    Raises ConfigError, one line.
-    """
+    """Return the checked configuration of ``tinygpt.run``, or raise ConfigError."""
     return compose_for(RUN, overrides)
 
 
 def compose_for(command: Command[S], overrides: Sequence[str]) -> S:
-    """Return the checked configuration with ``overrides``.  Raise ConfigError, one line."""
+    """Return the checked configuration of a command, or raise ConfigError."""
     overrides = words.as_meant(overrides, command)
     with in_one_line(overrides, command):
         parsed = _parsed(command, overrides)
@@ -79,20 +76,18 @@ def compose_for(command: Command[S], overrides: Sequence[str]) -> S:
 
 
 def checked_adaptation(composed: DictConfig, overrides: Sequence[str]) -> AdaptConfig:
-    """Return the composed configuration as dataclasses, checked.  Raise ConfigError."""
+    """Return the composed configuration as dataclasses, checked, or raise ConfigError."""
     config = checks.as_dataclasses(composed, AdaptConfig)
     adapting.check_adapt(config)
     return config
 
 
 def checked(composed: DictConfig, overrides: Sequence[str]) -> Config:
-    """Return the composed configuration as dataclasses, with what ``init_from`` brings, checked.
-
-    Raises ConfigError.
-    """
+    """Return the composed configuration as checked dataclasses, including the shape and tokenizer
+    of ``init_from``, or raise ConfigError."""
     config = checks.typed(composed, overrides)
     if config.init_from is not None:
-        from tinygpt.runs import pretrained  # reads files
+        from tinygpt.runs import pretrained
 
         pretrained.adopt(config, overrides)
     checks.check(config)
@@ -100,14 +95,14 @@ def checked(composed: DictConfig, overrides: Sequence[str]) -> Config:
 
 
 def _parsed(command: Command[S], overrides: Sequence[str]) -> list[Override]:
-    """Parse the overrides.  Raise ConfigError for a choice that is none, and for an experiment of
-    another command, by the keys that it sets."""
+    """Parse the overrides.  Raise ConfigError for an invalid choice, and for an experiment that
+    sets the keys of another command."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     for item in parsed:
         group, value = item.key_or_group, item.value()
         path = Path(CONF_DIR, group)
         if group == "experiment" and (item.is_sweep_override() or isinstance(value, list)):
-            raise ConfigError(f"{item.input_line}: takes one experiment; give a command to each")
+            raise ConfigError(f"{item.input_line}: takes one experiment; run one command for each")
         is_given = isinstance(value, str | list | dict) or item.is_sweep_override()
         may_be_null = value is None and group in ("experiment", "data")
         if path.is_dir() and not is_given and not may_be_null:
@@ -115,24 +110,20 @@ def _parsed(command: Command[S], overrides: Sequence[str]) -> list[Override]:
             raise ConfigError(words.no_such_choice(str(item.input_line), choices))
         file = path / f"{value}.yaml"
         if group == "experiment" and file.is_file():
-            text, ours = file.read_text(encoding="utf-8"), _sections(command)
+            text = file.read_text(encoding="utf-8")
+            ours = {field.name for field in dataclasses.fields(command.schema)}
             for other in COMMANDS:
-                only_theirs = "|".join(_sections(other) - ours)
-                if only_theirs and re.search(rf"^ *({only_theirs})[.:]", text, re.M):
-                    line = f"{item.input_line}: is one of python -m tinygpt.{other.name}"
+                theirs = {field.name for field in dataclasses.fields(other.schema)} - ours
+                if theirs and re.search(rf"^ *({'|'.join(theirs)})[.:]", text, re.M):
+                    line = f"{item.input_line}: is for python -m tinygpt.{other.name}"
                     raise ConfigError(line)
     return parsed
-
-
-def _sections(command: Command[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(command.schema)}
 
 
 def _composed(
     command: Command[S], parsed: Sequence[Override], with_hydra: bool = False
 ) -> DictConfig:
-    """Compose the chosen groups, then set the values as Hydra does: + adds a key, ++ adds or sets
-    it.  Values of a sweep are left out."""
+    """Compose the chosen groups, then set the values as Hydra does, without those of a sweep."""
     items = [item for item in parsed if not item.is_sweep_override()]
     groups = tuple(str(item.input_line) for item in items if not _is_plain_value(item))
     composed = copy.deepcopy(_composed_groups(command.file, groups, with_hydra))
@@ -155,24 +146,15 @@ def _composed(
 
 @functools.lru_cache(maxsize=64)
 def _composed_groups(file: str, overrides: tuple[str, ...], with_hydra: bool) -> DictConfig:
-    """Hydra reads a dozen files for that, 60 ms; setting the values of a sweep's thousand jobs on
-    copies of it takes one."""
-    with _initialized():
+    """Compose the chosen groups; cached, because it takes 60 ms and a sweep may have 1,000 jobs."""
+    with contextlib.ExitStack() as stack:
+        if not GlobalHydra.instance().is_initialized():
+            stack.enter_context(initialize_config_dir(CONF_DIR, version_base="1.3"))
         return compose(file, overrides=list(overrides), return_hydra_config=with_hydra)
 
 
-@contextlib.contextmanager
-def _initialized() -> Iterator[None]:
-    """Tell Hydra of conf/, unless it is Hydra that called."""
-    if GlobalHydra.instance().is_initialized():
-        yield
-    else:
-        with initialize_config_dir(CONF_DIR, version_base="1.3"):
-            yield
-
-
 def _is_plain_value(item: Override) -> bool:
-    """Return whether it is like ``model.d_model=64``: neither the choice of a group nor a sweep."""
+    """Return whether an override is like ``model.d_model=64``: not a group's choice or a sweep."""
     name = item.key_or_group
     is_group = item.package is not None or Path(CONF_DIR, name).is_dir()
     return not (is_group or item.is_sweep_override() or name.startswith("hydra"))
@@ -180,7 +162,7 @@ def _is_plain_value(item: Override) -> bool:
 
 @contextlib.contextmanager
 def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]:
-    """Raise as a ConfigError, one line, what Hydra and OmegaConf raise."""
+    """Turn the errors of Hydra and OmegaConf into a ConfigError, one line."""
     register_schemas()
     words.check(overrides, command)
     longest = f"{max(overrides, key=len, default=''):.60}"
@@ -193,7 +175,7 @@ def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]
     except (AssertionError, AttributeError, TypeError, ValueError) as error:  # OmegaConf's own
         line = f"{longest}: cannot be set from the command line ({schema.first_line(error)})"
         raise ConfigError(line) from error
-    except OSError as error:  # a choice is sought as a file
+    except OSError as error:  # from looking up a choice as a file
         raise ConfigError(f"{longest}: {error.strerror}") from error
     except RecursionError as error:
         raise ConfigError(f"{longest}: nested too deeply") from error
@@ -203,12 +185,11 @@ def in_one_line(overrides: Sequence[str], command: Command[S]) -> Iterator[None]
 
 
 def start(command: Command[S], job: Callable[[], object]) -> None:
-    """Print the help that ``sys.argv`` asks for, or have Hydra call ``job``.
+    """Print the help if ``sys.argv`` asks for it, or else let Hydra call ``job``.
 
-    Every mistake is found before torch is imported and before anything is written: those of a
-    single run here, those of a sweep's jobs by sweeping.
+    Mistakes in the configuration are found before torch is imported and anything is written.
     """
-    # --multirun may stand anywhere; argparse wants options before or behind the overrides
+    # argparse wants options before or after the overrides, not between them
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("--multirun", "-m"))
     sys.argv[1:] = words.as_meant(sys.argv[1:], command)
     arguments = _read_options(command, sys.argv[1:])
@@ -235,7 +216,7 @@ def start(command: Command[S], job: Callable[[], object]) -> None:
 
 
 def _read_options(command: Command[S], argv: Sequence[str]) -> argparse.Namespace:
-    """Read the options of ``hydra.main`` that lead somewhere here.  Raises ConfigError."""
+    """Read the options of ``hydra.main`` that we support.  Raise ConfigError for others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--help", "-h", action="store_true")
@@ -264,20 +245,20 @@ def _read_options(command: Command[S], argv: Sequence[str]) -> argparse.Namespac
 
 
 def sweep_name(command: Command[S], overrides: Sequence[str]) -> str:
-    """Return the study of a bare sweep, named after the keys that it sweeps."""
+    """Return the study's name for a sweep without one, from the keys that it varies."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     swept = [o.get_key_element().rsplit(".", 1)[-1] for o in parsed if o.is_sweep_override()]
     return "-".join([command.sweep, *sorted(swept)])
 
 
 def help_text(command: Command[S]) -> str:
-    """Return what Hydra would print, but it lists every group first, a second's work."""
+    """Return the help; Hydra would print the same, but takes a second to list every group."""
     shown = OmegaConf.load(Path(CONF_DIR, "hydra", "help", f"{command.name}.yaml"))
     return str(OmegaConf.create({"hydra": {"help": shown}}).hydra.help.template)
 
 
 def sweeps(command: Command[S], overrides: Sequence[str], multirun: bool) -> bool:
-    """Return whether the command line, or the experiment it names, asks for a sweep."""
+    """Return whether the command line or its experiment asks for a sweep."""
     with in_one_line(overrides, command):
         composed = _composed(command, _parsed(command, overrides), with_hydra=True)
         checks.check_scale(composed.scale)
@@ -286,7 +267,7 @@ def sweeps(command: Command[S], overrides: Sequence[str], multirun: bool) -> boo
 
 
 def announce(doing: str, file: TextIO | None = None) -> None:
-    """Say at once what takes the next seconds, unless another process of this run says it."""
+    """Print what the next seconds are spent on, unless the parent process does."""
     if signals.PARENT not in os.environ:
         print(f"{doing} …", file=file, flush=True)
 
@@ -295,18 +276,18 @@ _shown = contextlib.ExitStack()
 
 
 def loading(file: TextIO | None = None) -> None:
-    """Say that libraries load, on a terminal with something that moves until ``loaded``."""
+    """Say that libraries are being loaded, with a spinner until ``loaded`` is called."""
     announce("loading", file)
     _shown.enter_context(spinning("torch, Lightning", file))
 
 
 def loaded() -> None:
-    """Clear the line for what is printed next."""
+    """Remove the spinner of ``loading``."""
     _shown.close()
 
 
 def spinning(what: str, file: TextIO | None = None) -> contextlib.AbstractContextManager[object]:
-    """Return what shows on a terminal that something takes seconds."""
+    """Return a spinner, if ``file`` is a terminal."""
     loaded()
     from rich.console import Console
 
@@ -319,11 +300,11 @@ def spinning(what: str, file: TextIO | None = None) -> contextlib.AbstractContex
 
 
 def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
-    """Print what the user can fix as one line on stderr and exit: ConfigError 2, RunError 1, a
-    signal 128 and its number.
+    """Decorate a command: print errors that users can fix as one line on stderr, and exit.
 
-    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.  Also sets, before torch is imported, how
-    threads wait.
+    The exit code is 2 for a ConfigError, 1 for a RunError, and 128 plus the number for a signal.
+    ``HYDRA_FULL_ERROR=1`` shows the traceback instead.  Also sets how threads wait, which must
+    happen before torch is imported.
     """
 
     @functools.wraps(command)
@@ -332,12 +313,12 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
             os.environ.setdefault(name, value)
         streams.survive()
         try:
-            # a shell starts what stands before an & with SIGINT ignored; who sends it means it
+            # a shell ignores SIGINT for background commands, but whoever sends it means it
             with signals.obeyed(also=(signal.SIGINT,)), _shown:
                 return command(*args, **kwargs)
         except (Exception, KeyboardInterrupt, signals.Stopped) as error:
             if (stopped := _stopped_by(error)) is not None:
-                if signals.PARENT not in os.environ:  # which says it
+                if signals.PARENT not in os.environ:  # the parent prints it
                     print(stopped.line, file=sys.stderr)
                 raise SystemExit(stopped.code) from None
             if isinstance(error, RunError | OSError):
@@ -354,8 +335,8 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
 
 
 def _stopped_by(error: BaseException | None) -> signals.Stopped | None:
-    """Return the signal behind ``error``: a library's clean-up may have failed on what it left
-    half done."""
+    """Return the signal behind ``error``, which may be an error of a library's interrupted
+    clean-up."""
     while error is not None and not isinstance(error, KeyboardInterrupt | signals.Stopped):
         error = error.__context__
     return signals.Stopped(signal.SIGINT) if isinstance(error, KeyboardInterrupt) else error
@@ -368,27 +349,12 @@ def _leave(error: Exception, code: int) -> NoReturn:
     if isinstance(error, OSError) and error.strerror:
         line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     shown = (c if c.isprintable() else repr(c)[1:-1] for c in " ".join(line.split()))
-    print("error: " + "".join(shown), file=sys.stderr)  # what a file says moves no cursor
+    print("error: " + "".join(shown), file=sys.stderr)  # control characters are escaped
     raise SystemExit(code)
 
 
-RUN = Command(
-    name="run",
-    file="config",
-    sweep="sweep",
-    variants=schema.CHOICES,
-    schema=Config,
-    read=checked,
-)
-ADAPT = Command(
-    name="adapt",
-    file="adapt",
-    sweep="adaptation",
-    variants={
-        **{group: schema.CHOICES[group] for group in ("data", "launcher")},
-        "policy": adapting.POLICIES,
-    },
-    schema=AdaptConfig,
-    read=checked_adaptation,
-)
+_ADAPT_VARIANTS = {group: schema.CHOICES[group] for group in ("data", "launcher")}
+_ADAPT_VARIANTS["policy"] = adapting.POLICIES
+RUN = Command("run", "config", "sweep", schema.CHOICES, Config, checked)
+ADAPT = Command("adapt", "adapt", "adaptation", _ADAPT_VARIANTS, AdaptConfig, checked_adaptation)
 COMMANDS: tuple[Command[Any], ...] = (RUN, ADAPT)

@@ -1,4 +1,4 @@
-"""Complete the words of a command line in bash, zsh and fish."""
+"""Complete command lines in bash, zsh and fish."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from tinygpt import cli, words
 from tinygpt.config import ConfigError
 
-# bash replaces what stands behind the last = of a word, the others the whole word.
+# bash replaces the part of a word after its last =, other shells the whole word.
 SCRIPTS = {
     "bash": """\
 _tinygpt() {
@@ -43,7 +43,7 @@ def main(option: str, given: Sequence[str], commands: Iterable[str]) -> None:
 
 
 def complete(line: str, commands: Iterable[str]) -> list[str]:
-    """Return what the last word of ``line`` may become; with a space behind it where it ends."""
+    """Return the completions of the last word of ``line``, with a space after complete words."""
     *before, word = line.split(" ")
     before = [one for one in before if one][1:]
     if not before or before[0] not in commands:
@@ -54,11 +54,10 @@ def complete(line: str, commands: Iterable[str]) -> list[str]:
     if match := re.fullmatch(r"(\+*([\w./]+)=(?:.*[,\[])?)(.*)", word):
         choices = [f"{one} " for one in known.get(match[2], ()) if one.startswith(match[3])]
         return [match[1] + one for one in choices or _paths(match[3])]
-    found: dict[str, None] = {}  # up to the next point: sections first, then what is in them
-    for name in sorted(known):
-        head, point, _ = name[len(word) :].partition(".")
-        if name.startswith(word):
-            found[word + head + (point or "=")] = None
+    found: dict[str, None] = {}  # complete up to the next dot
+    for name in sorted(name for name in known if name.startswith(word)):
+        head, dot, _ = name[len(word) :].partition(".")
+        found[word + head + (dot or "=")] = None
     return [*found, *(_paths(word) if before[0] in BARE else ())]
 
 
@@ -68,7 +67,7 @@ def _paths(begun: str) -> list[str]:
 
 
 def _keys(name: str, second: str = "") -> dict[str, Sequence[str]]:
-    """Return the keys of a command, each with its choices where they are few."""
+    """Return the keys of a command with their choices, if they have any."""
     module = importlib.import_module(f"tinygpt.{name}")
     own = f"{second.title()}Arguments" if name == "tokenizer" else "Arguments"
     classes = [("", getattr(module, own))] if hasattr(module, own) else []

@@ -1,4 +1,4 @@
-"""Files: written whole, checked as they are read, kept from other processes.  Torch-free."""
+"""Write files atomically, check them when reading, and lock folders.  Torch-free."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ import filelock
 import yaml
 
 from tinygpt.config import ConfigError, one_line
+from tinygpt.config.errors import require
 
 DEEPEST = 100  # levels of a YAML file
-# The C library's, if it is there, is ten times faster.
+# The C library's loader, where available, is ten times faster.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -33,10 +34,10 @@ _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` and, if the block succeeds, rename it to ``path``.
+    """Yield a temporary path beside ``path``; if the block succeeds, rename it to ``path``.
 
-    The content is on disk before the rename, so a reader sees the old file or the new one.  The
-    folder must exist: one that vanishes on the way is not made again with less in it.
+    The content is on disk before the rename, so readers see either the old file or the new one.
+    The folder must exist: if it is removed meanwhile, the write fails.
     """
     with naming(path):
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -49,25 +50,25 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
             mask = os.umask(0)
             os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files for the owner alone
+            os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private
             os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # what stopped the write may stop this too
+        with contextlib.suppress(OSError):  # such as the one that stopped the write
             temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path, kept: bool = False) -> Iterator[Path]:
-    """Yield a new folder beside ``folder`` that replaces it when the block is done.
+    """Yield a new folder beside ``folder`` that replaces it after the block.
 
-    One process at a time; what a killed process left behind is removed, or with ``kept`` left in
-    the new folder, for this process to resume.
+    Only one process may do so at a time.  Remains of a killed process are removed, or with
+    ``kept`` left in the new folder, so that they can be used.
     """
     new, old = (folder.with_name(f".{folder.name}.{name}") for name in ("tmp", "old"))
     if old.exists() and not folder.exists():  # killed between the two renames
         old.rename(folder)
-    passing = [old] if kept else [new, old]
-    for path in passing:
+    remains = [old] if kept else [new, old]
+    for path in remains:
         shutil.rmtree(path, ignore_errors=True)
     try:
         new.mkdir(parents=True, exist_ok=kept)
@@ -75,50 +76,48 @@ def replacing_folder(folder: Path, kept: bool = False) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
-    except Exception:  # an error, no interrupt
-        passing = [new, old]
+    except Exception:  # but not an interrupt
+        remains = [new, old]
         raise
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        for path in passing:
+        for path in remains:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_torn(*folders: Path) -> None:
-    """Remove what a killed process was writing; call it only where no other process writes."""
+    """Remove the temporary files of killed processes; no other process may be writing."""
     for folder in folders:
         for path in folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Raise ConfigError, naming ``key``, where ``folder`` can be neither made nor written to."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{key}={folder}: {there} is a file; give a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}={folder}: {there} cannot be written; give another folder")
+    """Raise ConfigError, naming ``key``, if ``folder`` cannot be created or written to."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    require(nearest.is_dir(), f"{key}={folder}: {nearest} is a file; give a folder")
+    line = f"{key}={folder}: {nearest} is not writable; give another folder"
+    require(os.access(nearest, os.W_OK | os.X_OK), line)
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name ``path`` in the error of a failed write: on a full disk the error itself names no file,
-    or a temporary one."""
+    """Make the error of a failed write name ``path``, instead of nothing or a temporary file."""
     try:
         yield
     except OSError as error:
         if not error.filename or f".{path.name}." in str(error.filename):
             error.filename = str(path)
         raise
-    except Exception as error:  # the writers of torch and safetensors do not say why
+    except Exception as error:  # torch and safetensors do not say that the disk is full
         if shutil.disk_usage(path.parent).free >= 1 << 16:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically, into a folder that is made if need be."""
+    """Write a file atomically, creating its folder if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -134,7 +133,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Write one line per row; None, and what a row lacks, is an empty field."""
+    """Write one line per row; None and missing values become empty fields."""
     text = io.StringIO()
     table = csv.DictWriter(text, columns, lineterminator="\n")
     table.writeheader()
@@ -143,18 +142,18 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[s
 
 
 def to_json(values: Any) -> str:
-    """Return JSON with its keys in order.  Raise ValueError for a NaN, as JSON has none."""
+    """Return indented JSON.  Raise ValueError for NaN and infinity, which JSON lacks."""
     return json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def append(path: Path, content: bytes, sync: bool = False) -> None:
-    """Append all of ``content`` in one write, or nothing.  ``sync``: wait until it is on disk.
+    """Append all of ``content`` or nothing; with ``sync``, wait until it is on disk.
 
     Raises OSError on a full disk.
     """
     with naming(path), path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
-        if file.write(content) != len(content):  # a full disk takes the beginning
+        if file.write(content) != len(content):  # a full disk takes only part of it
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if sync:
@@ -165,9 +164,9 @@ def append(path: Path, content: bytes, sync: bool = False) -> None:
 
 
 def read_json(path: Path, **needed: type) -> dict[str, Any]:
-    """Return the object in a file, in which the ``needed`` values must have these types.
+    """Return the JSON object in a file, whose values ``needed`` must have the given types.
 
-    Raises ConfigError, naming the file and the first value that has another type.
+    Raises ConfigError, naming the file and the first wrong value.
     """
     try:
         values = parse_object(path.read_text(encoding="utf-8"))
@@ -181,18 +180,17 @@ def read_json(path: Path, **needed: type) -> dict[str, Any]:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object.  Raise ValueError for anything else, and for half of a surrogate pair,
-    which is no character."""
+    """Parse a JSON object.  Raise ValueError for anything else, and for unpaired surrogates."""
     values = parse_json(text)
     if not isinstance(values, dict):
         raise ValueError("not an object")
     if "\\u" in text:
-        json.dumps(values, ensure_ascii=False).encode()
+        json.dumps(values, ensure_ascii=False).encode()  # fails for surrogates
     return values
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON.  Raise ValueError also where it is nested deeper than Python's calls go."""
+    """Parse JSON.  Raise ValueError, also if it exceeds Python's recursion limit."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -200,10 +198,10 @@ def parse_json(text: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the table in a file, as plain values.
+    """Return the mapping in a YAML file.
 
-    Raises ConfigError, naming the file, for anything else, and for aliases, by which a small file
-    can stand for an endless one.
+    Raises ConfigError, naming the file, for anything else, and for aliases, with which a small file
+    can expand without end.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -212,11 +210,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(text, Loader=_Loader)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not a readable YAML file ({one_line(error)})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: not a table of YAML")
-    if _is_deep(values, 0):  # the reader of YAML goes on where calls in Python would end
-        raise ConfigError(f"{path}: not a readable YAML file (nested too deeply)")
-    return values
+    require(isinstance(values, dict), f"{path}: not a table of YAML")
+    # the C loader accepts more levels than Python can recurse through
+    require(not _is_deep(values, 0), f"{path}: not a readable YAML file (nested too deeply)")
+    return dict(values)
 
 
 def _is_deep(value: Any, depth: int) -> bool:
@@ -239,11 +236,11 @@ def sha256(path: Path) -> str:
     return sha.hexdigest()
 
 
-# --- packed files
+# --- compressed files
 
 
 def unpacked(raw: IO[bytes], kind: str) -> Any:
-    """Open what a file that is packed as ``.gz``, ``.bz2``, ``.xz`` or ``.zst`` holds."""
+    """Return a stream that decompresses ``raw``, of kind ``.gz``, ``.bz2``, ``.xz`` or ``.zst``."""
     if kind == ".gz":
         return gzip.open(raw)
     if kind in (".zst", ".zstd"):
@@ -254,7 +251,7 @@ def unpacked(raw: IO[bytes], kind: str) -> Any:
 
 
 class _Streams(io.RawIOBase):
-    """The streams of a .bz2 or .xz file: Python's own readers end, unsaid, at what begins none."""
+    """Read all streams of a .bz2 or .xz file; Python's readers silently stop at garbage."""
 
     def __init__(self, raw: IO[bytes], kind: str) -> None:
         self.raw, self.is_xz = raw, kind == ".xz"
@@ -280,7 +277,7 @@ class _Streams(io.RawIOBase):
         return len(data)
 
     def _next(self) -> bytes:
-        """Return how the next stream begins, behind padding: in .xz zeros, four at a time."""
+        """Return the start of the next stream, after padding (zeros by fours, in .xz)."""
         packed: bytes = self.stream.unused_data
         while not packed.strip(b"\0") and (more := self.raw.read(1 << 16)):
             packed += more
@@ -293,10 +290,7 @@ class _Streams(io.RawIOBase):
 
 @contextlib.contextmanager
 def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
-    """Make ``folder``, of a run or a study, and keep a second process out of it.
-
-    Raises ConfigError if one is there.
-    """
+    """Create ``folder``, and lock it; raise ConfigError if another process has locked it."""
     lock = filelock.FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -313,6 +307,6 @@ def locked(folder: Path, output_dir: Path, what: str) -> Iterator[None]:
 
 
 def report_lock(folder: Path) -> contextlib.AbstractContextManager[object]:
-    """Make ``folder`` and wait while another process writes its report into it."""
+    """Create ``folder``, and return the lock for writing a report into it."""
     folder.mkdir(parents=True, exist_ok=True)
     return filelock.FileLock(folder.with_name(f".{folder.name}.lock"))

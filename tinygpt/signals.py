@@ -1,6 +1,6 @@
-"""Signals that ask a process to stop: obeyed at once, or noted until a whole step is saved.
+"""Stop a process on a signal, at once or after the current step has been saved.
 
-A second signal ends the process as it is.  Torch-free.
+A second signal ends the process immediately.  Torch-free.
 """
 
 from __future__ import annotations
@@ -17,30 +17,29 @@ from typing import NoReturn
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
 STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
-PARENT = "TINYGPT_PARENT"  # environment variable: the process of a run that launched this one
-# Seconds in which signals are one request: a closing terminal sends SIGHUP twice.
-ONE_REQUEST = 0.25
-PATIENCE = 2.0  # seconds for the main thread, which may be inside a library, to hear of a signal
+PARENT = "TINYGPT_PARENT"  # environment variable of processes that a run launched
+ONE_REQUEST = 0.25  # seconds in which repeated signals count once: a terminal sends SIGHUP twice
+PATIENCE = 2.0  # seconds for the main thread, which may be inside a library, to handle a signal
 
 Note = Callable[[int], None]
-_notes: list[Note] = []  # the innermost one is told
-_received: list[tuple[int, float]] = []  # the first signal and when it came
+_notes: list[Note] = []  # the last one is called
+_received: list[tuple[int, float]] = []  # the first signal and its time
 _heard = threading.Event()
-_leaving = threading.Lock()  # by the main thread or by the one that watches, not by both
+_leaving = threading.Lock()  # only one thread may end the process
 
 
 class Stopped(SystemExit):
-    """A signal asked the process to stop; ``line`` says so, and the exit code is the shell's."""
+    """Exit because of a signal: ``line`` says so, and the exit code is 128 plus its number."""
 
     def __init__(self, number: int, line: str = "") -> None:
         super().__init__(128 + number)
         name = signal.Signals(number).name
         self.number = number
-        self.line = line or f"stopped by {name}; the same command goes on from what is saved"
+        self.line = line or f"stopped by {name}; the same command resumes from what is saved"
 
 
 def received() -> int | None:
-    """Return the first stopping signal that came, if one did."""
+    """Return the first stopping signal received, if any."""
     return _received[0][0] if _received else None
 
 
@@ -50,10 +49,10 @@ def stop(number: int) -> NoReturn:
 
 @contextlib.contextmanager
 def handled(note: Note, also: tuple[int, ...] = ()) -> Iterator[None]:
-    """Call ``note`` with the first stopping signal inside the block.
+    """Call ``note`` with the first stopping signal received in the block.
 
-    A signal that is ignored (``nohup``) or has another handler keeps it, except for those in
-    ``also``.  Only the main thread can handle signals; elsewhere the block just runs.
+    Signals that are ignored (``nohup``) or have another handler are left alone, except those in
+    ``also``.  Outside the main thread, which alone can handle signals, the block just runs.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -77,12 +76,12 @@ def handled(note: Note, also: tuple[int, ...] = ()) -> Iterator[None]:
 
 @contextlib.contextmanager
 def obeyed(also: tuple[int, ...] = ()) -> Iterator[None]:
-    """Raise Stopped for the first stopping signal inside the block.
+    """Raise Stopped for the first stopping signal received in the block.
 
-    ``also`` as for ``handled``.  A process that a run launched leaves the decision to its parent,
-    which hears of it at a rest.
+    ``also`` is as for ``handled``.  A process that a run launched leaves the decision to its
+    parent.
     """
-    note = _wait if PARENT in os.environ else stop
+    note: Note = (lambda number: None) if PARENT in os.environ else stop
     with _watched(), handled(note, also):
         yield
         if note is stop and (number := received()) is not None:  # a library swallowed it
@@ -91,8 +90,10 @@ def obeyed(also: tuple[int, ...] = ()) -> Iterator[None]:
 
 @contextlib.contextmanager
 def not_for_children() -> Iterator[None]:
-    """Keep a terminal's signals from the processes started inside the block; their parent, which
-    hears of them behind it, tells them with SIGTERM."""
+    """Shield processes started in the block from a terminal's signals.
+
+    Their parent receives the signals after the block, and stops them with SIGTERM.
+    """
     if os.name != "posix":
         yield
         return
@@ -101,10 +102,6 @@ def not_for_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _wait(number: int) -> None:
-    pass
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
@@ -117,22 +114,21 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _leave(number: int) -> NoReturn:
-    """End the process as it is; what is half written is removed when the run goes on."""
+    """End the process immediately; incomplete files are removed when the run is resumed."""
     if not _leaving.acquire(timeout=1.0):
         os._exit(128 + number)
     with contextlib.suppress(OSError):
         if os.isatty(1):
-            os.write(1, b"\x1b[?25h")  # a progress bar had hidden the cursor
+            os.write(1, b"\x1b[?25h")  # show the cursor, which a progress bar hides
         if PARENT not in os.environ:
-            line = f"stopped at once by {signal.Signals(number).name}; the same command goes on"
+            line = f"stopped at once by {signal.Signals(number).name}; the same command resumes"
             os.write(2, f"{line} from what is saved\n".encode())
     os._exit(128 + number)
 
 
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
-    """Leave where the main thread does not come back to Python to obey: a tokenizer is trained
-    in one call of minutes."""
+    """Watch for signals from a thread, as the main one may spend minutes in a library's call."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or os.name != "posix" or _notes:
         yield
@@ -149,7 +145,7 @@ def _watched() -> Iterator[None]:
 
 
 def _watch(reading: int) -> None:
-    """Read the signals' numbers from a pipe as they come, whatever the main thread is doing."""
+    """Read signal numbers from a pipe; end the process if the main thread does not react."""
     first = None
     while read := os.read(reading, 1):
         number, now = read[0], time.monotonic()

@@ -1,4 +1,4 @@
-"""Standard output and error: nothing that is printed fails a command.  Torch-free."""
+"""Keep commands running whatever they print and whoever reads it.  Torch-free."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from collections.abc import Callable
 from typing import Any
 
 PLAIN = dict(zip("→–—−·×±▶…─│", ("->", *"----x", "+-", ">", "...", "-", "|"), strict=True))
-gone: list[Any] = []  # streams that nobody reads any more
-GONE = {errno.EPIPE, errno.EIO, errno.EBADF}  # the reader has left, or the terminal is closed
+gone: list[Any] = []  # streams without a reader
+GONE = {errno.EPIPE, errno.EIO, errno.EBADF}  # the reader or the terminal is closed
 
 
 def _plainer(error: UnicodeError) -> tuple[str, int]:
-    """Spell what an encoding lacks in ASCII."""
+    """Replace characters that an encoding lacks with ASCII."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    text = error.object[error.start : error.end]
-    spelled = "".join(PLAIN.get(character, character) for character in text)
-    return spelled.encode("ascii", "backslashreplace").decode(), error.end
+    text = "".join(PLAIN.get(c, c) for c in error.object[error.start : error.end])
+    return text.encode("ascii", "backslashreplace").decode(), error.end
 
 
 codecs.register_error("tinygpt.plain", _plainer)
 
 
 def survive() -> None:
-    """Make the standard streams take any text, and go on in silence once nobody reads them."""
-    for number in range(3):  # closed by `>&-`: the next file to be opened would take its place
+    """Make the standard streams accept any text, and ignore that they have no reader."""
+    for number in range(3):  # if closed (`>&-`), the next file opened would get its number
         try:
             os.fstat(number)
         except OSError:
@@ -54,11 +53,11 @@ def _surviving(stream: io.TextIOWrapper, call: Callable[..., Any]) -> Callable[.
             return call(*arguments)
         except OSError as error:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())  # what still waits to be written goes there too
+            os.dup2(nowhere, stream.fileno())  # discards buffered text too
             os.close(nowhere)
             gone.append(stream)
             if error.errno not in GONE and stream is sys.stdout:
-                print(f"note: stdout: {error.strerror}; going on without it", file=sys.stderr)
+                print(f"note: stdout: {error.strerror}; continuing without it", file=sys.stderr)
             return len(arguments[0]) if arguments else None
 
     return surviving

@@ -1,4 +1,4 @@
-"""The words of a command line: which keys there are, how Hydra must be told, what errors mean."""
+"""Look up keys, rewrite overrides for Hydra, and explain mistakes in a command line."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from tinygpt.config.names import DECIDED, DEVICES, OTHER_CHOICES, REMOVED, SYNON
 S = TypeVar("S", bound=Settings)
 
 _HERE = Path(__file__).resolve().parent
-# Inside an installed wheel conf/ lies in the package, in a checkout beside it.
+# conf/ is inside the package of an installed wheel, and beside it in a checkout.
 CONF_DIR = str(next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir()))
-FILES = ("data.path", "data.val_file", "data.test_file")  # keys of one path, or a list of them
-LISTS = (*FILES, "data.text_column")  # that a configuration keeps as one text
-IS_FILE = r"[/.*~]"  # in what should be a choice
+FILES = ("data.path", "data.val_file", "data.test_file")  # keys of one path or a list of paths
+LISTS = (*FILES, "data.text_column")  # keys of lists that a configuration keeps as one text
+IS_FILE = r"[/.*~]"  # marks a value as a file rather than a choice
 LETTERS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-LONGEST = 10_000  # characters of an override: Hydra's time grows with their square
-# What Hydra may make an object of, by the names in a configuration.
+LONGEST = 10_000  # characters of an override, as Hydra takes quadratic time
+# Prefixes of the classes that Hydra may instantiate.
 TARGETS = ("hydra_plugins.", "hydra._internal.core_plugins.", "optuna.samplers.")
 LOGGING = (
     *("logging.StreamHandler", "logging.FileHandler", "logging.NullHandler"),
     "colorlog.ColoredFormatter",
 )
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-# A quoted text, or a word alone in its place: the value, or one of a list or of choice(...).
+# A quoted text, or an unquoted word that is the value or an element of a list or of choice(...).
 _WORD = re.compile(
     r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|(?<=[=,(\[])(\s*)([^\s,()\[\]{}'"\\]+)(?=\s*(?:[,)\]]|$))"""
 )
@@ -54,26 +54,26 @@ _LIST_OF_TEXTS = re.compile(rf"(\+*(?:{'|'.join(map(re.escape, LISTS))}))=(\[[^\
 
 @dataclass(frozen=True, eq=False)
 class Command(Generic[S]):
-    """A command whose configuration Hydra composes."""
+    """Describe a command whose configuration Hydra composes."""
 
-    name: str  # behind python -m tinygpt.
-    file: str  # in conf/, beside those of the groups
-    sweep: str  # what the study of a bare sweep is called
-    variants: Mapping[str, Mapping[str, type]]  # of the groups that have several, by their name
+    name: str  # after python -m tinygpt.
+    file: str  # primary configuration in conf/
+    sweep: str  # start of a sweep's default study name
+    variants: Mapping[str, Mapping[str, type]]  # schemas of each group, by their name in conf/
     schema: type[S]
-    read: Callable[[DictConfig, Sequence[str]], S]  # what was composed, checked
+    read: Callable[[DictConfig, Sequence[str]], S]  # checks a composed configuration
 
 
 # --- keys and their types
 
 
 def kinds(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every key of a dataclass; those of a dataclass in it are ``field.key``."""
+    """Return the type of every key of a dataclass."""
     return {name: kind for name, kind, _ in leaves(cls, prefix)}
 
 
 def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
-    """Yield the name, type and bounds of every key of a dataclass."""
+    """Yield the dotted name, type and bounds of every key of a dataclass."""
     types = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         name, kind = prefix + field.name, types[field.name]
@@ -87,7 +87,7 @@ def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str,
 
 @functools.cache
 def key_types(command: Command[Any]) -> dict[str, Any]:
-    """Return the type of every key of a command, in any variant of its groups."""
+    """Return the type of every key of a command, including all variants of its groups."""
     found = {name: kind for name, kind in kinds(command.schema).items() if name[:6] != "sweep."}
     for group, variants in command.variants.items():
         for cls in variants.values():
@@ -97,13 +97,13 @@ def key_types(command: Command[Any]) -> dict[str, Any]:
 
 @functools.cache
 def value_types(command: Command[Any]) -> dict[str, set[Any]]:
-    """Return what the values of every key may be; those of a list are its elements'."""
-    return {name: _leaves(kind) for name, kind in key_types(command).items()}
+    """Return the scalar types that each key accepts, for lists those of the elements."""
 
+    def scalars(kind: Any) -> set[Any]:
+        inner = typing.get_args(kind)
+        return set().union(*map(scalars, inner)) - {type(None)} if inner else {kind}
 
-def _leaves(kind: Any) -> set[Any]:
-    inner = typing.get_args(kind)
-    return set().union(*map(_leaves, inner)) - {type(None)} if inner else {kind}
+    return {name: scalars(kind) for name, kind in key_types(command).items()}
 
 
 def names(command: Command[Any]) -> list[str]:
@@ -120,12 +120,7 @@ def described(kind: Any, of_element: bool = False) -> str:
         if not of_element:
             return "a list, as [a,b]"
         kind = typing.get_args(kind)[0]
-    texts = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-    }
+    texts = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
     return texts.get(kind, "set key by key")
 
 
@@ -133,11 +128,10 @@ def described(kind: Any, of_element: bool = False) -> str:
 
 
 def as_meant(overrides: Sequence[str], command: Command[Any]) -> list[str]:
-    """Return the overrides with values written as the schema needs them, for Hydra to read.
+    """Return the overrides with their values rewritten so that Hydra reads them as the schema does.
 
-    Hydra takes 1.10 for the number 1.1, whatever the key, and cannot read ~: a text gets quotes,
-    and so do lists of files and columns, which a configuration keeps as one text.  1e6 is a float,
-    which no integer may be: it is written out, as are 50k and 2M.
+    Texts that look like a number, or begin with ~, are quoted, as are lists of files and columns,
+    which are kept as one text.  Integers such as 1e6, 50k and 2M are written out.
     """
     found = []
     for item in overrides:
@@ -160,7 +154,7 @@ def _as_text(match: re.Match[str]) -> str:
 
 
 def plain(word: str) -> str:
-    """Return 2M or 1.5B in digits, and any other word as it is."""
+    """Return a number such as 2M or 1.5B in digits, and any other word unchanged."""
     match = re.fullmatch(r"([+-]?\d[\d_]*(?:\.\d+)?)([kKMBT])", word)
     return f"{(Decimal(match[1]) * LETTERS[match[2]]).normalize():f}" if match else word
 
@@ -179,7 +173,7 @@ def _as_whole(match: re.Match[str]) -> str:
 
 
 def _is_literal(word: str) -> bool:
-    """Return whether Hydra may read it as a number or a truth value."""
+    """Return whether Hydra may read a word as a number or a boolean."""
     try:
         return word.lower() in ("true", "false") or float(word) is not None
     except ValueError:
@@ -187,25 +181,27 @@ def _is_literal(word: str) -> bool:
 
 
 def files(text: str) -> list[str]:
-    """Return the paths of ``a,b`` or ``[a,b]``; one that exists may have commas in its name."""
+    """Return the paths in ``a,b`` or ``[a,b]``; names of existing files may contain commas."""
     if text.startswith("[") and text.endswith("]") and not os.path.exists(text):
         text = text[1:-1]
     pieces, found = text.split(",") if text else [], []
     while pieces:
-        ends = range(len(pieces), 1, -1)
-        paths = ((end, os.path.expanduser(",".join(pieces[:end]))) for end in ends)
-        end = next((end for end, path in paths if os.path.exists(path)), 1)
-        found.append(os.path.expanduser(",".join(pieces[:end])))
-        del pieces[:end]
+        ends = range(len(pieces), 0, -1)
+        paths = [os.path.expanduser(",".join(pieces[:end])) for end in ends]
+        path = next((path for path in paths if os.path.exists(path)), paths[-1])
+        found.append(path)
+        del pieces[: len(pieces) - paths.index(path)]
     return found
 
 
-# --- mistakes that are seen before Hydra reads
+# --- mistakes found before Hydra reads the overrides
 
 
 def check(overrides: Sequence[str], command: Command[Any]) -> None:
-    """Raise ConfigError for what is no ``key=value``, and for a name that is no key here, with
-    what to write instead."""
+    """Raise ConfigError for anything but ``key=value``, and for a removed, decided or foreign key.
+
+    The line says what to write instead.
+    """
     for before, item in zip(["", *overrides], overrides, strict=False):
         if item.startswith("~"):
             raise ConfigError(f"{item}: a key cannot be removed, only set")
@@ -214,7 +210,7 @@ def check(overrides: Sequence[str], command: Command[Any]) -> None:
             text = f"; did you mean data=custom data.path={item}?" if os.path.isfile(item) else ""
             raise ConfigError(f"'{item}': must be key=value{text}")
         if len(item) > LONGEST or re.search("[0-9]{1000}", item):
-            raise ConfigError(f"{item:.60}...: longer than any value ({len(item)} characters)")
+            raise ConfigError(f"{item:.60}...: too long ({len(item)} characters)")
         name, _, value = item.lstrip("+").partition("=")
         if item == "hydra/sweeper=optuna" and importlib.util.find_spec("optuna") is None:
             raise ConfigError(f"{item}: is not installed; {install('optuna')}")
@@ -226,35 +222,34 @@ def check(overrides: Sequence[str], command: Command[Any]) -> None:
             raise ConfigError(f"{name}={value}: removed; {removed}")
         decided = DECIDED.get(name) or DECIDED.get(name.rpartition(".")[0])
         # Lightning sets Hydra's folders for the further processes of a run
-        is_theirs = "LOCAL_RANK" in os.environ or value.lower() in ("false", "null")
-        if decided and not (name.startswith("hydra") and is_theirs):
+        is_allowed = "LOCAL_RANK" in os.environ or value.lower() in ("false", "null")
+        if decided and not (name.startswith("hydra") and is_allowed):
             raise ConfigError(f"{name}={value}: is decided by {decided}")
         if name not in key_types(command) and (meant := synonym(name, value, command)):
             raise ConfigError(f"{name}={value}: no such key; did you mean {meant}?")
 
 
 def check_quotes(before: str, item: str, types: Mapping[str, Any]) -> None:
-    """Raise ConfigError where ``item`` seems to go on with the text that ``before`` began."""
+    """Raise ConfigError if ``item`` seems to continue the text in ``before``."""
     name = before.partition("=")[0].lstrip("+")
     if "=" in before and types.get(name) in (str, Optional[str]):
         raise ConfigError(f"'{item}': a text with spaces needs quotes, '{before} {item} ...'")
 
 
 def synonym(name: str, value: str, command: Command[Any]) -> str:
-    """Return the override that other programs spell ``name=value``, or "" if none is known."""
+    """Return our override for another program's ``name=value``, or "" if unknown."""
     last = name.rpartition(".")[2]
-    meant = next((ours for ours, theirs in SYNONYMS.items() if last in theirs.split()), "")
-    key = meant.partition("=")[0]
+    ours = next((ours for ours, theirs in SYNONYMS.items() if last in theirs.split()), "")
+    key = ours.partition("=")[0]
     if key not in names(command) or name.startswith(("hydra", "callbacks.", "trainer.")):
         return ""
-    return meant.format(DEVICES.get(value, value) if key == "hardware" else value)
+    return ours.format(DEVICES.get(value, value) if key == "hardware" else value)
 
 
 def explain_option(
     option: str, argv: Sequence[str], known: Sequence[str], command: Command[Any] | None = None
 ) -> str:
-    """Return the line for an option that there is not, often meant for one of the keys ``known``
-    and followed by its value."""
+    """Return the error line for an unknown option; often one of the keys ``known`` is meant."""
     name, equals, value = option.lstrip("-").partition("=")
     after = argv[argv.index(option) + 1 :][:1]
     if not equals:
@@ -267,18 +262,18 @@ def explain_option(
 
 
 def several(item: Override) -> str:
-    """Return the line for several values where one is needed."""
+    """Return the error line for several values where one is needed."""
     name, _, value = str(item.input_line).partition("=")
     if name.lstrip("+") in FILES:
-        return f"{item.input_line}: several files are a list, '{name}=[{value}]'"
+        return f"{item.input_line}: write several files as a list, '{name}=[{value}]'"
     return f"{item.input_line}: several values need --multirun, a list [a,b], a text 'key=\"a,b\"'"
 
 
 def check_targets(value: Any, name: str = "") -> None:
     """Raise ConfigError for a class or function that a configuration must not name.
 
-    Hydra calls what stands under ``_target_`` and Python's logging what stands under ``()`` and
-    ``class`` or behind ``ext://``, whatever it is, as soon as a configuration is composed.
+    When a configuration is composed, Hydra calls whatever is named by ``_target_``, and Python's
+    logging whatever is named by ``()``, ``class`` or ``ext://``.
     """
     if isinstance(value, DictConfig | ListConfig):
         value = OmegaConf.to_container(value, resolve=False)
@@ -304,7 +299,7 @@ def check_targets(value: Any, name: str = "") -> None:
 
 
 def explain(error: BaseException, overrides: Sequence[str], command: Command[Any]) -> str:
-    """Return a library's error as one line with the key, the value and what is allowed."""
+    """Explain a library's error in one line, with the key, the value and what is allowed."""
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         shipped = [path.stem for path in Path(CONF_DIR, group).glob("*.yaml")]
@@ -314,7 +309,7 @@ def explain(error: BaseException, overrides: Sequence[str], command: Command[Any
         value = value.replace("\\", "\\\\").replace('"', '\\"')
         return f"{error.override}: cannot be read; in quotes it can: '{name}=\"{value}\"'"
     cause: BaseException = error
-    # under a debugger OmegaConf chains further causes that no longer name the key
+    # under a debugger OmegaConf chains further causes without the key
     while cause.__cause__ is not None and not getattr(cause, "full_key", None):
         cause = cause.__cause__
     name = getattr(cause, "full_key", None) or ""
@@ -324,7 +319,7 @@ def explain(error: BaseException, overrides: Sequence[str], command: Command[Any
         return _unknown_key(name, command)
     if not name:
         line = first_line(cause)
-        quoted = re.search(r"'([\w./@]+)'", line)  # perhaps a group that this command lacks
+        quoted = re.search(r"'([\w./@]+)'", line)  # may be a group that this command lacks
         if quoted and quoted[1] not in names(command):
             return _unknown_key(quoted[1], command)
         return line
@@ -337,7 +332,7 @@ def explain(error: BaseException, overrides: Sequence[str], command: Command[Any
 
 
 def no_such_choice(given: str, choices: Iterable[str]) -> str:
-    """Return the line for ``group=choice``, where the group has other ``choices``."""
+    """Return the error line for ``group=choice`` if the group has other ``choices``."""
     (group, _, choice), known = given.partition("="), sorted(choices)
     if group == "data" and re.search(IS_FILE, choice):
         return f"{given}: no such choice; did you mean data=custom data.path={choice}?"
@@ -346,7 +341,7 @@ def no_such_choice(given: str, choices: Iterable[str]) -> str:
 
 
 def _unknown_key(name: str, command: Command[Any]) -> str:
-    """Return the line for a key, with the choices of its group that have it."""
+    """Return the error line for an unknown key, with the choices of its group that have it."""
     line = checks.unknown_key(name, names(command))
     group, _, last = name.partition(".")
     owners: list[str] = []

@@ -1,7 +1,7 @@
 """Analyse a study of adaptation: means by document, paired differences, laws in the steps.
 
-Documents are what is drawn at random: records of a document are averaged first, and every
-interval is over documents.  Torch-free.
+Documents are the random sample: records are averaged within a document first, and every interval
+is over documents.  Torch-free.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tinygpt.scaling.intervals import LEVEL, Interval
 from tinygpt.scaling.laws import Array
 from tinygpt.scaling.wording import count
 
-RAW = "lora_doc"  # every method is compared with the same inner loop on the raw document
-REFERENCES = ("none", RAW, "oracle", "full_ft_doc")  # methods without edits of the model's choice
+RAW = "lora_doc"  # the inner loop on the raw document, with which every method is compared
+REFERENCES = ("none", RAW, "oracle", "full_ft_doc")  # methods without edits chosen by the model
 REMOVED = ("uniform_directive", "fixed_best_directive")  # methods of earlier versions
 ORDER = ("none", RAW, "lora_edit", "lora_doc+edit", "restem", "oracle", "full_ft_doc")
 BASE = ["task", "base_parameters"]
@@ -33,44 +33,44 @@ MEANS = [
     *("accuracy_before", "accuracy_after"),
     *("tokens_processed", "policy_tokens", "tokens_total", "sft_tokens", "flops_est"),
 ]
-AGREE = ("policy_backend", "policy_model", "tokens_processed")  # within a row of the summary
+AGREE = ("policy_backend", "policy_model", "tokens_processed")  # expected to be equal within a row
 REPLICAS = 4000
-FEW = 8  # documents; resamples of fewer cover less than 94 %
+FEW = 8  # documents; with fewer, bootstrap intervals cover less than 94 %
 REASONS = 8  # shown at most
-FEWEST_STEPS = 3  # different k that can contradict a power law
+FEWEST_STEPS = 3  # different k needed to contradict a power law
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """``summary``, ``paired``, ``laws`` and ``restem`` have a row a setting; losses in nats."""
+    """Hold the tables of a study, with a row per setting and losses in nats."""
 
     summary: pd.DataFrame
     paired: pd.DataFrame  # test documents, each method less ``lora_doc`` at equal tokens
-    laws: pd.DataFrame  # reward = c·k^a, or the reason why there is none
+    laws: pd.DataFrame  # reward = c·k^a, or the reason for its absence
     restem: pd.DataFrame  # by iteration, at the largest k
-    notes: tuple[str, ...]  # what was left out or averaged over
+    notes: tuple[str, ...]  # what was excluded or averaged over
     seed: int
 
     @property
     def tested(self) -> pd.DataFrame:
-        """Return the rows of the summary that are of test documents and have a result."""
+        """Return the rows of the summary with results on test documents."""
         return self.summary[(self.summary["split"] == "test") & (self.summary["documents"] > 0)]
 
 
 def load_records(*folders: str | Path) -> pd.DataFrame:
-    """Return every record of the ``adapt.jsonl`` under ``folders``, a row each, ``folder`` last.
+    """Return every record of the ``adapt.jsonl`` files under ``folders``, one per row.
 
-    ``attrs`` count what is not in it: ``torn`` last lines of a study that was killed, ``repeated``
-    records, found in several runs, and those of ``removed`` methods.  Raises ConfigError for a line
-    that is no record and for one ``run_id`` with two rewards.
+    ``attrs`` counts what is excluded: ``torn`` last lines of killed studies, records ``repeated``
+    in several runs, and records of ``removed`` methods.  Raises ConfigError for a line that is not
+    a record, and for a ``run_id`` with two rewards.
     """
     found = (path for one in folders for path in sorted(Path(one).rglob("adapt.jsonl")))
     rows: list[Record] = []
     torn = 0
     for path in {path.resolve(): path for path in found}.values():
-        records, cut = read_records(path)
+        records, is_torn = read_records(path)
         rows += [{**row, "folder": str(path.parent)} for row in records]
-        torn += cut
+        torn += is_torn
     if not rows:
         raise ConfigError(f"runs={','.join(map(str, folders))}: no record of an adaptation yet")
     table = pd.DataFrame(rows)
@@ -104,32 +104,28 @@ def by_order(methods: Iterable[str]) -> list[str]:
 
 
 def bases(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the part of each task and size of the base, with its title."""
+    """Yield a title and the rows of each task and size of the base."""
     for (task, parameters), part in table.groupby(BASE):
         yield f"{str(task).replace('_', ' ')}, {int(str(parameters)):,} parameters", part
 
 
 def analyse_adaptation(records: pd.DataFrame, seed: int = 0) -> Adaptation:
-    """Return all that is known of the study; ``seed`` is the bootstrap's.  Raises ConfigError."""
+    """Return the tables of a study, with bootstrap ``seed``, or raise ConfigError."""
     if records["error"].notna().all():
         raise ConfigError(f"none of these {len(records)} records has a reward")
     table = records.assign(
         accuracy_gain=records["accuracy_after"] - records["accuracy_before"],
-        policy_tokens=records["policy_tokens"].fillna(0)
-        + records["policy_prompt_tokens"].fillna(0),
-        # rates are compared on tune documents alone; elsewhere they are a part of the edit
-        tuned_lr=records["lr"].where(records["split"] == "tune"),
+        policy_tokens=records[["policy_tokens", "policy_prompt_tokens"]].fillna(0).sum(axis=1),
+        tuned_lr=records["lr"].where(records["split"] == "tune"),  # elsewhere part of the edit
     )
     table["tokens_total"] = table["tokens_processed"] + table["policy_tokens"]
     notes = tuple(_notes(table, records.attrs))
-    table = table[table["method"].notna()]  # a document that was skipped has none
+    table = table[table["method"].notna()]  # skipped documents have none
     tables = summarise(table, seed), paired(table), laws(table, seed), restem(table, seed)
     return Adaptation(*tables, notes, seed)
 
 
 def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
-    lengths = r": (at most )?\d+ of \d+ tokens$"  # earlier versions kept records of short documents
-    table = table.assign(error=table["error"].str.replace(lengths, "", regex=True))
     reasons = table["error"].value_counts()
     for reason, number in reasons.head(REASONS).items():
         methods = by_order(table[table["error"] == reason]["method"].dropna())
@@ -149,8 +145,8 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
     places = table.groupby([*keys, "seed", "doc_sha256"], dropna=False)["folder"].nunique()
     if (places > 1).any():
         yield (
-            "several adaptations of one base size, document and seed stand in one row: averaged "
-            "over; fit folders apart that differ in a setting"
+            "rows average over several adaptations of the same base size, document and seed; fit "
+            "folders that differ in a setting separately"
         )
     for name in (name for name in AGREE if name in table):
         if (table.groupby(keys, dropna=False)[name].nunique() > 1).any():
@@ -161,7 +157,7 @@ def _notes(table: pd.DataFrame, counts: dict[Any, Any]) -> Iterator[str]:
 def _by(
     table: pd.DataFrame, keys: list[str], describe: Callable[[pd.DataFrame], dict[str, Any]]
 ) -> pd.DataFrame:
-    """Return a row for each group of which ``describe`` says something, beginning with its keys."""
+    """Return a row for each group that ``describe`` describes, starting with the keys."""
     rows = [
         dict(zip(keys, key, strict=True)) | said
         for key, group in table.groupby(keys, dropna=False)
@@ -172,7 +168,7 @@ def _by(
 
 
 def _tested(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the records of test documents that have a result after some step."""
+    """Return the successful records of test documents after at least one step."""
     good = (table["split"] == "test") & table["error"].isna()
     return table[good & (table["inner_steps"] > 0)]
 
@@ -182,18 +178,16 @@ def _tested(table: pd.DataFrame) -> pd.DataFrame:
 
 @lru_cache(maxsize=64)
 def _draws(n: int, seed: int) -> Array:
-    """Return the shares of each of ``n`` documents in resamples, (REPLICAS, n)."""
+    """Return the weight of each of ``n`` documents in each resample, (REPLICAS, n)."""
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=REPLICAS)
     return counts / n
 
 
 def mean_interval(values: Array, seed: int = 0) -> Interval:
-    """Return the interval of a mean over documents, (n,): expanded percentiles of the bootstrap.
+    """Return the interval of a mean over documents, (n,).
 
-    Plain percentiles are too narrow for few documents; by Hesterberg's expanded percentiles
-    (2015, arXiv:1411.5279) they are as wide as Student's t of normal data.  Of fewer
-    than ``FEW`` documents there are too few resamples, and it is Student's t itself.  No ends
-    (nan) where nothing scatters.
+    It has expanded bootstrap percentiles (Hesterberg 2015, arXiv:1411.5279), which correct for
+    small samples; below ``FEW`` documents it is Student's t.  Its ends are nan if nothing varies.
     """
     n = len(values)
     if n < FEW or np.ptp(values) == 0:
@@ -209,7 +203,7 @@ def _expanded(n: int) -> tuple[float, float]:
 
 
 def mean_t(values: Array) -> tuple[Interval, float]:
-    """Return Student's t of a mean, (n,), and its p against zero: 1 where nothing scatters."""
+    """Return Student's t interval of a mean, (n,), and p against zero: 1 if nothing varies."""
     n, nothing = len(values), float("nan")
     mean = float(values.mean()) if n else nothing
     error = float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else nothing
@@ -221,8 +215,7 @@ def mean_t(values: Array) -> tuple[Interval, float]:
 
 
 def share_interval(values: Array) -> Interval:
-    """Return Clopper and Pearson's (1934) exact interval of a mean of shares, (n,) from 0 to 1.
-    Shares that are not all 0 or 1 scatter less than a binomial: for them it is wide."""
+    """Return Clopper and Pearson's (1934) interval of a mean of shares, (n,) between 0 and 1."""
     n, hits, tail = len(values), float(values.sum()), (1 - LEVEL) / 2
     low = special.betaincinv(hits, n - hits + 1, tail) if hits > 0 else 0.0
     high = special.betaincinv(hits + 1, n - hits, 1 - tail) if hits < n else 1.0
@@ -235,7 +228,7 @@ def _ends(interval: Interval, prefix: str = "") -> dict[str, float]:
 
 
 def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return a row a setting; where rates were tuned, a row a rate."""
+    """Return a row per setting, and per learning rate where it was tuned."""
 
     def describe(group: pd.DataFrame) -> dict[str, Any]:
         good = group[group["error"].isna()]
@@ -249,7 +242,7 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         share = share_interval(documents["accuracy_after"].dropna().to_numpy())
         row |= {name: documents[name].mean() for name in MEANS} | _ends(share, "accuracy_after_")
         before = documents["accuracy_before"].dropna().unique()
-        if len(before) == 1:  # all begin with the same share: the interval of the gain is exact
+        if len(before) == 1:  # all start from the same share, so the gain's interval is exact
             row |= {"accuracy_gain_low": share.low - before[0]}
             row |= {"accuracy_gain_high": share.high - before[0]}
         return {**row, "accepted": group["accepted"].astype(float).mean()}
@@ -262,12 +255,12 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def paired(table: pd.DataFrame) -> pd.DataFrame:
-    """Compare each method with ``lora_doc``, by test document, at equal rank, steps and tokens.
+    """Compare each method with ``lora_doc`` on test documents, at equal rank, steps and tokens.
 
-    Only seeds that both have are compared, and averaged within a document.  ``low`` to ``high``
-    and ``p`` are Student's t over documents, ``wilcoxon_p`` the signed-rank test, ``holm_p`` is
-    ``p`` by Holm (1979) over all comparisons of a base: those of self-edits, and apart from them
-    those of the references.  A method without a rank stands beside each rank.
+    Seeds that both have are averaged within a document.  ``low``, ``high`` and ``p`` are by
+    Student's t over documents, ``wilcoxon_p`` by the signed-rank test.  ``holm_p`` corrects ``p``
+    over all comparisons of a base (Holm 1979), separately for self-edits and references.  A method
+    without a rank is compared at every rank.
     """
     place, keys = [*BASE, "lora_rank", "inner_steps", "tokens_processed"], [*PLACE, "inner_steps"]
     cells = [*place, "method", "iteration", "seed", "doc_sha256"]
@@ -313,7 +306,7 @@ def _compared(group: pd.DataFrame) -> dict[str, Any]:
 
 
 def holm(p: Array) -> Array:
-    """Return Holm's correction of p values, (n,), valid however the tests depend on each other."""
+    """Return Holm's correction of p values, (n,), valid for any dependence between the tests."""
     order = np.argsort(p)
     found = np.empty_like(p)
     found[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -324,7 +317,7 @@ def holm(p: Array) -> Array:
 
 
 def laws(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Fit reward = c·k^a of each method to its means over test documents, or say why not."""
+    """Fit reward = c·k^a to each method's means over test documents, or say why not."""
 
     def describe(group: pd.DataFrame) -> dict[str, Any]:
         means = group.pivot_table(index="doc_sha256", columns="inner_steps", values="reward")
@@ -335,10 +328,10 @@ def laws(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def power_law(rewards: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
-    """Return the law of one method, and intervals by the bootstrap over documents.
+    """Fit the law of one method, with bootstrap intervals over documents.
 
-    ``rewards``: documents by k.  Least squares of the logarithm of the means; ``left`` is the
-    largest ratio of a mean to the law, less 1.
+    ``rewards`` has a row per document and a column per k.  The fit is least squares on the log of
+    the means; ``left`` is their largest relative deviation from the law.
     """
     none = dict.fromkeys(("c", "c_low", "c_high", "a", "a_low", "a_high", "left"), float("nan"))
     row: dict[str, Any] = {"documents": len(rewards), **none, "reason": ""}
@@ -357,7 +350,7 @@ def power_law(rewards: pd.DataFrame, seed: int = 0) -> dict[str, Any]:
     left = float(np.expm1(np.abs(np.log(means / law)).max()))
     for k, at in zip(steps, law, strict=True):
         band = mean_interval(rewards[k].to_numpy(), seed)
-        if at < band.low or at > band.high:  # nothing is said where there is no band
+        if at < band.low or at > band.high:  # False if the band is nan
             reason = f"the law leaves the interval of the mean at k = {k:g}; off by {left:.0%}"
             return {**row, "reason": f"{reason} at most"}
     row |= {"c": float(c), "a": float(a), "left": left}
@@ -388,8 +381,7 @@ def _why_none(steps: Array, means: Array, documents: int) -> str:
 
 
 def restem(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return by iteration, at the largest k, the mean and the best reward of a document's edits,
-    each edit as often as it was proposed."""
+    """Return mean and best reward of a document's edits by iteration, weighted by proposals."""
 
     def describe(group: pd.DataFrame) -> dict[str, Any]:
         good = group[group["error"].isna()]
@@ -416,7 +408,7 @@ def restem(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def pareto_front(forgetting: Array, reward: Array) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return of points, (n,), whether no other forgets no more and gains no less, one strictly."""
-    no_less = (forgetting <= forgetting[:, None]) & (reward >= reward[:, None])
-    strictly = (forgetting < forgetting[:, None]) | (reward > reward[:, None])
-    return np.asarray(~(no_less & strictly).any(axis=1))
+    """Return which points, (n,), no other dominates with less forgetting and more reward."""
+    as_good = (forgetting <= forgetting[:, None]) & (reward >= reward[:, None])
+    better = (forgetting < forgetting[:, None]) | (reward > reward[:, None])
+    return np.asarray(~(as_good & better).any(axis=1))

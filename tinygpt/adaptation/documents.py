@@ -1,9 +1,10 @@
-"""New text for a model: each document has a context, which edits may see, and a held-out part.
+"""Choose documents that are new to a model; each has a context, which edits see, and a held-out
+part, which is scored.
 
-``domain_shift``: documents of any corpus.  Behind the context is a gap of one context length of
-the model, then come the held-out tokens, in windows of that length.  ``new_facts``: a document
-states a fact of an entity that the embedded corpus never mentions; held out are the questions for
-it, of which the tokens of the answers are scored, full stop included.
+``domain_shift``: documents of any corpus.  A gap of one context length of the model follows the
+document's context, then the held-out tokens in windows of that length.  ``new_facts``: a document
+states a fact about an entity that the embedded corpus never mentions; the held-out part is
+questions about it, of which the answers with their full stop are scored.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ from tinygpt.runs import rundir
 from tinygpt.runs.load import TrainedRun
 from tinygpt.training.corpus import own_corpus
 
-SPLITS = ("test", "tune", "train")  # so that test documents do not depend on how many are learned
-AT_ONCE = 64  # beginnings of answers that go through a model together
+SPLITS = ("test", "tune", "train")  # test first, so that it does not depend on the others' sizes
+AT_ONCE = 64  # prefixes of answers per pass through a model
 
 
 class Question(NamedTuple):
-    """Tokens of a prompt, of its answer, and of all answers there are."""
+    """Hold the tokens of a prompt, its answer and all possible answers."""
 
     prompt: list[int]
     answer: Path
@@ -52,8 +53,8 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True)
-class InFull:
-    """Passes in the precision of the weights."""
+class FullPrecision:
+    """Run passes in the precision of the weights."""
 
     device: torch.device
 
@@ -66,7 +67,7 @@ class InFull:
 
 @dataclass(frozen=True)
 class Heldout:
-    """Windows of tokens: ``inputs`` and ``targets`` (W, T), IGNORED where nothing is scored."""
+    """Hold windows of tokens, (W, T) each; targets that are not scored are IGNORED."""
 
     inputs: Tensor
     targets: Tensor
@@ -74,7 +75,7 @@ class Heldout:
 
     @property
     def tokens(self) -> int:
-        """Return how many targets are scored."""
+        """Return the number of scored targets."""
         return int((self.targets != IGNORED).sum())
 
     @cached_property
@@ -84,51 +85,50 @@ class Heldout:
 
     @torch.no_grad()
     def loss(self, model: GPT) -> float:
-        """Return the mean over all scored tokens, in nats."""
+        """Return the mean loss of all scored tokens, in nats."""
         weight = model.output_weight
-        rows = InFull(weight.device).rows(self.inputs.shape[1])
+        rows = FullPrecision(weight.device).rows(self.inputs.shape[1])
         total = 0.0
-        for first in range(0, len(self.inputs), rows):
-            some, wanted = (x[first : first + rows] for x in (self.inputs, self.targets))
-            scored = wanted != IGNORED
-            hidden = model.scaled(model.hidden(some.to(weight.device)))[scored.to(weight.device)]
-            losses, _ = token_scores(hidden, weight, wanted[scored].to(weight.device))
+        parts = (torch.split(x, rows) for x in (self.inputs, self.targets))
+        for inputs, targets in zip(*parts, strict=True):
+            scored = targets != IGNORED
+            hidden = model.scaled(model.hidden(inputs.to(weight.device)))[scored.to(weight.device)]
+            losses, _ = token_scores(hidden, weight, targets[scored].to(weight.device))
             total += float(losses.cpu().double().sum())
         return total / self.tokens
 
     def accuracy(self, model: GPT) -> float | None:
-        """Return the share of questions whose likeliest answer of all is the right one."""
+        """Return the share of questions whose likeliest answer is right; None without questions."""
         if not self.questions:
             return None
         prompts, answers, trees = zip(*self.questions, strict=True)
-        machine, at_once = InFull(model.output_weight.device), AT_ONCE // len(prompts)
+        machine, at_once = FullPrecision(model.output_weight.device), AT_ONCE // len(prompts)
         found = likeliest(model, prompts, trees, machine, at_once)
         return float(np.mean([path == answer for path, answer in zip(found, answers, strict=True)]))
 
 
 @dataclass(frozen=True)
 class Document:
-    """``context_ids`` begin with the end of the text before, as documents do in training.
-    ``oracle``: other ways to say what the context says, where the corpus knows them."""
+    """Hold a document; ``context_ids`` begin with the token that starts every document."""
 
     doc_id: str
-    sha256: str  # of its text
+    sha256: str  # of the text
     context: str
     context_ids: list[int]
     heldout: Heldout
     split: str = ""
-    unknown: int = 0  # characters of context and held-out part that the tokenizer lacks
+    unknown: int = 0  # characters that the tokenizer lacks
     oracle: Sequence[str] = ()
 
 
 def _splits(config: DocumentsConfig) -> tuple[list[str], str]:
-    """Return the split of each document, and the keys that ask for so many."""
+    """Return the split of each document, and the keys that set their numbers."""
     keys = [f"documents.{name}={getattr(config, name)}" for name in reversed(SPLITS)]
     return [name for name in SPLITS for _ in range(getattr(config, name))], ", ".join(keys)
 
 
 def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets (W, T) of ``rows`` of tokens, one token apart, padded."""
+    """Return padded inputs and targets (W, T), shifted by a token, from ``rows`` of tokens."""
     inputs, targets = ([torch.tensor(row[at:][: len(row) - 1]) for row in rows] for at in (0, 1))
     return (
         pad_sequence(inputs, batch_first=True),
@@ -142,8 +142,9 @@ def windows(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 def domain_shift(
     config: DocumentsConfig, base: TrainedRun, texts: Iterator[str]
 ) -> tuple[list[Document], int]:
-    """Return distinct texts in the order of a seeded hash, and how many too short ones come before
-    the last of them.  Raises ConfigError where fewer are left than are asked for.
+    """Return distinct documents in the order of a seeded hash, and how many were too short.
+
+    Only those before the last document count.  Raises ConfigError if there are too few documents.
     """
     splits, keys = _splits(config)
     kept: list[tuple[str, Document]] = []
@@ -155,7 +156,7 @@ def domain_shift(
         if sha in seen or (len(kept) == len(splits) and place > kept[-1][0]):
             continue
         seen.add(sha)
-        found = _cut(text, sha, config, base)
+        found = _split(text, sha, config, base)
         if found is None:
             short.append(place)
         else:
@@ -167,30 +168,29 @@ def domain_shift(
         f"documents.heldout_tokens={config.heldout_tokens}; or give longer documents "
         "(data.separator=none: a file is one)",
     )
-    pairs = zip((document for _, document in kept), splits, strict=True)
-    documents = [dataclasses.replace(document, split=split) for document, split in pairs]
+    pairs = zip(kept, splits, strict=True)
+    documents = [dataclasses.replace(document, split=split) for (_, document), split in pairs]
     return documents, sum(place < kept[-1][0] for place in short)
 
 
-def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Document | None:
-    """Return the document of a text, None if it is too short."""
+def _split(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Document | None:
+    """Split a text into context and held-out part; return None if it is too short."""
     tokenizer, length = base.tokenizer, base.model.config.max_seq_len
     begin = config.context_tokens + length
     needed = begin + config.heldout_tokens
-    most = len(text.encode("utf-8", "surrogatepass"))  # no token is less than a byte
-    ids = tokenizer.encode(text) if most >= needed else []
+    size = len(text.encode("utf-8", "surrogatepass"))  # in bytes, at least one per token
+    ids = tokenizer.encode(text) if size >= needed else []
     if len(ids) < needed:
         return None
     words = re.sub(r"\W+", "-", " ".join(text[:200].split()[:4])).strip("-").lower()
     context, rest = ids[: config.context_tokens], ids[begin - 1 : needed]
     rows = [rest[first : first + length + 1] for first in range(0, len(rest) - 1, length)]
     unknown = tokenizer.unknown_id
-    # a tokenizer with an unknown token has one for each character
-    shown = tokenizer.decode(context) if unknown is None else text[: len(context)]
     return Document(
         doc_id=f"{words[:40]}-{sha[:6]}",
         sha256=sha,
-        context=shown,
+        # a tokenizer with an unknown token has one token per character
+        context=tokenizer.decode(context) if unknown is None else text[: len(context)],
         context_ids=[tokenizer.start_id, *context],
         heldout=Heldout(*windows(rows)),
         unknown=0 if unknown is None else (context + rest[1:]).count(unknown),
@@ -201,27 +201,29 @@ def _cut(text: str, sha: str, config: DocumentsConfig, base: TrainedRun) -> Docu
 
 
 def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
-    """Return facts of entities that the base never saw, an entity at a time.  Raises ConfigError
-    where its corpus has too few of them, or its context is too short."""
+    """Return facts about entities that the base never saw, one entity after the other.
+
+    Raises ConfigError if there are too few of them, or if the model's context is too short.
+    """
     data, tokenizer, length = base.config.data, base.tokenizer, base.model.config.max_seq_len
-    assert isinstance(data, SyntheticData)  # check_adapt refuses others
+    assert isinstance(data, SyntheticData)  # checked by check_adapt
     grammar = Grammar(data)
-    there, relations = len(grammar.heldout), len(RELATIONS)
+    entities, relations = len(grammar.heldout), len(RELATIONS)
     splits, keys = _splits(config)
     require(
-        len(splits) <= there * relations,
-        f"{keys}: {len(splits)} facts, but the run kept {there} entities out of its corpus "
+        len(splits) <= entities * relations,
+        f"{keys}: {len(splits)} facts, but the run kept {entities} entities out of its corpus "
         f"(data.heldout_entities), with {relations} facts each",
     )
-    order = np.random.default_rng(config.seed).permutation(there)
+    order = np.random.default_rng(config.seed).permutation(entities)
     trees = {
         relation: tree_of(_answer(tokenizer, f" {value}") for value in grammar.values[relation])
         for relation in RELATIONS
     }
     found = []
     for n, split in enumerate(splits):
-        entity = grammar.heldout[order[n % there]]
-        relation = RELATIONS[(n + n // there) % relations]
+        entity = grammar.heldout[order[n % entities]]
+        relation = RELATIONS[(n + n // entities) % relations]
         ways = range(len(STATEMENTS[relation]))
         said = [f"{grammar.opening} {grammar.statement(entity, relation, way)}" for way in ways]
         questions = [
@@ -256,7 +258,7 @@ def new_facts(config: DocumentsConfig, base: TrainedRun) -> list[Document]:
 
 
 def _answer(tokenizer: Tokenizer, answer: str) -> Path:
-    """Encode an answer with its full stop, so that none is the beginning of another."""
+    """Encode an answer with its full stop, so that none is a prefix of another."""
     return tuple(tokenizer.encode(f"{answer}."))
 
 
@@ -266,8 +268,10 @@ def own_validation(
     cache_dir: str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Heldout:
-    """Return about ``tokens`` of the base's own validation split, which it may forget.  The windows
-    are evenly spread over it.  Raises ConfigError where its corpus is another now."""
+    """Return about ``tokens`` of the base's validation split, to measure what it forgets.
+
+    The windows are evenly spaced.  Raises ConfigError if the base's corpus has changed.
+    """
     run = rundir.RunDir(base.path)
     prepared = own_corpus(run, base.config, base.tokenizer, cache_dir, progress)
     data = TokenData(base.config, prepared)

@@ -1,6 +1,6 @@
-"""Edits of a document: how a model is trained on it and on text about it, and who proposes them.
+"""Define edits of a document, which say how to train on it, and the policies that propose them.
 
-An edit is a directive, a choice for each of a few slots, and texts.
+An edit is a directive, which is a choice for each of a few slots, and texts.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ SOURCES = ("doc", "edit", "both")
 TEXT_OPS = ("continue", "restate", "qa")
 AUGMENTATIONS = ("none", "shuffle_sentences", "token_drop")
 MASKS = ("all", "continuation_only")
-DROPPED = 0.1  # share of the tokens that token_drop leaves out
+DROPPED = 0.1  # share of the tokens that token_drop removes
 
 
 @dataclass(frozen=True)
 class SelfEdit:
-    """A directive and its texts.
+    """Hold a directive and its texts.
 
-    ``source``: train on the document's context, on the texts, or on both.  ``n``: how many texts
-    each of ``text_ops`` asks for, and how many altered copies of each sequence ``aug`` adds.
-    ``mask=continuation_only``: only the second half of each sequence counts in the loss.
+    ``source`` says whether to train on the document's context, the texts, or both.  ``n`` is the
+    number of texts for each of ``text_ops``, and of altered copies of each sequence that ``aug``
+    adds.  ``mask=continuation_only`` excludes the first half of each sequence from the loss.
     """
 
     source: str = key("doc", among=SOURCES)
@@ -50,7 +50,7 @@ class SelfEdit:
 
 @dataclass(frozen=True)
 class Proposal:
-    """An edit, and how many tokens the policy read and wrote for it."""
+    """Hold an edit, and how many tokens the policy read and wrote for it."""
 
     edit: SelfEdit
     prompt_tokens: int = 0
@@ -60,32 +60,31 @@ class Proposal:
 class Policy:
     """Propose edits of documents."""
 
-    backend: str  # the kind in the configuration
+    backend: str  # policy.kind
     model: str  # where its weights are from
-    parameters: int | None = None  # of the model that reads and writes; None: not known
-    sft_tokens: int = 0  # that it was trained on in all
-    ops: Sequence[str] = ("continue",)  # the texts that it can write
+    parameters: int | None = None  # of its model; None: unknown
+    sft_tokens: int = 0  # tokens that it was trained on in all
+    ops: Sequence[str] = ("continue",)  # kinds of text that it can write
 
     def propose(self, document: Document, count: int, seed: int, explore: float) -> list[Proposal]:
-        """Return ``count`` edits, the same for the same seed; ``explore`` is the share of uniform
-        choice in each slot.  Raises RunError where the policy has diverged."""
+        """Return ``count`` edits, with a share ``explore`` of random choices, or raise RunError."""
         raise NotImplementedError
 
     def with_text(self, edit: SelfEdit, document: Document, *, seed: int) -> Proposal:
-        """Return ``edit`` with text for this document, where its source needs any; a RunError is
-        raised for text that the policy does not have."""
+        """Return ``edit`` with text for this document if it needs any.  Raise RunError if the
+        policy has none."""
         raise NotImplementedError
 
 
 def read(values: Any) -> SelfEdit:
-    """Return the edit of a JSON object, which must have every slot.  Raises ConfigError."""
+    """Return the edit in a JSON object, or raise ConfigError unless it has every slot."""
     kinds = {field.name: str(field.type) for field in dataclasses.fields(SelfEdit)}
     line = f"edit={values!r:.60}: must be an object of {', '.join(kinds)}"
     require(isinstance(values, dict) and values.keys() == kinds.keys(), line)
     for name, value in values.items():
         if kinds[name] == "list[str]":
             holds = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        elif type(value) is int:  # a larger one is no float either
+        elif type(value) is int:
             holds = kinds[name] in ("int", "float") and abs(value) < 2**63
         else:
             holds = type(value).__name__ == kinds[name]
@@ -96,7 +95,7 @@ def read(values: Any) -> SelfEdit:
 
 
 class Row(NamedTuple):
-    """A training sequence: T + 1 tokens, of whose T targets the first ``given`` do not count."""
+    """Hold a sequence of T + 1 tokens; the first ``given`` of its T targets do not count."""
 
     ids: list[int]
     given: int = 0
@@ -107,10 +106,10 @@ class Row(NamedTuple):
 
 
 def materialise(edit: SelfEdit, document: Document, tokenizer: Tokenizer, length: int) -> list[Row]:
-    """Return what is trained on: a sequence for each line of the text, last the context itself.
+    """Return the rows to train on: copies altered by ``aug``, each line of the texts, the context.
 
-    What is longer than ``length`` targets is cut up.  First come the copies that ``aug`` alters.
-    The same edit of the same document gives the same rows; an edit without text can give none.
+    Sequences longer than ``length`` targets are split.  The rows depend only on the edit and the
+    document; an edit without text may give none.
     """
     pieces: list[tuple[str, list[int]]] = []
     if edit.source != "doc":
@@ -132,6 +131,6 @@ def materialise(edit: SelfEdit, document: Document, tokenizer: Tokenizer, length
     for ids in [*sequences, *(ids for _, ids in pieces)]:
         whole = [tokenizer.start_id, *ids]
         for first in range(0, len(ids), length):
-            some = whole[first : first + length + 1]
-            rows.append(Row(some, (len(some) - 1) // 2 if edit.mask == "continuation_only" else 0))
+            part = whole[first : first + length + 1]
+            rows.append(Row(part, (len(part) - 1) // 2 if edit.mask == "continuation_only" else 0))
     return rows

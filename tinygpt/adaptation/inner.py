@@ -1,7 +1,7 @@
-"""The inner loop: train a copy of the base on one edit of a document, and record what it does.
+"""Run the inner loop: train a copy of the base on one edit of a document, and record the outcome.
 
-Constant rate, AdamW without weight decay, no dropout: what a model is after k steps does not
-depend on how many follow, so 1, 3, 10 and 30 steps are snapshots of one training.
+At a constant rate, by AdamW without weight decay or dropout, the model after k steps does not
+depend on how many follow, so the scores after 1, 3, 10 and 30 steps come from one training.
 """
 
 from __future__ import annotations
@@ -36,48 +36,48 @@ from tinygpt.runs.load import TrainedRun
 
 CLIP = 1.0  # norm of the gradient
 WARMUP = 3  # steps, if all weights are trained: Adam's first step moves each by the full rate
-FULL_RATE = 0.1  # the rate if all weights are trained, over that of adapters
+FULL_RATE = 0.1  # learning rate of full fine-tuning, relative to that of adapters
 
 
 def seed_of(*what: Any) -> int:
-    """Return a seed for each thing that is drawn, so that the order of drawing does not matter."""
+    """Return a seed that depends only on ``what`` it is for, not on the order of use."""
     return int(fileio.digest(what)[:15], 16)
 
 
 # --- training on rows
 
-# From inputs (R, T), and which of their targets count, to the logits (n, V) of these.
+# Map inputs (R, T) and a mask of the n targets that count to their logits (n, V).
 Forward = Callable[[Tensor, Tensor], Tensor]
 
 
 def batches(
     rows: Sequence[Row], tokens: int, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield without end inputs and targets (R, T) of exactly ``tokens`` targets, counted or not.
+    """Yield inputs and targets (R, T) with exactly ``tokens`` targets, masked or not, forever.
 
-    The rows come in one random order after the other, each with a context of its own: if packed
-    one behind the other, a copy would be read from the context instead of learned.  The last row
-    of a step is cut where the step is full, and stands first in the next, whole.
+    The rows come in successive random orders.  They are not packed into one sequence, as the model
+    would then copy from its context instead of learning.  A row that does not fit is cut, and
+    repeated in full at the start of the next step.
     """
     order: list[int] = []
     while True:
-        taken: list[Row] = []
+        batch: list[Row] = []
         room = tokens
         while room > 0:
             order = order or rng.permutation(len(rows)).tolist()
             row = rows[order[0]]
             if row.targets <= room:
                 order.pop(0)
-            taken.append(Row(row.ids[: room + 1], row.given))
-            room -= taken[-1].targets
-        inputs, targets = windows([row.ids for row in taken])
-        for wanted, row in zip(targets, taken, strict=True):
+            batch.append(Row(row.ids[: room + 1], row.given))
+            room -= batch[-1].targets
+        inputs, targets = windows([row.ids for row in batch])
+        for wanted, row in zip(targets, batch, strict=True):
             wanted[: row.given] = IGNORED
         yield inputs, targets
 
 
 def trainable_copy(base: GPT, lora: LoraConfig, seed: int) -> GPT:
-    """Return a copy with fresh adapters, or of which all weights are trained (rank null)."""
+    """Return a copy of ``base`` with new adapters, or (rank None) with all weights trainable."""
     model = copy.deepcopy(base).eval().requires_grad_(True)  # eval: no dropout
     if lora.rank is not None:
         with torch.random.fork_rng(devices=[]):
@@ -87,7 +87,7 @@ def trainable_copy(base: GPT, lora: LoraConfig, seed: int) -> GPT:
 
 
 def logits_of(model: GPT) -> Forward:
-    """Return how a GPT computes these logits."""
+    """Return the ``Forward`` of a GPT."""
     return lambda inputs, counted: model.logits(model.hidden(inputs)[counted])
 
 
@@ -99,8 +99,7 @@ def training(
     config: InnerConfig | OuterConfig,
     seed: int,
 ) -> Iterator[float]:
-    """Train ``model`` on ``rows``; yield each step's loss, the mean of the targets that count.  A
-    row has no more targets than the context and a step can hold."""
+    """Train ``model`` on ``rows``; yield the mean loss of each step's unmasked targets."""
     trained = [p for p in model.parameters() if p.requires_grad]
     device, warmup = trained[0].device, WARMUP if config.lora.rank is None else 1
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
@@ -121,10 +120,10 @@ def training(
 
 
 class Score(NamedTuple):
-    """Losses in nats per token: of a document's held-out part, of the base's own text."""
+    """Hold losses in nats per token on a document's held-out part and on the base's own text."""
 
     heldout: float
-    accuracy: float | None  # of the questions, if the held-out part has any
+    accuracy: float | None  # on the questions, if there are any
     base: float
 
     @property
@@ -134,7 +133,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Base:
-    """The model that adapts, never itself changed, and what it may forget."""
+    """Hold the model that adapts, which never changes, and text to measure forgetting on."""
 
     run: TrainedRun
     validation: Heldout
@@ -143,7 +142,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of its weights, on any device."""
+        """Return the SHA-256 of the weights."""
         sha = hashlib.sha256()
         for name, weight in sorted(self.run.model.state_dict().items()):
             sha.update(name.encode() + weight.cpu().contiguous().numpy().tobytes())
@@ -154,26 +153,24 @@ class Base:
         return sum(weight.numel() for weight in self.run.model.parameters())
 
     def score(self, model: GPT, document: Document) -> Score:
-        """Score a model; one that has diverged is not asked any questions."""
+        """Return a model's score, without accuracy if it has diverged."""
         heldout = document.heldout.loss(model)
         accuracy = document.heldout.accuracy(model) if math.isfinite(heldout) else None
         return Score(heldout, accuracy, self.validation.loss(model))
 
     def before(self, document: Document) -> Score:
-        """Return the base's own score, computed once.  Raises RunError where it has diverged."""
+        """Return the base's own score, computed once.  Raise RunError if it is not finite."""
         known = document.heldout.fingerprint
         if known not in self._before:
-            found = self.score(self.run.model, document)
-            if not found.is_finite:
-                raise RunError(f"run={self.run.path}: its loss on {document.doc_id} is not finite")
-            self._before[known] = found
+            self._before[known] = self.score(self.run.model, document)
+        if not self._before[known].is_finite:
+            raise RunError(f"run={self.run.path}: its loss on {document.doc_id} is not finite")
         return self._before[known]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A document, an edit of it, and a seed; without a ``proposal`` nothing is trained.  ``policy``
-    is who wrote the edit, if anyone did."""
+    """Hold a document, a seed and an edit, if any, with the ``policy`` that wrote it, if any."""
 
     method: str
     document: Document
@@ -185,12 +182,12 @@ class Trial:
 
     @property
     def rate(self) -> float:
-        """Return the learning rate; 0 if nothing is trained."""
+        """Return the learning rate, 0 if nothing is trained."""
         full = FULL_RATE if self.inner.lora.rank is None else 1.0
         return full * self.proposal.edit.lr if self.proposal else 0.0
 
     def run_id(self, base: Base, steps: int) -> str:
-        """Return the digest of all that decides the record after ``steps`` steps."""
+        """Return a digest of everything that determines the record after ``steps`` steps."""
         document, proposal = self.document, self.proposal
         return fileio.digest(
             {
@@ -207,31 +204,23 @@ class Trial:
 
 
 def run_trial(base: Base, trial: Trial) -> list[Record]:
-    """Return a record for each of the trial's steps.  An edit that comes out empty and a training
-    that diverges are records too, with an ``error``."""
+    """Return a record for each number of steps; an empty edit or divergence is an ``error``."""
     document, inner = trial.document, trial.inner
     if trial.proposal is None:
         return [_record(base, trial, 0) | _outcome(base.before(document), base.before(document))]
     edit, model, tokenizer = trial.proposal.edit, base.run.model, base.run.tokenizer
-    length = min(model.config.max_seq_len, inner.tokens_per_step)
-    rows = materialise(edit, document, tokenizer, length)
+    rows = materialise(
+        edit, document, tokenizer, min(model.config.max_seq_len, inner.tokens_per_step)
+    )
     if not rows:
-        return [
-            _record(base, trial, steps) | {"error": "empty edit"} for steps in inner.inner_steps
-        ]
+        return [_record(base, trial, k) | {"error": "empty edit"} for k in inner.inner_steps]
     last, rank = inner.inner_steps[-1], inner.lora.rank
     seed = seed_of(document.sha256, edit.edit_id, last, rank, trial.seed)
     adapted = trainable_copy(model, inner.lora, seed)
     losses = training(adapted, logits_of(adapted), rows, trial.rate, inner, seed)
     read = [token for row in rows for token in row.ids[1:]]
-    about: Record = {
-        "edit_train_tokens": len(read),
-        "edit_unknown_tokens": sum(token == tokenizer.unknown_id for token in read),
-        "train_loss_first": None,
-        "train_loss_last": None,
-        "wall_s": 0.0,
-        "cpu_s": 0.0,
-    }
+    about: Record = {"edit_train_tokens": len(read), "wall_s": 0.0, "cpu_s": 0.0}
+    about["edit_unknown_tokens"] = sum(token == tokenizer.unknown_id for token in read)
     records: list[Record] = []
     error: str | None = None
     for steps in range(last + 1):
@@ -261,8 +250,11 @@ def run_trial(base: Base, trial: Trial) -> list[Record]:
 
 
 def _outcome(before: Score, after: Score) -> Record:
-    """Return what a record says of a model.  Both differences are signed: a reward above 0 is a
-    lower held-out loss, a forgetting below 0 a lower loss on the base's own text."""
+    """Return the outcome fields of a record.
+
+    A positive reward is a lower held-out loss, a negative forgetting a lower loss on the base's
+    own text.
+    """
     return {
         "heldout_after": after.heldout,
         "delta_val_loss": after.heldout - before.heldout,
@@ -275,16 +267,15 @@ def _outcome(before: Score, after: Score) -> Record:
 
 def _record(base: Base, trial: Trial, steps: int) -> Record:
     """Return the record of a trial without its outcome."""
-    document, inner, policy = trial.document, trial.inner, trial.policy
-    edit = trial.proposal.edit if trial.proposal else None
+    document, inner, policy, proposal = trial.document, trial.inner, trial.policy, trial.proposal
+    edit = proposal.edit if proposal else None
     rank = inner.lora.rank if edit else None
     adapters = lora_parameters(base.run.config.model, rank) if rank else 0
     tokens, n = steps * inner.tokens_per_step, base.parameters
-    # frozen weights have no gradient of their own: 2N forward, 2N backward, and the adapters' 6
+    # frozen weights take 2N FLOPs forward and 2N backward, trained ones 6
     trained = (4 * n + 6 * adapters if rank else 6 * n) * tokens
-    read = trial.proposal.prompt_tokens if trial.proposal and policy else 0
-    wrote = trial.proposal.tokens if trial.proposal and policy else 0
-    size = policy.parameters if policy and read + wrote else 0  # None: not known of this model
+    read, wrote = (proposal.prompt_tokens, proposal.tokens) if proposal and policy else (0, 0)
+    size = policy.parameters if policy and read + wrote else 0  # None: unknown
     before = base.before(document)
     return dict.fromkeys(FIELDS) | {
         "run_id": trial.run_id(base, steps),

@@ -1,8 +1,8 @@
-"""One adaptation from its configuration to its results: a study of several methods.
+"""Run an adaptation study, which compares several methods, from its configuration to its results.
 
-A score is the reward after the most steps, less ``forgetting_weight`` times what was forgotten.
-Rates are chosen by their mean score on the tune documents; the test documents are looked at once,
-with what was chosen.
+A score is the reward after the most steps, minus ``forgetting_weight`` times the forgetting.
+Learning rates are chosen by mean score on the tune documents; the test documents are used only
+once, with the chosen rates.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tinygpt.training.session import failures_recorded
 
 log = logging.getLogger("tinygpt")
 
-TEXTS = 4  # of a document, about, if a method has text of the policy's
+TEXTS = 4  # texts per document that a method asks the policy for, about
 SOURCES = {
     "lora_doc": "doc",
     "lora_edit": "edit",
@@ -63,7 +63,7 @@ SOURCES = {
 
 @dataclass
 class Study:
-    """The records and edits so far; what is there is not computed again."""
+    """Hold the records and edits so far, which are not computed again."""
 
     config: AdaptConfig
     base: Base
@@ -78,7 +78,7 @@ class Study:
         for path in (self.records, self.edits):
             lines.repair(path)
         self.known = {record["run_id"]: record for record in lines.read_records(self.records)[0]}
-        self.proposals: dict[str, list[Proposal]] = {}  # by what was asked
+        self.proposals: dict[str, list[Proposal]] = {}  # by question and document
         for line in lines.read_lines(self.edits)[0]:
             proposal = Proposal(read(line["edit"]), line["prompt_tokens"], line["tokens"])
             self.proposals.setdefault(line["key"], []).append(proposal)
@@ -87,7 +87,7 @@ class Study:
         return [document for document in self.documents if document.split == name]
 
     def outcome(self, trial: Trial) -> list[Record]:
-        """Return the trial's records, from the file or anew; they are not kept yet."""
+        """Return the trial's records, from the file or by running it, without saving them."""
         steps = trial.inner.inner_steps if trial.proposal else [0]
         ids = [trial.run_id(self.base, k) for k in steps]
         if all(run_id in self.known for run_id in ids):
@@ -95,20 +95,20 @@ class Study:
         return run_trial(self.base, trial)
 
     def keep(self, records: Iterable[Record]) -> None:
-        """Write those that are new, at once."""
+        """Save the records that are new."""
         new = {r["run_id"]: r for r in records if r["run_id"] not in self.known}
         lines.append(self.records, list(new.values()))
         self.known |= new
         self.advance(len(new))
 
     def done(self, trial: Trial) -> list[Record]:
-        """Return the trial's records, which are kept."""
+        """Return the trial's records after saving them."""
         records = self.outcome(trial)
         self.keep(records)
         return records
 
     def score(self, records: Sequence[Record]) -> float:
-        """Return the score of a trial, -inf if it has no result."""
+        """Return the score of a trial, -inf if it failed."""
         last = records[-1]
         if last["error"] is not None:
             return -math.inf
@@ -118,7 +118,7 @@ class Study:
     def proposed(
         self, question: str, document: Document, make: Callable[[], list[Proposal]]
     ) -> list[Proposal]:
-        """Return proposals from the file, else make and keep them."""
+        """Return proposals from the file, or make and save them."""
         key = f"{question} {document.sha256}"
         if key not in self.proposals:
             made = make()
@@ -128,8 +128,7 @@ class Study:
         return self.proposals[key]
 
     def trial(self, method: str, directive: SelfEdit | None, document: Document) -> Trial:
-        """Return the trial of a method whose directive is known, with its text.  The text is the
-        untrained policy's, the same for all rates, or the oracle's."""
+        """Return the trial of a method; the text of its edit is the oracle's or the policy's."""
         inner, policy = self.config.inner, None
         if method == "full_ft_doc":
             inner = dataclasses.replace(inner, lora=LoraConfig())
@@ -140,11 +139,9 @@ class Study:
             policy, ops, n = self.policy, directive.text_ops, directive.n
             plain = SelfEdit("edit", text_ops=ops, n=n)
             seed = seed_of(self.config.seed, "text", document.sha256, ops, n)
-            (written,) = self.proposed(
-                f"text {'+'.join(ops)} {n}",
-                document,
-                lambda: [self.policy.with_text(plain, document, seed=seed)],
-            )
+            question = f"text {'+'.join(ops)} {n}"
+            make = functools.partial(self.policy.with_text, plain, document, seed=seed)
+            (written,) = self.proposed(question, document, lambda: [make()])
             edit = dataclasses.replace(directive, text=written.edit.text)
             proposal = dataclasses.replace(written, edit=edit)
         return Trial(method, document, proposal, self.config.seed, inner, policy)
@@ -152,20 +149,15 @@ class Study:
     def sampled(
         self, policy: Policy, iteration: int, document: Document, count: int, seeds: int = 1
     ) -> list[Trial]:
-        """Return the trials of edits that a policy proposes, each as often, with ``seeds`` seeds.
-        It explores on train documents alone."""
-        outer, method = self.config.outer, f"restem_it{iteration}"
+        """Return a trial for each of ``count`` edits and ``seeds`` seeds; only train explores."""
+        config, outer, method = self.config, self.config.outer, f"restem_it{iteration}"
         explore = outer.explore_later if iteration else outer.explore
         explore = explore if document.split == "train" else 0.0
-        seed = seed_of(self.config.seed, "sampled", iteration, document.sha256)
-        found = self.proposed(
-            f"{method} {document.split}",
-            document,
-            lambda: policy.propose(document, count, seed=seed, explore=explore),
-        )
+        seed = seed_of(config.seed, "sampled", iteration, document.sha256)
+        make = functools.partial(policy.propose, document, count, seed=seed, explore=explore)
         return [
-            Trial(method, document, one, self.config.seed + n, self.config.inner, policy, iteration)
-            for one in found
+            Trial(method, document, one, config.seed + n, config.inner, policy, iteration)
+            for one in self.proposed(f"{method} {document.split}", document, make)
             for n in range(seeds)
         ]
 
@@ -174,8 +166,7 @@ class Study:
 
 
 def run_methods(study: Study) -> dict[str, float | None]:
-    """Do all methods of the study, one after the other; return what `results.json` says of each:
-    its mean reward on the test documents after the most steps, None where none has a result."""
+    """Run all methods; return each one's mean final test reward, None without a result."""
     rewards: dict[str, float | None] = {}
     for method in methods_of(study.config):
         if method == "restem":
@@ -188,29 +179,29 @@ def run_methods(study: Study) -> dict[str, float | None]:
 
 
 def _tested(method: str, study: Study, trials: Iterable[Trial]) -> dict[str, float | None]:
-    """Do a method's trials of test documents; log the means after each number of steps."""
+    """Run a method's trials on test documents; log the means after each number of steps."""
     parts: list[str] = []
     reward: float | None = None
     for records in zip(*[study.done(trial) for trial in trials], strict=True):
         good = [record for record in records if record["error"] is None]
-        said, reward = "no result", None
+        text, reward = "no result", None
         if good:
             names = ("reward", "forgetting")
             reward, forgetting = (float(np.mean([r[name] for r in good])) for name in names)
-            said = f"{reward:+.3f} ({forgetting:+.3f})"
+            text = f"{reward:+.3f} ({forgetting:+.3f})"
             if good[0]["accuracy_after"] is not None:
-                said += f" {np.mean([r['accuracy_after'] for r in good]):.0%}"
-        parts.append(f"k={records[0]['inner_steps']} {said}")
+                text += f" {np.mean([r['accuracy_after'] for r in good]):.0%}"
+        parts.append(f"k={records[0]['inner_steps']} {text}")
     log.info("tested  %s: %s", method, ", ".join(parts))
     return {f"reward_{method}": reward}
 
 
 def tune(method: str, study: Study) -> SelfEdit:
-    """Return the directive of ``method`` whose rate has the best score on the tune documents."""
+    """Return the directive of ``method`` with the rate that scores best on the tune documents."""
     ops, rates = list(study.policy.ops), study.config.tuning.learning_rates
     source, documents = SOURCES[method], study.split("tune")
     plain = SelfEdit(source, ops, n=max(1, TEXTS // len(ops))) if source != "doc" else SelfEdit()
-    if not documents:  # allowed if there is one rate
+    if not documents:  # check_adapt then allows one rate only
         return dataclasses.replace(plain, lr=rates[0])
     scores: dict[float, float] = {}
     for rate in rates:
@@ -227,7 +218,7 @@ def tune(method: str, study: Study) -> SelfEdit:
 
 
 def learn(study: Study) -> dict[str, float | None]:
-    """Do ReST-EM: test the policy before and after each iteration."""
+    """Run ReST-EM; test the policy before the first and after each iteration."""
     policy, rewards = study.policy, dict[str, float | None]()
     for iteration in range(study.config.outer.iterations + 1):
         if iteration > 0:
@@ -239,16 +230,18 @@ def learn(study: Study) -> dict[str, float | None]:
 
 
 def _improved(study: Study, policy: Policy, iteration: int) -> Policy:
-    """Train the policy on the best of its edits of each train document, if its mean score over
-    the inner seeds is above 0."""
+    """Return the policy trained on its best edit of each train document.
+
+    Only edits whose mean score over the inner seeds is positive count; without any, the policy
+    stays the same.
+    """
     outer = study.config.outer
     chosen: list[tuple[Document, SelfEdit]] = []
     every: list[float] = []
     for document in study.split("train"):
         trials = study.sampled(policy, iteration, document, outer.samples, outer.inner_seeds)
         edits = [trial.proposal.edit for trial in trials if trial.proposal]
-        times = Counter(edit.edit_id for edit in edits)
-        # the same edit may be proposed more than once
+        times = Counter(edit.edit_id for edit in edits)  # an edit may be proposed repeatedly
         distinct = {trial.run_id(study.base, 0): trial for trial in trials}
         outcomes = [study.outcome(trial) for trial in distinct.values()]
         scores: dict[str, list[float]] = {}
@@ -264,18 +257,15 @@ def _improved(study: Study, policy: Policy, iteration: int) -> Policy:
             record["accepted"] = record["edit_id"] == accepted
             record["times_proposed"] = times[record["edit_id"]] // outer.inner_seeds
         study.keep(flat)
+    mean = f"{np.mean(every):+.3f}" if np.isfinite(every).all() else "none: some failed"
     log.info(
-        "learned restem_it%d: from the best edit of %d of %d train documents, those that gained by "
-        "one; mean score of all %d edits %s",
-        iteration + 1,
-        len(chosen),
-        len(study.split("train")),
-        len(every),
-        f"{np.mean(every):+.3f}" if np.isfinite(every).all() else "none: some failed",
+        "learned restem_it%d: from %d of %d train documents, those with an edit that helped; "
+        "mean score of all %d edits %s",
+        *(iteration + 1, len(chosen), len(study.split("train")), len(every), mean),
     )
     if not chosen:
         return policy
-    assert isinstance(policy, Writer)  # check_adapt refuses others
+    assert isinstance(policy, Writer)  # checked by check_adapt
     folder = study.folder / "policies" / f"iteration_{iteration + 1}"
     if folder.exists():
         return policy.load(folder)
@@ -289,11 +279,7 @@ def _improved(study: Study, policy: Policy, iteration: int) -> Policy:
 
 
 def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[str, Any]:
-    """Make the records that ``config`` asks for, resume making them, or find them all there.
-
-    Returns the results.  Raises ConfigError before a folder is made for what cannot be had,
-    RunError where it fails on its way.
-    """
+    """Return the results of running or resuming a study, or raise ConfigError or RunError."""
     device = resolve_device(config.hardware, "32")
     set_up(config.hardware, device)
     hash_, run = identify(config, overrides)
@@ -305,8 +291,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
             documents, skipped = new_facts(config.documents, base_run), 0
         else:
             corpus = corpora.open_corpus(config.data).documents("train")
-            some = itertools.islice(corpus, config.data.max_documents)
-            texts = (document.text for document in some)
+            texts = (one.text for one in itertools.islice(corpus, config.data.max_documents))
             documents, skipped = domain_shift(config.documents, base_run, texts)
         tokens = config.documents.forgetting_tokens
         base = Base(base_run, own_validation(base_run, tokens, config.cache_dir, progress))
@@ -332,8 +317,7 @@ def adapt(config: AdaptConfig, overrides: list[str], console: Console) -> dict[s
 
 
 def make_policy(config: AdaptConfig, run: TrainedRun, documents: Sequence[Document]) -> Policy:
-    """Return the policy of ``config``, to be asked about ``documents``; ``run`` is what adapts.
-    Raises ConfigError, one line."""
+    """Return the policy of ``config``, where ``run`` is the base, or raise ConfigError."""
     policy, rates = config.policy, config.tuning.learning_rates
     if isinstance(policy, SelfPolicy):
         return OwnPolicy(run, policy, rates)
@@ -356,8 +340,7 @@ def _finished(
 
 
 def _begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> None:
-    """Make the folder and say whose it is, or keep what a killed process left to resume.  If
-    forced, an earlier adaptation goes first."""
+    """Prepare the folder of a new or resumed study; with ``force``, remove an earlier one first."""
     if config.force:
         run.clear()
         for path in (run.path / "edits.jsonl", run.environment, run.config):
@@ -374,7 +357,7 @@ def _begin(config: AdaptConfig, run: rundir.RunDir, hash_: str, device: str) -> 
 
 
 def _introduce(study: Study, skipped: int) -> None:
-    """Log what is adapted to what."""
+    """Log the base, the documents and the methods."""
     config, base, task = study.config, study.base, study.config.documents.task
     before = [base.before(document) for document in study.split("test")]
     own, heldout = before[0].base, np.mean([one.heldout for one in before])
@@ -390,7 +373,7 @@ def _introduce(study: Study, skipped: int) -> None:
 
 
 def make_results(study: Study, hash_: str, rewards: Mapping[str, float | None]) -> dict[str, Any]:
-    """Return ``results.json``."""
+    """Return the content of ``results.json``."""
     config, records = study.config, study.known.values()
     return {
         "schema_version": rundir.SCHEMA_VERSION,

@@ -1,4 +1,4 @@
-"""The figures of a study of adaptation: reward by steps and tokens, by forgetting, by iteration."""
+"""Draw reward by steps and tokens, against forgetting, and by iteration of ReST-EM."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ COLOURS = {
     "oracle": PURPLE,
     "full_ft_doc": GREY,
 }
-MARKERS = "o^sDvP*X"  # of the k, from the least
+MARKERS = "o^sDvP*X"  # for increasing k
 DOTTED: Any = {"linewidth": 0.8, "linestyle": (0, (1, 1))}
 DASHED: Any = {"linewidth": 0.6, "linestyle": (0, (4, 2)), "color": BLACK}
 
 
 def draw(adaptation: Adaptation, folder: Path) -> list[str]:
-    """Write every figure that applies as PNG and SVG; return their names, without ending."""
+    """Write every figure that applies as PNG and SVG; return their names, without extension."""
     with mpl.rc_context(STYLE):
         figures = {
             "adaptation_laws": steps(adaptation),
@@ -66,7 +66,7 @@ def draw(adaptation: Adaptation, folder: Path) -> list[str]:
 
 
 def colours(methods: list[str]) -> dict[str, Any]:
-    """Return one for each method; iterations from light to dark."""
+    """Return the colour of each method, from light to dark for iterations."""
     rounds = [name for name in methods if name not in COLOURS]
     shades: dict[str, Any] = {name: COLOURS.get(name) for name in methods}
     for name, depth in zip(rounds, np.linspace(1.0, 0.4, len(rounds))[::-1], strict=True):
@@ -75,8 +75,10 @@ def colours(methods: list[str]) -> dict[str, Any]:
 
 
 def steps(adaptation: Adaptation) -> Figure | None:
-    """Draw for each base a panel a method, a line a rank with its band and the law if there is
-    one; then all methods of the largest rank against tokens."""
+    """Draw reward by steps for each base, with a panel per method and a line per rank.
+
+    The last panel of a base has all methods of the largest rank against tokens.
+    """
     table = adaptation.tested
     table = table[(table["method"] != "none") & (table["inner_steps"] > 0)]
     if table.empty:
@@ -122,7 +124,7 @@ def steps(adaptation: Adaptation) -> Figure | None:
 
 
 def _limits(part: pd.DataFrame) -> tuple[float, float]:
-    """Return limits that hold the means, below zero no more than there is above."""
+    """Return limits around the means that extend no further below zero than above."""
     low, high = float(part["reward"].min()), max(float(part["reward"].max()), 0.0)
     low = max(min(low, 0.0), -high) if high else low
     room = 0.12 * (high - low or 1.0)
@@ -141,7 +143,7 @@ def _line(adaptation: Adaptation, axes: Any, line: pd.DataFrame, colour: Any) ->
 
 
 def pareto(adaptation: Adaptation) -> Figure | None:
-    """Draw reward against forgetting on test documents, with the front of each base."""
+    """Draw reward against forgetting on test documents, with the Pareto front of each base."""
     table = adaptation.tested
     if table.empty:
         return None
@@ -153,8 +155,7 @@ def pareto(adaptation: Adaptation) -> Figure | None:
     markers = dict(zip(sorted(table["inner_steps"].unique()), MARKERS * 9, strict=False))
     ranks = sorted(table["lora_rank"].dropna().unique())
     for axes, (name, part) in zip(panels(figure, len(parts), across), parts, strict=True):
-        # what is reached at no more than so much forgetting, without being told what to write
-        own = part[part["method"] != "oracle"]
+        own = part[part["method"] != "oracle"]  # which is told what to write
         front = own[pareto_front(own["forgetting"].to_numpy(), own["reward"].to_numpy())]
         front = front.sort_values("forgetting")
         shown: Any = {"where": "post", "color": BLACK, "linewidth": 0.8, "zorder": 1}
@@ -181,8 +182,7 @@ def pareto(adaptation: Adaptation) -> Figure | None:
 
 
 def iterations(adaptation: Adaptation) -> Figure | None:
-    """Draw mean and best reward of the edits of a document, by iteration, and what the raw
-    document gives on test documents."""
+    """Draw mean and best reward of a document's edits by iteration, beside the raw document's."""
     table, tested = adaptation.restem, adaptation.tested
     if table.empty:
         return None

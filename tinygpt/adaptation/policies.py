@@ -1,9 +1,8 @@
-"""Propose edits: by the base itself, or from a file of edits.  Models that read instructions are in
-``prompted``.
+"""Propose edits by the base itself or from a file; ``prompted`` has models that read instructions.
 
 A language model draws a directive slot by slot, then writes the texts that it asks for.  A small
-one cannot be told to write JSON, so each option of a slot stands for one token, and only the tokens
-of the options can be chosen: whatever the logits, the directive can be read.
+model cannot be told to write JSON, so each option of a slot is represented by one token and only
+these tokens can be chosen: any logits give a valid directive.
 """
 
 from __future__ import annotations
@@ -36,43 +35,41 @@ from tinygpt.model.gpt import GPT
 from tinygpt.model.lora import merged
 from tinygpt.runs.load import TrainedRun
 
-Examples = Sequence[tuple[Document, SelfEdit]]  # edits that paid
+Examples = Sequence[tuple[Document, SelfEdit]]  # successful edits
 
 # --- any language model
 
 
 class Writer(Policy):
-    """Propose edits by a language model, given how that model reads, writes and is trained."""
+    """Propose edits with a language model; subclasses say how it reads, writes and is trained."""
 
     lm: Any  # the model itself
-    length: int  # the most tokens that it reads at once
-    slots: dict[str, list[Any]]  # by name, in the order they are drawn, what there is to choose
-    tokens: list[int]  # that stand for the options of any slot
+    length: int  # of its context, in tokens
+    slots: dict[str, list[Any]]  # the options of each slot, in the order of drawing
+    tokens: list[int]  # which represent the options of any slot
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
     def behind(self, what: str, document: Document, count: int) -> list[list[int]]:
-        """Return the tokens behind which ``count`` texts of a kind are written, or behind which a
-        ``directive`` is drawn."""
+        """Return ``count`` prompts, in tokens, for texts of a kind or for the ``directive``."""
         raise NotImplementedError
 
     def logits(self, ids: Sequence[int], allowed: Sequence[int]) -> Sequence[float]:
-        """Return those of the tokens ``allowed``, as the one that follows ``ids``."""
+        """Return the logits of the ``allowed`` tokens after ``ids``."""
         raise NotImplementedError
 
     def texts(self, prompts: Sequence[list[int]], seed: int) -> tuple[list[str], int]:
-        """Return what follows the prompts of an edit, and how many tokens that is in all.  Raises
-        RunError for a diverged model."""
+        """Return the texts after an edit's prompts and their number of tokens.  Raise RunError if
+        the model has diverged."""
         raise NotImplementedError
 
     def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Any:
-        """Return a copy of the model, trained on ``rows``.  Raises RunError if that diverges."""
+        """Return a copy of the model, trained on ``rows``.  Raise RunError if that diverges."""
         raise NotImplementedError
 
     def set_slots(self, rates: Sequence[float], unknown_id: int | None, where: str) -> None:
-        """Set what a directive chooses, and choose tokens of letters that stand for it.  Raises
-        ConfigError, which ``where`` begins, for a tokenizer with too few."""
+        """Set the slots and the tokens of their options.  Raise ConfigError for too few letters."""
         sizes = range(1, len(self.ops) + 1)
         self.slots = {
             "source": list(edits.SOURCES),
@@ -92,19 +89,19 @@ class Writer(Policy):
     def draw(
         self, prefix: Sequence[int], explore: float, rng: np.random.Generator
     ) -> tuple[SelfEdit, list[int]]:
-        """Return a directive drawn behind ``prefix``, without text, and its tokens.
+        """Return a directive drawn after ``prefix``, without text, and its tokens.
 
-        An option has the probability (1 - explore) · softmax over the allowed tokens + explore /
-        options.  Raises RunError where the logits are not finite.
+        Option probabilities are (1 - explore) · softmax(logits) + explore / number of options.
+        Raises RunError if the logits are not finite.
         """
         values: dict[str, Any] = {}
         drawn: list[int] = []
         for name, options in self.slots.items():
             allowed = self.tokens[: len(options)]
-            of_each = np.asarray(self.logits([*prefix, *drawn], allowed), dtype=np.float64)
-            if not np.isfinite(of_each).all():
+            logits = np.asarray(self.logits([*prefix, *drawn], allowed), dtype=np.float64)
+            if not np.isfinite(logits).all():
                 raise RunError(NO_CHOICE)
-            weights = np.exp(of_each - of_each.max())
+            weights = np.exp(logits - logits.max())
             p = (1 - explore) * weights / weights.sum() + explore / len(allowed)
             number = int(rng.choice(len(allowed), p=p))
             drawn.append(allowed[number])
@@ -112,9 +109,8 @@ class Writer(Policy):
         return SelfEdit(**values), drawn
 
     def directive(self, edit: SelfEdit) -> list[int]:
-        """Return the tokens by which ``draw`` would have drawn the directive of an edit."""
-        options = self.slots.items()
-        return [self.tokens[some.index(getattr(edit, name))] for name, some in options]
+        """Return the tokens that represent the directive of an edit."""
+        return [self.tokens[options.index(getattr(edit, k))] for k, options in self.slots.items()]
 
     def propose(self, document: Document, count: int, seed: int, explore: float) -> list[Proposal]:
         (prefix,) = self.behind("directive", document, 1)
@@ -132,14 +128,13 @@ class Writer(Policy):
         return Proposal(dataclasses.replace(edit, text=texts), sum(map(len, prompts)), tokens)
 
     def prompts(self, edit: SelfEdit, document: Document) -> list[list[int]]:
-        """Return the tokens behind which each text is written; none if none is needed."""
+        """Return the prompt of each text, in tokens."""
         if edit.source == "doc":
             return []
         return [prompt for op in edit.text_ops for prompt in self.behind(op, document, edit.n)]
 
     def sft(self, examples: Examples, config: OuterConfig, *, seed: int) -> Writer:
-        """Return a new policy, trained on the directive and the texts of each edit.  Raises
-        RunError if that diverges."""
+        """Return a new policy, trained to write these edits.  Raise RunError if it diverges."""
         rows: list[Row] = []
         for document, edit in examples:
             written = [self.directive(edit), *map(self.encode, edit.text)]
@@ -160,20 +155,20 @@ class Writer(Policy):
             save_model(self.lm, str(temporary), {"sft_tokens": str(self.sft_tokens)})
 
     def load(self, folder: Path) -> Writer:
-        """Return the policy that a later state of this one saved.  Raises ConfigError."""
+        """Return the policy that ``save`` wrote.  Raise ConfigError if it does not fit."""
         path, model = folder / "policy.safetensors", copy.deepcopy(self.lm)
         try:
             load_model(model, path)
             with safe_open(path, "pt") as file:
                 return self.with_model(model, int(file.metadata()["sft_tokens"]))
         except (OSError, SafetensorError, RuntimeError, TypeError, LookupError) as error:
-            raise ConfigError(f"{path}: not a policy that the model of {self.model} was") from error
+            raise ConfigError(f"{path}: not a policy of the model {self.model}") from error
 
 
 def fine_tune(
     model: Any, forward: Forward, rows: Sequence[Row], config: OuterConfig, seed: int
 ) -> None:
-    """Train ``model`` on ``rows``, as ``training`` does.  Raises RunError if it diverges."""
+    """Train ``model`` on ``rows`` in place.  Raise RunError if it diverges."""
     rate = config.learning_rate
     losses = training(model, forward, rows, rate, config, seed)
     for step, loss in enumerate(itertools.islice(losses, config.steps), start=1):
@@ -183,25 +178,28 @@ def fine_tune(
 
 
 def learned_rows(given: Sequence[int], written: Sequence[int], length: int) -> Iterator[Row]:
-    """Yield rows of ``length`` targets at most, of which only the tokens written count.  Before
-    them stands as much as fits of what they were written behind, one token at least."""
+    """Yield rows of at most ``length`` targets, of which only the tokens ``written`` count.
+
+    They follow as much of their context as fits, at least one token.
+    """
     for first in range(0, len(written), length):
-        some = written[first : first + length]
-        before = [*given, *written[:first]][-(length + 1 - len(some)) :]
-        yield Row([*before, *some], given=len(before) - 1)
+        part = written[first : first + length]
+        before = [*given, *written[:first]][-(length + 1 - len(part)) :]
+        yield Row([*before, *part], given=len(before) - 1)
 
 
 # --- the base itself
 
 
 class OwnPolicy(Writer):
-    """The model that adapts.  It cannot follow instructions: behind the document's context it
-    draws a directive, and texts are what it continues parts of that context with."""
+    """Propose edits with the model that adapts, which cannot follow instructions.
+
+    It draws the directive after the document's context; its texts continue parts of the context.
+    """
 
     backend = "self"
 
     def __init__(self, run: TrainedRun, config: SelfPolicy, rates: Sequence[float]) -> None:
-        """Raises ConfigError for a tokenizer without enough letters."""
         self.run, self.lm, self.model = run, run.model, str(run.path)
         self.parameters = sum(weight.numel() for weight in run.model.parameters())
         self.length = run.model.config.max_seq_len
@@ -214,10 +212,9 @@ class OwnPolicy(Writer):
         return self.run.tokenizer.encode(text)
 
     def behind(self, what: str, document: Document, count: int) -> list[list[int]]:
-        """Return evenly spread chunks; one alone is the end of the context, which says least of
-        what follows it.  A short context is a chunk itself."""
+        """Return evenly spaced chunks of the context, starting with the end of it."""
         ids = document.context_ids
-        if what == "directive":  # whose last token is not read
+        if what == "directive":  # whose last token is never read
             return [ids[-max(1, self.length + 1 - len(self.slots)) :]]
         size = min(len(ids), max(1, self.length // 2))
         starts = np.linspace(len(ids) - size, 0, count).round().astype(int).tolist()
@@ -230,7 +227,6 @@ class OwnPolicy(Writer):
         return last
 
     def texts(self, prompts: Sequence[list[int]], seed: int) -> tuple[list[str], int]:
-        """Write all side by side: the prompts of a document are of one length."""
         tokenizer, seeds = self.run.tokenizer, [seed_of(seed, n) for n in range(len(prompts))]
         run = dataclasses.replace(self.run, model=self.lm)
         steps = run.stream(prompts, seeds, self.max_edit_tokens, self.sampling)
@@ -252,18 +248,16 @@ class OwnPolicy(Writer):
 
 
 class ReplayPolicy(Policy):
-    """Edits that were written before, a JSON object a line.
+    """Replay edits from a file of JSON objects, one per line.
 
-    Each has an ``edit`` and whose it is: ``doc_sha256``, the SHA-256 of the document's text, or
-    ``doc_id`` alone.  It may say what the edit cost, in ``prompt_tokens`` and ``tokens``; other
-    keys are ignored.
+    Each has an ``edit`` and its document, by ``doc_sha256`` (of the text) or ``doc_id``, and may
+    have costs ``prompt_tokens`` and ``tokens``; other keys are ignored.
     """
 
     backend = "file"
 
     def __init__(self, path: str, documents: Sequence[Document] = ()) -> None:
-        """Raises ConfigError, naming the number of a line that is none, and if one of
-        ``documents`` has no edit."""
+        """Raise ConfigError for an invalid line, and if a document has no edit."""
         self.model = path
         self._proposals: dict[str, list[Proposal]] = {}
         try:
@@ -288,12 +282,12 @@ class ReplayPolicy(Policy):
         raise ConfigError(line)
 
     def propose(self, document: Document, count: int, seed: int, explore: float) -> list[Proposal]:
-        """Return them in the order of the file, beginning at the seed; nothing is explored."""
+        """Return edits in the order of the file, starting at the seed, without exploring."""
         found = self._of(document)
         return [found[(seed + n) % len(found)] for n in range(count)]
 
     def with_text(self, edit: SelfEdit, document: Document, *, seed: int) -> Proposal:
-        """Return it with the text of the first edit that has any."""
+        """Return ``edit`` with the text of the document's first edit that has any."""
         if edit.source == "doc":
             return Proposal(dataclasses.replace(edit, text=[]))
         chosen = next((one for one in self._of(document) if one.edit.text), None)
@@ -304,16 +298,16 @@ class ReplayPolicy(Policy):
 
 
 def _read_proposal(line: bytes) -> tuple[str, Proposal]:
-    """Return whose edit it is, and the edit."""
+    """Return the name of the document in a line, and its edit."""
     try:
         values = parse_json(line.decode())
     except ValueError as error:
         raise ConfigError(f"not JSON ({error})") from error
     require(isinstance(values, dict) and "edit" in values, "must be an object with an edit")
     owner = values.get("doc_sha256") or values.get("doc_id")
-    require(isinstance(owner, str), "must say whose edit it is, by doc_sha256 or doc_id")
+    require(isinstance(owner, str), "must name the document, by doc_sha256 or doc_id")
     costs = {name: values.get(name, 0) for name in ("prompt_tokens", "tokens")}
     for name, value in costs.items():
-        said = f"{name}={value!r:.60}: must be a number of tokens, at least 0"
-        require(type(value) is int and value >= 0, said)
+        holds = type(value) is int and value >= 0
+        require(holds, f"{name}={value!r:.60}: must be a number of tokens, at least 0")
     return owner, Proposal(edits.read(values["edit"]), **costs)

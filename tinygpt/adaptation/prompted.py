@@ -1,7 +1,6 @@
-"""Policies that read instructions: a language model in a local folder, of transformers, or one that
-mlx_lm reads on Apple silicon.
+"""Propose edits with a language model that reads instructions, by transformers or mlx_lm.
 
-The prompts follow those of Zweiger et al. 2025 (implications, rewrite, self-qa), in other words.
+The prompts paraphrase those of Zweiger et al. 2025 (implications, rewrite, self-qa).
 """
 
 from __future__ import annotations
@@ -32,17 +31,14 @@ from tinygpt.config.checks import require
 from tinygpt.fileio import read_json
 from tinygpt.model.generate import NO_CHOICE
 
-# What stands before the document in a prompt, and behind it.
+# The parts of a prompt before and after the document.
 FRAMES = {
     "continue": ("", ""),
     "restate": (
         "Text:\n",
         "\n\nThe same in other words, and what follows from it, one statement a line:\n",
     ),
-    "qa": (
-        "Text:\n",
-        "\n\nQuestions that the text answers, one a line, each with its answer:\n",
-    ),
+    "qa": ("Text:\n", "\n\nQuestions that the text answers, one a line, each with its answer:\n"),
 }
 QUESTIONS = {
     "source": "What it reads: the text (doc), new text about it (edit) or both",
@@ -52,25 +48,25 @@ QUESTIONS = {
     "lr": "Learning rate",
     "mask": "What counts: all, or the second half of each sequence",
 }
-ANSWER = re.compile(r"\s*\n\s*(?=(?:Answer|A):)")  # on a line of its own it would be learned alone
+ANSWER = re.compile(r"\s*\n\s*(?=(?:Answer|A):)")  # joins an answer to the line of its question
 
 
 class PromptedPolicy(Writer):
-    """A language model whose tokenizer is one of transformers; so are those of mlx_lm."""
+    """Propose edits with a model whose tokenizer is from transformers, as those of mlx_lm are."""
 
     ops = TEXT_OPS
 
     def __init__(self, config: ModelPolicy, rates: Sequence[float], tokenizer: Any) -> None:
-        """Raises ConfigError if the prompts and the text do not fit into the context, and for a
-        tokenizer without enough letters."""
+        """Raise ConfigError if prompts and texts do not fit in the context, and for a tokenizer
+        with too few letters."""
         self.model, self.config, self.tokenizer = config.path, config, tokenizer
         where = f"policy.path={config.path}"
         self.set_slots(rates, tokenizer.unk_token_id, where)
         letters = [tokenizer.decode([token]).strip() for token in self.tokens]
         asked = "\n\nHow does a language model best learn this text?\n"
         for name, options in self.slots.items():
-            said = ["+".join(o) if isinstance(o, list) else str(o) for o in options]
-            choices = ", ".join(f"{a} = {o}" for a, o in zip(letters, said, strict=False))
+            names = ["+".join(o) if isinstance(o, list) else str(o) for o in options]
+            choices = ", ".join(f"{a} = {o}" for a, o in zip(letters, names, strict=False))
             asked += f"{QUESTIONS[name]}: {choices}\n"
         asked += "The letters of the best choices, in this order: "
         self.frames = FRAMES | {"directive": ("Text:\n", asked)}
@@ -82,7 +78,7 @@ class PromptedPolicy(Writer):
         )
 
     def _room(self, name: str) -> int:
-        """Return how many tokens of a document a prompt can have."""
+        """Return how many tokens of a document fit in a prompt."""
         written = len(self.slots) if name == "directive" else self.config.max_edit_tokens
         return self.length - written - len(self._prompt(name, []))
 
@@ -96,7 +92,7 @@ class PromptedPolicy(Writer):
         return ids
 
     def behind(self, what: str, document: Document, count: int) -> list[list[int]]:
-        """Return prompts with the end of a document that is too long."""
+        """Return prompts with the document, or as much of its end as fits."""
         return [self._prompt(what, self.encode(document.context)[-self._room(what) :])] * count
 
     def texts(self, prompts: Sequence[list[int]], seed: int) -> tuple[list[str], int]:
@@ -109,13 +105,12 @@ class PromptedPolicy(Writer):
         return found, tokens
 
     def continued(self, prompt: list[int], count: int, seed: int) -> tuple[list[str], int]:
-        """Return so many texts behind one prompt, and how many tokens they took."""
+        """Return ``count`` texts after one prompt, and how many tokens they took."""
         raise NotImplementedError
 
 
 def _context(path: str) -> int:
-    """Return the most tokens that the model in a local folder reads at once.  Raises ConfigError if
-    it is no such folder, or brings code of its own."""
+    """Return the context length of the model in a folder, or raise ConfigError."""
     folder, where = Path(path).expanduser(), f"policy.path={path}"
     require(folder.is_dir(), f"{where}: no such folder")
     line = f"{where}: not the folder of a model, as it has no config.json"
@@ -124,7 +119,7 @@ def _context(path: str) -> int:
         values = read_json(folder / "config.json")
     except ConfigError as error:
         raise ConfigError(f"{where}: not the folder of a model ({error})") from error
-    require("model_file" not in values, f"{where}: brings code of its own; it is not run")
+    require("model_file" not in values, f"{where}: contains code of its own, which is not run")
     found = values.get("max_position_embeddings") or values.get("n_positions") or sys.maxsize
     line = f"{where}: max_position_embeddings={found!r:.40}: must be a whole number"
     require(type(found) is int and found >= 1, line)
@@ -132,7 +127,7 @@ def _context(path: str) -> int:
 
 
 def _imported(name: str, kind: str) -> Any:
-    """Import a library.  Raises ConfigError, naming the extra ``kind``, if it is missing."""
+    """Import a library.  Raise ConfigError, naming the extra ``kind``, if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -143,17 +138,17 @@ def _imported(name: str, kind: str) -> Any:
 
 
 class HuggingFacePolicy(PromptedPolicy):
-    """A causal language model of transformers, in float32."""
+    """Propose edits with a causal language model of transformers, in float32."""
 
     backend = "hf"
 
     def __init__(self, config: ModelPolicy, rates: Sequence[float], device: torch.device) -> None:
-        """Raises ConfigError for what cannot be read, and if a library is missing."""
+        """Raise ConfigError if the model cannot be read or a library is missing."""
         self.length = _context(config.path)
         for name in ("transformers", "peft"):
             _imported(name, "hf")
         folder, where = Path(config.path).expanduser(), f"policy.path={config.path}"
-        # from tensors alone: pickled weights can hold any code
+        # pickled weights can contain code
         options = {"use_safetensors": True, "dtype": torch.float32}
         model = _from_folder("AutoModelForCausalLM", folder, where, **options)
         self.device, self.lm = device, model.to(device).eval()
@@ -164,8 +159,8 @@ class HuggingFacePolicy(PromptedPolicy):
     def logits(self, ids: Sequence[int], allowed: Sequence[int]) -> Sequence[float]:
         read = torch.tensor([list(ids)], device=self.device)
         last = self.lm(input_ids=read, logits_to_keep=1).logits[0, -1]
-        of_each: list[float] = last[list(allowed)].tolist()
-        return of_each
+        logits: list[float] = last[list(allowed)].tolist()
+        return logits
 
     def continued(self, prompt: list[int], count: int, seed: int) -> tuple[list[str], int]:
         ends = self.lm.generation_config.eos_token_id or self.tokenizer.eos_token_id
@@ -191,7 +186,7 @@ class HuggingFacePolicy(PromptedPolicy):
         return texts, sum(map(len, new))
 
     def trained(self, rows: Sequence[Row], config: OuterConfig, seed: int) -> Any:
-        """Train adapters of all linear layers but the head, which may be tied; or all weights."""
+        """Train adapters of all linear layers but the head, which may be tied, or all weights."""
         from peft import LoraConfig, get_peft_model
 
         model, rank = copy.deepcopy(self.lm).requires_grad_(True), config.lora.rank
@@ -199,8 +194,7 @@ class HuggingFacePolicy(PromptedPolicy):
             alpha = config.lora.alpha or 2 * rank
             kind: Any = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
             with _seeded(seed, self.device), warnings.catch_warnings():
-                # peft notices by itself that GPT-2's matrices are transposed, and calls
-                # transformers in a deprecated way
+                # peft handles GPT-2's transposed matrices, and makes a deprecated call
                 warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
                 model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, **kind))
@@ -214,20 +208,20 @@ class HuggingFacePolicy(PromptedPolicy):
 
 
 def _from_folder(kind: str, folder: Path, where: str, **options: Any) -> Any:
-    """Load one of transformers' auto classes.  Raises ConfigError, which ``where`` begins."""
+    """Load one of transformers' auto classes.  Raise ConfigError, starting with ``where``."""
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     try:
         return getattr(transformers, kind).from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **options
         )
-    except Exception as error:  # whatever the files lead it to
+    except Exception as error:  # files can make it raise anything
         why = first_line(error)
         raise ConfigError(f"{where}: {kind} of transformers cannot read it ({why})") from error
 
 
 def _finite(ids: Tensor, scores: Tensor) -> Tensor:
-    """Stop ``generate`` where there is nothing to choose from."""
+    """Raise RunError in ``generate`` if no logit is finite."""
     if not scores.amax(dim=-1).isfinite().all():
         raise RunError(NO_CHOICE)
     return scores
@@ -235,7 +229,7 @@ def _finite(ids: Tensor, scores: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Begin torch's global generators at ``seed``, and restore them afterwards."""
+    """Seed torch's global generators for the block, and restore them afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -245,12 +239,12 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class MlxPolicy(PromptedPolicy):
-    """A model that mlx_lm reads, on Apple silicon.  It is not trained."""
+    """Propose edits with a model that mlx_lm reads, on Apple silicon; it cannot be trained."""
 
     backend = "mlx"
 
     def __init__(self, config: ModelPolicy, rates: Sequence[float]) -> None:
-        """Raises ConfigError on other machines, and if the library or the model is missing."""
+        """Raise ConfigError on other machines, and if the library or the model is missing."""
         machine = platform.system(), platform.machine()
         line = f"policy.kind=mlx: needs Apple silicon, and this is {' '.join(machine)}; use hf"
         require(machine == ("Darwin", "arm64"), line)
@@ -259,7 +253,7 @@ class MlxPolicy(PromptedPolicy):
         sampling = _imported("mlx_lm.sample_utils", "mlx")
         try:
             self.lm, tokenizer = self.mlx_lm.load(str(Path(config.path).expanduser()))
-        except Exception as error:  # whatever the files lead mlx_lm to
+        except Exception as error:  # files can make it raise anything
             why = first_line(error)
             raise ConfigError(f"policy.path={config.path}: cannot be read ({why})") from error
         self.sampler = sampling.make_sampler(temp=config.temperature, top_k=config.top_k or 0)
@@ -267,8 +261,8 @@ class MlxPolicy(PromptedPolicy):
 
     def logits(self, ids: Sequence[int], allowed: Sequence[int]) -> Sequence[float]:
         last = self.lm(self.mlx.array([list(ids)]))[0, -1]
-        of_each: list[float] = last[self.mlx.array(list(allowed))].tolist()
-        return of_each
+        logits: list[float] = last[self.mlx.array(list(allowed))].tolist()
+        return logits
 
     def continued(self, prompt: list[int], count: int, seed: int) -> tuple[list[str], int]:
         self.mlx.random.seed(seed)
@@ -284,5 +278,5 @@ class MlxPolicy(PromptedPolicy):
                 if not math.isfinite(part.logprobs[part.token].item()):
                     raise RunError(NO_CHOICE)
                 texts[n] += part.text
-                tokens += part.finish_reason != "stop"  # the last one, which ends the text
+                tokens += part.finish_reason != "stop"  # the end token does not count
         return texts, tokens

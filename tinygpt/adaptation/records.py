@@ -1,4 +1,4 @@
-"""Files of JSON lines: ``adapt.jsonl`` (a record a line) and ``edits.jsonl``.  Torch-free."""
+"""Read and write the JSON lines of ``adapt.jsonl`` (records) and ``edits.jsonl``.  Torch-free."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIELDS = (
     *("train_loss_first", "train_loss_last", "doc_unknown_tokens", "edit_unknown_tokens"),
     *("times_proposed", "accepted", "wall_s", "cpu_s", "device", "error"),
 )
-# The fields that an analysis and a resumed study need, by type; each may be null.
+# Fields that the analysis and a resumed study need, by type; each may be null.
 WHOLE = ("base_parameters", "iteration", "lora_rank", "inner_steps", "seed")
 NUMBERS = (
     *("reward", "forgetting", "accuracy_before", "accuracy_after", "lr", "flops_est"),
@@ -39,44 +39,43 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 def append(path: Path, rows: Sequence[Record]) -> None:
-    """Write all rows at once or none; they are on the disk when it returns."""
-    lines = [json.dumps(row, allow_nan=False) for row in rows]
-    fileio.append(path, "".join(f"{line}\n" for line in lines).encode(), sync=True)
+    """Append all rows or none, and wait until they are on disk."""
+    lines = (json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    fileio.append(path, "".join(lines).encode(), sync=True)
 
 
 def repair(path: Path) -> None:
-    """Cut off a torn last line, if there is a file; call it before any ``append``."""
+    """Remove an incomplete last line; call this before any ``append``."""
     if path.exists():
         with fileio.naming(path), path.open("rb+") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def read_lines(path: Path) -> tuple[list[Record], bool]:
-    """Return the objects, and whether a torn line follows them.  Raises ConfigError, naming the
-    line, for what is not an object."""
+    """Return the objects in a file and whether a torn line follows, or raise ConfigError."""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(fileio.parse_object(line.decode()))
         except ValueError as error:
-            if number == len(lines):  # without a line end: it was being written
+            if number == len(lines):  # the process was killed while writing it
                 return rows, bool(line.strip())
             raise ConfigError(f"{path}: line {number} is not JSON ({error})") from error
     return rows, False
 
 
 def read_records(path: Path) -> tuple[list[Record], bool]:
-    """Do as ``read_lines``, and raise ConfigError for a line that is not a record."""
+    """Return the records in a file, as ``read_lines`` does.  Raise ConfigError for other lines."""
     rows, torn = read_lines(path)
     for number, row in enumerate(rows, start=1):
         for name in [name for name in TYPES if name not in row]:
             raise ConfigError(f"{path}: line {number} has no {name}")
         for name, types in TYPES.items():
             value = row[name]
-            most = {int: 2**63, float: math.inf}.get(type(value))  # more fits into no table
-            holds = type(value) in types and not (most and abs(value) >= most)
+            limit = {int: 2**63, float: math.inf}.get(type(value))  # more does not fit in a table
+            holds = type(value) in types and not (limit and abs(value) >= limit)
             if value is not None and not holds:
-                line = f"line {number}: {name}={value!r:.40} is of another type"
+                line = f"line {number}: {name}={value!r:.40} has the wrong type"
                 raise ConfigError(f"{path}: {line}")
     return rows, torn

@@ -1,4 +1,4 @@
-"""The report of a study of adaptation: does self-editing beat the raw document, at what cost?"""
+"""Report whether self-editing beats the raw document, and at what cost."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from tinygpt.scaling.wording import count
 CAPTIONS = {
     "adaptation_laws": (
         "Mean reward on test documents after k inner steps, with its 95 % band, and against all "
-        "tokens that a document took, those of the policy's fine-tuning not counted. Losses "
-        "larger than the gains run off below."
+        "tokens per document, without those of the policy's fine-tuning. Losses larger than the "
+        "gains are cut off."
     ),
     "pareto_forgetting": (
-        "Reward against forgetting on test documents. No setting gains more than the front at no "
-        "more forgetting, but for `oracle`, which is told what to write."
+        "Reward against forgetting on test documents. No setting gains more than the front without "
+        "more forgetting, except `oracle`, which is told what to write."
     ),
     "restem": (
-        "Reward by iteration, with 95 % intervals. The best of several edits is chosen by the "
-        "reward it is shown with: it is an upper end, not what the policy gives."
+        "Reward by iteration, with 95 % intervals. The best of several edits is selected by the "
+        "reward shown, so it is an upper bound on what the policy achieves."
     ),
 }
 TABLES = {
@@ -54,8 +54,7 @@ Cells = dict[str, str]  # of a row, by column
 
 
 def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
-    """Write the whole report on the records under ``runs``, and print the answer.  Raises
-    ConfigError if there are none or they contradict each other."""
+    """Write the report on the records in ``runs`` and print the answer, or raise ConfigError."""
     adaptation = analyse_adaptation(load_records(*runs), seed)
     write(adaptation, folder)
     brief = outcomes(adaptation, brief=True)
@@ -63,7 +62,7 @@ def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
 
 
 def write(adaptation: Adaptation, folder: Path) -> list[Path]:
-    """Write report, figures and tables; what an earlier analysis left is replaced."""
+    """Write report, figures and tables, replacing those of an earlier analysis."""
     with fileio.report_lock(folder):
         fileio.remove_torn(folder, folder / "tensorboard")
         figures = plots.draw(adaptation, folder)
@@ -77,7 +76,7 @@ def write(adaptation: Adaptation, folder: Path) -> list[Path]:
 
 
 def compose(adaptation: Adaptation, figures: Sequence[str]) -> Iterator[Block]:
-    """Yield the whole report, in the order it is read."""
+    """Yield the whole report."""
 
     def pictures(*names: str) -> Iterator[Block]:
         return (Picture(name, CAPTIONS[name]) for name in names if name in figures)
@@ -92,14 +91,14 @@ def compose(adaptation: Adaptation, figures: Sequence[str]) -> Iterator[Block]:
     yield from notes(adaptation)
     yield Heading("How it was computed")
     yield Paragraph(
-        "Records of a document are averaged first; every interval is over documents. Means: "
-        "percentiles of the bootstrap, widened for few documents (Hesterberg 2015), and "
-        f"for fewer than {FEW} Student's t; accuracies: Clopper and Pearson's. Differences: "
-        "Student's t, with Wilcoxon's signed ranks beside it; Holm's correction is over all "
-        "self-edits, ranks and steps of a base, and apart from them over the references (those "
-        "whose directive is not the model's own choice). Equal tokens are those trained on; what "
-        "the policy reads and writes comes on top and is listed. Records without a result are in "
-        "no mean: a method that fails often looks better than it is. "
+        "Records of a document are averaged first; every interval is over documents. Means have "
+        "bootstrap percentiles, widened for few documents (Hesterberg 2015), or Student's t for "
+        f"fewer than {FEW}; accuracies have Clopper and Pearson's. Differences have Student's t, "
+        "with Wilcoxon's signed ranks beside it; Holm's correction is over all self-edits, ranks "
+        "and steps of a base, and separately over the references (whose directive is not the "
+        "model's choice). Tokens are equal in training; what the policy reads and writes is extra "
+        "and listed. Records without a result are in no mean, so a method that fails often looks "
+        "better than it is. "
         f"Seed {adaptation.seed}."
     )
     yield Heading("Files")
@@ -118,7 +117,7 @@ def notes(adaptation: Adaptation) -> Iterator[Block]:
 
 
 def answer(adaptation: Adaptation) -> Iterator[Block]:
-    """Say it in plain words, by base; then from what size on."""
+    """Answer in plain words for each base, then say from what size on."""
     yield Heading("Does self-editing beat the raw document?", 1)
     table = adaptation.paired
     edits = table[table["self_edit"]] if len(table) else table
@@ -191,8 +190,10 @@ def _plus(value: float) -> str:
 
 
 def _signed(row: Any, name: str, prefix: str | None = None) -> str:
-    """Return ``+0.12 (0.05 to 0.19)``, to the digits that the interval supports; its ends are in
-    the columns low and high behind ``prefix``, or behind the name."""
+    """Return ``+0.12 (0.05 to 0.19)``, rounded as the interval suggests.
+
+    Its ends are in the columns ``prefix``low and ``prefix``high, by default after the name.
+    """
     prefix = f"{name}_" if prefix is None else prefix
     value, low, high = (float(row[end]) for end in (name, f"{prefix}low", f"{prefix}high"))
     if not low < high:
@@ -210,7 +211,7 @@ def _tables(
     columns: Sequence[str] | None = None,
     title: str = "",
 ) -> Iterator[Block]:
-    """Yield a table a base, its rows by method, without empty columns."""
+    """Yield a table per base, with rows by method and without empty columns."""
     for name, part in bases(table):
         rows = [
             cells(row)
@@ -223,8 +224,7 @@ def _tables(
 
 
 def outcomes(adaptation: Adaptation, brief: bool = False) -> Iterator[Block]:
-    """Say what each method brings on test documents, after the fewest and the most steps;
-    ``brief``: after the most alone, at the largest rank."""
+    """Yield the test results after the fewest and the most steps, or after the most (``brief``)."""
     table = adaptation.tested
     if table.empty:
         yield Paragraph("No test document has a result yet.")
@@ -270,14 +270,14 @@ def _outcome(row: Row) -> Cells:
 
 
 def differences(adaptation: Adaptation) -> Iterator[Block]:
-    """Compare every method with ``lora_doc``, by steps."""
+    """Yield the comparisons with ``lora_doc``, by steps."""
     table = adaptation.paired
     if table.empty:
         return
     yield Heading(f"Against `{RAW}`")
     yield Paragraph(
-        f"Reward less that of `{RAW}` on the same test documents and seeds, at equal rank, steps "
-        "and tokens; ▲ better, ▼ worse (p < 0.05 by Holm), unmarked: no evidence. Beside it, at "
+        f"Reward minus that of `{RAW}` on the same test documents and seeds, at equal rank, steps "
+        "and tokens: ▲ better, ▼ worse (p < 0.05 by Holm), unmarked no evidence. Beside it, at "
         "the most steps, the difference in forgetting and p by t, Wilcoxon and Holm."
     )
     for _, part in bases(table):
@@ -286,11 +286,11 @@ def differences(adaptation: Adaptation) -> Iterator[Block]:
     methods = set(adaptation.summary["method"]) - {"none", RAW} - set(table["method"])
     if methods:
         names = ", ".join(f"`{name}`" for name in by_order(methods))
-        yield Paragraph(f"Without a document, seed and setting that `{RAW}` has too: {names}.")
+        yield Paragraph(f"Not comparable, as `{RAW}` lacks their documents or settings: {names}.")
 
 
 def _difference(every: list[Row], row: Row) -> Cells:
-    """Return the cells of a setting; ``every`` are the comparisons of its base, at any steps."""
+    """Return the cells of a setting; ``every`` has the comparisons of its base at any steps."""
     place = [str(row[name]) for name in PLACE]
     mine = {one["inner_steps"]: one for one in every if [str(one[name]) for name in PLACE] == place}
     cells = {"method": f"`{row['method']}`", "rank": _rank(row)}
@@ -305,15 +305,14 @@ def _difference(every: list[Row], row: Row) -> Cells:
 
 
 def powers(adaptation: Adaptation) -> Iterator[Block]:
-    """Say reward = c·k^a, where it may be said."""
+    """Yield the laws reward = c·k^a, and why there are none."""
     if adaptation.laws.empty:
         return
     yield Heading("Reward by inner steps")
     yield Paragraph(
-        "reward = c·k^a through the means over test documents, where these are positive, rise "
-        "with k and have the law within their intervals; its own "
-        f"({100 * LEVEL:.0f} %) by the bootstrap over documents. Off: how far the law is from a "
-        "mean at most."
+        "reward = c·k^a, fitted to the means over test documents if these are positive, rise with "
+        f"k and have the law within their intervals. Intervals ({100 * LEVEL:.0f} %) are by the "
+        "bootstrap over documents. Off: the largest deviation of a mean from the law."
     )
     yield from _tables(adaptation.laws, _power)
 
@@ -327,14 +326,14 @@ def _power(row: Row) -> Cells:
 
 
 def rounds(adaptation: Adaptation) -> Iterator[Block]:
-    """Say what the outer loop learned."""
+    """Yield what the outer loop learned."""
     if adaptation.restem.empty:
         return
     yield Heading("By iteration")
     yield Paragraph(
-        "Edits of a document, each as often as it was proposed. Accepted: the share of documents "
-        "of which an edit was learned from. On train documents the policy explores more at first: "
-        "a part of what is gained there is not learning. On test documents it does not explore."
+        "Edits of a document, each counted as often as it was proposed. Accepted: the share of "
+        "documents with an edit that was learned from. On train documents the policy explores more "
+        "at first, so part of the gain there is not learning. On test documents it never explores."
     )
     # rows of a split stay together, as those of a method do elsewhere
     yield from _tables(adaptation.restem.assign(method=adaptation.restem["split"]), _round)

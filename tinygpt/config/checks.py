@@ -1,6 +1,6 @@
-"""Check a configuration: its keys are known, in their bounds, and go together.
+"""Check that the keys of a configuration are known, within their bounds, and fit together.
 
-Every mistake is a ConfigError of one line, found before torch is imported.
+Every mistake is a one-line ConfigError, found before torch is imported.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tinygpt.config import (
     Config,
     ConfigError,
     Settings,
+    SgdOptim,
     rate_is_scaled,
 )
 from tinygpt.config.errors import require as require
@@ -40,13 +41,12 @@ LIMITS = {
 
 
 def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
-    """Return the composed configuration as dataclasses; ``check`` says whether it is valid.
+    """Return the composed configuration as dataclasses, not yet checked by ``check``.
 
-    A horizon among the command line's ``overrides`` replaces the one of a recipe.  Raises
-    ConfigError.
+    A horizon among the command line's ``overrides`` replaces a recipe's.  Raises ConfigError.
     """
     config = as_dataclasses(composed, Config)
-    values = dict(item.lstrip("+").partition("=")[::2] for item in overrides)  # the last counts
+    values = dict(item.lstrip("+").partition("=")[::2] for item in overrides)  # the last one wins
     given = [name for name in HORIZONS if values.get(f"train.{name}", "null") != "null"]
     for name in HORIZONS:
         if given and name not in given:
@@ -57,7 +57,7 @@ def typed(composed: DictConfig, overrides: Sequence[str] = ()) -> Config:
 
 
 def as_dataclasses(composed: DictConfig, cls: type[T]) -> T:
-    """Return the composed configuration, of schema ``cls``.  Raise ConfigError for other keys."""
+    """Return the composed configuration as a ``cls``.  Raise ConfigError for an unknown key."""
     config = OmegaConf.to_object(composed)
     assert isinstance(config, cls)
     for name in _extra_keys(composed, config):
@@ -66,7 +66,7 @@ def as_dataclasses(composed: DictConfig, cls: type[T]) -> T:
 
 
 def unknown_key(name: str, known: Sequence[str]) -> str:
-    """Return the line for a key that does not exist, with the nearest ones that do."""
+    """Return the error line for an unknown key, with a suggestion."""
     if name in REMOVED:
         return f"{name}: removed; {REMOVED[name]}"
     if name in known:
@@ -75,21 +75,22 @@ def unknown_key(name: str, known: Sequence[str]) -> str:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Return the end of an error line: the names nearest to ``name``, if any is near."""
-    last = name.rsplit(".", 1)[-1]
+    """Return the end of an error line that suggests known names similar to ``name``, if any."""
+    last = name.rpartition(".")[2]
     found = difflib.get_close_matches(name, known, n=2, cutoff=0.85)
-    found += [k for k in known if k.rsplit(".", 1)[-1] == last]  # right name, wrong place
-    if len(name) > 2:
-        word = re.compile(rf"(^|[._]){re.escape(name)}")
-        found = found or [k for k in known if word.search(k)]
+    found += [k for k in known if k.rpartition(".")[2] == last]  # right name, wrong section
+    if len(name) > 2 and not found:
+        found = [k for k in known if re.search(rf"(^|[._]){re.escape(name)}", k)]
     found = found or difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     nearest = list(dict.fromkeys(found))[:2]
     return f"; did you mean {' or '.join(nearest)}?" if nearest else ""
 
 
 def key_names(section: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of every leaf of a configuration or of a schema class, except an
-    experiment's tables and the arguments of the user's callbacks."""
+    """Yield the dotted names of the keys of a configuration or a schema class.
+
+    The tables of ``sweep`` and the arguments of the user's callbacks are left out.
+    """
     for item in dataclasses.fields(section):
         value = getattr(section, item.name, None)
         if dataclasses.is_dataclass(value) and item.name != "sweep":
@@ -99,7 +100,7 @@ def key_names(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _extra_keys(composed: DictConfig, config: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the keys that ``+key=value`` added to a schema that does not have them."""
+    """Yield the keys added by ``+key=value`` that are not in the schema."""
     names = {item.name for item in dataclasses.fields(config)}
     for key, value in composed.items():
         name = str(key)
@@ -110,7 +111,7 @@ def _extra_keys(composed: DictConfig, config: Any, prefix: str = "") -> Iterator
 
 
 def check(config: Config) -> None:
-    """Check the bounds of every key, then what must fit together.  Raises ConfigError."""
+    """Check the bounds of every key, then that the keys fit together, or raise ConfigError."""
     check_bounds(config)
     model, data, train, optim = config.model, config.data, config.train, config.optim
     horizons = sorted(f"train.{name}" for name in HORIZONS if getattr(train, name) is not None)
@@ -120,7 +121,7 @@ def check(config: Config) -> None:
         ("model.n_kv_heads", "model.n_heads"),
         ("model.max_seq_len", "train.batch_tokens"),
     ):
-        value, whole = (operator.attrgetter(name)(config) for name in (small, large))
+        value, whole = operator.attrgetter(small, large)(config)
         fits = value is None or whole % value == 0
         require(fits, f"{small}={value}: must divide {large}={whole}")
     require(
@@ -128,39 +129,30 @@ def check(config: Config) -> None:
         f"model.n_heads={model.n_heads}: rope needs an even d_model / n_heads, "
         f"here {model.d_model} / {model.n_heads} = {model.d_model // model.n_heads}",
     )
-    scaling = model.rope_scaling
-    require(
-        scaling is None
-        or (
-            model.position == "rope"
-            and scaling.keys() == set(LLAMA3)
-            and min(scaling.values()) > 0
-            and scaling["low_freq_factor"] < scaling["high_freq_factor"]
-        ),
-        f"model.rope_scaling={scaling}: must be null, or with position=rope numbers above 0 for "
-        f"{', '.join(LLAMA3)}, the low below the high",
-    )
-    require(
-        (data.stride or 0) <= model.max_seq_len,
-        f"data.stride={data.stride}: more than model.max_seq_len={model.max_seq_len} would skip "
-        "tokens",
-    )
-    require(
-        data.val_fraction + data.test_fraction < 1,
-        f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction}: "
-        "their sum must be below 1",
-    )
+    if (scaling := model.rope_scaling) is not None:
+        holds = model.position == "rope" and scaling.keys() == set(LLAMA3)
+        holds = holds and min(scaling.values()) > 0
+        require(
+            holds and scaling["low_freq_factor"] < scaling["high_freq_factor"],
+            f"model.rope_scaling={scaling}: must be null, or with position=rope numbers above 0 "
+            f"for {', '.join(LLAMA3)}, the low below the high",
+        )
+    line = f"data.stride={data.stride}: more than model.max_seq_len={model.max_seq_len} would skip"
+    require((data.stride or 0) <= model.max_seq_len, f"{line} tokens")
+    given = f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction}"
+    fits = data.val_fraction + data.test_fraction < 1
+    require(fits, f"{given}: their sum must be below 1")
     check_text(data)
     betas = getattr(optim, "betas", [0.0, 0.0])
     require(len(betas) == 2, f"optim.betas={betas}: must be two numbers")
-    nesterov = optim.kind == "sgd" and getattr(optim, "nesterov", False)
-    momentum = getattr(optim, "momentum", 0.0)
-    require(not nesterov or momentum > 0, "optim.nesterov=true: needs optim.momentum above 0")
+    if isinstance(optim, SgdOptim):
+        holds = not optim.nesterov or optim.momentum > 0
+        require(holds, "optim.nesterov=true: needs optim.momentum above 0")
     uri = config.logger.mlflow.tracking_uri if config.logger.mlflow else None
     require(
         not uri or bool(re.match(r"(sqlite|postgresql|mysql|mssql|https?)(\+\w+)?://", uri)),
         f"logger.mlflow.tracking_uri={uri}: must be a database or a server, as sqlite:///FILE or "
-        "http://HOST:PORT; MLflow takes no folders any more",
+        "http://HOST:PORT; MLflow no longer accepts folders",
     )
     _check_rates(config)
     require(
@@ -177,7 +169,7 @@ def check(config: Config) -> None:
 
 
 def check_names(named: Mapping[str, str | None]) -> None:
-    """Raise ConfigError for a value that cannot name a folder."""
+    """Raise ConfigError if a value cannot be the name of a folder."""
     for name, value in named.items():
         require(
             value is None or re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", value) is not None,
@@ -186,18 +178,14 @@ def check_names(named: Mapping[str, str | None]) -> None:
 
 
 def _check_rates(config: Config) -> None:
-    """Check what µP and LoRA need of the optimizer."""
+    """Check that the optimizer suits µP and LoRA."""
     model, optim = config.model, config.optim
-    allowed = f"allowed with optim={', '.join(SCALED_BY_WIDTH)}"
     if optim.kind not in SCALED_BY_WIDTH and rate_is_scaled(model, optim):
+        allowed = f"optim={optim.kind}; allowed with optim={', '.join(SCALED_BY_WIDTH)}"
         if optim.scale_rate_with_width:
-            raise ConfigError(
-                f"optim.scale_rate_with_width=true: not with optim={optim.kind}; {allowed}"
-            )
-        raise ConfigError(
-            f"model.parametrization=mup: has no rule for the rates of optim={optim.kind}; "
-            f"{allowed}, muon"
-        )
+            raise ConfigError(f"optim.scale_rate_with_width=true: not with {allowed}")
+        line = f"model.parametrization=mup: has no rule for the rates of {allowed}, muon"
+        raise ConfigError(line)
     rank, alpha = optim.lora.rank, optim.lora.alpha
     if rank is None:
         require(alpha is None, f"optim.lora.alpha={alpha}: needs optim.lora.rank")
@@ -211,13 +199,10 @@ def _check_rates(config: Config) -> None:
 
 
 def check_sweepable(config: Settings) -> None:
-    """Raise ConfigError for a job that a sweep cannot run.
-
-    Each further process of a run repeats its command: in a sweep it would repeat the sweep.
-    """
+    """Raise ConfigError for a job that a sweep cannot run."""
     trainer = getattr(config, "trainer", None)
     require(trainer is None or not trainer.fast_dev_run, "trainer.fast_dev_run=true: no --multirun")
-    for name in ("devices", "num_nodes"):
+    for name in ("devices", "num_nodes"):  # further processes would repeat the command, a sweep
         value = getattr(config.hardware, name)
         require(
             value == 1,
@@ -227,7 +212,7 @@ def check_sweepable(config: Settings) -> None:
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:
-    """Check every field of a dataclass against the bounds of its ``key``.  Raises ConfigError."""
+    """Check every field of a dataclass against the bounds of its ``key``, or raise ConfigError."""
     for item in dataclasses.fields(section):
         value, name = getattr(section, item.name), prefix + item.name
         if dataclasses.is_dataclass(value):
@@ -239,14 +224,12 @@ def check_bounds(section: Any, prefix: str = "") -> None:
 
 
 def check_text(data: object) -> None:
-    """Raise ConfigError for a separator, delimiter or encoding by which no text can be read."""
+    """Raise ConfigError for a separator, delimiter or encoding that cannot work."""
     line = "data.separator='': must be auto, none or a text that separates documents"
     require(getattr(data, "separator", "auto") != "", line)
     delimiter, encoding = (getattr(data, name, None) for name in ("delimiter", "encoding"))
-    require(
-        delimiter is None or (len(delimiter) == 1 and delimiter not in '"\n\r'),
-        f"data.delimiter={delimiter}: must be one character, as , ; | or \\t",
-    )
+    holds = delimiter is None or (len(delimiter) == 1 and delimiter not in '"\n\r')
+    require(holds, f"data.delimiter={delimiter}: must be one character, as , ; | or \\t")
     if encoding is not None:
         try:
             b"".decode(encoding)
@@ -257,7 +240,7 @@ def check_text(data: object) -> None:
 
 
 def check_scale(scale: str) -> None:
-    """Raise ConfigError for a scale that no experiment has."""
+    """Raise ConfigError for an unknown scale."""
     _check_value("scale", scale, {"among": SCALES})
 
 

@@ -1,8 +1,8 @@
-"""Parameters and FLOPs of a model in closed form, without building it and without torch.
+"""Count the parameters and FLOPs of a model in closed form, without torch.
 
-The conventions, once: ``non_embedding`` is blocks + final norm; ``embedding`` is the token table,
-the position table and the untied head; a tied weight counts once; rows that pad the vocabulary
-are rows like any other.  A product of an (m, k) with a (k, n) matrix is 2·m·n·k FLOPs.
+``non_embedding`` covers the blocks and the final norm; ``embedding`` the token table, the position
+table and the untied head.  Tied weights count once, and rows that pad the vocabulary count too.
+The product of an (m, k) and a (k, n) matrix takes 2·m·n·k FLOPs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tinygpt.config import ModelConfig
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many numbers a model learns, by group."""
+    """Hold the number of parameters of a model, by group."""
 
     total: int
     non_embedding: int
@@ -24,8 +24,8 @@ class Parameters:
 def resolved_d_ff(model: ModelConfig) -> int:
     """Return the width of the feed-forward layer: ``d_ff``, or by default 4·d_model.
 
-    SwiGLU has three matrices where the others have two, so its default is two thirds of that,
-    rounded up to a multiple of 8, and a block keeps about the same size.
+    SwiGLU has three matrices instead of two, so its default is two thirds of that, rounded up to
+    a multiple of 8.
     """
     if model.d_ff is not None:
         return model.d_ff
@@ -35,12 +35,12 @@ def resolved_d_ff(model: ModelConfig) -> int:
 
 
 def padded_vocab(vocab_size: int, multiple: int) -> int:
-    """Return the rows of the embedding: ``vocab_size`` rounded up to a multiple."""
+    """Return ``vocab_size`` rounded up to a multiple."""
     return -(-vocab_size // multiple) * multiple
 
 
 def _linear_layers(model: ModelConfig) -> list[tuple[int, int]]:
-    """Return (inputs, outputs) of the matrices of one block."""
+    """Return (inputs, outputs) of each matrix of a block."""
     d_model, d_ff = model.d_model, resolved_d_ff(model)
     head_dim = d_model // model.n_heads
     n_kv_heads = model.n_kv_heads or model.n_heads
@@ -50,14 +50,10 @@ def _linear_layers(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
-    """Count what ``sum(p.numel() for p in GPT(model, vocab_size).parameters())`` would give."""
-    layers = _linear_layers(model)
+    """Count the parameters of ``GPT(model, vocab_size)``."""
     norm = model.d_model * (2 if model.norm == "layernorm" and model.bias else 1)
-    block = sum(m * n for m, n in layers) + 2 * norm
-    if model.bias:
-        block += sum(n for _, n in layers)
+    block = 2 * norm + sum((m + model.bias) * n for m, n in _linear_layers(model))
     non_embedding = model.n_layers * block + norm
-
     table = padded_vocab(vocab_size, model.pad_vocab_to_multiple) * model.d_model
     embedding = table if model.tie_weights else 2 * table
     if model.position == "learned":
@@ -66,19 +62,19 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> Parameters:
 
 
 def lora_parameters(model: ModelConfig, rank: int) -> int:
-    """Count the parameters of LoRA: adapters of that rank beside every matrix of the blocks."""
+    """Count the parameters of LoRA adapters of that rank for every matrix of the blocks."""
     return model.n_layers * sum(rank * (m + n) for m, n in _linear_layers(model))
 
 
 def flops_per_token(
     model: ModelConfig, vocab_size: int, seq_len: int | None = None, lora_rank: int | None = None
 ) -> float:
-    """Return the FLOPs of training on one token of a sequence of ``seq_len`` (None: max_seq_len).
+    """Return the training FLOPs per token of a sequence of ``seq_len`` (None: max_seq_len).
 
-    Every matrix product of the forward pass, the head included, times 3, as the backward pass
-    has two for each of them; under LoRA the weights have no gradient, so they have one, and the
-    adapters two.  Attention counts the whole T x T square, though half of it is
-    masked; what gradient checkpointing computes twice counts once.
+    Each matrix product of the forward pass, the head included, counts three times, as the backward
+    pass has two more; under LoRA it has only one for the frozen weights.  Attention counts the full
+    T x T square, though half of it is masked; recomputation by gradient checkpointing is not
+    counted.
     """
     length = model.max_seq_len if seq_len is None else seq_len
     linear = sum(2 * m * n for m, n in _linear_layers(model))
@@ -91,5 +87,5 @@ def flops_per_token(
 
 
 def flops_6nd(parameters_total: int, tokens: int) -> float:
-    """Return the rule of thumb C = 6·N·D, where N counts all parameters."""
+    """Return the rule-of-thumb FLOPs C = 6·N·D, where N counts all parameters."""
     return 6.0 * parameters_total * tokens

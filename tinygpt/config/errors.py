@@ -1,15 +1,14 @@
-"""Errors that end a command in one line."""
+"""Define the errors that end a command with one line."""
 
 from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """The user asked for something impossible: one line with the key, the value and what is
-    allowed.  Commands print it and exit with code 2."""
+    """Report a user's mistake in one line: key, value and what is allowed; exit code 2."""
 
 
 class RunError(RuntimeError):
-    """A run failed after it had begun; one line.  Commands exit with code 1."""
+    """Report in one line why a run failed after it had started; exit code 1."""
 
 
 def require(holds: bool, line: str) -> None:
@@ -19,7 +18,7 @@ def require(holds: bool, line: str) -> None:
 
 
 def install(extra: str) -> str:
-    """Return the command that installs an extra of pyproject.toml; tinygpt is on no index."""
+    """Return the command that installs an extra of pyproject.toml."""
     return f"`pip install -e '.[{extra}]'` in the folder of tinygpt"
 
 
@@ -32,10 +31,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the whole message with its line breaks as spaces."""
+    """Return the message of ``error`` on one line."""
     return " ".join(str(error).split())
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's message, or the error's class where it is empty."""
+    """Return the first line of an error's message, or the name of its class if there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Everything counted in steps, from the horizon and the batch, in one place."""
+"""Derive everything that is counted in steps from the horizon and the batch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tinygpt.config import HORIZONS, Config, TrainConfig
 from tinygpt.config.checks import require
 
 MOST_STEPS = 10**12
-# Tokens that a device takes well in one pass: beyond that a larger pass is not faster.
+# Tokens per pass beyond which a larger pass is no faster.
 PASS_TOKENS = {"cpu": 8192, "mps": 16384, "cuda": 65536}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds what follows from a configuration once the data is known, in optimizer steps."""
+    """Hold what follows from a configuration and its data, in optimizer steps."""
 
     total_steps: int
     train_tokens: int
@@ -37,17 +37,15 @@ def derive(
     devices: int = 1,
     pass_tokens: int = 8192,
 ) -> Plan:
-    """Derive everything counted in steps from the horizon and the batch.
+    """Return the plan of a run with ``windows`` training windows per epoch.
 
-    ``windows`` is the number of training windows of one epoch, ``pass_tokens`` what the device
-    takes well in one pass.  Raises ConfigError if the batch cannot be cut up as asked for.
+    ``pass_tokens`` is a good number of tokens per pass on the device.  Raises ConfigError if the
+    batch cannot be divided as requested.
     """
     train, schedule, length = config.train, config.schedule, config.model.max_seq_len
     batch_size = train.batch_tokens // length
-    batch = (
-        f"the batch of {batch_size} sequences (train.batch_tokens={train.batch_tokens} / "
-        f"model.max_seq_len={length})"
-    )
+    batch = f"the batch of {batch_size} sequences (train.batch_tokens={train.batch_tokens} / "
+    batch += f"model.max_seq_len={length})"
     total = _total_steps(train, parameters, flops_per_token, windows / batch_size)
     warmup = schedule.warmup_steps
     if warmup is None:
@@ -82,7 +80,7 @@ def derive(
 
 
 def _total_steps(train: TrainConfig, parameters: int, flops_per_token: float, epoch: float) -> int:
-    """Return the whole steps that the horizon pays for; ``epoch`` is the steps of one epoch."""
+    """Return the number of whole steps in the horizon; ``epoch`` is the steps of one epoch."""
     name = next(name for name in HORIZONS if getattr(train, name) is not None)
     value = getattr(train, name)
     match name:
@@ -97,7 +95,7 @@ def _total_steps(train: TrainConfig, parameters: int, flops_per_token: float, ep
         case _:
             total = value / train.batch_tokens
     given = f"train.{name}={value}"
-    less = f"{given}: less than one step of train.batch_tokens={train.batch_tokens}"
-    require(total >= 1, less)
+    line = f"{given}: less than one step of train.batch_tokens={train.batch_tokens}"
+    require(total >= 1, line)
     require(total <= MOST_STEPS, f"{given}: {total:.3g} steps are more than {MOST_STEPS:.0e}")
     return int(total)

@@ -1,12 +1,11 @@
-"""Names that are no keys here, and what to write instead: of earlier versions, of Lightning, Hydra
-and other programs."""
+"""List names that are not keys, and what to write instead."""
 
 from __future__ import annotations
 
 # Keys and values of earlier versions.
 REMOVED = {
     "sweep.stack": "runs go side by side with launcher=local launcher.n_jobs=2",
-    "hardware.strategy=fsdp": "hardware.strategy=ddp shares the batch out over the devices",
+    "hardware.strategy=fsdp": "hardware.strategy=ddp splits the batch over the devices",
     "hardware.allocator": "freed memory is always kept for the next step",
     "hardware.matmul": "TINYGPT_MATMUL=torch in the environment switches oneDNN off",
     **dict.fromkeys(
@@ -23,7 +22,7 @@ REMOVED = {
     "estimator=absolute": "estimator=likelihood comes to the same law",
     "threshold_unit": "threshold= is in units of the noise",
 }
-# Keys that follow from others: flags of Lightning's Trainer, and the folders of Hydra.
+# Flags of Lightning's Trainer and folders of Hydra that other keys decide.
 DECIDED = {
     "trainer.max_steps": "train.steps",
     "trainer.max_epochs": "train.epochs",
@@ -45,7 +44,7 @@ DECIDED = {
     "hydra.output_subdir": "run_name, whose folder keeps config.yaml",
     "hydra.job.chdir": "the shell: commands stay in the folder where they are started",
 }
-# What other programs call a key; {} stands for its value.
+# What other programs call a key; {} is its value.
 SYNONYMS = {
     "data=custom data.path={}": "path file text",
     "optim.learning_rate={}": "lr learning_rate max_lr peak_lr",

@@ -1,1 +1,1 @@
-"""The model: ``gpt`` (blocks and GPT) and ``generate`` (text from it)."""
+"""Define the model (``gpt``) and generate text with it (``generate``)."""

@@ -1,26 +1,27 @@
-"""Our GPT as a model of Hugging Face's, and theirs as ours: what config.json says of the shape.
+"""Translate a model's shape to and from the config.json of Hugging Face's GPT-2 or Llama.
 
 GPT-2 has learned positions, LayerNorm and GELU, Llama has RoPE, RMSNorm and SwiGLU; a mixture of
-the two is none of theirs.  The weights are ``huggingface.py``'s.  Torch-free.
+the two belongs to neither.  ``huggingface.py`` translates the weights.  Torch-free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from tinygpt.config import LLAMA3, ConfigError, ModelConfig
+from tinygpt.config.checks import require
 from tinygpt.config.counting import resolved_d_ff
 
 TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
-# What a family is made of: the first key tells the two apart.
-MADE_OF = {
+# The options that each family allows.
+ALLOWED = {
     "gpt2": {"position": ["learned"], "norm": ["layernorm"], "activation": ["gelu", "gelu_tanh"]},
     "llama": {"position": ["rope"], "norm": ["rmsnorm"], "activation": ["swiglu"]},
 }
-# What GPT-2 calls an activation; of the two names of one function the first is the usual.
+# Our activations by GPT-2's name for them; of two names for the same one the first is written.
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# What would make another function of the same weights, with the value that ours has: the default.
+# Settings that we support at one value only: any other changes what the weights compute.
 FIXED: dict[str, dict[str, Any]] = {
     "gpt2": {
         "scale_attn_weights": True,
@@ -32,42 +33,42 @@ FIXED: dict[str, dict[str, Any]] = {
 
 
 def family(model: ModelConfig) -> str:
-    """``gpt2`` or ``llama``.  Raises ConfigError, naming the key, for a mixture that is neither."""
+    """Return ``gpt2`` or ``llama``.  Raise ConfigError, naming the key, if it is neither."""
     name = "llama" if model.position == "rope" else "gpt2"
     with_it = f"Hugging Face's {TITLES[name]}, the family with model.position={model.position}, has"
-    for key, allowed in MADE_OF[name].items():
-        if getattr(model, key) not in allowed:
-            line = f"model.{key}={getattr(model, key)}: {with_it} {' or '.join(allowed)}"
-            raise ConfigError(line)
-    if name == "gpt2" and model.n_kv_heads not in (None, model.n_heads):
-        raise ConfigError(
-            f"model.n_kv_heads={model.n_kv_heads}: {with_it} as many as model.n_heads="
-            f"{model.n_heads}; Llama, with rope, rmsnorm and swiglu, may have fewer"
-        )
+    for key, allowed in ALLOWED[name].items():
+        value = getattr(model, key)
+        require(value in allowed, f"model.{key}={value}: {with_it} {' or '.join(allowed)}")
+    require(
+        name == "llama" or model.n_kv_heads in (None, model.n_heads),
+        f"model.n_kv_heads={model.n_kv_heads}: {with_it} as many as model.n_heads="
+        f"{model.n_heads}; Llama, with rope, rmsnorm and swiglu, may have fewer",
+    )
     return name
 
 
 def to_config(
     model: ModelConfig, vocab_size: int, eot_id: int, start_id: int | None = None
 ) -> dict[str, Any]:
-    """The content of config.json.  ``start_id`` begins a text (null: ``eot_id``, as in training).
+    """Return the content of config.json.
 
-    There is no pad_token_id: Llama would never train that row.  GPT-2 always has biases; that
-    ours has none, all of theirs being zero, stands under ``bias``, which transformers passes by.
-    Raises ConfigError for a mixture without a family.
+    ``start_id`` begins a text (None: ``eot_id``, as in training).  There is no pad_token_id, as
+    Llama would never train its row.  GPT-2 always has biases: where ours has none, theirs are zero
+    and the key ``bias``, which transformers ignores, says so.  Raises ConfigError if the model
+    belongs to neither family.
     """
     name = family(model)
-    ids = {"bos_token_id": eot_id if start_id is None else start_id, "eos_token_id": eot_id}
     common = {
         "model_type": name,
         "dtype": "float32",
         "vocab_size": vocab_size,
         "tie_word_embeddings": model.tie_weights,
         "initializer_range": 0.02,
-        **ids,
+        "bos_token_id": eot_id if start_id is None else start_id,
+        "eos_token_id": eot_id,
     }
     if name == "gpt2":
-        names = {ours: theirs for theirs, ours in reversed(GPT2_ACTIVATIONS.items())}
+        theirs = next(k for k, ours in GPT2_ACTIVATIONS.items() if ours == model.activation)
         return {
             "architectures": ["GPT2LMHeadModel"],
             **common,
@@ -77,7 +78,7 @@ def to_config(
             "n_layer": model.n_layers,
             "n_head": model.n_heads,
             "n_inner": resolved_d_ff(model),
-            "activation_function": names[model.activation],
+            "activation_function": theirs,
             "layer_norm_epsilon": model.norm_eps,
             "embd_pdrop": model.dropout,
             "attn_pdrop": model.dropout,
@@ -86,9 +87,8 @@ def to_config(
         }
     rope: dict[str, Any] = {"rope_type": "default"}
     if model.rope_scaling:
-        original = int(model.rope_scaling["original_max_position_embeddings"])
-        rope = {"rope_type": "llama3", **model.rope_scaling}
-        rope["original_max_position_embeddings"] = original
+        original = int(model.rope_scaling[LLAMA3[3]])
+        rope = {"rope_type": "llama3", **model.rope_scaling, LLAMA3[3]: original}
     return {
         "architectures": ["LlamaForCausalLM"],
         **common,
@@ -101,7 +101,7 @@ def to_config(
         "num_key_value_heads": model.n_kv_heads or model.n_heads,
         "head_dim": model.d_model // model.n_heads,
         "rms_norm_eps": model.norm_eps,
-        "rope_theta": model.rope_theta,  # where transformers 4 looks, the next where 5 does
+        "rope_theta": model.rope_theta,  # read by transformers 4, rope_parameters by 5
         "rope_parameters": {**rope, "rope_theta": model.rope_theta},
         **({"rope_scaling": rope} if model.rope_scaling else {}),
         "attention_bias": model.bias,
@@ -111,14 +111,14 @@ def to_config(
 
 
 def vocab_rows(content: Mapping[str, Any]) -> int:
-    """The rows of the embedding, of a config.json that ``from_config`` takes."""
+    """Return the rows of the embedding, given a config.json that ``from_config`` accepts."""
     return int(content["vocab_size"])
 
 
 def from_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """From the content of a config.json, of transformers 4 or 5, to values of ModelConfig's keys.
+    """Return the values of ModelConfig's keys from a config.json of transformers 4 or 5.
 
-    Raises ConfigError, which ``where`` begins, for what is not a model that ours can be.
+    Raises ConfigError, starting with ``where``, for a model that we cannot represent.
     """
     name = content.get("model_type")
     if not isinstance(name, str) or name not in FIXED:
@@ -135,8 +135,7 @@ def from_config(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         f"{n_kv_heads} heads of keys and values do not divide {n_heads} heads",
     )
     read.fixed("head_dim", d_model // n_heads)
-    made_of = {key: allowed[0] for key, allowed in MADE_OF[name].items()}
-    return {**made_of, **shape}
+    return {**{key: allowed[0] for key, allowed in ALLOWED[name].items()}, **shape}
 
 
 def _gpt2_shape(read: _Reader) -> dict[str, Any]:
@@ -165,9 +164,11 @@ def _llama_shape(read: _Reader) -> dict[str, Any]:
     n_heads = read.number("num_attention_heads")
     n_kv_heads = read.number("num_key_value_heads", n_heads)
     d_model = read.number("hidden_size")
-    bias = read.switch("attention_bias", False)
-    read.fixed("mlp_bias", bias, default=False, why=f" like attention_bias={bias}")
-    read.require(d_model // n_heads % 2 == 0, "an odd width of a head, where RoPE rotates pairs")
+    bias, mlp_bias = (read.switch(f"{part}_bias", False) for part in ("attention", "mlp"))
+    read.require(
+        mlp_bias == bias, f"mlp_bias={mlp_bias}: must be {bias} like attention_bias={bias}"
+    )
+    read.require(d_model // n_heads % 2 == 0, "the width of a head is odd, but RoPE rotates pairs")
     return {
         "n_layers": read.number("num_hidden_layers"),
         "d_model": d_model,
@@ -177,57 +178,42 @@ def _llama_shape(read: _Reader) -> dict[str, Any]:
         "max_seq_len": read.number("max_position_embeddings", 2048),
         "bias": bias,
         "tie_weights": read.switch("tie_word_embeddings", False),
-        "rope_theta": _rope_theta(read),
-        "rope_scaling": _rope_scaling(read),
         "norm_eps": read.positive("rms_norm_eps", 1e-6),
+        **_rope(read),
     }
 
 
-def _rope_tables(read: _Reader) -> Iterator[_Reader]:
-    """transformers 4 has ``rope_scaling``, 5 ``rope_parameters``; a folder may have both."""
+def _rope(read: _Reader) -> dict[str, Any]:
+    """Return RoPE's base, and Llama 3's scaling if it has one; other scalings are refused."""
+    theta, scaling = read.positive("rope_theta", 10000.0), None
+    # transformers 4 writes the first table, transformers 5 the second; a folder may have both
     for key in ("rope_scaling", "rope_parameters"):
         table = read.content.get(key) or {}
         read.require(isinstance(table, dict), f"{key}={table}: must be a table of RoPE's settings")
-        yield _Reader(table, f"{read.where}: {key}")
-
-
-def _rope_theta(read: _Reader) -> float:
-    """transformers 4 has it as a key, 5 in ``rope_parameters``."""
-    theta = read.positive("rope_theta", 10000.0)
-    for inside in _rope_tables(read):
+        inside = _Reader(table, f"{read.where}: {key}")
         inside.fixed("partial_rotary_factor", 1.0)
         theta = inside.positive("rope_theta", theta)
-    return theta
-
-
-def _rope_scaling(read: _Reader) -> dict[str, float] | None:
-    """The numbers of Llama 3's scaling; any other is refused."""
-    found = None
-    for inside in _rope_tables(read):
-        kind = inside.content.get("rope_type") or inside.content.get("type") or "default"
-        inside.require(
-            kind in ("default", "llama3"), f"rope_type={kind}: must be default or llama3"
-        )
+        kind = table.get("rope_type") or table.get("type") or "default"
+        known = ("default", "llama3")
+        inside.require(kind in known, f"rope_type={kind}: must be default or llama3")
         if kind == "llama3":
-            found = {name: inside.positive(name) for name in LLAMA3[:3]}
+            scaling = {name: inside.positive(name) for name in LLAMA3[:3]}
             context = read.number("max_position_embeddings", 2048)
-            found[LLAMA3[3]] = float(inside.number(LLAMA3[3], context))
-            low, high = found["low_freq_factor"], found["high_freq_factor"]
-            inside.require(
-                low < high, f"low_freq_factor={low}: must be below high_freq_factor={high}"
-            )
-    return found
+            scaling[LLAMA3[3]] = float(inside.number(LLAMA3[3], context))
+            _, low, high, _ = scaling.values()
+            line = f"low_freq_factor={low}: must be below high_freq_factor={high}"
+            inside.require(low < high, line)
+    return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 class _Reader:
-    """Values of a JSON object by their key; an absent or null one has its default."""
+    """Read values of a JSON object by key; an absent or null value means its default."""
 
     def __init__(self, content: Mapping[str, Any], where: str) -> None:
         self.content, self.where = content, where
 
     def require(self, holds: bool, line: str) -> None:
-        if not holds:
-            raise ConfigError(f"{self.where}: {line}")
+        require(holds, f"{self.where}: {line}")
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.content.get(key)
@@ -237,18 +223,14 @@ class _Reader:
 
     def number(self, key: str, default: int | None = None) -> int:
         value = self._get(key, default)
-        self.require(
-            type(value) is int and 0 < value < 2**31,
-            f"{key}={value!s:.40}: must be an integer above 0",
-        )
+        holds = type(value) is int and 0 < value < 2**31
+        self.require(holds, f"{key}={value!s:.40}: must be an integer above 0")
         return int(value)
 
     def positive(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
-        self.require(
-            type(value) in (int, float) and 0 < value < 1e300,
-            f"{key}={value!s:.40}: must be a number above 0",
-        )
+        holds = type(value) in (int, float) and 0 < value < 1e300
+        self.require(holds, f"{key}={value!s:.40}: must be a number above 0")
         return float(value)
 
     def switch(self, key: str, default: bool) -> bool:
@@ -256,7 +238,6 @@ class _Reader:
         self.require(type(value) is bool, f"{key}={value}: must be true or false")
         return bool(value)
 
-    def fixed(self, key: str, wanted: Any, default: Any = None, why: str = "") -> None:
-        """``default``: what an absent one means, if that is not what is wanted."""
-        value = self._get(key, wanted if default is None else default)
-        self.require(value == wanted, f"{key}={value}: must be {wanted}{why}")
+    def fixed(self, key: str, wanted: Any) -> None:
+        value = self._get(key, wanted)
+        self.require(value == wanted, f"{key}={value}: must be {wanted}")

@@ -1,10 +1,10 @@
-"""Text from a model, one token at a time."""
+"""Generate text from a model, one token at a time."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from tinygpt.config import RunError, Sampling
 from tinygpt.config.checks import check_bounds
 from tinygpt.model.gpt import GPT, KVCache
 
-# How many tokens pass between two looks whether all rows have ended.  To look is to wait for the
-# device: the others, by default, are looked at every 16 tokens, and what is too much is cut off.
+# Tokens between two checks whether all rows have ended.  A check waits for the device, so devices
+# other than the CPU are checked every 16 tokens and the surplus is cut off.
 LOOK_EVERY = {"cpu": 1}
-LARGEST = 17.0  # number drawn from Exp(1): -log of the least that rand gives, 2^-24, is 16.6
+LARGEST = 17.0  # cap on draws from Exp(1): -log of the smallest positive rand, 2^-24, is 16.6
 FILTERED = float("-inf")
 NO_CHOICE = (
     "the model's logits are NaN or infinite: it has diverged (or the temperature is next to 0)"
@@ -24,38 +24,35 @@ NO_CHOICE = (
 
 
 def context_start(length: int, max_seq_len: int) -> int:
-    """Where the context of the next token begins, when ``length`` tokens are there.
+    """Return where the context of the next token begins in a text of ``length`` tokens.
 
-    The context grows from the first token until it is full; when one more token would not fit,
-    the last half is kept and encoded anew, and it grows again.  (To slide by one token would
-    change every position, each time.)  The start depends on the length alone, so it makes no
-    difference whether a text was generated in one call or in several, with a cache or without.
+    The context grows until it is full; then the last half is kept and encoded again.  (Sliding by
+    one token would change every position each time.)  The start depends on the length alone, so a
+    text is the same whether generated in one call or several, with a cache or without.
     """
-    kept = max(1, max_seq_len // 2)
-    stride = max_seq_len + 1 - kept  # tokens dropped, each time one more would not fit
+    stride = max_seq_len + 1 - max(1, max_seq_len // 2)  # tokens dropped when the context is full
     return stride * max(0, -(-(length - max_seq_len) // stride))
 
 
 def penalised(logits: Tensor, context: Tensor, penalty: float) -> Tensor:
-    """(B, V): the tokens of the context (B, T) made less likely, if ``penalty`` is above 1.
+    """Make tokens of the context (B, T) less likely in the logits (B, V) if ``penalty`` is above 1.
 
-    Keskar et al. 2019 (CTRL) divide their logits; a negative one, which that would make likelier,
-    is multiplied, as in Hugging Face's ``generate``.
+    Positive logits are divided by it (Keskar et al. 2019, CTRL) and negative ones multiplied, as
+    in Hugging Face's ``generate``.
     """
     B, V = logits.shape
     seen = torch.zeros(B, V + 1, dtype=torch.bool, device=logits.device)
-    seen = seen.scatter(1, context.clamp(max=V), True)[:, :V]  # column V: what cannot be chosen
+    seen = seen.scatter(1, context.clamp(max=V), True)[:, :V]  # column V: tokens beyond the logits
     logits = logits.float()
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def filtered(logits: Tensor, context: Tensor, sampling: Sampling) -> Tensor:
-    """(B, V), after the context (B, T) -> (B, V): the logits to draw from, -inf: never drawn.
+    """Return the logits (B, V) to sample from, given the context (B, T); -inf is never sampled.
 
-    The same as Hugging Face's ``generate`` makes of the same options, in its order: repetition
-    penalty, temperature, top-k, top-p (Holtzman et al. 2019), min-p (Nguyen et al. 2024).
-    All that tie with the k-th stay; of those that tie at the edge of top-p, the first.
-    Temperature 0 leaves the likeliest alone, of those that tie the first.
+    The options apply as in Hugging Face's ``generate``, in its order: repetition penalty,
+    temperature, top-k, top-p (Holtzman et al. 2019), min-p (Nguyen et al. 2024).  All tokens that
+    tie with the k-th are kept; of a tie at the edge of top-p, and at temperature 0, only the first.
     """
     if sampling.repetition_penalty != 1:
         logits = penalised(logits, context, sampling.repetition_penalty)
@@ -70,7 +67,7 @@ def filtered(logits: Tensor, context: Tensor, sampling: Sampling) -> Tensor:
         descending, ids = logits.sort(dim=-1, descending=True, stable=True)
         ascending, ids = descending.flip(-1), ids.flip(-1)
         tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
-        tail[:, -1] = False  # the likeliest stays, whatever the sum rounds to
+        tail[:, -1] = False  # keep the likeliest token, however the sum is rounded
         logits = logits.masked_fill(tail.scatter(1, ids, tail), FILTERED)
     if sampling.min_p > 0:
         p = logits.softmax(dim=-1)
@@ -79,31 +76,31 @@ def filtered(logits: Tensor, context: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """(B, V) -> (B,): a token of each row, drawn with its probability p.
+    """Sample one token per row by its probability p: (B, V) -> (B,).
 
-    It is the one whose p / e is largest, e drawn from Exp(1) for each token apart.  As no number
-    drawn depends on the logits, a last bit of theirs changes the choice only where two p / e agree
-    in all the bits before it.  Each generator draws for as many rows: one for all, or its own row.
+    The token with the largest p / e wins, where each e comes from Exp(1).  The random numbers do
+    not depend on the logits, so rounding changes the choice only where two p / e nearly tie.
+    The rows are divided evenly among the generators: one for all rows, or one each.
     """
     B, V = logits.shape
     each = B // len(generators)
-    drawn = [torch.rand(each, V, generator=g, device=g.device) for g in generators]
-    exponential = -torch.cat(drawn).to(logits.device).log()  # never 0: rand is below 1
-    exponential = exponential.clamp(max=LARGEST)  # rand can be 0, and p / inf would be
+    uniform = [torch.rand(each, V, generator=g, device=g.device) for g in generators]
+    exponential = -torch.cat(uniform).to(logits.device).log()  # above 0, as rand is below 1
+    exponential = exponential.clamp(max=LARGEST)  # rand can be 0, and p / inf is useless
     return (logits.softmax(dim=-1) / exponential).argmax(dim=-1)
 
 
 class Step(NamedTuple):
-    """One more token of each text."""
+    """Hold the next token of each text."""
 
     tokens: Tensor  # (B,)
-    logits: Tensor  # (B, V): the model's own
-    filtered: Tensor  # (B, V): those that the tokens were drawn from
+    logits: Tensor  # (B, V), from the model
+    filtered: Tensor  # (B, V), which the tokens were sampled from
 
 
 @contextlib.contextmanager
 def evaluating(model: GPT) -> Iterator[None]:
-    """In evaluation mode; each module is afterwards in the mode that it was in."""
+    """Run the block in evaluation mode, and restore the mode of each module afterwards."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -126,9 +123,9 @@ def stream(
     vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[Step]:
-    """``generate``, a step at a time; for ``generators`` see ``draw``.
+    """Yield the steps of ``generate``; for ``generators`` see ``draw``.
 
-    It may go on for some steps after all rows have ended: see LOOK_EVERY.
+    Some steps may follow after all rows have ended (see LOOK_EVERY).
     """
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt must be (B, T0) with T0 >= 1, got {tuple(prompt.shape)}")
@@ -143,7 +140,7 @@ def stream(
     with evaluating(model):
         for end in range(length, text.shape[1]):
             start = context_start(end, max_seq_len)
-            if not use_cache or start != begun:  # all of the context is to be read
+            if not use_cache or start != begun:  # read the whole context
                 caches = [KVCache(max_seq_len) for _ in model.blocks] if use_cache else None
                 begun = read = start
             last = model.hidden(text[:, read:end], caches)[:, -1]  # (B, C)
@@ -156,7 +153,7 @@ def stream(
             if look and broken.any():
                 raise RunError(NO_CHOICE)
             if stop_token is not None:
-                if start_token is not None:  # of another text
+                if start_token is not None:  # it would begin another text
                     new = new.masked_fill(new == start_token, stop_token)
                 new = new.masked_fill(ended, stop_token)
                 ended |= new == stop_token
@@ -182,33 +179,23 @@ def generate(
     vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """The prompt (B, T0) and up to ``max_new_tokens`` more: (B, T0 + new).
+    """Return the prompt (B, T0) followed by up to ``max_new_tokens`` tokens: (B, T0 + new).
 
-    A row that has produced ``stop_token`` is filled up with it; when all have, the text ends.  So
-    does ``start_token``, which begins another text; it becomes a ``stop_token``.
-    ``vocab_size`` limits what can be chosen (null: the model's own, without its padding).
-    Sampling draws from ``generator`` (null: a new one with seed 0), never from torch's global
-    state, so a training run is the same whether it prints samples or not.
-    ``use_cache`` keeps the keys and values of the context instead of computing them again for
-    each token: much faster, and the same tokens but for two that tie within rounding.
-    Raises ConfigError for an option outside its bounds (config.Sampling), RunError where a model
-    has diverged to NaN.
+    A row that has produced ``stop_token`` is filled up with it; the text ends when all have.
+    ``start_token``, which would begin another text, counts as ``stop_token``.  ``vocab_size``
+    limits the choice (None: the model's vocabulary without padding).  Random numbers come from
+    ``generator`` (None: a new one with seed 0), never from torch's global state, so printing
+    samples does not change a training run.  ``use_cache`` keeps the keys and values of the context:
+    much faster, with the same tokens except where two tie within rounding.  Raises ConfigError for
+    an option outside its bounds (config.Sampling) and RunError if the model has diverged to NaN.
     """
+    options: dict[str, Any] = {"stop_token": stop_token, "start_token": start_token}
+    options |= {"vocab_size": vocab_size, "use_cache": use_cache}
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    draws = torch.Generator().manual_seed(0) if generator is None else generator
-    steps = stream(
-        model,
-        prompt,
-        max_new_tokens,
-        sampling,
-        [draws],
-        stop_token=stop_token,
-        start_token=start_token,
-        vocab_size=vocab_size,
-        use_cache=use_cache,
-    )
+    generators = [torch.Generator().manual_seed(0) if generator is None else generator]
+    steps = stream(model, prompt, max_new_tokens, sampling, generators, **options)
     columns = [step.tokens for step in steps]
-    if stop_token is not None and columns:  # it ends with the first of nothing but stop tokens
+    if stop_token is not None and columns:  # cut behind the first column of stop tokens alone
         all_stop = (torch.stack(columns) == stop_token).all(dim=1).tolist()
         columns = columns[: all_stop.index(True) + 1] if True in all_stop else columns
     return torch.cat((prompt, *(column[:, None] for column in columns)), dim=1)

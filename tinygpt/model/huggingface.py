@@ -1,7 +1,7 @@
-"""The weights of our GPT as those of Hugging Face's GPT-2 or Llama, and theirs as ours.
+"""Convert the weights of our GPT to those of Hugging Face's GPT-2 or Llama, and back.
 
-Bit for bit in both directions, except that a µP model becomes an ordinary one with the same
-logits.  What of config.json belongs to it is ``families.py``'s.
+The conversion is exact, except that a µP model becomes a standard one with the same logits.
+``families.py`` translates config.json.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tinygpt.config import ConfigError, ModelConfig
+from tinygpt.config.checks import require
 from tinygpt.config.counting import padded_vocab
 from tinygpt.fileio import read_json
 from tinygpt.model.families import TITLES, family
 from tinygpt.model.gpt import GPT, score_divisor
 
-# By family: what is before all names but the head's, the blocks' name, ours by theirs.
+# By family: the prefix of all names except the head's, the name of the blocks, theirs by ours.
 ROOTS = {"gpt2": "transformer.", "llama": "model."}
 BLOCKS = {"gpt2": "h", "llama": "layers"}
 NAMES: dict[str, dict[str, list[str]]] = {
@@ -51,12 +52,12 @@ NAMES: dict[str, dict[str, list[str]]] = {
     },
 }
 HEAD = "lm_head.weight"
-# What files of older versions hold beside the weights: masks and RoPE's frequencies.
+# Buffers that files of older transformers contain: masks and RoPE's frequencies.
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 
 
 def _their_names(name: str, kind: str) -> list[str]:
-    """Theirs for our parameter ``name``: one, of Llama's queries, keys and values three."""
+    """Return their names for our parameter: one, or Llama's three for queries, keys and values."""
     if name == "head.weight":
         return [HEAD]
     block, number, rest = re.fullmatch(r"(blocks\.(\d+)\.)?(.*)", name).groups()  # type: ignore[union-attr]
@@ -65,28 +66,27 @@ def _their_names(name: str, kind: str) -> list[str]:
     return [f"{root}{theirs}.{last}" for theirs in NAMES[kind][module]]
 
 
-def _is_turned(name: str, kind: str) -> bool:
-    """GPT-2 keeps the matrices of a block as (in, out)."""
+def _is_transposed(name: str, kind: str) -> bool:
+    """Return whether they store a parameter as (in, out), as GPT-2 does the blocks' matrices."""
     return kind == "gpt2" and name.startswith("blocks.") and "norm" not in name
 
 
 def _qkv_rows(config: ModelConfig) -> list[int]:
-    """How many rows of ``attention.qkv`` are queries, keys, values."""
+    """Return how many rows of ``attention.qkv`` are queries, keys and values."""
     keys = config.d_model // config.n_heads * (config.n_kv_heads or config.n_heads)
     return [config.d_model, keys, keys]
 
 
 def to_hugging_face(model: GPT) -> dict[str, Tensor]:
-    """The tensors of model.safetensors, in float32; the rows that pad the vocabulary are left out.
+    """Return the tensors of model.safetensors, in float32, without rows that pad the vocabulary.
 
-    A tied head is not written, as transformers does not.  Raises ConfigError for a mixture that
-    is neither GPT-2 nor Llama.
+    As in transformers, a tied head is omitted.  Raises ConfigError if the model is neither a GPT-2
+    nor a Llama.
     """
     config, kind = model.config, family(model.config)
-    weights = _ordinary(model)
-    for name in ("token_embedding.weight", "head.weight"):
-        if name in weights:
-            weights[name] = weights[name][: model.vocab_size]
+    weights = _without_mup(model)
+    for name in {"token_embedding.weight", "head.weight"} & weights.keys():
+        weights[name] = weights[name][: model.vocab_size]
     if kind == "gpt2" and not config.bias:
         weights |= _zero_biases(weights)
     found: dict[str, Tensor] = {}
@@ -94,16 +94,16 @@ def to_hugging_face(model: GPT) -> dict[str, Tensor]:
         theirs = _their_names(name, kind)
         parts = torch.split(weight, _qkv_rows(config)) if len(theirs) > 1 else [weight]
         for their_name, part in zip(theirs, parts, strict=True):
-            turned = part.t() if _is_turned(name, kind) else part
-            found[their_name] = turned.clone(memory_format=torch.contiguous_format)
+            stored = part.t() if _is_transposed(name, kind) else part
+            found[their_name] = stored.clone(memory_format=torch.contiguous_format)
     return found
 
 
-def _ordinary(model: GPT) -> dict[str, Tensor]:
-    """The weights of a standard model with the same logits.
+def _without_mup(model: GPT) -> dict[str, Tensor]:
+    """Return the weights of a standard model with the same logits.
 
-    Under µP scores are divided by another number than sqrt(D), which goes into the queries, and
-    the head reads the last norm's output divided by m, which goes into that norm.
+    µP's different divisor of the scores is folded into the queries, and its division of the head's
+    input by m into the final norm.
     """
     config = model.config
     weights = {k: v.detach().cpu().float() for k, v in model.state_dict().items()}
@@ -118,7 +118,7 @@ def _ordinary(model: GPT) -> dict[str, Tensor]:
 
 
 def _zero_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that our norms and linear layers do not have."""
+    """Return zeros for the biases that our norms and linear layers lack."""
     return {
         name.removesuffix("weight") + "bias": torch.zeros(len(weight))
         for name, weight in weights.items()
@@ -129,16 +129,15 @@ def _zero_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_hugging_face(
     weights: Mapping[str, Tensor], config: ModelConfig, rows: int, where: str
 ) -> dict[str, Tensor]:
-    """The ``state_dict`` of ``GPT(config, rows)``, in float32, from the tensors of their files.
+    """Return the ``state_dict`` of ``GPT(config, rows)``, in float32, from their tensors.
 
-    ``rows``: those of their embedding.  Rows that ``config`` pads it with get the mean row, which
-    is at most as likely as one of theirs on average.  Of GPT-2's positions the first
-    ``max_seq_len`` are taken.  Raises ConfigError, which ``where`` begins, for a tensor that is
-    missing, has another shape or has no place in ``config``; and for µP, whose scores and logits
-    are divided by other numbers than theirs.
+    ``rows`` is the size of their embedding; rows that ``config`` adds as padding are set to the
+    mean row, which is no likelier than theirs are on average.  Only the first ``max_seq_len`` of
+    GPT-2's positions are used.  Raises ConfigError, starting with ``where``, for µP, and for a
+    tensor that is missing, has the wrong shape or is not part of the model.
     """
-    if config.parametrization == "mup":
-        raise ConfigError(f"model.parametrization=mup: must be standard, as {where} is")
+    standard = config.parametrization == "standard"
+    require(standard, f"model.parametrization=mup: must be standard, as {where} is")
     kind = family(config)
     left = {_full_name(k, kind): v for k, v in weights.items() if not BUFFERS.search(f".{k}")}
     _check_sizes(left, config, rows, where)
@@ -148,21 +147,20 @@ def from_hugging_face(
     for name, like in expected.items():
         theirs = _their_names(name, kind)
         parts = torch.split(like, _qkv_rows(config)) if len(theirs) > 1 else [like]
-        turned = _is_turned(name, kind)
-        shapes = [part.t().shape if turned else part.shape for part in parts]
+        transposed = _is_transposed(name, kind)
+        shapes = [part.t().shape if transposed else part.shape for part in parts]
         taken = [_take(left, *pair, where) for pair in zip(theirs, shapes, strict=True)]
-        found[name] = torch.cat([part.t() if turned else part for part in taken])
+        found[name] = torch.cat([part.t() if transposed else part for part in taken])
     _check_rest(left, found, config, where)
-    for name in ("token_embedding.weight", "head.weight"):
-        if name in found:
-            more = padded_vocab(rows, config.pad_vocab_to_multiple) - rows
-            mean = found[name].mean(0, keepdim=True)
-            found[name] = torch.cat([found[name], mean.expand(more, -1)])
+    padding = padded_vocab(rows, config.pad_vocab_to_multiple) - rows
+    for name in {"token_embedding.weight", "head.weight"} & found.keys():
+        mean = found[name].mean(0, keepdim=True)
+        found[name] = torch.cat([found[name], mean.expand(padding, -1)])
     return found
 
 
 def _check_sizes(left: Mapping[str, Tensor], config: ModelConfig, rows: int, where: str) -> None:
-    """Before a model is built as large as a config.json may say."""
+    """Check the sizes that config.json claims before a model of such a size is built."""
     width, kind = config.d_model, family(config)
     last = f"blocks.{config.n_layers - 1}.norm_1.weight"
     for name, shape in {"token_embedding.weight": (rows, width), last: (width,)}.items():
@@ -170,54 +168,54 @@ def _check_sizes(left: Mapping[str, Tensor], config: ModelConfig, rows: int, whe
 
 
 def _full_name(name: str, kind: str) -> str:
-    """The hub's first GPT-2s were saved without a head, and so without the root."""
+    """Add the root, which the hub's first GPT-2s, saved without a head, lack."""
     return name if name == HEAD or name.startswith(ROOTS[kind]) else ROOTS[kind] + name
 
 
 def _take(left: dict[str, Tensor], name: str, shape: torch.Size, where: str) -> Tensor:
-    if name not in left:
-        raise ConfigError(f"{where}: {name} is not among its weights")
+    require(name in left, f"{where}: {name} is not among its weights")
     tensor = left.pop(name).float()
     if name.endswith(".wpe.weight"):
         tensor = tensor[: shape[0]]
-    if tensor.shape != shape:
-        sizes = [" x ".join(map(str, s)) for s in (tensor.shape, shape)]
-        raise ConfigError(f"{where}: {name} is {sizes[0]}, must be {sizes[1]}")
+    is_size, must_be = (" x ".join(map(str, size)) for size in (tensor.shape, shape))
+    require(is_size == must_be, f"{where}: {name} is {is_size}, must be {must_be}")
     return tensor
 
 
 def _check_rest(
     left: Mapping[str, Tensor], found: Mapping[str, Tensor], config: ModelConfig, where: str
 ) -> None:
-    """Tensors that ours does not have may only be what it implies."""
+    """Check that tensors without a parameter of ours are a tied head or biases of zero."""
     kind = family(config)
     implied = {HEAD: found["token_embedding.weight"]} if config.tie_weights else {}
     if kind == "gpt2" and not config.bias:
         zeros = _zero_biases(found)
         implied |= {_their_names(name, kind)[0]: zero for name, zero in zeros.items()}
     for name, tensor in left.items():
-        if name not in implied:
-            raise ConfigError(f"{where}: {name} has no place in a {TITLES[kind]} of its shape")
-        if not torch.equal(tensor.float(), implied[name]):
-            why = (
-                "not the embedding, but tied to it" if name == HEAD else "not zero, but bias=false"
-            )
-            raise ConfigError(f"{where}: {name} is {why}, says its config.json")
+        line = f"{where}: {name} has no place in a {TITLES[kind]} of its shape"
+        require(name in implied, line)
+        why = (
+            "not the embedding, to which config.json ties it"
+            if name == HEAD
+            else "not zero, but config.json has bias=false"
+        )
+        line = f"{where}: {name} is {why}"
+        require(torch.equal(tensor.float(), implied[name]), line)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder, from model.safetensors or its parts.
+    """Return the tensors of a Hugging Face folder, from model.safetensors or its parts.
 
-    Pickled weights, which can hold any code, are not opened.  Raises ConfigError, one line.
+    Pickled weights, which can contain code, are not opened.  Raises ConfigError, one line.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if not whole.exists() and not index.exists():
-        if list(folder.glob("pytorch_model*.bin*")):
-            raise ConfigError(
-                f"{folder}: its weights are pickled; as safetensors, which hold no code, they can "
-                "be read: transformers' from_pretrained and save_pretrained convert them"
-            )
-        raise ConfigError(f"{folder}: has no model.safetensors")
+    is_there = whole.exists() or index.exists()
+    require(
+        is_there or not list(folder.glob("pytorch_model*.bin*")),
+        f"{folder}: its weights are pickled, which can contain code; convert them to safetensors "
+        "with transformers' from_pretrained and save_pretrained",
+    )
+    require(is_there, f"{folder}: has no model.safetensors")
     files = [whole] if whole.exists() else _parts(index)
     weights: dict[str, Tensor] = {}
     for file in files:
@@ -229,7 +227,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _parts(index: Path) -> list[Path]:
-    """The files that the index names."""
     content = read_json(index)
     try:
         # with_name raises ValueError for a name that leads out of the folder

@@ -1,14 +1,13 @@
-"""The two places where a step spends its time: matrix products on the CPU, and the loss.
+"""Speed up the two hot spots of a training step: matrix products on the CPU, and the loss.
 
-Products: MKL, torch's own choice, uses AVX-512 on Intel's processors alone.  On AMD's that have
-it, a product by oneDNN, which torch carries too, takes less than half the time, and with AVX2
-still a seventh less.  torch asks oneDNN only in half precision, so ``Linear`` calls it here.
+Products: MKL, torch's default, uses AVX-512 only on Intel processors.  On AMD processors with
+AVX-512, oneDNN, which ships with torch, takes less than half the time, and with AVX2 a seventh
+less.  torch itself uses oneDNN only in half precision, so ``Linear`` calls it directly.
 
-Loss: the logits of a batch, tokens x vocabulary, are by far its largest tensor, and a step would
-read and write them several times.  Here the head and the cross-entropy run together over pieces
-of the tokens, whose logits stay in the processor's cache, and the gradient of a piece is computed
-as soon as its logits are; so neither all logits nor all of their gradients ever exist (as in Liger
-Kernel, Hsu et al. 2024, and Wijmans et al. 2024, "Cut your losses").
+Loss: the logits (tokens x vocabulary) are by far the largest tensor of a batch.  The head and the
+cross-entropy are computed together, chunk by chunk, so that a chunk's logits stay in the cache, and
+the gradient is computed along with them; the full logits never exist (as in Liger Kernel, Hsu et
+al. 2024, and Wijmans et al. 2024, "Cut your losses").
 """
 
 from __future__ import annotations
@@ -24,23 +23,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# With fewer rows, or fewer multiplications, calling oneDNN costs more than the product.
+# With fewer rows or multiplications, calling oneDNN costs more than it saves.
 FEW_ROWS, FEW_PRODUCTS = 16, 2**21
-# Logits of one piece: on the CPU what its cache holds, elsewhere what keeps the device busy.
-PIECE = {"cpu": 2**20, "mps": 2**25, "cuda": 2**26}
-LEAST_ROWS = 128  # on a smaller piece the products become slow
+# Logits per chunk: what the CPU's cache holds, or what keeps another device busy.
+CHUNK = {"cpu": 2**20, "mps": 2**25, "cuda": 2**26}
+LEAST_ROWS = 128  # products of smaller chunks are slow
 
 
 def onednn_is_there() -> bool:
     """Return whether this torch has oneDNN and TINYGPT_MATMUL=torch does not switch it off."""
-    if os.environ.get("TINYGPT_MATMUL") == "torch":
-        return False
-    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    allowed = os.environ.get("TINYGPT_MATMUL") != "torch"
+    return allowed and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 @functools.cache
 def onednn_is_faster() -> bool:
-    """Return whether torch has both libraries and the processor is not Intel's."""
+    """Return whether oneDNN is likely to beat MKL: torch has both and the CPU is not Intel's."""
     if not onednn_is_there() or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
@@ -50,20 +48,20 @@ def onednn_is_faster() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not is_intel
 
 
-_in_use: list[bool] = []  # empty: as onednn_is_faster says
+_forced: list[bool] = []  # empty: onednn_is_faster() decides
 
 
 def use_onednn(wanted: bool | None) -> None:
-    """Use oneDNN in this process or not; None: where it is faster."""
-    _in_use[:] = [] if wanted is None else [wanted]
+    """Switch oneDNN on or off in this process; None: on where it is faster."""
+    _forced[:] = [] if wanted is None else [wanted]
 
 
 def onednn_is_used() -> bool:
-    return _in_use[0] if _in_use else onednn_is_faster()
+    return _forced[0] if _forced else onednn_is_faster()
 
 
 def takes_onednn(x: Tensor) -> bool:
-    """Return whether oneDNN multiplies ``x``: float32 on the CPU, outside compiled code."""
+    """Return whether to multiply ``x`` by oneDNN: float32 on the CPU, outside compiled code."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -74,16 +72,15 @@ def takes_onednn(x: Tensor) -> bool:
 
 
 def onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a b' + bias by oneDNN: (..., k) x (n, k) -> (..., n)."""
+    """Return a b' + bias, computed by oneDNN: (..., k) x (n, k) -> (..., n)."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return out
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """Return grad' x by oneDNN: (N, out), (N, in) -> (out, in).
+    """Return grad' x, computed by oneDNN: (N, out), (N, in) -> (out, in).
 
-    oneDNN needs the rows of its second factor contiguous, so the narrower of the two is the one
-    that it has to reorder.
+    oneDNN copies its second factor into contiguous rows, so that is the narrower of the two.
     """
     if grad.shape[1] > x.shape[1]:
         return onednn_product(x.t(), grad.t()).t()
@@ -108,7 +105,7 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, by oneDNN where that is in use."""
+    """Compute ``nn.Linear``, by oneDNN where that is in use."""
 
     def forward(self, x: Tensor) -> Tensor:
         is_large = x.numel() >= max(FEW_ROWS * self.in_features, FEW_PRODUCTS // self.out_features)
@@ -120,13 +117,13 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
 
-def piece_rows(weight: Tensor) -> int:
-    """Return how many tokens make a piece, for a head (V, C).
+def chunk_rows(weight: Tensor) -> int:
+    """Return the tokens per chunk for a head (V, C).
 
-    The gradient of the head is read and written once a piece, so a wide head takes fewer pieces.
+    Every chunk reads and writes the head's gradient, so a wide head needs larger chunks.
     """
     vocab_size, width = weight.shape
-    return max(LEAST_ROWS, width // 2, PIECE.get(weight.device.type, 2**25) // vocab_size)
+    return max(LEAST_ROWS, width // 2, CHUNK.get(weight.device.type, 2**25) // vocab_size)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -134,42 +131,41 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return onednn_product(a, b) if takes_onednn(a) else a @ b.t()
 
 
-def _pieces(
+def _chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield of each piece its tokens, logits (n, V), softmax (n, V) and losses (n,)."""
-    rows = piece_rows(weight)
+    """Yield the slice, logits (n, V), softmax (n, V) and losses (n,) of each chunk of n tokens."""
+    rows = chunk_rows(weight)
     for first in range(0, len(hidden), rows):
-        piece = slice(first, first + rows)
-        logits = _product(hidden[piece], weight)
+        chunk = slice(first, first + rows)
+        logits = _product(hidden[chunk], weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probabilities = torch.softmax(logits, dim=1)
-        wanted = logits.gather(1, targets[piece, None])
-        # the largest probability is exp(0) / sum: safe where that of the target vanishes
+        wanted = logits.gather(1, targets[chunk, None])
+        # the target's own probability may be 0, but the largest, exp(0) / sum, never is
         losses = logits.amax(1) - probabilities.amax(1).log() - wanted[:, 0]
-        yield piece, logits, probabilities, losses
+        yield chunk, logits, probabilities, losses
 
 
-class _LossInPieces(torch.autograd.Function):
-    """The mean loss, whose gradients are computed in the forward pass already."""
+class _ChunkedLoss(torch.autograd.Function):
+    """Compute the mean loss, and already in the forward pass its gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden)
-        # of the transpose (C, V): in this order the product is faster
+        # accumulate the transpose (C, V), whose product is faster
         grad_columns = torch.zeros(weight.t().shape, dtype=wide, device=weight.device)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         by_onednn = takes_onednn(hidden)
         columns = weight.t().contiguous() if by_onednn else weight.t()
-        for piece, _, probabilities, losses in _pieces(hidden, weight, targets):
+        for chunk, _, probabilities, losses in _chunks(hidden, weight, targets):
             total += losses.sum()
-            wanted = targets[piece, None]
-            # now the gradient of the logits
+            wanted = targets[chunk, None]
             probabilities.scatter_(1, wanted, probabilities.gather(1, wanted) - 1)
-            grad = probabilities.to(hidden.dtype)
-            grad_hidden[piece] = _product(grad, columns)
-            tokens = hidden[piece].t()
+            grad = probabilities.to(hidden.dtype)  # of the logits
+            grad_hidden[chunk] = _product(grad, columns)
+            tokens = hidden[chunk].t()
             if by_onednn:
                 grad_columns += onednn_product(tokens, grad.t())
             elif grad.dtype == wide:
@@ -189,22 +185,22 @@ class _LossInPieces(torch.autograd.Function):
 def mean_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy in nats of the logits hidden x weight'.
 
-    ``hidden`` (N, C), ``weight`` (V, C), ``targets`` (N,).  Differentiable once.
+    Shapes: ``hidden`` (N, C), ``weight`` (V, C), ``targets`` (N,).  Differentiable once.
     """
     hidden, weight = _autocast(hidden), _autocast(weight)
     with torch.autocast(hidden.device.type, enabled=False):
-        # a GPU takes a small batch faster in one piece, and in a compiled graph
-        if hidden.device.type != "cpu" and len(hidden) <= piece_rows(weight):
+        # a small batch is faster on a GPU as a whole, and then it can be compiled
+        if hidden.device.type != "cpu" and len(hidden) <= chunk_rows(weight):
             logits = hidden @ weight.t()
             wide = torch.promote_types(logits.dtype, torch.float32)
             return F.cross_entropy(logits.to(wide), targets)
-        out: Tensor = _in_pieces(hidden, weight, targets)
+        out: Tensor = _chunked_loss(hidden, weight, targets)
         return out
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _in_pieces(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    out: Tensor = _LossInPieces.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+def _chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    out: Tensor = _ChunkedLoss.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -213,25 +209,25 @@ def _in_pieces(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def token_scores(
     hidden: Tensor, weight: Tensor, targets: Tensor, top: int | None = None
 ) -> tuple[Tensor, ...]:
-    """Return of each token its loss, and 1 where the likeliest token is right: (N,) each.
+    """Return each token's loss, and 1 where the likeliest token is right: (N,) each.
 
-    With ``top`` also 1 where fewer than ``top`` tokens are likelier than the right one (N,).
+    With ``top``, also return 1 where fewer than ``top`` tokens are likelier than the right one.
     Shapes as in ``mean_loss``.
     """
     hidden, weight = _autocast(hidden), _autocast(weight)
-    found: list[tuple[Tensor, ...]] = []
+    found: list[list[Tensor]] = []
     with torch.autocast(hidden.device.type, enabled=False):
-        for piece, logits, _, losses in _pieces(hidden, weight, targets):
-            wanted = targets[piece]
+        for chunk, logits, _, losses in _chunks(hidden, weight, targets):
+            wanted = targets[chunk]
             scores = [losses, (logits.argmax(1) == wanted).to(losses.dtype)]
             if top is not None:
                 likelier = ~(logits <= logits.gather(1, wanted[:, None]))  # NaN counts as likelier
                 scores.append((likelier.sum(1) < top).to(losses.dtype))
-            found.append(tuple(scores))
-    return tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
+            found.append(scores)
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """Return ``x`` as autocast would hand it to a matrix product."""
+    """Return ``x`` in the precision in which autocast would multiply it."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (Hu et al. 2021) by the `peft` library: W + (alpha / rank)·B·A, W kept."""
+"""Add low-rank adapters (Hu et al. 2021) with `peft`: W + (alpha / rank)·B·A, with W frozen."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from tinygpt.config import ConfigError, LoraConfig, install
 from tinygpt.model.gpt import GPT
 
-# The matrices of a block, by the end of their names.  Never embedding or head: peft would merge
-# an adapter of one into the other where they are tied.
+# The matrices of a block, by the end of their names.  Not the embedding or the head: where they
+# are tied, peft would merge an adapter of one into the other.
 TARGETS = ["attention.qkv", "attention.proj", "mlp.up", "mlp.gate", "mlp.down"]
 KEPT, A, B = ".base_layer", ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 def check_peft() -> None:
-    """Raises ConfigError where the library is missing."""
+    """Raise ConfigError if the library is missing."""
     try:
         importlib.import_module("peft")
     except ImportError as error:
@@ -25,7 +25,7 @@ def check_peft() -> None:
 
 
 def add_lora(model: GPT, config: LoraConfig) -> None:
-    """Gives every matrix of the blocks an adapter that begins as zero, and freezes all else.
+    """Give every matrix of the blocks an adapter that starts at zero, and freeze all other weights.
 
     A is drawn from torch's global generator (Kaiming), B is 0.
     """
@@ -39,13 +39,13 @@ def add_lora(model: GPT, config: LoraConfig) -> None:
 
 
 def merged(weights: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """The state of a plain GPT from that of one with adapters, which are added to its matrices."""
+    """Merge the adapters in a state dict into its matrices; return the state of a plain GPT."""
     assert config.rank is not None
     scale = (config.alpha or 2 * config.rank) / config.rank
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        place = name.partition(KEPT)[0]
         if name.endswith(f"{KEPT}.weight"):
+            place = name.partition(KEPT)[0]
             weight = weight + scale * weights[place + B] @ weights[place + A]
         if not name.endswith((A, B)):
             found[name.replace(KEPT, "")] = weight

@@ -1,4 +1,4 @@
-"""Of many given continuations of a text the likeliest, exactly, without scoring all of them."""
+"""Find the likeliest of many given continuations of a text, exactly, without scoring them all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Path = tuple[int, ...]
 
 
 class Passes(Protocol):
-    """Where and how the model computes."""
+    """Say where and how the model computes."""
 
     @property
     def device(self) -> torch.device: ...
@@ -26,25 +26,26 @@ class Passes(Protocol):
     def autocast(self) -> AbstractContextManager[Any]: ...
 
     def rows(self, length: int) -> int:
-        """Sequences of so many tokens that one pass takes well."""
+        """Return how many sequences of ``length`` tokens one pass should hold."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Continuations as tokens: what may follow a beginning, and what is whole."""
+    """Hold continuations as a tree: the tokens that may follow each prefix, and the full paths."""
 
     following: dict[Path, list[int]]
     whole: set[Path]
 
 
 def tree_of(paths: Iterable[Path]) -> Tree:
-    """None of ``paths`` may be the beginning of another."""
-    following: dict[Path, dict[int, None]] = {}
-    whole = dict.fromkeys(paths)
-    for path in whole:
+    """Return the tree of ``paths``, none of which may be a prefix of another."""
+    following: dict[Path, list[int]] = {}
+    for path in (whole := dict.fromkeys(paths)):
         for n, token in enumerate(path):
-            following.setdefault(path[:n], {})[token] = None
-    return Tree({path: list(tokens) for path, tokens in following.items()}, set(whole))
+            tokens = following.setdefault(path[:n], [])
+            if token not in tokens:
+                tokens.append(token)
+    return Tree(following, set(whole))
 
 
 def likeliest(
@@ -54,11 +55,11 @@ def likeliest(
     machine: Passes,
     at_once: int = 1,
 ) -> list[Path]:
-    """Of each tree the likeliest whole path behind its prompt, exactly.
+    """Return the likeliest full path of each tree after its prompt, exactly.
 
-    Best first: no path is likelier than its beginning, so the first whole one that comes out on
-    top is the likeliest.  All prompts go one step at a time, through the model together, each with
-    ``at_once`` of its best beginnings: more of them pay where the prompts are few.
+    This is best-first search: no path is likelier than its prefix, so the first full path on top
+    of the heap is the likeliest.  In each pass through the model every prompt extends ``at_once``
+    of its best prefixes; more than one pays if the prompts are few.
     """
     heaps: list[list[tuple[float, Path]]] = [[(0.0, ())] for _ in prompts]
     chosen: list[Path] = [()] * len(prompts)
@@ -80,7 +81,7 @@ def likeliest(
 
 
 def _tops(heap: list[tuple[float, Path]], tree: Tree, count: int) -> list[tuple[float, Path]]:
-    """Takes the best beginnings off the heap, down to its best whole path."""
+    """Pop up to ``count`` of the best prefixes, stopping before the best full path."""
     found: list[tuple[float, Path]] = []
     while heap and len(found) < count and heap[0][1] not in tree.whole:
         found.append(heapq.heappop(heap))
@@ -91,7 +92,7 @@ def _tops(heap: list[tuple[float, Path]], tree: Tree, count: int) -> list[tuple[
 def _next_costs(
     model: GPT, texts: Sequence[list[int]], wanted: Sequence[list[int]], machine: Passes
 ) -> list[NDArray[np.float64]]:
-    """-log p of the wanted tokens behind each text."""
+    """Return -log p of the wanted next tokens after each text."""
     found: list[NDArray[np.float64]] = []
     length = model.config.max_seq_len
     size = machine.rows(min(length, max(map(len, texts), default=1)))
