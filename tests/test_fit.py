@@ -183,7 +183,7 @@ def test_a_fit_replaces_no_other(tinygpt: Command, tmp_path: Path) -> None:
     line = "outputs/fit-a-runs: holds the fit of a/runs.csv; force=true replaces it"
     assert refused.stderr == f"error: {line}\n"
     again = fitted("a")
-    assert again.stdout.startswith("note: the fit in outputs/fit-a-runs is made again\n")
+    assert again.stdout.startswith("note: replacing the fit in outputs/fit-a-runs\n")
     assert (tmp_path / "outputs/fit-a-runs/fit.json").read_bytes() == written
     assert fitted("c/a", "force=true").returncode == 0
     assert fitted("a").returncode == 2
