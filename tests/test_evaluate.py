@@ -260,7 +260,7 @@ def test_a_run_is_scored_when_what_it_began_from_is_gone(
     said = io.StringIO()
     table.show(made, Console(file=said, width=80))
     words = said.getvalue().split()
-    assert "hours and gain of fine are without what init_from cost" in " ".join(words)
+    assert "hours and gain of fine exclude the cost of init_from" in " ".join(words)
 
 
 TEXTS = [("val", None), ("test", None), ("val", "a/book.txt"), ("val", "b/book.txt"), ("val", "*")]
@@ -443,14 +443,14 @@ GOOD = '{"prompt": "a", "choices": ["b", "c"], "label": 1}'
         ("[1]", "line 2: must have prompt and answer, or prompt, choices and label"),
         ('{"prompt": "a"}', "line 2: must have prompt and answer"),
         ('{"prompt": "a", "choices": ["b", "c"]}', "line 2: must have prompt and answer"),
-        ('{"prompt": 1, "choices": ["b", "c"], "label": 0}', "prompt=1: must be a text"),
+        ('{"prompt": 1, "choices": ["b", "c"], "label": 0}', "prompt=1: must be text"),
         ('{"prompt": "a", "choices": "bc", "label": 0}', "choices='bc': must be a list of two"),
         ('{"prompt": "a", "choices": ["b"], "label": 0}', "must be a list of two or more"),
-        ('{"prompt": "a", "choices": ["b", " "], "label": 0}', "choices: ' ' is no text"),
+        ('{"prompt": "a", "choices": ["b", " "], "label": 0}', "choices: ' ' is not text"),
         ('{"prompt": "a", "choices": ["b", "c"], "label": 2}', "label=2: must be from 0 to 1"),
         ('{"prompt": "a", "choices": ["b", "c"], "label": true}', "label=True: must be"),
-        ('{"prompt": "a", "answer": ""}', "answer: '' is no text"),
-        ('{"prompt": "a", "answer": "b"}', "line 2: has answer or choices unlike line 1"),
+        ('{"prompt": "a", "answer": ""}', "answer: '' is not text"),
+        ('{"prompt": "a", "answer": "b"}', "line 2: must have answer or choices as line 1 does"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str, said: str) -> None:
@@ -742,7 +742,7 @@ def test_runs_side_by_side(
     assert "data.n_facts – – 8" in shown
     assert "facts of the corpus stories" in shown
     assert "chance 0.1 %" in shown  # the facts, of the one run that they can be asked of
-    assert "note: losses compare on the same tokens" in shown
+    assert "note: compare losses on the same tokens" in shown
     (place,) = (outputs / "runs" / "evaluation").iterdir()
     assert place.name.startswith(f"{corpus.name}-")
     folder = place
