@@ -1,4 +1,4 @@
-"""The report of a fit: its facts, its files, the same bytes again."""
+"""Test the report of a fit: its facts, its files, the same bytes again."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def joint() -> Analysis:
 
 @pytest.fixture(scope="module")
 def alone() -> Analysis:
-    """One variable, both counts of parameters, and a run left out."""
+    """Analyse one variable with both counts of parameters, and a run left out."""
     runs = table(sizes=6, tokens=(4e6,))
     left_out = pd.DataFrame([{"name": "x", "reason": "diverged"}])
     return analyse(runs, left_out, Columns(n="N", u=None, t=None, **ALONE))
@@ -233,7 +233,7 @@ def test_the_report_says_the_numbers_of_fit_json(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
-    """A study whose run folders are there."""
+    """Analyse a study whose run folders exist."""
     folder = shutil.copytree(STUDY, tmp_path_factory.mktemp("runs") / "study")
     return analyse(*comparable(load_runs(folder), "final_val_loss"), Columns())
 

@@ -52,7 +52,7 @@ def compare(*runs: str | Path) -> pd.DataFrame:
 
 DEFINITIONS = {
     "loss": "nats per token, every target of the text once",
-    "accuracy": "share of targets that are the likeliest token; _top5: less than five are likelier",
+    "accuracy": "share of targets that are the likeliest token; _top5: one of the five likeliest",
     "bits_per_byte": "of the text, ends of documents included in the bits",
     "gain": "ln(vocabulary) - loss: nats per token below a uniform guess",
     "gain_per_pflop": "gain / (exact training FLOPs up to the checkpoint / 1e15)",
@@ -60,9 +60,9 @@ DEFINITIONS = {
     "gain_per_hour": "gain / hours of training up to the checkpoint, on the run's own machine",
     "tokens_to_1_percent": "training tokens at the run's first evaluation whose validation loss is "
     "within 1 % of its last one",
-    "by_position": "mean loss at each position of windows of full length, one behind the other",
-    "int8": "weights of all linear layers rounded to int8, a scale a row; nothing else",
-    "pruned": "that share of the weights of all linear layers zero, the smallest of all together",
+    "by_position": "mean loss at each position of windows of full length, without overlap",
+    "int8": "weights of all linear layers rounded to int8, one scale per row; nothing else",
+    "pruned": "that share of the weights of all linear layers set to zero, the smallest of all",
     "size_bytes": "all parameters, tied ones once; int8: with the scales; pruned: a bit for each "
     "weight of a linear layer, then those that are not zero",
 }
@@ -334,8 +334,8 @@ def _draw_positions(figure: Figure, made: Sequence[Evaluation]) -> None:
         (line,) = axes.plot(x, y, "-o", markersize=2, label=label)
         axes.fill_between(x, y - half, y + half, color=line.get_color(), alpha=0.25, linewidth=0)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="position in the context (tokens seen)")
-    axes.set(ylabel="loss (nats per token) ± standard error")
+    axes.set_xlabel("position in the context (tokens seen)")
+    axes.set_ylabel("loss (nats per token) ± standard error")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if len(made) > 1:
         _legend(axes, len(made))

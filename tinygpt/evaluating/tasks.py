@@ -67,24 +67,24 @@ def score_task(model: GPT, tokenizer: Tokenizer, task: Task, machine: Machine) -
     flat = [pair for _, pairs in asked for pair in pairs]
     sums, greedy = likelihoods(model, flat, machine)
     ends = np.cumsum([0, *(len(pairs) for _, pairs in asked)])
-    found: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     if task.questions[0].is_cloze:
-        found |= mean_of("accuracy", greedy.astype(float).tolist())
-        found |= mean_of("nats", (-sums).tolist())
+        scores |= mean_of("accuracy", greedy.astype(float).tolist())
+        scores |= mean_of("nats", (-sums).tolist())
     else:
         by_sum, by_byte = [], []
         for (question, _), (a, b) in zip(asked, itertools.pairwise(ends), strict=True):
             sizes = [len(choice.encode("utf-8", "replace")) for choice in question.choices]
             by_sum.append(float(sums[a:b].argmax() == question.label))
             by_byte.append(float((sums[a:b] / sizes).argmax() == question.label))
-        found |= {**mean_of("accuracy", by_sum), **mean_of("accuracy_norm", by_byte)}
+        scores |= {**mean_of("accuracy", by_sum), **mean_of("accuracy_norm", by_byte)}
         chances = [1 / len(pairs) for _, pairs in asked]
-        found["chance"] = float(np.mean(chances)) if asked else None
-    found["questions"] = len(asked)
-    found["left_out"] = len(task.questions) - len(asked)
-    found["prompts_cut"] = sum(any(len(a) + len(b) > length + 1 for a, b in p) for _, p in asked)
-    found["unknown_tokens"] = sum(token == unknown for a, b in flat for token in a + b)
-    return found
+        scores["chance"] = float(np.mean(chances)) if asked else None
+    scores["questions"] = len(asked)
+    scores["left_out"] = len(task.questions) - len(asked)
+    scores["prompts_cut"] = sum(any(len(a) + len(b) > length + 1 for a, b in p) for _, p in asked)
+    scores["unknown_tokens"] = sum(token == unknown for a, b in flat for token in a + b)
+    return scores
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def score_facts(
         return tuple(tokenizer.encode(f"{answer}."))
 
     trees = {r: tree_of(answer_tokens(f" {v}") for v in grammar.values[r]) for r in RELATIONS}
-    found: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     for band, facts in bands(grammar).items():
         prompts, answers = [], []
         for n, (entity, relation) in enumerate(facts):
@@ -139,8 +139,8 @@ def score_facts(
             answers.append(answer_tokens(answer))
         chosen = likeliest(model, prompts, [trees[relation] for _, relation in facts], machine)
         right = [float(path == answer) for path, answer in zip(chosen, answers, strict=True)]
-        found |= {**mean_of(band, right), f"{band}_asked": len(facts)}
-    return {**found, "chance": 1 / grammar.n_values}
+        scores |= {**mean_of(band, right), f"{band}_asked": len(facts)}
+    return {**scores, "chance": 1 / grammar.n_values}
 
 
 def bands(grammar: Grammar) -> dict[str, list[tuple[Entity, str]]]:
@@ -150,17 +150,17 @@ def bands(grammar: Grammar) -> dict[str, list[tuple[Entity, str]]]:
     """
     count = grammar.config.n_facts
     limits = {"head": (0, HEAD), "middle": (HEAD, MIDDLE), "tail": (MIDDLE, count)}
-    found = {}
+    facts = {}
     for band, (first, last) in limits.items():
         last = min(last, count)
         if first < last:
             ranks = np.unique(np.linspace(first, last - 1, ASKED).astype(int)).tolist()
             pairs = [divmod(rank, len(RELATIONS)) for rank in ranks]
-            found[band] = [(grammar.entities[e], RELATIONS[r]) for e, r in pairs]
+            facts[band] = [(grammar.entities[e], RELATIONS[r]) for e, r in pairs]
     if grammar.heldout:
         entities = grammar.heldout[:ASKED]
-        found["heldout"] = [(e, RELATIONS[n % len(RELATIONS)]) for n, e in enumerate(entities)]
-    return found
+        facts["heldout"] = [(e, RELATIONS[n % len(RELATIONS)]) for n, e in enumerate(entities)]
+    return facts
 
 
 def score_samples(
@@ -226,13 +226,14 @@ def qualities(
     kl_bigram    pseudo-counts as the vocabulary has tokens, spread evenly; those of pairs as the
                  product of both tokens' probabilities
     """
-    found: dict[str, float | None] = {}
+    measures: dict[str, float | None] = {}
     for n in (1, 2, 3):
         grams = _ngrams(texts, n)
-        found[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / len(grams) if len(grams) else None
+        different = len(np.unique(grams, axis=0))
+        measures[f"distinct_{n}"] = different / len(grams) if len(grams) else None
     grams4 = [_ngrams([text], 4) for text in texts]
     count, new = sum(map(len, grams4)), sum(len(np.unique(some, axis=0)) for some in grams4)
-    found["repetition"] = 1 - new / count if count else None
+    measures["repetition"] = 1 - new / count if count else None
 
     def counts(some: Sequence[Ints], n: int) -> pd.Series:
         codes = _ngrams(some, n) @ vocab_size ** np.arange(n)[::-1]
@@ -244,9 +245,9 @@ def qualities(
     first, second = np.divmod(pairs.index.to_numpy(), vocab_size)
     pseudo = vocab_size * (unigram[first] * unigram[second])
     seen = known.reindex(pairs.index, fill_value=0).to_numpy()
-    found["kl_unigram"] = _divergence(tokens, unigram[tokens.index.to_numpy()])
-    found["kl_bigram"] = _divergence(pairs, (seen + pseudo) / (known.sum() + vocab_size))
-    return found
+    measures["kl_unigram"] = _divergence(tokens, unigram[tokens.index.to_numpy()])
+    measures["kl_bigram"] = _divergence(pairs, (seen + pseudo) / (known.sum() + vocab_size))
+    return measures
 
 
 def _divergence(counts: pd.Series, q: Floats) -> float | None:
