@@ -36,7 +36,7 @@ FILES = {
     *("config.json", "generation_config.json", WEIGHTS, "README.md"),
     *("tokenizer.json", "tokenizer_config.json"),
 }
-# Of the corpora that conf/data names, where it is known.
+# Licences of the corpora in conf/data, where they are known.
 LICENCES = {"roneneldan/TinyStories": "CDLA-Sharing-1.0", "HuggingFaceFW/fineweb-edu": "ODC-By 1.0"}
 
 
@@ -136,16 +136,16 @@ def model_card(run: TrainedRun, weights: dict[str, Tensor], name: str) -> str:
     if isinstance(data, HubData):
         head.append(f"datasets: [{data.repo}]")
     title, version = families.TITLES[families.family(config.model)], metadata.version("tinygpt")
-    begun = f"further from {_name(config.init_from)}," if config.init_from else "from scratch"
+    origin = f"further from {_name(config.init_from)}," if config.init_from else "from scratch"
     beginning = [
-        "In training every text followed the end of another, so a prompt is best begun with",
+        "In training every text followed the end of another, so a prompt is best origin with",
         f"`{_end(run)}`, as above.",
     ]
     if run.tokenizer.convention:
         beginning = [f"In training {run.tokenizer.convention}, and so do prompts here."]
     lines = [
         *("---", *head, "---", f"# {config.run_name or run.path.name}", ""),
-        f"A small {title}, trained {begun} by tinygpt {version}.",
+        f"A small {title}, trained {origin} by tinygpt {version}.",
         *("", "```python", *_loading(run, name), "```", "", *beginning),
         f"The context is {config.model.max_seq_len:,} tokens.",
         "",

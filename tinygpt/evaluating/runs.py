@@ -194,8 +194,8 @@ def _evaluate_run(
                 yield task.name, score_task(model, tokenizer, task, machine)
             if count:
                 say(f"{label}: {trained.checkpoint}: samples")
-                found = score_samples(model, tokenizer, text, count, options.seed, machine)
-                yield "samples", found
+                measures = score_samples(model, tokenizer, text, count, options.seed, machine)
+                yield "samples", measures
 
         if options.baseline:  # the weights of the seed, even if the run took others by init_from
             torch.manual_seed(first.config.seed)

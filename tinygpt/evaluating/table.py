@@ -182,9 +182,9 @@ def _show_notes(made: Sequence[Evaluation], console: Console) -> None:
     console.print(Text(about))
     if not is_one:
         console.print("note: compare losses on the same tokens, bits per byte on the same text")
-    begun = dict.fromkeys(one.scores["run"] for one in made if one.scores["init_from"])
-    if begun:
-        names = ", ".join(begun)
+    continued = dict.fromkeys(one.scores["run"] for one in made if one.scores["init_from"])
+    if continued:
+        names = ", ".join(continued)
         console.print(Text(f"note: FLOPs, hours and gain of {names} exclude the cost of init_from"))
     unknown = {one.scores["run"]: one.scores["unknown_tokens"] for one in made}
     for count in dict.fromkeys(filter(None, unknown.values())):

@@ -25,7 +25,7 @@ from tinygpt.scaling.wording import letter
 DASHES = {"-": "solid", "--": "dash", "-.": "dashdot", ":": "dot"}
 MARKERS = {"o": "circle", "s": "square", "D": "diamond", "*": "star", "x": "x-thin-open"}
 MOST_GROUPS = 12  # values with a legend entry each; if there are more, a colour bar
-MOST_LINES = 100  # lines of a collection with hover texts
+MOST_LINES = 100  # lines of a collection that has hover texts, at most
 PIXELS = 1.5  # of the page, per point of a figure
 Trace = dict[str, Any]
 
@@ -114,25 +114,25 @@ def _line(axes: Axes, line: Any, name: str) -> Trace:
     return trace | {"mode": "+".join(modes) or "lines"} | _hover(line, np.arange(len(points)))
 
 
-def _points(many: Any, word: str, groups: dict[str, str]) -> Iterator[Trace]:
+def _points(artist: Any, word: str, groups: dict[str, str]) -> Iterator[Trace]:
     """Yield the points of a scatter plot, a trace for each value of the colour if these are few."""
-    points, values = np.asarray(many.get_offsets(), dtype=float), many.get_array()
+    points, values = np.asarray(artist.get_offsets(), dtype=float), artist.get_array()
     everything = np.arange(len(points))
     parts: list[tuple[Any, str, dict[str, Any]]] = []
     if values is None:
-        parts.append((everything, "runs", {"color": to_hex(many.get_facecolor()[0])}))
+        parts.append((everything, "runs", {"color": to_hex(artist.get_facecolor()[0])}))
     elif len(levels := np.unique(values)) > MOST_GROUPS:
-        parts.append((everything, "runs", _scale(many, word)))
+        parts.append((everything, "runs", _scale(artist, word)))
     else:
         for level in levels:
-            colour = to_hex(many.to_rgba(level))
+            colour = to_hex(artist.to_rgba(level))
             name = groups[colour] = _level(word, level)
             parts.append((everything[values == level], name, {"color": colour}))
-    size = 1.7 * float(np.sqrt(many.get_sizes()[0]))
+    size = 1.7 * float(np.sqrt(artist.get_sizes()[0]))
     look: Trace = {"size": size, "line": {"width": 0.5, "color": "paper"}}
     for rows, name, colours in parts:
         trace = _at(points[rows]) | {"mode": "markers", "marker": look | colours} | _named(name)
-        yield trace | _hover(many, rows)
+        yield trace | _hover(artist, rows)
 
 
 def _level(word: str, value: float) -> str:
@@ -142,13 +142,13 @@ def _level(word: str, value: float) -> str:
     return symbol + letter(float(f"{value:.3g}"))
 
 
-def _scale(many: Any, word: str) -> dict[str, Any]:
+def _scale(artist: Any, word: str) -> dict[str, Any]:
     """Return the marker colours of points by their values, on the figure's logarithmic scale."""
-    low, high = np.log10([many.norm.vmin, many.norm.vmax])
+    low, high = np.log10([artist.norm.vmin, artist.norm.vmax])
     ticks = np.linspace(low, high, 5)
     return {
-        "color": _numbers(np.log10(np.asarray(many.get_array(), dtype=float))),
-        "colorscale": [[at, to_hex(many.cmap(at))] for at in (0.0, 0.25, 0.5, 0.75, 1.0)],
+        "color": _numbers(np.log10(np.asarray(artist.get_array(), dtype=float))),
+        "colorscale": [[at, to_hex(artist.cmap(at))] for at in (0.0, 0.25, 0.5, 0.75, 1.0)],
         "cmin": float(low),
         "cmax": float(high),
         "colorbar": {
@@ -159,16 +159,16 @@ def _scale(many: Any, word: str) -> dict[str, Any]:
     }
 
 
-def _area(many: Any, label: str, word: str) -> Iterator[Trace]:
+def _area(artist: Any, label: str, word: str) -> Iterator[Trace]:
     """Yield the lines, the contours or the areas of a collection."""
-    paths, name, is_contour = many.get_paths(), _named(label), isinstance(many, ContourSet)
-    if not is_contour and not isinstance(many, LineCollection):
-        colour = many.get_facecolor()[0]
+    paths, name, is_contour = artist.get_paths(), _named(label), isinstance(artist, ContourSet)
+    if not is_contour and not isinstance(artist, LineCollection):
+        colour = artist.get_facecolor()[0]
         style = {"fillcolor": _rgba(colour), "tint": to_hex(colour[:3]), **name}
         yield from (_filled(path.vertices, style) for path in paths)
         return
-    colours = many.get_edgecolors()
-    levels = np.array([] if is_contour or many.get_array() is None else many.get_array())
+    colours = artist.get_edgecolors()
+    levels = np.array([] if is_contour or artist.get_array() is None else artist.get_array())
     are_named = 0 < len(np.unique(levels)) <= MOST_GROUPS
     for at, path in enumerate(paths):
         pieces = path.to_polygons(closed_only=False)
@@ -176,12 +176,12 @@ def _area(many: Any, label: str, word: str) -> Iterator[Trace]:
             continue
         broken = np.concatenate([part for p in pieces for part in (p, [[np.nan, np.nan]])])
         colour = to_hex(colours[at % len(colours)])
-        line = {"color": colour, "width": PIXELS * float(many.get_linewidths()[0])}
+        line = {"color": colour, "width": PIXELS * float(artist.get_linewidths()[0])}
         trace = _at(broken[:-1]) | {"mode": "lines", "line": line}
         if is_contour:
-            trace |= {"text": f"{many.levels[at]:.4g}", "hoverinfo": "text"}
+            trace |= {"text": f"{artist.levels[at]:.4g}", "hoverinfo": "text"}
         elif len(paths) <= MOST_LINES:
-            text = HOVER.get(many, [""] * len(paths))[at]
+            text = HOVER.get(artist, [""] * len(paths))[at]
             trace |= {"text": html.escape(text, quote=False), "hoverinfo": "text+x+y"}
         else:
             trace["hoverinfo"] = "skip"

@@ -51,7 +51,7 @@ DASHED: Any = (0, (4, 2))
 SHADE: Any = {"color": drawing.SKY, "alpha": 0.4, "linewidth": 0}
 MANY_RUNS = 60  # points are smaller if there are more of them
 FAMILY = 5  # curves of a panel at most, one for each value of the other variable
-FEW_LOSSES = 5  # a training curve needs as many
+FEW_LOSSES = 5  # losses that a training curve needs at least
 MANY_CURVES = 200  # if there are more, they are drawn as one image: the SVG would take megabytes
 
 
@@ -101,11 +101,7 @@ def dots(
     analysis: Analysis, axes: Axes, x: Any, y: Any, texts: Sequence[str] = (), **style: Any
 ) -> None:
     """Draw runs with their hover texts, by default those of all runs."""
-    usual: dict[str, Any] = {
-        "marker": "o",
-        "markersize": marker_size(analysis),
-        "linestyle": "None",
-    }
+    usual: Any = {"marker": "o", "markersize": marker_size(analysis), "linestyle": "None"}
     (drawn,) = axes.plot(x, y, **(usual | style))
     drawing.HOVER[drawn] = texts or hover_texts(analysis)
 
@@ -390,10 +386,10 @@ def curves(analysis: Analysis) -> Figure | None:
     word = f"{'training ' if name == 'train_loss' else ''}{analysis.columns.loss_label}"
     for axes, spent, letter in ((left, "tokens", "D"), (right, "flops_exact", "C")):
         lines = [one[[spent, name]].to_numpy() for _, one in groups]
-        many = LineCollection(lines, linewidths=0.8, alpha=0.8, **style)
-        many.set_rasterized(len(lines) > MANY_CURVES)
-        drawing.HOVER[many] = [str(name) for name in groups["run_name"].first()]
-        axes.add_collection(many)
+        collection = LineCollection(lines, linewidths=0.8, alpha=0.8, **style)
+        collection.set_rasterized(len(lines) > MANY_CURVES)
+        drawing.HOVER[collection] = [str(name) for name in groups["run_name"].first()]
+        axes.add_collection(collection)
         axes.autoscale()
         if axes is right:
             ordered = known.sort_values([spent, name])

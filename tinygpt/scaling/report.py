@@ -281,9 +281,9 @@ def single_runs(analysis: Analysis) -> Iterator[Block]:
     what = "prediction" if analysis.predictions else "loss at the largest run"
     text = f"Each run moves the {what} by {reached}, compared with a law fitted without it."
     outliers = [one for one in analysis.single if one.is_outlier]
-    far = "far from the law of the others or from other seeds at their point"
-    told = f"These lie {far}:" if outliers else f"None lie {far}. The three that move it most:"
-    yield Paragraph(f"{text} {told}")
+    far = "far from the law of the others or from other seeds"
+    what = f"These lie {far}:" if outliers else f"None lies {far}. The three that move it most:"
+    yield Paragraph(f"{text} {what}")
     header = ["run", "from the law", "standard errors", "from its seeds", "their scatter"]
     listed, rows = outliers or analysis.single[:3], []
     for one in listed[:MOST_ROWS]:
@@ -314,7 +314,7 @@ def predictions(analysis: Analysis, story: Story | None = None) -> Iterator[Bloc
         yield Paragraph(" ".join(analysis.unanswered))
     if not analysis.predictions:
         yield Paragraph(
-            "Nothing is predicted beyond the runs: nothing here says how far to trust it."
+            "No loss beyond the runs is predicted: nothing shows how far to trust a prediction."
         )
         return
     made, names = analysis.predictions, list(analysis.predictions[0].place)
