@@ -138,7 +138,7 @@ def model_card(run: TrainedRun, weights: dict[str, Tensor], name: str) -> str:
     title, version = families.TITLES[families.family(config.model)], metadata.version("tinygpt")
     origin = f"further from {_name(config.init_from)}," if config.init_from else "from scratch"
     beginning = [
-        "In training every text followed the end of another, so a prompt is best origin with",
+        "In training every text followed the end of another, so a prompt is best begun with",
         f"`{_end(run)}`, as above.",
     ]
     if run.tokenizer.convention:
