@@ -1,4 +1,4 @@
-"""``python -m tinygpt.evaluate``: every number against a direct computation."""
+"""Test ``python -m tinygpt.evaluate``: every number against a direct computation."""
 
 from __future__ import annotations
 
@@ -60,9 +60,16 @@ def trained_in(folder: Path, cache: Path, overrides: list[str]) -> Path:
 
 
 def scored(*runs: Path, **options: Any) -> list[dict[str, Any]]:
-    """The rows of ``evaluate_runs``."""
+    """Return the rows of ``evaluate_runs``."""
     table = tinygpt.evaluate_runs(*runs, **options)
     return [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]
+
+
+def shown(made: list[runs.Evaluation]) -> str:
+    """Return what the terminal shows, with single spaces."""
+    text = io.StringIO()
+    table.show(made, Console(file=text, width=80))
+    return " ".join(text.getvalue().split())
 
 
 @pytest.fixture(scope="module")
@@ -72,21 +79,19 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(corpus: Path, cache: Path, outputs: Path) -> Path:
-    """Twelve steps on the small corpus, two checkpoints of which are kept."""
+    """Train for twelve steps on the small corpus, and keep two checkpoints."""
     more = ("run_name=one", "train.keep_every=1024", "optim.learning_rate=0.01")
     return trained_in(outputs, cache, tiny(corpus, *more))
 
 
 @pytest.fixture(scope="module")
 def synthetic(cache: Path, outputs: Path) -> Path:
-    """A run on the embedded corpus whose windows hold whole documents."""
+    """Train on the embedded corpus, where windows hold whole documents."""
     words = ["run_name=stories", "data.max_tokens=20000", "data.eval_tokens=8000"]
     words += ["data.n_facts=8", "data.heldout_entities=0", "tokenizer.vocab_size=600"]
-    words += ["tokenizer.train_bytes=100_000"]
-    words += ["model.d_model=16", "model.n_heads=2", "train.steps=6"]
-    return trained_in(
-        outputs, cache, [*words, "hardware.accelerator=cpu", "hardware.threads=1", *PLAIN]
-    )
+    words += ["tokenizer.train_bytes=100_000", "model.d_model=16", "model.n_heads=2"]
+    words += ["train.steps=6", "hardware.accelerator=cpu", "hardware.threads=1"]
+    return trained_in(outputs, cache, [*words, *PLAIN])
 
 
 PLAIN = ["train.batch_tokens=512", "train.sample_tokens=0", "logger=csv"]
@@ -130,13 +135,13 @@ def test_every_checkpoint_is_scored(run: Path) -> None:
 
 
 def stream(path: Path) -> list[int]:
-    """The tokens of a text without separators, as one document."""
+    """Return the tokens of a text without separators, as one document."""
     return [257, *path.read_bytes(), 257]
 
 
 def naive(model: GPT, tokens: list[int], stride: int) -> tuple[list[float], list[int]]:
-    """The loss of every target, one at a time, in the window with the most context, and how many
-    tokens are likelier."""
+    """Return the loss of each target in the window with the most context, and how many tokens are
+    likelier."""
     length = model.config.max_seq_len
     losses, likelier = [], []
     for place in range(len(tokens) - 1):
@@ -249,18 +254,14 @@ def test_a_run_is_scored_when_what_it_began_from_is_gone(
     corpus: Path, cache: Path, run: Path, tmp_path: Path
 ) -> None:
     source = shutil.copytree(run, tmp_path / "source")
-    words = [f"data.path={corpus}", "data.val_fraction=0.1", "data.test_fraction=0.1"]
-    words += ["data=custom", f"init_from={source}", "train.steps=1", "hardware.threads=1"]
-    words.append("run_name=fine")
-    folder = trained_in(tmp_path, cache, [*words, *PLAIN])
+    words = ["data=custom", f"data.path={corpus}", "data.val_fraction=0.1", "run_name=fine"]
+    words += ["data.test_fraction=0.1", f"init_from={source}", "train.steps=1"]
+    folder = trained_in(tmp_path, cache, [*words, "hardware.threads=1", *PLAIN])
     shutil.rmtree(source)
     before = fileio.read_json(folder / "results.json")["final_val_loss"]
     made = runs.evaluate([folder, run], Options(cache_dir=str(cache)))
     assert made[0].scores["loss"] == before
-    said = io.StringIO()
-    table.show(made, Console(file=said, width=80))
-    words = said.getvalue().split()
-    assert "hours and gain of fine are without what init_from cost" in " ".join(words)
+    assert "hours and gain of fine exclude the cost of init_from" in shown(made)
 
 
 TEXTS = [("val", None), ("test", None), ("val", "a/book.txt"), ("val", "b/book.txt"), ("val", "*")]
@@ -346,7 +347,7 @@ def test_what_follows_a_prompt(prompt: str, answer: str, before: str, after: str
 
 
 def log_p(model: GPT, read: list[int], follows: list[int]) -> tuple[float, bool]:
-    """Of one pair, one token at a time, and whether each is the likeliest."""
+    """Return log p of one pair, token by token, and whether each is the likeliest."""
     total, greedy = 0.0, True
     for n, token in enumerate(follows):
         context = [*read, *follows[:n]][-model.config.max_seq_len :]
@@ -357,7 +358,7 @@ def log_p(model: GPT, read: list[int], follows: list[int]) -> tuple[float, bool]
 
 
 def test_likelihoods_are_those_of_one_token_at_a_time(run: Path) -> None:
-    """The longest pair just fits: of a longer one the window would slide in the reference."""
+    """The longest pair just fits: with a longer one the reference would move its window."""
     model, random = load_run(run).model, np.random.default_rng(0)
     pairs = []
     for _ in range(40):
@@ -443,14 +444,14 @@ GOOD = '{"prompt": "a", "choices": ["b", "c"], "label": 1}'
         ("[1]", "line 2: must have prompt and answer, or prompt, choices and label"),
         ('{"prompt": "a"}', "line 2: must have prompt and answer"),
         ('{"prompt": "a", "choices": ["b", "c"]}', "line 2: must have prompt and answer"),
-        ('{"prompt": 1, "choices": ["b", "c"], "label": 0}', "prompt=1: must be a text"),
+        ('{"prompt": 1, "choices": ["b", "c"], "label": 0}', "prompt=1: must be text"),
         ('{"prompt": "a", "choices": "bc", "label": 0}', "choices='bc': must be a list of two"),
         ('{"prompt": "a", "choices": ["b"], "label": 0}', "must be a list of two or more"),
-        ('{"prompt": "a", "choices": ["b", " "], "label": 0}', "choices: ' ' is no text"),
+        ('{"prompt": "a", "choices": ["b", " "], "label": 0}', "choices: ' ' is not text"),
         ('{"prompt": "a", "choices": ["b", "c"], "label": 2}', "label=2: must be from 0 to 1"),
         ('{"prompt": "a", "choices": ["b", "c"], "label": true}', "label=True: must be"),
-        ('{"prompt": "a", "answer": ""}', "answer: '' is no text"),
-        ('{"prompt": "a", "answer": "b"}', "line 2: has answer or choices unlike line 1"),
+        ('{"prompt": "a", "answer": ""}', "answer: '' is not text"),
+        ('{"prompt": "a", "answer": "b"}', "line 2: must have answer or choices as line 1 does"),
     ],
 )
 def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str, said: str) -> None:
@@ -503,14 +504,14 @@ def test_the_likeliest_answer_is_that_of_all_scored_one_by_one(
 
 
 class Knowing:
-    """Knows the answers to the questions that it is given, and nothing else."""
+    """Stand for a model that knows the answers to the questions it is given, and nothing else."""
 
     def __init__(self, answers: dict[str, str]) -> None:
         self.answers = answers
         self.config = cli.compose_config([]).model
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """(B, T, T): at each position all that has been read."""
+        """Return at each position all tokens up to it, (B, T, T)."""
         T = tokens.shape[1]
         return tokens[:, None].expand(-1, T, -1).masked_fill(~torch.ones(T, T).tril().bool(), -1)
 
@@ -678,7 +679,7 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is(run: Path, tmp_path
 
 @pytest.fixture(scope="module")
 def wide(corpus: Path, cache: Path, outputs: Path, run: Path) -> Path:
-    """Beside ``run``: twice as wide, another seed, another name that looks like mark-up."""
+    """Train a run twice as wide as ``run``, with another seed."""
     more = ("run_name=x.wide", "model.d_model=32", "seed=7")
     return trained_in(outputs, cache, tiny(corpus, *more))
 
@@ -737,15 +738,13 @@ def test_runs_side_by_side(
     done = tinygpt("evaluate", f"runs={run},{wide},{synthetic}", *another)
     assert (done.returncode, done.stderr) == (0, "")
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
-    shown = " ".join(done.stdout.split())
-    assert "seed 42 7 42" in shown
-    assert "data.n_facts – – 8" in shown
-    assert "facts of the corpus stories" in shown
-    assert "chance 0.1 %" in shown  # the facts, of the one run that they can be asked of
-    assert "note: losses compare on the same tokens" in shown
-    (place,) = (outputs / "runs" / "evaluation").iterdir()
-    assert place.name.startswith(f"{corpus.name}-")
-    folder = place
+    text = " ".join(done.stdout.split())
+    assert "seed 42 7 42" in text
+    assert "data.n_facts – – 8" in text
+    assert "facts of the corpus stories" in text  # only of the run on the embedded corpus
+    assert "note: compare losses on the same tokens" in text
+    (folder,) = (outputs / "runs" / "evaluation").iterdir()
+    assert folder.name.startswith(f"{corpus.name}-")
     assert (folder / "comparison.png").exists()
     table = pd.read_csv(folder / "evaluation_results.csv")
     assert list(table["run"]) == ["one", "x.wide", "stories"]
@@ -764,14 +763,11 @@ def test_what_is_not_the_same_of_all_is_said_of_each(run: Path, wide: Path) -> N
     other = dataclasses.replace(
         other, scores=odd, positions=shorter, asked={"facts": {"head": 0.5, "tail": 0.25}}
     )
-    console = Console(file=io.StringIO(), width=80)
-    table.show([one, other], console)
-    assert isinstance(console.file, io.StringIO)
-    shown = " ".join(console.file.getvalue().split())
-    assert "cpu, precision 32, 64" in shown
-    assert "4 characters are unknown to the tokenizer of x.wide" in shown
-    assert "tail: beyond 25.0 %" in shown
-    assert "17 to 24 19.5000 17 to 32" in shown
+    text = shown([one, other])
+    assert "cpu, precision 32, 64" in text
+    assert "4 characters are unknown to the tokenizer of x.wide" in text
+    assert "tail: beyond 25.0 %" in text
+    assert "17 to 24 19.5000 17 to 32" in text
 
 
 def test_compare_says_in_what_runs_differ(run: Path, wide: Path) -> None:

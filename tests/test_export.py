@@ -1,4 +1,4 @@
-"""The export of a run: what transformers loads from it, what its card says, what is refused."""
+"""Test the export of a run: what transformers loads, what the card says, what is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TOKENIZERS = {
 
 
 def make_run(folder: Path, corpus: Path, *words: str) -> TrainedRun:
-    """A run that was never trained: weights of a size at which every part matters."""
+    """Return an untrained run with weights so large that every part matters."""
     config = cli.compose_config(tiny(corpus, "model.max_seq_len=64", *words))
     tokenizer = train_tokenizer(config.tokenizer, [corpus.read_text()])
     torch.manual_seed(1)
@@ -53,7 +53,7 @@ def make_run(folder: Path, corpus: Path, *words: str) -> TrainedRun:
 @pytest.mark.parametrize("shape", [[], LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_transformers_loads_it(kind: str, shape: list[str], corpus: Path, tmp_path: Path) -> None:
-    """By its Auto classes, with no code of ours: ids, logits, and 40 tokens by its KV cache."""
+    """Its Auto classes, without code of ours, give the same ids, logits and 40 tokens."""
     transformers = pytest.importorskip("transformers")
     if kind == "gpt2" and not GPT2.is_dir():
         pytest.skip("no GPT-2 vocabulary beside the project")
@@ -95,7 +95,7 @@ def trained(corpus: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def validation_ids(run: TrainedRun, cache: Path) -> list[int]:
-    """Read from the cache without the code under test."""
+    """Read the validation tokens from the cache without the code under test."""
     assert run.results is not None
     for path in (cache / "data").glob("*/index.json"):
         index = json.loads(path.read_text())
@@ -139,7 +139,7 @@ def test_the_command_and_the_loss_by_transformers(
 
 
 def card_of(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The head and the table."""
+    """Return the head and the table of the model card."""
     _, head, text = (folder / "README.md").read_text().split("---\n", 2)
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if " | " in line]
     return yaml.safe_load(head), {line[0]: line[1] for line in lines if len(line) == 2}

@@ -1,4 +1,4 @@
-"""``python -m tinygpt.fit`` as a user calls it: on a table, on run folders, with mistakes."""
+"""Test ``python -m tinygpt.fit``: on a table, on run folders, with mistakes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FLOOR, AMOUNT, ALPHA = 0.9, 60.0, 0.4
 
 
 def table(sizes: int = 6, seeds: int = 2) -> pd.DataFrame:
-    """Runs of one number of tokens that follow a law with a little noise."""
+    """Return runs of one number of tokens that follow a law with a little noise."""
     random = np.random.default_rng(1)
     rows: list[dict[str, Any]] = []
     for width in (32 * 2**i for i in range(sizes)):
@@ -49,7 +49,7 @@ def test_the_help_names_every_law() -> None:
 
 
 def results(row: dict[str, Any], width: int) -> dict[str, Any]:
-    """What a finished run of this size would have written."""
+    """Return what a finished run of this size would have written."""
     return {
         "schema_version": 1,
         "config_hash": f"{width}-{row['seed']}",
@@ -78,7 +78,7 @@ def results(row: dict[str, Any], width: int) -> dict[str, Any]:
 
 
 def run_folders(study: Path) -> Path:
-    """Finished runs with their curves, and one that has only begun."""
+    """Write finished runs with their curves, and one that has only begun."""
     for row in table().to_dict("records"):
         width = round((row["params"] / 24) ** 0.5)
         run = rundir.RunDir(study / f"d_model-{width}_seed-{row['seed']}")
@@ -96,7 +96,7 @@ def run_folders(study: Path) -> Path:
 
 
 def test_every_run_is_read_once(tmp_path: Path) -> None:
-    """Whatever a report needs of it."""
+    """No file of a run is read twice for a report."""
     run_folders(tmp_path / "width")
     reads: Counter[str] = Counter()
 
@@ -183,14 +183,14 @@ def test_a_fit_replaces_no_other(tinygpt: Command, tmp_path: Path) -> None:
     line = "outputs/fit-a-runs: holds the fit of a/runs.csv; force=true replaces it"
     assert refused.stderr == f"error: {line}\n"
     again = fitted("a")
-    assert again.stdout.startswith("note: the fit in outputs/fit-a-runs is made again\n")
+    assert again.stdout.startswith("note: replacing the fit in outputs/fit-a-runs\n")
     assert (tmp_path / "outputs/fit-a-runs/fit.json").read_bytes() == written
     assert fitted("c/a", "force=true").returncode == 0
     assert fitted("a").returncode == 2
 
 
 def test_runs_at_smoke_scale_are_no_result(tinygpt: Command, tmp_path: Path) -> None:
-    """One of them is enough; the study says so at its end, and again where nothing was left."""
+    """One of them is enough; the study says so at its end, also if nothing was left to do."""
     study = run_folders(tmp_path / "outputs" / "width")
     (study / "d_model-32_seed-0" / "config.yaml").write_text("scale: smoke\n")
     done = tinygpt("fit", "runs=outputs/width")
@@ -205,7 +205,7 @@ def test_runs_at_smoke_scale_are_no_result(tinygpt: Command, tmp_path: Path) -> 
 
 
 def test_an_older_run_in_the_folder_is_named(tinygpt: Command, tmp_path: Path) -> None:
-    """One of another size, too, where no run of the study is beside it."""
+    """This holds also for a size that no run of the study has."""
     study = run_folders(tmp_path / "outputs" / "width")
     width = 48
     loss = FLOOR + AMOUNT / (24 * width**2) ** ALPHA
@@ -289,7 +289,7 @@ def test_a_mistake_is_one_line(
 def test_predicted_from_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The library's numbers, with a law of one's own from the example of docs/laws.md."""
+    """The numbers are the library's, with the law of the example in docs/laws.md."""
     page = (Path(__file__).parents[1] / "docs" / "laws.md").read_text()
     (example,) = re.findall(
         r"^```python\n(from tinygpt.scaling import Law.*?)^```", page, re.S | re.M

@@ -1,4 +1,4 @@
-"""A run folder as something to use: from three lines of Python."""
+"""Test loading a run in Python: ``tinygpt.load_run``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tinygpt.training.session import train
 
 @pytest.fixture(scope="module")
 def trained(corpus: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps that kept its checkpoints."""
+    """Train a run of 12 steps that keeps its checkpoints."""
     folder = tmp_path_factory.mktemp("outputs")
     more = (f"output_dir={folder}", f"cache_dir={cache}", "train.keep_every=1024", "run_name=kept")
     overrides = tiny(corpus, *more)
@@ -50,10 +50,12 @@ def test_a_run_is_printed_in_five_lines(trained: Path, tmp_path: Path) -> None:
     assert f"learning rate {run.results['learning_rate']:g}" in recipe
     assert f"{run.results['final_val_loss']:.4f} nats per token" in loss
     assert run._repr_html_().count("<tr>") == 5
-    ended = tmp_path / "run"
-    shutil.copytree(trained, ended)
-    (ended / "results.json").unlink()
-    assert "has not ended; last.ckpt after 12 steps" in str(tinygpt.load_run(ended, "last"))
+    begun = shutil.copytree(trained, tmp_path / "begun")
+    (begun / "results.json").unlink()
+    (begun / "checkpoints" / "final.ckpt").unlink()
+    unfinished = tinygpt.load_run(begun)
+    assert "has not ended; last.ckpt after 12 steps" in str(unfinished)
+    assert (unfinished.checkpoint, unfinished.results) == ("last", None)
 
 
 def test_every_checkpoint_can_be_had(trained: Path) -> None:
@@ -63,16 +65,6 @@ def test_every_checkpoint_can_be_had(trained: Path) -> None:
     assert not torch.equal(early, late)
 
 
-def test_a_run_that_has_not_ended_is_as_at_its_last_checkpoint(
-    trained: Path, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(trained, tmp_path / "begun")
-    (copy / "results.json").unlink()
-    (copy / "checkpoints" / "final.ckpt").unlink()
-    run = tinygpt.load_run(copy)
-    assert (run.checkpoint, run.results) == ("last", None)
-
-
 def test_what_cannot_be_loaded_is_said_in_a_line(trained: Path, tmp_path: Path) -> None:
     def said(path: Path, checkpoint: str | None = None) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -80,10 +72,8 @@ def test_what_cannot_be_loaded_is_said_in_a_line(trained: Path, tmp_path: Path) 
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    assert said(trained, "step_5").endswith(
-        "step_5: not in " + f"{trained / 'checkpoints'}; there are step_4, step_8, step_12, "
-        "best, last, final"
-    )
+    there = "there are step_4, step_8, step_12, best, last, final"
+    assert said(trained, "step_5").endswith(f"step_5: not in {trained / 'checkpoints'}; {there}")
     assert said(tmp_path / "nowhere").endswith("no such folder")
     assert f"give one of them, as {trained}" in said(trained.parent.parent)
     copy = shutil.copytree(trained, tmp_path / "bare")

@@ -1,4 +1,4 @@
-"""``python -m tinygpt.evaluate``: score trained runs and set them side by side."""
+"""Run ``python -m tinygpt.evaluate``: score trained runs and set them side by side."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def main() -> None:
     for word in chosen:
         if word != "data=custom":
             raise ConfigError(f"{word}: must be custom; without it the run's own corpus is scored")
-        if arguments.data.path is None:
-            raise ConfigError("data.path: must be given, as data.path=FILE, a folder or a glob")
+    if chosen and arguments.data.path is None:
+        raise ConfigError("data.path: must be given, as data.path=FILE, a folder or a glob")
     if not arguments.runs:
         raise ConfigError("runs: must be given, as runs=outputs/runs/x")
     arguments.check()

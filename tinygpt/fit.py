@@ -1,4 +1,4 @@
-"""``python -m tinygpt.fit``: runs to scaling laws, figures and a report."""
+"""Run ``python -m tinygpt.fit``: fit a scaling law to runs and write its report and figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ tinygpt fit outputs/width [key=value ...]
 
 runs=FOLDER[,FOLDER]    runs, studies or outputs/ as a whole, runs= may be left out; adaptations
                         (adapt.jsonl) take seed=, output_dir= and force= only
-table=FILE              instead: a table with a row a run (docs/laws.md: files, dialects, numbers);
+table=FILE              instead: a table, one row per run (docs/laws.md: files, dialects, numbers);
                         name its columns by
                         columns.n= d= u= t= c= loss= seed= run= learning_rate=
                         (parameters, tokens, unique tokens, context, FLOPs, loss, seed, name);
@@ -63,7 +63,7 @@ force=true              replace the fit of another table or of other runs there
 
 @dataclass
 class TableColumns:
-    """The column of each quantity in a table from elsewhere."""
+    """Name the column of each quantity in a table from elsewhere."""
 
     n: Optional[str] = None
     d: Optional[str] = None
@@ -78,7 +78,7 @@ class TableColumns:
 
 @dataclass
 class TableUnits:
-    """The unit of each count in a table from elsewhere: 1e6 for millions."""
+    """Hold the unit of each count in a table from elsewhere: 1e6 for millions."""
 
     n: Optional[float] = key(None, above=0.0)
     d: Optional[float] = key(None, above=0.0)
@@ -157,18 +157,10 @@ def main() -> None:
 
         curves = curves_of(pd.concat([table.runs, table.left_out]).sort_index())
     cli.announce(f"fitting {many(len(table.runs), 'run')}")
-    asked = ("variable", "estimator", "threshold", "objective", "budgets")
-    analysis = analyse(
-        table.runs,
-        table.left_out,
-        table.columns,
-        law=law,
-        places=places,
-        curves=curves,
-        condition=arguments.where,
-        notes=table.notes,
-        **{name: getattr(arguments, name) for name in (*asked, "isoflop", "seed")},
-    )
+    names = ("variable", "estimator", "threshold", "objective", "budgets", "isoflop", "seed")
+    given = {name: getattr(arguments, name) for name in names}
+    given |= {"law": law, "places": places, "curves": curves, "condition": arguments.where}
+    analysis = analyse(table.runs, table.left_out, table.columns, notes=table.notes, **given)
     cli.announce("drawing")
     story = Story.read(Path(arguments.runs[0])) if len(arguments.runs) == 1 else None
     report.write(analysis, folder, story, arguments.table, source)
@@ -176,15 +168,15 @@ def main() -> None:
 
 
 def _are_adaptations(arguments: Arguments) -> bool:
-    """Return whether the runs adapted a base.  Of a folder with both kinds, only trainings count.
+    """Return whether the runs are adaptations; in a folder that also has trainings, these count.
 
-    Raises ConfigError where folders of the two kinds are named.
+    Raises ConfigError for folders of both kinds, and for keys that adaptations do not take.
     """
-    for name in arguments.runs:
-        if not Path(name).is_dir():
-            instead = f"a file; did you mean table={name}?" if Path(name).is_file() else ""
-            raise ConfigError(f"runs={name}: {instead or 'no such folder'}")
     folders = [Path(name) for name in arguments.runs]
+    for folder, name in zip(folders, arguments.runs, strict=True):
+        if not folder.is_dir():
+            instead = f"a file; did you mean table={name}?" if folder.is_file() else ""
+            raise ConfigError(f"runs={name}: {instead or 'no such folder'}")
     adapted = {folder: len(list(folder.rglob("adapt.jsonl"))) for folder in folders}
     trained = [folder for folder in folders if rundir.find_runs(folder)]
     alone = [folder for folder in folders if adapted[folder] and folder not in trained]
@@ -195,15 +187,14 @@ def _are_adaptations(arguments: Arguments) -> bool:
     for folder in trained:
         if count := adapted[folder]:
             print(f"note: adaptations in {folder} are left out ({count}); give their folders alone")
-    if not alone:
-        return False
-    used = ("runs", "seed", "output_dir", "force")
-    _refuse(arguments, used, "not for runs that adapted a model; seed, output_dir are")
-    return True
+    if alone:
+        used = ("runs", "seed", "output_dir", "force")
+        _refuse(arguments, used, "not for runs that adapted a model; seed, output_dir are")
+    return bool(alone)
 
 
 def _refuse(arguments: Arguments, used: Sequence[str], why: str) -> None:
-    """Raise ConfigError for a key that was given and is not used."""
+    """Raise ConfigError for a key that was given but is not among ``used``."""
     default = Arguments()
     for name, value in vars(arguments).items():
         if value != getattr(default, name) and name not in used:
@@ -211,7 +202,7 @@ def _refuse(arguments: Arguments, used: Sequence[str], why: str) -> None:
 
 
 def _folder(arguments: Arguments) -> Path:
-    """Return where the report goes: tables of one name in two folders have two."""
+    """Return the folder of the report; it tells tables of one name in two folders apart."""
     if arguments.table:
         table, packed = Path(arguments.table).resolve(), r"(\.\w+)?\.(gz|bz2|xz|zst|zip)$|\.\w+$"
         stem = re.sub(packed, "", table.name, flags=re.IGNORECASE)
@@ -227,9 +218,9 @@ def _folder(arguments: Arguments) -> Path:
 
 
 def _source(arguments: Arguments, folder: Path) -> list[str] | None:
-    """Return the table or the runs as seen from ``folder``; None where it lies within the runs.
+    """Return the table or the runs as paths from ``folder``, or None if it lies in the runs.
 
-    Raises ConfigError for a folder that holds the fit of others.
+    Raises ConfigError if the folder holds the fit of something else.
     """
     if folder.name == "fit":
         return None
@@ -243,12 +234,12 @@ def _source(arguments: Arguments, folder: Path) -> list[str] | None:
         if before != source and not arguments.force:
             of = ", ".join(os.path.normpath(folder / one) for one in before or ["something else"])
             raise ConfigError(f"{folder}: holds the fit of {of}; force=true replaces it")
-        print(f"note: the fit in {folder} is made again")
+        print(f"note: replacing the fit in {folder}")
     return source
 
 
 def _compare(arguments: Arguments) -> None:
-    """Report what recipes are worth: the values of a key, or studies in folders of their own."""
+    """Compare recipes, the values of a key or whole studies, and write the report."""
     used = "runs table columns units loss loss_unit decimal last where compare reference output_dir"
     _refuse(arguments, used.split(), f"not for compare=, which takes {', '.join(used.split())}")
     cli.announce("loading")
@@ -263,47 +254,45 @@ def _compare(arguments: Arguments) -> None:
     else:
         if len(arguments.compare) > 1:
             parts = {Path(one).resolve().name: load_runs(one) for one in arguments.compare}
-            key, last = "studies", ""  # whose names the folder has
+            key, last = "studies", ""  # the folder already has their names
         else:
             parts = versus.split(load_runs(*arguments.runs), key)[0]
         arguments.loss = versus.loss_of(parts, arguments.loss, notes)
         sides = {name: _side(part, arguments, name) for name, part in parts.items()}
     cli.announce(f"comparing {many(sum(len(one.runs) for one in sides.values()), 'run')}")
-    found, folder = versus.compare(sides, key, arguments.reference, notes), _folder(arguments)
+    comparison = versus.compare(sides, key, arguments.reference, notes)
+    folder = _folder(arguments)
     folder = folder.with_name(f"{folder.name.replace('fit', 'compare', 1)}{last}")
-    versus.write(found, folder)
-    versus.show(found, folder)
+    versus.write(comparison, folder)
+    versus.show(comparison, folder)
 
 
 def _read(arguments: Arguments) -> Table:
-    """Return the runs, and where they say what."""
+    """Return the runs of the table or the folders, with the columns of each quantity."""
     from tinygpt.scaling.elsewhere import read
     from tinygpt.scaling.runs import load_runs
 
-    if arguments.table:
-        named = dataclasses.asdict(arguments.columns)
-        keys = ("loss", "loss_unit", "decimal", "last", "where")
-        given = {name: getattr(arguments, name) for name in keys}
-        units = dataclasses.asdict(arguments.units)
-        return read(arguments.table, named, units=units, **given)
-    return _side(load_runs(*arguments.runs), arguments)
+    if not arguments.table:
+        return _side(load_runs(*arguments.runs), arguments)
+    keys = ("loss", "loss_unit", "decimal", "last", "where")
+    given = {name: getattr(arguments, name) for name in keys}
+    return read(arguments.table, vars(arguments.columns), units=vars(arguments.units), **given)
 
 
 def _side(table: pd.DataFrame, arguments: Arguments, name: str = "") -> Table:
-    """Return the runs of a table of our own that can enter one law, and the others."""
+    """Return the runs of our own that can enter one law, and those left out."""
     from tinygpt.scaling.elsewhere import Table, find_columns
     from tinygpt.scaling.runs import comparable
 
     if table.empty:
         raise ConfigError(f"runs={','.join(arguments.runs)}: no runs in there {name}".rstrip())
-    named = dataclasses.asdict(arguments.columns)
-    named = {name: column for name, column in named.items() if column is not None}
+    named = {name: column for name, column in vars(arguments.columns).items() if column is not None}
     columns, _ = find_columns(table, named, arguments.loss)
     used, left_out = comparable(table, columns.loss, arguments.where)
     return Table(used, left_out, columns, [])
 
 
 if __name__ == "__main__":
-    gc.disable()  # with many runs a fifth of these seconds would go into looking for garbage
+    gc.disable()  # with many runs, collecting garbage would take a fifth of the time
     main()
-    gc.freeze()  # nor does the interpreter look for it as it leaves
+    gc.freeze()  # spares the collection at exit

@@ -1,4 +1,1 @@
-"""Score trained runs on texts and tasks, and report the results.
-
-options → scoring → tasks → runs → table; options alone needs no torch
-"""
+"""Score trained runs on texts and tasks: options → scoring → tasks → runs → table."""

@@ -1,4 +1,4 @@
-"""Read what an evaluation is asked to do: options, runs, output folder, files of questions.
+"""Read the options, runs, output folder and questions of an evaluation.
 
 Nothing here imports torch or numpy, so that a mistake is reported at once.
 """
@@ -19,7 +19,7 @@ from tinygpt.runs import rundir
 
 @dataclass
 class OtherText:
-    """A text to score instead of the run's own; its keys are those of ``data=custom``."""
+    """Name a text to score instead of the run's own, with the keys of ``data=custom``."""
 
     path: Optional[str] = None
     separator: str = "auto"
@@ -31,7 +31,7 @@ class OtherText:
 
 @dataclass
 class Options:
-    """Say what is computed for each run, and on which device."""
+    """Hold what is computed for each run, and on which device."""
 
     checkpoints: list[str] = field(default_factory=list)  # empty: final, or last if unfinished
     split: str = key("val", among=("val", "test"))
@@ -56,18 +56,15 @@ class Options:
             if self.data.path is None and value != default:
                 raise ConfigError(f"data.{name}={value}: needs data.path=")
         if "all" in self.checkpoints and len(self.checkpoints) > 1:
-            raise ConfigError(f"checkpoints={','.join(self.checkpoints)}: all is all of them")
-
-
-# --- runs and folders
+            raise ConfigError(f"checkpoints={','.join(self.checkpoints)}: all includes the others")
 
 
 def find(runs: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
-    """Return the runs named or found in the folders named, and those found without a checkpoint.
+    """Return the runs in ``runs``, folders of runs or run folders, and those without a checkpoint.
 
     Raises ConfigError if there is nothing to score.
     """
-    found: list[Path] = []
+    ready: list[Path] = []
     without: list[Path] = []
     for name in runs:
         path = Path(name).expanduser()
@@ -77,13 +74,12 @@ def find(runs: Sequence[str | Path]) -> tuple[list[Path], list[Path]]:
         if not inside:
             raise rundir.no_runs(path)
         for one in inside:
-            kept = bool(rundir.RunDir(one).kept())
-            if one == path and not kept:
-                raise ConfigError(f"runs={name}: has no checkpoint")
-            (found if kept else without).append(one)
-    if not found:
+            (ready if rundir.RunDir(one).kept() else without).append(one)
+        if path in without:
+            raise ConfigError(f"runs={name}: has no checkpoint")
+    if not ready:
         raise ConfigError(f"runs={','.join(map(str, runs))}: none of them has a checkpoint")
-    return list(dict.fromkeys(found)), without
+    return list(dict.fromkeys(ready)), without
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -102,7 +98,7 @@ def text_name(split: str, path: str | None) -> str:
         return "" if split == "val" else split
     place = os.path.abspath(os.path.expanduser(path))
     name = re.sub("[^A-Za-z0-9._-]+", "-", os.path.basename(place)).strip(".-") or "text"
-    return f"{name[:60]}-{fileio.digest(place)[:6]}"  # files of one name lie in several folders
+    return f"{name[:60]}-{fileio.digest(place)[:6]}"  # tells files of the same name apart
 
 
 def folder_for(paths: Sequence[Path], output_dir: str | None, text: str = "") -> Path:
@@ -120,12 +116,9 @@ def folder_for(paths: Sequence[Path], output_dir: str | None, text: str = "") ->
     return folder
 
 
-# --- files of questions
-
-
 @dataclass(frozen=True)
 class Question:
-    """A prompt and what may follow it: several choices, or the one answer of a cloze."""
+    """Hold a prompt and what may follow it: several choices, or the one answer of a cloze."""
 
     prompt: str
     choices: list[str]
@@ -138,7 +131,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """A file of questions, either all cloze or all multiple choice."""
+    """Hold the questions of a file, either all cloze or all multiple choice."""
 
     name: str
     questions: list[Question]
@@ -146,15 +139,16 @@ class Task:
 
 def read_tasks(paths: list[str]) -> list[Task]:
     """Read several files.  Raises ConfigError as ``read_task`` does, or if two share a name."""
-    tasks = [read_task(Path(path).expanduser()) for path in paths]
-    for n, task in enumerate(tasks):
-        if task.name in [other.name for other in tasks[:n]]:
+    tasks: dict[str, Task] = {}
+    for task in (read_task(Path(path).expanduser()) for path in paths):
+        if task.name in tasks:
             raise ConfigError(f"task={','.join(paths)}: two files named {task.name}")
-    return tasks
+        tasks[task.name] = task
+    return list(tasks.values())
 
 
 def read_task(path: Path) -> Task:
-    """Read a JSON lines file.  Raises ConfigError, naming the line, for one without a question."""
+    """Read a JSON lines file.  Raises ConfigError, with the line number, for a bad question."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -168,7 +162,7 @@ def read_task(path: Path) -> Task:
         try:
             questions.append(_question(fileio.parse_json(line)))
             if questions[-1].is_cloze != questions[0].is_cloze:
-                raise ValueError("has answer or choices unlike line 1")
+                raise ValueError("must have answer or choices as line 1 does")
         except ValueError as error:
             raise ConfigError(f"task={path}: line {number}: {error}") from error
     if not questions:
@@ -177,7 +171,7 @@ def read_task(path: Path) -> Task:
 
 
 def _question(row: Any) -> Question:
-    """Return the question in a line.  Raises ValueError if there is none."""
+    """Return the question in a row.  Raises ValueError if there is none."""
     keys = set(row) if isinstance(row, dict) else set()
     if not keys >= {"prompt", "answer"} and not keys >= {"prompt", "choices", "label"}:
         raise ValueError("must have prompt and answer, or prompt, choices and label")
@@ -185,12 +179,12 @@ def _question(row: Any) -> Question:
     choices = [row["answer"]] if is_cloze else row["choices"]
     label = 0 if is_cloze else row["label"]
     if not isinstance(prompt, str):
-        raise ValueError(f"prompt={prompt!r:.40}: must be a text")
+        raise ValueError(f"prompt={prompt!r:.40}: must be text")
     if not isinstance(choices, list) or not (is_cloze or len(choices) > 1):
         raise ValueError(f"choices={choices!r:.40}: must be a list of two or more texts")
     for choice in choices:
         if not isinstance(choice, str) or not choice.strip():
-            raise ValueError(f"{'answer' if is_cloze else 'choices'}: {choice!r:.40} is no text")
+            raise ValueError(f"{'answer' if is_cloze else 'choices'}: {choice!r:.40} is not text")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
         raise ValueError(f"label={label!r:.40}: must be from 0 to {len(choices) - 1}")
     return Question(prompt, choices, label)

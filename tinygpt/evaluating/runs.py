@@ -1,4 +1,4 @@
-"""Evaluate runs at their checkpoints: one row for each model that is scored."""
+"""Evaluate runs at their checkpoints, one row per model."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from tinygpt.model.gpt import GPT
 from tinygpt.runs import rundir
 from tinygpt.runs.load import TrainedRun, load_run
 
-NEAR = 0.01  # of the final loss: where a run counts as converged
-LISTS = ("checkpoints", "task")  # a text stands for a list, as on the command line
+NEAR = 0.01  # a run counts as converged within this share of its last loss
+LISTS = ("checkpoints", "task")  # may be one string with commas, as on the command line
 Say = Callable[[str], None]
-Curve = list[dict[str, float]]  # step, tokens, seconds, val_loss: those that were measured
+Curve = list[dict[str, float]]  # rows of step, tokens, seconds, val_loss, where measured
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model on a text, and the answers to ``facts``, ``samples`` and tasks by their name."""
+    """Hold the scores of a model on a text, and on ``facts``, ``samples`` and each task."""
 
     scores: dict[str, Any]
     positions: Positions | None = None
@@ -48,19 +48,19 @@ class Evaluation:
     @property
     def row(self) -> dict[str, Any]:
         """Return the line of evaluation_results.csv."""
-        asked = {f"{a}_{name}": v for a, found in self.asked.items() for name, v in found.items()}
+        asked = {f"{a}_{name}": v for a, some in self.asked.items() for name, v in some.items()}
         return {**self.scores, **asked}
 
     @property
     def is_whole(self) -> bool:
-        """Return whether this is the trained model itself."""
+        """Return whether this is the trained model, neither untrained nor made smaller."""
         return bool(self.scores["variant"] == "trained")
 
 
 def evaluate_runs(
     *runs: str | Path, data: str | Path | None = None, **options: Any
 ) -> pd.DataFrame:
-    """Score runs as ``python -m tinygpt.evaluate`` does, without writing a file: a row a model.
+    """Score runs as ``python -m tinygpt.evaluate`` does, one row per model, and write no files.
 
     ``data`` is a file, a folder or a glob to score instead of each run's own validation split; the
     other ``options`` are those of the command, as ``split="test"``, ``checkpoints="all"``,
@@ -74,16 +74,15 @@ def loss_by_position(
 ) -> pd.DataFrame:
     """Return the mean loss at each position of the context, in nats per token.
 
-    Columns ``position`` (from 1: tokens that the model has seen), ``loss`` and its
-    ``standard_error``, over windows of full length.  Arguments as of ``evaluate_runs``.  Raises
-    ConfigError, also for a text shorter than the context.
+    The columns are ``position`` (the number of tokens that the model has seen, from 1), ``loss``
+    and its ``standard_error``, over windows of full length.  The arguments are those of
+    ``evaluate_runs``.  Raises ConfigError, also for a text shorter than the context.
     """
-    found = evaluate([run], _options(data, options))[0].positions
-    if found is None:
+    means = evaluate([run], _options(data, options))[0].positions
+    if means is None:
         raise ConfigError(f"runs={run}: the text is shorter than the context")
-    position = np.arange(1, len(found.loss) + 1)
-    columns = {"position": position, "loss": found.loss, "standard_error": found.error}
-    return pd.DataFrame(columns)
+    columns = {"loss": means.loss, "standard_error": means.error}
+    return pd.DataFrame({"position": np.arange(1, len(means.loss) + 1), **columns})
 
 
 def _options(data: str | Path | None, options: dict[str, Any]) -> Options:
@@ -91,12 +90,11 @@ def _options(data: str | Path | None, options: dict[str, Any]) -> Options:
     for name in options:
         if name not in names:
             raise ConfigError(checks.unknown_key(name, names))
-    options = {
-        k: v.split(",") if k in LISTS and isinstance(v, str) else v for k, v in options.items()
-    }
-    found = Options(**options, data=OtherText(str(data)) if data else OtherText())
-    checks.check_bounds(found)
-    return found
+    lists = {k: options[k].split(",") for k in LISTS if isinstance(options.get(k), str)}
+    text = OtherText(str(data)) if data else OtherText()
+    given = Options(**{**options, **lists}, data=text)
+    checks.check_bounds(given)
+    return given
 
 
 def evaluate(
@@ -105,10 +103,10 @@ def evaluate(
     say: Say = lambda what: None,
     refused: Say | None = None,
 ) -> list[Evaluation]:
-    """Evaluate each checkpoint of each run.  Raises ConfigError before anything is scored.
+    """Evaluate each checkpoint of each run.
 
-    ``refused`` is called with a line for each run that cannot be scored, and the others are;
-    without it that raises ConfigError or RunError as well.
+    Raises ConfigError for bad options before anything is scored.  For a run that cannot be scored,
+    ``refused`` is called with a line; without ``refused``, raises ConfigError or RunError.
     """
     options.check()
     tasks = read_tasks(options.task)
@@ -127,17 +125,17 @@ def evaluate(
 
 
 def _check_run(run: rundir.RunDir, options: Options) -> None:
-    """Raise ConfigError for a checkpoint that a run lacks, or a stride beyond its context."""
-    there = run.kept()
+    """Raise ConfigError for a checkpoint that the run lacks, or a stride beyond its context."""
+    kept = run.kept()
     for name in options.checkpoints:
-        if name not in (*there, "all"):
-            raise ConfigError(f"checkpoints={name}: {run.path} has {', '.join(there) or 'none'}")
+        if name not in (*kept, "all"):
+            raise ConfigError(f"checkpoints={name}: {run.path} has {', '.join(kept) or 'none'}")
     if options.stride is None:
         return
     try:
         length = rundir.read_config(run.config).model.max_seq_len
     except ConfigError:
-        return  # reported when this run's turn comes
+        return  # reported when this run is scored
     if options.stride > length:
         line = f"stride={options.stride}: must be at most the context, {length} of {run.path}"
         raise ConfigError(line)
@@ -146,7 +144,7 @@ def _check_run(run: rundir.RunDir, options: Options) -> None:
 def _evaluate_run(
     path: Path, label: str, options: Options, tasks: list[Task], say: Say
 ) -> Iterator[Evaluation]:
-    """Score the untrained model, then each checkpoint followed by its smaller variants."""
+    """Score the untrained model if asked for, then each checkpoint and its smaller variants."""
     run = rundir.RunDir(path)
     chosen: list[str | None] = list(options.checkpoints) or [None]
     if chosen == ["all"]:
@@ -162,7 +160,7 @@ def _evaluate_run(
         ) -> Evaluation:
             say(f"{label}: {trained.checkpoint}: {variant}")
             is_whole = variant == "trained"
-            found, positions = score_text(model, text, machine, options.stride, is_whole)
+            measured, positions = score_text(model, text, machine, options.stride, is_whole)
             scores = {
                 "run": label,
                 "folder": str(path),
@@ -175,11 +173,11 @@ def _evaluate_run(
                 "text": text.name,
                 "text_fingerprint": text.split.info["fingerprint"],
                 "stride": options.stride,
-                **found,
+                **measured,
                 "unknown_tokens": text.split.info["unknown_tokens"],
                 "irreducible_loss_exact": text.floor,
                 "size_bytes": size_in_bytes(model) if size is None else size,
-                **budget(trained, found["loss"], curve),
+                **budget(trained, measured["loss"], curve),
                 **convergence(curve if is_whole else []),
                 "device": str(machine.device),
                 "precision": machine.resolved.precision,
@@ -196,10 +194,10 @@ def _evaluate_run(
                 yield task.name, score_task(model, tokenizer, task, machine)
             if count:
                 say(f"{label}: {trained.checkpoint}: samples")
-                found = score_samples(model, tokenizer, text, count, options.seed, machine)
-                yield "samples", found
+                measures = score_samples(model, tokenizer, text, count, options.seed, machine)
+                yield "samples", measures
 
-        if options.baseline:  # the weights that the seed gives, also where init_from gave others
+        if options.baseline:  # the weights of the seed, even if the run took others by init_from
             torch.manual_seed(first.config.seed)
             model = GPT(first.config.model, first.tokenizer.vocab_size)
             bare = dataclasses.replace(first, model=model, step=0, checkpoint="none")
@@ -216,15 +214,13 @@ def _evaluate_run(
 
 
 def _read_curve(run: rundir.RunDir) -> Curve:
-    if not run.metrics.exists():
-        return []
     names = ("step", "tokens", "seconds", "val_loss")
-    rows = rundir.MetricsFile(run.metrics).read()
+    rows = rundir.MetricsFile(run.metrics).read() if run.metrics.exists() else []
     return [{name: float(row[name]) for name in names if row[name]} for row in rows]
 
 
 def budget(trained: TrainedRun, loss: float, curve: Curve) -> dict[str, float | None]:
-    """Return what the model cost up to its checkpoint, and what it gained for that.
+    """Return the cost of the model up to its checkpoint, and its gain for that cost.
 
     The gain is in nats per token below ln V, the loss of a uniform guess.
     """
@@ -249,7 +245,7 @@ def budget(trained: TrainedRun, loss: float, curve: Curve) -> dict[str, float | 
 
 
 def convergence(curve: Curve) -> dict[str, int | None]:
-    """Return where the validation loss of training first came within 1 % of its last value."""
+    """Return when the validation loss in training first was within 1 % of its last value."""
     rows = [row for row in curve if "val_loss" in row]
     near = [row for row in rows if row["val_loss"] <= (1 + NEAR) * rows[-1]["val_loss"]]
     return {

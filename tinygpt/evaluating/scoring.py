@@ -1,6 +1,6 @@
-"""The loss of a model on a text, on the machine and in the windows that training used.
+"""Compute the loss of a model on a text, with the device settings and windows of training.
 
-So the loss is the one training recorded, to the last digit, wherever the device is the same.
+On the same device the loss is the one that training recorded, to the last digit.
 """
 
 from __future__ import annotations
@@ -43,12 +43,10 @@ HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 TOP = 5
 INT8_MAX = 127
 
-# --- the machine
-
 
 @dataclass(frozen=True)
 class Machine:
-    """The device and precision that a run is scored with."""
+    """Hold the device and precision that a run is scored with."""
 
     resolved: Device
     config: Config  # of the run, with the hardware of this evaluation
@@ -67,21 +65,21 @@ class Machine:
         return torch.autocast(self.device.type, half, enabled=half is not None, cache_enabled=False)
 
     def rows(self, length: int) -> int:
-        """Return how many sequences of this length go through the model together."""
+        """Return how many sequences of this length the model takes at once."""
         return max(1, PASS_TOKENS[self.resolved.accelerator] // length)
 
 
 @contextlib.contextmanager
 def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iterator[Machine]:
-    """Set the precision, threads and matrix products of the run, unless ``options`` give others.
+    """Use the precision, threads and matrix products of the run, unless ``options`` give others.
 
     Raises ConfigError if this machine lacks a device or a precision.
     """
-    begun = fileio.read_json(run.environment)
-    on_cpu, threads = begun.get("device") == "cpu", options.threads
+    trained = fileio.read_json(run.environment)
+    on_cpu, threads = trained.get("device") == "cpu", options.threads
     if on_cpu:
-        begun = fileio.read_json(run.environment, threads=int)
-        threads = threads or min(begun["threads"], os.cpu_count() or 1)
+        trained = fileio.read_json(run.environment, threads=int)
+        threads = threads or min(trained["threads"], os.cpu_count() or 1)
     hardware = dataclasses.replace(
         config.hardware,
         accelerator=options.device,
@@ -93,7 +91,7 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
     )
     as_trained = options.precision == "auto"
     try:
-        precision = begun["precision_resolved"] if as_trained else options.precision
+        precision = trained["precision_resolved"] if as_trained else options.precision
         resolved = resolve_device(hardware, precision)
     except ConfigError as error:
         line = str(error).replace("hardware.accelerator=", "device=")
@@ -104,8 +102,8 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
     before = torch.get_num_threads()
     try:
         set_up(hardware, resolved)
-        if on_cpu and "matmul" in begun:
-            kernels.use_onednn(begun["matmul"] == "onednn" and kernels.onednn_is_there())
+        if on_cpu and "matmul" in trained:
+            kernels.use_onednn(trained["matmul"] == "onednn" and kernels.onednn_is_there())
         if resolved.accelerator == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as the Trainer sets it
         yield Machine(resolved, dataclasses.replace(config, hardware=hardware))
@@ -114,36 +112,32 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
         kernels.use_onednn(None)
 
 
-# --- the text
-
-
 @dataclass(frozen=True)
 class Text:
-    """A tokenized text.  With an exact ``floor`` training's windows hold whole documents."""
+    """Hold a tokenized text.  With an exact ``floor`` its windows hold whole documents."""
 
     name: str
     split: Split
     length: int  # of a window: the model's context
     batch_size: int
     pad: int
-    floor: float | None = None  # the exact entropy, in nats per token, if every window can reach it
+    floor: float | None = None  # the exact entropy in nats per token, if windows can reach it
 
     def batches(self, stride: int | None, only_full: bool = False) -> EvalBatches:
-        """Return every target once, in training's own windows unless there is a ``stride``.
+        """Return batches with every target once, in the windows of training if ``stride`` is None.
 
-        ``only_full`` returns the windows of full length instead, one behind the other.
+        ``only_full`` returns the windows of full length instead, without overlap.
         """
         whole_documents = self.floor is not None and stride is None and not only_full
         windows = self.split.eval_windows(self.length, whole_documents, stride)
         if only_full:
             full = windows.lengths == self.length
             windows = EvalWindows(windows.starts[full], windows.lengths[full], windows.before[full])
-        return EvalBatches(
-            self.split, windows, length=self.length, batch_size=self.batch_size, pad=self.pad
-        )
+        sizes = {"length": self.length, "batch_size": self.batch_size}
+        return EvalBatches(self.split, windows, pad=self.pad, **sizes)
 
     def documents(self) -> list[NDArray[np.int64]]:
-        """Return the tokens of each document, without the end of text."""
+        """Return the tokens of each document, without the end-of-text token."""
         start_tokens = self.split.unscored > 0  # then a document ends where the next one's begins
         return [
             np.asarray(shard[start + 1 : end - start_tokens], dtype=np.int64)
@@ -153,7 +147,7 @@ class Text:
 
 
 def open_text(trained: TrainedRun, options: Options, machine: Machine, progress: Progress) -> Text:
-    """Open the text that is asked for: a split as training saw it, or all of another text.
+    """Open the text to score: a split of the run's corpus as in training, or all of another text.
 
     Raises ConfigError if the run's corpus has changed, or there is nothing to score.
     """
@@ -164,8 +158,7 @@ def open_text(trained: TrainedRun, options: Options, machine: Machine, progress:
         corpus = corpora.open_corpus(other)
         prepared = shards.prepare_whole(corpus, other, tokenizer, cache, progress)
         length = config.model.max_seq_len
-        split = prepared.split("all")
-        return Text(options.data.path, split, length, machine.rows(length), pad)
+        return Text(options.data.path, prepared.split("all"), length, machine.rows(length), pad)
     run, name = rundir.RunDir(trained.path), options.split
     instead = "; data=custom data.path=... scores any text"
     prepared = own_corpus(run, config, tokenizer, options.cache_dir, progress, instead)
@@ -176,14 +169,11 @@ def open_text(trained: TrainedRun, options: Options, machine: Machine, progress:
     return Text(name, data.splits[name], data.length, batch_size, pad, data.floor(name))
 
 
-# --- the loss
-
-
 @dataclass(frozen=True)
 class Positions:
-    """The mean loss at each position of full windows, ``(T,)``, with its standard error.
+    """Hold the mean loss at each position of full windows, ``(T,)``, and its standard error.
 
-    At position t the model has seen t tokens.
+    The model has seen t tokens at position t.
     """
 
     loss: NDArray[np.float64]
@@ -203,11 +193,11 @@ class Positions:
 def score_text(
     model: GPT, text: Text, machine: Machine, stride: int | None = None, by_position: bool = False
 ) -> tuple[dict[str, float], Positions | None]:
-    """Return the scores of a text and, if asked for and a window is full, its loss by position.
+    """Return the scores of a text and, if ``by_position`` and a window is full, loss by position.
 
     Without a ``stride`` the scores are exactly those of training.
     """
-    scores, tally = _pass(model, text.batches(stride), text, machine)
+    scores, tally = _score(model, text.batches(stride), text, machine)
     named = {
         "loss": scores.loss,
         "perplexity": scores.perplexity,
@@ -223,18 +213,17 @@ def score_text(
         batches = text.batches(None, only_full=True)
         if not len(batches):
             return named, None
-        _, tally = _pass(model, batches, text, machine)
+        _, tally = _score(model, batches, text, machine)
     return named, tally.positions()
 
 
-def _pass(model: GPT, batches: EvalBatches, text: Text, machine: Machine) -> tuple[Scores, _Tally]:
-    tally = _Tally(model, text.length)
-    autocast = machine.autocast()
+def _score(model: GPT, batches: EvalBatches, text: Text, machine: Machine) -> tuple[Scores, _Tally]:
+    tally, autocast = _Tally(model, text.length), machine.autocast()
     return score(tally, batches, text.split.info, machine.device, autocast, watch=tally.add), tally
 
 
 class _Tally:
-    """A model, and sums in 64 bits of what ``score`` does not report of it."""
+    """Wrap a model to sum, in 64 bits, what ``score`` does not report."""
 
     def __init__(self, model: GPT, length: int) -> None:
         self.model, self.training = model, model.training
@@ -243,15 +232,14 @@ class _Tally:
         self.loss, self.squares = torch.zeros(2, length, dtype=torch.float64)
 
     def scores(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Return each target's loss, whether it is the likeliest, and whether among the five."""
+        """Return the loss of each target, and whether it is the likeliest or among the top 5."""
         rows = self.model.scaled(self.model.hidden(tokens)).flatten(0, 1)
-        losses, right, near = token_scores(
-            rows, self.model.output_weight, targets.flatten(), top=TOP
-        )
+        weight = self.model.output_weight
+        losses, right, near = token_scores(rows, weight, targets.flatten(), top=TOP)
         return losses, right.bool(), near.bool()
 
-    def add(self, found: tuple[Tensor, ...], counted: Tensor) -> None:
-        losses, _, near = (values.view_as(counted).cpu() for values in found)
+    def add(self, scores: tuple[Tensor, ...], counted: Tensor) -> None:
+        losses, _, near = (values.view_as(counted).cpu() for values in scores)
         counted = counted.cpu()
         self.near += int((near & counted).sum())
         self.targets += int(counted.sum())
@@ -262,8 +250,7 @@ class _Tally:
             self.squares += full.square().sum(0)
 
     def positions(self) -> Positions | None:
-        n = self.windows
-        if n == 0:
+        if not (n := self.windows):
             return None
         mean = self.loss / n
         spread = (self.squares / n - mean.square()).clamp(min=0)
@@ -271,12 +258,9 @@ class _Tally:
         return Positions(mean.numpy(), error.numpy(), n)
 
 
-# --- smaller models: only the matrices of attention, MLP and an untied head are changed
-
-
 @torch.no_grad()
 def quantized(model: GPT) -> tuple[GPT, int]:
-    """Return a copy with weights rounded to int8, and its size in bytes.
+    """Return a copy with the weights of linear layers rounded to int8, and its size in bytes.
 
     Rounding is symmetric, with one scale per row: its largest weight / 127.  Activations keep
     their precision, and the copy stores the rounded weights as floating-point numbers.
@@ -295,14 +279,15 @@ def quantized(model: GPT) -> tuple[GPT, int]:
 
 
 def pruned(model: GPT, amount: float) -> tuple[GPT, int]:
-    """Return a copy with that share of the weights zero, the smallest of all layers together.
+    """Return a copy whose linear layers have their smallest weights set to zero, and its size.
 
-    Its size in bytes counts a bit for every weight, then those that are not zero.
+    ``amount`` is the share of zeros over all layers.  The size in bytes counts a bit for each
+    weight, then the weights that are not zero.
     """
     smaller, saved = copy.deepcopy(model), 0
     layers = _linear_layers(smaller)
-    places = [(layer, "weight") for layer in layers]
-    pruning.global_unstructured(places, pruning.L1Unstructured, amount=amount)
+    weights = [(layer, "weight") for layer in layers]
+    pruning.global_unstructured(weights, pruning.L1Unstructured, amount=amount)
     for layer in layers:
         pruning.remove(layer, "weight")  # type: ignore[no-untyped-call]
         zeros = int((layer.weight == 0).sum())
@@ -311,9 +296,10 @@ def pruned(model: GPT, amount: float) -> tuple[GPT, int]:
 
 
 def _linear_layers(model: GPT) -> list[nn.Linear]:
+    """Return the layers of attention, MLP and an untied head."""
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def size_in_bytes(model: GPT) -> int:
-    """Return the size of all parameters, tied ones counted once."""
+    """Return the size of all parameters; tied ones count once."""
     return sum(p.numel() * p.itemsize for p in model.parameters())

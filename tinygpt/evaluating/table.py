@@ -1,4 +1,4 @@
-"""Report evaluations: results files, tables on a terminal of 80 columns, figures."""
+"""Report evaluations in files, in tables on a terminal of 80 columns, and in figures."""
 
 from __future__ import annotations
 
@@ -28,21 +28,19 @@ from tinygpt.training.console import short
 if TYPE_CHECKING:
     from tinygpt.evaluating.runs import Evaluation
 
-# --- runs side by side
-
 VALIDATION = ("final_val_loss", "final_val_bits_per_byte", "final_val_accuracy")
 OUTCOMES = ("status", *VALIDATION, "test_loss")
 
 
 def compare(*runs: str | Path) -> pd.DataFrame:
-    """Return trained runs side by side, from what they recorded: nothing is computed anew.
+    """Return one row per run with its size, budget, losses, and the keys in which runs differ.
 
-    A row a run: size, budget, losses, then every key of the configuration in which they differ.
-    ``runs`` are run folders or folders of runs.  Raises ConfigError.
+    All values are those that the runs recorded.  ``runs`` are run folders or folders of runs.
+    Raises ConfigError.
     """
     table = load_runs(*runs)
     if table.empty:
-        find(runs)  # says why
+        find(runs)  # raises an error that says why
     names = names_of([Path(folder) for folder in table["folder"]])
     known = [name for name in (*rundir.SIZES, *OUTCOMES) if name in table]
     settings = ["seed", *(name for name in SETTINGS if name not in rundir.SIZES)]
@@ -52,11 +50,9 @@ def compare(*runs: str | Path) -> pd.DataFrame:
     return shown.rename(columns=lambda name: str(name).removeprefix("config."))
 
 
-# --- files
-
 DEFINITIONS = {
     "loss": "nats per token, every target of the text once",
-    "accuracy": "share of targets that are the likeliest token; _top5: less than five are likelier",
+    "accuracy": "share of targets that are the likeliest token; _top5: one of the five likeliest",
     "bits_per_byte": "of the text, ends of documents included in the bits",
     "gain": "ln(vocabulary) - loss: nats per token below a uniform guess",
     "gain_per_pflop": "gain / (exact training FLOPs up to the checkpoint / 1e15)",
@@ -64,9 +60,9 @@ DEFINITIONS = {
     "gain_per_hour": "gain / hours of training up to the checkpoint, on the run's own machine",
     "tokens_to_1_percent": "training tokens at the run's first evaluation whose validation loss is "
     "within 1 % of its last one",
-    "by_position": "mean loss at each position of windows of full length, one behind the other",
-    "int8": "weights of all linear layers rounded to int8, a scale a row; nothing else",
-    "pruned": "that share of the weights of all linear layers zero, the smallest of all together",
+    "by_position": "mean loss at each position of windows of full length, without overlap",
+    "int8": "weights of all linear layers rounded to int8, one scale per row; nothing else",
+    "pruned": "that share of the weights of all linear layers set to zero, the smallest of all",
     "size_bytes": "all parameters, tied ones once; int8: with the scales; pruned: a bit for each "
     "weight of a linear layer, then those that are not zero",
 }
@@ -75,9 +71,9 @@ DEFINITIONS = {
 def write(
     made: Sequence[Evaluation], folder: Path, arguments: dict[str, Any], refused: Sequence[str]
 ) -> list[Path]:
-    """Write evaluation_results.csv and .json; ``refused``: a line for each run not among them.
+    """Write evaluation_results.csv and .json; ``refused`` has a line for each run not scored.
 
-    A value that is not finite is an empty field and null.
+    A value that is not finite becomes an empty field and null.
     """
     columns = list(dict.fromkeys(name for one in made for name in one.row))
     rows = [{name: _finite(one.row.get(name)) for name in columns} for one in made]
@@ -104,10 +100,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- the terminal
-
-ACROSS = 5  # models that stand side by side; more are a row each
-METRICS = {  # what is shown of a row, in this order; without a format as 1.23M
+ACROSS = 5  # models side by side; if there are more, each gets a row
+METRICS = {  # name and format of each value shown; those without a format as 1.23M
     "train_tokens": ("training tokens", ""),
     "loss": ("loss, nats per token", ",.4f"),
     "irreducible_loss_exact": ("  exact floor", ",.4f"),
@@ -134,7 +128,7 @@ IN_A_ROW = {
     "accuracy": ("acc.", ".2%"),
     "bits_per_byte": ("bits/byte", ",.4f"),
 }
-LABELS = {  # of what is asked besides; the rest is shown by its own name
+LABELS = {  # of facts, tasks and samples; other names are shown as they are
     "head": "head: ranks to 100",
     "middle": "middle: to 1,000",
     "tail": "tail: beyond",
@@ -149,7 +143,7 @@ UNLESS_ZERO = {"left_out", "prompts_cut", "unknown_tokens"}
 
 
 def show(made: Sequence[Evaluation], console: Console) -> None:
-    """Print one run's models side by side, several runs a row a model, and how runs differ."""
+    """Print the models of one run side by side, of several runs in rows, and how runs differ."""
     _show_notes(made, console)
     whole = [one for one in made if one.is_whole]
     folders = list(dict.fromkeys(one.scores["folder"] for one in made))
@@ -161,12 +155,12 @@ def show(made: Sequence[Evaluation], console: Console) -> None:
         ]
         _print(console, ["", *_heads(made)], rows)
     else:
-        varying = _varying([one.scores for one in made], "checkpoint", "variant", "text")
-        marks = ["run", *varying]
+        scores = [one.scores for one in made]
+        marks = ["run", *_varying(scores, "checkpoint", "variant", "text")]
         rows = [
-            [str(one.scores[mark]) for mark in marks]
-            + [_number(one.scores[name], spec) for name, (_, spec) in IN_A_ROW.items()]
-            for one in made
+            [str(row[mark]) for mark in marks]
+            + [_number(row[name], spec) for name, (_, spec) in IN_A_ROW.items()]
+            for row in scores
         ]
         heads = [*marks, *(word for word, _ in IN_A_ROW.values())]
         _print(console, heads, rows, len(marks), no_wrap=True)
@@ -187,11 +181,11 @@ def _show_notes(made: Sequence[Evaluation], console: Console) -> None:
     about = f"{first['text']}: {words}, {stride}; {first['device']}, precision {precision}"
     console.print(Text(about))
     if not is_one:
-        console.print("note: losses compare on the same tokens, bits per byte on the same text")
-    begun = dict.fromkeys(one.scores["run"] for one in made if one.scores["init_from"])
-    if begun:
-        line = f"note: FLOPs, hours and gain of {', '.join(begun)} are without what init_from cost"
-        console.print(Text(line))
+        console.print("note: compare losses on the same tokens, bits per byte on the same text")
+    continued = dict.fromkeys(one.scores["run"] for one in made if one.scores["init_from"])
+    if continued:
+        names = ", ".join(continued)
+        console.print(Text(f"note: FLOPs, hours and gain of {names} exclude the cost of init_from"))
     unknown = {one.scores["run"]: one.scores["unknown_tokens"] for one in made}
     for count in dict.fromkeys(filter(None, unknown.values())):
         whose = ", ".join(run for run, found in unknown.items() if found == count)
@@ -200,17 +194,17 @@ def _show_notes(made: Sequence[Evaluation], console: Console) -> None:
 
 
 def _show_asked(name: str, whole: Sequence[Evaluation], console: Console) -> None:
-    """Print the facts, a task, or the samples with the same measures of real text in brackets."""
+    """Print facts, a task or samples, the latter with the measures of real text in brackets."""
     title = {"samples": "samples (real text)", "facts": "facts of the corpus"}.get(name, name)
     heads = [h for h, one in zip(_heads(whole), whole, strict=True) if name in one.asked]
-    found = [one.asked[name] for one in whole if name in one.asked]
+    columns = [one.asked[name] for one in whole if name in one.asked]
     rows = []
-    for key in dict.fromkeys(key for values in found for key in values):
-        is_other = key.endswith(("_stderr", "_real", "_asked"))
-        if is_other or (key in UNLESS_ZERO and not any(values.get(key) for values in found)):
+    for key in dict.fromkeys(key for values in columns for key in values):
+        is_part = key.endswith(("_stderr", "_real", "_asked"))  # of the cell of another key
+        if is_part or (key in UNLESS_ZERO and not any(values.get(key) for values in columns)):
             continue
         label = LABELS.get(key, key.replace("_", " "))
-        rows.append([f"  {label}", *(_measure(values, key) for values in found)])
+        rows.append([f"  {label}", *(_measure(values, key) for values in columns)])
     console.print()
     _print(console, [title, *heads], rows)
 
@@ -229,16 +223,16 @@ def _show_positions(whole: Sequence[Evaluation], console: Console) -> None:
     bands = [one.positions.bands() if one.positions else [] for one in whole]
     losses = [{(start, end): loss for start, end, loss in some} for some in bands]
     rows = []
-    for start, end in sorted(set().union(*losses)):  # a shorter context has another last band
+    for start, end in sorted(set().union(*losses)):  # contexts may differ in their last band
         label = f"  {start} to {end}" if end > start else f"  {start}"
-        rows.append([label, *(_number(found.get((start, end)), ",.4f") for found in losses)])
+        rows.append([label, *(_number(some.get((start, end)), ",.4f") for some in losses)])
     if rows:
         console.print()
         _print(console, ["loss by position", *_heads(whole)], rows)
 
 
 def _show_differences(folders: Sequence[str], console: Console) -> None:
-    """Print the keys in which the runs differ, with their values where the runs are few."""
+    """Print the keys in which the runs differ, with their values if there are few runs."""
     table = compare(*folders)
     table = table.drop(columns=[*rundir.SIZES, *OUTCOMES], errors="ignore")
     console.print()
@@ -252,7 +246,7 @@ def _show_differences(folders: Sequence[str], console: Console) -> None:
 
 
 def _setting(value: Any) -> str:
-    """Return a value as it was set: a column that some runs lack has become one of floats."""
+    """Return a value as it was set; pandas turns integers into floats if some runs lack them."""
     if value is None or value != value:
         return "–"
     return f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value)
@@ -265,7 +259,7 @@ def _number(value: Any, spec: str) -> str:
 
 
 def _heads(made: Sequence[Evaluation]) -> list[str]:
-    """Name models by what differs between them."""
+    """Return names of models, made of what differs between them."""
     rows = [dict(one.scores) for one in made]
     for row in rows:
         if row["variant"] == "untrained":
@@ -275,7 +269,7 @@ def _heads(made: Sequence[Evaluation]) -> list[str]:
 
 
 def _varying(rows: Sequence[dict[str, Any]], *names: str) -> list[str]:
-    """Return the names that are not the same in all rows that have them."""
+    """Return the names whose values differ between the rows that have them."""
     return [name for name in names if len({row[name] for row in rows if name in row}) > 1]
 
 
@@ -286,31 +280,26 @@ def _print(
     left: int = 1,
     no_wrap: bool = False,
 ) -> None:
-    """Print a table whose columns but the first ``left`` ones hold numbers."""
+    """Print a table in which all columns but the first ``left`` ones hold numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for n, name in enumerate(heads):
-        table.add_column(
-            Text(name),
-            justify="left" if n < left else "right",
-            overflow="fold",
-            no_wrap=no_wrap and n >= left,
-        )
+    for name in heads[:left]:
+        table.add_column(Text(name), overflow="fold")
+    for name in heads[left:]:
+        table.add_column(Text(name), justify="right", overflow="fold", no_wrap=no_wrap)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
 
 
-# --- figures
-
 COLOURS = [drawing.BLUE, drawing.ORANGE, drawing.GREEN]
 COLOURS += [drawing.PURPLE, drawing.SKY, drawing.RED]
 RING: Any = {"markersize": 8, "fillstyle": "none"}
-MOST_NAMED = 16  # runs: more are not told apart by name
-MARKS = 40  # points of a line by position: beyond that neighbours are averaged
+MOST_NAMED = 16  # runs in a legend; if there are more, it is left out
+MARKS = 40  # points of a line by position; neighbours are averaged to get no more
 
 
 def draw(made: Sequence[Evaluation], folder: Path) -> list[Path]:
-    """Draw the figures that have something to show."""
+    """Draw the figures that have data, and return their paths."""
     whole = [one for one in made if one.is_whole]
     figures = {
         "loss_by_position": (_draw_positions, any(one.positions for one in whole)),
@@ -323,7 +312,8 @@ def draw(made: Sequence[Evaluation], folder: Path) -> list[Path]:
             width = drawing.PAGE if path.stem == "comparison" else 1.4 * drawing.COLUMN
             figure = Figure(figsize=(width, 0.9 * drawing.COLUMN))
             figures[path.stem][0](figure, whole)
-            drawing.write_png(figure, path)
+            with fileio.replacing(path) as temporary:
+                figure.savefig(temporary, format="png")
     return paths
 
 
@@ -365,15 +355,14 @@ def _draw_costs(figure: Figure, made: Sequence[Evaluation]) -> None:
 
 
 def _draw_curves(figure: Figure, made: Sequence[Evaluation]) -> None:
-    """Draw validation in training, with a ring where it first came within 1 % of its last value."""
+    """Draw validation losses in training, with a ring where they come within 1 % of the last."""
     runs = list({one.scores["run"]: one for one in made}.values())
     axes = _coloured(figure.subplots(), len(runs))
     for one in runs:
         curve = {tokens: loss for tokens, loss in _validation(one).items() if tokens > 0}
         label = one.scores["run"] if len(runs) > 1 else "validation loss"
         (line,) = axes.plot([*curve], [*curve.values()], "-o", markersize=2, label=label)
-        near = one.scores["tokens_to_1_percent"]
-        if near:
+        if near := one.scores["tokens_to_1_percent"]:
             axes.plot(near, curve[near], "o", color=line.get_color(), **RING)
     axes.plot([], [], "o", color=drawing.GREY, label="within 1 % of its last", **RING)
     floors = {one.scores["irreducible_loss_exact"] for one in runs}
@@ -399,7 +388,7 @@ def _coloured(axes: Axes, lines: int) -> Axes:
 
 
 def _legend(axes: Axes, lines: int) -> None:
-    """Name the lines in the emptiest corner, many of them beside the axes, more not at all."""
+    """Put a short legend into the emptiest corner, a longer one beside the axes."""
     if lines <= len(COLOURS):
         drawing.legend(axes)
     elif lines <= MOST_NAMED:

@@ -1,4 +1,4 @@
-"""A report as a list of blocks, and how these look as Markdown, as HTML and on a terminal."""
+"""Render a report, a list of blocks, as Markdown, as HTML and on a terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    text: str  # `code` and [links](path) as in Markdown, here and in items and cells
+    text: str  # may have `code` and [links](path) as in Markdown; so may items and cells
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    name: str  # of a figure beside the report, without ending
+    name: str  # of a file beside the report, without .png
     caption: str
-    live: dict[str, Any] | None = None  # what makes it interactive, of ``interactive.traces``
+    live: dict[str, Any] | None = None  # the traces of an interactive one
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that a reader opens; the terminal names them only."""
+    """Hold blocks that a reader can unfold; the terminal prints only their title."""
 
     title: str
     blocks: Sequence[Block]
@@ -63,14 +63,14 @@ class Folded:
 
 Block = Heading | Paragraph | Code | Items | Table | Picture | Folded
 
-# A target is an anchor or a path, never an address with a scheme: names of runs come from outside.
+# A target is an anchor or a path, never a URL with a scheme: names of runs come from outside.
 LINK = re.compile(r"\[([^\[\]]*)\]\((#?[\w./%-]+)\)")
-# Nothing but what is in the page is ever loaded.
+# The page loads nothing from elsewhere.
 POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 )
 FAIL = "FAIL"
-WIDTH = 100  # of what is printed, at most
+WIDTH = 100  # characters of a printed line, at most
 
 
 def write(blocks: Sequence[Block], folder: Path) -> list[str]:
@@ -106,7 +106,7 @@ def _markdown(block: Block) -> str:
 
 
 def page(blocks: Sequence[Block], folder: Path) -> str:
-    """Return the report as one HTML file that needs no other: the figures are in it."""
+    """Return the report as a self-contained HTML page, with the figures from ``folder`` in it."""
     headings = [block for block in blocks if isinstance(block, Heading)]
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     sections = [one.text for one in headings if one.level == 2]
@@ -115,19 +115,18 @@ def page(blocks: Sequence[Block], folder: Path) -> str:
     parts.insert(1, f'<nav aria-label="Contents"><ol>{links}</ol></nav>' if links else "")
     body = "\n".join(parts)
     figures = {one.name: one.live for one in blocks if isinstance(one, Picture) and one.live}
-    live = interactive.script(figures)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{html.escape(headings[0].text)}</title>\n<style>{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n{live}</body>\n</html>\n"
+        f"<body>\n<main>\n{body}\n</main>\n{interactive.script(figures)}</body>\n</html>\n"
     )
 
 
 def slug(text: str) -> str:
-    """Return the anchor of a heading: that of GitHub, where it shows the Markdown."""
+    """Return the anchor of a heading, the same as on GitHub."""
     return re.sub(r"[^\w-]", "", text.lower().replace(" ", "-"))
 
 
@@ -153,7 +152,7 @@ def _html(block: Block, folder: Path) -> str:
             return f'<div class="wide"><table>{head}<tbody>{body}</tbody></table></div>'
         case Picture(name, caption, live):
             png = (folder / f"{name}.png").read_bytes()
-            width = int.from_bytes(png[16:20], "big") // 2  # pixels: twice as fine as the page
+            width = int.from_bytes(png[16:20], "big") // 2  # pixels of the page: half the image's
             mark = f' data-figure="{html.escape(name)}"' if live else ""
             return (
                 f'<figure{mark}><img width="{width}" alt="{html.escape(caption)}" '
@@ -170,7 +169,7 @@ def _inline(text: str) -> str:
 
 
 def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) -> None:
-    """Print the report without its figures, and its path."""
+    """Print the report without its figures, then its path."""
     console = console or Console(highlight=False, markup=False)
     console.width = min(console.width, WIDTH)
     for block in blocks:
@@ -188,7 +187,7 @@ def show(blocks: Iterable[Block], folder: Path, console: Console | None = None) 
                 table = RichTable(box=None, show_header=any(header), pad_edge=False)
                 table.padding = (0, 2, 0, 0)
                 for at, name in enumerate(header):
-                    whole = at == 0  # the names of the rows are not broken
+                    whole = at == 0  # names of rows are not broken
                     table.add_column(Text(name), header_style="dim", overflow="fold", no_wrap=whole)
                 for row in rows:
                     table.add_row(*(_plain(cell, "red" if cell == FAIL else "") for cell in row))

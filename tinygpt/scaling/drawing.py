@@ -1,7 +1,4 @@
-"""What all figures share: style, colours, axes, files.
-
-Colours tell categories by Okabe and Ito's palette, ordered values by viridis.
-"""
+"""Style, lay out and save figures: categories in Okabe and Ito's palette, values in viridis."""
 
 from __future__ import annotations
 
@@ -26,15 +23,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from tinygpt import fileio
 from tinygpt.scaling.wording import letter
 
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
-    *("#000000", "#E69F00", "#56B4E9", "#009E73"),
-    *("#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
-)
-GREY = "#777777"
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, RED, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 COLUMN, PAGE = 3.4, 7.0  # inches
 STYLE: Any = {
     "font.size": 8,
-    "axes.labelsize": 8,
     "legend.fontsize": 7,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
@@ -44,12 +37,11 @@ STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "legend.handlelength": 1.6,
-    "image.cmap": "viridis",
     "figure.constrained_layout.use": True,
     "figure.dpi": 200,
     "svg.hashsalt": "tinygpt",  # else the ids in the file are random
 }
-# What the page shows of each point of an artist as the reader points at it.
+# The hover text of each point of an artist, for the page.
 HOVER: WeakKeyDictionary[Artist, Sequence[str]] = WeakKeyDictionary()
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LABELS = {
@@ -62,9 +54,9 @@ LABELS = {
 
 
 def save(figures: Mapping[str, Figure | None], folder: Path) -> list[str]:
-    """Write each figure as PNG, SVG and for TensorBoard; return the names of those there are.
+    """Write each figure as PNG and SVG, and all for TensorBoard; return their names.
 
-    To be called within ``STYLE``.  A figure that is None is removed if an earlier one lies there.
+    Call this within ``STYLE``.  For a figure that is None, the files of an earlier one are removed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
@@ -75,7 +67,7 @@ def save(figures: Mapping[str, Figure | None], folder: Path) -> list[str]:
             continue
         agg: Any = FigureCanvasAgg(figure)
         _lay_out(figure)
-        # not by savefig, which draws a figure that had a layout twice
+        # savefig would draw a figure that has a layout twice
         with fileio.replacing(png) as temporary:
             agg.print_png(temporary, metadata={"Software": None})
         vector: Any = FigureCanvasSVG(figure)
@@ -87,24 +79,24 @@ def save(figures: Mapping[str, Figure | None], folder: Path) -> list[str]:
 
 
 def _lay_out(figure: Figure) -> None:
-    """Lay the figure out once; each format would do it again."""
+    """Lay the figure out once, since each format would do it again."""
     engine = figure.get_layout_engine()
     assert engine is not None
     axes = [axis for one in figure.axes for axis in (one.xaxis, one.yaxis)]
-    minor = [axis.get_minor_locator() for axis in axes]
-    for axis in axes:
-        axis.set_minor_locator(NullLocator())  # without labels they take time, and no room
+    minor = {axis: axis.get_minor_locator() for axis in axes}
+    for axis in minor:
+        axis.set_minor_locator(NullLocator())  # minor ticks have no labels: they only cost time
     engine.execute(figure)
-    for axis, locator in zip(axes, minor, strict=True):
+    for axis, locator in minor.items():
         axis.set_minor_locator(locator)
     figure.set_layout_engine("none")
 
 
 def write_events(folder: Path, figures: Sequence[str]) -> None:
-    """Put each ``<figure>.png`` of ``folder`` into its ``tensorboard/`` in place of earlier ones.
+    """Write each ``<figure>.png`` of ``folder`` to its ``tensorboard/``, replacing earlier ones.
 
-    A TensorBoard that is running follows: the new file has a later name, and begins a session in
-    which the earlier images are forgotten; the old one is emptied, then removed the next time.
+    A running TensorBoard follows: the new file has a later name and starts a session, which makes
+    it forget the earlier images.  The old file is emptied now and removed the next time.
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -112,7 +104,7 @@ def write_events(folder: Path, figures: Sequence[str]) -> None:
 
     place, now = folder / "tensorboard", time.time_ns()
     place.mkdir(parents=True, exist_ok=True)
-    before = list(place.glob("*"))
+    earlier = list(place.glob("*"))
     start = SessionLog(status=SessionLog.START)
     events = [Event(file_version="brain.Event:2"), Event(session_log=start)]
     for name in figures:
@@ -126,22 +118,15 @@ def write_events(folder: Path, figures: Sequence[str]) -> None:
         for event in events:
             event.wall_time = now / 1e9
             records.write(event.SerializeToString())
-    for path in before:
+    for path in earlier:
         if path.stat().st_size:
-            path.write_bytes(b"")  # a reader would stumble over a file that is gone
+            path.write_bytes(b"")  # a reader that has it open would fail if it were gone
         else:
             path.unlink()
 
 
-def write_png(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG into a folder that may not exist yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with fileio.replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
 def log_norm(values: Any) -> Normalize:
-    """Return the colour scale of an array, on a logarithmic axis."""
+    """Return the logarithmic colour scale of an array."""
     low, high = values.min(), values.max()
     return LogNorm(low, high if high > low else low * 2)
 
@@ -159,7 +144,7 @@ def colour_bar(figure: Figure, axes: Axes, norm: Normalize, word: str) -> None:
 
 
 def side_by_side(count: int) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, three to a row; one alone is a column wide."""
+    """Return a figure and its panels, at most three to a row; a single one is a column wide."""
     across = min(count, 3)
     height = {1: COLUMN * 0.9, 2: 2.7, 3: 2.2}[across] * math.ceil(count / across)
     figure = Figure(figsize=(COLUMN * 1.2 if count == 1 else PAGE, height))
@@ -167,7 +152,7 @@ def side_by_side(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def panels(figure: Figure, count: int, across: int) -> list[Axes]:
-    """Return so many panels, ``across`` to a row."""
+    """Return ``count`` panels of a figure, ``across`` to a row."""
     grid = figure.subplots(-(-count // across), across, squeeze=False).ravel()
     for axes in grid[count:]:
         axes.remove()
@@ -175,7 +160,7 @@ def panels(figure: Figure, count: int, across: int) -> list[Axes]:
 
 
 def label_contours(axes: Axes, lines: ContourSet, taken: Any) -> None:
-    """Label each contour where it is furthest from what is ``taken``, (n, 2), and from the edge."""
+    """Label each contour where it is furthest from the points ``taken``, (n, 2), and the edges."""
     scaled = axes.transScale.transform
     corners = scaled(np.column_stack([axes.get_xlim(), axes.get_ylim()]))
     taken = (scaled(taken) - corners[0]) / (corners[1] - corners[0])
@@ -195,7 +180,7 @@ def label_contours(axes: Axes, lines: ContourSet, taken: Any) -> None:
 
 
 def limit(axes: Axes, values: Any) -> None:
-    """Clip wide bands: the axis spans at most three times the range of these values."""
+    """Clip wide bands: let the axis span at most three times the range of these values."""
     low, high = float(values.min()), float(values.max())
     room = max(high / low, 1.02)
     bottom, top = axes.get_ylim()
@@ -209,7 +194,7 @@ def log_axes(axes: Axes, x: str, y: str) -> None:
 
 
 def log_ticks(axis: Any) -> None:
-    """Set ticks at powers of ten; where these are too few, at plain numbers in between."""
+    """Set ticks at powers of ten or, on a short axis, at plain numbers."""
     low, high = sorted(axis.get_view_interval())
     axis.set_minor_formatter(NullFormatter())
     if high / low >= 30:
@@ -224,12 +209,12 @@ def log_ticks(axis: Any) -> None:
 
 
 def _power_of_ten(value: float, _: Any) -> str:
-    """Return 10⁶ in plain characters; mathematical text takes far longer to set."""
+    """Return 10⁶ in plain characters, since mathtext takes far longer to draw."""
     return "10" + f"{math.log10(value):.0f}".translate(RAISED)
 
 
 def legend(axes: Axes, above: bool = False, columns: int = 1) -> None:
-    """Put the legend where it covers no points: in the emptiest corner, or above the axes."""
+    """Put the legend into the emptiest corner, or above the axes."""
     if above:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2)
     else:

@@ -1,4 +1,4 @@
-"""The figures of a report, from an analysis; the same input gives the same files."""
+"""Draw the figures of a report; the same analysis gives the same files."""
 
 from __future__ import annotations
 
@@ -49,15 +49,14 @@ CAPTIONS = {
 OF_A_RUN, OF_THE_FITTED = "95 % of single runs", "forecast from the runs fitted"
 DASHED: Any = (0, (4, 2))
 SHADE: Any = {"color": drawing.SKY, "alpha": 0.4, "linewidth": 0}
-MANY_RUNS = 60  # more points than this are drawn smaller
+MANY_RUNS = 60  # points are smaller if there are more of them
 FAMILY = 5  # curves of a panel at most, one for each value of the other variable
-FEW_LOSSES = 5  # fewer measured losses than this make no training curve
-MANY_CURVES = 200  # more training curves than this are one image
+FEW_LOSSES = 5  # losses that a training curve needs at least
+MANY_CURVES = 200  # if there are more, they are drawn as one image: the SVG would take megabytes
 
 
 def draw(analysis: Analysis, folder: Path, story: Story | None = None) -> dict[str, Any]:
-    """Write every figure that applies as PNG and SVG; return, by their names without ending, what
-    makes them interactive."""
+    """Write every figure that applies as PNG and SVG, and return the interactive traces of each."""
     with mpl.rc_context(drawing.STYLE):
         every = (scaling, residuals, contours, extrapolation, isoflop, frontier, curves)
         figures = {one.__name__: one(analysis) for one in every}
@@ -66,27 +65,25 @@ def draw(analysis: Analysis, folder: Path, story: Story | None = None) -> dict[s
     return {name: traces(figure) for name, figure in figures.items() if figure is not None}
 
 
-# --- what the panels share
-
-
 def values(analysis: Analysis, name: str) -> Array:
     """Return a variable of the law at every run, (n,)."""
     return np.asarray(analysis.fit.table[analysis.variables[name]], dtype=float)
 
 
 def losses(analysis: Analysis) -> Array:
+    """Return the loss of every run, (n,)."""
     return np.asarray(analysis.fit.table[analysis.fit.loss], dtype=float)
 
 
 def label(analysis: Analysis, name: str) -> str:
-    """Return the label of the axis of a variable."""
+    """Return the axis label of a variable."""
     if name == "N" and analysis.words[name] == "parameters without embeddings":
         return "parameters N (without embeddings)"
     return drawing.LABELS.get(name, analysis.words[name])
 
 
-def said(analysis: Analysis) -> list[str]:
-    """Return what is shown of each run as the reader points at it."""
+def hover_texts(analysis: Analysis) -> list[str]:
+    """Return the hover text of each run."""
     known = {name: values(analysis, name) for name in analysis.variables}
     fitted, lines = analysis.fit.predict(**known), []
     for row, loss in enumerate(losses(analysis)):
@@ -96,22 +93,25 @@ def said(analysis: Analysis) -> list[str]:
     return lines
 
 
-def size_of(fit: Fit) -> float:
-    return 2.5 if len(fit.points) > MANY_RUNS else 4.0
+def marker_size(analysis: Analysis) -> float:
+    return 2.5 if len(analysis.fit.points) > MANY_RUNS else 4.0
 
 
-def dots(axes: Axes, texts: Sequence[str], x: Any, y: Any, marker: str = "o", **style: Any) -> None:
-    """Draw some runs, of which the reader is told ``texts``."""
-    (drawn,) = axes.plot(x, y, marker, **style)
-    drawing.HOVER[drawn] = texts
+def dots(
+    analysis: Analysis, axes: Axes, x: Any, y: Any, texts: Sequence[str] = (), **style: Any
+) -> None:
+    """Draw runs with their hover texts, by default those of all runs."""
+    usual: Any = {"marker": "o", "markersize": marker_size(analysis), "linestyle": "None"}
+    (drawn,) = axes.plot(x, y, **(usual | style))
+    drawing.HOVER[drawn] = texts or hover_texts(analysis)
 
 
 def scatter(
     analysis: Analysis, axes: Axes, x: Array, y: Array, scale: float = 1.0, **style: Any
 ) -> None:
-    """Draw all runs, in colours of their own."""
-    size = scale * size_of(analysis.fit) ** 2
-    drawing.HOVER[axes.scatter(x, y, s=size, zorder=3, **style)] = said(analysis)
+    """Draw all runs, each in its own colour."""
+    size = scale * marker_size(analysis) ** 2
+    drawing.HOVER[axes.scatter(x, y, s=size, zorder=3, **style)] = hover_texts(analysis)
 
 
 def band(fit: Fit, axes: Axes, places: dict[str, Array], colour: Any) -> None:
@@ -129,10 +129,10 @@ def band(fit: Fit, axes: Axes, places: dict[str, Array], colour: Any) -> None:
 def _floors(analysis: Analysis, axes: Axes, constant: bool = True) -> None:
     """Draw the entropy of the corpus, if it is known, and the law's constant if it is in sight.
 
-    To be called once the axes have their limits: what lies below them is named at the edge.
+    Call this once the axes have their limits: an entropy below them is named at the edge.
     """
     style: Any = {"linewidth": 1, "zorder": 1}
-    if axes.get_yscale() != "log":  # else the ticks would be lost
+    if axes.get_yscale() != "log":  # setting it again would lose the ticks
         axes.set_yscale("log")
     bottom, top = axes.get_ylim()
     if (floor := analysis.floor) is not None and floor > bottom / (top / bottom) ** 0.3:
@@ -146,22 +146,18 @@ def _floors(analysis: Analysis, axes: Axes, constant: bool = True) -> None:
         axes.axhline(level, color=drawing.GREY, linestyle=":", label="E", **style)
 
 
-# --- the law and the runs
-
-
 def scaling(analysis: Analysis) -> Figure:
     """Draw the loss against each variable, with the law."""
     names = list(analysis.variables)
     figure, panels = drawing.side_by_side(len(names))
-    # what has to be in sight: losses measured and predicted
-    shown = [*losses(analysis), *(one.loss.estimate for one in analysis.predictions)]
+    in_sight = [*losses(analysis), *(one.loss.estimate for one in analysis.predictions)]
     for name, axes in zip(names, panels, strict=True):
-        other = next((one for one in names if one != name), None)  # its values are the colours
+        other = next((one for one in names if one != name), None)  # gives the colours
         if other is None:
             _one_curve(analysis, axes, name)
         else:
             _family(analysis, figure, axes, name, other)
-        drawing.limit(axes, np.array(shown))
+        drawing.limit(axes, np.array(in_sight))
         _floors(analysis, axes)
         drawing.log_axes(axes, label(analysis, name), analysis.columns.loss_label)
         if axes.get_legend_handles_labels()[0]:
@@ -173,6 +169,7 @@ def scaling(analysis: Analysis) -> Figure:
 
 
 def _one_curve(analysis: Analysis, axes: Axes, name: str) -> None:
+    """Draw the law and the runs in one variable, and the losses predicted beyond them."""
     fit, x = analysis.fit, values(analysis, name)
     ahead = max([x.max() * 1.3, *(one.place[name] for one in analysis.predictions)])
     grid = np.geomspace(x.min() / 1.3, ahead * 1.1, 200)
@@ -180,17 +177,16 @@ def _one_curve(analysis: Analysis, axes: Axes, name: str) -> None:
     inside, loss = grid <= x.max(), fit.predict(**{name: grid})
     axes.plot(grid[inside], loss[inside], color=drawing.BLUE, label="law")
     axes.plot(grid[~inside], loss[~inside], color=drawing.BLUE, linestyle=DASHED)
-    style: Any = {"color": drawing.BLACK, "markersize": size_of(fit), "zorder": 3, "label": "runs"}
-    dots(axes, said(analysis), x, losses(analysis), **style)
+    dots(analysis, axes, x, losses(analysis), color=drawing.BLACK, zorder=3, label="runs")
+    style: Any = {"fmt": "D", "color": drawing.RED, "markersize": 3.5, "capsize": 2, "zorder": 4}
     for at, one in enumerate(analysis.predictions):
         ends = [[one.run.estimate - one.run.low], [one.run.high - one.run.estimate]]
         word = "prediction of a run" if at == 0 else None
-        style = {"fmt": "D", "color": drawing.RED, "markersize": 3.5, "capsize": 2, "zorder": 4}
         axes.errorbar([one.place[name]], [one.loss.estimate], ends, label=word, **style)
 
 
 def _family(analysis: Analysis, figure: Figure, axes: Axes, name: str, other: str) -> None:
-    """Draw a curve for each of some values of the other variable, coloured by it."""
+    """Draw curves of the law at a few values of the other variable, coloured by it."""
     fit, x, by = analysis.fit, values(analysis, name), values(analysis, other)
     norm = drawing.log_norm(by)
     grid = np.geomspace(x.min() / 1.3, x.max() * 1.3, 100)
@@ -202,7 +198,7 @@ def _family(analysis: Analysis, figure: Figure, axes: Axes, name: str, other: st
         place = {name: grid, other: np.full_like(grid, value)}
         for third in analysis.variables.keys() - place.keys():  # at its geometric mean
             place[third] = np.full_like(grid, np.exp(np.mean(np.log(values(analysis, third)))))
-        if "U" in place:  # there are no more unique tokens than tokens
+        if "U" in place:  # unique tokens cannot exceed tokens
             place["U"] = np.minimum(place["U"], place["D"])
         colour = drawing.viridis(norm)(value)
         band(fit, axes, place, colour)
@@ -213,8 +209,7 @@ def _family(analysis: Analysis, figure: Figure, axes: Axes, name: str, other: st
 
 
 def residuals(analysis: Analysis) -> Figure:
-    """Draw the residuals against each variable: in units of the scatter between seeds at a length
-    where that is known, else in per cent of the loss."""
+    """Draw the residuals against each variable, in units of the scatter of seeds or in %."""
     fit, names, noise = analysis.fit, list(analysis.variables), analysis.noise
     if noise:
         left, one = fit.residuals / noise.each, 1.0
@@ -222,8 +217,8 @@ def residuals(analysis: Analysis) -> Figure:
     else:
         fitted = fit.predict(**{name: values(analysis, name) for name in names})
         left = 100 * (losses(analysis) / fitted - 1)
-        one = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
-        one = 100 * fit.relative(one)
+        spread = float(np.sqrt(np.sum(fit.residuals**2) / max(1, fit.degrees)))
+        one = 100 * fit.relative(spread)
         word, unit = "± 1 sd of the residuals", "measured / law − 1 (%)"
     figure, panels = drawing.side_by_side(len(names))
     for name, axes in zip(names, panels, strict=True):
@@ -243,7 +238,7 @@ def residuals(analysis: Analysis) -> Figure:
 
 
 def contours(analysis: Analysis) -> Figure | None:
-    """Draw the loss over sizes and data, the runs and the best split of each budget."""
+    """Draw the loss over parameters and tokens, the runs, and the best split of each budget."""
     if not {"N", "D"} <= set(analysis.variables):
         return None
     fit, n, d = analysis.fit, values(analysis, "N"), values(analysis, "D")
@@ -274,14 +269,14 @@ def contours(analysis: Analysis) -> Figure | None:
 
 
 def extrapolation(analysis: Analysis) -> Figure | None:
-    """Draw the forecast from the runs below a cut, and the runs above it that it had not seen."""
+    """Draw the forecast from the smaller runs, and the larger runs that were held out."""
     held = analysis.held_out
     if held is None:
         return None
     figure = Figure(figsize=(drawing.COLUMN * 1.2, drawing.COLUMN * 0.95))
     axes = figure.subplots()
     places = {name: values(analysis, name) for name in analysis.variables}
-    above, size, measured = held.above.astype(bool), size_of(analysis.fit), losses(analysis)
+    above, measured = held.above.astype(bool), losses(analysis)
     alone = len(places) == 1
     if alone:
         ((name, x),) = places.items()
@@ -292,19 +287,19 @@ def extrapolation(analysis: Analysis) -> Figure | None:
         axes.fill_between(grid, *ends, label=OF_A_RUN, **SHADE)
         axes.plot(grid, np.exp(log_loss), color=drawing.BLUE, label=OF_THE_FITTED)
         drawing.limit(axes, y)
-    else:  # by how many per cent each run is off, with the interval of those held out
+    else:  # the error of each run in %, with the intervals of those held out
         log_loss, half = held.below.at(places, analysis.compute)
         x, y = analysis.compute, 100 * (measured / np.exp(log_loss) - 1)
         spread = 100 * np.sinh(half[above])
         axes.axhline(0, color=drawing.BLUE, label=OF_THE_FITTED)
         bars: Any = {"fmt": "none", "ecolor": drawing.SKY, "elinewidth": 1.2, "zorder": 1}
         axes.errorbar(x[above], 0 * spread, yerr=spread, label=OF_A_RUN, **bars)
-    solid: Any = {"color": drawing.BLACK, "markersize": size, "label": "runs fitted"}
-    hollow: Any = {"color": drawing.RED, "markerfacecolor": "white", "markersize": size + 0.7}
-    hollow |= {"label": "runs held out", "zorder": 4}
-    for marker, these, style in (("o", ~above, solid), ("s", above, hollow)):
-        texts = [text for text, here in zip(said(analysis), these, strict=True) if here]
-        dots(axes, texts, x[these], y[these], marker, **style)
+    texts = np.array(hover_texts(analysis))
+    style: Any = {"color": drawing.BLACK, "label": "runs fitted"}
+    dots(analysis, axes, x[~above], y[~above], texts[~above].tolist(), **style)
+    style = {"color": drawing.RED, "markerfacecolor": "white", "marker": "s", "zorder": 4}
+    style |= {"markersize": marker_size(analysis) + 0.7, "label": "runs held out"}
+    dots(analysis, axes, x[above], y[above], texts[above].tolist(), **style)
     if alone:
         drawing.log_axes(axes, label(analysis, name), analysis.columns.loss_label)
     else:
@@ -314,11 +309,8 @@ def extrapolation(analysis: Analysis) -> Figure | None:
     return figure
 
 
-# --- the best split of a budget
-
-
 def frontier(analysis: Analysis) -> Figure | None:
-    """Draw the best size, data and loss of each budget."""
+    """Draw the best parameters, tokens and loss of each budget."""
     if analysis.frontier is None or analysis.frontier.law is None:
         return None
     path, compute = analysis.frontier.law, analysis.compute
@@ -328,10 +320,11 @@ def frontier(analysis: Analysis) -> Figure | None:
         (drawing.LABELS["D"], values(analysis, "D"), path.d),
         (analysis.columns.loss_label, losses(analysis), path.loss),
     )
-    style: Any = {"color": drawing.GREY, "markersize": size_of(analysis.fit) - 0.5, "alpha": 0.6}
+    style: Any = {"color": drawing.GREY, "alpha": 0.6, "label": "runs"}
+    style |= {"markersize": marker_size(analysis) - 0.5}
     inside = path.flops <= compute.max()
     for axes, (word, measured, best) in zip(panels, rows, strict=True):
-        dots(axes, said(analysis), compute, measured, label="runs", **style)
+        dots(analysis, axes, compute, measured, **style)
         axes.fill_between(path.flops, best.low, best.high, **SHADE)
         axes.plot(path.flops[inside], best.estimate[inside], color=drawing.RED, label="best split")
         axes.plot(path.flops[~inside], best.estimate[~inside], color=drawing.RED, linestyle=DASHED)
@@ -344,7 +337,7 @@ def frontier(analysis: Analysis) -> Figure | None:
 
 
 def isoflop(analysis: Analysis) -> Figure | None:
-    """Draw the loss against size along each budget, with its minimum."""
+    """Draw the loss against parameters at each budget, with its minimum."""
     every = analysis.frontier.isoflop.profiles if analysis.frontier else ()
     profiles = [one for one in every if len(np.unique(one.n)) >= 3]
     if sum(one.best is not None for one in profiles) < 2:
@@ -352,13 +345,13 @@ def isoflop(analysis: Analysis) -> Figure | None:
     figure = Figure(figsize=(drawing.COLUMN * 1.35, drawing.COLUMN * 1.05))
     axes = figure.subplots()
     norm = drawing.log_norm(np.array([one.budget for one in profiles]))
-    rows = zip(values(analysis, "N"), values(analysis, "D"), said(analysis), strict=True)
+    rows = zip(values(analysis, "N"), values(analysis, "D"), hover_texts(analysis), strict=True)
     known = {(n, d): text for n, d, text in rows}
     for one in profiles:
         colour = drawing.viridis(norm)(one.budget)
-        style: Any = {"color": colour, "markersize": size_of(analysis.fit)}
         texts = [known.get(place, "") for place in zip(one.n, one.d, strict=True)]
-        dots(axes, texts, one.n, one.loss, label=f"{number(one.budget)} FLOPs", **style)
+        budget = f"{number(one.budget)} FLOPs"
+        dots(analysis, axes, one.n, one.loss, texts, color=colour, label=budget)
         grid = np.geomspace(one.n.min(), one.n.max(), 100)
         axes.plot(grid, one.curve(grid), color=colour)
         if one.best:
@@ -369,11 +362,8 @@ def isoflop(analysis: Analysis) -> Figure | None:
     return figure
 
 
-# --- training curves
-
-
 def curves(analysis: Analysis) -> Figure | None:
-    """Draw the losses of the runs as they train, and the least that any has by some compute."""
+    """Draw the loss of each run as it trains, and the lowest of all runs at each compute."""
     known = analysis.curves
     if known is None or known.empty or "folder" not in analysis.runs:
         return None
@@ -396,10 +386,10 @@ def curves(analysis: Analysis) -> Figure | None:
     word = f"{'training ' if name == 'train_loss' else ''}{analysis.columns.loss_label}"
     for axes, spent, letter in ((left, "tokens", "D"), (right, "flops_exact", "C")):
         lines = [one[[spent, name]].to_numpy() for _, one in groups]
-        many = LineCollection(lines, linewidths=0.8, alpha=0.8, **style)
-        many.set_rasterized(len(lines) > MANY_CURVES)  # else the SVG takes megabytes
-        drawing.HOVER[many] = [str(name) for name in groups["run_name"].first()]
-        axes.add_collection(many)
+        collection = LineCollection(lines, linewidths=0.8, alpha=0.8, **style)
+        collection.set_rasterized(len(lines) > MANY_CURVES)
+        drawing.HOVER[collection] = [str(name) for name in groups["run_name"].first()]
+        axes.add_collection(collection)
         axes.autoscale()
         if axes is right:
             ordered = known.sort_values([spent, name])

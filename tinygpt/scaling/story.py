@@ -1,7 +1,4 @@
-"""Tell in the report of a law within a budget what was asked, decided, predicted and found.
-
-It reads the ``design.jsonl`` and ``prediction.json`` of the study.
-"""
+"""Report what a study with a budget decided, predicted and found, from its own record."""
 
 from __future__ import annotations
 
@@ -23,14 +20,14 @@ CAPTION = "The half-width of the 95 % interval at the target, after each run."
 
 @dataclass(frozen=True)
 class Story:
-    """The record of a study that had a budget."""
+    """Hold the record of a study that had a budget."""
 
-    lines: list[dict[str, Any]]
-    prediction: dict[str, Any] | None
+    lines: list[dict[str, Any]]  # of design.jsonl
+    prediction: dict[str, Any] | None  # of prediction.json
 
     @classmethod
     def read(cls, folder: Path) -> Story | None:
-        """Return that of the study in ``folder``; None where it had no budget."""
+        """Return the record in ``folder``, or None if the study had no budget."""
         path, predicted = folder / "design.jsonl", folder / "prediction.json"
         if not path.exists():
             return None
@@ -41,22 +38,19 @@ class Story:
         return [line for line in self.lines if line["event"] == event]
 
     def decisions(self, live: dict[str, Any] | None = None) -> Iterator[Block]:
-        """Yield what was done within the budget, run by run, and why."""
+        """Yield which runs were made within the budget, and why."""
         asked, recipe = (self.of("begin")[0][name] for name in ("asked", "recipe"))
         ended = self.of("end")
         flops, minutes = asked["flops"], asked["minutes"]
         budget = f"{flops:.2g} FLOPs" if flops else f"{minutes:g} minutes"
-        text = f"The budget was {budget}; it took {self.lines[-1]['at'] / 60:.1f} minutes: "
+        text = f"The budget was {budget}; the study took {self.lines[-1]['at'] / 60:.1f} minutes: "
         text += f"{count(len(ended), 'run')}, chosen one after the other"
         losses = self.of("score")[0]["losses"] if self.of("score") else {}
         text += f", then {count(len(losses), 'run')} to test the prediction." if losses else "."
-        text += f" The text has {recipe['one_pass']:,} training tokens"
-        text += (
-            ", too few for one pass: they were read several times, and the law of repeated data is "
-            "among those that were fitted."
-            if recipe["repeats"]
-            else ", none of them read twice."
-        )
+        text += f" The text has {recipe['one_pass']:,} training tokens, "
+        repeated = "too few for one pass: they were read several times, and the laws that were "
+        repeated += "fitted include that of repeated data."
+        text += repeated if recipe["repeats"] else "none of them read twice."
         yield Heading("What was done")
         yield Paragraph(text)
         if any(line.get("half") is not None for line in ended):
@@ -66,46 +60,46 @@ class Story:
             end, cost = ends.get(line["row"], {}), line["cost"]
             loss, half = end.get("loss"), end.get("half")
             row = [f"{line['at'] / 60:.1f}", line["run"]]
-            row += [f"{cost:.0f} s" if cost < 1e6 else f"{cost:.1e} FLOPs"]
-            row += [percent(line["expected"])]
+            row += [
+                f"{cost:.0f} s" if cost < 1e6 else f"{cost:.1e} FLOPs",
+                percent(line["expected"]),
+            ]
             row += [f"{loss:.4f}" if loss is not None else end.get("status", "not ended")]
             rows.append([*row, percent(half) if half is not None else ""])
         yield Table(("minute", "run", "cost", "expected", "loss", "target, ±"), rows)
         yield Paragraph(
             "Each run was chosen to narrow the prediction at the target most for its cost. "
-            "Expected: the share of the variance at the target that it should remove, by the laws "
-            "known then. Target: the half-width of the 95 % interval once the run was in; it may "
-            "widen where a run shows that a law was wrong."
+            "Expected: the share of the variance at the target that the run should remove, by the "
+            "laws fitted so far. Target: the half-width of the 95 % interval after the run; it may "
+            "widen if a run shows that a law was wrong."
         )
 
     def test(self) -> Iterator[Block]:
-        """Yield the prediction that was made before the last runs began, with its outcome."""
-        said, score = self.prediction, self.of("score")
-        if said is None:
+        """Yield the prediction that was made before the last runs began, and its outcome."""
+        made, score = self.prediction, self.of("score")
+        if made is None:
             return
-        words = f"{said['predicted']:.4f} ({said['low']:.4f} to {said['high']:.4f})"
-        what = f"d_model {said['d_model']}, {said['tokens']:,} tokens"
+        what = f"d_model {made['d_model']}, {made['tokens']:,} tokens"
         text = f"Before the most expensive runs began ({what}), their loss was predicted to be "
-        text += f"{words}, from {count(len(said['from_runs']), 'run')}"
+        text += f"{made['predicted']:.4f} ({made['low']:.4f} to {made['high']:.4f}), "
+        text += f"from {count(len(made['from_runs']), 'run')}"
         if not score:
             yield Paragraph(f"{text}. These runs have not finished.")
             return
-        losses = list(score[0]["losses"].values())
-        came = " and ".join(f"{loss:.4f}" for loss in losses)
-        inside = sum(score[0]["inside"])
-        yield Paragraph(
-            f"{text}. **They reached {came}: off by {percent(abs(score[0]['error']))}**, "
-            f"{inside} of {len(losses)} inside the interval."
-        )
+        losses, inside = score[0]["losses"].values(), score[0]["inside"]
+        reached = " and ".join(f"{loss:.4f}" for loss in losses)
+        text += f". **They reached {reached}: off by {percent(abs(score[0]['error']))}**, "
+        yield Paragraph(f"{text}{sum(inside)} of {len(losses)} inside the interval.")
 
     def figure(self) -> Figure | None:
-        """Draw the interval at the target against the minutes spent."""
+        """Draw the interval at the target against the minutes spent; None if there is none."""
         ends = [line for line in self.of("end") if line.get("half") is not None]
         if not ends:
             return None
         figure, (axes,) = drawing.side_by_side(1)
-        minutes = [line["at"] / 60 for line in ends]
-        halves = [100 * line["half"] for line in ends]
+        minutes, halves = zip(
+            *((line["at"] / 60, 100 * line["half"]) for line in ends), strict=True
+        )
         look: Any = {"color": drawing.BLUE, "marker": "o", "ms": 3}
         axes.plot(minutes, halves, label="interval at the target", **look)
         if score := self.of("score"):
