@@ -84,13 +84,14 @@ class Points:
         if "U" in centres:  # D and U share a unit
             centres["U"] = centres["D"]
         x = {name: logs - centres[name] for name, logs in x.items()}
+        points = cls(x, np.log(positive(table, loss)), centres, raw, weights)
         distinct = len({tuple(row) for row in np.stack(list(x.values()), axis=1).round(12)})
         if distinct < len(law):
             raise ConfigError(
                 f"{law.name}: {law.formula} has {len(law)} parameters and needs at least as many "
-                f"different points; these {len(table)} runs are {distinct}"
+                f"different points; these {len(points)} runs are {distinct}"
             )
-        return cls(x, np.log(positive(table, loss)), centres, raw, weights)
+        return points
 
     def at(self, values: Mapping[str, Any]) -> dict[str, Array]:
         """Return values of the variables, (n,) or scalars, as the centred logs a law takes."""

@@ -68,7 +68,7 @@ def single_runs(
     p = np.where(further, np.minimum(p, 1.0), 1.0)
     outlier, moves = p < SIGNIFICANT, np.abs(now - predicted) > error
     none: Any = None
-    columns = [np.exp(predicted), np.expm1(now - predicted), p, moves, outlier & moves]
+    columns: list[Any] = [np.exp(predicted), np.expm1(now - predicted), p, moves, outlier & moves]
     columns += [np.expm1(off), errors, np.where(known, np.expm1(apart), none)]
     columns += [np.where(known, scatters, none), outlier]
     rows = enumerate(zip(*(column.tolist() for column in columns), strict=True))

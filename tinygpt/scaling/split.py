@@ -192,8 +192,8 @@ class Band:
     method: str
 
     def at(self, i: int) -> Interval:
-        values = (float(one[i]) for one in (self.estimate, self.low, self.high))
-        return Interval(*values, self.level, self.method)
+        ends = float(self.low[i]), float(self.high[i])
+        return Interval(float(self.estimate[i]), *ends, self.level, self.method)
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,9 @@ def by_law(
         slopes = [np.log(v[:, span]) @ away / (away @ away) for v in (best[None], values)]
         exponents.append(band(slopes[0], slopes[1][:, None], level, method).at(0))
     undefined = float(np.isnan(drawn[0]).any(axis=1).mean()) if len(theta) else 0.0
-    return LawSplit(flops, *bands, *exponents, undefined, len(inside) - 1)
+    n, d, loss = bands
+    a, b, c = exponents
+    return LawSplit(flops, n, d, loss, a, b, c, undefined, len(inside) - 1)
 
 
 def parameter_vectors(fit: Fit, replicas: int | Bootstrap) -> tuple[Array, str]:
