@@ -670,7 +670,7 @@ def test_a_place_is_predicted_as_the_library_does() -> None:
     assert chinchilla(n=13e6, d=5e8) in one.loss
     for wrong, line in (
         ({"N": 1e9}, "predict: d is missing: the law goes by n and d"),
-        ({"N": 1e9, "D": 1e9, "T": 8}, "predict: t is none: the law goes by n and d"),
+        ({"N": 1e9, "D": 1e9, "T": 8}, "predict: t is not a variable: the law goes by n and d"),
     ):
         with pytest.raises(ConfigError, match=f"^{line}$"):
             analysed(runs, law="chinchilla", places=[wrong])
@@ -683,7 +683,7 @@ def test_a_law_in_one_variable_takes_its_own() -> None:
     (one,) = [p for p in found.predictions if p.asked]
     assert one.place == {"x": 1e10}
     assert one.loss.estimate == pytest.approx(1.5 + 40 / 1e10**0.3, rel=1e-4)
-    assert found.unanswered == ["Of what `predict=` gave, the law has no use for n."]
+    assert found.unanswered == ["The law does not use n of `predict=`."]
     with pytest.raises(ConfigError, match=r"^predict: d is missing: the law goes by d$"):
         analysed(runs, places=[{"N": 7e9}])
 

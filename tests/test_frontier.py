@@ -227,7 +227,7 @@ def test_a_chain_of_runs_is_no_budget() -> None:
     c = np.geomspace(1e17, 1e18, 20)
     table = pd.DataFrame({"n": n, "d": c / 6 / n, "c": c, "loss": chinchilla(n, c / 6 / n)})
     (profile,) = isoflop(table, **COLUMNS).profiles
-    assert "they are no one budget" in profile.reason
+    assert "they are not one budget" in profile.reason
 
 
 def study(seed: int) -> tuple[pd.DataFrame, float]:

@@ -191,7 +191,7 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     assert len(one.runs) == 1  # its rate is found in config.lr
     latin = tmp_path / "l.csv"
     latin.write_bytes("größe,params".encode("latin-1"))
-    assert refused(latin) == f"table={latin}: not UTF-8 text (byte 2); save it so"
+    assert refused(latin) == f"table={latin}: not UTF-8 text (byte 2); save it as UTF-8"
 
 
 def test_a_workbook(tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ def test_status(name: str, tmp_path: Path) -> None:
     assert note(found, "status") == f"status: odd ({name}) is not known as finished"
     unread = read(grid().assign(state=["CA", "TX", "NY"] * 5), tmp_path)
     assert len(unread.runs) == 15
-    assert "says nothing of how a run ended (CA, TX, NY)" in note(unread, "status")
+    assert "does not say how a run ended (CA, TX, NY)" in note(unread, "status")
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from tinygpt.scaling.laws import LAWS, Array
 from tinygpt.scaling.points import positive
 from tinygpt.scaling.runs import RATES, SETTINGS
 
-SAME = 1.1  # sizes or tokens that differ by less than this factor were not varied
-# Settings that make a size or a length: the law has them in its variables.
+SAME = 1.1  # sizes or tokens within this factor were not varied
+# Settings that determine a size or a length, which are variables of the law.
 SHAPE = ("d_model", "n_layers", "n_heads", "d_ff", "config.model.n_kv_heads", "config.model.d_ff")
 LENGTH = (
     "train_tokens",
@@ -25,7 +25,7 @@ LENGTH = (
     *(f"config.train.{key}" for key in ("tokens", "steps", "epochs", "tokens_per_param", "flops")),
 )
 FINGERPRINTS = ("tokenizer_fingerprint", "data_fingerprint", "validation_fingerprint")
-UNITS = {  # of a loss by its name: those of results.json, and bits
+UNITS = {  # of losses, by name
     "bits_per_byte": "bits per byte",
     "bits_per_char": "bits per character",
     **dict.fromkeys(("final_val_loss", "best_val_loss", "test_loss"), "nats per token"),
@@ -41,7 +41,7 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Columns:
-    """Name the columns that a law and its checks read; by default as in ``results.json``."""
+    """Name the columns that a law and its checks read; the defaults are those of results.json."""
 
     n: str = "parameters_non_embedding"
     n_total: str | None = "model_parameters"
@@ -52,16 +52,16 @@ class Columns:
     loss: str = "final_val_loss"
     seed: str | None = "seed"
     run: str | None = "folder"
-    loss_unit: str | None = None  # shown beside the loss; known for our own losses and for bits
+    loss_unit: str | None = None  # shown beside the loss
 
     @property
     def loss_label(self) -> str:
-        """Return the label of an axis of the loss."""
-        unit = self.loss_unit or next((u for words, u in UNITS.items() if words in self.loss), "")
+        """Return the axis label of the loss."""
+        unit = self.loss_unit or next((u for name, u in UNITS.items() if name in self.loss), "")
         return f"loss ({unit})" if unit else "loss"
 
     def where(self, runs: pd.DataFrame) -> dict[str, str]:
-        """Return the columns that the table has, by variable."""
+        """Return the columns that are in the table, by variable."""
         found = {"N": self.n, "D": self.d, "U": self.u, "T": self.t, "C": self.c}
         return {name: column for name, column in found.items() if column and column in runs}
 
@@ -74,25 +74,23 @@ class Columns:
         return np.ones(len(runs))
 
     def size(self, runs: pd.DataFrame, variables: Mapping[str, str]) -> tuple[Array, str]:
-        """Return what orders runs by size, (n,), and its name: the compute, or the x of a law in
-        one variable."""
+        """Return the size of each run, (n,), and its name: compute, or x if the law has one."""
         if "x" not in variables:
             return self.compute(runs), "compute"
         name = "compute" if variables["x"] == self.c else variables["x"]
         return positive(runs, variables["x"]), name
 
     def dependence(self, runs: pd.DataFrame, variables: Iterable[str]) -> list[pd.Series]:
-        """Return what dependent rows have in common: their place, their run where several rows
-        share one, their trunk where runs branched off one."""
+        """Return labels that dependent rows share: place, run (of checkpoints), and trunk."""
         place = runs[list(variables)].apply(tuple, axis=1)
         keys = [place, *(runs[name] for name in [self.cluster(runs)] if name)]
         if {"branched_from", "run_name"} <= set(runs):
             keys.append(runs["branched_from"].astype(object).fillna(runs["run_name"]))
-            keys.append(runs["run_name"])  # which may itself be a branch and a trunk
+            keys.append(runs["run_name"])  # a branch may itself be a trunk
         return keys
 
     def floor(self, runs: pd.DataFrame) -> float | None:
-        """Return the entropy of the corpus, where it is known exactly and the same for all runs."""
+        """Return the exact entropy of the corpus if it is known and all runs share it."""
         name = "irreducible_loss_exact"
         if self.loss != "final_val_loss" or name not in runs:
             return None
@@ -100,8 +98,7 @@ class Columns:
         return float(values[0]) if len(values) == 1 and pd.notna(values[0]) else None
 
     def validation_error(self, runs: pd.DataFrame) -> float | None:
-        """Return the standard error of the validation loss as a part of it, where that is fitted
-        and the table says it: the median of the runs."""
+        """Return the median relative standard error of the validation loss, if known."""
         names = ["final_val_loss_standard_error", "final_val_loss"]
         if not (self.loss.startswith("final_val") and set(names) <= set(runs)):
             return None
@@ -110,17 +107,15 @@ class Columns:
         return part if part >= 0 else None
 
     def cluster(self, runs: pd.DataFrame) -> str | None:
-        """Return the column of the run's name where several rows, its checkpoints, share one."""
+        """Return the column of run names if rows are checkpoints that share them."""
         return self.run if self.run in runs and runs[self.run].duplicated().any() else None
 
     def name_of(self, runs: pd.DataFrame, row: int) -> str:
-        """Return the name of the run at a position of the table; its row where it has none."""
-        if self.run in runs:
-            return str(runs[self.run].iloc[row])
-        return f"row {runs.index[row]}"
+        """Return the name of the run at position ``row``, or the label of that row."""
+        return str(runs[self.run].iloc[row]) if self.run in runs else f"row {runs.index[row]}"
 
     def as_results(self, runs: pd.DataFrame) -> pd.DataFrame:
-        """Return the table with the names of ``results.json``, which the design checks read."""
+        """Return the table with the column names of ``results.json``, as the checks read it."""
         read = (*"nduct", "loss", "seed")
         known = {getattr(self, key): name for key, name in vars(Columns()).items() if key in read}
         names = {old: new for old, new in known.items() if old in runs and old != new}
@@ -128,8 +123,10 @@ class Columns:
 
 
 def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
-    """Return the variables that differ between runs: N, D and T; U where it is not all of D; C
-    alone where there is neither N nor D."""
+    """Return the variables that differ between runs.
+
+    U counts only if tokens repeat, C only if there is neither N nor D.
+    """
     found = [v for v in "NDT" if where.get(v) in runs and _spread(runs[where[v]]) > SAME]
     if where.get("U") in runs:
         unique = runs[where["U"]]
@@ -146,12 +143,11 @@ def varied(runs: pd.DataFrame, where: dict[str, str]) -> list[str]:
 def other_settings(
     runs: pd.DataFrame, columns: Columns, variables: Iterable[str]
 ) -> dict[str, dict[str, list[str]]]:
-    """Return the settings that differ between runs but are in no law here, each with its
-    values, the commonest first, and the names of their runs.
+    """Return settings that differ between runs outside the law, with their values, the most common
+    first, and the names of their runs.
 
-    Not returned are ``variables``, what divides the runs as one of them does (the warm-up that
-    goes with the tokens), the shape that makes a size, the seed, and the learning rates, of which
-    ``comparable`` keeps the best of each setting.
+    Skips ``variables`` and what follows from them (model shape, a warm-up that goes with the
+    tokens), the seed, and learning rates, of which ``comparable`` keeps the best.
     """
     scaled = [name for name in [*variables, columns.u] if name in runs]
     config = [name for name in map(str, runs) if name.startswith("config.")]
@@ -160,7 +156,7 @@ def other_settings(
     for name in dict.fromkeys([*SETTINGS, columns.t, *FINGERPRINTS, *config]):
         if name in passed or name not in runs:
             continue
-        # a whole number in a column with gaps is a float to pandas
+        # pandas turns integers in a column with gaps into floats
         values = runs[name].map(lambda v: f"{v:.12g}" if isinstance(v, float) else str(v))
         values = values.where(runs[name].notna(), "none")
         count = values.nunique()
@@ -183,9 +179,9 @@ def _spread(values: pd.Series) -> float:
 def choice(
     law: str, variable: str, varied: Sequence[str], where: dict[str, str]
 ) -> tuple[Sequence[str], dict[str, str], dict[str, str]]:
-    """Return the laws to compare, the columns of their variables, and what these are called.
+    """Return the laws to compare, and the columns and descriptions of their variables.
 
-    Raises ConfigError for an unknown law or variable, and where nothing varies.
+    Raises ConfigError for an unknown law or variable, or if nothing varies.
     """
     if variable != "auto":
         if variable not in where:
@@ -213,8 +209,10 @@ def choice(
 
 
 def read_places(text: str) -> list[dict[str, float]]:
-    """Return what ``predict=`` asks for, as ``[{n: 13e9, d: 5e12}]`` or ``n=13e9,d=5e12``: by
-    letter, in capitals.  Raises ConfigError."""
+    """Parse ``predict=``, as ``[{n: 13e9, d: 5e12}]`` or ``n=13e9,d=5e12``.
+
+    Returns values by capital letter.  Raises ConfigError for anything else.
+    """
     plain = text.strip() if text.strip()[:1] in ("[", "{") else f"{{{text}}}"
     try:
         found = yaml.safe_load(re.sub(r"([A-Za-z])\s*[:=]\s*", r"\1: ", plain))
@@ -226,22 +224,21 @@ def read_places(text: str) -> list[dict[str, float]]:
     places = [{str(name).upper(): value for name, value in row.items()} for row in rows]
     for place in places:
         for name, value in place.items():
-            said = f"predict={text}: {name.lower()}"
+            key = f"predict={text}: {name.lower()}"
             if name not in WORDS:
-                raise ConfigError(f"{said}: must be one of n, d, u, t, c")
+                raise ConfigError(f"{key}: must be one of n, d, u, t, c")
             place[name] = float(pd.to_numeric(str(value), errors="coerce"))
             if not 0 < place[name] < np.inf:
-                raise ConfigError(f"{said}={value}: must be a number above zero")
+                raise ConfigError(f"{key}={value}: must be a number above zero")
     return places
 
 
 def places_of(
     asked: Sequence[Mapping[str, float]], variables: Mapping[str, str], where: Mapping[str, str]
 ) -> tuple[list[dict[str, float]], str]:
-    """Return places by the variables of the law, and a note on the letters it has no use for.
+    """Return places by variable of the law, and a note on the letters that it does not use.
 
-    Unique tokens that are not given are all of D.  Raises ConfigError for what is missing, and
-    for a letter that a law in N and D does not have.
+    U defaults to D.  Raises ConfigError for a missing letter, or one that a law in N and D lacks.
     """
     x = next((v for v, column in where.items() if column == variables.get("x")), "")
     letters = {name: x if name == "x" else name for name in variables}
@@ -251,14 +248,14 @@ def places_of(
         given = {"U": one["D"], **one} if "U" in wanted and "D" in one else one
         missing = [f"{v.lower()} is missing" for v in wanted if v not in given]
         more = [v for v in given if v not in wanted]
-        missing += [] if x else [f"{v.lower()} is none" for v in more]
+        missing += [] if x else [f"{v.lower()} is not a variable" for v in more]
         if missing:
             goes_by = " and ".join(wanted).lower()
             raise ConfigError(f"predict: {missing[0]}: the law goes by {goes_by}")
         unused |= dict.fromkeys(more)
         places.append({name: float(given[v]) for name, v in letters.items()})
     listed = ", ".join(unused).lower()
-    return places, f"Of what `predict=` gave, the law has no use for {listed}." if unused else ""
+    return places, f"The law does not use {listed} of `predict=`." if unused else ""
 
 
 def question(words: dict[str, str]) -> str:

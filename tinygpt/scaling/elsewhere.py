@@ -1,4 +1,4 @@
-"""Read runs from elsewhere: which columns say what, what is no run of its own, what was assumed."""
+"""Read tables of runs that other software wrote, and note what was assumed about them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinygpt.scaling.runs import best_rates, entering, refuse_several, words_of
 from tinygpt.scaling.tables import read_cells, with_numbers
 from tinygpt.scaling.units import in_nats, in_units
 
-USUAL = {  # the names of columns that are found by their names, the likeliest first
+USUAL = {  # common names of columns, the most likely first
     "seed": "seed random_seed rng_seed rng replicate replica repeat repetition",
     "learning_rate": "peak_lr max_lr lr_peak lr_max peak_learning_rate max_learning_rate "
     "learning_rate lr base_lr base_learning_rate initial_lr init_lr",
@@ -27,9 +27,9 @@ USUAL = {  # the names of columns that are found by their names, the likeliest f
     "d": "tokens n_tokens num_tokens train_tokens training_tokens tokens_seen d",
     "loss": "val_loss validation_loss eval_loss test_loss final_loss loss",
 }
-WORDS = {  # in a column's name; the first kind of which it has a word decides
-    "rates": "lr learning warmup",  # settings, but those that go with the learning rate are tuned
-    # what a run came to, or where and when it ran: no setting
+WORDS = {  # words in a column's name; the first kind that matches decides
+    "rates": "lr learning warmup",  # settings, unless tuned with the learning rate
+    # results, times and places: not settings
     "outcomes": "loss losses ppl perplexity nll acc accuracy bpb bpc bits score metric metrics "
     "validation error grad norm time times date seconds secs hours minutes runtime "
     "duration created updated started finished start end timestamp host hostname node gpu "
@@ -37,12 +37,12 @@ WORDS = {  # in a column's name; the first kind of which it has a word decides
     "flop compute step iteration iter epoch second sec samples to checkpoint ckpt cost energy kwh "
     "watt watts power price index row user author note notes comment comments git "
     "commit version state status eta summary seed",
-    # what was chosen, whatever its values
+    # choices, whatever their values
     "settings": "dataset datasets data corpus corpora optimizer optim optimiser schedule scheduler "
     "tokenizer tokeniser vocab vocabulary batch bsz bs wd decay architecture arch family "
     "precision dtype activation dropout beta beta1 beta2 parametrization mup context ctx seq "
     "seqlen epochs steps iterations iters recipe mixture filter filtering language objective init",
-    # what a run is called, or a measurement: a setting only if it is a text that comes back
+    # labels and measurements: settings only if they are texts that recur
     "labels": "name tag tags run id uuid hash url uri path dir folder file eval val valid test",
 }
 
@@ -50,12 +50,12 @@ STEP = (["step"], ["iter"], ["iteration"], ["checkpoint"], ["ckpt"])
 EPOCHS = {"epochs", "n_epochs", "num_epochs", "num_train_epochs"}
 LOSS_UNITS = {"nat", "nats", "bit", "bits", "bpb", "bpc", "ppl", "perplexity", "nats/token"}
 LOSS_UNITS |= {"bits/byte", "bits per byte", "nats per token", "bits/token", "bits per token"}
-KINDS = {"metric", "eval", "val", "valid", "validation", "test"}  # of a loss, if it is a text
+KINDS = {"metric", "eval", "val", "valid", "validation", "test"}  # words for kinds of losses
 
 
 @dataclass(frozen=True)
 class Table:
-    """The runs that enter a law, the others with a ``reason``, and what was assumed."""
+    """Hold the runs that enter a law, the others with a ``reason``, and the assumptions."""
 
     runs: pd.DataFrame
     left_out: pd.DataFrame
@@ -73,14 +73,14 @@ def read(
     last: int | None = None,
     where: str | None = None,
 ) -> Table:
-    """Read the runs of a table and note what was taken for what.
+    """Read the runs of a table and note how its columns were interpreted.
 
-    ``named`` are the columns that were given, by letter or kind; the other arguments are the keys
-    of the command.  Raises ConfigError, one line, for what cannot be read or has two readings.
+    ``named`` gives columns by letter or kind; the other arguments are keys of ``tinygpt.fit``.
+    Raises ConfigError, one line, for unreadable or ambiguous tables.
     """
     notes: list[str] = []
     cells = read_cells(Path(path), notes)
-    cells.index += 1  # row 1 is the first below the header
+    cells.index += 1  # row 1 follows the header
     given = {name: column for name, column in named.items() if column is not None}
     given = _usual(cells, given, loss) | given
     columns, rate = find_columns(cells, given, loss)
@@ -107,7 +107,7 @@ def read(
     is_grid = {columns.n, columns.d} <= set(table)
     placed = (columns.n, columns.d, columns.u, columns.t, None if is_grid else columns.c)
     place = [column for column in placed if column and column in table]
-    if "config_hash" not in table:  # a run of our own says its settings, and they are named
+    if "config_hash" not in table:  # the settings of tinygpt's own runs are reported elsewhere
         _refuse_varying(table[reason == ""], columns, place, rate, Path(path))
     refuse_several(table[reason == ""], columns.loss, columns.seed)
     if rate:
@@ -128,8 +128,7 @@ def read(
 
 
 def _check_meaning(used: pd.DataFrame, columns: Columns, path: Path, notes: list[str]) -> None:
-    """Note epochs, which say whether tokens were read again.  Raises ConfigError for losses in
-    several units."""
+    """Note repeated epochs.  Raises ConfigError for losses in several units."""
     for name in map(str, used):
         values = used[name]
         times = pd.to_numeric(values, errors="coerce").max() if name.casefold() in EPOCHS else 1
@@ -154,8 +153,8 @@ def _check_meaning(used: pd.DataFrame, columns: Columns, path: Path, notes: list
 def find_columns(
     table: pd.DataFrame, given: Mapping[str, str], loss: str
 ) -> tuple[Columns, str | None]:
-    """Return the columns that were given, else those of ``results.json`` or of the usual names
-    that are there, and the column of the learning rate.  ``none`` is no column.
+    """Return the given columns, else those with the names of ``results.json`` or common names, and
+    the column of the learning rate.  ``none`` means no column.
 
     Raises ConfigError for a name that the table does not have.
     """
@@ -183,22 +182,24 @@ def find_columns(
 
 
 def _usual(table: pd.DataFrame, given: Mapping[str, str], loss: str) -> dict[str, str]:
-    """Return the columns of the loss, N and D that are not given by their usual names, those of N
-    and D if both are known; a table with the names of ``results.json`` needs none."""
+    """Find the loss, N and D by their common names; N and D only if both are known.
+
+    Returns {} for a table with the names of ``results.json``.
+    """
     if loss != Columns.loss or loss in table:
         return {}
     found = {name: next(iter(_called(table, name)), None) for name in ("loss", "n", "d")}
     found |= given
-    if not (found["n"] and found["d"]):  # half a place would be fitted as if the rest were equal
+    if not (found["n"] and found["d"]):  # a law needs both
         found["n"] = found["d"] = None
     return {name: column for name, column in found.items() if column}
 
 
 def _called(table: pd.DataFrame, what: str) -> list[str]:
-    """Return the columns that are usually called so, the likeliest first.
+    """Return the columns with common names for ``what``, the most likely first.
 
-    Neither case nor what stands before a point or slash matters, as in params.lr, but what was
-    measured (metrics.lr) is not meant.  One that is the same in all rows comes last.
+    Case and a prefix with a dot or slash (params.lr) do not matter, but measurements (metrics.lr)
+    are excluded.  Constant columns come last.
     """
     names, found = USUAL[what].split(), []
     for column in map(str, table):
@@ -223,10 +224,10 @@ def _there_are(table: pd.DataFrame, meant: str = "") -> str:
 def _with_runs(
     used: pd.DataFrame, columns: Columns, given: Mapping[str, str], notes: list[str]
 ) -> Columns:
-    """Return the columns with that of the run's name, where rows share one as checkpoints of a
-    run do: one size and one seed, and different tokens.
+    """Set the column of run names if rows that share a name look like checkpoints: equal size and
+    seed, different tokens.
 
-    Without a name, rows whose step rises with the tokens at each size are noted.
+    Adds a note if rows without names look like checkpoints.
     """
     along = next((c for c in (columns.d, columns.c, "step", "_step") if c in used), None)
     if "run" in given or along is None or "config_hash" in used:
@@ -236,14 +237,13 @@ def _with_runs(
     fixed = [column for column in (columns.n, columns.seed) if column and column in used]
     called = _called(used, "run")
     texts = [name for name in map(str, used) if not pd.api.types.is_numeric_dtype(used[name])]
-    texts = [name for name in texts if name not in called]
-    for name in [*called, *texts]:
+    for name in dict.fromkeys([*called, *texts]):
         groups = used.groupby(name)
         if not used[name].duplicated().any() or used.duplicated([name, along]).any():
             continue
         if any((groups[column].nunique() > 1).any() for column in fixed):
             continue
-        if name in texts:
+        if name not in called:
             notes.append(
                 f"runs: every row is taken for a run; if the rows of one {name} are checkpoints, "
                 f"columns.run={name}"
@@ -251,7 +251,7 @@ def _with_runs(
             return columns
         notes.append(
             f"runs: {len(used)} rows of {len(groups)} runs, by {name}: rows of one run are its "
-            "checkpoints (last=1 keeps the last of each; columns.run=none: it names no run)"
+            f"checkpoints (last=1 keeps the last of each; columns.run=none if {name} names no run)"
         )
         return dataclasses.replace(columns, run=name)
     if not (fixed and columns.n == fixed[0] and used.duplicated(fixed).any()):
@@ -271,8 +271,7 @@ def _with_runs(
 def _averaged(
     table: pd.DataFrame, columns: Columns, last: int, reason: pd.Series, notes: list[str]
 ) -> tuple[pd.DataFrame, pd.Series]:
-    """Return the table in which the last row of each run has the mean of its ``last`` losses, and
-    the reasons with those of its other rows."""
+    """Give the last row of each run the mean of its ``last`` losses, and leave out the others."""
     if columns.run not in table:
         raise ConfigError(f"last={last}: needs columns.run=, the column of the run's name")
     along = next((c for c in (columns.d, columns.c) if c in table), None)
@@ -296,7 +295,7 @@ def _averaged(
 def _refuse_varying(
     used: pd.DataFrame, columns: Columns, place: list[str], rate: str | None, path: Path
 ) -> None:
-    """Raise ConfigError where runs at one place differ in a setting, which is no seed."""
+    """Raise ConfigError if runs at one place differ in a setting other than the seed."""
     shared = used[used.duplicated(place, keep=False)]
     known = {*place, columns.c, columns.loss, columns.seed, columns.run, rate}
     settings = [
@@ -330,15 +329,15 @@ def _is_setting(
     place: list[str],
     rate: str | None,
 ) -> bool:
-    """Return whether a column that differs between runs at one place was chosen, not measured.
+    """Return whether a column that differs between runs at one place is a setting.
 
-    By its words, else by its values: those of a setting come back at other places, and differ in
-    more than a number if they are names.
+    If the words of its name do not tell, the values of a setting recur at other places, and names
+    differ in more than a number.
     """
     words, whole = set(words_of(name)), re.findall("[a-z]+", name.casefold())
     kind = next((kind for kind, known in WORDS.items() if words & set(known.split())), "")
     is_text = pd.api.types.is_object_dtype(used[name]) or pd.api.types.is_string_dtype(used[name])
-    if is_text and words & KINDS:  # a long table: a row for each loss
+    if is_text and words & KINDS:  # a long table has a row for each loss
         return bool(2 * used[name].nunique() <= len(used))
     if kind == "outcomes" or (kind == "labels" and not is_text) or "metrics" in whole:
         return False
@@ -348,7 +347,7 @@ def _is_setting(
         return True
     values = used[name]
     if seed and (used.groupby(seed)[name].nunique(dropna=False) == 1).all():
-        return False  # a name of the seed
+        return False  # another name of the seed
     if pd.api.types.is_bool_dtype(values):
         return True
     if is_text and kind != "labels":

@@ -1,4 +1,4 @@
-"""What ``fit.json`` says: the analysis as plain values, to be read by programs."""
+"""Turn an analysis into the plain values of ``fit.json``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEMA_VERSION = 1
 
 
 def facts(analysis: Analysis) -> dict[str, Any]:
-    """Return all numbers of a report; what is not known, or not finite, is None."""
+    """Return all numbers of a report, with None for unknown and non-finite values."""
     fit, total, runs, noise = analysis.fit, analysis.in_total, analysis.runs, analysis.noise
     held, ahead = analysis.held_out, analysis.forecast
     solver = ("starts", "basins", "gradient_norm", "smallest_eigenvalue", "converged", "at_bound")
@@ -40,10 +40,8 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "loss": fit.loss,
         "parameters": _parameters(fit, analysis.intervals),
         "in_total": total
-        and {
-            "column": analysis.columns.n_total,
-            "parameters": _parameters(total, analysis.total_intervals),
-        },
+        and {"column": analysis.columns.n_total}
+        | {"parameters": _parameters(total, analysis.total_intervals)},
         "r_squared": fit.r_squared,
         "runs": len(runs),
         "other_settings": {
@@ -66,16 +64,13 @@ def facts(analysis: Analysis) -> dict[str, Any]:
             "bounds_met": fit.bounds_met,
         },
         "floor": analysis.floor,
-        "noise": noise and {name: of for name, of in vars(noise).items() if name != "weights"},
+        "noise": noise and {k: value for k, value in vars(noise).items() if k != "weights"},
         "structure_p": analysis.structure,
         "selection": [_candidate(one, analysis) for one in analysis.candidates],
         "held_out": held
         and {**_pick(held, *tested), "weights": held.below.by_law, "rate": held.below.rate},
         "forecast": ahead and {"weights": ahead.by_law, "rate": ahead.rate},
-        "checks": [
-            {"name": check.title, "passed": check.passed, **vars(check)}
-            for check in analysis.checks
-        ],
+        "checks": [{"name": c.title, "passed": c.passed, **vars(c)} for c in analysis.checks],
         "single_runs": [
             {"run": analysis.columns.name_of(runs, one.row)}
             | {name: value for name, value in vars(one).items() if name != "row"}
@@ -96,8 +91,8 @@ def facts(analysis: Analysis) -> dict[str, Any]:
             {
                 "flops": one.flops,
                 **{
-                    name: {"estimate": of.estimate, "interval": of}
-                    for name, of in _pick(one, "n", "d", "loss", "run").items()
+                    name: {"estimate": band.estimate, "interval": band}
+                    for name, band in _pick(one, "n", "d", "loss", "run").items()
                 },
                 **_pick(one, "twice_too_large", "twice_too_small"),
             }
@@ -106,8 +101,7 @@ def facts(analysis: Analysis) -> dict[str, Any]:
         "frontier": analysis.frontier and _frontier(analysis.frontier),
         "next_run": analysis.next_run,
     }
-    plain: dict[str, Any] = _plain(values)
-    return plain
+    return dict(_plain(values))
 
 
 def _pick(one: Any, *names: str) -> dict[str, Any]:
@@ -115,8 +109,8 @@ def _pick(one: Any, *names: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return ``value`` as JSON can hold it, with None for what JSON has no word for."""
-    if isinstance(value, Interval):  # an end that the data do not set is None
+    """Return ``value`` as JSON holds it, with None for what JSON cannot express."""
+    if isinstance(value, Interval):  # a lower end of 0 is not set by the data
         value = {"low": value.low or None, **_pick(value, "high", "level", "method")}
     elif dataclasses.is_dataclass(value):
         value = vars(value)
@@ -140,14 +134,15 @@ def _parameters(fit: Fit, intervals: Mapping[str, Interval]) -> dict[str, Any]:
 
 def _candidate(one: Candidate, analysis: Analysis) -> dict[str, Any]:
     best, held = analysis.candidates[0], analysis.held_out
+    fit = one.fit
     return {
         "law": one.law,
         "formula": LAWS[one.law].formula,
         "aicc": one.aicc,
         "delta_aicc": one.aicc - best.aicc,
-        "parameters": len(one.fit.optimum.law) if one.fit else None,
-        "r_squared": one.fit.r_squared if one.fit else None,
-        "at_bound": one.fit.optimum.at_bound if one.fit else (),
+        "parameters": len(fit.optimum.law) if fit else None,
+        "r_squared": fit.r_squared if fit else None,
+        "at_bound": fit.optimum.at_bound if fit else (),
         "held_out_error": held.by_law.get(one.law) if held else None,
         "not_fitted": one.reason or None,
     }
@@ -160,11 +155,8 @@ def _frontier(path: Frontier) -> dict[str, Any]:
         "ways": path.table().to_dict("records"),
         **_pick(path, "missing", "disagreements"),
         "profiles": [
-            {
-                **_pick(one, "budget", "best", "method"),
-                "n_by_parabola": one.parabola,
-                "reason": one.reason,
-            }
+            _pick(one, "budget", "best", "method")
+            | {"n_by_parabola": one.parabola, "reason": one.reason}
             for one in path.isoflop.profiles
         ],
         "law": {
@@ -176,24 +168,22 @@ def _frontier(path: Frontier) -> dict[str, Any]:
 
 
 def data_hash(analysis: Analysis) -> str:
-    """Return the hash of the values that the law was fitted to, wherever the runs lie."""
+    """Return the hash of the fitted values, which does not depend on where the runs are."""
     names = [column for name, column in vars(analysis.columns).items() if name != "run"]
     columns = [column for column in dict.fromkeys(names) if column in analysis.runs]
     return fileio.digest(_plain(analysis.runs[columns].to_dict("records")))
 
 
 def shared_trunks(runs: pd.DataFrame) -> dict[str, float] | None:
-    """Return the FLOPs of runs of which some took over the first steps of another, those had each
-    been trained from its own start, and what was saved as a part of these; None where no run
-    branched off another of these."""
-    names = ["run_name", "branched_from", "branched_at_step", "total_steps", "flops_exact"]
-    if not set(names) <= set(runs):
+    """Return the FLOPs spent by runs that share trunks, the FLOPs of independent runs, and the
+    share saved; None if no run branched off another one here."""
+    names = {"run_name", "branched_from", "branched_at_step", "total_steps", "flops_exact"}
+    if not names <= set(runs):
         return None
-    branched = runs["branched_from"].isin(runs["run_name"])  # without its trunk it saves nothing
+    branched = runs["branched_from"].isin(runs["run_name"])  # only with its trunk it saves FLOPs
     if not branched.any():
         return None
-    flops, taken_over = runs["flops_exact"], runs["branched_at_step"] / runs["total_steps"]
-    independent = float(flops.sum())
-    saved = float((flops * taken_over.where(branched, 0.0)).astype(float).sum())
-    found = {"flops": independent - saved, "independent_flops": independent}
-    return found | {"saved": saved / independent}
+    flops, shared = runs["flops_exact"], runs["branched_at_step"] / runs["total_steps"]
+    total = float(flops.sum())
+    saved = float((flops * shared.where(branched, 0.0)).astype(float).sum())
+    return {"flops": total - saved, "independent_flops": total, "saved": saved / total}

@@ -1,7 +1,7 @@
-"""The compute-optimal frontier: how large a model, on how many tokens, for a budget.
+"""Find the compute-optimal frontier: how large a model, on how many tokens, for a budget.
 
-Three ways stand side by side: a law of the loss (``split``), IsoFLOP profiles and training curves
-(``isoflop``).  Sizes N are parameters, tokens D, budgets C FLOPs.
+It compares a law of the loss (``split``), IsoFLOP profiles and training curves (``isoflop``).
+N are parameters, D tokens, and C FLOPs.
 """
 
 from __future__ import annotations
@@ -32,15 +32,14 @@ from tinygpt.scaling.split import (
 )
 from tinygpt.scaling.wording import number, reach, with_interval
 
-# When ways disagree.  A cubic through a skewed profile and the stairs of an envelope are off by
-# about 0.01 in the exponent and 5 % in N themselves; a factor of 2 in N is worth knowing of even
-# where the intervals are too wide to tell.
+# Thresholds of disagreement.  A cubic through a skewed profile and the steps of an envelope are
+# biased by about 0.01 in the exponent and 5 % in N; a factor of 2 in N matters in any case.
 EXPONENT_APART = 0.02
 SIZE_APART = 1.1
 SIZE_FAR_APART = 2.0
 
 LAW, PROFILES, CURVES = "parametric law", "IsoFLOP profiles", "training curves"
-CHEAPER = 1e-3  # the least share of a budget that is looked at for what a wrong size costs
+CHEAPER = 1e-3  # smallest share of a budget considered for the cost of a wrong size
 
 
 # --- the ways side by side
@@ -48,10 +47,10 @@ CHEAPER = 1e-3  # the least share of a budget that is looked at for what a wrong
 
 @dataclass(frozen=True)
 class Estimate:
-    """The result of one way; N, D and L at the largest budget that was run.
+    """Hold one method's exponents, and N, D and L at the largest budget that was run.
 
-    L of profiles and curves is by a pure power law, which lies below a loss with an irreducible
-    part at both ends.
+    L of profiles and curves follows a pure power law, which underestimates a loss with an
+    irreducible part at both ends.
     """
 
     way: str
@@ -65,24 +64,24 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Hold the compute-optimal split by up to three ways."""
+    """Hold the compute-optimal split by up to three methods."""
 
     budget: float  # the largest that was run, FLOPs
     law: LawSplit | None
     isoflop: IsoFlop
     envelope: Envelope | None
     estimates: tuple[Estimate, ...]
-    missing: dict[str, str]  # way -> why it says nothing
+    missing: dict[str, str]  # method -> why it has no result
     disagreements: tuple[str, ...]
 
     def table(self) -> pd.DataFrame:
-        """Return a row a way: exponents, and N, D, L at the largest budget, each with its ends."""
+        """Return a row per method: exponents, and N, D, L at the largest budget, with ends."""
         rows: list[dict[str, Any]] = []
         for one in self.estimates:
             row: dict[str, Any] = {"way": one.way}
             for name in ("a", "b", "c", "n", "d", "loss"):
-                found: Interval = getattr(one, name)
-                row |= {name: found.estimate, f"{name}_low": found.low, f"{name}_high": found.high}
+                of: Interval = getattr(one, name)
+                row |= {name: of.estimate, f"{name}_low": of.low, f"{name}_high": of.high}
             row["tokens_per_parameter"] = one.d.estimate / one.n.estimate
             row["interval"] = one.a.method
             rows.append(row)
@@ -100,34 +99,33 @@ def frontier(
 ) -> Frontier:
     """Return the best split by the law, by IsoFLOP profiles of the runs, and by their ``curves``.
 
-    ``compute`` is that of each run of the fit, (n,); ``method`` that of ``isoflop``; ``curves``
-    as from ``load_curves``, or their envelope where other columns or smoothing are wanted; their
-    FLOPs must be counted as those of the runs.  A way that says nothing is in ``missing`` with
-    its reason.
+    ``compute`` has the FLOPs of each run, (n,); ``method`` is that of ``isoflop``; ``curves`` come
+    from ``load_curves`` or are an ``Envelope``, with FLOPs counted as for the runs.  ``missing``
+    gives the reason for a method without a result.
     """
     budget, n = float(compute.max()), fit.columns["N"]
     estimates: list[Estimate] = []
     missing: dict[str, str] = {}
-    law, around = None, None
+    law, lower = None, None
     try:
         law = by_law(fit, compute, per_token=per_token, replicas=replicas)
-        ends = (band.at(law.largest) for band in (law.n, law.d, law.loss))
-        estimates.append(Estimate(LAW, law.a, law.b, law.c, *ends))
+        places = [band.at(law.largest) for band in (law.n, law.d, law.loss)]
+        estimates.append(Estimate(LAW, law.a, law.b, law.c, *places))
     except ConfigError as error:
         missing[LAW] = str(error)
     runs = fit.table.assign(compute=compute)
     profiles = isoflop(runs, n=n, d=fit.columns["D"], c="compute", loss=fit.loss, method=method)
     try:
         if isinstance(curves, Envelope):
-            around = curves
+            lower = curves
         elif curves is None or curves.empty:
             raise ConfigError("no training curves were given")
         else:
             same = fit.loss.removeprefix("final_")
-            around = envelope(curves, n=n, loss=same if same in curves else "val_loss")
+            lower = envelope(curves, n=n, loss=same if same in curves else "val_loss")
     except ConfigError as error:
         missing[CURVES] = str(error)
-    for way, found in ((PROFILES, profiles), (CURVES, around)):
+    for way, found in ((PROFILES, profiles), (CURVES, lower)):
         if found and found.minima:
             laws = (found.minima.n_law, found.minima.d_law, found.minima.loss_law)
             exponents, places = [one.exponent for one in laws], [one.at(budget) for one in laws]
@@ -135,12 +133,11 @@ def frontier(
         elif found:
             missing[way] = found.reason
     apart = tuple(_disagreements(estimates, budget))
-    return Frontier(budget, law, profiles, around, tuple(estimates), missing, apart)
+    return Frontier(budget, law, profiles, lower, tuple(estimates), missing, apart)
 
 
 def _disagreements(estimates: Sequence[Estimate], budget: float) -> Iterator[str]:
-    """Name exponents and best sizes that differ by more than their intervals and by more than the
-    ways are off themselves; sizes a factor of 2 apart in any case."""
+    """Describe exponents and sizes that differ by more than their intervals and known biases."""
     best = f"the best N at {number(budget)} FLOPs"
     for one, other in combinations(estimates, 2):
         steps = abs(one.a.estimate - other.a.estimate)
@@ -162,15 +159,15 @@ def _disagreements(estimates: Sequence[Estimate], budget: float) -> Iterator[str
 
 @dataclass(frozen=True)
 class WrongSize:
-    """What a model of another size costs at the same budget."""
+    """Hold what a model of another size costs at the same budget."""
 
-    loss: float  # how much higher the loss is, relative to it
-    compute: float  # the share of the budget that could have been saved at that loss
+    loss: float  # relative increase of the loss
+    compute: float  # share of the budget that the best size would save at that loss
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Hold the best use of ``flops`` by a law, and what to expect of it."""
+    """Hold the best split of ``flops`` by a law, and the loss to expect."""
 
     flops: float
     n: Interval
@@ -197,9 +194,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Expected:
-    """The loss at one place: what the law says, and what a single run would measure."""
+    """Hold the loss at a place by the law, and as a single run would measure it."""
 
-    place: dict[str, float]  # variable, by the letter that it was asked by -> value
+    place: dict[str, float]  # values by the letters that were given
     loss: Interval
     run: Interval
 
@@ -233,14 +230,13 @@ def predict(  # type: ignore[misc]
     replicas: int | Bootstrap = REPLICAS,
     **place: float,
 ) -> Budget | Expected:
-    """Return the best N and D for ``flops``, the loss there, and what a factor of 2 in N costs; or,
-    of a law in any variables, the loss at a place, as ``N=...``.
+    """Return the best N and D for ``flops``, the loss there, and the cost of a factor of 2 in N;
+    or the loss at a place, given as ``N=...``.
 
-    ``per_token`` says what a token costs at a size (``recorded`` reads it off the runs),
-    ``unique`` how many tokens there are before they repeat.  The intervals of N and D are
-    percentiles over a bootstrap, those of the loss the delta method's at the chosen N and D; nan
-    where the fit has no degrees of freedom.  At a place they are those of ``predict_interval``.
-    Raises ConfigError where the law has no best split.
+    ``per_token`` gives FLOPs per token by size (``recorded`` estimates it from runs); ``unique``
+    tokens exist before they repeat.  Intervals of N and D are bootstrap percentiles, those of the
+    loss come from the delta method at that N and D, and at a place from ``predict_interval``; nan
+    without degrees of freedom.  Raises ConfigError if the law has no best split.
     """
     if flops is None:
         if more := [name for name in place if name not in (*fit.columns, fit.letter)]:
@@ -264,8 +260,9 @@ def predict(  # type: ignore[misc]
     if "U" in fit.columns:
         best["U"] = min(best["D"], unique)
     theta, kind = parameter_vectors(fit, replicas)
-    many = splits(fit, theta, budgets[-1:], per_token, unique)
-    at_n, at_d = (band(one[-1:], by, LEVEL, kind).at(0) for one, by in ((n, many[0]), (d, many[1])))
+    drawn_n, drawn_d, _ = splits(fit, theta, budgets[-1:], per_token, unique)
+    at_n = band(n[-1:], drawn_n, LEVEL, kind).at(0)
+    at_d = band(d[-1:], drawn_d, LEVEL, kind).at(0)
     wrong = []
     for factor in (2.0, 0.5):
         size = np.array([factor * n[-1]])
@@ -279,11 +276,12 @@ def predict(  # type: ignore[misc]
 def loss_at(
     fit: Fit, place: dict[str, float], replicas: int | Bootstrap = REPLICAS
 ) -> tuple[Interval, Interval]:
-    """Return the loss of the law and of a single run at ``place``; without degrees of freedom, or
-    where a bootstrap had one run to draw, their ends are nan."""
+    """Return the loss of the law and of a single run at ``place``.
+
+    Their ends are nan without degrees of freedom, or if a bootstrap had a single run to draw.
+    """
     if fit.degrees < 1 or (isinstance(replicas, Bootstrap) and not len(replicas.theta)):
-        nan = float("nan")
-        none = Interval(float(fit.predict(**place)[0]), nan, nan, LEVEL, "none")
+        none = Interval(float(fit.predict(**place)[0]), np.nan, np.nan, LEVEL, "none")
         return none, none
     target = of_loss(fit, **place)
     return delta(fit, target), delta(fit, target, new_run=True)

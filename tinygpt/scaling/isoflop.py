@@ -1,7 +1,7 @@
-"""The compute-optimal size without a law of the loss: IsoFLOP profiles and training curves.
+"""Find the compute-optimal size without a law of the loss, by IsoFLOP profiles or training curves.
 
-These are approaches 2 and 1 of Hoffmann et al. 2022, section 3 (arXiv:2203.15556).  Sizes N are
-parameters, tokens D, budgets C FLOPs, losses as a rule nats per token.
+These are approaches 2 and 1 of Hoffmann et al. 2022, section 3 (arXiv:2203.15556).  N are
+parameters, D tokens, and C FLOPs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from tinygpt.scaling.laws import Array
 from tinygpt.scaling.points import positive
 
 METHODS = ("cubic", "akima", "parabola")
-# Runs whose compute differs by less than this factor share a budget; the rule that holds runs
-# out by compute draws the same line.
-SAME_BUDGET = 1.15
-WIDEST_BUDGET = 1.5  # largest over smallest compute; what is wider is a chain, and no budget
-BUDGETS = 1000  # that an envelope is looked at
+SAME_BUDGET = 1.15  # runs within this factor of compute share a budget, here and held out
+WIDEST_BUDGET = 1.5  # largest / smallest compute; a wider group is a chain, not a budget
+BUDGETS = 1000  # grid points of an envelope
 REPLICAS = 1000  # of each interpolant
-FEWEST_SEEDS = 5  # degrees of freedom from which on seeds tell the noise
-Replicas = tuple[Array, str]  # logarithms at budgets, (..., budgets, B), nan: none; what they are
+FEWEST_SEEDS = 5  # degrees of freedom that seeds need to estimate the noise
+Replicas = tuple[Array, str]  # logarithms at budgets, (..., budgets, B), nan if absent; the method
 
 
 # --- power laws of compute
@@ -36,10 +34,10 @@ Replicas = tuple[Array, str]  # logarithms at budgets, (..., budgets, B), nan: n
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = k · C^exponent: a regression of log y on log C.
+    """Hold y = k · C^exponent, a regression of log y on log C.
 
-    Its intervals are percentiles over replicas of the points, or by Student's t of their scatter;
-    of two points, which leave none to judge by, the ends are infinite.
+    Intervals are percentiles over replicas of the points, or Student's t of their scatter.  Two
+    points give infinite ends.
     """
 
     exponent: Interval
@@ -47,15 +45,17 @@ class PowerLaw:
     centre: float  # mean log C of the points
     spread: float  # Σ (log C - centre)²
     points: int
-    error: float  # of log y about the line, times Student's quantile; inf with two points
-    lines: Array | None = None  # (2, B): log k and exponent by each replica
+    error: float  # of log y about the line, times Student's quantile; inf for two points
+    lines: Array | None = None  # (2, B): log k and exponent of each replica
 
     @classmethod
     def through(
         cls, flops: Array, y: Array, level: float = LEVEL, replicas: Replicas | None = None
     ) -> PowerLaw:
-        """Return that of y at ``flops``, (n,) both; replicas are of log y, (n, B).  Raises
-        ConfigError for fewer than two."""
+        """Fit y at ``flops``, (n,) both, with replicas of log y, (n, B).
+
+        Raises ConfigError for fewer than two budgets.
+        """
         x, logs, n = np.log(flops), np.log(y), len(flops)
         if n < 2 or np.ptp(x) == 0:
             raise ConfigError(f"power law of compute: needs 2 budgets or more, there are {n}")
@@ -73,7 +73,7 @@ class PowerLaw:
         return cls(exponent, log_k, centre, spread, n, error, lines)
 
     def at(self, flops: float) -> Interval:
-        """Return y at a budget, with the interval of the line there."""
+        """Return y at a budget with its interval."""
         slope, log_c = self.exponent, float(np.log(flops))
         estimate = float(np.exp(self.log_k + slope.estimate * log_c))
         if self.lines is not None:
@@ -85,7 +85,7 @@ class PowerLaw:
 
 
 def _lines(x: Array, y: Array) -> Array:
-    """Return intercepts and slopes, (2, B), of y, (n, B), on x, (n,), where y has a number."""
+    """Return intercepts and slopes, (2, B), of the finite y, (n, B), on x, (n,)."""
     there = np.isfinite(y)
     y, count = np.where(there, y, 0.0), there.sum(axis=0)
     middle = x @ there / count
@@ -101,9 +101,9 @@ def _percentiles(estimate: float, values: Array, level: float, method: str) -> I
 
 @dataclass(frozen=True)
 class Minima:
-    """The best N, D and L of some budgets and the power laws through them, (n,) each.
+    """Hold the best N, D and L of each budget, (n,), and the power laws through them.
 
-    L* includes the irreducible loss, so that its power law is a local one.
+    L includes the irreducible loss, so that its power law holds only locally.
     """
 
     flops: Array
@@ -118,7 +118,7 @@ class Minima:
     def through(
         cls, rows: Sequence[tuple[float, ...]], level: float, replicas: Replicas | None = None
     ) -> Minima:
-        """Return those of rows of FLOPs, N, D and loss; replicas are of the last three."""
+        """Fit rows of FLOPs, N, D and loss; replicas are of the last three."""
         flops, *columns = np.array(rows, dtype=float).T
         each = [replicas and (replicas[0][i], replicas[1]) for i in range(3)]
         laws = [PowerLaw.through(flops, columns[i], level, each[i]) for i in range(3)]
@@ -130,10 +130,10 @@ class Minima:
 
 @dataclass(frozen=True)
 class Profile:
-    """The runs of one budget, and the size at which their loss is least.
+    """Hold the runs of one budget and the size with the least loss.
 
-    ``loss`` is that at the budget itself, where the compute of the runs differs a little.
-    ``best`` is (C, N, D, L) at the minimum; None with a ``reason`` where there is none.
+    ``loss`` is corrected to the budget where the compute of the runs differs a little.  ``best``
+    is (C, N, D, L) at the minimum, or None with a ``reason``.
     """
 
     flops: Array  # of each run, (n,)
@@ -147,7 +147,7 @@ class Profile:
 
     @property
     def budget(self) -> float:
-        """The geometric mean of the compute of the runs."""
+        """Return the geometric mean of the FLOPs of the runs."""
         return float(np.exp(np.log(self.flops).mean()))
 
     def curve(self, n: Array) -> Array:
@@ -177,15 +177,13 @@ def isoflop(
 ) -> IsoFlop:
     """Return the minimum of the loss over log N in each budget (approach 2 of Hoffmann et al.).
 
-    ``method``: ``cubic`` or ``parabola``, least squares through all rows, seeds among them, or
-    ``akima`` (the modified one, which does not overshoot), through the means over seeds.  Three
-    sizes carry a parabola only.  ``same_budget`` is the factor below which neighbours in compute
-    are one budget; what its runs differ in compute is taken off their losses.  Interpolants of the
-    same runs disagree by more than the noise (arXiv:2603.22339), so the intervals of the power
-    laws are percentiles of replicas by all three; ``method`` gives the estimate alone.
+    ``method`` is ``cubic`` or ``parabola``, least squares through all rows, or ``akima`` (modified,
+    without overshoot) through means over seeds; three sizes always get a parabola.  Neighbours
+    within the factor ``same_budget`` in compute share a budget, and their losses are corrected for
+    the rest.  Interpolants differ by more than the noise (arXiv:2603.22339), so the intervals of
+    the power laws pool replicas of all three, while ``method`` sets the estimate.
 
-    A minimum counts only where the sizes tried enclose it: where the best size on average is the
-    smallest or the largest there is none.  Raises ConfigError for columns that are not there.
+    The smallest or largest size is never a minimum.  Raises ConfigError for absent columns.
     """
     if method not in METHODS:
         raise ConfigError(f"method={method}: must be one of {', '.join(METHODS)}")
@@ -206,18 +204,17 @@ def isoflop(
 
 
 def budgets(flops: Array, same: float = SAME_BUDGET) -> list[NDArray[np.intp]]:
-    """Return the rows of each budget, the smallest first: cut where log C jumps by log ``same``."""
+    """Return the rows of each budget in ascending order, split where C jumps by ``same``."""
     order = np.argsort(flops, kind="stable")
     jumps = np.flatnonzero(np.diff(np.log(flops[order])) > np.log(same))
     return list(np.split(order, jumps + 1))
 
 
 def _at_one_compute(flops: Array, losses: Array, groups: list[NDArray[np.intp]]) -> Array:
-    """Return the losses as if every run of a budget had spent its geometric mean, (n,).
+    """Return the losses, (n,), as if every run had spent the geometric mean of its budget.
 
-    A few per cent of compute that go with the size would else move the minimum by as much as a
-    tenth.  The slope is that of the least losses from budget to budget: at a minimum in N the loss
-    falls with C as along the minima (the envelope theorem).
+    A few per cent of compute that vary with size would move the minimum by up to a tenth.  By the
+    envelope theorem the loss at a minimum falls with C as the least losses of the budgets do.
     """
     if len(groups) < 2:
         return losses
@@ -241,7 +238,7 @@ def _profile(flops: Array, n: Array, d: Array, loss: Array, method: str) -> Prof
     elif flops.max() > WIDEST_BUDGET * flops.min():
         reason = (
             f"the compute of these runs goes from {flops.min():.3g} to {flops.max():.3g} FLOPs "
-            "without a gap: they are no one budget"
+            "without a gap: they are not one budget"
         )
     elif best in (0, len(mean) - 1):
         end, wanted = ("smallest", "smaller") if best == 0 else ("largest", "larger")
@@ -262,18 +259,18 @@ def _profile(flops: Array, n: Array, d: Array, loss: Array, method: str) -> Prof
 
 
 def _log_tokens(flops: Array, n: Array, d: Array, log_n: Any) -> Any:
-    """Return log D of a budget at some sizes, by the FLOPs per token of its runs."""
+    """Return log D of a budget at given sizes, by the FLOPs per token of its runs."""
     return np.log(flops).mean() - np.interp(log_n, *by_size(n, np.log(flops / d)))
 
 
 def by_size(n: Array, values: Array) -> tuple[Array, Array]:
-    """Return log N of the distinct sizes in order, and the mean of ``values``, (n,) or (n, B)."""
+    """Return log N of the distinct sizes, ascending, and means of ``values``, (n,) or (n, B)."""
     sizes, where, count = np.unique(n, return_inverse=True, return_counts=True)
     return np.log(sizes), (where == np.arange(len(sizes))[:, None]) / count[:, None] @ values
 
 
 def _curve(n: Array, loss: Array, method: str) -> Any:
-    """Return the curves of the losses, (n,) or (n, B), in log N: cubics between knots."""
+    """Return piecewise cubics in log N through the losses, (n,) or (n, B)."""
     logs, means = by_size(n, loss)
     if method == "akima":
         return interpolate.Akima1DInterpolator(logs, means, method="makima")
@@ -282,7 +279,7 @@ def _curve(n: Array, loss: Array, method: str) -> Any:
 
 
 def _minima(n: Array, loss: Array, method: str) -> tuple[Array, Array]:
-    """Return log N and the loss at the least of each curve, (B,); log N is nan at an end."""
+    """Return log N and the loss at the minimum of each curve, (B,); log N is nan at an end."""
     curve = _curve(n, loss, method)
     knots = np.repeat(curve.x[:, None], loss.shape[1], axis=1)
     a, b, c, d = np.concatenate([np.zeros((4 - len(curve.c), *curve.c.shape[1:])), curve.c])
@@ -298,8 +295,10 @@ def _minima(n: Array, loss: Array, method: str) -> tuple[Array, Array]:
 
 
 def _replicas(profiles: Sequence[Profile]) -> Replicas | None:
-    """Return log N, log D and log L at the minima by every interpolant, were the noise another;
-    None where nothing tells the noise."""
+    """Return log N, log D and log L at the minima of every interpolant with redrawn noise.
+
+    Returns None if the noise is unknown.
+    """
     noise, draw = _noise(profiles), np.random.default_rng(0)
     if not len(noise):
         return None
@@ -329,8 +328,8 @@ def _replicas(profiles: Sequence[Profile]) -> Replicas | None:
 
 
 def _noise(profiles: Sequence[Profile]) -> Array:
-    """Return deviations of log losses, as of one run: by how much seeds scatter, or of too few what
-    a smooth curve leaves of the means of settings; none where nothing tells."""
+    """Return deviations of log losses of single runs: between seeds, or with too few seeds from a
+    smooth curve; empty if neither is known."""
     left, apart, free, seeds = [], [], 0, 0
     for one in profiles:
         logs, means = by_size(one.n, np.log(one.loss))
@@ -350,13 +349,13 @@ def _noise(profiles: Sequence[Profile]) -> Array:
 
 @dataclass(frozen=True)
 class Envelope:
-    """Hold the lower envelope of loss against compute, (G,) each, with the best size along it."""
+    """Hold the lower envelope of loss against compute, and the best size along it, (G,) each."""
 
     flops: Array
     n: Array
     d: Array
     loss: Array
-    minima: Minima | None  # one a size: the middle of the stretch of compute where it is best
+    minima: Minima | None  # one per size: the middle of the range of compute where it is best
     reason: str  # why there are none
 
 
@@ -373,17 +372,16 @@ def envelope(
 ) -> Envelope:
     """Return which size has the least loss at each budget (approach 1 of Hoffmann et al. 2022).
 
-    ``curves`` has a row a checkpoint: the run, its N, tokens seen, FLOPs spent, the loss.  Rows
+    ``curves`` has a row per checkpoint: the run, its N, tokens seen, FLOPs spent, and loss.  Rows
     without a loss or before the first step are left out; between checkpoints log L is a monotone
-    cubic in log C.  The lowest of several runs of a size counts, which favours what scatters:
-    ``smooth`` takes the mean of so many neighbouring checkpoints of a run.
+    cubic in log C.  The lowest run of a size counts, which favours noise: ``smooth`` averages that
+    many neighbouring checkpoints.
 
-    Each size gives a point: the middle, in log C, of the stretch where it is best.  The first and
-    the last size have none, nor has one whose stretch starts or ends because a curve does.  A loss
-    halfway down a decaying schedule is above that of a run which ends there, so that this needs a
-    constant rate, or schedules of several lengths a size.
+    Each size gives a point, the middle in log C of the range where it is best, except the first,
+    the last, and those whose range is cut short by the end of a curve.  Losses in the middle of a
+    decaying schedule are too high, so this needs a constant rate or several lengths per size.
 
-    Raises ConfigError where columns are absent or no run has two checkpoints.
+    Raises ConfigError if columns are absent or no run has two checkpoints.
     """
     if smooth < 1:
         raise ConfigError(f"smooth={smooth}: must be 1 or more checkpoints")
@@ -409,7 +407,7 @@ def envelope(
     losses, tokens = np.moveaxis(np.array(along)[:, some], -1, 0)  # (runs, budgets)
     there, winner, budget = np.isfinite(losses), np.nanargmin(losses, axis=0), np.arange(len(grid))
     best, least, seen = sizes[winner], losses[winner, budget], tokens[winner, budget]
-    # a size has a stretch where a smaller one has lost at its start and a larger one at its end
+    # a size counts if it beat a smaller one at the start of its range and lost to a larger one
     smaller = (there & (sizes[:, None] < best)).any(axis=0)
     larger = (there & (sizes[:, None] > best)).any(axis=0)
     minima = []
@@ -418,9 +416,9 @@ def envelope(
         first, last = cells[0], cells[-1]
         if first == 0 or last == len(grid) - 1:
             continue
-        taken_over = best[first - 1] < size and smaller[first]
-        if taken_over and best[last + 1] > size and larger[last]:
-            # where stretches fray, the cells that it has won weigh as much as a clean stretch
+        starts = best[first - 1] < size and smaller[first]
+        if starts and best[last + 1] > size and larger[last]:
+            # if noise splits the range, average the cells that the size has won
             middle = float(grid[cells].mean())
             at = [np.interp(middle, grid[cells], v[cells]) for v in (seen, least)]
             minima.append((np.exp(middle), size, *np.exp(at)))

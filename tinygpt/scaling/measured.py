@@ -1,4 +1,4 @@
-"""Say what was measured, from the table and the run folders, and write the command of a run."""
+"""Describe what was measured, from the table and run folders, and print the command of a run."""
 
 from __future__ import annotations
 
@@ -30,21 +30,20 @@ from tinygpt.scaling.wording import count, letter, number, percent, whole
 NAMES = {"learned": "learned positions", "rope": "RoPE", "rmsnorm": "RMSNorm"}
 NAMES |= {"layernorm": "LayerNorm", "gelu": "GELU", "gelu_tanh": "GELU", "swiglu": "SwiGLU"}
 GROUPS = ("data", "tokenizer", "optim", "schedule")
-# Files of conf/ differ from the defaults of the schema in these keys.
+# Keys whose defaults in conf/ differ from those of the schema.
 SET_BY_CHOICE = {"data.max_tokens", "data.separator", "optim.learning_rate", "optim.weight_decay"}
 
 
 def measured(analysis: Analysis, table: str | None = None) -> Iterator[Block]:
-    """Return what the runs are, so that a reader who knows nothing else can judge the answer."""
-    rows = [[name, value] for name, value in _facts(analysis, table) if value]
+    """Describe the runs for a reader who knows nothing else."""
     yield Heading("What was measured")
-    yield Table(["", ""], rows)
+    yield Table(["", ""], [[name, value] for name, value in _facts(analysis, table) if value])
     if command := typed():
         yield Code(command)
 
 
 def typed() -> str | None:
-    """Return the command of this package that is running, as it was typed; None elsewhere."""
+    """Return the tinygpt command that is running as it was typed, or None in other programs."""
     words = sys.orig_argv
     for at, word in enumerate(words):
         if word == "-m" and words[at + 1 : at + 2] and words[at + 1].split(".")[0] == "tinygpt":
@@ -55,7 +54,7 @@ def typed() -> str | None:
 
 
 def _facts(analysis: Analysis, table: str | None) -> Iterator[tuple[str, str]]:
-    """Yield what is known, a line each; what is not known is empty."""
+    """Yield names and values, which are empty if unknown."""
     runs, left = analysis.runs, len(analysis.left_out)
     config, machine = _folder_of(runs, runs.index[-1])
     yield "runs", f"{len(runs):,} fitted" + (f", {left:,} left out" if left else "")
@@ -106,12 +105,10 @@ def _unique(runs: pd.DataFrame, name: str) -> list[Any]:
 
 
 def _values(runs: pd.DataFrame, name: str, words: str = "{}", length: int = 40) -> str:
-    """Return the different values of a column, or how many there are and their ends."""
+    """Return the distinct values of a column, or their number and ends."""
     texts = [f"{v:g}" if isinstance(v, float) else str(v)[:length] for v in _unique(runs, name)]
-    listed = ", ".join(texts)
-    if len(texts) > 6:
-        listed = f"{texts[0]} to {texts[-1]} ({len(texts)} values)"
-    return words.format(listed) if texts else ""
+    ends = f"{texts[0]} to {texts[-1]} ({len(texts)} values)" if len(texts) > 6 else ""
+    return words.format(ends or ", ".join(texts)) if texts else ""
 
 
 def _range(runs: pd.DataFrame, name: str) -> str:
@@ -122,14 +119,14 @@ def _range(runs: pd.DataFrame, name: str) -> str:
 
 
 def _spoken(runs: pd.DataFrame, name: str, words: str) -> str:
-    """Return ``1.24M tokens``, or the two ends."""
+    """Return ``1.24M tokens``, or both ends of a range."""
     values = [letter(float(f"{v:.3g}")) for v in _unique(runs, name)]
     ends = " to ".join(dict.fromkeys([*values[:1], *values[-1:]]))
     return words.format(ends) if ends else ""
 
 
 def _folder_of(runs: pd.DataFrame, row: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the configuration and the environment of a run whose folder is still there."""
+    """Return the configuration and environment of a run, or {} if its folder is gone."""
     folder = Path(str(runs["folder"][row])) if "folder" in runs else None
     if folder is None or not (folder / "config.yaml").exists():
         return {}, {}
@@ -139,7 +136,7 @@ def _folder_of(runs: pd.DataFrame, row: Any) -> tuple[dict[str, Any], dict[str, 
 
 
 def _dates(runs: pd.DataFrame) -> str:
-    """Return the first and the last day on which a run began, by their logs."""
+    """Return the first and last day on which a run began, from the logs."""
     days = set()
     for folder in runs.get("folder", ()):
         log = Path(str(folder), "run.log")
@@ -154,7 +151,7 @@ def _dates(runs: pd.DataFrame) -> str:
 
 
 def runs(analysis: Analysis, folder: Path | None = None) -> Iterator[Block]:
-    """Return the range of each variable, and of the loss; in the report each run, with a link."""
+    """Return the ranges of the variables and the loss, and a folded list of all runs with links."""
     fit, compute = analysis.fit, analysis.compute
     yield Heading("Runs")
     points = len({tuple(row) for row in np.stack(list(fit.points.x.values()), 1).round(12)})
@@ -198,7 +195,7 @@ def _every_run(analysis: Analysis, folder: Path | None) -> Table:
 
 
 def next_run(analysis: Analysis) -> Iterator[Block]:
-    """Return the run that would narrow the prediction most."""
+    """Describe the run that would narrow the prediction most."""
     one = analysis.next_run
     if one is None or not np.isfinite(one.width_now):
         return
@@ -219,8 +216,8 @@ def next_run(analysis: Analysis) -> Iterator[Block]:
 
 
 def next_command(analysis: Analysis) -> str | None:
-    """Return the command that trains the run to do next, with the settings of the run closest to
-    it; None where no folder says how the runs were trained."""
+    """Return the command of the next run, with the settings of the closest run, or None if its
+    folder is gone."""
     one, columns = analysis.next_run, analysis.columns
     if one is None or "folder" not in analysis.runs:
         return None
@@ -245,22 +242,20 @@ def next_command(analysis: Analysis) -> str | None:
 
 
 def _shape(runs: pd.DataFrame, model: Mapping[str, Any], parameters: float) -> dict[str, int]:
-    """Return the width and heads, or the layers, of the model nearest to that size."""
+    """Return the width and heads, or the layers, of the model closest to that size."""
     if runs["d_model"].nunique() == 1 and runs["n_layers"].nunique() > 1:
-        tried = [{"n_layers": layers} for layers in range(1, 1000)]
+        shapes = [{"n_layers": layers} for layers in range(1, 1000)]
     else:
-        heads = model["n_heads"]
-        many = runs["n_heads"].nunique() > 1
-        step = model["d_model"] // heads if many else heads
-        counts = range(1, 1000)
-        tried = [{"d_model": step * k, "n_heads": k if many else heads} for k in counts]
+        heads, vary = model["n_heads"], runs["n_heads"].nunique() > 1
+        step = model["d_model"] // heads if vary else heads
+        shapes = [{"d_model": step * k, "n_heads": k if vary else heads} for k in range(1, 1000)]
     known = {name: value for name, value in model.items() if name in ModelConfig.__annotations__}
-    sizes = [count_parameters(ModelConfig(**{**known, **one}), 1).non_embedding for one in tried]
-    return tried[int(np.argmin(np.abs(np.log(np.array(sizes) / parameters))))]
+    sizes = [count_parameters(ModelConfig(**known | one), 1).non_embedding for one in shapes]
+    return shapes[int(np.argmin(np.abs(np.log(np.array(sizes) / parameters))))]
 
 
 def command_of(config: Mapping[str, Any]) -> str:
-    """Return the command that trains the run of a ``config.yaml``, in its study."""
+    """Return the command that trains the run of a ``config.yaml``."""
     words = [f"{group}={config[group].get('kind') or config[group]['source']}" for group in GROUPS]
     classes = {group: variant(group, config[group]) for group in GROUPS}
     for group, known in {"model": ModelConfig, "train": TrainConfig, **classes}.items():
@@ -272,8 +267,7 @@ def command_of(config: Mapping[str, Any]) -> str:
 
 def _differing(group: str, values: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys of a group that differ from the defaults of the schema."""
-    shared = [name for name in usual if name in values and name not in ("kind", "source")]
-    for name in shared:
+    for name in (name for name in usual if name in values and name not in ("kind", "source")):
         key, value = f"{group}.{name}", values[name]
         if isinstance(usual[name], dict):
             yield from _differing(key, value, usual[name])
@@ -282,7 +276,7 @@ def _differing(group: str, values: Mapping[str, Any], usual: Mapping[str, Any]) 
 
 
 def _written(value: Any) -> str:
-    """Return a value as Hydra reads it."""
+    """Return a value in the syntax of Hydra."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""The scatter of runs that differ in their seed alone, and what a law leaves beside it.
+"""Estimate the scatter between seeds, and test the lack of fit of a law against it.
 
-Short runs scatter much more than long ones, so the variance is a function of the training tokens:
-a line in their logarithms, drawn to no slope, and at each length to what was measured there.
+Short runs scatter much more than long ones, so log variance is a line in log training tokens,
+shrunk towards zero slope, and at each length towards what was measured there.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from numpy.typing import NDArray
 from tinygpt.scaling.fitting import Fit
 from tinygpt.scaling.laws import Array
 
-SLOPE = 1.0  # standard deviation of the slope of log variance in log tokens, before any run
-CURVE = 8.0  # degrees of freedom that the line counts for beside the seeds of one length
+SLOPE = 1.0  # prior standard deviation of the slope of log variance in log tokens
+CURVE = 8.0  # degrees of freedom that the line counts for against the seeds of one length
 STUDIES = 2000  # simulated, for the p-value of lack of fit
-LEAST, SHORT = 0.002, 4000.0  # of log L, before it is measured: of long runs; steps of shorter ones
+LEAST, SHORT = 0.002, 4000.0  # guessed deviation of log L of long runs; steps where it grows
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Hold the scatter between seeds: standard deviations of log L, or of L if that is fitted."""
+    """Hold the scatter between seeds as standard deviations of the response, log L or L."""
 
-    scale: float  # of all settings together
+    scale: float  # pooled over all settings
     degrees: int
-    slope: float  # of the log variance in log tokens
+    slope: float  # of log variance in log tokens
     each: Array  # of each run, by its tokens, (n,)
     between: float  # of settings about the law, beyond their seeds
-    lack_of_fit: float | None  # p-value: the law leaves no more than this scatter
-    weights: Array  # of the runs in a fit, (n,): roots of precisions, their mean square 1
+    lack_of_fit: float | None  # p-value of no more misfit than this scatter
+    weights: Array  # of the runs in a fit, (n,): roots of precisions with mean square 1
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Hold the scatter between runs that agree in a law's variables, at each length."""
+    """Hold the scatter between runs with equal variables, at each length."""
 
-    lengths: Array  # log training tokens, ascending, (L,); a single 0 of laws without them
+    lengths: Array  # log training tokens, ascending, (L,); a single 0 for laws without D
     log_variances: Array  # of log L, (L,)
 
     @classmethod
     def of(cls, values: Mapping[str, Array], log_loss: Array) -> Seeds | None:
-        """Return the scatter of runs at some values of the variables; None of too few."""
+        """Return the scatter of runs at given values of the variables; None for too few runs."""
         places = np.stack(list(values.values()), axis=1)
         _, first, labels = np.unique(places, axis=0, return_index=True, return_inverse=True)
         count, _, pure = _within(labels.ravel(), log_loss)
@@ -58,7 +58,7 @@ class Seeds:
         return cls(lengths, np.log(found[one]))
 
     def at(self, values: Mapping[str, Array]) -> Array:
-        """Return the standard deviation of log L, (n,); beyond all lengths, of the nearest."""
+        """Return the standard deviation of log L, (n,), constant beyond the known lengths."""
         return np.exp(np.interp(self._length(values), self.lengths, self.log_variances) / 2)
 
     @staticmethod
@@ -67,22 +67,21 @@ class Seeds:
 
 
 def guessed(steps: Any) -> Any:
-    """Return the standard deviation of log L between seeds, as a guess before it is measured."""
+    """Return a guess of the standard deviation of log L between seeds before it is measured."""
     return LEAST * np.hypot(1.0, SHORT / steps)
 
 
 def replicas(table: pd.DataFrame, settings: Sequence[str]) -> NDArray[np.intp]:
-    """Return a number for each run, (n,): the same for those that differ in their seed alone."""
+    """Return a label per run, (n,), shared by runs that differ only in their seed."""
     same = [name for name in dict.fromkeys(settings) if name in table]
     return np.asarray(table.groupby(same, dropna=False).ngroup(), dtype=np.intp)
 
 
 def seed_noise(fit: Fit, settings: Sequence[str] = (), tokens: str | None = None) -> Noise | None:
-    """Return the scatter of runs that agree in the law and in ``settings``; None without any.
+    """Return the scatter of runs that agree in the law and ``settings``; None without replicas.
 
-    ``tokens`` names the column of the training tokens.  Lack of fit sets what the law leaves of
-    the means of the settings, weighted by their variances, beside the same in studies simulated
-    from the variances found, each with variances found anew (the law taken as linear there).
+    ``tokens`` names the column of training tokens.  Lack of fit compares the weighted misfit of
+    the setting means with that of simulated studies with re-estimated variances (linearised law).
     """
     labels = replicas(fit.table, [*fit.columns.values(), *settings])
     first = np.unique(labels, return_index=True)[1]
@@ -125,8 +124,10 @@ def seed_noise(fit: Fit, settings: Sequence[str] = (), tokens: str | None = None
 def weigh(
     fitted: Fit, settings: Sequence[str], tokens: str | None, refit: Callable[[Array], Fit]
 ) -> Array | None:
-    """Return the weights of runs by the scatter of their seeds and of the law, (n,); None
-    without seeds.  ``refit`` returns the law by some weights, which its residuals depend on."""
+    """Return weights of runs by the scatter of their seeds and of the law, (n,).
+
+    Returns None without replicas.  ``refit`` fits the law with given weights.
+    """
     weights = None
     for _ in range(3):
         noise = seed_noise(fitted if weights is None else refit(weights), settings, tokens)
@@ -137,7 +138,7 @@ def weigh(
 
 
 def _within(labels: NDArray[np.intp], y: Array) -> tuple[Array, Array, Array]:
-    """Return of each setting, (G,), the number of runs, their mean and its sum of squares."""
+    """Return each setting's number of runs, mean, and sum of squared deviations, (G,)."""
     count = np.bincount(labels).astype(np.float64)
     means = np.bincount(labels, y) / count
     return count, means, np.bincount(labels, (y - means[labels]) ** 2).astype(np.float64)
@@ -146,19 +147,18 @@ def _within(labels: NDArray[np.intp], y: Array) -> tuple[Array, Array, Array]:
 def _variances(pure: Array, degrees: Array, logs: Array) -> tuple[Array, Array]:
     """Return the variance of each setting, (B, G), and the slopes, (B,), from sums of squares.
 
-    The line is the mode of the likelihood of scaled chi squares and of a normal slope.
+    The line is the posterior mode under scaled chi squares and a normal prior of the slope.
     """
     level = np.log(pure.sum(axis=1) / degrees.sum())
     slope = np.zeros(len(pure))
     if np.ptp(logs) > 0:
-        for _ in range(30):  # Newton's method; a step is at most one
+        for _ in range(30):  # Newton's method with steps of at most one
             ratio = pure * np.exp(-level[:, None] - slope[:, None] * logs)
             up = 0.5 * (ratio - degrees)
-            first = np.stack([up.sum(axis=1), up @ logs - slope / SLOPE**2], axis=1)
+            g, h = up.sum(axis=1), up @ logs - slope / SLOPE**2
             a, b, c = (0.5 * ratio @ logs**power for power in (0, 1, 2))
             c = c + 1 / SLOPE**2
-            step = np.stack([c * first[:, 0] - b * first[:, 1], a * first[:, 1] - b * first[:, 0]])
-            step /= a * c - b**2
+            step = np.stack([c * g - b * h, a * h - b * g]) / (a * c - b**2)
             step /= np.maximum(1.0, np.abs(step).max(axis=0))
             level, slope = level + step[0], slope + step[1]
     line = np.exp(level[:, None] + slope[:, None] * logs)
@@ -168,7 +168,7 @@ def _variances(pure: Array, degrees: Array, logs: Array) -> tuple[Array, Array]:
 
 
 def _misfit(left: Array, precision: Array, jacobian: Array) -> Array:
-    """Return the weighted sums of squares that a linear law leaves of means, (B,)."""
+    """Return the weighted residual sums of squares of a linear law, (B,)."""
     root = np.sqrt(precision)
     own, rest = jacobian * root[..., None], left * root
     size = np.sqrt(np.sum(own**2, axis=1, keepdims=True)) + 1e-300

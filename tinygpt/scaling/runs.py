@@ -1,4 +1,4 @@
-"""Read run folders into one table, a row a run, and choose the runs that can enter a law."""
+"""Read run folders into a table with a row per run, and select the runs that can enter a law."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tinygpt.config import ConfigError, first_line
 from tinygpt.config.checks import did_you_mean
 from tinygpt.runs import rundir
 
-# Columns of the configuration in which replicas, runs that differ in their seed alone, agree.
+# Configuration columns in which replicas (runs that differ only in their seed) agree.
 RATES = ("learning_rate", "warmup_steps")
 SETTINGS = (
     *("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "parametrization"),
@@ -23,7 +23,7 @@ SETTINGS = (
     *("weight_decay", "optimizer", "schedule", "init_from", *RATES),
 )
 PLACE = ("parameters_non_embedding", "train_tokens")
-# What results.json has for every run, and a law or a plot computes with or goes by.
+# Keys that every results.json has and that laws or plots use.
 TEXTS = ("status", "config_hash", "tokenizer", "tokenizer_fingerprint", "dataset")
 NUMBERS = (
     *(*rundir.SIZES, "flops_6nd", "unique_train_tokens", "seed", "learning_rate", "warmup_steps"),
@@ -37,25 +37,24 @@ NUMBERS = (
 def load_runs(*folders: str | Path) -> pd.DataFrame:
     """Read every run under ``folders`` (runs, studies, or ``outputs``), finished or not.
 
-    The columns are the keys of ``results.json``, then ``config.<key>`` for every other key in
-    which the runs differ, then ``error`` and ``folder``.  A run without results has the status
-    ``failed`` if it left an error, else ``unfinished``, and no losses.
+    The columns are the keys of ``results.json``, ``config.<key>`` for every other key in which
+    the runs differ, ``error`` and ``folder``.  A run without results has no losses; its status is
+    ``failed`` if it left an error, else ``unfinished``.
     """
     return pd.DataFrame(read_rows(*folders)).infer_objects()
 
 
 def load_curves(*folders: str | Path) -> pd.DataFrame:
-    """Read the training curves of the runs under ``folders``, as ``curves_of`` does."""
+    """Read the training curves of the runs under ``folders``: a row per line of metrics."""
     return curves_of(load_runs(*folders))
 
 
 def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
-    """Read the training curves of runs from ``load_runs`` that left results: a row for each line
-    of metrics.
+    """Read the training curves of the runs in ``runs`` that have results.
 
-    The columns are those of ``metrics.csv``, then of the run ``run_name study seed status`` and
-    the two counts of parameters, and the FLOPs up to there, ``flops_6nd`` and ``flops_exact``.  A
-    branch has the curve of its trunk up to where it began.  Empty where no run has left one.
+    The columns are those of ``metrics.csv``, ``run_name study seed status``, the two parameter
+    counts, and the FLOPs spent so far, ``flops_6nd`` and ``flops_exact``.  The curve of a branch
+    includes that of its trunk.  The table is empty if there are no curves.
     """
     if "flops_exact" not in runs:
         return pd.DataFrame()
@@ -65,7 +64,7 @@ def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
     lines: dict[str, list[Any]] = {"folder": [f for f, log in logs.items() for _ in log["step"]]}
     if not lines["folder"]:
         return pd.DataFrame()
-    for name in rundir.METRICS:  # an empty field was not measured
+    for name in rundir.METRICS:  # empty: not measured
         lines[name] = [float(value or "nan") for log in logs.values() for value in log[name]]
     sizes = ["parameters_non_embedding", "model_parameters"]
     known = [name for name in ("run_name", "study", "seed", "status", *sizes) if name in runs]
@@ -78,12 +77,11 @@ def curves_of(runs: pd.DataFrame) -> pd.DataFrame:
 def comparable(
     table: pd.DataFrame, loss: str, where: str | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the runs whose final losses can enter one law, and the others, with a ``reason``.
+    """Return the runs whose final losses can enter one law, and the others with a ``reason``.
 
-    ``where`` is a condition on the columns, as ``pandas.DataFrame.query`` reads it; what does not
-    meet it is left out.  Raises ConfigError for a condition that cannot be read, for a run that
-    is there twice, and for losses that do not compare: nats per token of several tokenizers or
-    corpora (bits per byte do).
+    Runs that do not meet ``where``, a condition as in ``pandas.DataFrame.query``, are left out.
+    Raises ConfigError for an invalid condition, a run given twice, and losses that do not compare
+    (nats per token of several tokenizers or corpora; bits per byte do).
     """
     reason = entering(table, loss, where)
     refuse_several(table[reason == ""], loss)
@@ -99,9 +97,9 @@ def entering(
     needed: Sequence[str] = (),
     notes: list[str] | None = None,
 ) -> pd.Series:
-    """Return for each row why it cannot enter a law; empty where it can.
+    """Return why each row cannot enter a law, or "" if it can.
 
-    ``needed`` are columns that must be above zero besides the loss.
+    The loss and the columns in ``needed`` must be positive.
     """
     reason = pd.Series("", index=table.index)
     if where is not None:
@@ -113,47 +111,47 @@ def entering(
         is_code = bool(re.search("(exit|return)(code|status)$", "".join(words)))
         if not (ended or is_code or STATUS & set(words)):
             continue
-        said = table[name].astype(str).str.strip().str.casefold().where(table[name].notna(), "")
-        if is_code and said.str.fullmatch(r"|-?\d+([.:]\d+)?").all():
-            bad = set(said[~said.str.fullmatch(r"|0+([.:]0+)?")])
-        elif ended and said.isin(["", *TRUE, *FALSE]).all():
-            bad = set(FALSE if ended[0] else TRUE)
+        texts = table[name].astype(str).str.strip()
+        lower = texts.str.casefold().where(table[name].notna(), "")
+        if is_code and lower.str.fullmatch(r"|-?\d+([.:]\d+)?").all():
+            bad = ~lower.str.fullmatch(r"|0+([.:]0+)?")
+        elif ended and lower.isin(["", *TRUE, *FALSE]).all():
+            bad = lower.isin(FALSE if ended[0] else TRUE)
         else:
             _mark_unfinished(table[name], reason, [] if notes is None else notes)
             continue
-        wrong = said.isin(bad) & (reason == "")
-        reason[wrong] = f"{name}=" + table[name][wrong].astype(str).str.strip()
+        reason[bad & (reason == "")] = f"{name}=" + texts
     for name in dict.fromkeys([loss, *needed]):
         if name not in table:
             continue
         reason[(reason == "") & table[name].isna()] = "no loss" if name == loss else f"no {name}"
         below = (reason == "") & (table[name] <= 0) if needed else pd.Series(False, table.index)
-        if 2 * below.sum() <= (reason == "").sum():  # else it is the wrong column: refused later
+        if 2 * below.sum() <= (reason == "").sum():  # else the column is wrong: refused later
             reason[below] = f"{name} is not above zero"
     if not (reason == "").any():
-        kinds = ", ".join(f"{count} {one}" for one, count in reason.value_counts().items())
+        kinds = ", ".join(f"{count} {kind}" for kind, count in reason.value_counts().items())
         raise ConfigError(f"none of these {len(table)} runs has a final loss ({kinds})")
     return reason
 
 
-# How a run ended, in the words of W&B, MLflow and our own.
+# Final states as W&B, MLflow, schedulers and tinygpt call them.
 FINISHED = "finished stopped_early completed complete done success succeeded ok published"
 UNFINISHED = (
     "unfinished running failed fail crashed killed diverged preempted preempting error errored "
     "aborted cancelled canceled timeout oom out_of_memory pending queued scheduled interrupted "
     "stopped failure nan pruned node_fail"
 )
-STATUS = {"status", "state", "outcome"}  # of which a column's name has one
-# Words in the names of columns that are true or false: whether true is good.
+STATUS = {"status", "state", "outcome"}  # words in the name of a status column
+# Words in the names of boolean columns, and whether true is good.
 ENDED = dict.fromkeys(("finished", "completed", "success", "succeeded"), True)
 ENDED |= dict.fromkeys(("diverged", "failed", "crashed", "killed", "oom", "nan", "isnan"), False)
 TRUE, FALSE = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0")
 
 
 def _mark_unfinished(column: pd.Series, reason: pd.Series, notes: list[str]) -> None:
-    """Write the status of runs that have not finished to ``reason``.
+    """Write the status of unfinished runs to ``reason``.
 
-    Where no word for finished is known, as Ray's TERMINATED, those that are not bad are finished.
+    If no status means finished (as Ray's TERMINATED), all that are not failures count as finished.
     """
     stated = column.astype(str).str.strip().where(column.notna(), f"no {column.name}")
     words, name = stated.str.casefold(), str(column.name)
@@ -162,68 +160,68 @@ def _mark_unfinished(column: pd.Series, reason: pd.Series, notes: list[str]) -> 
     unknown = ", ".join(column[column.notna() & ~good & ~bad].astype(str).unique()[:4])
     if not (good | bad).any():
         if name.casefold() in STATUS:
-            said = f"{name} says nothing of how a run ended ({unknown})"
-            notes.append(f"status: {said}; all enter")
+            notes.append(f"status: {name} does not say how a run ended ({unknown}); all enter")
         return
     if unknown:
-        said = "is not known as finished" if good.any() else "is taken for finished"
-        notes.append(f"status: {unknown} ({name}) {said}")
+        meaning = "is not known as finished" if good.any() else "is taken for finished"
+        notes.append(f"status: {unknown} ({name}) {meaning}")
     left_out = (~good if good.any() else bad) & (reason == "")
     reason[left_out] = stated[left_out]
 
 
 def refuse_several(used: pd.DataFrame, loss: str, seed: str | None = None) -> None:
-    """Raise ConfigError for losses of several tokenizers or corpora, unless these are seeds."""
+    """Raise ConfigError for losses of several tokenizers or datasets that do not compare."""
     for name, kind in (("tokenizer_fingerprint", "tokenizer"), ("dataset", "dataset")):
         if name in used and used[name].nunique() > 1 and "bits_per" not in loss and name != seed:
             shown = kind if kind in used else name
-            kinds = ", ".join(sorted(map(str, used[shown].dropna().unique())))
-            way = "loss=final_val_bits_per_byte does"
+            kinds = used[shown].dropna()
+            advice = "loss=final_val_bits_per_byte does"
             if "final_val_bits_per_byte" not in used:
-                way = f'where="{shown} == {used[shown].dropna().iloc[0]!r}" chooses one'
+                advice = f'where="{shown} == {kinds.iloc[0]!r}" chooses one'
+            listed = ", ".join(sorted(map(str, kinds.unique())))
             raise ConfigError(
-                f"runs: several {kind}s ({kinds}): nats per token do not compare; {way}"
+                f"runs: several {kind}s ({listed}): nats per token do not compare; {advice}"
             )
 
 
 def left_out_lines(left: pd.DataFrame, total: int) -> list[str]:
-    """Return a line for each reason to leave runs out, with their rows or folders."""
+    """Return a line for each reason with the rows or folders left out."""
     lines = []
     kinds = left["reason"].str.replace(
         r"^(\S.*) \S+ is better there$", r"another \1 is better at the same place", regex=True
     )
     kinds = kinds.str.replace(r"^same as row .*$", "the same as an earlier row", regex=True)
     for kind, rows in left.groupby(kinds, sort=False):
-        found = list(map(str, rows.get("folder", rows.index)))
-        named = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if found[12:] else "")
-        word = "" if "folder" in rows else "row " if len(found) == 1 else "rows "
-        lines.append(f"left out: {len(found)} of {total} ({kind}): {word}{named}")
+        names = list(map(str, rows.get("folder", rows.index)))
+        listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if names[12:] else "")
+        word = "" if "folder" in rows else "row " if len(names) == 1 else "rows "
+        lines.append(f"left out: {len(names)} of {total} ({kind}): {word}{listed}")
     return lines
 
 
 def words_of(name: str) -> list[str]:
-    """Return the words of a column's name behind its last point or slash, in lower case."""
+    """Return the lower-case words of a column's name after its last dot or slash."""
     last = re.split(r"[./]", name)[-1]
     return re.findall(r"[a-z]+[0-9]*", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", last).casefold())
 
 
-# A condition may call only what looks at a column; strings and names in backticks are set aside.
+# A condition may call only methods that inspect a column; quoted text is ignored.
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 _STR = "contains|startswith|endswith|match|fullmatch|lower|upper|strip|len"
 _LOOKS = re.compile(rf"\.(str\.({_STR})|isin|isna|notna|between)\(")
-# Nor may it have a power of a power, or one of thousands, which would take forever.
+# It may not hold nested or huge powers, which would take forever.
 _POWERS = r"\*\*(?!\s*[-+]?[0-9]{1,3}(\.[0-9]+)?(?![0-9.]|\s*\*\*))|\)\s*\*\*(?!\s*[0-9](?![0-9]))"
 _CALLS = re.compile(rf"@|__|\\|\.\s*\w+\s*\(|{_POWERS}")
 
 
 def _meets(table: pd.DataFrame, where: str) -> pd.Series:
-    """Return which rows meet a condition.  Raises ConfigError for what is none."""
+    """Return which rows meet a condition.  Raises ConfigError if it is invalid."""
     calls = _CALLS.search(_LOOKS.sub("(", _QUOTED.sub("", where)))
     if calls or "\\" in where:
         raise ConfigError(f"where={where}: {calls[0] if calls else chr(92)} has no place in it")
     try:
         met = table.eval(where, engine="python")
-    except Exception as error:  # whatever the words of the condition lead pandas to
+    except Exception as error:  # pandas raises many kinds
         line = first_line(error)
         unknown = re.search(r"name '(.+?)' is not defined", line)
         nearest = did_you_mean(unknown[1], [str(name) for name in table]) if unknown else ""
@@ -238,26 +236,24 @@ def _meets(table: pd.DataFrame, where: str) -> pd.Series:
 def best_rates(
     table: pd.DataFrame, loss: str, reason: pd.Series, rate: str, place: Sequence[str] = PLACE
 ) -> pd.Series:
-    """Return the reasons, with one for each run whose learning rate is not the best, by mean loss,
-    of those tried at the same ``place`` (columns of sizes) and in the same setting."""
+    """Return the reasons, and one for each run whose learning rate does not have the least mean
+    loss at its ``place`` (columns of sizes) and settings."""
     runs, reason = table[reason == ""], reason.copy()
-    settings = [*place, *(name for name in SETTINGS if name not in RATES)]
-    settings = [name for name in dict.fromkeys(settings) if name in runs and name != rate]
-    if loss not in runs or not settings:
-        return reason
-    for _, group in runs.groupby(settings, dropna=False):
-        mean = group.groupby(rate, dropna=False)[loss].mean()
-        if len(mean) < 2:
-            continue
-        best: Any = mean.idxmin()
-        same = group[rate].isna() if pd.isna(best) else group[rate] == best
-        reason[group.index[~same]] = f"{rate} {best:g} is better there"
+    settings = [name for name in dict.fromkeys([*place, *SETTINGS]) if name in runs]
+    settings = [name for name in settings if name != rate and name not in RATES]
+    if loss in runs and settings:
+        for _, group in runs.groupby(settings, dropna=False):
+            mean = group.groupby(rate, dropna=False)[loss].mean()
+            if len(mean) < 2:
+                continue
+            best: Any = mean.idxmin()
+            same = group[rate].isna() if pd.isna(best) else group[rate] == best
+            reason[group.index[~same]] = f"{rate} {best:g} is better there"
     return reason
 
 
 def _mark_repeated(table: pd.DataFrame, reason: pd.Series) -> None:
-    """Write the row that a row repeats to ``reason``.  Raises ConfigError for a run in two
-    folders."""
+    """Write duplicates to ``reason``.  Raises ConfigError for a run in two folders."""
     rows = table[reason == ""]
     if {"config_hash", "folder"} <= set(table):
         known = rows[rows["config_hash"].notna()]
@@ -277,13 +273,15 @@ def _mark_repeated(table: pd.DataFrame, reason: pd.Series) -> None:
 def read_rows(
     *folders: str | Path, find: Callable[[Path], list[Path]] = rundir.find_runs
 ) -> list[dict[str, Any]]:
-    """Return the rows of ``load_runs``, in the order of the folders' names, None for what is
-    missing.  ``find`` lists the runs in a folder."""
+    """Return the rows of ``load_runs``, with None for missing values.
+
+    ``find`` lists the runs in a folder.
+    """
     runs = [rundir.RunDir(path) for folder in folders for path in find(Path(folder))]
     rows = [_outcome(run) for run in runs]
     configs = [_flat(fileio.read_yaml(r.config) if r.config.exists() else {}) for r in runs]
     for row, config in zip(rows, configs, strict=True):
-        if config.get("scale") == "smoke":  # such runs only try a study out
+        if config.get("scale") == "smoke":  # a trial of a study
             row["scale"] = "smoke"
     last = ("error", "folder")
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in last]
@@ -299,14 +297,14 @@ def read_rows(
 
 
 def _outcome(run: rundir.RunDir) -> dict[str, Any]:
-    """Return the row of a run.  Raises ConfigError for a file that no run wrote."""
+    """Return the row of a run.  Raises ConfigError for a damaged file."""
     place = {"study": run.path.parent.name, "run_name": run.path.name, "folder": str(run.path)}
     if run.results.exists():
         found = fileio.read_json(run.results)
         for name, value in found.items():
             _check_cell(run.results, name, value)
         if not rundir.is_adaptation(run.path):
-            found = {**found, **{name: None for name in (*TEXTS, *NUMBERS) if name not in found}}
+            found |= {name: None for name in (*TEXTS, *NUMBERS) if name not in found}
         return {**found, **place, "error": None}
     config_hash = fileio.read_json(run.environment).get("config_hash")
     _check_cell(run.environment, "config_hash", config_hash)
@@ -317,8 +315,8 @@ def _outcome(run: rundir.RunDir) -> dict[str, Any]:
 
 
 def _check_cell(path: Path, name: str, value: Any, texts: Sequence[str] = TEXTS) -> None:
-    """Raise ConfigError for a value that cannot stand in a table of numbers and texts."""
-    most = 2**63 if type(value) is int else math.inf  # a whole number fits into 64 bits
+    """Raise ConfigError unless ``value`` is the text or number that a table needs."""
+    most = 2**63 if type(value) is int else math.inf  # integers fit into 64 bits
     is_number = type(value) in (int, float) and abs(value) < most
     if name in texts:
         holds, wanted = isinstance(value, str), "text"
@@ -334,7 +332,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested values by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat

@@ -1,4 +1,4 @@
-"""Single runs: what the law predicts without each of them, and which lie far from the rest."""
+"""Leave out each run in turn: how far the prediction moves, and which runs are outliers."""
 
 from __future__ import annotations
 
@@ -17,39 +17,38 @@ from tinygpt.scaling.laws import Array
 from tinygpt.scaling.points import Points
 from tinygpt.scaling.solver import solve
 
-ROUNDING = 1e-9  # of a log loss: what is less is no scatter
+ROUNDING = 1e-9  # of a log loss: less is not scatter
 
 
 @dataclass(frozen=True)
 class SingleRun:
-    """A run beside the law that all the others make, and beside those that share its setting."""
+    """Compare a run with the law of all other runs, and with other seeds of its setting."""
 
-    row: int  # of the table that was fitted
-    without: float  # the loss predicted by the law without it
-    moved: float  # what it moves that by, as a part of it
-    p: float  # that one of these runs lies so far off by chance (Bonferroni)
-    moves: bool  # what is predicted by more than its standard error
-    sets_law: bool  # it is an outlier and moves what is predicted
-    off: float  # measured / what the law without it says there - 1
+    row: int  # of the fitted table
+    without: float  # loss predicted by the law without it
+    moved: float  # relative change of that prediction by the run
+    p: float  # that a run lies so far off by chance (Bonferroni)
+    moves: bool  # it moves the prediction by more than its standard error
+    sets_law: bool  # it is an outlier and moves the prediction
+    off: float  # measured / predicted without it - 1
     errors: float  # the same in standard errors
     off_siblings: float | None  # measured / mean of the other seeds of its setting - 1
-    scatters: float | None  # the same in units of what the other seeds scatter
+    scatters: float | None  # the same in units of the scatter of the other seeds
     is_outlier: bool
 
 
 def single_runs(
     fit: Fit, place: Mapping[str, float], replicas: NDArray[np.intp]
 ) -> list[SingleRun]:
-    """Leave out each run in turn; what moves the loss predicted at ``place`` most comes first.
+    """Leave out each run in turn and sort by how far that moves the loss predicted at ``place``.
 
-    A run is an outlier where its externally studentised residual, about the law or about the seeds
-    of its setting, has a p-value below SIGNIFICANT after Bonferroni's count of the tests (Cook &
-    Weisberg 1982, section 2.2.2).  Of a setting only the seed furthest from the law is one: of two
-    that are apart the other is as far from its sibling.
+    A run is an outlier if its externally studentised residual, about the law or its sibling seeds,
+    has a Bonferroni-corrected p-value below SIGNIFICANT (Cook & Weisberg 1982, section 2.2.2).
+    Only the seed of a setting furthest from the law can be one: two seeds are equally far apart.
 
-    An outlier sets the law if it moves the prediction by more than the standard error that this
-    has without it: what DFFITS counts as much in few runs (Belsley, Kuh & Welsch 1980, section
-    2.1).  In simulated studies without an outlier the line fails in one or two of a hundred.
+    An outlier sets the law if it moves the prediction by more than its standard error without the
+    run (like DFFITS: Belsley, Kuh & Welsch 1980, section 2.1).  In simulated studies without an
+    outlier that happens in one or two of a hundred.
     """
     n = len(fit.points)
     degrees = n - 1 - len(fit.law)
@@ -59,10 +58,9 @@ def single_runs(
     predicted, error, off, errors = _left_out(fit, place)
     apart, scatters, degrees_of_seeds = _beside_siblings(fit.points, replicas)
     known = np.isfinite(scatters)
-    further = np.ones(n, dtype=bool)
-    for label in np.unique(replicas):
-        one = np.flatnonzero(replicas == label)
-        further[one] = np.abs(errors[one]) == np.abs(errors[one]).max()
+    furthest = np.zeros(replicas.max() + 1)
+    np.maximum.at(furthest, replicas, np.abs(errors))
+    further = np.abs(errors) == furthest[replicas]
     p = 2 * n * special.stdtr(degrees, -np.abs(errors))
     if degrees_of_seeds > 0:
         beside = np.where(known, np.abs(scatters), 0.0)
@@ -70,31 +68,22 @@ def single_runs(
     p = np.where(further, np.minimum(p, 1.0), 1.0)
     outlier, moves = p < SIGNIFICANT, np.abs(now - predicted) > error
     none: Any = None
-    columns = (
-        np.exp(predicted),
-        np.expm1(now - predicted),
-        p,
-        moves,
-        outlier & moves,
-        np.expm1(off),
-        errors,
-        np.where(known, np.expm1(apart), none),
-        np.where(known, scatters, none),
-        outlier,
-    )
+    columns: list[Any] = [np.exp(predicted), np.expm1(now - predicted), p, moves, outlier & moves]
+    columns += [np.expm1(off), errors, np.where(known, np.expm1(apart), none)]
+    columns += [np.where(known, scatters, none), outlier]
     rows = enumerate(zip(*(column.tolist() for column in columns), strict=True))
     found = [SingleRun(row, *values) for row, values in rows]
     return sorted(found, key=lambda one: (not one.sets_law, -abs(one.moved)))
 
 
 def _left_out(fit: Fit, place: Mapping[str, float]) -> Array:
-    """Return, of the law without each run, (4, n): the log loss at ``place`` with its standard
-    error; how far the run lies from it, and that in standard errors of a new run there."""
+    """Return for the law without each run, (4, n): log loss at ``place``, its standard error, the
+    residual of the run, and that in standard errors of a new run."""
     whole = _with_its_terms(fit)
     law, points, n = whole.optimum.law, fit.points, len(fit.points)
     limit = fit.optimum.threshold
     starts = [whole.optimum.theta]
-    if "E" in law.parameters:  # a run may have driven E to zero, or to the lowest loss
+    if "E" in law.parameters:  # one run may drive E to zero or to the lowest loss
         half = whole.optimum.theta.copy()
         half[law.parameters.index("E")] = points.y.min() + np.log(0.5)
         starts.append(half)
@@ -117,21 +106,18 @@ def _left_out(fit: Fit, place: Mapping[str, float]) -> Array:
 
 
 def _with_its_terms(fit: Fit) -> Fit:
-    """Return, where a term has gone, perhaps by one run, a law that one run hardly moves.
-
-    It is where the law without a run is looked for.
-    """
+    """Return a robust fit where one run may have removed a term, as a start without that run."""
     if not fit.optimum.at_bound:
         return fit
     limit = HUBER_DENSITY * robust_scale(fit.points, fit.optimum)
     robust = find_optimum(fit.law, fit.points, limit)
-    more = len(robust.law) > len(fit.optimum.law)
-    return with_constant(replace(fit, optimum=robust) if more else fit)
+    has_more = len(robust.law) > len(fit.optimum.law)
+    return with_constant(replace(fit, optimum=robust) if has_more else fit)
 
 
 def _beside_siblings(points: Points, replicas: NDArray[np.intp]) -> tuple[Array, Array, int]:
-    """Return how far each run lies from the mean of its siblings, (n,), the same as an externally
-    studentised residual, and that one's degrees of freedom; nan without siblings."""
+    """Return each run's distance from the mean of its siblings, (n,), the externally studentised
+    residual, (n,), and its degrees of freedom; nan without siblings."""
     count = np.bincount(replicas)
     size = count[replicas].astype(float)
     means = np.bincount(replicas, points.y) / count

@@ -1,7 +1,7 @@
-"""The best split of a budget between size and data by a law of the loss.
+"""Split a budget between size and data by a law of the loss.
 
-In closed form where the law is a sum of powers and C = 6·N·D, else numerically: another law, or
-FLOPs per token as the runs recorded them.  Sizes N are parameters, tokens D, budgets C FLOPs.
+The split is closed form for sums of powers under C = 6·N·D, else numerical (other laws, recorded
+FLOPs per token).  N are parameters, D tokens, and C FLOPs.
 """
 
 from __future__ import annotations
@@ -22,37 +22,36 @@ from tinygpt.scaling.laws import Array
 FlopsPerToken = Callable[[Array], Array]  # N -> FLOPs of training on one token
 
 REPLICAS = 1000
-FURTHER = 10.0  # times the largest budget that was run: so far the bands go
-REACH = np.log(1e4)  # the best size is looked for within this factor of those that were run
-PLACES = (32, 9, 9)  # in log N that are tried, each time about the best before
-ROUNDS = 6  # of a parabola through three places, each time closer together
-AT_ONCE = 30_000  # places that are tried together: what a cache holds
+FURTHER = 10.0  # bands extend to this multiple of the largest budget that was run
+REACH = np.log(1e4)  # the best size is searched within this factor of the sizes that were run
+PLACES = (32, 9, 9)  # points of successive grids in log N, each around the best of the last
+ROUNDS = 6  # of parabolas through three ever closer points
+AT_ONCE = 30_000  # points that are evaluated together: they fit in a cache
 
 
 def six_n(n: Array) -> Array:
-    """Return 6 FLOPs a parameter and token: the rule of thumb."""
+    """Return FLOPs per token by the rule of thumb: 6 per parameter."""
     return 6.0 * n
 
 
 def flops_per_token(n: Array, d: Array, flops: Array) -> FlopsPerToken:
-    """Return FLOPs per token by size, from runs of N, D and FLOPs, (n,) each: log means at a size.
+    """Return FLOPs per token as a function of size, from N, D and FLOPs of runs, (n,) each.
 
-    Between sizes a monotone cubic in logarithms (corners would draw the best size to them),
-    beyond them the slope over the last factor of 2 in N.  Runs that say 6·N give the rule of
-    thumb itself, and with it the closed forms.
+    Log means at each size are joined by a monotone cubic in logarithms (corners would attract the
+    best size); beyond them the slope over the last factor of 2 in N continues.  Runs with 6·N give
+    ``six_n``, and with it closed forms.
     """
     per_token = flops / d
     if np.allclose(per_token, 6.0 * n, rtol=1e-9, atol=0.0):
         return six_n
     sizes, logs = by_size(n, np.log(per_token))
-    inner = PchipInterpolator(sizes, logs) if len(sizes) > 1 else lambda x: logs[0] + 0.0 * x
-    slopes = [1.0, 1.0]  # of one size, as in 6·N
-    # else from each end to the next size that is a factor of 2 away, or to the last
-    for side, (x, y) in enumerate(((sizes, logs), (sizes[::-1], logs[::-1]))):
-        if len(x) > 1:
-            far = np.flatnonzero(np.abs(x - x[0]) >= np.log(2) * (1 - 1e-9))
-            other = far[0] if len(far) else -1
-            slopes[side] = float((y[other] - y[0]) / (x[other] - x[0]))
+    if len(sizes) == 1:
+        return lambda size: np.asarray(np.exp(logs[0] + (np.log(size) - sizes[0])))
+    inner, slopes = PchipInterpolator(sizes, logs), []
+    for x, y in ((sizes, logs), (sizes[::-1], logs[::-1])):
+        far = np.flatnonzero(np.abs(x - x[0]) >= np.log(2) * (1 - 1e-9))
+        other = far[0] if len(far) else -1
+        slopes.append(float((y[other] - y[0]) / (x[other] - x[0])))
 
     def at(size: Array) -> Array:
         x = np.log(size)
@@ -64,7 +63,7 @@ def flops_per_token(n: Array, d: Array, flops: Array) -> FlopsPerToken:
 
 
 def recorded(fit: Fit, compute: Array) -> FlopsPerToken:
-    """Return the FLOPs per token of the runs of a fit, whose compute is ``compute``, (n,)."""
+    """Return FLOPs per token by size for the runs of a fit with FLOPs ``compute``, (n,)."""
     n, d = (fit.table[fit.columns[name]].to_numpy(dtype=float) for name in "ND")
     return flops_per_token(n, d, compute)
 
@@ -73,7 +72,7 @@ def recorded(fit: Fit, compute: Array) -> FlopsPerToken:
 
 
 def closed_form(a: Any, b: Any, alpha: Any, beta: Any, flops: Any) -> tuple[Array, Array]:
-    """Return N and D that make A/N^alpha + B/D^beta least with 6·N·D = ``flops``; arrays broadcast.
+    """Return N and D that minimise A/N^alpha + B/D^beta at 6·N·D = ``flops``; arrays broadcast.
 
     Hoffmann et al. 2022, eq. 4: N = G (C/6)^(beta/(alpha+beta)), D = C/(6 N),
     G = (alpha A / (beta B))^(1/(alpha+beta)).
@@ -86,10 +85,10 @@ def closed_form(a: Any, b: Any, alpha: Any, beta: Any, flops: Any) -> tuple[Arra
 def best_split(
     fit: Fit, flops: float, per_token: FlopsPerToken = six_n, unique: float = np.inf
 ) -> tuple[float, float]:
-    """Return N and D of the least loss for ``flops``.
+    """Return N and D of the least loss at ``flops``.
 
-    ``per_token`` says what a token costs at a size; ``unique`` how many tokens there are before
-    they repeat, for a law that knows of it.  Raises ConfigError where the law has no best split.
+    ``per_token`` gives FLOPs per token by size; ``unique`` tokens exist before they repeat, for
+    laws in U.  Raises ConfigError if the law has no best split.
     """
     n, d, _ = best_splits(fit, np.array([flops]), per_token, unique)
     return float(n[0]), float(d[0])
@@ -98,8 +97,10 @@ def best_split(
 def best_splits(
     fit: Fit, flops: Array, per_token: FlopsPerToken, unique: float
 ) -> tuple[Array, Array, Array]:
-    """Return N, D and L of the fitted law, (G,) each.  Raises ConfigError where it has no best
-    split."""
+    """Return N, D and L of the best splits at budgets ``flops``, (G,) each.
+
+    Raises ConfigError if the fitted law has none.
+    """
     law = fit.optimum.law
     left = set(law.variables) if law.powers is None else set[str]().union(*law.powers.values())
     if missing := {"N", "D"} - left:
@@ -108,7 +109,7 @@ def best_splits(
     n, d, loss = splits(fit, fit.optimum.theta[None], flops, per_token, unique)
     if np.isnan(n).any():
         raise ConfigError(
-            f"law={fit.law.name}: as fitted the loss has no minimum in N about the sizes that were "
+            f"law={fit.law.name}: as fitted the loss has no minimum in N near the sizes that were "
             "run, and so no best split"
         )
     return n[0], d[0], loss[0]
@@ -117,11 +118,10 @@ def best_splits(
 def splits(
     fit: Fit, theta: Array, flops: Array, per_token: FlopsPerToken, unique: float
 ) -> tuple[Array, Array, Array]:
-    """Return N, D and L for parameter vectors (B, P) at budgets (G,), each (B, G); nan: no
-    minimum."""
+    """Return N, D and L, (B, G), for parameters (B, P) at budgets (G,); nan without a minimum."""
     law = fit.optimum.law
     powers = {name: of for name, of in (law.powers or {}).items() if of}
-    with np.errstate(invalid="ignore"):  # exponents below zero: no minimum
+    with np.errstate(invalid="ignore"):  # of negative exponents
         variables = {name: {*of} for name, of in powers.items()}
         if per_token is six_n and variables == {"A": {"N"}, "B": {"D"}}:
             plain = law.plain(theta, fit.points.centres)
@@ -138,7 +138,7 @@ def splits(
 
 
 def _at(fit: Fit, log_n: Array, log_d: Array, unique: float) -> dict[str, Array]:
-    """Return the variables as the law wants them, (B, n) each."""
+    """Return the centred log variables, (B, n) each."""
     logs = {"N": log_n, "D": log_d, "U": np.minimum(log_d, np.log(unique))}
     return {name: logs[name] - centre for name, centre in fit.points.centres.items()}
 
@@ -146,7 +146,7 @@ def _at(fit: Fit, log_n: Array, log_d: Array, unique: float) -> dict[str, Array]
 def _best_size(
     fit: Fit, theta: Array, flops: Array, per_token: FlopsPerToken, unique: float
 ) -> Array:
-    """Return log N of the least loss, (B, G): by ever finer grids, then by parabolas."""
+    """Return log N of the least loss, (B, G), by ever finer grids and then parabolas."""
     log_c = np.log(flops)[:, None]
     sizes, tokens = (np.log(fit.table[fit.columns[v]].to_numpy(dtype=float)) for v in "ND")
     runs = np.log(per_token(np.exp(sizes))) + tokens
@@ -183,7 +183,7 @@ def _best_size(
 
 @dataclass(frozen=True)
 class Band:
-    """A quantity along the budgets, (G,) each; the ends are nan where nothing sets them."""
+    """Hold a quantity along the budgets, (G,) each; unknown ends are nan."""
 
     estimate: Array
     low: Array
@@ -198,10 +198,10 @@ class Band:
 
 @dataclass(frozen=True)
 class LawSplit:
-    """The best split by the law, with percentiles over the replicas of a bootstrap over runs.
+    """Hold the best split by the law, with percentiles of a bootstrap over runs.
 
     The exponents are slopes of log N, log D and log L against log C over the budgets that were
-    run: under C = 6·N·D those of N and D are beta/(alpha+beta) and alpha/(alpha+beta) everywhere.
+    run: under C = 6·N·D, beta/(alpha+beta) for N and alpha/(alpha+beta) for D.
     """
 
     flops: Array  # (G,)
@@ -211,7 +211,7 @@ class LawSplit:
     a: Interval  # N ~ C^a
     b: Interval  # D ~ C^b
     c: Interval  # L ~ C^c, with the irreducible loss in L
-    undefined: float  # share of the replicas whose law has no best split at some budget
+    undefined: float  # share of replicas without a best split at some budget
     largest: int  # index of the largest budget that was run
 
 
@@ -226,31 +226,30 @@ def by_law(
 ) -> LawSplit:
     """Return the best split from the smallest budget of the runs to ten times the largest.
 
-    ``compute`` is that of each run of the fit, (n,); ``per_token`` by default as they recorded
-    it.  A fit without degrees of freedom gets no bands.  Raises ConfigError as ``best_split``.
+    ``compute`` has the FLOPs of each run, (n,), from which ``per_token`` follows by default.  A fit
+    without degrees of freedom gets no bands.  Raises ConfigError as ``best_split``.
     """
     per_token = per_token or recorded(fit, compute)
     inside = np.geomspace(compute.min(), compute.max(), 33 if np.ptp(compute) > 0 else 1)
     flops = np.append(inside, compute.max() * np.geomspace(1.0, FURTHER, 12)[1:])
     theta, method = parameter_vectors(fit, replicas)
-    one = best_splits(fit, flops, per_token, unique)
-    many = splits(fit, theta, flops, per_token, unique)
+    estimates = best_splits(fit, flops, per_token, unique)
+    drawn = splits(fit, theta, flops, per_token, unique)
     span = slice(len(inside)) if len(inside) > 1 else slice(None)
     away = np.log(flops[span]) - np.log(flops[span]).mean()
     bands, exponents = [], []
-    for best, values in zip(one, many, strict=True):
+    for best, values in zip(estimates, drawn, strict=True):
         bands.append(band(best, values, level, method))
         slopes = [np.log(v[:, span]) @ away / (away @ away) for v in (best[None], values)]
         exponents.append(band(slopes[0], slopes[1][:, None], level, method).at(0))
-    undefined = float(np.isnan(many[0]).any(axis=1).mean()) if len(theta) else 0.0
+    undefined = float(np.isnan(drawn[0]).any(axis=1).mean()) if len(theta) else 0.0
     n, d, loss = bands
     a, b, c = exponents
     return LawSplit(flops, n, d, loss, a, b, c, undefined, len(inside) - 1)
 
 
 def parameter_vectors(fit: Fit, replicas: int | Bootstrap) -> tuple[Array, str]:
-    """Return those of a bootstrap over runs, (B, P), and its name; none without degrees of
-    freedom."""
+    """Return bootstrap parameters, (B, P), and the method; none without degrees of freedom."""
     if isinstance(replicas, int):
         if fit.degrees < 1 or replicas < 1:
             return np.empty((0, len(fit.optimum.law))), "none"
@@ -259,7 +258,7 @@ def parameter_vectors(fit: Fit, replicas: int | Bootstrap) -> tuple[Array, str]:
 
 
 def band(estimate: Array, values: Array, level: float, method: str) -> Band:
-    """Return percentiles of the rows of ``values``, (B, G), that have a number."""
+    """Return percentiles over the finite rows of ``values``, (B, G)."""
     good = values[np.isfinite(values).all(axis=1)]
     if not len(good):
         none = np.full(np.shape(estimate), np.nan)

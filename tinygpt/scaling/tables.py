@@ -1,4 +1,4 @@
-"""Read the file of a table of runs: its kind, its dialect, and its numbers as people write them."""
+"""Read tables of runs in common file formats, dialects and notations of numbers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from tinygpt.config import ConfigError, first_line
 from tinygpt.scaling.runs import words_of
 
 MOST_COLUMNS = 10_000
-MOST_BYTES = 1 << 28  # of a table once it is unpacked
+MOST_BYTES = 1 << 28  # of an unpacked table
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zstd", ".zip")
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar", " ": "space"}
 MISSING = {*("", "-", "–", "—", "nan", "-nan", "na", "n/a", "#n/a", "#na", "none", "null", "<na>")}
-Rows = list[tuple[int, list[Any]]]  # the number of a line and its cells
-Found = tuple[pd.DataFrame, str]  # a table, and its dialect in words
+Rows = list[tuple[int, list[Any]]]  # line numbers and cells
+Read = tuple[pd.DataFrame, str]  # a table and a description of its dialect
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """Read a table of runs from elsewhere.  Raises ConfigError if it cannot be read."""
+    """Read a table of runs that other software wrote.  Raises ConfigError if that fails."""
     cells = read_cells(Path(path), [])
     losses = {name for name in map(str, cells) if {"loss", "nll"} & set(words_of(name))}
     return with_numbers(cells, losses, [], None, [])
@@ -41,9 +41,9 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
-    """Return the table as it is in the file: texts where the file has texts.
+    """Return the table as written, without parsing text, and add a note on dialect and size.
 
-    Adds a note on the dialect and the size.  Raises ConfigError, naming the file.
+    Raises ConfigError that names the file.
     """
     packed, kind = "", path.suffix.lower()
     if kind in PACKED:
@@ -54,7 +54,7 @@ def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
         if packed == ".zip":
             kind, data = _only_member(data)
         if len(data) > MOST_BYTES:
-            raise ConfigError(f"holds more than {MOST_BYTES >> 20} MiB; at most so much is read")
+            raise ConfigError(f"holds more than {MOST_BYTES >> 20} MiB, the most that is read")
         if kind not in READERS:
             kinds = ".csv, .tsv, .txt, .json, .jsonl, .parquet or .xlsx"
             raise ConfigError(f"must be a {kinds} file, as it is or as .gz, .bz2, .xz, .zst, .zip")
@@ -62,7 +62,7 @@ def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
         table = _checked(table)
     except ConfigError as error:
         raise ConfigError(f"table={path}: {error}") from error
-    except Exception as error:  # whatever broken bytes make the libraries do
+    except Exception as error:  # the libraries raise many kinds
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"table={path}: cannot be read ({reason})") from error
     size = f"{len(table)} rows, {len(table.columns)} columns"
@@ -71,7 +71,7 @@ def read_cells(path: Path, notes: list[str]) -> pd.DataFrame:
 
 
 def _only_member(data: bytes) -> tuple[str, bytes]:
-    """Return the suffix and the content of the one file in a zip."""
+    """Return the suffix and content of the only file in a zip archive."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         names = [name for name in archive.namelist() if not re.match(r"__MACOSX|\.|.*/$", name)]
         if len(names) != 1:
@@ -86,13 +86,13 @@ def _text(data: bytes) -> str:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
         kind = encoding.removesuffix("-sig").upper()
-        raise ConfigError(f"not {kind} text (byte {error.start}); save it so") from error
+        raise ConfigError(f"not {kind} text (byte {error.start}); save it as {kind}") from error
 
 
-def _read_text(data: bytes) -> Found:
-    """Read delimited text; a header may stand behind the # of the last comment.
+def _read_text(data: bytes) -> Read:
+    """Read delimited text, whose header may be the last # comment.
 
-    A # that is a column's name, or stands before the number of a run, begins no comment.
+    A # that names a column or precedes a run's number does not start a comment.
     """
     stream = io.StringIO(_text(data), newline="")
     lines = [(n, line) for n, line in enumerate(stream, 1) if line.strip()]
@@ -123,9 +123,9 @@ def _read_text(data: bytes) -> Found:
 
 
 def _delimiter(sample: Sequence[str]) -> str:
-    """Return the mark that cuts the header and nearly all rows into as many, and the most, parts.
+    """Return the delimiter that splits the header and most rows into the most equal parts.
 
-    A space counts only where nothing else cuts.
+    A space counts only if no other delimiter does.
     """
     best, most = ",", 1
     for mark in DELIMITERS:
@@ -141,16 +141,12 @@ def _delimiter(sample: Sequence[str]) -> str:
 
 
 def _frame(rows: Rows) -> pd.DataFrame:
-    """Return the rows as a table, with the first of them as its header.
-
-    Empty rows and empty columns without a name are dropped.
-    """
+    """Return a table with the first row as header, without empty rows and unnamed empty columns."""
     rows = [(n, [c.strip() if isinstance(c, str) else c for c in row]) for n, row in rows]
     rows = [(n, row) for n, row in rows if not all(map(_is_missing, row))]
     if not rows:
         raise ConfigError("has no rows")
-    header, body = rows[0][1], rows[1:]
-    width = len(header)
+    header, body, width = rows[0][1], rows[1:], len(rows[0][1])
     if _all_numbers(header):
         raise ConfigError(f"has no header: its first row is {', '.join(map(str, header[:4]))}")
     for number, row in body:
@@ -169,10 +165,10 @@ def _frame(rows: Rows) -> pd.DataFrame:
     return table.drop(columns=empty).rename(columns=names)
 
 
-def _read_json(data: bytes) -> Found:
-    """Read an array of records, one a line, or an object of columns; nested names get a dot.
+def _read_json(data: bytes) -> Read:
+    """Read records (an array, one per line, or in one field of an object) or an object of columns.
 
-    Of an object that holds one array of records, that is the table.
+    Nested names are joined by dots.
     """
     text = _text(data)
     try:
@@ -192,7 +188,7 @@ def _read_json(data: bytes) -> Found:
         else:
             found = [found]
     if not _are_records(found):
-        raise ConfigError("must hold objects, one a run")
+        raise ConfigError("must hold one object per run")
     return pd.json_normalize(found), ""
 
 
@@ -200,23 +196,23 @@ def _are_records(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(row, dict) for row in value)
 
 
-def _read_workbook(data: bytes) -> Found:
-    """Read the first sheet with rows and all with the same columns, plus a column for the sheet."""
+def _read_workbook(data: bytes) -> Read:
+    """Read the first sheet with rows and all sheets with its columns, adding a column ``sheet``."""
     try:
         import openpyxl  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError("needs openpyxl: pip install 'tinygpt[excel]'") from error
     book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
-    found: dict[str, pd.DataFrame] = {}
+    sheets: dict[str, pd.DataFrame] = {}
     for sheet in book.worksheets:
         rows = [(n, list(row)) for n, row in enumerate(sheet.iter_rows(values_only=True), 1)]
         if any(not all(map(_is_missing, row)) for _, row in rows):
-            with contextlib.suppress(*([ConfigError] if found else [])):
-                found[sheet.title] = _frame(rows)
-    if not found:
+            with contextlib.suppress(*([ConfigError] if sheets else [])):
+                sheets[sheet.title] = _frame(rows)
+    if not sheets:
         raise ConfigError("has no rows")
-    first, *_ = found.values()
-    alike = {name: table for name, table in found.items() if list(table) == list(first)}
+    first, *_ = sheets.values()
+    alike = {name: table for name, table in sheets.items() if list(table) == list(first)}
     dialect = f"sheet{'s' * (len(alike) > 1)} {', '.join(alike)} of {len(book.worksheets)}"
     if len(alike) == 1:
         return first, dialect
@@ -224,7 +220,7 @@ def _read_workbook(data: bytes) -> Found:
     return pd.concat(parts, ignore_index=True), f"{dialect} with the same columns"
 
 
-READERS: dict[str, Callable[[bytes], Found]] = {
+READERS: dict[str, Callable[[bytes], Read]] = {
     **dict.fromkeys((".csv", ".tsv", ".tab", ".psv", ".txt", ".dat"), _read_text),
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), _read_json),
     **dict.fromkeys((".parquet", ".pq"), lambda data: (pd.read_parquet(io.BytesIO(data)), "")),
@@ -233,7 +229,7 @@ READERS: dict[str, Callable[[bytes], Found]] = {
 
 
 def _checked(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with texts as names.  Raises ConfigError if it is no table of runs."""
+    """Return the table with text names.  Raises ConfigError if it cannot be a table of runs."""
     if not isinstance(table.index, pd.RangeIndex):
         table = table.reset_index()
     names = pd.Index([str(name) for name in table])
@@ -245,19 +241,18 @@ def _checked(table: pd.DataFrame) -> pd.DataFrame:
         raise ConfigError(f"has {len(names)} columns; at most {MOST_COLUMNS} are read")
     table = table.set_axis(names, axis=1)
     mixed = [name for name in names if table[name].dtype.kind == "O"]
-    return table.assign(**{name: table[name].astype(object).map(_cell) for name in mixed})
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, Decimal):
+            return float(value)
+        return str(value) if isinstance(value, list | dict | np.ndarray) else value
 
-def _cell(value: Any) -> Any:
-    """Return a decimal as a number, a list or a table as its text."""
-    if isinstance(value, Decimal):
-        return float(value)
-    return str(value) if isinstance(value, list | dict | np.ndarray) else value
+    return table.assign(**{name: table[name].astype(object).map(plain) for name in mixed})
 
 
 # --- numbers
 
-_GAPS = "_'’ \u00a0\u2009\u202f"  # between thousands, besides the mark that is no decimal one
+_GAPS = "_'’ \u00a0\u2009\u202f"  # thousands separators besides the non-decimal mark
 _SUFFIX = {"k": 3, "thousand": 3, "m": 6, "mm": 6, "million": 6, "b": 9, "bn": 9, "g": 9}
 _SUFFIX |= {"billion": 9, "t": 12, "trillion": 12, "p": 15}
 _NUMBER = re.compile(
@@ -276,23 +271,23 @@ def _is_missing(value: Any) -> bool:
 
 
 def _all_numbers(cells: Iterable[Any]) -> bool:
-    """Return whether all that is not missing are numbers, without a suffix."""
+    """Return whether there are numbers and all other cells are missing; a suffix is no number."""
     texts = [v.strip() if isinstance(v, str) else "0" for v in cells if not _is_missing(v)]
     matches = [_NUMBER.fullmatch(text) for text in texts]
     return bool(matches) and all(match and not match[5] for match in matches)
 
 
 def _number(value: Any, mark: str, is_loss: bool = False) -> float | None:
-    """Return the number in a cell, where ``mark`` is the decimal one; None if there is none.
+    """Return the number in a cell with the decimal mark ``mark``, or None if it is not one.
 
-    What is not finite is missing: NaN.  A loss has neither thousands separators nor a suffix.
+    Infinite values become NaN.  A loss has neither thousands separators nor a suffix.
     """
     if not isinstance(value, str):
         if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
             return None
         try:
             return float(value) if abs(float(value)) < 1e300 else float("nan")
-        except OverflowError:  # whole numbers have no end
+        except OverflowError:  # of large integers
             return float("nan")
     if _INFINITE.fullmatch(value):
         return float("nan")
@@ -302,7 +297,7 @@ def _number(value: Any, mark: str, is_loss: bool = False) -> float | None:
     sign, digits, exponent, power, suffix = match.groups("")
     digits = digits.rstrip()
     whole, _, part = digits.partition(mark)
-    if digits.count(mark) > 1:  # then it parts thousands
+    if digits.count(mark) > 1:  # it separates thousands
         whole, part = digits, ""
     if not is_loss and _THOUSANDS.fullmatch(whole):
         whole = re.sub(r"\D", "", whole)
@@ -313,9 +308,9 @@ def _number(value: Any, mark: str, is_loss: bool = False) -> float | None:
 
 
 def _mark_of(value: Any) -> str:
-    """Return the decimal mark that a number must have; "?" for a comma that may be one or not.
+    """Return the decimal mark that a number must have, or "?" for an ambiguous comma.
 
-    It is "" where there is no mark, and for one point, which is taken for the decimal one.
+    Returns "" without a mark, and for a single point, which counts as decimal.
     """
     if not isinstance(value, str):
         return ""
@@ -330,10 +325,10 @@ def with_numbers(
     decimal: str | None,
     notes: list[str],
 ) -> pd.DataFrame:
-    """Return the table with numbers where texts are numbers.
+    """Return the table with text parsed as numbers where a column holds numbers only.
 
-    Whether a comma is a decimal mark is decided for the whole file.  Raises ConfigError for a loss
-    or a named column that holds anything else, or a comma that could be either.
+    The decimal mark is decided for the whole file.  Raises ConfigError for a loss or named column
+    with other text or an ambiguous comma.
     """
     losses = [name for name in losses if name in table]
     cells: dict[str, pd.Series] = {}
@@ -350,7 +345,7 @@ def with_numbers(
         is_loss, found = name in losses, cells[name]
         mark = _decide(name, found, marks[name], of_file, is_loss, decimal)
         if is_loss and mark == "," and "?" in set(marks[name]):
-            of_file |= {",", "?"}  # from here on a comma may be either
+            of_file |= {",", "?"}  # a comma is ambiguous from here on
         read = [_number(value, mark, is_loss) for value in found]
         bad = [row for row, number in zip(found.index, read, strict=True) if number is None]
         if bad and name not in strict:
@@ -370,9 +365,9 @@ def with_numbers(
         if any(_THOUSANDS.search(text.partition(mark)[0]) for text in texts):
             thousands.append(name)
     choices = {"decimal comma": commas, "thousands separators": thousands}
-    made = [f"{choice} ({', '.join(names)})" for choice, names in choices.items() if names]
-    if made:
-        notes.append(f"numbers: {'; '.join(made)}")
+    listed = [f"{choice} ({', '.join(names)})" for choice, names in choices.items() if names]
+    if listed:
+        notes.append(f"numbers: {'; '.join(listed)}")
     return table.assign(**columns)
 
 
@@ -380,7 +375,7 @@ def _decide(
     name: str, cells: pd.Series, marks: pd.Series, of_file: set[str], is_loss: bool,
     decimal: str | None,
 ) -> str:  # fmt: skip
-    """Return the decimal mark of a column.  Raises ConfigError where it may be either."""
+    """Return the decimal mark of a column.  Raises ConfigError if it is ambiguous."""
     own = set(marks) & {",", "."}
     if decimal or len(own) == 1:
         return decimal or own.pop()
@@ -401,7 +396,7 @@ def _decide(
 
 
 def _plain(column: pd.Series, cells: pd.Series) -> pd.Series:
-    """Return truths as such and texts as they are, with None for what is missing."""
+    """Return true and false as booleans and text unchanged, with None for missing values."""
     if len(cells) == len(column) and all(str(v).casefold() in ("true", "false") for v in cells):
         return column.map(lambda v: str(v).strip().casefold() == "true").astype(bool)
     if cells.empty:

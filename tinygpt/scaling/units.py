@@ -1,4 +1,4 @@
-"""Decide what the sizes in a table of runs count: units, perplexities, and what does not fit."""
+"""Convert the columns of a table to parameters, tokens, FLOPs and nats."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tinygpt.config import ConfigError
 from tinygpt.scaling.columns import Columns
 from tinygpt.scaling.runs import words_of
 
-Units = Mapping[str, float]  # of n, d and c: how many parameters, tokens or FLOPs one is
-SCALES = {  # what a unit is called, and the last word of a column's name
+Units = Mapping[str, float]  # parameters, tokens or FLOPs per unit of n, d and c
+SCALES = {  # names of units, and the last word of a column's name
     1e3: ("thousands", "k|thousands?"),
     1e6: ("millions", "mm?|millions?"),
     1e9: ("billions", "bn?|g|billions?"),
     1e12: ("trillions", "tn?|trillions?"),
 }
-FLOPS = {  # the same of compute, whose name may be the unit alone
+FLOPS = {  # the same for compute, where the unit may be the whole name
     8.64e19: ("PFLOP-days", "p(eta)?_?f(lops?)?_?s?_?days?"),
     8.64e16: ("TFLOP-days", "t(era)?_?f(lops?)?_?s?_?days?"),
     1e21: ("1e+21 FLOPs", "z(etta)?_?flops?"),
@@ -30,45 +30,41 @@ FLOPS = {  # the same of compute, whose name may be the unit alone
     1e12: ("1e+12 FLOPs", "t(era)?_?flops?"),
     1e9: ("1e+09 FLOPs", "g(iga)?_?flops?"),
 }
-COUNTS = {"n": (1e3, 1e14), "d": (1e3, 1e16), "c": (1e6, 1e32)}  # between which medians lie
-EPOCHS = 1e5  # times that a token is read, at most
+COUNTS = {"n": (1e3, 1e14), "d": (1e3, 1e16), "c": (1e6, 1e32)}  # plausible medians
+EPOCHS = 1e5  # most times that a token is read
 FEW, MANY = 1e3, 1e6  # counts that do not go together in one column
-LARGEST = 20.0  # loss of a token: a guess among 5e8 of them
+LARGEST = 20.0  # nats per token: a guess among 5e8 tokens
 
 
 def in_units(
     table: pd.DataFrame, used: pd.DataFrame, columns: Columns, named: Mapping[str, str],
     stated: Units, notes: list[str], cells: pd.DataFrame,
 ) -> tuple[pd.DataFrame, Columns]:  # fmt: skip
-    """Return the table with its columns in parameters, tokens and FLOPs.
+    """Return the table with sizes in parameters, tokens and FLOPs.
 
-    ``named`` are the columns that were given by letter, ``stated`` their units; ``cells`` is the
-    table as it was written: a value with a unit of its own, as 1.2B, keeps that.  Raises
-    ConfigError where the units must be given.
+    ``named`` gives columns by letter and ``stated`` their units; ``cells`` is the table as
+    written, where a value may have its own unit (1.2B).  Raises ConfigError for unclear units.
     """
-    bare = {  # whether a value is without a unit of its own
-        key: ~cells[named[key]].astype(str).str.contains(r"[A-DF-WYZa-df-wyz]")
-        for key in "ndcu"
-        if key in named
-    }
-    own = [key for key, one in bare.items() if 2 * one[used.index].sum() < len(used)]
+    keys = [key for key in "ndcu" if key in named]
+    texts = {key: cells[named[key]].astype(str) for key in keys}
+    bare = {key: ~text.str.contains(r"[A-DF-WYZa-df-wyz]") for key, text in texts.items()}
+    own = [key for key in keys if 2 * bare[key][used.index].sum() < len(used)]
     known = {**dict.fromkeys(own, 1.0), **stated}
-    values = {key: used[named[key]].astype(float) for key in bare}
+    values = {key: used[named[key]].astype(float) for key in keys}
     values = {k: v if k in own else v[bare[k][v.index]] for k, v in values.items()}
     unique = values.pop("u", None)
     units = _choose(values, named, {k: known[k] for k in values if k in known}, notes)
-    for key, one in bare.items():
+    for key in keys:
         if key == "u" and unique is not None:
             known = {"d": units.get("d", 1.0), **known}
             tokens = table.get(columns.d)
             units["u"] = _unit_of_unique(unique, named["u"], tokens, known, notes)
         if (unit := units[key]) != 1:
             column = f"{named[key]} × {unit:g}"
-            table = table.assign(**{column: table[named[key]] * unit ** one.astype(int)})
+            table = table.assign(**{column: table[named[key]] * unit ** bare[key].astype(int)})
             columns = dataclasses.replace(columns, **{key: column})
     for key in (key for key in "nd" if key in units):
-        column = getattr(columns, key)
-        counts = table.loc[used.index, column]
+        counts = table.loc[used.index, getattr(columns, key)]
         if key not in stated and counts.min() < FEW < MANY < counts.median():
             raise ConfigError(
                 f"{named[key]}={counts.min():g}: row {counts.idxmin()}: beside a median of "
@@ -86,9 +82,9 @@ def in_units(
 def _choose(
     values: Mapping[str, pd.Series], columns: Mapping[str, str], stated: Units, notes: list[str]
 ) -> dict[str, float]:
-    """Return the unit of each of N, D and C: as stated, else by its name, else by C = 6 N D.
+    """Return the units of N, D and C: as stated, else by name, else by C = 6 N D.
 
-    Raises ConfigError where these are no counts, or are counts only if their names are wrong.
+    Raises ConfigError if that gives no plausible counts, or contradicts the names.
     """
     named = {key: columns[key] for key in values}
     plain = {key: stated.get(key, 1.0) for key in named}
@@ -101,20 +97,22 @@ def _choose(
         if len(chosen) != 1:
             raise ConfigError(_question(values, named))
         units, why = chosen[0], "for then C is about 6 N D"
-    said = [f"{named[k]} is in {_word(k, unit)}" for k, unit in units.items() if unit != plain[k]]
-    if said:
-        notes.append(f"units: {', '.join(said)}, {why}")
-    times = _over_6nd(values, units) if len(named) == 3 else 1.0
-    if not 1 / 3 <= times <= 3:
-        notes.append(f"compute: {named['c']} is {times:.2g} times 6 N D (the median)")
+    listed = [f"{named[k]} is in {_word(k, u)}" for k, u in units.items() if u != plain[k]]
+    if listed:
+        notes.append(f"units: {', '.join(listed)}, {why}")
+    ratio = _over_6nd(values, units) if len(named) == 3 else 1.0
+    if not 1 / 3 <= ratio <= 3:
+        notes.append(f"compute: {named['c']} is {ratio:.2g} times 6 N D (the median)")
     return units
 
 
 def _unit_of_unique(
     unique: pd.Series, column: str, tokens: pd.Series | None, known: Units, notes: list[str]
 ) -> float:
-    """Return the unit of the unique tokens: as stated, else by their name, else that of all tokens
-    or plain.  Raises ConfigError where they are then more than all, or hardly any."""
+    """Return the unit of the unique tokens: as stated, else by name, else that of all tokens or 1.
+
+    Raises ConfigError if that makes them more than all tokens, or almost none.
+    """
     by_name = _unit_in("u", column)
     for unit in [known["u"]] if "u" in known else [by_name] if by_name != 1 else [known["d"], 1.0]:
         part = 1.0 if tokens is None else float((unique * unit / tokens).median())
@@ -131,7 +129,7 @@ def _unit_of_unique(
 def _are_plausible(
     values: Mapping[str, pd.Series], units: Units, stated: Units, factor: float = 30.0
 ) -> bool:
-    """Return whether these are counts that go together, C with 6 N D to a factor."""
+    """Return whether the counts are plausible, with C within ``factor`` of 6 N D."""
     counts = {key: value * units[key] for key, value in values.items()}
     for key, (least, most) in COUNTS.items():
         if key in counts and key not in stated and not least <= counts[key].median() <= most:
@@ -152,7 +150,7 @@ def _over_6nd(values: Mapping[str, pd.Series], units: Units) -> float:
 def _by_compute(
     values: Mapping[str, pd.Series], plain: Units, stated: Units
 ) -> list[dict[str, float]]:
-    """Return the units, with the fewest changes, by which C is within a factor 3 of 6 N D."""
+    """Return the units with the fewest changes that bring C within a factor 3 of 6 N D."""
     if len(values) < 3:
         return []
     sizes = {key: values[key] for key in "nd"}
@@ -161,12 +159,12 @@ def _by_compute(
     choices |= {key: [unit] for key, unit in stated.items()}
     every = [dict(zip("ndc", one, strict=True)) for one in itertools.product(*choices.values())]
     found = [units for units in every if _are_plausible(values, units, stated, 3.0)]
-    changes = [sum(unit != 1 for unit in units.values()) for units in found]
-    return [units for units, n in zip(found, changes, strict=True) if n == min(changes)]
+    kept = [list(units.values()).count(1.0) for units in found]
+    return [units for units, count in zip(found, kept, strict=True) if count == max(kept)]
 
 
 def _unit_in(key: str, column: str) -> float:
-    """Return what a column's name says that it counts in, as params_m, tokens (B) or pf-days."""
+    """Return the unit in a column's name, as params_m, tokens (B) or pf-days; else 1."""
     known, before = SCALES, ""
     if key == "c":
         known, before, column = FLOPS, "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column)
@@ -180,7 +178,7 @@ def _word(key: str, unit: float) -> str:
 
 
 def _question(values: Mapping[str, pd.Series], named: Mapping[str, str]) -> str:
-    """Return what does not go together, and the keys that settle it."""
+    """Return an error line with the implausible medians and the keys that settle them."""
     plain = dict.fromkeys(named, 1.0)
     found = ", ".join(f"{named[key]} {v.median():.3g}" for key, v in values.items())
     if {"n", "d"} <= set(named):
@@ -199,10 +197,10 @@ def _question(values: Mapping[str, pd.Series], named: Mapping[str, str]) -> str:
 def in_nats(
     table: pd.DataFrame, used: pd.DataFrame, columns: Columns, unit: str | None, notes: list[str]
 ) -> tuple[pd.DataFrame, Columns]:
-    """Return the table with a loss in nats for a perplexity or its logarithm to base 2 or 10.
+    """Return the table with perplexities, or their logarithms to base 2 or 10, turned into nats.
 
-    ``unit`` is that of the loss, as given.  Raises ConfigError for values that are neither, and
-    for a name that says both.
+    ``unit`` is the unit that was given.  Raises ConfigError for a name that says both loss and
+    perplexity, and for impossible values.
     """
     loss, name = columns.loss, re.sub(r"[\W_]+", "_", columns.loss.casefold())
     is_named = unit is None and re.search(r"(?:^|_|ln|log|\d)(?:ppl|perplexity)(?:_|$)", name)
@@ -213,9 +211,8 @@ def in_nats(
             "the logarithm, loss_unit=nats says that it is a loss"
         )
     if unit == "perplexity" or (is_named and not base):
-        for row, value in used[loss].items():
-            if value <= 1:
-                raise ConfigError(f"{loss}={value:g}: row {row}: no perplexity is below 1")
+        for row, value in used[loss][used[loss] <= 1].items():
+            raise ConfigError(f"{loss}={value:g}: row {row}: no perplexity is below 1")
         notes.append(f"loss: {loss} is a perplexity; its logarithm is fitted")
         column = f"log({loss})"
         table = table.assign(**{column: np.log(table[loss].where(table[loss] > 0))})
@@ -228,8 +225,8 @@ def in_nats(
             "loss_unit= with the unit in words says that it is right"
         )
     if base:
-        said = f"{loss} is the logarithm of a perplexity, to base {base[1] or 'e'}"
-        notes.append(f"loss: {said}; it is fitted in nats")
+        kind = f"the logarithm of a perplexity, to base {base[1] or 'e'}"
+        notes.append(f"loss: {loss} is {kind}; it is fitted in nats")
     if base and base[1]:
         column = f"{loss} × ln {base[1]}"
         table = table.assign(**{column: table[loss] * np.log(float(base[1]))})

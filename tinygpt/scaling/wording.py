@@ -1,4 +1,4 @@
-"""Numbers and equations as a reader wants them: to the digits that the data support."""
+"""Format numbers and equations to the digits that the data support."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:  # figures of evaluations want no law
+if TYPE_CHECKING:  # evaluations import this module without laws
     from tinygpt.scaling.laws import Law
 
 UNKNOWN = "–"
 
 
 class Interval(Protocol):
-    """Stand for an Interval of intervals.py, which prints by this module."""
+    """Stand for the Interval of intervals.py, which imports this module."""
 
     @property
     def estimate(self) -> float: ...
@@ -27,7 +27,7 @@ class Interval(Protocol):
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return ``value`` to so many significant digits, large and small ones as 3.28e10."""
+    """Return ``value`` to ``digits`` significant digits; large and small ones as 3.28e10."""
     if value is None or math.isnan(value):
         return UNKNOWN
     if value == 0 or math.isinf(value):
@@ -36,7 +36,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def whole(value: float) -> str:
-    """Return ``value`` in full if it is a count, else to four digits."""
+    """Return a count in full and any other value to four digits."""
     return f"{value:,.0f}" if value == round(value) and value < 1e7 else number(value, 4)
 
 
@@ -50,7 +50,7 @@ def times(ratio: float) -> str:
 
 
 def letter(value: float) -> str:
-    """Return ``500k`` or ``2.5M``, as the ticks of an axis need it."""
+    """Return ``500k`` or ``2.5M``, for axis ticks."""
     for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if 1e15 > value >= size:
             return f"{value / size:g}{name}"
@@ -58,12 +58,12 @@ def letter(value: float) -> str:
 
 
 def count(number: int, word: str, many: str = "") -> str:
-    """Return ``1 run`` or ``2 runs``; ``many`` is a plural that is not the word with an s."""
+    """Return ``1 run`` or ``2 runs``; ``many`` is an irregular plural."""
     return f"{number:,} {word if number == 1 else many or word + 's'}"
 
 
 def span(values: Any) -> list[str]:
-    """Return the least, the greatest, their ratio, and how many different values there are."""
+    """Return the minimum, the maximum, their ratio, and the number of distinct values."""
     low, high = float(min(values)), float(max(values))
     return [whole(low), whole(high), f"×{number(high / low)}", str(len(set(values)))]
 
@@ -73,8 +73,8 @@ def differing(setting: str, values: Mapping[str, Sequence[str]]) -> str:
     each = []
     for value, names in list(values.items())[:4]:
         shown = value[:12] if "fingerprint" in setting else value
-        alone = f": {names[0]}" if len(names) == 1 else ""
-        each.append(f"{shown} ({count(len(names), 'run')}{alone})")
+        name = f": {names[0]}" if len(names) == 1 else ""
+        each.append(f"{shown} ({count(len(names), 'run')}{name})")
     more = f" and {len(values) - 4} other values" if len(values) > 4 else ""
     return f"`{setting}` {', '.join(each)}{more}"
 
@@ -93,18 +93,13 @@ def estimate(value: float, interval: Interval | None) -> str:
 
 
 def reach(interval: Interval | None) -> str:
-    """Return the two ends of an interval in words."""
+    """Return the ends of an interval in words."""
     if interval is None:
         return UNKNOWN
     low, high = (_end(end, interval) for end in (interval.low, interval.high))
-    match is_set(interval.low), is_set(interval.high):
-        case True, True:
-            return f"{low} to {high}"
-        case True, False:
-            return f"above {low}, no upper end"
-        case False, True:
-            return f"below {high}, no lower end"
-    return "not set by the data"
+    if is_set(interval.low):
+        return f"{low} to {high}" if is_set(interval.high) else f"above {low}, no upper end"
+    return f"below {high}, no lower end" if is_set(interval.high) else "not set by the data"
 
 
 def with_interval(interval: Interval) -> str:
@@ -113,25 +108,24 @@ def with_interval(interval: Interval) -> str:
 
 
 def is_set(end: float) -> bool:
-    """Return whether the data set this end of an interval."""
+    """Return whether the data determine this end of an interval."""
     return math.isfinite(end) and end != 0.0
 
 
 def _end(value: float, interval: Interval) -> str:
-    """Return an end to the digits of the estimate; if it is decades away, to two digits."""
+    """Return an end to the digits of the estimate, or to two digits if it is decades away."""
     text = _to_place(value, _place(interval)) if is_set(value) else ""
     far = abs(value) > 100 * abs(interval.estimate) > 0 or (text == "0" and value > 0)
     return number(value, 2) if far else text
 
 
 def _place(interval: Interval) -> int:
-    """Return the power of ten of the second digit of half the width of an interval."""
+    """Return the power of ten of the second digit of an interval's half width."""
     value = interval.estimate
-    widths = [abs(end - value) for end in (interval.low, interval.high) if is_set(end)]
-    half = max(widths, default=0)
+    half = max((abs(e - value) for e in (interval.low, interval.high) if is_set(e)), default=0)
     if half == 0:
         return _place_of(value or 1.0) - 2
-    return min(_place_of(half) - 1, _place_of(value or half))  # never rounded away altogether
+    return min(_place_of(half) - 1, _place_of(value or half))  # keep the estimate's first digit
 
 
 def _place_of(value: float) -> int:
@@ -150,7 +144,7 @@ def _to_place(value: float, place: int) -> str:
 
 
 def formula(law: Law) -> str:
-    """Return the formula of a law; if it has lost a term, what is left of it."""
+    """Return the formula of a law, without the terms that its fit dropped."""
     if law.powers is None:
         return law.formula
     terms = []
@@ -162,12 +156,12 @@ def formula(law: Law) -> str:
 
 
 def equation(law: Law, parameters: Mapping[str, float]) -> str:
-    """Return the formula with its numbers, to four digits: they are to be used together."""
+    """Return the formula with its parameters to four digits."""
     text = formula(law)
     for name in law.parameters:
         value = number(parameters[name], 4)
-        shown = f"({value})" if value.startswith("-") else value
-        text = re.sub(rf"(?<!\w){name}(?!\w)", shown, text)
+        value = f"({value})" if value.startswith("-") else value
+        text = re.sub(rf"(?<!\w){name}(?!\w)", value, text)
     return re.sub(r"([\d)]) (?=[\d(]\S*\))", r"\1·", text)
 
 
