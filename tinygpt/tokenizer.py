@@ -1,4 +1,4 @@
-"""``python -m tinygpt.tokenizer``: trains a tokenizer, encodes and decodes."""
+"""Train a tokenizer, encode and decode: ``python -m tinygpt.tokenizer``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ hold out.  encode prints the ids on one line, separated by commas, as decode tak
 
 @dataclass
 class TrainArguments(CustomData):
-    """The keys of ``data=custom`` and those of the tokenizer."""
+    """Hold the keys of ``data=custom`` and those of the tokenizer."""
 
     name: str = "custom"
     val_fraction: float = key(0.0, least=0.0, below=1.0)
@@ -61,7 +61,7 @@ class DecodeArguments:
 
 
 def train(argv: Sequence[str]) -> None:
-    words = [item.removeprefix("data.") for item in argv]  # as messages call the keys
+    words = [item.removeprefix("data.") for item in argv]  # messages name data.separator
     arguments = read_arguments(TrainArguments, words, USAGE)
     check_text(arguments)
     config: TokenizerConfig = CharTokenizer()
