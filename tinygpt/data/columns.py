@@ -18,7 +18,7 @@ TURNS = (("role", "content"), ("from", "value"))  # the fields of one turn of a 
 FILE = re.compile(r"[\w ./\\-]+\.\w{1,5}")
 NULLS = ("NA", "NULL", "NaN", r"\N")  # as R, SQL, pandas and Postgres write an empty cell
 # Text in another column is an error if a row without the chosen one has LONG characters of it, or
-# if more than this share of the rows has its text there.
+# if more than the share MANY of all rows have their text there.
 LONG, MANY = 80, 0.05
 _MISSING = object()
 

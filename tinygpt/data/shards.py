@@ -208,7 +208,9 @@ class _Preparation:
     def cutting(self) -> list[Any]:
         """Return the keys that determine the documents of each split."""
         names = ("max_documents", "val_fraction", "test_fraction", "val_is_test")
-        return [getattr(self.data, name, None) for name in (*names, "separator", "text_column")]
+        keys = [getattr(self.data, name, None) for name in (*names, "separator", "text_column")]
+        decoding = [getattr(self.data, name, None) for name in ("encoding", "delimiter", "header")]
+        return keys if decoding == [None] * 3 else keys + decoding  # the first: as in old caches
 
     @property
     def place(self) -> str:
