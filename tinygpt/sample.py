@@ -33,27 +33,27 @@ tinygpt sample outputs/runs/x prompt="Once upon a time" [key=value ...]
 run=FOLDER              the run; run= may be left out
 checkpoint=final        best, last or step_<N>; a run that has not ended: last
 prompt=TEXT             how the text begins, verbatim; without it the model begins by itself
-prompts=FILE            instead: a prompt a line, an empty one too; texts side by side, in order
-max_new_tokens=200      at most: a text ends where the model ends it
+prompts=FILE            instead: a file with one prompt per line, which may be empty
+max_new_tokens=200      at most: a text ends earlier if the model ends it
 n=1                     texts of each prompt, with the seeds seed, seed+1, ...
-seed=0                  the same prompt, seed and options give the same text, whatever others
-                        are asked for beside it
+seed=0                  the same prompt, seed and options give the same text, whatever other
+                        texts are generated with it
 
-what the next token is drawn from, in this order, each as in Hugging Face's generate:
-repetition_penalty=1.0  1.2: tokens that the context has, its <|endoftext|> too, are less likely
+applied to the next token's logits in this order, each as in Hugging Face's generate:
+repetition_penalty=1.0  1.2: tokens in the context, including <|endoftext|>, are less likely
 temperature=0.8         0: always the likeliest token
-top_k=50                the likeliest 50, and what ties with the last of them; null: all
-top_p=1.0               0.9: the fewest likeliest that make up 90 %
-min_p=0.0               0.1: those with a tenth of the likeliest's probability, or more
+top_k=50                only the likeliest 50 and those tied with the last of them; null: all
+top_p=1.0               0.9: only the fewest likeliest tokens that make up 90 %
+min_p=0.0               0.1: only tokens with at least a tenth of the likeliest's probability
 
-top=0                   5: shows at each step the 5 likeliest tokens, their probability in the model
-                        and as drawn from
+top=0                   5: shows at each step the 5 likeliest tokens, with their probability in the
+                        model and in the distribution that was sampled
 cache=true              keep the keys and values of the context: faster, the same text
 device=auto             cpu, mps or cuda; auto: the fastest there is
 
-A prompt is read as training saw a document begin, after <|endoftext|>.  When the context is full,
-its last half is kept.  Into a pipe or a file go the texts alone, with lines <|endoftext|> between
-them; notes go to stderr.  On a terminal control characters of a text are shown as \\x1b.
+A prompt follows <|endoftext|>, as documents do in training.  When the context is full, its last
+half is kept.  A pipe or a file gets only the texts, with lines <|endoftext|> between them; notes
+go to stderr.  A terminal shows control characters of a text as \\x1b.
 """
 SIDE_BY_SIDE = 32  # most texts in one forward pass
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline

@@ -27,11 +27,11 @@ from tinygpt.data.tokenizers import train_tokenizer
 USAGE = """\
 usage: tinygpt tokenizer COMMAND key=value ...
   train   path=FILE|FOLDER|GLOB [kind=bpe|char] [vocab_size=1024] [train_bytes=50000000]
-          [out=tokenizer.json] and any key of data=custom, as [separator=] [text_column=]
+          [out=tokenizer.json] and any key of data=custom, such as separator= or text_column=
   encode  tokenizer=FILE_OR_RUN_FOLDER text="Once upon a time" | path=FILE
   decode  tokenizer=FILE_OR_RUN_FOLDER ids=1,2,3
-train reads all of the text, but for what val_fraction=, test_fraction=, val_file= and test_file=
-hold out.  encode prints the ids on one line, separated by commas, as decode takes them."""
+train reads all of the text except what val_fraction=, test_fraction=, val_file= and test_file=
+hold out.  encode prints the ids on one line, separated by commas, as decode expects them."""
 
 
 @dataclass
