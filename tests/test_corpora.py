@@ -89,6 +89,16 @@ def test_the_sources_own_validation_is_used_and_kept_out_of_training(
     assert index["splits"]["val"]["documents"] == 3
 
 
+def test_another_encoding_or_delimiter_has_other_shards(tmp_path: Path, cache: Path) -> None:
+    text = "text;x\n" + "".join(f"caf\xe9 \x80 {n};row {n}\n" for n in range(200))
+    path = written(tmp_path / "a.csv", text.encode("latin-1"))
+    folders = set()
+    for encoding, delimiter in (("latin-1", ";"), ("cp1252", ";"), ("latin-1", "|")):
+        config = custom(path, encoding=encoding, delimiter=delimiter)
+        folders.add(prepare(open_corpus(config), config, ByteTokenizer(), cache).folder)
+    assert len(folders) == 3
+
+
 def test_own_test_file_and_no_test_at_all(tmp_path: Path) -> None:
     train = written(tmp_path / "train.txt", END_OF_TEXT.join(f"story {n}" for n in range(100)))
     test = written(tmp_path / "test.txt", f"one{END_OF_TEXT}two")

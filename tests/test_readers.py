@@ -108,7 +108,7 @@ def test_the_column_that_auto_chooses(rows: list[dict[str, Any]], column: str) -
 def test_labels_ids_links_dates_and_constants_are_not_text(other: Callable[[int], str]) -> None:
     assert chosen([{"other": other(n), "body": t} for n, t in enumerate(PROSE)]) == ["body"]
     alone = [{"other": other(n), "n": n} for n in range(150)]
-    with pytest.raises(ConfigError, match=r"no column of text; it has other, n; data\.text_col"):
+    with pytest.raises(ConfigError, match=r"no text column; it has other, n; data\.text_col"):
         chosen(alone)
     assert chosen(alone, "other") == ["other"]
 
@@ -532,7 +532,7 @@ def test_a_refusal_says_what_would_do(tmp_path: Path) -> None:
     written(tmp_path / "meta.csv", "key,value\nlicence,MIT\nyear,2024\n")
     rows = lines(tmp_path / "train.jsonl", [{"text": text} for text in PROSE])
     line = refused(tmp_path)
-    assert "meta.csv has no column of text" in line
+    assert "meta.csv has no text column" in line
     assert line.endswith(f"; data.path='[{rows}]' names those with text")
     text = written(tmp_path / "a.txt", b"one\r\n\r\ntwo\n***\n")
     assert refused(text, separator="---").startswith("data.separator='---': occurs nowhere in")

@@ -1,4 +1,4 @@
-"""``python -m tinygpt.sample``: text from a trained run, and what it was drawn from."""
+"""Sample text from a trained run: ``python -m tinygpt.sample``."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ tinygpt sample outputs/runs/x prompt="Once upon a time" [key=value ...]
 run=FOLDER              the run; run= may be left out
 checkpoint=final        best, last or step_<N>; a run that has not ended: last
 prompt=TEXT             how the text begins, verbatim; without it the model begins by itself
-prompts=FILE            instead: a prompt a line, an empty one too; texts side by side, in order
-max_new_tokens=200      at most: a text ends where the model ends it
+prompts=FILE            instead: a file with one prompt per line, which may be empty
+max_new_tokens=200      at most: a text ends earlier if the model ends it
 n=1                     texts of each prompt, with the seeds seed, seed+1, ...
-seed=0                  the same prompt, seed and options give the same text, whatever others
-                        are asked for beside it
+seed=0                  the same prompt, seed and options give the same text, whatever other
+                        texts are generated with it
 
-what the next token is drawn from, in this order, each as in Hugging Face's generate:
-repetition_penalty=1.0  1.2: tokens that the context has, its <|endoftext|> too, are less likely
+applied to the next token's logits in this order, each as in Hugging Face's generate:
+repetition_penalty=1.0  1.2: tokens in the context, including <|endoftext|>, are less likely
 temperature=0.8         0: always the likeliest token
-top_k=50                the likeliest 50, and what ties with the last of them; null: all
-top_p=1.0               0.9: the fewest likeliest that make up 90 %
-min_p=0.0               0.1: those with a tenth of the likeliest's probability, or more
+top_k=50                only the likeliest 50 and those tied with the last of them; null: all
+top_p=1.0               0.9: only the fewest likeliest tokens that make up 90 %
+min_p=0.0               0.1: only tokens with at least a tenth of the likeliest's probability
 
-top=0                   5: shows at each step the 5 likeliest tokens, their probability in the model
-                        and as drawn from
+top=0                   5: shows at each step the 5 likeliest tokens, with their probability in the
+                        model and in the distribution that was sampled
 cache=true              keep the keys and values of the context: faster, the same text
 device=auto             cpu, mps or cuda; auto: the fastest there is
 
-A prompt is read as training saw a document begin, after <|endoftext|>.  When the context is full,
-its last half is kept.  Into a pipe or a file go the texts alone, with lines <|endoftext|> between
-them; notes go to stderr.  On a terminal control characters of a text are shown as \\x1b.
+A prompt follows <|endoftext|>, as documents do in training.  When the context is full, its last
+half is kept.  A pipe or a file gets only the texts, with lines <|endoftext|> between them; notes
+go to stderr.  A terminal shows control characters of a text as \\x1b.
 """
-SIDE_BY_SIDE = 32  # texts in one pass, at most
+SIDE_BY_SIDE = 32  # most texts in one forward pass
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 SHOWN = 40  # characters of the text before a step
 
@@ -75,14 +75,14 @@ class Arguments(Sampling):
 
 
 class Wanted(NamedTuple):
-    """A text to be written: its encoded beginning and its seed."""
+    """Hold the encoded prompt and the seed of a text to generate."""
 
     begun: list[int]
     seed: int
 
 
 def read_prompts(arguments: Arguments) -> list[str]:
-    """Return the prompts that are asked for.  Raise ConfigError."""
+    """Return the prompts that the arguments name.  Raises ConfigError."""
     if arguments.prompts is None:
         return [arguments.prompt]
     if arguments.prompt:
@@ -94,7 +94,7 @@ def read_prompts(arguments: Arguments) -> list[str]:
 
 
 def notes(run: TrainedRun, prompts: Sequence[str], begun: Sequence[Sequence[int]]) -> Iterator[str]:
-    """Yield what the model does not read as it was given."""
+    """Yield notes on what the model reads differently from the prompts."""
     from tinygpt.model.generate import context_start
 
     unknown = run.tokenizer.unknown_id
@@ -116,7 +116,7 @@ def notes(run: TrainedRun, prompts: Sequence[str], begun: Sequence[Sequence[int]
 
 
 def batches(texts: Sequence[Wanted]) -> Iterator[list[int]]:
-    """Yield indices of texts that can be written side by side: their beginnings are as long."""
+    """Yield indices of texts whose prompts have equal lengths, to generate side by side."""
     by_length: dict[int, list[int]] = {}
     for index, text in enumerate(texts):
         by_length.setdefault(len(text.begun), []).append(index)
@@ -126,14 +126,14 @@ def batches(texts: Sequence[Wanted]) -> Iterator[list[int]]:
 
 
 class Writer:
-    """Generates the texts and shows them."""
+    """Generate texts and show them."""
 
     def __init__(self, run: TrainedRun, arguments: Arguments, console: Console) -> None:
         self.run, self.arguments, self.console = run, arguments, console
         self.tokenizer = run.tokenizer
 
     def write(self, texts: Sequence[Wanted]) -> None:
-        """Show one text alone as it comes; generate several side by side, shown in order."""
+        """Stream a single text; generate several side by side and show them in order."""
         if len(texts) == 1 or self.arguments.top:
             for index, text in enumerate(texts):
                 self.show_head(index, texts)
@@ -156,7 +156,7 @@ class Writer:
         return self.run.stream(begun, seeds, length, self.arguments, cache)
 
     def tokens(self, text: Wanted) -> Iterator[int]:
-        """Yield the tokens of one text; with ``top`` show what each was drawn from."""
+        """Yield the tokens of one text; with ``top`` show the candidates of each."""
         ids = list(text.begun)
         for number, step in enumerate(self.steps([text]), start=1):
             if self.arguments.top:
@@ -170,7 +170,7 @@ class Writer:
                 return
 
     def show_head(self, index: int, texts: Sequence[Wanted]) -> None:
-        """Show what stands between texts."""
+        """Show a rule or <|endoftext|> between texts."""
         if self.console.is_terminal and len(texts) > 1:
             title = f"{index + 1} of {len(texts)} · seed {texts[index].seed}"
             self.console.rule(Text(title, "dim"), style="dim")
@@ -178,7 +178,7 @@ class Writer:
             self.put(self.tokenizer.decode([self.tokenizer.eot_id]) + "\n")
 
     def show(self, begun: Sequence[int], new: Iterable[int]) -> None:
-        """Show a text as its tokens come; what is shown of it will not change."""
+        """Show a prompt and its new tokens as they come."""
         spoken = Unfolding(self.tokenizer)
         self.put(spoken.add(begun[1:]), "bold")
         token = None
@@ -192,7 +192,7 @@ class Writer:
         self.put("\n")
 
     def put(self, text: str, style: str = "none") -> None:
-        """Print a text as it is: in a Segment Rich expands no tabs, drops and wraps nothing."""
+        """Print a text verbatim: in a Segment Rich leaves tabs and long lines alone."""
         if self.console.is_terminal:
             text = CONTROL.sub(lambda found: rf"\x{ord(found[0]):02x}", text)
         segment = Segment(text, self.console.get_style(style))
@@ -201,7 +201,7 @@ class Writer:
             raise SystemExit(0)
 
     def table(self, step: Step, before: Sequence[int]) -> Table:
-        """Return the likeliest tokens, the chosen one and all others: their shares add up to 1."""
+        """Return a table of the likeliest tokens, the chosen one and the sum of the others."""
 
         def percent(probability: Tensor) -> str:
             return f"{probability:.2%}" if probability > 0 else "–"
@@ -226,8 +226,7 @@ class Writer:
         return table
 
     def spelled(self, token: int, before: Sequence[int] = ()) -> str:
-        """Return what a token adds to the text of ``before``, in quotes, with spaces and control
-        characters to be seen; special tokens without."""
+        """Return what a token adds to the text of ``before``, quoted; special tokens unquoted."""
         tokenizer, alone = self.tokenizer, self.tokenizer.decode([token])
         if token in (tokenizer.eot_id, tokenizer.bos_id, tokenizer.unknown_id):
             return alone
@@ -237,16 +236,16 @@ class Writer:
 
 
 class Unfolding:
-    """The text of tokens that come one after another: what each of them adds, once it is sure.
+    """Decode a stream of tokens, returning text as soon as it cannot change.
 
-    Only the tokens since the last but one sure place are decoded: what a decoder makes of a token
-    may depend on the one before it (Llama's leaves out the space of the first).
+    Each call decodes from the tokens shown before the last, because a decoder may treat the first
+    token differently (Llama's drops its space).
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.sure = 0  # how many of them were shown; the others follow
+        self.sure = 0  # how many of them were shown
 
     def add(self, ids: Sequence[int]) -> str:
         self.ids += ids
@@ -254,7 +253,7 @@ class Unfolding:
         return self._shown(text) if self.tokenizer.is_settled(self.ids, text) else ""
 
     def rest(self) -> str:
-        """Return what is left at the end, as it is."""
+        """Return the text that is left at the end."""
         return self._shown(self.tokenizer.decode(self.ids))
 
     def _shown(self, text: str) -> str:

@@ -1,4 +1,4 @@
-"""``python -m tinygpt.tokenizer``: trains a tokenizer, encodes and decodes."""
+"""Train a tokenizer, encode and decode: ``python -m tinygpt.tokenizer``."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from tinygpt.data.tokenizers import train_tokenizer
 USAGE = """\
 usage: tinygpt tokenizer COMMAND key=value ...
   train   path=FILE|FOLDER|GLOB [kind=bpe|char] [vocab_size=1024] [train_bytes=50000000]
-          [out=tokenizer.json] and any key of data=custom, as [separator=] [text_column=]
+          [out=tokenizer.json] and any key of data=custom, such as separator= or text_column=
   encode  tokenizer=FILE_OR_RUN_FOLDER text="Once upon a time" | path=FILE
   decode  tokenizer=FILE_OR_RUN_FOLDER ids=1,2,3
-train reads all of the text, but for what val_fraction=, test_fraction=, val_file= and test_file=
-hold out.  encode prints the ids on one line, separated by commas, as decode takes them."""
+train reads all of the text except what val_fraction=, test_fraction=, val_file= and test_file=
+hold out.  encode prints the ids on one line, separated by commas, as decode expects them."""
 
 
 @dataclass
 class TrainArguments(CustomData):
-    """The keys of ``data=custom`` and those of the tokenizer."""
+    """Hold the keys of ``data=custom`` and those of the tokenizer."""
 
     name: str = "custom"
     val_fraction: float = key(0.0, least=0.0, below=1.0)
@@ -61,7 +61,7 @@ class DecodeArguments:
 
 
 def train(argv: Sequence[str]) -> None:
-    words = [item.removeprefix("data.") for item in argv]  # as messages call the keys
+    words = [item.removeprefix("data.") for item in argv]  # messages name data.separator
     arguments = read_arguments(TrainArguments, words, USAGE)
     check_text(arguments)
     config: TokenizerConfig = CharTokenizer()

@@ -1,4 +1,4 @@
-"""Which column of a table is its text, and what text a row has there."""
+"""Choose the text column of a table and read the text of each row."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from tinygpt.config import ConfigError
 from tinygpt.data.readers import HEAD_CHARACTERS, HEAD_ROWS, Row
 from tinygpt.data.survey import Survey
 
-WORDY = 0.5  # share of the values with several words, from which a column is prose
+WORDY = 0.5  # a column is prose if at least this share of its values has several words
 SHOWN = 12  # names in a message
-TURNS = (("role", "content"), ("from", "value"))  # the fields of a chat's turn
+TURNS = (("role", "content"), ("from", "value"))  # the fields of one turn of a chat
 FILE = re.compile(r"[\w ./\\-]+\.\w{1,5}")
 NULLS = ("NA", "NULL", "NaN", r"\N")  # as R, SQL, pandas and Postgres write an empty cell
-LONG = 80  # characters of words, from which a text of another name is not skipped unsaid
-MANY = 0.05  # of the rows, whose text of another name is not skipped unsaid
+# Text in another column is an error if a row without the chosen one has LONG characters of it, or
+# if more than the share MANY of all rows have their text there.
+LONG, MANY = 80, 0.05
 _MISSING = object()
 
 
 class Choice(NamedTuple):
-    """The columns that are the text; several are joined by blank lines."""
+    """Hold the text columns; the texts of several are joined by blank lines."""
 
     columns: list[str]
-    others: list[str]  # of text, not chosen; the first of many
+    others: list[str]  # up to SHOWN text columns that were not chosen
     is_asked: bool
 
     def __str__(self) -> str:
@@ -34,11 +35,9 @@ class Choice(NamedTuple):
 
 
 def head_of(rows: Iterator[Row], asked: str = "auto") -> list[Row]:
-    """Return the first rows, as many as it takes to know the columns."""
-    head: list[Row] = []
-    size = 0
+    """Return enough of the first rows to choose a column from."""
+    head, size, found = list[Row](), 0, False
     names = ["text"] if asked == "auto" else _asked(asked)
-    found = False
     for row in itertools.islice(rows, HEAD_ROWS):
         head.append(row)
         found = found or all(isinstance(_value(row, name), str) for name in names)
@@ -49,12 +48,12 @@ def head_of(rows: Iterator[Row], asked: str = "auto") -> list[Row]:
 
 
 def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = None) -> Choice:
-    """Return the column that ``asked`` names, or for ``auto`` the one that holds the text.
+    """Return the columns that ``asked`` names, or find the text column if it is ``auto``.
 
-    That is ``text`` in any case, else the column of prose with the most characters; labels, ids,
-    links, numbers and constants are no prose.  Raises ConfigError where lists, structs or chats
-    hold more text than any such column, and where there is none.  What was chosen ``first``, in
-    another file, is chosen where it holds text here too.
+    ``auto`` takes ``first``, the choice for an earlier file, if it holds text here too; then a
+    column called ``text`` in any case; then the prose column with the most characters.  Labels,
+    ids, links, numbers and constants are not prose.  Raises ConfigError if no column qualifies or
+    if lists, structs or chats hold more text.
     """
     names = list(dict.fromkeys(name for row in head for name in row))
     texts = {name: [row[name] for row in head if isinstance(row.get(name), str)] for name in names}
@@ -73,7 +72,7 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
     prose = {name: lengths[name] for name in lengths if _is_prose(texts[name])}
 
     def is_ids(name: str) -> bool:
-        """Return whether a column called text names files, or is ids beside far longer prose."""
+        """Return whether a column called text holds file names, or ids beside longer prose."""
         filled = [value for value in texts[name] if value.strip()]
         is_short = max(prose.values(), default=0) > 4 * lengths.get(name, 0)
         is_files = len(lengths) > 1 and all(map(FILE.fullmatch, filled))
@@ -107,8 +106,7 @@ def choose(head: Sequence[Row], asked: str, where: str, first: Choice | None = N
         )
     if best is None:
         raise ConfigError(
-            f"{key} has no column of text; it has {_shown(names)}; data.text_column= names one all "
-            "the same"
+            f"{key} has no text column; it has {_shown(names)}; data.text_column= takes any of them"
         )
     return chosen([best])
 
@@ -120,7 +118,7 @@ def _asked(asked: str) -> list[str]:
 
 
 def _check(column: str, head: Sequence[Row], names: list[str], where: str) -> None:
-    """Raise ConfigError for a column that is not there, or holds no text in any row."""
+    """Raise ConfigError if the column is missing or holds no text in any row."""
     key = f"data.text_column={column}: {where}"
     there = [(n, v) for n, row in enumerate(head, 1) if (v := _value(row, column)) is not _MISSING]
     if not there:
@@ -136,7 +134,7 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _is_prose(values: list[str]) -> bool:
-    """Return whether the values vary, and are mostly neither labels nor ids, links or numbers."""
+    """Return whether the values vary and are mostly not labels, ids, links or numbers."""
     different, count = len(set(values)), len(values)
     is_short = sum(map(len, values)) < 40 * count
     enough, few = (6, count / 2) if is_short else (20, count / 20)
@@ -147,7 +145,7 @@ def _is_prose(values: list[str]) -> bool:
 
 
 def _is_wordy(value: str) -> bool:
-    """Return whether a value has several words; scripts without spaces have them unspaced."""
+    """Return whether a value has several words, or is text in a script without spaces."""
     value = value.strip()
     if re.match(r"[a-z]+://\S*$|[\w./\\-]+$", value, re.IGNORECASE | re.ASCII):
         return False
@@ -156,10 +154,7 @@ def _is_wordy(value: str) -> bool:
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, int]]:
-    """Yield each part of a value that is not plain text and how many characters it holds.
-
-    A chat or a list counts as one part, a struct as its fields.
-    """
+    """Yield the name and the number of characters of each field of a struct, or of the value."""
     if isinstance(value, dict) and not _turns(value):
         for key, inner in value.items():
             if isinstance(inner, str):
@@ -171,7 +166,7 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, int]]:
 
 
 def _size(value: Any) -> int:
-    """Return how many characters of text a value holds."""
+    """Return the number of characters in a value, at any depth."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, bytes):
@@ -185,7 +180,7 @@ def _size(value: Any) -> int:
 
 
 def _value(row: Any, column: str) -> Any:
-    """Return what a row has under a name, or ``a.b.c`` in it; of a list, what each element has."""
+    """Return the value at a name or path such as ``a.b.c``; for a list, that of each element."""
     if isinstance(row, list):
         found = [_value(one, column) for one in row]
         return _MISSING if all(one is _MISSING for one in found) else found
@@ -199,16 +194,16 @@ def _value(row: Any, column: str) -> Any:
 
 
 def prefixes(column: str) -> list[str]:
-    """Return the names that a column of a table may have for ``column`` to be in it."""
+    """Return the table columns that may contain the path: ``a``, ``a.b`` and ``a.b.c``."""
     return list(itertools.accumulate(column.split("."), "{}.{}".format))
 
 
 def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> Iterator[str]:
-    """Yield the text of each row, empty where it is null; count and skip what is no text.
+    """Yield the text of each row, empty if it is null; count and skip values that are not text.
 
-    A list gives its texts on lines of their own; a chat, a list of ``{role, content}`` or
-    ``{from, value}``, paragraphs ``role: content``.  Raises ConfigError, naming the row, for a
-    struct and for bytes that are not UTF-8, and where many rows have their text under another name.
+    The strings of a list become lines.  The turns of a chat, ``{role, content}`` or
+    ``{from, value}``, become paragraphs ``role: content``.  Raises ConfigError, naming the row,
+    for a struct, for bytes that are not UTF-8, and if many rows have their text in another column.
     """
     number, with_text = 0, 0
     beside, instead, samples = Counter[str](), Counter[str](), dict[str, list[str]]()
@@ -248,7 +243,7 @@ def texts(rows: Iterator[Row], choice: Choice, where: str, survey: Survey) -> It
 
 
 def _text(value: Any, key: str, number: int) -> str | None:
-    """Return the text of a value; None for a number, a truth value or anything without text."""
+    """Return the text of a value, or None for numbers, booleans and lists of them."""
     if isinstance(value, str):
         return value
     if isinstance(value, bytes):
@@ -258,7 +253,7 @@ def _text(value: Any, key: str, number: int) -> str | None:
             raise ConfigError(f"{key}: row {number} holds bytes that are not UTF-8") from error
     if isinstance(value, dict):
         if turns := _turns(value):
-            return "\n\n".join(said for turn in turns if (said := _message(turn)))
+            return "\n\n".join(filter(None, map(_message, turns)))
         if (said := _message(value)) is not None:
             return said
         leaves = [leaf for leaf, size in _leaves("", value) if size]
@@ -270,7 +265,7 @@ def _text(value: Any, key: str, number: int) -> str | None:
     if isinstance(value, list | tuple):
         parts = [_text(one, key, number) for one in value if one is not _MISSING]
         found = [part for part in parts if part is not None]
-        if {str, dict} <= set(map(type, value)):  # a sentence, of which links are parts
+        if {str, dict} <= set(map(type, value)):  # a sentence with links in it
             return "".join(found)
         if any(isinstance(one, dict) for one in value):  # a chat
             return "\n\n".join(filter(None, found))
@@ -279,7 +274,7 @@ def _text(value: Any, key: str, number: int) -> str | None:
 
 
 def _turns(value: Row) -> list[Row]:
-    """Return the turns of a chat that is kept as a list of roles and one of contents."""
+    """Return the turns of a chat stored as a list of roles and a list of contents."""
     for names in TURNS:
         lists = [value.get(name) for name in names]
         if all(isinstance(one, list) for one in lists):
@@ -288,11 +283,11 @@ def _turns(value: Row) -> list[Row]:
 
 
 def _message(value: Row) -> str | None:
-    """Return ``role: content`` of a turn of a chat; None for another struct."""
+    """Return ``role: content`` for a turn of a chat, None for any other struct."""
     for role, content in TURNS:
         if role in value and content in value:
             said = value[content]
-            if isinstance(said, list):  # of parts, {type: text, text: ...}
+            if isinstance(said, list):  # parts, {type: text, text: ...}
                 pieces = [one.get("text") if isinstance(one, dict) else one for one in said]
                 said = "\n".join(piece for piece in pieces if isinstance(piece, str))
             if said is None or isinstance(said, str):
@@ -303,7 +298,7 @@ def _message(value: Row) -> str | None:
 
 
 def chosen_before(head: Sequence[Row], asked: str) -> str:
-    """Return the column that earlier versions chose; what was made from another is made anew."""
+    """Return the column that version 0.1 chose; with any other, the documents differ."""
     if asked != "auto":
         return asked
     lengths = Counter[str]()

@@ -1,6 +1,6 @@
-"""Corpora: where documents come from, and which split each belongs to.
+"""Read the documents of a corpus and assign each to a split.
 
-A corpus is streamed: nothing here holds more than a chunk of a file or a batch of rows.
+Corpora are streamed: nothing here holds more than a chunk of a file or a batch of rows.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from tinygpt.data.textfiles import END_OF_TEXT, cut
 
 
 class Document(NamedTuple):
-    """One text; ``nats`` is its exact information content −log p where the source knows it."""
+    """Hold a text and, if the source knows it, its information content -log p in nats."""
 
     text: str
     nats: float | None = None
 
 
 class Corpus(Protocol):
-    """What a source of text offers.  ``own`` names the splits that it brings itself."""
+    """Define a source of documents; ``own`` names the held-out splits that it provides."""
 
     own: set[str]
 
     def fingerprint(self) -> str:
-        """Return what changes whenever the text does, independent of where it lies."""
+        """Return a hash that depends on the text, not on its location."""
 
     def documents(self, split: str) -> Iterator[Document]:
         """Yield the documents of ``split``: ``train``, or one of ``own``."""
 
     def position(self) -> tuple[int, int] | None:
-        """Return how many bytes have been read this time, and of how many, where one can tell."""
+        """Return the bytes read so far and the total, or None if unknown."""
         return None
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """Return the corpus that ``config`` names.  Raises ConfigError where it cannot be read."""
+    """Return the corpus of ``config``.  Raises ConfigError if it cannot be read."""
     if isinstance(config, SyntheticData):
         return SyntheticCorpus(config)
     if isinstance(config, HubData):
@@ -59,7 +59,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
-    """Return the split of a document, by a hash of its text: it never changes sides."""
+    """Return the split of a document, which depends only on a hash of its text."""
     place = int.from_bytes(_short_hash(text), "big") / 2**64
     if place < val_fraction:
         return "val"
@@ -67,8 +67,10 @@ def split_of(text: str, val_fraction: float, test_fraction: float) -> str:
 
 
 def split_documents(corpus: Corpus, config: DataConfig) -> Iterator[tuple[str, Document]]:
-    """Yield every document with its split: the source's own validation and test, then the rest,
-    in which ``duplicate`` is what those have too."""
+    """Yield every document with its split: the source's own validation and test splits first.
+
+    A later document whose text is also in one of those has the split ``duplicate``.
+    """
     seen: set[bytes] = set()
     for split in ("val", "test"):
         if split in corpus.own:
@@ -85,13 +87,13 @@ def split_documents(corpus: Corpus, config: DataConfig) -> Iterator[tuple[str, D
 
 
 def _short_hash(text: str) -> bytes:
-    """Hash a text; white space around it and the kind of its line ends make no other text."""
+    """Hash a text, ignoring surrounding white space and the kind of line ends."""
     text = text.strip().replace("\r\n", "\n").replace("\r", "\n")
     return hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
 
 
 def _sha256(values: Any) -> str:
-    # not fileio.digest, which writes its JSON without spaces: these are compared with old ones
+    # not fileio.digest, whose JSON has no spaces: fingerprints must match those of old runs
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -106,7 +108,7 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 class SyntheticCorpus(Corpus):
-    """Stories from the embedded grammar, as many as are asked for."""
+    """Yield stories from the embedded grammar."""
 
     def __init__(self, config: SyntheticData) -> None:
         if config.max_tokens is None and config.max_documents is None:
@@ -126,7 +128,7 @@ class SyntheticCorpus(Corpus):
 
 
 class FileCorpus:
-    """Files of the user's own: texts cut into documents, and tables with one document a row."""
+    """Read the user's files: texts, cut into documents, and tables, one document per row."""
 
     def __init__(self, config: CustomData) -> None:
         self.config, self.survey = config, Survey()
@@ -151,7 +153,7 @@ class FileCorpus:
         self.read: dict[Path, int] = {}  # bytes
 
     def _choose_columns(self) -> None:
-        """Choose the text column of each table: the same in all that have the same columns."""
+        """Choose the text column of each table; tables with the same columns share it."""
         asked = self.config.text_column
         alike: dict[frozenset[str], columns.Choice] = {}
         refused: dict[Path, ConfigError] = {}
@@ -196,20 +198,22 @@ class FileCorpus:
         return sum(self.read.values()), sum(source.size for source in self.sources)
 
 
-# A line that begins with white space, of which U+00A0 and U+3000 have other first bytes.
+# An indented line; U+00A0, U+3000 and other wide spaces begin with the bytes from \xc2 on.
 _INDENTED = re.compile(rb"[\n\r\v\f](?:[ \t\x1f]|\xc2|\xe1\x9a|\xe2\x80|\xe2\x81|\xe3\x80)")
 
 
 class Source:
-    """A file, and how it is read: a table (``rows``, by ``choice``), or a text (``separator``)."""
+    """Read one file: a table (``rows``, ``choice``) or a text (``separator``)."""
 
     choice: columns.Choice
-    is_column_new = False  # earlier versions chose another
+    is_column_new = False  # version 0.1 chose another
     separator: str
 
     def __init__(self, path: Path, where: str, config: CustomData) -> None:
-        """Read it once, for its checksum and what decides how a text is cut.  Raises ConfigError,
-        which ``where`` begins, for one that is empty, no text or cannot be read."""
+        """Scan the file for its checksum and the marks in it.
+
+        Raises ConfigError, beginning with ``where``, if it is empty, binary or unreadable.
+        """
         self.path, self.config, self.size = path, config, 0
         self.has_mark = self.has_return = self.has_indented = False
         sha, mark, tail, line_end = hashlib.sha256(), END_OF_TEXT.encode(), b"", b"\n"
@@ -243,7 +247,7 @@ class Source:
         return textfiles.text_chunks(self.path, read, self.config.encoding)
 
     def choose_separator(self) -> None:
-        """Choose where a text is cut: at ``data.separator``, or at what ``auto`` finds."""
+        """Set ``separator`` to ``data.separator``, or detect it if that is ``auto``."""
         self.separator = self.config.separator
         if self.separator != "auto":
             return
@@ -262,8 +266,8 @@ class Source:
         return len(list(itertools.islice(pieces, 2))) > 1
 
     def identity(self) -> list[Any]:
-        """Return what the documents follow from: the content, and a mark where earlier versions
-        made other documents of it."""
+        """Return what determines the documents: checksum, format, and 2 where version 0.1 would
+        have made other documents of them."""
         if self.rows is not None:
             suffix, dialect = f".{self.rows.format}", self.rows.dialect
             is_usual = self.path.suffix == suffix and (dialect is None or dialect.is_default)
@@ -274,16 +278,13 @@ class Source:
                 self.has_return
                 or not self.is_plain
                 or (self.config.separator == "auto" and self.separator != before)
-                or (
-                    self.has_indented
-                    and textfiles.keeps_indentation(self.separator)
-                    and any(one[0].isspace() for one in cut(self._chunks({}), self.separator))
-                )
             )
+            if not is_new and self.has_indented and textfiles.keeps_indentation(self.separator):
+                is_new = any(one[0].isspace() for one in cut(self._chunks({}), self.separator))
         return [self.sha256, suffix, 2] if is_new else [self.sha256, suffix]
 
     def texts(self, read: dict[Path, int], survey: Survey) -> Iterator[str]:
-        """Yield the documents; ``read`` counts bytes, ``survey`` what is skipped."""
+        """Yield the documents, counting bytes in ``read`` and skipped values in ``survey``."""
         if self.rows is None:
             return cut(self._chunks(read), self.separator)
         tops = [name for column in self.choice.columns for name in columns.prefixes(column)]
@@ -291,13 +292,13 @@ class Source:
         return columns.texts(rows, self.choice, str(self.path), survey)
 
     def formats(self) -> list[str]:
-        """Return what was detected of the file, and what was given, as one text or none."""
+        """Return a description of the file's format, as a list of at most one string."""
         found = [textfiles.packing(self.path).lstrip(".")]
         if self.rows is None or self.rows.format != "parquet":
             found.append(self.config.encoding or textfiles.encoding_found(self.path))
         if self.rows is not None:
-            named = {"jsonl": "JSON lines", "json": "JSON"}
-            found.append(str(self.rows.dialect or named.get(self.rows.format, self.rows.format)))
+            named = {"jsonl": "JSON lines", "json": "JSON", "parquet": "parquet"}
+            found.append(str(self.rows.dialect or named[self.rows.format]))
         elif self.separator == END_OF_TEXT:
             found.append(f"cut at {END_OF_TEXT}")
         elif self.separator == "sections":
@@ -306,7 +307,7 @@ class Source:
 
 
 class HubCorpus(Corpus):
-    """A text data set of the Hugging Face hub, streamed; or a local folder laid out like one."""
+    """Stream a text data set from the Hugging Face hub or a local folder laid out like one."""
 
     def __init__(self, config: HubData) -> None:
         self.config, self.survey = config, Survey()
@@ -334,8 +335,10 @@ class HubCorpus(Corpus):
         return {split: name for split, (_, name) in chosen.items()}
 
     def _place(self) -> tuple[str, str | None]:
-        """Return what the hub's library is to open, and the configuration's name in it: in a local
-        folder without README.md, as the hub's parquet branch comes, the sub-folder of that name."""
+        """Return the path and the configuration's name for ``datasets``.
+
+        A local copy of the hub's parquet branch has no README.md: there the name is a sub-folder.
+        """
         repo, name = self.config.repo, self.config.config
         folder = Path(repo, name or "")
         is_folder = self.local and name is not None and folder.is_dir()
@@ -345,7 +348,7 @@ class HubCorpus(Corpus):
 
     @contextlib.contextmanager
     def _library(self) -> Iterator[Any]:
-        """Yield the hub's library, whose errors become one line."""
+        """Yield the ``datasets`` library, and turn its errors into one line."""
         import datasets
 
         datasets.logging.set_verbosity_error()
@@ -356,14 +359,13 @@ class HubCorpus(Corpus):
             raise ConfigError(f"{self.where}: {first_line(error)}") from error
 
     def fingerprint(self) -> str:
-        config = self.config
-        found: dict[str, Any] = {"config": config.config, "splits": self.splits}
-        found["column"] = config.text_column
+        config, found = self.config, dict[str, Any]()
+        found |= {"config": config.config, "splits": self.splits, "column": config.text_column}
         if config.separator not in ("auto", "none"):
-            found["cut"] = 2  # which rows have line ends that are cut at now is not known
+            found["cut"] = 2  # version 0.1 cut at other line ends
         if self.local:
-            files = sorted(p for p in Path(config.repo).rglob("*") if p.is_file())
-            found["files"] = [fileio.sha256(p) for p in files]
+            files = sorted(filter(Path.is_file, Path(config.repo).rglob("*")))
+            found["files"] = [*map(fileio.sha256, files)]
         else:
             found |= {"repo": config.repo, "revision": config.revision}
         return _sha256(found)
@@ -386,5 +388,5 @@ class HubCorpus(Corpus):
 
 
 def describe(config: DataConfig) -> str:
-    """Return the name of a corpus, as results.json has it."""
+    """Return the name of a corpus for results.json."""
     return config.repo if isinstance(config, HubData) and config.name == "hub" else config.name

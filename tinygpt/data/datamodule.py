@@ -1,8 +1,8 @@
-"""Batches.  The order of the data is a pure function of (seed, step).
+"""Serve batches whose order is a pure function of (seed, step).
 
-Optimizer step ``s`` takes the sequences ``s·B … s·B + B − 1`` of an endless sequence of epochs,
-each a seeded permutation of the training windows.  Devices and passes only cut that batch up, so
-that any machine, and any resumed run, sees the same tokens in the same order.
+Every epoch is a seeded permutation of the training windows, and optimizer step ``s`` takes windows
+``s·B`` to ``s·B + B − 1`` of the concatenated epochs.  Devices and micro-batches only divide that
+batch, so every machine and every resumed run sees the same tokens in the same order.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from tinygpt.config.horizon import PASS_TOKENS, Plan, derive
 from tinygpt.data import corpora, shards
 from tinygpt.data.shards import EvalWindows, Prepared, Split, TrainWindows
 
-IGNORED = -100  # a target that is not scored: padding behind a short window
+IGNORED = -100  # the target at positions that are not scored, such as padding
 Batch = tuple[Tensor, Tensor]  # inputs (B, T), targets (B, T), both int64
 
 
 @dataclass(eq=False)
 class TrainBatches(Dataset[Batch]):
-    """Indexed by the pass (micro-step) of this device: inputs and the tokens behind them."""
+    """Return the batch of each micro-step of this device."""
 
     split: Split
     windows: TrainWindows
@@ -53,7 +53,7 @@ class TrainBatches(Dataset[Batch]):
         return np.random.default_rng([self.seed, epoch]).permutation(self.windows.starts)
 
     def starts(self, step: int) -> NDArray[np.int64]:
-        """Return positions ``(batch_size,)`` of the windows of optimizer step ``step``."""
+        """Return the positions ``(batch_size,)`` of the windows of optimizer step ``step``."""
         first, count = step * self.plan.batch_size, len(self.windows.starts)
         epochs, places = np.divmod(np.arange(first, first + self.plan.batch_size), count)
         out = np.empty(len(places), dtype=np.int64)
@@ -68,12 +68,12 @@ class TrainBatches(Dataset[Batch]):
         first = (part * self.world_size + self.rank) * micro
         starts = self.starts(step)[first : first + micro]
         tokens = torch.from_numpy(self.split.gather(starts, self.length + 1))
-        return tokens[:, :-1], tokens[:, 1:]  # the one place where labels are shifted
+        return tokens[:, :-1], tokens[:, 1:]  # labels are shifted only here
 
 
 @dataclass(eq=False)
 class EvalBatches(Dataset[Batch]):
-    """Every target of a split once; short windows are padded with targets that are ignored."""
+    """Return batches with every target of a split once; short windows are padded."""
 
     split: Split
     windows: EvalWindows
@@ -103,7 +103,7 @@ class EvalBatches(Dataset[Batch]):
 
 @dataclass(eq=False)
 class _Indices(Sampler[int]):
-    """Indices that are asked for anew each time; ``length`` is what Lightning counts by."""
+    """Call ``indices`` at each iteration; Lightning counts by ``length``."""
 
     length: int
     indices: Callable[[], range]
@@ -116,7 +116,7 @@ class _Indices(Sampler[int]):
 
 
 class StepLoader(DataLoader[Batch]):
-    """Whole batches by their index.  There is no state to keep: the step says everything."""
+    """Load whole batches by index; it has no state because the step determines them."""
 
     def state_dict(self) -> dict[str, int]:
         return {}
@@ -126,16 +126,16 @@ class StepLoader(DataLoader[Batch]):
 
 
 class TokenData(pl.LightningDataModule):
-    """Serve the corpus of a configuration: ``prepare_data`` tokenizes it, ``setup`` opens it.
+    """Serve the corpus of a configuration, tokenized by ``prepare_data`` and opened by ``setup``.
 
-    ``prepared`` is the tokenized corpus where the caller has it already.
+    ``prepared`` is the tokenized corpus if the caller already has it.
     """
 
-    prepared: Prepared  # from ``setup`` on, as is all that follows
+    prepared: Prepared  # this and the next three are set by ``setup``
     splits: dict[str, Split]
     windows: TrainWindows
     plan: Plan
-    scores_all = True  # validation windows, or every k-th (``val_every``)
+    scores_all = True  # whether validation scores all windows or every k-th (``val_every``)
 
     def __init__(self, config: Config, prepared: Prepared | None = None) -> None:
         super().__init__()
@@ -144,12 +144,12 @@ class TokenData(pl.LightningDataModule):
             self._open(prepared)
 
     def prepare_data(self) -> None:
-        """Tokenize the corpus and write its shards, unless the cache has them."""
+        """Tokenize the corpus into shards, unless the cache has them."""
         if not hasattr(self, "prepared"):
             self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the shards, and cut the batch into the passes that the Trainer's devices take."""
+        """Open the shards and divide the batch among the Trainer's devices."""
         if not hasattr(self, "prepared"):
             self._open(self._prepare())
         if self.trainer is None:
@@ -177,15 +177,14 @@ class TokenData(pl.LightningDataModule):
         self.windows = self.splits["train"].train_windows(self.length, stride, data.fraction)
         for name, split in self.splits.items():
             tokens = split.info["tokens"]
-            enough = len(self.windows.starts) > 0 if name == "train" else tokens >= self.length
-            if not enough:
+            if not (len(self.windows.starts) if name == "train" else tokens >= self.length):
                 raise ConfigError(
                     f"model.max_seq_len={self.length}: longer than the {shards.WORDS[name]} split "
                     f"of {tokens} tokens; lower it, {self._lengthen(name)}"
                 )
 
     def _lengthen(self, name: str) -> str:
-        """Say what makes a split long enough: the key that cuts it short, or more text."""
+        """Return the advice that makes a split long enough: a key to raise, or more text."""
         data, info = self.config.data, self.splits[name].info
         cut = "max_tokens" if name == "train" else "eval_tokens"
         limit = getattr(data, cut)
@@ -193,13 +192,12 @@ class TokenData(pl.LightningDataModule):
             return f"or raise data.{cut}={limit}"
         key, share = "fraction", data.fraction * (1 - data.val_fraction - data.test_fraction)
         if name != "train":
-            key = f"{name}_fraction"
-            share = getattr(data, key)
+            share = getattr(data, key := f"{name}_fraction")
         wanted = 2 * (self.length + 1) * info["bytes"] / info["tokens"] / share
         return f"raise data.{key} or take more text, about {shards.kilobytes(wanted)} in all"
 
     def derive_plan(self, accelerator: str, devices: int) -> Plan:
-        """Set and return ``plan``: everything that is counted in steps on these devices."""
+        """Set and return ``plan``, the numbers of steps on these devices."""
         config, vocab_size = self.config, self.prepared.tokenizer.vocab_size
         rank = config.optim.lora.rank
         self.plan = derive(
@@ -213,32 +211,30 @@ class TokenData(pl.LightningDataModule):
         return self.plan
 
     def floor(self, split: str) -> float | None:
-        """Return the nats per token below which no model can come, where they are known.
+        """Return the irreducible loss in nats per token, if it is known.
 
-        Known only if every window can begin with a document and hold it whole.
+        It is known only if every document fits into a window.
         """
         info = self.splits[split].info
         exact: float | None = info["irreducible_loss_exact"]
         return exact if info["longest_document"] <= self.length else None
 
     def val_every(self) -> int:
-        """Return k: between the first and the last evaluation every k-th window is scored, so
-        that this takes at most ``train.eval_share`` of the training, but no fewer than 16 windows.
+        """Return k: all evaluations but the last score every k-th window, at least 16 of them.
 
-        A forward pass costs a third of a step.  Runs that share a trunk score all, as one.
+        That bounds their cost by ``train.eval_share`` of the training, as a forward pass costs a
+        third of a step.  Runs that share a trunk score all windows, as a single run does.
         """
         plan, share = self.plan, self.config.train.eval_share
         if share is None or self.config.sweep.share_trunk:
             return 1
         between = (plan.total_steps - 1) // plan.eval_steps
-        wanted: float = (
-            between * self.splits["val"].info["tokens"] / (3 * share * plan.train_tokens)
-        )
-        windows = len(self.eval_batches("val", 1))
-        return max(1, min(math.ceil(wanted), windows // 16))
+        tokens, windows = self.splits["val"].info["tokens"], len(self.eval_batches("val", 1))
+        wanted = math.ceil(between * tokens / (3 * share * plan.train_tokens))
+        return max(1, min(wanted, windows // 16))
 
     def eval_batches(self, split: str, batch_size: int, every: int = 1) -> EvalBatches:
-        """Return the batches of a split, or of every so many of its windows."""
+        """Return the batches of a split, made of every ``every``-th of its windows."""
         windows = self.splits[split].eval_windows(self.length, self.floor(split) is not None)
         return EvalBatches(
             self.splits[split],
@@ -249,7 +245,7 @@ class TokenData(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> StepLoader:
-        """Return the passes of this device, from the Trainer's next step on."""
+        """Return the micro-batches of this device, from the Trainer's next step on."""
         rank, world_size = self._place()
         batches = TrainBatches(
             self.splits["train"],
@@ -265,8 +261,7 @@ class TokenData(pl.LightningDataModule):
         return self._loader(batches, _Indices(len(batches), lambda: own))
 
     def val_dataloader(self) -> StepLoader:
-        """Return the batches of validation: of all windows, or of a part once ``scores_all`` is
-        false."""
+        """Return the validation batches: of all windows if ``scores_all``, else of some."""
         rank, world_size = self._place()
         size = self.plan.micro_batch_size
         batches = [self.eval_batches("val", size, k) for k in (1, self.val_every())]
@@ -277,7 +272,7 @@ class TokenData(pl.LightningDataModule):
         return self._loader(ConcatDataset(batches), own)
 
     def test_dataloader(self) -> StepLoader | list[StepLoader]:
-        """Return the batches of the test split; none where the corpus has no such split."""
+        """Return the test batches, an empty list if the corpus has no test split."""
         if "test" not in self.splits:
             return []
         rank, world_size = self._place()
@@ -285,7 +280,7 @@ class TokenData(pl.LightningDataModule):
         return self._loader(batches, range(rank, len(batches), world_size))
 
     def _place(self) -> tuple[int, int]:
-        """Return the rank of this process and the number of processes."""
+        """Return this process's rank and the number of processes."""
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 

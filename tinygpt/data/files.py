@@ -1,4 +1,4 @@
-"""The files of a corpus: a path, a folder, a glob or a list of these, each file once."""
+"""Find the files of a corpus: a path, a folder, a glob or a list of these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinygpt.config import ConfigError
 from tinygpt.data.survey import Survey, counted
 from tinygpt.data.textfiles import BINARY, MARKS, PACKED, inner_suffix
 
-# What is read of a folder, packed or not; a file that is named, also by a glob, has any suffix.
+# Only these are read from a folder, packed or not; a file named by its path or a glob may have any.
 _KINDS = """
 csv tsv tab psv jsonl ndjson jsonlines json parquet
 txt text md markdown mdx rst adoc asciidoc org tex log
@@ -26,9 +26,9 @@ FOLDER_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split())
 
 
 def find_files(key: str, value: str, survey: Survey | None = None) -> list[Path]:
-    """Return the files that a path, a folder, a glob or a list of these names, each once.
+    """Return the files named by a path, a folder, a glob or a list of these, each once.
 
-    What a folder or a glob holds beside them is counted in ``survey``.  Raises ConfigError.
+    ``survey`` counts what was skipped.  Raises ConfigError if there are none.
     """
     survey, files = survey or Survey(), list[Path]()
     for place in _places(value):
@@ -45,7 +45,7 @@ def find_files(key: str, value: str, survey: Survey | None = None) -> list[Path]
 
 
 def _places(value: str) -> list[str]:
-    """Return what a list ``[a.txt,'b, c.txt']`` names; any other text names itself."""
+    """Return the items of a list ``[a.txt,'b, c.txt']``; any other text is one place."""
     if not (value[:1] == "[" and value[-1:] == "]") or os.path.exists(value):
         return [value] if value else []
     words = shlex.shlex(value[1:-1], posix=True)
@@ -66,21 +66,19 @@ def _files_of(key: str, value: str, skipped: Counter[str]) -> list[Path]:
             raise ConfigError(f"{key}={value}: not a file")
         return [path]
     else:
-        matches = sorted(
-            map(Path, glob.glob(str(path), recursive=True)),
-            key=lambda match: (len(match.parts), match),
-        )
+        found = map(Path, glob.glob(str(path), recursive=True))
+        matches = sorted(found, key=lambda match: (len(match.parts), match))
         files = [file for file in matches if file.is_file()]
         if not files:
             several = f"; several are a list, '{key}=[{value}]'" if "," in value else ""
             reason = "not a file" if matches else "no such file or folder" + several
             raise ConfigError(f"{key}={value}: {reason}")
-        if len(files) < len(matches) and "**" not in value:  # which matches folders on its way
+        if len(files) < len(matches) and "**" not in value:  # ** also matches the folders above
             skipped["folder"] += len(matches) - len(files)
     kept = []
     for file in _once(files, skipped):
         with file.open("rb") as stream:
-            head = stream.read(8192)  # by which git, too, tells what is text
+            head = stream.read(8192)  # git, too, looks for NUL in this much
         is_packed = file.suffix.lower() in (*BINARY, *PACKED) or head.startswith(tuple(MARKS))
         if not head:
             skipped["empty file"] += 1
@@ -114,10 +112,9 @@ def _texts_in(folder: Path, skipped: Counter[str]) -> list[Path]:
 
 
 def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
-    """Return the files under ``root``; linked folders come last and are followed once."""
-    files: list[Path] = []
-    real, linked = [root], list[Path]()
-    seen = set(root.resolve().parents)  # a link up there would lead back here
+    """Return the files under ``root``, following links to folders last and once."""
+    files, real, linked = list[Path](), [root], list[Path]()
+    seen = set(root.resolve().parents)  # a link to one of these would lead back here
     while real or linked:
         folder = real.pop() if real else linked.pop(0)
         if folder.resolve() in seen:
@@ -137,7 +134,7 @@ def _walk(root: Path, skipped: Counter[str]) -> list[Path]:
 
 
 def _once(files: list[Path], skipped: Counter[str]) -> list[Path]:
-    """Return every file by one of its names, which is not a link where it has another."""
+    """Return each file under one of its names, preferably one that is not a link."""
     kept: dict[tuple[int, int], Path] = {}
     for path in sorted(files, key=Path.is_symlink):
         status = path.stat()

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: our own exports, GPT-2's, and those of other models."""
+"""Read the tokenizers of Hugging Face folders: our exports, GPT-2's and other models'."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 def open_tokenizer(key: str, place: str) -> Tokenizer:
     """Return the tokenizer of a file, a run folder, a Hugging Face folder or a model on the hub.
 
-    Raises ConfigError, naming ``key``, where there is none.
+    Raises ConfigError, naming ``key``, if there is none.
     """
     path = Path(place).expanduser()
     if path.is_file():
@@ -35,17 +35,17 @@ def open_tokenizer(key: str, place: str) -> Tokenizer:
 def tokenizer_config(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, Any]:
     """Return the content of tokenizer_config.json, for transformers 4 and 5.
 
-    A text begins as in training: after the end of another (<|bos|> was never seen), or after the
-    token that tokenizer.json puts there.
+    ``bos_token`` is what a document follows in training: <|endoftext|>, or the token that
+    tokenizer.json puts there.  <|bos|> never occurs in training.
     """
     start, end, unknown = None, own.EOT, own.UNKNOWN if tokenizer.unknown_id is not None else None
     if isinstance(tokenizer, Foreign):
         start, end = tokenizer.start, tokenizer.eot
         unknown = tokenizer.tokenizer_json["model"].get("unk_token")
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # 5 would write another, which 4 refuses
+        "tokenizer_class": "PreTrainedTokenizerFast",  # version 4 refuses what 5 would write
         "model_max_length": max_seq_len,
-        # else 4 also gives token types, whose embedding its GPT-2 adds to every token's
+        # otherwise version 4 adds token types, which its GPT-2 embeds
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         "bos_token": start or end,
@@ -87,9 +87,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     except ConfigError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: not a tokenizer that can be used ({one_line(error)})"
-        ) from error
+        raise ConfigError(f"{path}: not a usable tokenizer ({one_line(error)})") from error
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
@@ -97,12 +95,12 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _token(value: Any) -> str | None:
-    """Return a special token, which is written as a text or as a table of its properties."""
+    """Return a special token, given as a string or as a table with its ``content``."""
     return value.get("content") if isinstance(value, dict) else value
 
 
 def _eot_by_number(folder: Path, library: Library) -> str | None:
-    """Return the token that the settings of the model give as the end, the first of several."""
+    """Return the token of ``eos_token_id`` in the model's settings, the first of several."""
     for name in ("generation_config.json", "config.json"):
         number = _settings(folder, name).get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
@@ -112,8 +110,11 @@ def _eot_by_number(folder: Path, library: Library) -> str | None:
 
 
 def _added(library: Library, eot: str) -> tuple[str | None, bool]:
-    """Return the token that tokenizer.json puts before a text, unless it is ``eot``, which stands
-    there anyway; and whether it puts ``eot`` behind it.  Raises ValueError for more than that."""
+    """Return the token that tokenizer.json puts before a text, and whether it appends ``eot``.
+
+    The first is None for ``eot``, which precedes every document anyway.  Raises ValueError if it
+    adds anything else.
+    """
     with library_errors():
         words = sorted(library.get_vocab(with_added_tokens=False))
         some = next((w for w in words if library.encode(w, add_special_tokens=False).ids), "")
@@ -130,14 +131,13 @@ def _added(library: Library, eot: str) -> tuple[str | None, bool]:
 
 
 def tokenizer_from_hugging_face(folder: Path) -> Tokenizer | None:
-    """Return the tokenizer of a folder as ours: one that we exported, or GPT-2's own.
+    """Return the tokenizer of a folder as one of ours, if we exported it or it is GPT-2's.
 
-    None where its tokenizer.json is another's.  Raises ConfigError where there is none, or where
-    it cannot be read.
+    Returns None for any other.  Raises ConfigError if it is missing or unreadable.
     """
     path = folder / "tokenizer.json"
     if not path.exists() and (folder / "vocab.json").exists():
-        try:  # as GPT-2's were, before there was a tokenizer.json
+        try:  # GPT-2's older format
             return own.read_gpt2(*((folder / n).read_bytes() for n in ("vocab.json", "merges.txt")))
         except (OSError, ValueError) as error:
             raise ConfigError(
@@ -159,8 +159,8 @@ def tokenizer_from_hugging_face(folder: Path) -> Tokenizer | None:
 
 
 def _ours_like(content: dict[str, Any]) -> Tokenizer | None:
-    """Return that of ours which has such special tokens.  Raises ValueError for merges or an
-    alphabet that it cannot have."""
+    """Return our tokenizer with these special tokens, or None.  Raises ValueError for merges or
+    an alphabet that it cannot have."""
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     model = content["model"]
     merges = [own.read_merge(merge) for merge in model.get("merges", ())]
@@ -176,10 +176,9 @@ def _ours_like(content: dict[str, Any]) -> Tokenizer | None:
 
 
 def _essence(tokenizer: Library) -> dict[str, Any]:
-    """Return what decides ids and text, of all that tokenizer.json says.
+    """Return the settings that determine ids and text.
 
-    Left out is how offsets are told, padding and truncation, which are settings of the last call,
-    and how special tokens in a text are found.
+    Offsets, padding, truncation and the way special tokens are found in a text do not.
     """
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     model, first, last = (content[key] or {} for key in ("model", "pre_tokenizer", "decoder"))

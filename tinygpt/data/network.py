@@ -1,4 +1,4 @@
-"""What comes over the network, and how soon one learns that it does not."""
+"""Fetch models and vocabularies, and fail within two seconds if there is no network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GPT2_SHA256 = {
 
 
 def reachable(url: str) -> bool:
-    """Return whether anything answers at ``url``, through the proxy that the environment names."""
+    """Return whether anything answers at ``url``, through the environment's proxy if it has one."""
     answered = threading.Event()
 
     def ask() -> None:
@@ -35,7 +35,7 @@ def reachable(url: str) -> bool:
             urllib.request.urlopen(request, timeout=WAIT).close()
             answered.set()
         except urllib.error.HTTPError:
-            answered.set()  # it answered, if only to refuse
+            answered.set()  # a refusal is an answer
         except (OSError, ValueError):
             return
 
@@ -47,7 +47,7 @@ def reachable(url: str) -> bool:
 
 
 def require_hub(repo: str) -> None:
-    """Raise ConfigError within two seconds where the Hugging Face hub cannot be reached."""
+    """Raise ConfigError within two seconds if the Hugging Face hub cannot be reached."""
     if reason := _no_hub():
         raise ConfigError(
             f"data.repo={repo}: {reason}; start where the data lies in a folder of that name, or "
@@ -56,7 +56,7 @@ def require_hub(repo: str) -> None:
 
 
 def _no_hub() -> str:
-    """Return why the hub cannot be reached, else nothing."""
+    """Return why the hub cannot be reached, an empty string if it can."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         return "no network (HF_HUB_OFFLINE is set)"
     there = reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
@@ -65,9 +65,9 @@ def _no_hub() -> str:
 
 @functools.cache
 def model_folder(key: str, name: str) -> Path:
-    """Return the folder ``name``, else that with the files of the hub's model of this name.
+    """Return the folder ``name``, or the folder of the hub's model of that name.
 
-    Without a network those that were fetched before.  Raises ConfigError, naming ``key``.
+    Without a network it must have been fetched before.  Raises ConfigError, naming ``key``.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -97,12 +97,12 @@ def model_folder(key: str, name: str) -> Path:
 
 
 def gpt2_files() -> dict[str, bytes]:
-    """Return GPT-2's encoder.json and vocab.bpe from tiktoken's cache, else by its download.
+    """Return GPT-2's encoder.json and vocab.bpe from tiktoken's cache or by download.
 
-    Raises ConfigError, within two seconds where there is no network.
+    Raises ConfigError, within two seconds if there is no network.
     """
     remedy = "give tokenizer.vocab_dir=FOLDER, a folder with GPT-2's encoder.json and vocab.bpe"
-    # tiktoken deletes a damaged file and goes to the network, so that is found out first
+    # checked here because tiktoken deletes a damaged file and then waits for the network
     missing = [name for name in GPT2_SHA256 if not _is_cached(name)]
     if missing and not reachable(GPT2_URL + missing[0]):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Tables to rows: CSV in any dialect, JSON in three shapes, and parquet."""
+"""Read the rows of tables: CSV in any dialect, JSON in three shapes, and parquet."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from tinygpt.config import ConfigError, CustomData
 from tinygpt.data import textfiles
 
 Row = dict[str, Any]
-MOST_FIELDS = 20  # of a row that is a file of its own
-HEAD_ROWS, HEAD_CHARACTERS = 2000, 1 << 22  # that are looked at to choose dialect and column
+MOST_FIELDS = 20  # a JSON object with more texts than this is not one row
+HEAD_ROWS, HEAD_CHARACTERS = 2000, 1 << 22  # enough to detect the dialect and the column
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 EXCEL = re.compile(r"sep=(.)\r?\n")  # the line in which Excel names the delimiter
-NOWHERE = "\x1f"  # between the values of a table of one column, whose commas are text
+NOWHERE = "\x1f"  # the delimiter of a table of one column, whose commas are text
 
 
 class Rows:
-    """The rows of a file, as dicts, from the beginning each time; their dialect is known once."""
+    """Read the rows of a file, from the beginning each time, in a dialect detected once."""
 
     def __init__(self, path: Path, config: CustomData) -> None:
-        """Raises ConfigError where the first rows cannot be read."""
+        """Detect format and dialect.  Raises ConfigError if the first rows cannot be read."""
         self.path, self.format, self.encoding = path, textfiles.format_of(path), config.encoding
         self.dialect = find_dialect(path, config) if self.format == "csv" else None
 
     def read(
         self, read: dict[Path, int], columns: Iterable[str] | None = None, texts: bool = False
     ) -> Iterator[Row]:
-        """Yield the rows; of parquet only ``columns``, and with ``texts`` all others of text.
+        """Yield the rows as dicts.  Raises ConfigError, naming the line.
 
-        Raises ConfigError, naming the line.
+        Of parquet only ``columns`` are read, and with ``texts`` all other text columns.
         """
         if self.format == "parquet":
             return _parquet(self.path, read, columns, texts)
@@ -53,13 +53,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Dialect:
-    """Say how a CSV file is written: its delimiter, whether quotes quote, whether it has names."""
+    """Describe how a CSV file is written; ``str`` of it is shown to the user."""
 
     delimiter: str
     quoted: bool = True
     header: bool = True
-    line_end: str = "\n"  # "\r" where that is the only one
-    spaced: bool = False  # blanks stand between a delimiter and a quote
+    line_end: str = "\n"  # "\r" if the file has no other
+    spaced: bool = False  # blanks between a delimiter and a quote
 
     @property
     def is_default(self) -> bool:
@@ -72,9 +72,9 @@ class Dialect:
         return f"CSV with {between}, {names}{', blanks before quotes' * self.spaced}{quotes}"
 
     def records(self, chunks: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-        """Yield each record with the number of the line it ends in.
+        """Yield each record with the number of its last line.
 
-        A line that begins with a byte order mark began a file that was put behind another.
+        Byte order marks within the text, left by concatenating files, are removed.
         """
         csv.field_size_limit(sys.maxsize)
         lines = (line.removeprefix("\ufeff") + "\n" for line in textfiles.split_at(chunks, "\n"))
@@ -92,9 +92,8 @@ class Dialect:
 
 
 def find_dialect(path: Path, config: CustomData) -> Dialect:
-    """Return the dialect of the first rows: the delimiter by which most of them have as many
-    values as the first.  A text whose first line has none, and which no delimiter makes a table,
-    is one column."""
+    """Return the dialect of the first rows: with its delimiter most have as many values as the
+    first.  A text that no delimiter makes a table is one column."""
     text, ended, line_end = "", True, "\n"
     for chunk in textfiles.text_chunks(path, {}, config.encoding):
         text += chunk
@@ -142,7 +141,7 @@ def find_dialect(path: Path, config: CustomData) -> Dialect:
 
 
 def _widths(text: str, dialect: Dialect, ended: bool) -> list[int]:
-    """Return how many values each of the first records has; none where it is no such table."""
+    """Return the number of values in each of the first records, an empty list if unreadable."""
     widths = []
     try:
         for _, record in itertools.islice(dialect.records([text]), HEAD_ROWS):
@@ -154,19 +153,21 @@ def _widths(text: str, dialect: Dialect, ended: bool) -> list[int]:
 
 
 def _is_table(widths: list[int]) -> bool:
-    """Return whether most records behind the first, a title perhaps, have as many values."""
+    """Return whether most records after the first have the same number of values."""
     usual = max(set(widths[1:]), key=widths.count, default=1)
     return usual > 1 and widths[1:].count(usual) * 2 > len(widths[1:])
 
 
 def _has_header(records: list[list[str]]) -> bool:
-    """Return whether the first record names columns: short, none a number or a link, and none a
-    value further down or, but for its digits, like most of those."""
+    """Return whether the first record names columns.
+
+    Names are short, not numbers or links, and neither occur below nor resemble most values there.
+    """
     if not records or records[0] in (["text"], ["Text"]):
         return True
     first, *others = records
     if len(first) > 1:
-        others = [record for record in others if record != first]  # files put behind each other
+        others = [record for record in others if record != first]  # of concatenated files
     for place, name in enumerate(cell.strip() for cell in first):
         below = [record[place].strip() for record in others if len(record) > place]
         alike = [re.sub(r"\d+", "0", value) for value in below].count(re.sub(r"\d+", "0", name))
@@ -182,7 +183,7 @@ def _has_header(records: list[list[str]]) -> bool:
 
 
 def _title(records: list[list[str]]) -> str:
-    """Return what stands alone in the first record, above one that names every column."""
+    """Return the only value of the first record if the second is a header, else nothing."""
     if len(records) < 3 or not 1 < len(records[1]) == sum(bool(c.strip()) for c in records[1]):
         return ""
     filled = [cell for cell in records[0] if cell.strip()]
@@ -208,9 +209,9 @@ def _csv(path: Path, chunks: Iterable[str], dialect: Dialect) -> Iterator[Row]:
                 if dialect.header:
                     continue
             elif dialect.header and record == first:
-                continue  # files put behind each other
+                continue  # the header of a concatenated file
             if len(record) < len(names) or any(record[len(names) :]):
-                # a text with a comma or a line break, unquoted: no part of it is dropped
+                # likely a comma or a line break in an unquoted text; dropping it would lose words
                 raise csv.Error(
                     f"line {line:,} has {len(record)} values for {len(names)} columns, it begins "
                     f"{record[0]!r:.40}; "
@@ -227,8 +228,10 @@ def _csv(path: Path, chunks: Iterable[str], dialect: Dialect) -> Iterator[Row]:
 
 
 def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[Row]:
-    """Yield the objects of JSON lines; with ``whole`` also those of an array, or of the list in
-    one object.  A plain string is the ``text`` of a row.  Raises ConfigError, naming the line."""
+    """Yield the objects of JSON lines or, if ``whole``, of an array or the list in one object.
+
+    A plain string is a row's ``text``.  Raises ConfigError, naming the line.
+    """
     if whole:
         head = ""
         for chunk in chunks:
@@ -244,7 +247,7 @@ def _json(path: Path, chunks: Iterator[str], whole: bool) -> Iterator[Row]:
             yield from map(textfiles.unicode_only, itertools.chain(lone, values))
             return
     for number, line in enumerate(textfiles.split_at(chunks, "\n"), start=1):
-        line = line.removeprefix("\ufeff")  # of a file put behind another
+        line = line.removeprefix("\ufeff")  # of a concatenated file
         if not line.strip():
             continue
         try:
@@ -263,7 +266,7 @@ def _row(value: Any, where: str) -> Row:
 
 
 def _is_lines(head: str) -> bool:
-    """Return whether a JSON text has an object a line: its first line is one, and not all of it."""
+    """Return whether a JSON text has one object per line, as its first line suggests."""
     first, _, rest = head.strip().partition("\n")
     try:
         return bool(rest.strip()) and isinstance(fileio.parse_json(first), dict)
@@ -272,8 +275,8 @@ def _is_lines(head: str) -> bool:
 
 
 def _values(path: Path, chunks: Iterator[str], is_array: bool) -> Iterator[Row]:
-    """Yield the objects of an array, or those behind each other, one by one.  Raises ConfigError,
-    naming the line."""
+    """Yield the objects of an array or of concatenated JSON.  Raises ConfigError, naming the
+    line."""
     decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n\ufeff]*")
     buffer, at, line, expected = "", 0, 1, "[" if is_array else "value"
     while True:
@@ -311,7 +314,7 @@ def _values(path: Path, chunks: Iterator[str], is_array: bool) -> Iterator[Row]:
 
 
 def _rows_in(path: Path, value: Row) -> list[Row]:
-    """Return the rows in the only object of a file: its list of rows, else itself."""
+    """Return the rows in the only object of a file: its list of rows, or the object itself."""
     fields = list(value.values())
     lists = {
         name: rows
@@ -346,7 +349,7 @@ def _rows_in(path: Path, value: Row) -> list[Row]:
 def _parquet(
     path: Path, read: dict[Path, int], columns: Iterable[str] | None, texts: bool
 ) -> Iterator[Row]:
-    """Yield rows, a few hundred read at a time.  Raises ConfigError for what is no parquet."""
+    """Yield the rows of a parquet file, read in batches.  Raises ConfigError."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,9 +1,9 @@
-"""Token shards: a corpus tokenized once, kept in the cache, read by memory map.
+"""Tokenize a corpus once into shards in the cache, and read them by memory map.
 
-The stages: documents → split → tokenizer → shards on disk (``train_00000.bin`` ...) with an
-``index.json`` → windows of tokens.  A shard is ``eot d1 eot d2 eot ...``: every document's tokens
-and the end of text behind it are targets once, the first ``eot`` is context alone.  With a
-tokenizer that begins documents by itself it is ``bos d1 eot bos d2 eot bos ...``.
+Shards (``train_00000.bin`` ...) and an ``index.json`` hold the tokens of each split; windows of
+tokens are cut from them.  A shard is ``eot d1 eot d2 eot ...``: every token but the first is a
+target once.  With a tokenizer that begins documents with a token of its own it is
+``bos d1 eot bos d2 eot bos ...``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tinygpt.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from tinygpt.data.writing import BATCH_CHARACTERS, Placed, SplitWriter, write
 
 FORMAT = 3  # of the files here; part of the cache key
-VERIFY_BYTES = 1 << 30  # larger files are checked by their size alone
+VERIFY_BYTES = 1 << 30  # of larger files only the size is checked
 WORDS = {"train": "training", "val": "validation", "test": "test"}
-CHANCE = 3.0  # expected documents of a split that make it all but sure (95 %) that it has one
+CHANCE = 3.0  # a split with this many expected documents has one with 95 % probability
 READ = ("gpt2", "saved")  # tokenizers that are read from files, not trained
 
-Progress = Callable[[str, int, int | None], None]  # what is being done; bytes so far, of how many
+Progress = Callable[[str, int, int | None], None]  # what is being done, bytes so far, total bytes
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -45,27 +45,26 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 class TrainWindows(NamedTuple):
-    """Hold where the windows of training begin, (W,)."""
+    """Hold the positions (W,) of the training windows."""
 
-    starts: NDArray[np.int64]  # global positions
+    starts: NDArray[np.int64]  # counted through all shards
     used_tokens: int  # distinct targets in the windows
-    dropped_tokens: int  # at the shards' ends, shorter than a window
+    dropped_tokens: int  # targets at the shards' ends that do not fill a window
 
 
 class EvalWindows(NamedTuple):
-    """Hold where the windows of validation or test lie, (W,) each."""
+    """Hold the windows of validation or test, (W,) each."""
 
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]  # targets in each
-    before: NDArray[np.int64]  # the first of them, which count in the window before
+    before: NDArray[np.int64]  # leading targets that are scored in the window before
 
     def at(self, rows: slice | NDArray[np.bool_]) -> EvalWindows:
-        """Return some of the windows."""
         return EvalWindows(*(part[rows] for part in self))
 
 
 class Split:
-    """The tokens of one split: memory-mapped shards and where documents begin in them."""
+    """Read the tokens of one split: memory-mapped shards with the offsets of documents."""
 
     def __init__(self, folder: Path, name: str, index: dict[str, Any]) -> None:
         self.info = index["splits"][name]
@@ -74,11 +73,11 @@ class Split:
         offsets = np.load(folder / self.info["offsets"]["file"])
         counts = [entry["documents"] + 1 for entry in self.info["files"]]
         self.offsets = np.split(offsets, np.cumsum(counts)[:-1])  # per shard: (documents + 1,)
-        # tokens behind each document that are not scored: where there are, it is scored by itself
+        # unscored tokens after each document; if there are any, documents are scored one by one
         self.unscored = len(self.info.get("unscored_ids", ()))
 
     def gather(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Return tokens ``(B, length)`` from positions ``starts`` ``(B,)`` in one shard each."""
+        """Return the tokens ``(B, length)`` at positions ``starts`` ``(B,)``."""
         ends = np.cumsum([len(shard) for shard in self.shards])
         which = np.searchsorted(ends, starts, side="right")
         out = np.empty((len(starts), length), dtype=np.int64)
@@ -89,8 +88,7 @@ class Split:
         return out
 
     def train_windows(self, length: int, stride: int, fraction: float) -> TrainWindows:
-        """Return windows of ``length`` inputs and the token behind them, of a prefix of the
-        documents."""
+        """Return windows of ``length`` inputs and a last target from a prefix of the documents."""
         documents = max(1, round(fraction * self.info["documents"]))
         starts: list[NDArray[np.int64]] = []
         dropped = used = base = 0
@@ -107,13 +105,12 @@ class Split:
     def eval_windows(
         self, length: int, whole_documents: bool, stride: int | None = None
     ) -> EvalWindows:
-        """Return windows in which every target counts once; the last of a shard may be short.
+        """Return windows that score every target once; the last of a shard may be short.
 
-        ``whole_documents``: a window begins where a document does and holds whole documents, as
-        many as fit; the longest must fit.  Else windows begin ``stride`` apart (null: ``length``),
-        and a target counts where it stands behind the most context: in a shard's first window all
-        do, in each later one those that no window before it holds.  Where documents begin with a
-        token of their own each is scored by itself, as ``transformers`` reads it.
+        With ``whole_documents`` a window holds as many whole documents as fit, and the longest
+        must fit.  Otherwise windows begin ``stride`` apart (default ``length``), and a window
+        scores the targets that no earlier one holds.  Documents that begin with a token of their
+        own are scored one by one, as ``transformers`` does.
         """
         parts: list[tuple[NDArray[np.int64], ...]] = []
         base = 0
@@ -123,7 +120,7 @@ class Split:
                 first, last = cuts[:-1], cuts[1:]
             else:
                 cuts = offsets if self.unscored else offsets[[0, -1]]
-                begin, end = cuts[:-1], cuts[1:] - self.unscored  # (D,): scored side by side
+                begin, end = cuts[:-1], cuts[1:] - self.unscored  # (D,)
                 step, used = stride or length, end > begin
                 begin, end = begin[used], end[used]
                 windows = 1 + np.maximum(0, -(-(end - begin - length) // step))
@@ -138,7 +135,7 @@ class Split:
 
 
 def _packed(offsets: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-    """Return where to cut so that each part holds as many whole documents as fit."""
+    """Return the cuts (W + 1,) between windows of as many whole documents as fit."""
     cuts = [0]
     for start, end in itertools.pairwise(offsets.tolist()):
         if end - cuts[-1] > length:
@@ -148,7 +145,7 @@ def _packed(offsets: NDArray[np.int64], length: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A tokenized corpus in the cache."""
+    """Hold a tokenized corpus in the cache."""
 
     folder: Path
     index: dict[str, Any]
@@ -159,7 +156,7 @@ class Prepared:
 
 
 def fingerprints(corpus: Corpus, tokenizer: TokenizerConfig) -> dict[str, str]:
-    """Return what stands for the files that a configuration names, in the hash of a run."""
+    """Return fingerprints of the corpus and tokenizer files, for the configuration's hash."""
     content = {"data": corpus.fingerprint()}
     if tokenizer.kind in READ:
         content["tokenizer"] = _untrained(tokenizer).fingerprint()
@@ -175,15 +172,14 @@ def prepare(
 ) -> Prepared:
     """Return the tokenized corpus, from the cache or made now.
 
-    Two processes that ask for the same wait for each other; what was torn is made again, what was
-    killed on its way is resumed from the last whole shard.  Raises ConfigError where the corpus
-    does not give the splits that it should.
+    A lock makes processes wait for each other.  Damaged files are made again, and a killed
+    preparation resumes after its last whole shard.  Raises ConfigError if a split stays empty.
     """
     work = _Preparation(corpus, data, cache, progress)
     vocabulary = work.vocabulary(tokenizer)
     made = work.cached(vocabulary, [data.max_tokens, data.eval_tokens], work.tokenize_splits)
     survey = getattr(corpus, "survey", None)
-    if survey is not None:  # the same text may lie beside other files now
+    if survey is not None:  # other files may lie beside the text now
         made.index["survey"] |= {"files": survey.files, "skipped": dict(survey.skipped)}
     return made
 
@@ -191,15 +187,14 @@ def prepare(
 def prepare_whole(
     corpus: Corpus, data: DataConfig, tokenizer: Tokenizer, cache: Path, progress: Progress
 ) -> Prepared:
-    """Return all of a corpus as one split, ``all``, by a tokenizer that is there; from the cache
-    or made now.  Raises ConfigError where there is no text in it."""
+    """Return a corpus tokenized as one split, ``all``.  Raises ConfigError if it has no text."""
     work = _Preparation(corpus, data, cache, progress)
     return work.cached(tokenizer, "all", work.tokenize_all)
 
 
 @dataclass
 class _Preparation:
-    """A corpus on its way into the cache."""
+    """Tokenize a corpus into the cache."""
 
     corpus: Corpus
     data: DataConfig
@@ -211,9 +206,11 @@ class _Preparation:
 
     @property
     def cutting(self) -> list[Any]:
-        """The keys that say which document is in which split; ``fraction`` takes a prefix."""
+        """Return the keys that determine the documents of each split."""
         names = ("max_documents", "val_fraction", "test_fraction", "val_is_test")
-        return [getattr(self.data, name, None) for name in (*names, "separator", "text_column")]
+        keys = [getattr(self.data, name, None) for name in (*names, "separator", "text_column")]
+        decoding = [getattr(self.data, name, None) for name in ("encoding", "delimiter", "header")]
+        return keys if decoding == [None] * 3 else keys + decoding  # the first: as in old caches
 
     @property
     def place(self) -> str:
@@ -222,7 +219,7 @@ class _Preparation:
     def cached(
         self, tokenizer: Tokenizer, part: Any, make: Callable[[Path, Tokenizer], dict[str, Any]]
     ) -> Prepared:
-        """Return the shards in the cache, which ``make`` writes if they are missing."""
+        """Return the cached shards, which ``make`` writes if they are missing."""
         parts = [FORMAT, self.source, tokenizer.fingerprint(), self.cutting, part]
         folder = self.cache / "data" / f"{self.data.name}-{fileio.digest(parts)[:16]}"
         with _lock(folder):
@@ -235,8 +232,8 @@ class _Preparation:
         return Prepared(folder, index, tokenizer)
 
     def vocabulary(self, config: TokenizerConfig) -> Tokenizer:
-        """Return the tokenizer, trained on the first ``train_bytes`` of the training split,
-        whatever prefix is used later."""
+        """Return the tokenizer, trained on the first ``train_bytes`` of the training split
+        whatever ``data.fraction``."""
         train_bytes = getattr(config, "train_bytes", None)
         if train_bytes is None:
             return _untrained(config)
@@ -246,9 +243,9 @@ class _Preparation:
             for path in stem.parent.glob(f"{stem.name}-*.json"):
                 with contextlib.suppress(ConfigError):
                     found = load_tokenizer(path)
-                    if path.stem.endswith(found.fingerprint()[:16]):  # else damaged: made again
+                    if path.stem.endswith(found.fingerprint()[:16]):  # otherwise damaged
                         return found
-            for path in stem.parent.glob(f".{stem.name}-*.tmp"):  # of one that was killed
+            for path in stem.parent.glob(f".{stem.name}-*.tmp"):  # of a killed process
                 path.unlink()
             documents = split_documents(self.corpus, self.data)
             placed = self.reported(documents, "reading text for the tokenizer")
@@ -258,7 +255,7 @@ class _Preparation:
         return tokenizer
 
     def reported(self, documents: Iterator[Placed], what: str = "tokenizing") -> Iterator[Placed]:
-        """Yield the documents, and tell ``progress`` how far the source is, or how much it gave."""
+        """Yield the documents, and report the source's position or the characters so far."""
         size = told = 0
         for split, document in documents:
             size += len(document.text)
@@ -284,7 +281,7 @@ class _Preparation:
         writers = {name: SplitWriter(folder, name, tokenizer, limits[name]) for name in WORDS}
         survey: Survey | None = getattr(self.corpus, "survey", None)
         if survey is not None:
-            survey.restart()  # a tokenizer may have been trained on the same text
+            survey.restart()  # training a tokenizer may have counted the same text
         documents = self.reported(split_documents(self.corpus, data))
         infos, duplicates = write(documents, tokenizer, writers, folder)
         if survey is not None:
@@ -307,7 +304,7 @@ class _Preparation:
         }
 
     def refuse_empty(self, name: str, infos: dict[str, Any], survey: Survey | None) -> None:
-        """Raise ConfigError, with how much text of such documents fills every split."""
+        """Raise ConfigError, with the amount of text that would fill every split."""
         remedy = {
             "train": "lower data.val_fraction and data.test_fraction",
             "val": "raise data.val_fraction or give data.val_file",
@@ -342,7 +339,7 @@ def _lock(path: Path) -> filelock.BaseFileLock:
 
 
 def load_index(folder: Path) -> dict[str, Any] | None:
-    """Return the index of a whole, undamaged folder of shards; None if it has to be made again."""
+    """Return the index of a folder of shards, or None if it is incomplete or damaged."""
     try:
         index = fileio.read_json(folder / "index.json")
         rest = {name: value for name, value in index.items() if name != "checksum"}
@@ -360,5 +357,5 @@ def load_index(folder: Path) -> dict[str, Any] | None:
 
 
 def kilobytes(size: float) -> str:
-    """Return a size in bytes as a message has it."""
+    """Format a number of bytes for a message."""
     return f"{max(1.0, size / 1000):,.0f} kB"

@@ -1,4 +1,4 @@
-"""What was read of a corpus and what was skipped, so that nothing is skipped silently."""
+"""Count what is read and skipped of a corpus, so that nothing is skipped silently."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SHOWN = 8  # reasons
+SHOWN = 8  # reasons in a message
 
 
 @dataclass
 class Survey:
-    """Counts kept while a corpus is read; they end up in ``index.json`` and ``results.json``."""
+    """Hold the counts for ``index.json`` and ``results.json``."""
 
     files: int = 0  # read
-    skipped: Counter[str] = field(default_factory=Counter)  # reason or suffix -> files
-    formats: Counter[str] = field(default_factory=Counter)  # what was detected -> files
+    skipped: Counter[str] = field(default_factory=Counter)  # files by reason or suffix
+    formats: Counter[str] = field(default_factory=Counter)  # files by detected format
     text_column: str | None = None
-    other_columns: list[str] = field(default_factory=list)  # of text, not chosen
+    other_columns: list[str] = field(default_factory=list)  # text columns that were not chosen
     documents: int = 0
     empty_documents: int = 0
-    values_not_text: int = 0  # numbers, booleans and NaN in the text column, skipped
+    values_not_text: int = 0  # numbers, booleans and NaN in the text column
 
     def restart(self) -> None:
-        """Forget what was counted while the text was read, which begins anew."""
+        """Reset what is counted while the text is read."""
         self.formats.clear()
         self.documents = self.empty_documents = self.values_not_text = 0
 
@@ -34,13 +34,13 @@ class Survey:
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Survey:
-        """Return the survey that ``facts`` came from."""
+        """Return the survey with these ``facts``."""
         values: dict[str, Any] = dict(facts)
         values |= {k: Counter(v) for k, v in facts.items() if isinstance(v, dict)}
         return cls(**values)
 
     def lines(self) -> list[str]:
-        """Return what a command prints: what was read and skipped, and the column chosen."""
+        """Return the lines that commands print on files, text column and format."""
         read = [many(self.files, "file")] if self.files else []
         skipped = counted(self.skipped)
         if self.empty_documents:
@@ -59,7 +59,7 @@ class Survey:
 
 
 def results(facts: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what ``results.json`` says of a survey; all null for a corpus that is not read."""
+    """Return the entries of ``results.json``; all None for a corpus without a survey."""
     survey = Survey.read(facts or {})
     values = {
         "text_files": survey.files or None,
@@ -75,7 +75,7 @@ def results(facts: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def counted(skipped: Counter[str]) -> list[str]:
-    """Return ``2 .png``, ``1 empty file`` ..., the most frequent first."""
+    """Return counts such as ``2 .png`` and ``1 empty file``, the most frequent first."""
     several = skipped.most_common()
     rest = sum(count for _, count in several[SHOWN:])
     found = [many(count, reason) for reason, count in several[:SHOWN]]

@@ -1,4 +1,4 @@
-"""The embedded corpus: tiny stories from a seeded probabilistic grammar with a known entropy.
+"""Generate the embedded corpus: tiny stories from a seeded grammar with a known entropy.
 
 The grammar
 -----------
@@ -13,20 +13,19 @@ Every choice has a stated probability; names in angle brackets are drawn:
     intro    = From the <place> came <name>               uniform among the names not yet used
     closing  = At last <name> <deed> and went home        recalled like the above; the story is over
 
-*Facts.*  Fact r of ``n_facts`` is stated with a probability proportional to r^-``zipf_exponent``:
-a long tail, of which a model learns as much as its size and its data allow.  It belongs to
-relation (r-1) mod 4 of an invented entity.  The true attribute, one of 32·32 pairs of adjective
-and noun, is fixed by ``corpus_seed``; a statement is wrong with probability ``noise_rate``, and
-then shows one of the other 1023, uniformly.
+*Facts.*  Fact r of ``n_facts`` is stated with probability proportional to r^-``zipf_exponent``,
+a long tail that larger models and more data learn more of.  It is relation (r-1) mod 4 of an
+invented entity.  Its true attribute, one of 32·32 pairs of adjective and noun, depends on
+``corpus_seed``.  A statement is wrong with probability ``noise_rate`` and then shows one of the
+other 1023, uniformly.
 
-*Recall.*  The d-th last name introduced has a probability proportional to 1/d: a model that sees
-the story's beginning needs about 1.1 nats for it, one that does not needs ln 64 = 4.2.
+*Recall.*  The d-th last name introduced has probability proportional to 1/d.  That costs about 1.1
+nats for a model that sees the story's beginning and ln 64 = 4.2 for one that does not.
 
-A story has one derivation: the word classes are disjoint and hold no word of a template, the
-sequence of classes and literal words differs from template to template, the names in a cast are
-distinct, and a wrong attribute differs from the true one.  Hence its information content is the sum
-of -ln p over its choices, its length and the closing sentence included, and the mean over stories
-is a floor no model gets below.  ``tests/grammar.py`` reads stories back and adds that mean up.
+Every story has exactly one derivation, because word classes, templates and names in a cast are
+distinct.  Hence its information content is the sum of -ln p over its choices, including its length
+and closing sentence, and the mean over stories is the irreducible loss.  ``tests/grammar.py``
+parses stories and computes that mean.
 
 Literature: Hutter 2021 (Learning curve theory) gets power laws in D from Zipf-distributed items
 to be memorised; Michaud et al. 2023 (The quantization model of neural scaling) in N as well, from
@@ -103,7 +102,7 @@ QUERIES: dict[str, tuple[str, ...]] = {  # the attribute comes last, so that a p
     "dish": ("What does {entity} eat? A {dish}.", "Which supper has {entity}? A {dish}."),
     "house": ("Where does {entity} live? In a {house}.", "Which home has {entity}? A {house}."),
 }
-OTHERS: dict[str, tuple[str, ...]] = {  # within a kind the slots keep their order
+OTHERS: dict[str, tuple[str, ...]] = {  # templates of a kind have the same slots in order
     "opening": (
         "Once {name}, {name} and {name} met.",
         "One day {name} went out with {name} and {name}.",
@@ -114,10 +113,10 @@ OTHERS: dict[str, tuple[str, ...]] = {  # within a kind the slots keep their ord
     "closing": ("At last {name} {deed} and went home.", "In the end {name} {deed} and slept."),
 }
 TEMPLATES = {**OTHERS, **{r: STATEMENTS[r] + QUERIES[r] for r in RELATIONS}}
-KINDS = {"fact": 0.6, "recall": 0.2, "filler": 0.1, "intro": 0.1}  # intro last: it may drop out
+KINDS = {"fact": 0.6, "recall": 0.2, "filler": 0.1, "intro": 0.1}  # intro must be last
 OPENING_CAST = 3
 RECALL_EXPONENT = 1.0
-SYLLABLES = [  # three letters each; "ger" and "per" would make words: Ginger, Temper
+SYLLABLES = [  # "ger" and "per" would make words: Ginger, Temper
     c + v + "mkslrn"[(i + j) % 6]
     for (i, c), (j, v) in product(enumerate("bdfgjklmnprtvz"), enumerate("aeiou"))
     if c + v not in ("ge", "pe")
@@ -127,16 +126,16 @@ MAX_SLOTS = 3
 
 
 class Entity(NamedTuple):
-    """An invented being and its true attributes, by relation."""
+    """Hold an invented being and its true attributes, by relation."""
 
     name: str
     attributes: dict[str, str]
 
 
 class Grammar:
-    """A corpus: ``config`` fixes the facts and every story."""
+    """Generate the facts and stories that ``config`` determines."""
 
-    words = WORDS  # the tests take less of these four
+    words = WORDS  # tests reduce these four
     templates = TEMPLATES
     lengths = range(8, 13)  # sentences of the body
     cast = 8  # names in one story, at most
@@ -152,7 +151,7 @@ class Grammar:
         self.fact_p: Floats = weights / weights.sum()
         kinds = np.tile(list(KINDS.values()), (self.cast + 1, 1))
         kinds[self.cast, -1] = 0.0
-        # of the kinds of sentences and of the distances, by the size k of the cast
+        # probabilities of sentence kinds and of recall distances, for a cast of size k
         self.kind_p: Floats = kinds / kinds.sum(axis=1, keepdims=True)  # (k, kind)
         distance = np.arange(1, self.cast + 1, dtype=np.float64) ** -RECALL_EXPONENT
         recall = np.tril(np.ones((self.cast + 1, self.cast)), -1) * distance
@@ -161,12 +160,12 @@ class Grammar:
         self._make_pieces()
 
     def _rng(self, *key: int) -> np.random.Generator:
-        # Only uniform doubles are drawn: their stream does not change between numpy versions.
+        # only uniform doubles are drawn, whose stream is the same in all numpy versions
         seeds = np.random.SeedSequence((self.config.corpus_seed, *key))
         return np.random.Generator(np.random.Philox(seeds))
 
     def _make_table(self) -> None:
-        """Draw names and true attributes of the entities that occur, then of those held out."""
+        """Draw the names and true attributes of all entities, the held-out ones last."""
         self.n_entities = -(-self.config.n_facts // len(RELATIONS))
         total = self.n_entities + self.config.heldout_entities
         syllables = 2
@@ -179,7 +178,7 @@ class Grammar:
         self.truth: Ints = np.floor(rng.random((total, len(RELATIONS))) * self.n_values).astype(int)
 
     def _make_pieces(self) -> None:
-        """Collect all strings a story is joined from, and where each class of them begins."""
+        """Number all strings that stories are joined from."""
         pieces = [""]
         self._base: dict[str, int] = {}
         slots = {c: words for c, words in self.words.items() if c not in RELATIONS}
@@ -198,13 +197,13 @@ class Grammar:
         self._pieces = np.array(pieces, dtype=object)
 
     def stories(self, start: int = 0) -> Iterator[tuple[str, float]]:
-        """Yield story ``start`` and all that follow, without end, each with its -ln p in nats."""
+        """Yield stories from number ``start`` on, without end, each with its -ln p in nats."""
         first, skip = divmod(start, BLOCK)
         blocks = (zip(*self._block(block), strict=True) for block in itertools.count(first))
         return itertools.islice(itertools.chain.from_iterable(blocks), skip, None)
 
     def _block(self, block: int) -> tuple[list[str], list[float]]:
-        """Draw stories ``block * BLOCK`` up to the next block, all at once."""
+        """Return the texts and nats of the stories of a block."""
         rng, lengths = self._rng(1, block), self.lengths
         positions = lengths[-1] + 2
         length = lengths[0] + (rng.random(BLOCK) * len(lengths)).astype(int)
@@ -227,15 +226,15 @@ class Grammar:
         return ["".join(row) for row in rows], total.tolist()
 
     def _draw_kinds(self, rng: np.random.Generator, length: Ints) -> tuple[Ints, Ints, Floats]:
-        """Draw the kind of each sentence (4 opening, 5 closing, -1 none); return it with the cast
-        before it and -ln p."""
+        """Draw the kind of each sentence (4 opening, 5 closing, -1 none); also return the size of
+        the cast before it and -ln p."""
         positions = self.lengths[-1] + 2
         kinds = np.full((BLOCK, positions), -1)
         casts = np.zeros((BLOCK, positions), dtype=np.int64)
         nats = np.zeros((BLOCK, positions))
         kinds[:, 0] = len(KINDS)
         cumulative = np.cumsum(self.kind_p, axis=1)[:, :-1]
-        cumulative[self.cast, -1] = 1.0  # not 0.999..: no new name for a full cast
+        cumulative[self.cast, -1] = 1.0  # 0.999.. would add a name to a full cast
         cost = -_log(self.kind_p)
         cast = np.full(BLOCK, OPENING_CAST)
         for position in range(1, positions):
@@ -277,14 +276,14 @@ class Grammar:
             else:
                 cumulative = np.cumsum(self.recall_p, axis=1)[cast, :-1]
                 back = (u[:, 1 + index, None] >= cumulative).sum(axis=1)
-                back = np.minimum(back, cast - 1)  # should the last sum be 0.999..
+                back = np.minimum(back, cast - 1)  # if the last sum is 0.999..
                 chosen = names[np.arange(len(rows)), cast - 1 - back]
                 draw.nats[rows] -= _log(self.recall_p)[cast, back]
             slots.append(self._base[slot] + chosen)
         self._put(draw, rows, kind, slots)
 
     def _put(self, draw: _Draw, rows: Ints, kind: str, slots: list[Ints]) -> None:
-        """Draw a template and lay literals and fillers side by side."""
+        """Draw a template for each row and fill in the slots."""
         literals = self._literals[kind]
         draw.ids[rows, 0::2] = literals[(draw.u[rows, 0] * len(literals)).astype(int)]
         for index, slot in enumerate(slots):
@@ -298,7 +297,7 @@ class Grammar:
 
     @cached_property
     def heldout(self) -> list[Entity]:
-        """Return entities with attributes that no story mentions."""
+        """Return the entities that no story mentions."""
         return [self._attributes(i) for i in range(self.n_entities, len(self.names))]
 
     def _attributes(self, index: int) -> Entity:
@@ -309,16 +308,16 @@ class Grammar:
 
     @property
     def opening(self) -> str:
-        """Return a story's opening, for a fact or a question to stand behind as in training."""
+        """Return the opening of a story, as the context of a fact or a question."""
         return _render(self.templates["opening"][0], self.words["name"])
 
     def statement(self, entity: Entity, attribute: str, template: int = 0) -> str:
-        """Return the true sentence by that template of ``STATEMENTS[attribute]``."""
+        """Return the true statement from template ``STATEMENTS[attribute][template]``."""
         text = STATEMENTS[attribute][template]
         return _render(text, [entity.name, entity.attributes[attribute]])
 
     def queries(self, entity: Entity, attribute: str) -> list[tuple[str, str]]:
-        """Return (prompt, answer) by each template of ``QUERIES``; answers begin with a space."""
+        """Return (prompt, answer) for each template of ``QUERIES``; answers begin with a space."""
         prompts = [text.split(" {" + attribute)[0] for text in QUERIES[attribute]]
         answer = " " + entity.attributes[attribute]
         return [(prompt.replace("{entity}", entity.name), answer) for prompt in prompts]
@@ -326,12 +325,12 @@ class Grammar:
 
 @dataclass
 class _Draw:
-    """A block while it is written, one row a sentence."""
+    """Hold a block while it is written, one sentence per row."""
 
     u: Floats  # (rows, 4): template, two slots, noise
     casts: Ints  # (rows,): names introduced before
     names: Ints  # (rows, cast): in the order in which they are introduced
-    ids: Ints  # (rows, pieces): what is joined
+    ids: Ints  # (rows, pieces): strings to join
     nats: Floats  # (rows,)
 
 

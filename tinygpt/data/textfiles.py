@@ -1,4 +1,4 @@
-"""Files to text, packed or not and in any encoding, and text to documents; a chunk at a time."""
+"""Unpack and decode files, and cut their text into documents, a chunk at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROW_FORMATS = {
     ".json": "json",
     ".parquet": "parquet",
 }
-# Byte order marks of what is not UTF-8, the longer ones first: they begin as the shorter do.
+# Byte order marks other than UTF-8's, the longer ones first because the shorter are their prefixes.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -39,29 +39,30 @@ REFUSED = {
     b"%PDF-": "a PDF; extract its text first",
     b"{\\rtf": "RTF; save it as plain text first",
 }
-_ESCAPE = re.compile(rb"\x1b\$(?:[@B]|\)C)")  # by which ISO-2022 begins Japanese or Korean
+_ESCAPE = re.compile(rb"\x1b\$(?:[@B]|\)C)")  # begins Japanese or Korean in ISO-2022
 
 END_OF_TEXT = "<|endoftext|>"
-SECTION = 2000  # characters: about the length of a document cut from a long text
+SECTION = 2000  # characters, the approximate length of a section
 
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 _MARK = re.compile(rf"(.)(.){re.escape(END_OF_TEXT)}(?=(.))", re.DOTALL)
 _QUOTES = "\"'`“”‘’«»„()[]{}<>*_"
 _ENDS = ".!?…。！？\"'”’»)\n"  # of a text
-ENOUGH_MARKS, MANY_MARKS = 1000, 50  # that are looked at; without quotes in no text about them
+ENOUGH_MARKS = 1000  # marks to look at
+MANY_MARKS = 50  # a text about the mark that has so many would quote them
 
 
 # --- packed files
 
 
 def packing(path: Path) -> str:
-    """Return the suffix by which a file is packed, or an empty text."""
+    """Return the suffix of a packed file, or an empty string."""
     suffix = path.suffix.lower()
     return suffix if suffix in PACKED else ""
 
 
 def inner_suffix(path: Path) -> str:
-    """Return the suffix, in lower case, that says what a file holds, below that of its packing."""
+    """Return the lower-case suffix of a file's content, without that of its packing."""
     if not packing(path):
         return path.suffix.lower()
     suffix = Path(path.stem).suffix.lower()
@@ -72,18 +73,15 @@ def inner_suffix(path: Path) -> str:
 
 
 def format_of(path: Path) -> str:
-    """Return ``jsonl``, ``json``, ``csv`` or ``parquet`` by the suffix, for any other ``text``.
-
-    A .jl is ``jsonl``, as Scrapy writes it, or Julia.
-    """
+    """Return ``jsonl``, ``json``, ``csv`` or ``parquet`` by the suffix, otherwise ``text``."""
     suffix = inner_suffix(path)
-    if suffix == ".jl" and has_objects(path):
+    if suffix == ".jl" and has_objects(path):  # Scrapy's, not Julia
         return "jsonl"
     return ROW_FORMATS.get(suffix, "text")
 
 
 def has_objects(path: Path) -> bool:
-    """Return whether the first lines of a file are all JSON objects."""
+    """Return whether the first ten lines of a file are JSON objects."""
     with unpacked(path) as (stream, _):
         head = stream.read(CHUNK).decode("utf-8-sig", "replace")
     lines = [line for line in head.split("\n")[:10] if line.strip()]
@@ -94,7 +92,7 @@ def has_objects(path: Path) -> bool:
 
 
 def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
-    """Return the one file of a .zip, beside those that macOS adds.  Raises ConfigError."""
+    """Return the only file of a .zip, ignoring those of macOS.  Raises ConfigError."""
     found = [
         one
         for one in archive.infolist()
@@ -112,9 +110,9 @@ def _member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
 
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file: what is unpacked of it, and the file itself, whose place tells how far it is.
+    """Open a file and yield its unpacked stream and the raw one, whose position is the progress.
 
-    Raises ConfigError for what cannot be unpacked.
+    Raises ConfigError if it cannot be unpacked.
     """
     kind = packing(path)
     try:
@@ -134,10 +132,10 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 
 def text_chunks(path: Path, read: dict[Path, int], encoding: str | None = None) -> Iterator[str]:
-    """Yield the text of a file in chunks; ``read`` counts how many bytes of it have been read.
+    """Yield the text of a file in chunks, and keep the number of bytes read in ``read``.
 
-    UTF-8, or what a byte order mark says, unless ``encoding`` names another.  Raises ConfigError
-    for bytes that are no such text, naming their place.
+    The encoding is ``encoding``, else that of a byte order mark, else UTF-8.  Raises ConfigError,
+    naming the place, for bytes that it cannot decode.
     """
     with unpacked(path) as (stream, raw):
         first = stream.read(CHUNK)
@@ -184,14 +182,14 @@ def _encoding(first: bytes, asked: str | None) -> str:
 
 
 def encoding_found(path: Path) -> str:
-    """Return the encoding, other than UTF-8, that a byte order mark names, else an empty text."""
+    """Return the encoding of a byte order mark, an empty string for UTF-8."""
     with unpacked(path) as (stream, _):
         found = _encoding(stream.read(4), None)
     return "" if found.startswith("utf-8") else found.upper()
 
 
 def split_at(chunks: Iterable[str], separator: str) -> Iterator[str]:
-    """Yield the pieces of a stream of text between the separators."""
+    """Split a stream of text at every ``separator``."""
     pending: list[str] = []
     tail = ""
     for chunk in chunks:
@@ -199,7 +197,7 @@ def split_at(chunks: Iterable[str], separator: str) -> Iterator[str]:
         for piece in ended:
             yield "".join([*pending, piece])
             pending = []
-        # what may hold the beginning of a separator waits for the next chunk
+        # the tail may be the beginning of a separator
         safe = max(0, len(tail) - len(separator) + 1)
         pending.append(tail[:safe])
         tail = tail[safe:]
@@ -207,7 +205,7 @@ def split_at(chunks: Iterable[str], separator: str) -> Iterator[str]:
 
 
 def unicode_only(value: Any) -> Any:
-    """Replace half of a surrogate pair, which JSON can spell but is no character, by U+FFFD."""
+    """Replace lone surrogates, which JSON can express, by U+FFFD in all strings of ``value``."""
     if isinstance(value, dict):
         return {name: unicode_only(one) for name, one in value.items()}
     if isinstance(value, list):
@@ -221,10 +219,10 @@ def unicode_only(value: Any) -> Any:
 
 
 def cut(chunks: Iterable[str], separator: str) -> Iterator[str]:
-    """Cut documents from a stream of text: ``none`` (one), ``sections``, or at a separator.
+    """Cut a stream of text into one document (``none``), ``sections``, or at a separator.
 
-    Line ends become ``\\n``.  Blank lines around a document are dropped, and white space behind it;
-    before it, too, where the separator is a mark such as ``<|endoftext|>``.
+    Line ends become ``\\n``.  Blank lines around a document and white space after it are dropped,
+    and if the separator is a mark such as ``<|endoftext|>``, also white space before it.
     """
     chunks, separator = unix_lines(chunks), "".join(unix_lines([separator]))
     if separator == "none":
@@ -244,12 +242,12 @@ def cut(chunks: Iterable[str], separator: str) -> Iterator[str]:
 
 
 def keeps_indentation(separator: str) -> bool:
-    """Return whether a document begins with a line, whose indentation is its own."""
+    """Return whether documents begin at the start of a line and keep its indentation."""
     return separator in ("none", "sections") or separator.isspace()
 
 
 def unix_lines(chunks: Iterable[str]) -> Iterator[str]:
-    """Yield the same text with ``\\n`` for every ``\\r\\n`` and ``\\r``."""
+    """Replace every ``\\r\\n`` and ``\\r`` by ``\\n``."""
     decoder = io.IncrementalNewlineDecoder(None, translate=True)
     for chunk in chunks:
         yield decoder.decode(chunk)
@@ -257,17 +255,17 @@ def unix_lines(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def is_separated(chunks: Iterable[str]) -> bool:
-    """Return whether ``<|endoftext|>`` stands between documents, not in sentences about it.
+    """Return whether ``<|endoftext|>`` separates documents rather than being mentioned in a text.
 
-    Between documents it has a line of its own, or a text ends directly before it or begins directly
-    behind it, without blanks, commas or quotation marks around it, in at least half of all cases;
-    or it follows the end of a sentence nearly everywhere; or it is everywhere and never quoted.
+    It does if at least half of the marks have a line of their own or touch the text before or
+    after them, without quotation marks; if nearly all follow the end of a sentence; or if there
+    are many and few are quoted.
     """
     between = sentences = quoted = count = 0
     for last, before, behind in itertools.islice(around_marks(chunks), ENOUGH_MARKS):
         count += 1
         is_quoted = before in _QUOTES and behind in _QUOTES
-        # scripts without spaces between words glue a mention to its sentence
+        # in scripts without spaces between words a mention touches its sentence
         in_sentence = before.isalnum() and before >= "\u0e00"
         after_blank = before in " \t" and last in _ENDS
         directly = before not in " \t=,;:" or (after_blank and behind == "\n")
@@ -282,7 +280,7 @@ def is_separated(chunks: Iterable[str]) -> bool:
 
 
 def around_marks(chunks: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield the two characters before and the one behind every mark."""
+    """Yield the two characters before and the one after every mark."""
     tail = "\n\n"
     for chunk in itertools.chain(unix_lines(chunks), ["\n"]):
         text = tail + chunk
@@ -293,14 +291,14 @@ def around_marks(chunks: Iterable[str]) -> Iterator[tuple[str, str, str]]:
 def _sections(chunks: Iterable[str]) -> Iterator[str]:
     last = "\n"
     for section in _lengths_of_text(chunks):
-        # what begins within a line is not indented by its spaces
+        # the spaces at a cut within a line are no indentation
         yield section if last == "\n" else re.sub(r"\A[^\S\n]+", "", section)
         last = section[-1:]
 
 
 def _lengths_of_text(chunks: Iterable[str]) -> Iterator[str]:
-    """Cut a text at the first blank line after SECTION characters, else at a line's end, a space,
-    or anywhere."""
+    """Cut after SECTION characters at a blank line, else at the end of a line, else at a space,
+    else anywhere."""
     buffer = ""
     for chunk in itertools.chain(chunks, [None]):
         buffer += chunk or ""

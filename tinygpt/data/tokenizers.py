@@ -1,6 +1,6 @@
-"""The tokenizers of our own, ``char``, ``byte``, ``bpe`` and ``gpt2``: trained, saved, loaded.
+"""Train, save and load our own tokenizers: ``char``, ``byte``, ``bpe`` and ``gpt2``.
 
-`tokenizers` decodes and exports all of them; each encodes by a faster way to the same ids.
+`tokenizers` decodes and exports all of them; each has a faster encoder with the same ids.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from tinygpt.fileio import parse_json
 Merge = tuple[str, str]
 
 UNKNOWN, BOS, EOT = "<|unk|>", "<|bos|>", "<|endoftext|>"
-# GPT-2's split of text into pieces that merges never cross, as `tokenizers`' ByteLevel has it,
-# written so that long pieces do not backtrack.
+# GPT-2's split of text into pieces that merges never cross, as in `tokenizers`' ByteLevel, but
+# possessive, so that long pieces do not backtrack.
 _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# Training is quadratic in the length of a piece, so runs longer than this are cut (training only).
+# Training is quadratic in the length of a piece, so only there longer runs are cut.
 _LONGEST_RUN = 200
 _LONG_RUNS = re.compile(rf"\S{{{_LONGEST_RUN}}}|\s{{{_LONGEST_RUN}}}")
 
-# Bytes as printable characters, GPT-2's way: those that print stand for themselves, the others for
-# the characters from U+0100 on.  In this order they are the first 256 tokens.
+# GPT-2's spelling of bytes: printable ones as themselves, the others as characters from U+0100 on.
+# In this order they are the first 256 tokens.
 _PRINTING = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 _OTHERS = [b for b in range(256) if b not in _PRINTING]
 BYTE_OF = {chr(b): b for b in _PRINTING} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
 
 
 class Char(Tokenizer):
-    """One id a character of the training text; characters not in it are unknown."""
+    """Encode each character of the training text as an id, all others as unknown."""
 
     kind = "char"
     unknown_id, bos_id, eot_id = 0, 1, 2
 
     def __init__(self, alphabet: Any) -> None:
-        """Raises ValueError unless ``alphabet`` is a text of distinct characters, sorted."""
+        """Raise ValueError unless ``alphabet`` is a string of distinct characters, sorted."""
         if not isinstance(alphabet, str) or list(alphabet) != sorted(set(alphabet)):
             raise ValueError("its alphabet is not a sorted text")
         if unicode_only(alphabet) != alphabet:
@@ -65,7 +65,7 @@ class Char(Tokenizer):
         return [self._table[_code_points(text)] for text in texts]
 
     def to_hugging_face(self) -> Library:
-        """Return a BPE that merges nothing: each token is a character."""
+        """Return a BPE without merges: each token is a character."""
         vocab = _numbered([UNKNOWN, BOS, EOT, *self.alphabet])
         made = Library(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
         made.decoder = decoders.Fuse()
@@ -76,7 +76,7 @@ class Char(Tokenizer):
 
 
 class Bytes(Tokenizer):
-    """The 256 bytes of UTF-8 and two special tokens; nothing to train."""
+    """Encode the bytes of UTF-8; two special tokens follow the 256."""
 
     kind = "byte"
     vocab_size, bos_id, eot_id = 258, 256, 257
@@ -94,13 +94,12 @@ class Bytes(Tokenizer):
 
 
 class Bpe(Tokenizer):
-    """Byte-level BPE given by its merges: two special tokens, the 256 bytes, then one token a
-    merge.  Its file is a plain Hugging Face ``tokenizer.json``.
+    """Encode by byte-level BPE: two special tokens, the 256 bytes, then one token per merge.
 
-    tiktoken encodes: it merges any two neighbours whose joined bytes are a token, lowest rank
-    first.  That is what `tokenizers` does too wherever every token comes out of its own bytes,
-    because then no text brings together two tokens that spell a third but are not its merge.
-    Trained merges are always so; `load_tokenizer` checks those of a file.
+    Its file is a plain Hugging Face ``tokenizer.json``.  tiktoken encodes: it merges any two
+    neighbours whose joined bytes are a token, lowest rank first.  `tokenizers` gives the same ids
+    if every token is the encoding of its own bytes, which holds for trained merges;
+    `load_tokenizer` checks it for those of a file.
     """
 
     kind = "bpe"
@@ -108,7 +107,7 @@ class Bpe(Tokenizer):
     bos_id, eot_id = 0, 1
 
     def __init__(self, merges: Iterable[Merge]) -> None:
-        """Raises ValueError for merges that do not build on one another."""
+        """Raise ValueError for merges that do not build on one another."""
         self.merges = [(left, right) for left, right in merges]
         tokens = dict.fromkeys(BYTE_OF)
         for left, right in self.merges:
@@ -120,7 +119,7 @@ class Bpe(Tokenizer):
 
     @property
     def names(self) -> list[str]:
-        """The tokens in the order of their ids."""
+        """Return the tokens in the order of their ids."""
         return [*self.special, *self.merged]
 
     @functools.cached_property
@@ -131,16 +130,15 @@ class Bpe(Tokenizer):
             self.kind,
             pat_str=_PATTERN,
             mergeable_ranks={spelled[token]: ids[token] for token in self.merged},
-            # without a special token tiktoken searches for the empty pattern, at half the speed
+            # with none, tiktoken searches for an empty pattern, at half the speed
             special_tokens={token: ids[token] for token in self.special},
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Encode in one call, in which tiktoken leaves the interpreter to other threads; what it
-        cannot do is left to `tokenizers`."""
+        """Encode in one call, during which tiktoken releases the GIL; fall back to `tokenizers`."""
         joined = EOT.join(texts)
-        if joined.count(EOT) == len(texts) - 1:  # no text has it as ordinary characters
-            # surrogates, and white space over which the pattern backtracks too far
+        if joined.count(EOT) == len(texts) - 1:  # no text contains it
+            # tiktoken refuses surrogates, and white space on which the pattern backtracks too far
             with contextlib.suppress(ValueError):
                 ids = self._tiktoken.encode_to_numpy(
                     joined, allowed_special={EOT}, disallowed_special=()
@@ -162,7 +160,7 @@ class Bpe(Tokenizer):
 
 
 class Gpt2(Bpe):
-    """GPT-2's vocabulary; the end of text, which also begins one, comes last."""
+    """Encode with GPT-2's vocabulary, whose only special token, <|endoftext|>, comes last."""
 
     kind = "gpt2"
     special = (EOT,)
@@ -183,10 +181,10 @@ class Gpt2(Bpe):
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Return a tokenizer as ``config`` asks; ``bpe`` and ``char`` learn from all of ``texts``.
+    """Return the tokenizer of ``config``; ``bpe`` and ``char`` are trained on ``texts``.
 
-    The same texts give the same tokenizer.  ``bpe`` may end with fewer than ``vocab_size`` tokens
-    on a short text.  Raises ConfigError for an empty text and where GPT-2's vocabulary is missing.
+    The same texts give the same tokenizer.  On a short text ``bpe`` may have fewer than
+    ``vocab_size`` tokens.  Raises ConfigError for an empty text or a missing GPT-2 vocabulary.
     """
     if isinstance(config, schema.BpeTokenizer):
         trained = _byte_level(models.BPE())
@@ -246,7 +244,7 @@ def _gpt2(vocab_dir: str | None) -> Gpt2:
 
 
 def read_gpt2(encoder: bytes, vocab: bytes) -> Gpt2:
-    """Read the content of encoder.json and vocab.bpe.  Raises ValueError where they disagree."""
+    """Read the content of encoder.json and vocab.bpe.  Raises ValueError if they disagree."""
     lines = vocab.decode().split("\n")
     lines = lines[1:] if lines[0].startswith("#version") else lines
     made = Gpt2(read_merge(line.rstrip("\r")) for line in lines if line.strip())
@@ -256,7 +254,7 @@ def read_gpt2(encoder: bytes, vocab: bytes) -> Gpt2:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read the tokenizer that ``save`` wrote.  Raises ConfigError for any other file."""
+    """Read a tokenizer that ``save`` wrote.  Raises ConfigError for any other file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         return _from_content(text, parse_json(text))
@@ -271,7 +269,7 @@ def _from_content(text: str, content: dict[str, Any]) -> Tokenizer:
     match content.get("kind"):
         case None:  # a tokenizer.json
             bpe = Bpe(map(read_merge, content["model"]["merges"]))
-            # every setting must be as we write it, since tiktoken does the encoding
+            # all settings must be ours, since tiktoken does the encoding
             if library_tokenizer(text).to_str() != bpe.to_hugging_face().to_str():
                 raise ValueError("a byte-level BPE with other settings than ours")
             if not spells_itself(bpe):
@@ -294,7 +292,7 @@ def _from_content(text: str, content: dict[str, Any]) -> Tokenizer:
 
 
 def read_merge(written: Any) -> Merge:
-    """Read ``left right`` or a list of the two."""
+    """Read a merge written as ``left right`` or as a list of the two."""
     parts = written.split(" ") if isinstance(written, str) else written
     if len(parts) != 2 or not all(isinstance(part, str) for part in parts):
         raise ValueError(f"the merge {written!r} is not two tokens")
@@ -302,7 +300,7 @@ def read_merge(written: Any) -> Merge:
 
 
 def spells_itself(tokenizer: Bpe) -> bool:
-    """Return whether every token comes out of its own bytes."""
+    """Return whether every token is the encoding of its own bytes."""
     model = tokenizer.library.model
     return all(len(model.tokenize(token)) == 1 for token in tokenizer.merged)
 

@@ -1,8 +1,8 @@
-"""Documents to shards on disk: encoded by threads, split by split; whole shards outlive a kill.
+"""Encode documents in threads and write them to shards, resuming after a kill.
 
-Whenever a shard is whole all that has been read is written out, and ``progress.json`` beside it
-says how far that was.  The same happens at the same documents in every preparation, so that one
-that is resumed from there ends with the same files.
+Whenever a shard is full, everything read so far is written out and ``progress.json`` records how
+much that was.  This happens at the same documents in every preparation, so a resumed one writes
+the same files.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from tinygpt.data.corpora import Document
 from tinygpt.data.library import Ids, Tokenizer
 
 SHARD_TOKENS = 100_000_000
-BATCH_CHARACTERS = 1 << 20  # text of a split written at a time; a quarter of it is encoded at once
+BATCH_CHARACTERS = 1 << 20  # written at a time; a quarter of that is encoded at a time
 MARK = "progress.json"
-MOST_THREADS = 8  # that encode; more than these wait for the one that reads
+MOST_THREADS = 8  # more would wait for the thread that reads
 COUNTS = (
     *("documents", "tokens", "bytes", "characters", "unknown_tokens"),
     *("longest_document", "empty_documents", "left_out_documents"),
 )
 
 Placed = tuple[str, Document]  # a document and its split
-Encoded = tuple[str, Document, Ids | None]  # and its ids, where they are needed
+Encoded = tuple[str, Document, Ids | None]  # and its ids if they are needed
 
 
 def write(
@@ -45,11 +45,11 @@ def write(
     writers: Mapping[str, SplitWriter],
     folder: Path,
 ) -> tuple[dict[str, dict[str, Any]], int]:
-    """Write every document to its split, until that for training has enough.
+    """Write every document to its split until the training split is full.
 
-    Returns the splits' entries in the index, and how many documents were duplicates, which go to
-    no split.  A killed preparation is resumed from its mark in ``folder``: what had been written
-    of ``documents`` is read once more, but not encoded.
+    Returns the splits' entries in the index, and the number of duplicates, which go to no split.
+    A killed preparation resumes from the mark in ``folder``; documents already written are read
+    again but not encoded.
     """
     done = _resumed(folder, writers)
     rest = iter(documents)
@@ -68,7 +68,7 @@ def write(
             if writer.whole > whole:
                 found = {"done": done, "splits": {n: w.state() for n, w in writers.items()}}
                 fileio.write_json(folder / MARK, {**found, "checksum": fileio.digest(found)})
-    # until all entries are there the mark stays, and what it needs
+    # only now, because a kill before this needs the mark
     infos = {name: writer.finish() for name, writer in writers.items()}
     for path in (folder / MARK, *(writer.offsets for writer in writers.values())):
         path.unlink(missing_ok=True)
@@ -76,9 +76,9 @@ def write(
 
 
 def _resumed(folder: Path, writers: Mapping[str, SplitWriter]) -> dict[str, int]:
-    """Return what the mark in ``folder`` counts, with every writer where it was then.
+    """Restore the writers from the mark in ``folder`` and return its counts.
 
-    Where there is no mark, or it is not whole or its files are not, all begins anew.
+    Starts over if the mark or its files are missing or damaged.
     """
     fileio.remove_torn(folder)
     try:
@@ -99,16 +99,15 @@ def _resumed(folder: Path, writers: Mapping[str, SplitWriter]) -> dict[str, int]
 def _encoded(
     documents: Iterable[Placed], tokenizer: Tokenizer, writers: Mapping[str, SplitWriter]
 ) -> Generator[Encoded, None, None]:
-    """Yield the documents in their order with their ids, None where they are not needed.
+    """Yield the documents in order with their ids, None where they are not needed.
 
-    Threads encode, as tiktoken leaves the interpreter to the others; the source is read at most
-    two parts a thread ahead.
+    Threads encode, since tiktoken releases the GIL, at most one part per thread ahead.
     """
 
     def encode(part: list[Placed] | Exception) -> list[Encoded]:
         if isinstance(part, Exception):
             raise part
-        # a split that is full now is full when these come to be written
+        # a split that is full now is also full when these are written
         wanted = [
             bool(document.text) and split in writers and not writers[split].written.full
             for split, document in part
@@ -129,8 +128,8 @@ def _encoded(
 
 
 def _parts(documents: Iterable[Placed]) -> Iterator[list[Placed] | Exception]:
-    """Yield as many documents as are encoded at once; last the source's failure, if it fails: it
-    counts only if what was read before is not enough."""
+    """Yield the documents in parts to encode, and last the source's error if it fails, which
+    counts only if the documents before it are not enough."""
     part: list[Placed] = []
     size, failure = 0, list[Exception]()
     try:
@@ -147,40 +146,40 @@ def _parts(documents: Iterable[Placed]) -> Iterator[list[Placed] | Exception]:
 
 
 def _cpus() -> int:
-    """Return how many this process may use, where the system says."""
+    """Return the number of CPUs that this process may use."""
     known = getattr(os, "sched_getaffinity", None)
     return len(known(0)) if known else os.cpu_count() or 1
 
 
 @dataclass
 class Written:
-    """Hold the counts of a split, and its files, of which all but the last are whole."""
+    """Hold the counts and files of a split; all files but the last are full shards."""
 
     full: bool = False  # ``limit`` is reached
     files: list[dict[str, Any]] = field(default_factory=list)
-    shard_tokens: int = 0  # in the last of them
+    shard_tokens: int = 0  # in the last file
     info: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-    nats: float | None = 0.0  # null: not known of every document
+    nats: float | None = 0.0  # None: some document's are unknown
 
 
 class SplitWriter:
-    """Appends one split's documents to shards, about a megabyte of text at a time."""
+    """Append one split's documents to shards, about a megabyte of text at a time."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, limit: int | None) -> None:
         self.folder, self.name, self.tokenizer, self.limit = folder, name, tokenizer, limit
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-        self.offsets = folder / f".{name}.offsets"  # as they come, so that they take no memory
+        self.offsets = folder / f".{name}.offsets"  # on disk, to save memory
         self.written = Written()
         self.pending: list[tuple[Document, Ids]] = []
         self.pending_characters = 0
 
     @property
     def whole(self) -> int:
-        """Shards that nothing is added to any more."""
+        """Return the number of full shards."""
         return len(self.written.files) - (0 < self.written.shard_tokens < SHARD_TOKENS)
 
     def state(self) -> dict[str, Any]:
-        """Return all there is to this writer; what waited is written and on the disk."""
+        """Return the state of this writer after flushing everything to the disk."""
         self._flush()
         paths = [self.folder / entry["file"] for entry in self.written.files] + [self.offsets]
         sizes = {}
@@ -191,8 +190,8 @@ class SplitWriter:
         return {**vars(self.written), "sizes": sizes}
 
     def resume(self, sizes: Mapping[str, int], **written: Any) -> None:
-        """Take up a state; what was written later is cut off.  Raises OSError where less is there,
-        or other than there was."""
+        """Restore a state, cutting off what was written later.  Raises OSError if a file is missing
+        or shorter."""
         for path in (*self.folder.glob(f"{self.name}_*.bin"), self.offsets):
             if path.name not in sizes:
                 path.unlink(missing_ok=True)
@@ -204,7 +203,7 @@ class SplitWriter:
         self.written = Written(**written)
 
     def add(self, document: Document, ids: Ids | None) -> None:
-        """Write a document, now or with those that follow, or count it where it is left out."""
+        """Write a document, now or with later ones, or count it as empty or left out."""
         if not document.text:
             self.written.info["empty_documents"] += 1
         elif self.written.full:
@@ -217,7 +216,7 @@ class SplitWriter:
                 self._flush()
 
     def _flush(self) -> None:
-        """Write what waits, up to the document with which ``limit`` is reached, and count it."""
+        """Write and count pending documents, up to the one that reaches ``limit``."""
         if not self.pending:
             return
         written, info = self.written, self.written.info
@@ -261,7 +260,7 @@ class SplitWriter:
             file.write(values.tobytes())
 
     def finish(self) -> dict[str, Any]:
-        """Return the split's entry in the index: counts, the exact floor, files with checksums."""
+        """Return the split's entry in the index: counts, irreducible loss, files, checksums."""
         self._flush()
         files, info, nats = self.written.files, self.written.info, self.written.nats
         for entry in files:
@@ -272,7 +271,7 @@ class SplitWriter:
         with fileio.naming(self.folder / name):
             np.save(self.folder / name, offsets)
         tokens = info["tokens"]
-        unscored = list(self.tokenizer.unscored)  # whose nats are not counted either
+        unscored = list(self.tokenizer.unscored)
         is_scored = tokens > 0 and not unscored
         return {
             **info,
