@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -144,10 +143,8 @@ def spread_of(fit: Fit) -> float:
 
 
 def _spread(fit: Fit, noise: Noise | None, error: float | None) -> Check:
-    """Compare the spread of the losses with the scatter of seeds and the validation error.
-
-    An error that fails the check of the validation set does not count here.
-    """
+    """Compare the spread of the losses with the scatter of seeds and the validation error, which
+    counts only if it passes the check of the validation set."""
     spread = spread_of(fit)
     if error is not None and error > NOISE_SHARE * spread:
         error = None
@@ -270,10 +267,8 @@ def _floor(fit: Fit, interval: Interval | None, floor: float) -> Check:
 def _single_runs(
     single: Sequence[SingleRun], names: Sequence[str], p: float | None, limit: float, above: str
 ) -> Check:
-    """Judge the influence of each run, left out in turn.
-
-    ``names`` are those of all runs, ``p`` is the least p-value of a run that moves the prediction.
-    """
+    """Judge the influence of each run; ``names`` are those of all runs, ``p`` is the least p-value
+    of a run that moves the prediction."""
     if p is None:
         detail = "too few runs to leave one out, or several rows of a run"
         return check("single_run", NOT_TESTED, detail)
@@ -295,24 +290,3 @@ def _single_runs(
     if odd := [names[one.row] for one in single if one.is_outlier]:
         detail += f"; far from the rest without doing so: {listed(odd, ', ')}"
     return check("single_run", True, detail, threshold=above)
-
-
-def check_distance(
-    runs: Mapping[str, Any], places: Sequence[Mapping[str, float]], main: str
-) -> Check:
-    """Compare how far predictions lie beyond the runs with the range of the runs.
-
-    ``runs`` has the values of each variable of the law, (n,), ``places`` those of each prediction;
-    the variable ``main`` is not named in the result.
-    """
-    if not places:
-        return check("distance", NOT_TESTED, "nothing can be predicted")
-    found = []
-    for name, value in (pair for place in places for pair in place.items() if pair[0] in runs):
-        low, high = float(min(runs[name])), float(max(runs[name]))
-        beyond, span = max(value / high, low / value, 1.0), high / low
-        what = "" if name in (main, "C") else f"{name} = {value:.3g} is "
-        found.append((beyond / span, beyond, span, what))
-    _, beyond, span, what = max(found, key=lambda one: one[0])
-    detail = f"{what}{times(beyond)} beyond; the runs span {times(span)}"
-    return check("distance", beyond <= span, detail)

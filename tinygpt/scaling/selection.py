@@ -81,11 +81,8 @@ def select(
 def _one_estimator(
     squares: Mapping[str, Fit], settings: Settings, cluster: str | None
 ) -> tuple[float | None, Settings, str]:
-    """Return how many independent runs the rows are worth, and settings with one estimator and one
-    limit for all laws, so that they compare, and the reason for it.
-
-    All follow from the residuals of the best law by least squares.
-    """
+    """Return the effective number of runs, settings with one estimator and limit for all laws, and
+    the reason for that estimator, all from the residuals of the best law by least squares."""
     asked, reason = settings["estimator"], "asked for"
     if not squares:
         return None, settings, reason
@@ -101,11 +98,8 @@ def _one_estimator(
 
 
 def independent(residuals: Array, cluster: pd.Series) -> float:
-    """Return the effective number of independent rows.
-
-    It follows from the correlation within clusters (one-way analysis of variance) and the design
-    effect 1 + (m - 1) rho (Kish 1965, section 5.4).
-    """
+    """Return the effective number of rows, by the correlation within clusters (one-way analysis of
+    variance) and the design effect 1 + (m - 1) rho (Kish 1965, section 5.4)."""
     labels = pd.factorize(cluster)[0]
     count = np.bincount(labels)
     n, groups = len(labels), len(count)

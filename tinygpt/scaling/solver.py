@@ -94,8 +94,9 @@ def objective(
     if np.min(threshold) < np.inf:
         size = np.abs(residuals)
         slope = np.copysign(np.minimum(size, threshold), residuals)
-        own = 1.0 if weights is None else weights
-        loss, inside = huber(residuals, threshold), (size <= threshold) * own
+        own = np.ones(1) if weights is None else weights
+        loss = huber(residuals, threshold)
+        inside = np.asarray((size <= threshold) * own, dtype=float)
         few = np.count_nonzero(inside, axis=1) < theta.shape[1]
         if few.any():  # too few for a curvature; Huber's weights still lead downhill
             share = np.minimum(1.0, threshold / np.maximum(size, 1e-300))
