@@ -1,4 +1,4 @@
-"""What one recipe is worth against another: ratios against known truths, checks, the command."""
+"""Test comparisons of recipes: ratios against known truths, checks, the command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def loss_at(n: Any, d: Any) -> Any:
 
 
 def runs(size: float = 1.0, tokens: float = 1.0, noise: float = 0.0, seed: int = 0) -> pd.DataFrame:
-    """Runs of a recipe that makes of its size and its tokens so many times as many."""
+    """Return runs of a recipe whose size and tokens count ``size`` and ``tokens`` times."""
     random = np.random.default_rng(seed)
     n, d = (axis.ravel() for axis in np.meshgrid(SIZES, LENGTHS))
     loss = loss_at(n * size, d * tokens) * np.exp(noise * random.standard_normal(len(n)))
@@ -43,7 +43,7 @@ def runs(size: float = 1.0, tokens: float = 1.0, noise: float = 0.0, seed: int =
     [({"tokens": 1.5}, 1.5), ({"size": 0.7}, 0.7), ({"size": 1.2, "tokens": 1.5}, 1.8)],
 )
 def test_a_known_ratio_is_found(gain: Mapping[str, float], ratio: float) -> None:
-    """Wherever the gain lies the frontier is shifted by the product of both."""
+    """Check that gains in size and tokens multiply."""
     found = compare.ratio_of(runs(noise=1e-5), runs(**gain, noise=1e-5, seed=1), VARIABLES, "loss")
     assert found.at(found.best_known).estimate == pytest.approx(ratio, rel=2e-3)
     assert found.exponents().estimate == pytest.approx(1.0, abs=2e-3)
@@ -63,7 +63,7 @@ def test_a_ratio_that_falls_with_compute_is_found() -> None:
 
 
 def test_an_estimate_is_that_of_scipy() -> None:
-    """Least squares of Chinchilla's form through both recipes, without weights, agree."""
+    """Compare with least squares of Chinchilla's form through both recipes, without weights."""
     first, other = runs(noise=0.003), runs(tokens=1.3, noise=0.003, seed=1)
     found = compare.ratio_of(first, other, VARIABLES, "loss")
     (model,) = (m for m in found.models if (m.base.name, m.gain) == ("chinchilla", "tokens"))
@@ -121,7 +121,7 @@ def test_recipes_that_were_trained_elsewhere_are_compared() -> None:
 
 
 def test_a_dearer_token_counts() -> None:
-    """Of a recipe whose tokens cost 10 % more, a tenth of the gain is lost."""
+    """Check that tokens that cost 10 % more reduce the ratio by that."""
     first, other = runs(noise=1e-5), runs(tokens=1.5, noise=1e-5, seed=1)
     first, other = (t.assign(C=k * 6 * t["N"] * t["D"]) for t, k in ((first, 1.0), (other, 1.1)))
     found = compare.ratio_of(first, other, VARIABLES, "loss", "C")
@@ -174,8 +174,8 @@ def test_a_plan_promises_more_of_more_seeds() -> None:
 
 
 def side(rates: Mapping[float, float], others: tuple[float, ...] = (0.01,)) -> Table:
-    """Runs of one place at several rates, with the factor of the loss at each, and of others, whose
-    first rate is the best."""
+    """Return runs of one place at several rates, with the factor of the loss at each, and of others,
+    whose first rate is the best."""
     rows = [
         {**row, "learning_rate": rate, "loss": row["loss"] * factor}
         for k, row in enumerate(runs().to_dict("records"))
@@ -217,7 +217,7 @@ def test_a_recipe_is_one_recipe() -> None:
 
 
 def test_losses_are_those_that_compare() -> None:
-    """Bits per byte where tokenizers differ; losses of two texts are refused."""
+    """Check that different tokenizers give bits per byte, and different texts an error."""
 
     def parts(tokenizers: str, texts: str) -> dict[str, pd.DataFrame]:
         names = ("tokenizer_fingerprint", "validation_fingerprint")
@@ -235,7 +235,7 @@ def test_losses_are_those_that_compare() -> None:
 
 
 def study(folder: Path, recipes: Mapping[str, float]) -> Path:
-    """Finished runs of recipes, each at one rate, and at three at one place."""
+    """Write finished runs of recipes, each at one rate, and at three at one place."""
     same = {"schema_version": 1, "status": "finished", "seed": 1, "tokenizer": "bpe"}
     same |= {"tokenizer_fingerprint": "t", "dataset": "books", "validation_fingerprint": "v"}
     for k, (name, tokens) in enumerate(recipes.items()):

@@ -1,4 +1,4 @@
-"""Estimates: published numbers, other people's optimizers, exact surfaces, one-line errors."""
+"""Test fits: published numbers, other optimizers, exact surfaces, one-line errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tinygpt.scaling.laws import LAWS, Law
 from tinygpt.scaling.solver import bounds
 
 TRUTH = {"E": 1.8, "A": 480.0, "B": 2100.0, "alpha": 0.35, "beta": 0.37, "rn": 5.0, "rd": 15.0}
-# where the general values are of no likely size
+# for laws that the general values do not suit
 SPECIAL: dict[str, dict[str, float]] = {
     "kaplan": {"Nc": 5e10, "Dc": 3e11, "alpha": 0.2, "beta": 0.25},
     "kaplan_constant": {"E": 1.5, "Nc": 2e8, "Dc": 6e9, "alpha": 0.3, "beta": 0.4},
@@ -30,8 +30,7 @@ SPECIAL: dict[str, dict[str, float]] = {
     "log_power": {"A": 1e3, "alpha": 2.0},
     "coupled": {"E": 1.8, "A": 1500.0, "B": 9000.0, "alpha": 0.42, "beta": 0.45, "gamma": 0.8},
 }
-# Fits to noisy points of a law have many minima here and there: how many starts scipy gets.
-STARTS = 12
+STARTS = 12  # of scipy, because noisy points may have several minima
 
 
 def truth(law: Law) -> dict[str, float]:
@@ -40,7 +39,7 @@ def truth(law: Law) -> dict[str, float]:
 
 
 def table(law: Law, natural: dict[str, float], noise: float = 0.0, seed: int = 0) -> pd.DataFrame:
-    """Runs on a grid, the loss by the law with noise on its logarithm."""
+    """Return runs on a grid with the loss of a law and noise on its logarithm."""
     if "N" in law.variables:
         n, d = np.meshgrid(np.geomspace(1e7, 1e9, 6), np.geomspace(2e8, 2e10, 6))
         runs = pd.DataFrame({"N": n.ravel(), "D": d.ravel()})
@@ -65,7 +64,7 @@ def fitted(runs: pd.DataFrame, law: str, **settings: Any) -> Fit:
 
 @pytest.fixture(scope="module")
 def chinchilla_points(real_data: Path) -> pd.DataFrame:
-    """The 240 runs that Besiroglu et al. 2024 read off Hoffmann's figure and kept."""
+    """Return the 240 runs that Besiroglu et al. 2024 read off Hoffmann's figure and kept."""
     path = real_data / "scaling" / "chinchilla_epoch" / "runs.csv"
     if not path.exists():
         pytest.skip("no published runs beside the project")
@@ -85,7 +84,7 @@ def test_published_huber(chinchilla_points: pd.DataFrame) -> None:
 
 
 def test_published_likelihood(chinchilla_points: pd.DataFrame) -> None:
-    """To the digits printed by Besiroglu et al. 2024, one in the last where they cut off."""
+    """Compare with the digits printed by Besiroglu et al. 2024, which are partly truncated."""
     found = fitted(chinchilla_points, "chinchilla", estimator="likelihood").parameters
     assert found["A"] == pytest.approx(482.01, abs=0.0051)
     assert found["B"] == pytest.approx(2085.43, abs=0.0051)
@@ -99,7 +98,7 @@ def test_published_likelihood(chinchilla_points: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_likelihood_is_the_linear_programme(seed: int) -> None:
-    """Its threshold is so low that the least absolute deviations are as good."""
+    """Use a threshold so low that the fit is one of least absolute deviations."""
     runs = table(LAWS["power"], truth(LAWS["power"]), 0.05, seed)
     found = fitted(runs, "power", estimator="likelihood", threshold=1e-7)
     n, x, y = len(runs), np.log(runs.x.to_numpy()), np.log(runs.loss.to_numpy())
@@ -119,7 +118,7 @@ def test_the_likelihood_is_the_linear_programme(seed: int) -> None:
 @pytest.mark.parametrize(("law", "seed"), list(itertools.product(LAWS, range(2))))
 @np.errstate(over="ignore", invalid="ignore")  # scipy goes where the law overflows
 def test_no_other_optimizer_does_better(law: str, seed: int) -> None:
-    """scipy's least squares, from the truth and from many other starts."""
+    """Compare with scipy's least squares, from the truth and from other starts."""
     form = LAWS[law]
     squares = fitted(table(form, truth(form), 0.01, seed), law, estimator="least_squares")
     points, ends = squares.points, bounds(form, squares.points)
@@ -182,7 +181,7 @@ def test_exact_recovery_of_laws_that_are_no_sums(law: str) -> None:
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_no_constant_in_the_data_is_said(law: str, without: str, seed: int) -> None:
-    """E = 0 in truth: where the data put it at zero, the rest is the law without it."""
+    """Check that a fit with E at zero is that of the law without E."""
     form = LAWS[without]
     exact = fitted(table(form, truth(form)), law)
     assert exact.optimum.at_bound == ("E",)
@@ -196,7 +195,7 @@ def test_no_constant_in_the_data_is_said(law: str, without: str, seed: int) -> N
 
 
 def test_narrow_designs_reach_their_minimum() -> None:
-    """Over so short a range E and a power can hardly be told apart: the valley is long."""
+    """Use a range so short that E and a power can hardly be told apart: the valley is long."""
     form = LAWS["chinchilla"]
     natural = {"E": 1.5, "A": 2.2, "B": 60.0, "alpha": 0.04, "beta": 0.3}
     for seed in range(10):
@@ -254,7 +253,7 @@ def broken(noise: float, **natural: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("c", "alpha"), [(5.69, 0.05), (12.0, 0.01), (-4.5, 0.9)])
 def test_a_sharp_break_is_found(c: float, alpha: float) -> None:
-    """Published curves need slopes of several; where |c| stopped at 3 the law was off by 10 %."""
+    """Fit slopes as steep as published ones; a bound of 3 on |c| was off by 10 %."""
     truth = {"E": 0.02 if c > 0 else 0.5, "A": 3.0 if c > 0 else 1e4, "x1": 1e8, "f": 0.3}
     truth |= {"alpha": alpha, "c": c}
     exact = fitted(broken(0.0, **truth), "broken", estimator="least_squares")
@@ -270,7 +269,7 @@ BOUNDED = [(law, p) for law, form in LAWS.items() for p in form.bounds if p not 
 @pytest.mark.parametrize("end", [0, 1])
 @pytest.mark.parametrize(("law", "name"), BOUNDED)
 def test_a_bound_that_binds_is_named(law: str, name: str, end: int) -> None:
-    """Each of each law, moved to where it leaves the truth out."""
+    """Move each bound of each law to exclude the truth."""
     form, natural = LAWS[law], truth(LAWS[law])
     size = abs(natural[name])
     ends = (natural[name] + 0.3 * size, 1e5) if end == 0 else (-1e5, natural[name] - 0.3 * size)
@@ -372,7 +371,7 @@ def test_errors_are_one_line(change: Any, arguments: dict[str, Any], words: list
 
 
 def one_variable(column: str, noise: float = 0.01) -> pd.DataFrame:
-    """Twelve runs about L = 2 + 300 / x^0.5."""
+    """Return twelve runs about L = 2 + 300 / x^0.5."""
     x = np.geomspace(1e4, 1e7, 12)
     scatter = np.exp(noise * np.random.default_rng(0).normal(size=len(x)))
     return pd.DataFrame({column: x, "loss": (2 + 300 / x**0.5) * scatter})

@@ -1,4 +1,4 @@
-"""The forecast: what it says of runs it has not seen, and that it has not seen them."""
+"""Test the forecast: its errors on unseen runs, and that it does not see them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_law_without_noise_is_found_by_each_way_of_weighting() -> None:
 
 
 def test_runs_that_are_held_out_change_nothing_below_the_cut() -> None:
-    """The forms, their weights and the width of the intervals come from the other runs alone."""
+    """Check that laws, weights and interval widths come from the other runs alone."""
     runs = grid(noise=0.01)
     clean = held(runs)
     assert 0 < clean.above.sum() < len(runs) / 2
@@ -117,7 +117,7 @@ def test_no_cut_divides_a_group(rows: list[tuple[int, float]]) -> None:
 
 
 def test_where_small_runs_obey_another_law_the_larger_ones_count() -> None:
-    """As a warm-up that is long for a short run does: the plain fit misses, the forecast less."""
+    """Raise losses as a warm-up that is long for a short run does; the forecast misses less."""
     runs = grid(noise=0.003)
     runs["loss"] *= 1 + 2e7 / runs["D"] * 20
     found = held(runs)
@@ -151,8 +151,8 @@ def test_an_interval_widens_with_the_distance_and_never_inside() -> None:
 
 
 def test_where_seeds_tell_it_the_interval_is_that_of_runs_of_this_length() -> None:
-    """Runs scatter by 3 % to 0.17 %, the longer the less; without seeds one scatter is of all,
-    which those of short runs do not exceed."""
+    """Let runs scatter by 3 % to 0.17 %, less for longer ones.  Without seeds all share one,
+    which short runs do not exceed with them."""
     runs = grid(seeds=4)
     scatter = 0.03 * (runs["D"] / 1e8) ** -0.5
     runs["loss"] *= np.exp(scatter * np.random.default_rng(0).normal(size=len(runs)))
@@ -203,7 +203,7 @@ def test_the_page_of_the_bank_says_what_was_scored() -> None:
 @pytest.mark.parametrize("noise", ["equal", "measured"])
 @pytest.mark.parametrize("kind", ["inside", "outside"])
 def test_simulated_studies_are_covered_as_often_as_is_said(kind: str, noise: str) -> None:
-    """Forms that the forecast averages, and others: covered, by intervals that are not wide."""
+    """Check coverage and width for laws that the forecast averages, and for others."""
     worlds = SimpleNamespace(**runpy.run_path(str(BANK / "worlds.py")))
     found = pd.DataFrame([one for i in range(12) for one in worlds.study(kind, noise, i)])
     covered = (found["error"] <= found["reach"]).groupby(found["what"]).mean()
@@ -222,8 +222,8 @@ def test_the_page_of_the_bank_says_how_studies_were_covered() -> None:
 
 
 def test_of_few_runs_no_law_counts_whose_loss_rises() -> None:
-    """Ten runs of a law within a budget, in which the largest size was unlucky: laws with a
-    negative exponent fit them best, and predict 1e44 nats for a run of twice the size."""
+    """Use ten runs within a budget whose largest size was unlucky.  Laws with a negative exponent
+    fit them best, and predict 1e44 nats for a run of twice the size."""
     table = pd.DataFrame(
         {
             "N": [56640, 100096, 100096, 6592, 25472, 25472, 25472, 56640, 25472, 25472],

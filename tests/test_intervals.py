@@ -1,4 +1,4 @@
-"""Intervals: closed forms, brute force, and how often they hold the truth."""
+"""Test intervals: closed forms, brute force, and coverage."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ POWER, CHINCHILLA = LAWS["power"], LAWS["chinchilla"]
 
 @pytest.fixture(scope="module")
 def line() -> Fit:
-    """A power law: a line in logarithms, for which everything is known."""
+    """Fit a power law: a line in logarithms, for which everything is known."""
     return fitted(table(POWER, truth(POWER), 0.03), "power")
 
 
@@ -42,7 +42,7 @@ def surface() -> Fit:
 
 
 def regression(fit: Fit) -> tuple[float, float, float]:
-    """Slope of log loss in log x, its standard error, the t quantile: by scipy."""
+    """Return the slope of log loss in log x, its standard error and the t quantile by scipy."""
     found = stats.linregress(np.log(fit.table.x), np.log(fit.table.loss))
     return found.slope, found.stderr, float(stats.t.ppf(0.975, len(fit.points) - 2))
 
@@ -86,7 +86,7 @@ def test_a_line_predicts_as_regression_does(line: Fit, new_run: bool) -> None:
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "E"])
 def test_profile_against_brute_force(surface: Fit, name: str) -> None:
-    """At either end, the best of all laws with that value is as much worse as it may be."""
+    """Check that the best law with either end as its value is worse by the allowed amount."""
     law, points = surface.optimum.law, surface.points
     found = profile(surface, of_parameter(surface, name))
     n, p = len(points), len(law)
@@ -109,7 +109,7 @@ def test_profile_against_brute_force(surface: Fit, name: str) -> None:
 
 
 def test_bootstrap_of_a_line_is_near_regression(line: Fit) -> None:
-    """Its scatter is White's standard error of the slope, in the form HC3."""
+    """Compare with White's standard error of the slope (HC3)."""
     x = np.log(line.table.x.to_numpy())
     x = x - x.mean()
     leverages = 1 / len(x) + x**2 / (x @ x)
@@ -127,7 +127,7 @@ def test_bootstrap_is_a_function_of_its_seed(surface: Fit) -> None:
 
 
 def test_copies_of_runs_are_no_new_runs() -> None:
-    """Four rows of each run that say the same: clustered the interval stays, else it halves."""
+    """Copy each run four times: the interval stays if clustered, else it halves."""
     runs = table(POWER, truth(POWER), 0.03).assign(run=range(30))
     alone = bootstrap(fitted(runs, "power"), 1000).parameters["alpha"].std()
     copies = fitted(pd.concat([runs] * 4, ignore_index=True), "power", estimator="least_squares")
@@ -138,7 +138,7 @@ def test_copies_of_runs_are_no_new_runs() -> None:
 
 
 def test_replicas_that_came_to_no_minimum_are_counted(surface: Fit) -> None:
-    """The interval is of the rest; where it is shown, so is how many that leaves out."""
+    """Check that an interval of the others says how many refits failed."""
     replicas = bootstrap(surface, 50)
     assert replicas.interval("E").method == "bootstrap (pairs)"
     some = dataclasses.replace(replicas, theta=replicas.theta[3:], failed=3)
@@ -159,7 +159,7 @@ def test_errors_are_one_line(surface: Fit) -> None:
 
 
 def short(seed: int, constant: float) -> pd.DataFrame:
-    """Over one order each, with 2 % of noise: no data to tell E from zero by."""
+    """Return runs over one order of magnitude with 2 % noise, which cannot tell E from zero."""
     n, d = np.meshgrid(np.geomspace(3e7, 3e8, 4), np.geomspace(6e8, 6e9, 4))
     noise = 0.02 * np.random.default_rng(seed).standard_normal(n.shape)
     loss = surface_at(n, d, constant) * np.exp(noise)
@@ -214,7 +214,7 @@ def surface_at(n: Any, d: Any, constant: float = TRUTH["E"]) -> Any:
 
 
 def coverage(size: int, noise: float, worlds: int) -> Counter[str]:
-    """How often the default intervals hold the truth, in so many worlds of size² runs."""
+    """Count how often default intervals hold the truth in ``worlds`` of size² runs."""
     axes = np.geomspace(1e7, 1e9, size), np.geomspace(2e8, 2e10, size)
     n, d = (axis.ravel() for axis in np.meshgrid(*axes))
     found: Counter[str] = Counter()
@@ -234,7 +234,7 @@ DESIGNS = [(size, noise) for size in (4, 8) for noise in (0.005, 0.02)]
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "noise"), DESIGNS)
 def test_coverage(size: int, noise: float) -> None:
-    """95 % intervals hold the truth in 90 to 99 % of 300 worlds a design."""
+    """Check that 95 % intervals hold the truth in 90 to 99 % of 300 worlds per design."""
     found = coverage(size, noise, 300)
     print(f"\n{size}x{size}, {noise:.1%} noise:", dict(found))
     for name in ("alpha", "beta", "prediction"):
@@ -242,7 +242,7 @@ def test_coverage(size: int, noise: float) -> None:
 
 
 def test_coverage_in_few_worlds() -> None:
-    """60 worlds: fewer than 50 held would come up once in 10,000 times of a 95 % interval."""
+    """Check 60 worlds, of which a 95 % interval holds fewer than 50 once in 10,000 times."""
     found = coverage(4, 0.01, 60)
     for name in ("alpha", "beta", "prediction", "E"):
         assert found[name] >= 50, name

@@ -1,8 +1,7 @@
-"""From run folders to scaling laws: a library for notebooks, without torch.
+"""Turn run folders into scaling laws: a library for notebooks, without torch.
 
-``load_runs`` makes a table, ``fit`` puts a law through it, ``intervals`` and ``bootstrap`` say how
-far its numbers may be trusted, ``frontier`` and ``predict`` split a budget, ``analyse`` does all
-of it.
+``load_runs`` reads runs into a table, ``fit`` fits a law to it, ``intervals`` and ``bootstrap``
+give confidence intervals, ``frontier`` and ``predict`` split a budget; ``analyse`` does it all.
 """
 
 from tinygpt.scaling.analysis import Analysis, analyse

@@ -1,4 +1,4 @@
-"""From runs to a law and a judgement of it: everything that a report says, as numbers."""
+"""Fit and judge a law: compute everything that a report shows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tinygpt.scaling.columns import (
     question,
     varied,
 )
-from tinygpt.scaling.diagnostics import check_distance, check_law, count_once, dependence, spread_of
+from tinygpt.scaling.diagnostics import check_law, count_once, dependence, spread_of
 from tinygpt.scaling.evidence import (
     FAIL,
     NOT_TESTED,
@@ -51,60 +51,61 @@ from tinygpt.scaling.runs import SETTINGS, left_out_lines
 from tinygpt.scaling.selection import Candidate, NextRun, next_run, preferred, select, structure
 from tinygpt.scaling.single import SingleRun, single_runs
 from tinygpt.scaling.split import best_split, recorded
+from tinygpt.scaling.wording import times
 
-INSEPARABLE = 0.98  # from this correlation of log N and log D no law tells them apart
-FURTHER = 10.0  # the default prediction lies at so many times the largest compute, or x
+INSEPARABLE = 0.98  # correlation of log N and log D above which no law tells them apart
+FURTHER = 10.0  # the default prediction is at this multiple of the largest compute, or x
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Hold the loss at a place where nothing was trained."""
+    """Hold the predicted loss at a place where nothing was trained."""
 
     place: dict[str, float]  # variable -> value
     flops: float | None
     loss: Interval  # of the law there
     run: Interval  # of a single run there, by the forecast
-    asked: bool = False  # by ``predict=``
+    asked: bool = False  # requested by ``predict=``
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """Hold all that a report says and draws of a law."""
+    """Hold all that a report says and draws about a law."""
 
     question: str  # "How does the loss fall with ...?"
     chosen: Candidate  # the law of the report
     runs: pd.DataFrame  # the rows that were fitted
-    curves: pd.DataFrame | None  # of these and others, where they are known
+    curves: pd.DataFrame | None  # loss curves of these and other runs, where known
     left_out: pd.DataFrame  # the others, with a column ``reason``
     columns: Columns
     variables: dict[str, str]  # variable of the law -> column
-    others: dict[str, dict[str, list[str]]]  # setting that differs besides -> value -> its runs
-    words: dict[str, str]  # variable of the law -> what it is called, with its unit
+    others: dict[str, dict[str, list[str]]]  # any other setting that differs -> value -> its runs
+    words: dict[str, str]  # variable of the law -> its name, with its unit
     compute: Array  # FLOPs of each run, (n,)
     candidates: list[Candidate]  # the best first
     fit: Fit
     intervals: dict[str, Interval]
-    in_total: Fit | None  # the same law where N counts the embeddings too
+    in_total: Fit | None  # the same law with the embeddings counted in N
     total_intervals: dict[str, Interval]  # of that law
-    forecast: Forecast | None  # what predicts; None of too few runs
-    held_out: HeldOut | None  # the forecast put to the test
+    forecast: Forecast | None  # None for too few runs
+    held_out: HeldOut | None  # the forecast, tested on held-out runs
     noise: Noise | None
-    structure: float | None  # p-value of there being none in the residuals
+    structure: float | None  # p-value of the test for structure in the residuals
     checks: list[Check]
-    single: list[SingleRun]  # every run left out in turn, what moves the prediction most first
-    floor: float | None  # the entropy of the corpus where it is known exactly
+    single: list[SingleRun]  # each run left out in turn, the most influential first
+    floor: float | None  # the entropy of the corpus if known exactly
     predictions: list[Prediction]
-    unanswered: list[str]  # why what was asked for has no answer
-    budgets: list[Budget]  # those that were asked for, at their best split
+    unanswered: list[str]  # why a request has no answer
+    budgets: list[Budget]  # the requested ones, at their best split
     frontier: Frontier | None
     next_run: NextRun | None
     seed: int  # of random starts
-    notes: list[str]  # what was assumed, and what was left out, a line each
+    notes: list[str]  # what was assumed and what was left out, a line each
 
     @property
     def is_evidence(self) -> bool | None:
-        """Return whether no check failed, and larger runs were predicted with skill; None where
-        runs at smoke scale, which only try a study out, give no verdict."""
+        """Return whether no check failed and larger runs were predicted with skill, or None for
+        runs at smoke scale, which only try a study out."""
         if "scale" in self.runs and (self.runs["scale"] == "smoke").any():
             return None
         passed = {check.id for check in self.checks if check.passed}
@@ -117,7 +118,7 @@ class Analysis:
 
     @property
     def verdict(self) -> str:
-        """Say whether the law may be relied on, or why not; what was not tested is counted."""
+        """Say whether the law can be relied on, or why not, and how many checks were not tested."""
         failed, untested = map(self.outcomes.count, (FAIL, NOT_TESTED))
         if self.is_evidence is None:
             return SMOKE
@@ -148,15 +149,14 @@ def analyse(
     condition: str | None = None,
     notes: Sequence[str] = (),
 ) -> Analysis:
-    """Fit every law that these runs allow, and judge the best, or the one asked for.
+    """Fit every law that these runs allow, and judge the best one or the one requested.
 
-    ``variable`` names the x of a law in one variable (N, D, U, T or C); by default whatever
-    varies.  ``objective`` says whether residuals are those of log L or of L (``raw``).
-    ``budgets`` are FLOPs to predict the loss at, split between N and D in the best way, ``places``
-    values to predict it at, by letter (``{"N": 13e9, "D": 5e12}``); ``isoflop`` is the curve
-    through each budget; ``curves`` are those of the runs, for the frontier; ``condition`` is that
-    of ``where=``, by which the runs were chosen; ``notes`` say how they were read.  Raises
-    ConfigError where nothing can be fitted.
+    ``variable`` names the x of a law in one variable (N, D, U, T or C), by default whatever varies.
+    ``objective`` takes residuals in log L (``log``) or L (``raw``).  The loss is predicted at
+    ``budgets``, in FLOPs and split optimally between N and D, and at ``places``, such as
+    ``{"N": 13e9, "D": 5e12}``.  ``isoflop`` is the curve through each budget, ``curves`` are the
+    loss curves of the runs, for the frontier, ``condition`` is the ``where=`` that chose the runs,
+    and ``notes`` say how they were read.  Raises ConfigError where nothing can be fitted.
     """
     where = columns.where(runs)
     differing = varied(runs, where)
@@ -164,13 +164,13 @@ def analyse(
     asked, note = places_of(places, variables, where)
     if isoflop != "cubic" and "x" in variables:
         raise ConfigError(f"isoflop={isoflop}: needs a law in N and D")
-    if columns.n != Columns.n:  # of a table from elsewhere nobody says which count it is
+    if columns.n != Columns.n:  # a table from elsewhere does not say which count it is
         words = {name: word.replace(WORDS["N"], "parameters") for name, word in words.items()}
     compute = columns.compute(runs)
     settings: dict[str, Any] = {"loss": columns.loss, "estimator": estimator, **variables}
     settings |= {"threshold": threshold, "objective": objective, "seed": seed}
     size, size_name = columns.size(runs, variables)
-    cluster = columns.cluster(runs)  # rows that share a run are no independent points
+    cluster = columns.cluster(runs)  # rows that share a run are not independent
     settled, tokens = [*where.values(), *SETTINGS], where.get("D")
     candidates = select(runs, laws, same=settled, tokens=tokens, cluster=cluster, **settings)
     chosen = preferred(candidates) if law == "auto" else next(c for c in candidates if c.law == law)
@@ -224,7 +224,7 @@ def analyse(
     single = [] if cluster else single_runs(best, place, replicas(runs, settled))
     others = other_settings(runs, columns, variables.values())
     error = columns.validation_error(runs)
-    checks = [*_checks_of_runs(runs, left_out, columns, compute, condition, others, best)]
+    checks = list(_checks_of_runs(runs, left_out, columns, compute, condition, others, best))
     checks.append(check_validation(runs, error, spread_of(best)))
     if in_x:
         more = [where[v] for v in differing if where[v] != best.columns["x"] and v in "NDU"]
@@ -283,17 +283,17 @@ def analyse(
 def _in_total(
     runs: pd.DataFrame, best: Fit, columns: Columns, settings: dict[str, Any]
 ) -> Fit | None:
-    """Fit the law with the embeddings counted in N, where the table has both counts."""
+    """Refit the law with the embeddings counted in N, if the table has both counts."""
     name = next((v for v, column in best.columns.items() if column == columns.n), None)
     if name is None or columns.n_total is None or columns.n_total not in runs:
         return None
     settings = {**settings, "estimator": best.estimator, name: columns.n_total}
-    limit = best.optimum.threshold  # which only Huber's takes
+    limit = best.optimum.threshold  # used by Huber only
     return fit(runs, best.law, **{**settings, "weights": best.points.weights, "limit": limit})
 
 
 def _intervals(fit: Fit | None, cluster: str | None, seed: int) -> dict[str, Interval]:
-    """Return the intervals of the parameters; where rows share a run, by a bootstrap over runs."""
+    """Return the intervals of the parameters, by a bootstrap over runs where rows share a run."""
     if fit is None or fit.degrees < 1:
         return {}
     if cluster is None:
@@ -303,7 +303,7 @@ def _intervals(fit: Fit | None, cluster: str | None, seed: int) -> dict[str, Int
     return {name: replicas.interval(name) for name in names}
 
 
-# --- where nothing was trained
+# --- predictions
 
 
 def _places(
@@ -313,8 +313,8 @@ def _places(
     per_token: Any,
     budgets: Sequence[float],
 ) -> list[tuple[dict[str, float], float | None]]:
-    """Return places at ten times the largest compute, or the largest x, with their FLOPs; of a
-    law of C also each budget.  Where any law has U, it is all of D."""
+    """Return places at ten times the largest compute or x, with their FLOPs; a law in C also gets
+    each budget.  U is all of D."""
     if best.degrees < 1:
         return []
     if per_token is None:
@@ -337,13 +337,13 @@ def _predicted(
     flops: float | None,
     drawn: Bootstrap | int,
 ) -> Prediction:
-    """Predict the loss at a place: by the law, where rows share a run with a bootstrap over runs,
-    and that of a single run by the forecast."""
+    """Predict the loss at a place by the law, and that of a single run by the forecast; where rows
+    share a run, the law's interval is a bootstrap over runs."""
     if best.degrees < 1:
         law, run = loss_at(best, place)
     else:
         law = run = predict_interval(best, new_run=False, **place)
-    if isinstance(drawn, Bootstrap):  # nan where there is one run
+    if isinstance(drawn, Bootstrap):  # nan for a single run
         ends = drawn.of_loss(**place)
         law = replace(ends, estimate=law.estimate, method="bootstrap over runs")
     if ahead is None and best.degrees >= 1:
@@ -360,7 +360,7 @@ def _predicted(
 def _next(
     best: Fit, compute: Array, predictions: Sequence[Prediction], per_token: Any
 ) -> NextRun | None:
-    """Search sizes and lengths from the smallest run on, at up to twice the largest cost."""
+    """Find the next run from the smallest size and length up, at most twice the largest cost."""
     if not predictions:
         return None
     columns = {name: best.table[column] for name, column in best.columns.items() if name != "U"}
@@ -410,12 +410,23 @@ def _checks_of_runs(
 def _check_distance(
     best: Fit, compute: Array, predictions: Sequence[Prediction], budgets: Sequence[float]
 ) -> Check:
-    """Judge by the x of a law in one variable, else by the compute; a place that was asked for
-    also by each variable."""
+    """Compare how far predictions lie beyond the runs with what the runs span: by the x of a law in
+    one variable or by compute, and for requested places by each variable too."""
+    if not predictions:
+        return check("distance", NOT_TESTED, "nothing can be predicted")
     runs = {name: best.table[column].to_numpy(float) for name, column in best.columns.items()}
     main = "x" if "x" in runs else "C"
     runs.setdefault(main, compute)
     places = [{main: flops} for flops in (FURTHER * float(runs[main].max()), *budgets)]
     asked = [one for one in predictions if one.asked]
     places += [one.place | ({"C": one.flops} if one.flops else {}) for one in asked]
-    return check_distance(runs, places if predictions else [], main)
+    found = []
+    for name, value in (pair for place in places for pair in place.items() if pair[0] in runs):
+        low, high = float(runs[name].min()), float(runs[name].max())
+        beyond, span = max(value / high, low / value, 1.0), high / low
+        what = "" if name in (main, "C") else f"{name} = {value:.3g} is "
+        found.append((beyond / span, beyond, span, what))
+    _, beyond, span, what = max(found, key=lambda one: one[0])
+    return check(
+        "distance", beyond <= span, f"{what}{times(beyond)} beyond; the runs span {times(span)}"
+    )

@@ -1,14 +1,13 @@
 """Estimate what one recipe is worth against another: the compute that it saves at equal loss.
 
-One law goes through the runs of both.  The other recipe makes of its tokens, its parameters, or
-both, what the reference makes of m times as many: L(N, D) = L_ref(N, m D), for instance.  Let m
-change with the compute, m = exp(u) C^v.  Then the reference needs m(C) times the compute to reach
-the loss that the other reaches with C, each at its best split, and the exponents by which their
-losses fall with compute have the ratio 1 + v.
+One law is fitted to the runs of both.  The other recipe does with its tokens, its parameters, or
+both, what the reference does with m times as many, such as L(N, D) = L_ref(N, m D).  With
+m = exp(u) C^v the reference needs m(C) times the compute to reach the loss that the other reaches
+with C, each at its best split, and the exponents of their losses in compute have the ratio 1 + v.
 
-What the two share at a place, as the error of the law there, cancels in this ratio, so its error
-follows from leaving out each place under both recipes (the jackknife).  Neither the form of the law
-nor where the gain lies is known: the ratio is an average over both, by Akaike's weights.
+Errors that the two share at a place, such as a misfit of the law, cancel in this ratio, so its
+error comes from a jackknife that leaves out a place under both recipes.  Neither the form of the
+law nor the place of the gain is known, so the ratio is an average over both by Akaike weights.
 """
 
 from __future__ import annotations
@@ -33,24 +32,23 @@ from tinygpt.scaling.solver import solve, starts_of
 
 LAWS_TRIED = ("chinchilla", "coupled", "kaplan_constant")
 OF_ONE = ("power_constant", "log_power")  # in one variable
-GAINS = ("tokens", "size", "free")  # where the gain of a law in N and D lies; free: in both
+GAINS = ("tokens", "size", "free")  # where the gain of a law in N and D lies; free means in both
 STARTS = (-0.4, 0.4)  # of u
-LEAST_LEFT = 0.05  # of a residual, that is taken for the place's own where the law follows it
-STEP = 1e-5  # in a log variable: the slope of a law is a difference
+LEAST_LEFT = 0.05  # least value of 1 - leverage in the jackknife
+STEP = 1e-5  # in a log variable, of a finite difference
 FEWEST_LEFT = 3  # degrees of freedom
-POWER = 0.8  # of the test that the smallest detectable ratio stands for
+POWER = 0.8  # of the test that defines the smallest detectable ratio
 FURTHEST = 12.0  # in log tokens: a loss that takes more is out of reach
-MARGIN = 1.5  # by so much simulated studies, whose law and noise are not known, told less
-TYPICAL = (0.6, 0.2, 0.2, 0.35, 0.4)  # of a plan: parts of the loss that are E, A and B; exponents
+MARGIN = 1.5  # in logs: simulated studies, with law and noise unknown, detected so much less
+TYPICAL = (0.6, 0.2, 0.2, 0.35, 0.4)  # law of a plan: fractions of the loss E, A, B; exponents
 Estimate = tuple[float, float, float]  # a value, its error, the degrees of freedom
 
 
 def shifted(base: Law, gain: str) -> Law:
-    """Return the law of both recipes: ``base``, and the gain of the other as parameters u and v.
+    """Return the law of both recipes: ``base`` with the gain of the other as parameters u and v.
 
-    Beside the variables of the base stand ``other``, 1 for the other recipe and 0 for the
-    reference, and ``scale``, the log compute about its mean.  A ``free`` gain has its part in N as
-    a parameter q.
+    Its additional variables are ``other``, 1 for the other recipe and 0 for the reference, and
+    ``scale``, the centred log compute.  A ``free`` gain has a parameter q, its part in N.
     """
     main = "N" if gain == "size" else base.variables[-1]
     own = ("q", "u", "v") if gain == "free" else ("u", "v")
@@ -68,23 +66,22 @@ def shifted(base: Law, gain: str) -> Law:
 
         value, gradient = base.derivatives(theta, at)
         found = {name: gradient[..., j] for j, name in enumerate(base.parameters)}
-        found |= {"u": slope(main)}
-        found |= {"v": found["u"] * x["scale"]}
-        return value, found | ({"q": slope("N") - found["u"]} if gain == "free" else {})
+        by_u = slope(main)
+        found |= {"u": by_u, "v": by_u * x["scale"]}
+        return value, found | ({"q": slope("N") - by_u} if gain == "free" else {})
 
     return replace(
         base,
         variables=(*base.variables, "other", "scale"),
         exponents=(*base.exponents, *own),
         powers=None,
-        expression=lambda p, x: slopes(p, x)[0],
         slopes=slopes,
     )
 
 
 @dataclass(frozen=True)
 class Model:
-    """One form of the law, with one place of the gain, through the runs of both recipes."""
+    """Hold one form of the law, with one place of the gain, fitted to the runs of both recipes."""
 
     base: Law
     gain: str
@@ -96,7 +93,7 @@ class Model:
 
     @cached_property
     def moves(self) -> Array:
-        """Return by how much the parameters move without each place, to first order, (G, P)."""
+        """Return how the parameters change, to first order, without each place, (G, P)."""
         size = np.sqrt(np.sum(self.jacobian**2, axis=0))
         size = np.where(size > 0, size, 1.0)
         unit = self.jacobian / size
@@ -111,28 +108,28 @@ class Model:
 
     @property
     def degrees(self) -> int:
-        """Return the degrees of freedom: of pairs, those of their differences."""
+        """Return the degrees of freedom, where a pair counts for its difference only."""
         n, places = len(self.residuals), int(self.groups.max()) + 1
         return n - len(self.theta) - max(0, n - places - len(self.base))
 
     def error(self, contrast: Array) -> float:
-        """Return the standard error of a combination of parameters: the jackknife over places."""
+        """Return the standard error of a combination of parameters by a jackknife over places."""
         count = len(self.moves)
         return float(np.sqrt((count - 1) / count * np.sum((self.moves @ contrast) ** 2)))
 
     def fitted(self, x: Mapping[str, Array]) -> Array:
-        """Return the log loss at centred log variables, (n,)."""
+        """Predict the log loss at centred log variables, (n,)."""
         return np.asarray(self.law.log_loss(self.theta[None], x)[0])
 
     def estimate(self, u: float, v: float) -> Estimate:
-        """Return this combination of the gain's parameters: (1, s) is the log ratio at a log
-        compute of s about the mean, (0, 1) how it changes."""
+        """Estimate a combination of the gain's parameters: (1, s) is the log ratio at a centred log
+        compute of s, (0, 1) its slope."""
         contrast = np.r_[np.zeros(len(self.theta) - 2), u, v]
         return float(contrast @ self.theta), self.error(contrast), self.degrees
 
     def tokens(self, at: Mapping[str, float], scale: float) -> Estimate:
-        """Return the log of the tokens that the reference needs, for the loss of the other at a
-        place, by its size unchanged."""
+        """Estimate the log ratio of the tokens that the reference needs, at the same size, for the
+        loss of the other at a place."""
         steps = np.vstack([np.zeros(len(self.theta)), 1e-4 * np.eye(len(self.theta))])
         theta = self.theta + steps
         place = {name: np.full((len(theta), 1), value) for name, value in at.items()}
@@ -149,30 +146,30 @@ class Model:
 
 @dataclass(frozen=True)
 class Ratio:
-    """What one recipe is worth against the reference."""
+    """Hold what one recipe is worth against the reference."""
 
     models: list[Model]
     weights: Array  # (models,), by Akaike
     centres: Mapping[str, float]  # of the log variables and of the scale
-    best_known: float  # the compute (or x) at which the ratio is known best
-    ends: tuple[float, float]  # the least and largest compute (or x) of the other's runs
+    best_known: float  # the compute (or x) at which the ratio is most certain
+    ends: tuple[float, float]  # the smallest and largest compute (or x) of the other's runs
     flops: float  # FLOPs per token of the reference / those of the other, at equal size
-    place: Mapping[str, float] | None  # where tokens are compared: a size, and the tokens there
-    costs: tuple[Array, Array]  # log N, and the log FLOPs per token there
+    place: Mapping[str, float] | None  # N and D at which tokens are compared
+    costs: tuple[Array, Array]  # log N, and log FLOPs per token there
     places: int
     pairs: int  # places that both have
-    floor: tuple[float, float]  # how much higher the other's E would be, as a log; p that it is 0
+    floor: tuple[float, float]  # log ratio of the other's E to the reference's; p of no difference
 
     def at(self, compute: float) -> Interval:
-        """Return how much compute the reference needs to reach what the other does with so much,
-        as a multiple."""
+        """Return by what factor the reference needs more compute for the loss that the other
+        reaches with this much."""
         scale = float(np.log(compute)) - self.centres["scale"]
         made = [one.estimate(1.0, scale) for one in self.models]
         return self._average(made, lambda log_ratio: self.flops * np.exp(log_ratio))
 
     @property
     def tokens(self) -> Interval | None:
-        """Return how many tokens the reference needs at equal size, as a multiple."""
+        """Return by what factor the reference needs more tokens at equal size."""
         if self.place is None:
             return None
         at = {v: float(np.log(value)) - self.centres[v] for v, value in self.place.items()}
@@ -180,12 +177,12 @@ class Ratio:
         return self._average([one.tokens(at, scale) for one in self.models], np.exp)
 
     def exponents(self, level: float = LEVEL) -> Interval:
-        """Return the exponent of compute in the loss of the other, by that of the reference."""
+        """Return the other's exponent of compute in the loss, relative to the reference's."""
         made = [one.estimate(0.0, 1.0) for one in self.models]
         return self._average(made, lambda change: 1 + change, level)
 
     def curve(self, compute: Array, other: bool) -> Array:
-        """Return the least loss at each compute (or x) of one recipe, at the sizes of the runs."""
+        """Return the lowest loss of one recipe at each compute (or x), within the sizes trained."""
         model = self.models[int(np.argmax(self.weights))]
         scale = np.log(compute) - self.centres["scale"]
         x = {"other": np.full(len(compute), float(other)), "scale": scale}
@@ -202,12 +199,12 @@ class Ratio:
 
     @property
     def shared(self) -> float:
-        """Return how alike the residuals of the two recipes are: their correlation at a place."""
+        """Return the correlation of the residuals of the two recipes at a place."""
         return _alike(self.models[int(np.argmax(self.weights))])
 
     @property
     def detectable(self) -> float:
-        """Return the smallest ratio that these runs would tell from 1, four times in five."""
+        """Return the smallest ratio that these runs would tell from 1 four times in five."""
         found = self.at(self.best_known)
         half = np.log(found.high / found.low) / 2
         return float(np.exp(half * (1 + special.ndtri(POWER) / special.ndtri(0.5 + LEVEL / 2))))
@@ -219,15 +216,15 @@ class Ratio:
 
     @property
     def drifts(self) -> bool:
-        """Return whether the ratio changes with scale; where it is 1 in the middle, so that two
-        questions are asked of runs that may not differ at all, at 99 %."""
+        """Return whether the ratio changes with scale; at 99 % if the ratio itself does not differ
+        from 1, because that makes it a second test of recipes that may be equal."""
         return 1.0 not in self.exponents(LEVEL if self.differs else 0.99)
 
     def _average(
         self, made: Sequence[Estimate], report: Callable[[Array], Array], level: float = LEVEL
     ) -> Interval:
-        """Return the mean over the models, with the ends of the mixture of Student's t; ``report``
-        makes of these what is said."""
+        """Average over the models, with the quantiles of a mixture of Student's t; ``report`` turns
+        mean and ends into what is reported."""
         value, error, degrees = np.array(made).T
         error = np.maximum(error, 1e-12)
 
@@ -251,19 +248,17 @@ def ratio_of(
 ) -> Ratio:
     """Return what the runs of one recipe are worth against those of the reference.
 
-    ``variables`` are the columns of N and D, or of the x of a law in one; ``compute`` that of the
-    FLOPs, by default 6 N D.  Runs that agree in the variables are seeds: their mean counts.
-    Raises ConfigError for too few.
+    ``variables`` are the columns of N and D, or of the x of a law in one variable; ``compute`` is
+    the column of FLOPs, by default 6 N D.  Runs that agree in the variables are seeds and are
+    averaged.  Raises ConfigError for too few runs.
     """
     both, names = pd.concat({0.0: reference, 1.0: other}), list(variables)
     columns = {**variables, "y": loss, **({"C": compute} if compute else {})}
     runs = pd.DataFrame({name: both[column].to_numpy(float) for name, column in columns.items()})
     runs["other"] = both.index.get_level_values(0).to_numpy(float)
     runs["y"] = np.log(runs["y"])
-    if "x" in variables:
-        runs["scale"] = np.log(runs["x"])
-    else:
-        runs["scale"] = np.log(runs["C"] if compute else 6 * runs["N"] * runs["D"])
+    scale = "x" if "x" in variables else "C" if compute else None
+    runs["scale"] = np.log(runs[scale] if scale else 6 * runs["N"] * runs["D"])
     means = {name: (name, "mean") for name in ("y", "scale")}
     settings = runs.groupby(["other", *names], as_index=False).agg(**means, count=("y", "size"))
     centres = {name: float(np.log(settings[name]).mean()) for name in names}
@@ -277,7 +272,9 @@ def ratio_of(
     points = Points(at, settings["y"].to_numpy(), {}, weights=count / np.sqrt(np.mean(count**2)))
     if rough := _models(points, groups, laws[:1], GAINS[:1]):
         left = runs["y"].to_numpy() - rough[0].fitted(each)
-        words = {name: "D" if name == "x" else name for name in names}  # by length, else by x
+        words = {
+            name: "D" if name == "x" else name for name in names
+        }  # scatter depends on length, or on x
         seeds = Seeds.of({words[name]: runs[name].to_numpy() for name in names}, left)
         if seeds is not None:
             weights = count / seeds.at({words[name]: settings[name].to_numpy() for name in names})
@@ -308,7 +305,7 @@ def ratio_of(
 
 
 def _variables(table: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, Array]:
-    """Return the centred log variables of a table, (n,), and those of the second recipe."""
+    """Return the variables of a law of both recipes, (n,) each, from a table."""
     found = {k: np.log(table[k].to_numpy()) - centres[k] for k in ("N", "D", "x") if k in centres}
     if "x" in found:
         found["log x"] = np.log(np.log(table["x"].to_numpy())) - centres["log x"]
@@ -318,8 +315,8 @@ def _variables(table: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, A
 
 
 def _costs(settings: pd.DataFrame) -> tuple[float, tuple[Array, Array]]:
-    """Return the FLOPs per token of the reference by those of the other, at equal size, and those
-    of the other by size, as logarithms."""
+    """Return the ratio of FLOPs per token at equal size, the reference's to the other's, and the
+    other's log FLOPs per token by log size."""
     size = np.log(settings["N"])
     per = settings["scale"] - np.log(settings["D"]) - size  # FLOPs of a parameter and token
     each = per.groupby([settings["other"], size]).mean()
@@ -331,7 +328,7 @@ def _costs(settings: pd.DataFrame) -> tuple[float, tuple[Array, Array]]:
 def _models(
     points: Points, groups: NDArray[np.intp], laws: Sequence[str], gains: Sequence[str]
 ) -> list[Model]:
-    """Fit every form with every place of the gain; those too free for the runs are left out."""
+    """Fit every form with every place of the gain, except those with too many parameters."""
     found = []
     for name in laws:
         base = LAWS[name]
@@ -343,11 +340,10 @@ def _models(
             law = shifted(base, gain)
             if len(points) - len(law) < FEWEST_LEFT:
                 continue
-            more = np.zeros((len(top), len(law) - len(base)))
-            begin = [np.hstack([top, more]) for _ in STARTS]
-            for one, u in zip(begin, STARTS, strict=True):
-                one[:, -2] = u
-            both = solve(law, points, np.vstack(begin), **ROUGH)
+            more = np.zeros((len(STARTS), len(top), len(law) - len(base)))
+            more[..., -2] = np.array(STARTS)[:, None]
+            begin = np.vstack([np.hstack([top, one]) for one in more])
+            both = solve(law, points, begin, **ROUGH)
             least = both.theta[[int(np.argmin(both.objective))]]
             theta = solve(law, points, least).theta[0]
             jacobian = points.jacobian(law, theta)
@@ -358,7 +354,7 @@ def _models(
 
 
 def _akaike(models: Sequence[Model]) -> Array:
-    """Return the weights of the models by AICc, with the likelihood of residuals alike in pairs."""
+    """Return the weights of the models by AICc, given that residuals correlate within pairs."""
     best = min(models, key=lambda one: float(one.residuals @ one.residuals))
     n, pairs = len(best.residuals), best.groups[:, None] == best.groups
     inverse = np.linalg.inv(np.where(pairs, _alike(best), 0.0) + (1 - _alike(best)) * np.eye(n))
@@ -372,15 +368,15 @@ def _akaike(models: Sequence[Model]) -> Array:
 
 
 def _alike(model: Model) -> float:
-    """Return the correlation of the residuals of two recipes at a place, within ±0.9."""
+    """Return the correlation of the residuals of the recipes at a place, clipped to ±0.9."""
     pairs = (model.groups[:, None] == model.groups) & ~np.eye(len(model.groups), dtype=bool)
     squares = max(float(model.residuals**2 @ pairs.sum(axis=1)), 1e-300)
     return float(np.clip(model.residuals @ pairs @ model.residuals / squares, -0.9, 0.9))
 
 
 def _floor(model: Model, other: Array) -> tuple[float, float]:
-    """Return the log of the other's E by that of the reference, if it had its own, to first order,
-    and the p-value of there being no difference; nan of a law without E."""
+    """Return the log ratio of the other's E to the reference's, if each had its own, to first
+    order, and the p-value of no difference; nan for a law without E."""
     if "E" not in model.law.parameters:
         return np.nan, np.nan
     constant = model.jacobian[:, model.law.parameters.index("E")]
@@ -394,11 +390,10 @@ def _floor(model: Model, other: Array) -> tuple[float, float]:
 
 
 def plan(n: Array, d: Array, noise: Array | float) -> float:
-    """Return the smallest ratio that runs of two recipes, at these sizes and tokens each, would
-    tell from 1, four times in five; ``noise`` is the scatter of log L between seeds.
+    """Return the smallest ratio that runs of two recipes, both at these sizes and tokens, would
+    tell from 1 four times in five; ``noise`` is the scatter of log L between seeds.
 
-    Taken is a typical law, and a gain that could lie in the size or in the tokens.  Raises
-    ConfigError for too few runs.
+    It assumes a typical law, and a gain in size or tokens.  Raises ConfigError for too few runs.
     """
     places = pd.DataFrame({"N": n, "D": d, "noise": noise}).groupby(["N", "D"], as_index=False)
     one = places.agg(noise=("noise", "mean"), count=("noise", "size"))

@@ -1,11 +1,10 @@
-"""Whether a law may be relied on: the checklist of a fit."""
+"""Judge whether a law can be relied on: the checklist of a fit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,10 +30,10 @@ from tinygpt.scaling.selection import Candidate
 from tinygpt.scaling.single import SingleRun
 from tinygpt.scaling.wording import count, estimate, reach, times
 
-MANY_TIMES = 5.0  # the noise: fifty runs that differ by it alone span 4.5 times its deviation
-PLAIN = ("power_constant", "chinchilla")  # what other laws must be compared with
+MANY_TIMES = 5.0  # the noise: fifty runs that differ by noise alone span 4.5 times it
+PLAIN = ("power_constant", "chinchilla")  # the laws that others must be compared with
 
-# A check that fails only because another one does is not counted again.
+# Check -> the checks whose failure makes it fail; such a failure is counted once.
 FOLLOWS = {
     "validation_set": ("same_task",),
     "training_set": ("same_task",),
@@ -51,7 +50,7 @@ FOLLOWS = {
 
 
 def count_once(checks: Sequence[Check]) -> list[Check]:
-    """Return the checks by their groups; what only follows from another failure is not tested."""
+    """Sort checks by group, and mark those that fail because of another failure as not tested."""
     failed = {one.id: one.title for one in checks if one.outcome == FAIL}
 
     def counted(one: Check) -> Check:
@@ -64,8 +63,8 @@ def count_once(checks: Sequence[Check]) -> list[Check]:
 
 
 def holm(p_values: Collection[float]) -> float:
-    """Return the p-value up to which a hypothesis is rejected, where all tests together reject a
-    true one in at most 5 % of studies (Holm 1979)."""
+    """Return the p-value up to which a hypothesis is rejected, such that all tests together reject
+    a true one in at most 5 % of studies (Holm 1979)."""
     for rank, p in enumerate(sorted(p_values)):
         if p > (limit := FAMILY / (len(p_values) - rank)):
             return limit
@@ -86,16 +85,16 @@ def check_law(
     names: Sequence[str],
     error: float | None,
 ) -> Iterator[Check]:
-    """Judge a law.
+    """Yield the checks of a law.
 
-    ``size`` is what runs were held out by, ``structure`` the p-value of there being none in the
-    residuals, ``floor`` the exact entropy of the corpus, ``rivals`` all laws that were tried,
-    ``names`` those of the runs, ``error`` the standard error of validation as a part of the loss.
+    ``size`` is the quantity that runs were held out by, ``structure`` the p-value of the test for
+    structure in the residuals, ``floor`` the exact entropy of the corpus, ``rivals`` all laws that
+    were tried, ``names`` those of the runs, ``error`` the relative standard error of validation.
     """
     lack = noise.lack_of_fit if noise else None
     moving = min((one.p for one in single if one.moves), default=1.0) if single else None
     hits = None
-    if held_out:  # the p-value of so few runs in intervals that cover 95 % of them
+    if held_out:  # the p-value of so few hits by intervals that should cover 95 %
         inside = round(held_out.within * held_out.groups)
         hits = float(special.bdtr(inside, held_out.groups, LEVEL))
     tested = [p for p in (structure, lack, moving, hits) if p is not None]
@@ -129,7 +128,7 @@ def check_law(
 
 
 def check_exponent(name: str, one: Interval | None) -> Check:
-    """Judge by its interval whether an exponent is known; without an upper end it is not."""
+    """Judge by its interval whether an exponent is known."""
     if one is None:
         return check(name, NOT_TESTED, "too few runs, or its term went to zero")
     known = one.identified and one.low > 0 and one.high - one.low <= one.estimate
@@ -137,15 +136,15 @@ def check_exponent(name: str, one: Interval | None) -> Check:
 
 
 def spread_of(fit: Fit) -> float:
-    """Return how far the mean losses of the settings lie apart, as a part of the loss."""
+    """Return the range of the mean losses of the settings, relative to the loss."""
     places = [tuple(row) for row in np.stack(list(fit.points.x.values()), 1).round(9)]
     means = pd.Series(fit.points.response).groupby(pd.Series(places)).mean()
     return float(fit.relative(means.max() - means.min()))
 
 
 def _spread(fit: Fit, noise: Noise | None, error: float | None) -> Check:
-    """Judge the spread of the losses beside the scatter of seeds and the error of the validation
-    loss, which counts here only where it is not the validation set's failure."""
+    """Compare the spread of the losses with the scatter of seeds and the validation error, which
+    counts only if it passes the check of the validation set."""
     spread = spread_of(fit)
     if error is not None and error > NOISE_SHARE * spread:
         error = None
@@ -163,8 +162,7 @@ def _constant(fit: Fit, one: Interval | None, floor: float | None) -> Check:
     if floor is not None and floor <= 0:
         return check("constant", NOT_APPLICABLE, "the exact floor of the corpus is zero")
     if "E" not in fit.law.coefficients:
-        none = "the law has no E: a text's loss does not go to zero"
-        return check("constant", False, none)
+        return check("constant", False, "the law has no E: a text's loss does not go to zero")
     if "E" in fit.optimum.at_bound:
         return check("constant", False, "the best E is zero")
     if one is None:
@@ -192,14 +190,14 @@ def _certified(fit: Fit) -> Check:
     if found.at_bound and set(found.at_bound) <= {"rn", "rd"}:
         detail += ": these runs do not show repetition of N or D"
         return check("certified", NOT_TESTED, detail)
-    others = set(found.at_bound) - {"E"}  # which is judged by itself
+    others = set(found.at_bound) - {"E"}  # which has a check of its own
     passed = found.converged and found.smallest_eigenvalue > 0 and not others
     return check("certified", passed, detail)
 
 
 def _explains(fit: Fit, noise: Noise | None) -> Check:
-    """Judge R² beside the greatest that any law could reach, which is what seeds leave: their
-    scatter is pure error (Draper & Smith 1998, section 2.1)."""
+    """Compare R² with the greatest that any law could reach, given that the scatter of seeds is
+    pure error (Draper & Smith 1998, section 2.1)."""
     if fit.degrees < 1:
         return check("explains", NOT_TESTED, "it goes through every run")
     ceiling = 1.0
@@ -269,8 +267,8 @@ def _floor(fit: Fit, interval: Interval | None, floor: float) -> Check:
 def _single_runs(
     single: Sequence[SingleRun], names: Sequence[str], p: float | None, limit: float, above: str
 ) -> Check:
-    """Judge the runs, each left out in turn; ``names`` are those of all runs, ``p`` is the least
-    p-value of one that moves the prediction."""
+    """Judge the influence of each run; ``names`` are those of all runs, ``p`` is the least p-value
+    of a run that moves the prediction."""
     if p is None:
         detail = "too few runs to leave one out, or several rows of a run"
         return check("single_run", NOT_TESTED, detail)
@@ -292,24 +290,3 @@ def _single_runs(
     if odd := [names[one.row] for one in single if one.is_outlier]:
         detail += f"; far from the rest without doing so: {listed(odd, ', ')}"
     return check("single_run", True, detail, threshold=above)
-
-
-def check_distance(
-    runs: Mapping[str, Any], places: Sequence[Mapping[str, float]], main: str
-) -> Check:
-    """Judge how far predictions lie beyond the runs, beside what these span.
-
-    ``runs`` has the values of each variable of the law, (n,), ``places`` those of each prediction;
-    the title of the variable ``main`` is not said.
-    """
-    if not places:
-        return check("distance", NOT_TESTED, "nothing can be predicted")
-    found = []
-    for name, value in (pair for place in places for pair in place.items() if pair[0] in runs):
-        low, high = float(min(runs[name])), float(max(runs[name]))
-        beyond, span = max(value / high, low / value, 1.0), high / low
-        what = "" if name in (main, "C") else f"{name} = {value:.3g} is "
-        found.append((beyond / span, beyond, span, what))
-    _, beyond, span, what = max(found, key=lambda one: one[0])
-    detail = f"{what}{times(beyond)} beyond; the runs span {times(span)}"
-    return check("distance", beyond <= span, detail)

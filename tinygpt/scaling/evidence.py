@@ -1,4 +1,4 @@
-"""What a set of runs can show: the checklist of a plan before training, and of finished runs.
+"""Judge what a set of runs can show: the checklist of a plan and of finished runs.
 
 ``diagnostics`` adds the checks of the law that is fitted to them.
 """
@@ -16,7 +16,7 @@ import pandas as pd
 from tinygpt.scaling.runs import PLACE, SETTINGS
 from tinygpt.scaling.wording import times
 
-# What a study may vary as a variable of a law: its column in results.json, and words for it.
+# The variables of a law that a study may vary: column in results.json, and name.
 VARIABLES = {
     "N": ("parameters_non_embedding", "model size"),
     "D": ("train_tokens", "training tokens"),
@@ -28,9 +28,9 @@ SIGNIFICANT = 0.01  # a run with a smaller p-value is an outlier
 FAMILY = 0.05  # of all tests of a checklist together
 FEWEST_STEPS = 100  # past warm-up
 FEWEST_DOCUMENTS = 10  # of a validation set
-NOISE_SHARE = 0.1  # of the spread of the losses, that the error of the validation loss may have
-CLEAR = 2.0  # a difference in AICc that speaks (Burnham & Anderson 2002)
-# Columns with the outcome of a training; the loss before it and the entropy of the corpus are not.
+NOISE_SHARE = 0.1  # most that the validation error may be of the spread of the losses
+CLEAR = 2.0  # a meaningful difference in AICc (Burnham & Anderson 2002)
+# Columns with outcomes of training, which the initial loss and the corpus's entropy are not.
 OUTCOME = re.compile(
     r"^(?!initial|(\w+_)?irreducible).*(loss|perplexity|ppl|accuracy|bits_per|bpb|bpc|nll)", re.I
 )
@@ -117,7 +117,7 @@ CHECKS = {  # id: (title, what to do if it fails)
     "splits_agree": ("the ways to split a budget agree", "Add sizes around the best one."),
 }
 P_VALUE = "p above 5 % divided among the tests (Holm): one false alarm in twenty checklists"
-THRESHOLDS = {  # by group: where a check passes, and why
+THRESHOLDS = {  # by group: when a check passes, and why
     "design": {
         "three_values": "at least 3: any law goes through two",
         "wide_range": "at least ×10: over less any smooth curve is nearly straight",
@@ -169,26 +169,26 @@ THRESHOLDS = {  # by group: where a check passes, and why
 
 @dataclass(frozen=True)
 class Check:
-    """A line of the checklist."""
+    """Hold a line of the checklist."""
 
     id: str
     group: str
     title: str
     outcome: str
     figure: str  # what was found
-    threshold: str  # what it is judged by, and why
+    threshold: str  # when it passes, and why
     advice: str  # what to do if it fails
 
     @property
     def passed(self) -> bool | None:
-        """Return None for what does not apply or was not tested."""
+        """Return whether the check passes, or None if it does not apply or was not tested."""
         return {PASS: True, FAIL: False}.get(self.outcome)
 
 
 def check(id: str, outcome: Any, figure: str, what: str = "", threshold: str = "") -> Check:
-    """Return a line of the checklist; ``outcome`` is one, or says whether the check passes.
+    """Return a line of the checklist; ``outcome`` may also be whether the check passes.
 
-    ``what`` completes the title; ``threshold`` says more of this study than the usual one.
+    ``what`` completes the title; ``threshold`` replaces the usual one.
     """
     (group,) = (group for group, rows in THRESHOLDS.items() if id in rows)
     title, advice = (text.format(what=what) for text in CHECKS[id])
@@ -199,14 +199,14 @@ def check(id: str, outcome: Any, figure: str, what: str = "", threshold: str = "
 
 # --- the runs
 
-Verdict = tuple[Any, str]  # whether it passes, or an outcome; what was found
+Verdict = tuple[Any, str]  # an outcome, or whether it passes; what was found
 Rule = tuple[str, tuple[str, ...], Callable[[pd.DataFrame], Verdict]]
 
 
 def check_design(runs: pd.DataFrame, law_of: Collection[str] = ()) -> list[Check]:
-    """Return the checklist of ``runs``: a row a run, columns named as in ``results.json``.
+    """Return the checklist of ``runs``, one row per run with the columns of ``results.json``.
 
-    ``law_of`` are the variables of the law, by default what differs between the runs.
+    ``law_of`` are the variables of the law, by default those that differ between the runs.
     """
     known = {name for name in runs if runs[name].notna().any()}
     columns = {v: name for v, (name, _) in VARIABLES.items() if name in known}
@@ -228,14 +228,14 @@ def check_design(runs: pd.DataFrame, law_of: Collection[str] = ()) -> list[Check
 
 
 def check_finished(runs: pd.DataFrame, all_runs: pd.DataFrame) -> list[Check]:
-    """Return the checklist of finished runs; ``all_runs`` has those left out too."""
+    """Return the checklist of finished runs; ``all_runs`` includes those left out."""
     return [*_judged(all_runs, OF_ALL), *_judged(runs, OF_FITTED)]
 
 
 def _judged(
     runs: pd.DataFrame, rules: Sequence[Rule], outside: Mapping[str, str] | None = None
 ) -> Iterator[Check]:
-    """Judge by each rule; ``outside`` says why some do not apply."""
+    """Apply each rule to the runs; ``outside`` says why some rules do not apply."""
     for id, columns, judge in rules:
         missing = [c for c in columns if c not in runs or runs[c].isna().all()]
         if outside and id in outside:
@@ -296,7 +296,7 @@ def _decayed(runs: pd.DataFrame) -> Verdict:
 
 
 def _fair_rate(runs: pd.DataFrame) -> Verdict:
-    """Judge the rates: under the standard parametrization the best one falls with width."""
+    """Judge the rates; under the standard parametrization the best one falls with width."""
     if runs["d_model"].nunique() < 2:
         return NOT_APPLICABLE, "one width"
     fixed = runs[runs["parametrization"] == "standard"].groupby("d_model")["learning_rate"]
@@ -309,7 +309,7 @@ def _fair_rate(runs: pd.DataFrame) -> Verdict:
 
 
 def _rate_inside(runs: pd.DataFrame) -> Verdict:
-    """Judge where the best rate lies at each size that was trained with several."""
+    """Judge whether the best rate lies inside the sweep at each setting with three or more."""
     names = ["parameters_non_embedding", "train_tokens", "optimizer"]
     settings = [name for name in names if name in runs]
     losses = runs.groupby([*settings, "learning_rate"])["final_val_loss"].mean().reset_index()
@@ -322,12 +322,12 @@ def _rate_inside(runs: pd.DataFrame) -> Verdict:
 
 
 def _kinds(values: pd.Series) -> str:
-    """Return at most four values; of a fingerprint its beginning."""
+    """List at most four values, each cut to 12 characters because fingerprints are long."""
     return ", ".join(sorted(str(value)[:12] for value in values.dropna().unique())[:4])
 
 
 def _same(id: str, column: str, detail: str = "") -> Rule:
-    """Return the rule that all runs have the same value of ``column``; ``detail`` says so."""
+    """Return the rule that ``column`` has one value; ``detail`` is reported if it does."""
 
     def judge(runs: pd.DataFrame) -> Verdict:
         same = runs[column].nunique() == 1
@@ -337,7 +337,7 @@ def _same(id: str, column: str, detail: str = "") -> Rule:
 
 
 def _recipe(runs: pd.DataFrame) -> Verdict:
-    """Judge everything but size, length and learning rate."""
+    """Judge whether all but size, length and learning rate is the same."""
     names = ("optimizer", "schedule", "batch_tokens", "weight_decay", "parametrization")
     varied = [name for name in names if name in runs and runs[name].nunique() > 1]
     each = [f"{name} {_kinds(runs[name])}" for name in varied]
@@ -345,7 +345,7 @@ def _recipe(runs: pd.DataFrame) -> Verdict:
 
 
 def _training_set(runs: pd.DataFrame) -> Verdict:
-    """Judge the texts; sets that differ in their size alone are prefixes of one corpus."""
+    """Judge the texts, of which those that differ in size are prefixes of one corpus."""
     sizes = runs.groupby("data_fingerprint")["unique_train_tokens"].max()
     if len(sizes) == 1:
         return True, "all runs are trained on the same text"
@@ -360,7 +360,7 @@ def _finished(runs: pd.DataFrame) -> Verdict:
     return not len(odd), each or "all finished"
 
 
-DESIGN: Sequence[Rule] = (  # id, the columns it needs, the judge
+DESIGN: Sequence[Rule] = (  # id, columns needed, function
     ("equal_tokens", PLACE, _equal_tokens),
     ("collinear", PLACE, _collinear),
     ("seeds", ("seed",), _seeds),
@@ -385,8 +385,8 @@ OF_FITTED: Sequence[Rule] = (
 def check_validation(
     runs: pd.DataFrame, error: float | None = None, spread: float | None = None
 ) -> Check:
-    """Judge the validation set by its documents and by the standard ``error`` of its loss beside
-    the ``spread`` of the losses, both as parts of the loss and known only after training."""
+    """Judge the validation set by its documents, and by the standard ``error`` of its loss compared
+    with the ``spread`` of the losses, both relative to the loss and known only after training."""
     if "val_documents" not in runs and error is None:
         return check("validation", NOT_TESTED, "val_documents is not in the table")
     tokens, documents = (
@@ -409,7 +409,7 @@ def check_validation(
 
 
 def check_choice(condition: str, loss: str, left_out: pd.DataFrame) -> Check:
-    """Judge a ``where=``: any law fits runs that were picked by their result."""
+    """Judge whether ``where=`` chose runs by their result, since any law fits such runs."""
     words = re.sub(r"'[^']*'|\"[^\"]*\"", " ", condition)
     names = re.findall(r"`([^`]+)`", words)
     names += re.findall(r"[^\W\d]\w*", re.sub("`[^`]+`", " ", words))

@@ -1,7 +1,4 @@
-"""One law through the points of a table: the best minimum, estimators, and the fit itself.
-
-The threshold of a robust estimator comes down step by step on the way.
-"""
+"""Fit one law to a table: find the best minimum, choose the estimator, and hold the result."""
 
 from __future__ import annotations
 
@@ -20,22 +17,12 @@ from tinygpt.config import REMOVED, ConfigError
 from tinygpt.config.checks import did_you_mean
 from tinygpt.scaling.laws import LAWS, Array, Law, check
 from tinygpt.scaling.points import Points
-from tinygpt.scaling.solver import (
-    FADING,
-    N_POLISHED,
-    NDBool,
-    Solved,
-    bounds,
-    objective,
-    solve,
-    starts_of,
-    term_mask,
-)
+from tinygpt.scaling.solver import FADING, Solved, bounds, objective, solve, starts_of, term_mask
 from tinygpt.scaling.wording import Interval, count, equation, estimate, percent, reach
 
 ESTIMATORS = ("auto", "least_squares", "huber", "likelihood")
 OBJECTIVES = ("log", "raw")
-# Which column is which variable, unless the caller says otherwise.
+# The column of each variable, unless the caller names another.
 COLUMNS = {
     "N": "parameters_non_embedding",
     "D": "train_tokens",
@@ -48,8 +35,7 @@ LOSS = "final_val_loss"
 EFFICIENT = 1.345  # Huber's threshold in units of the noise: 95 % efficient under a normal
 HUBER_DENSITY = 1e-3  # threshold of the likelihood in units of its scale
 FEWEST_TO_JUDGE = 20  # residuals; the distribution of fewer cannot be judged
-
-N_FINISHED = 8  # starts of a law that is no sum of powers: the best after a rough search
+N_FINISHED = 8  # starts that are solved to the end: the best after a rough search
 ROUGH: dict[str, Any] = {"most_steps": 50, "gain": 1e-6}
 
 # --- the best minimum
@@ -57,7 +43,7 @@ ROUGH: dict[str, Any] = {"most_steps": 50, "gain": 1e-6}
 
 @dataclass(frozen=True)
 class Optimum:
-    """Hold the best minimum found, and what certifies it."""
+    """Hold the best minimum found, and the evidence that it is one."""
 
     law: Law  # without the terms that went to zero
     theta: Array  # (P,)
@@ -72,10 +58,10 @@ class Optimum:
 
 
 def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int = 0) -> Optimum:
-    """Return the least sum of Huber's losses of the residuals.
+    """Minimise the sum of Huber's losses of the residuals.
 
-    The threshold comes down from the largest residual, a factor of √10 at a time: at each stage
-    the minima of the last are the starts.
+    The threshold falls from the largest residual by factors of √10; each stage starts from the
+    minima of the one before.
     """
     starts = starts_of(law, points, seed)
     if len(starts) > N_FINISHED:
@@ -84,7 +70,7 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
     found = _distinct(solve(law, points, starts))
     low, high = bounds(law, points)
     if "E" in law.parameters and not (law.powers and found.converged[0]):
-        zero = found.theta[: N_POLISHED // 4].copy()  # a slope in E may lead away from E = 0
+        zero = found.theta.copy()  # a slope in E may lead away from E = 0
         zero[:, law.parameters.index("E")] = low[law.parameters.index("E")]
         found = _distinct(solve(law, points, np.vstack([found.theta, zero])))
     if np.isfinite(threshold):
@@ -93,19 +79,23 @@ def find_optimum(law: Law, points: Points, threshold: float = np.inf, seed: int 
         for stage in threshold * 10.0 ** (np.arange(count - 1, -1, -1) / 2):
             found = _distinct(solve(law, points, found.theta, stage))
     theta = found.theta[0]
-    reach = np.where(term_mask(law), 0.5 * FADING, 0.0)  # a term so close to its floor is none
+    reach = np.where(term_mask(law), 0.5 * FADING, 0.0)  # a term this close to its floor is gone
     free = ~((theta <= low + reach) | (theta >= high))
     gone = [name for name, stays in zip(law.parameters, free, strict=True) if not stays]
     if gone and law.powers and len(law.powers) > 1:
         rest = find_optimum(law.without(gone[0]), points, threshold, seed)
         return replace(rest, at_bound=(gone[0], *rest.at_bound), starts=len(starts))
+    steps = 1e-5 * np.eye(len(law))[free]
+    with np.errstate(all="ignore"):
+        up, down = (objective(law, points, theta + by, threshold)[1] for by in (steps, -steps))
+    hessian = ((up - down) / 2e-5)[:, free]
     return Optimum(
         law,
         theta,
         threshold,
         float(found.objective[0]),
         float(np.linalg.norm(found.gradient[0, free])),
-        _smallest_eigenvalue(law, points, theta, threshold, free),
+        float(np.linalg.eigvalsh((hessian + hessian.T) / 2)[0]),
         bool(found.converged[0]),
         tuple(found.objective.tolist()),
         len(starts),
@@ -130,27 +120,15 @@ def _distinct(found: Solved) -> Solved:
     return found[kept]
 
 
-def _smallest_eigenvalue(
-    law: Law, points: Points, theta: Array, threshold: float, free: NDBool
-) -> float:
-    """Return the least eigenvalue of the full Hessian, by differences of the gradient."""
-    steps = 1e-5 * np.eye(len(law))[free]
-    with np.errstate(all="ignore"):
-        _, up, _ = objective(law, points, theta + steps, threshold)
-        _, down, _ = objective(law, points, theta - steps, threshold)
-    hessian = ((up - down) / 2e-5)[:, free]
-    return float(np.linalg.eigvalsh((hessian + hessian.T) / 2)[0])
-
-
 # --- a fit
 
 
 @dataclass(frozen=True, repr=False)
 class Fit:
-    """Hold a law with its estimates and how they were found; ``print`` shows it in one line.
+    """Hold a fitted law and how it was fitted; ``print`` shows it in one line.
 
-    ``parameters`` are those of the formula; losses are in the unit of the loss column, nats per
-    token as a rule.
+    ``parameters`` are those of the formula; losses are in the unit of the loss column, usually
+    nats per token.
     """
 
     law: Law
@@ -161,7 +139,7 @@ class Fit:
     loss: str  # column
     estimator: str
     reason: str  # why this estimator
-    scale: float  # of the residuals: a standard deviation, by the estimator's own measure
+    scale: float  # standard deviation of the residuals, as the estimator measures it
     # set by intervals.py, which imports this module
     intervals: ClassVar[Callable[[Fit], Mapping[str, Interval]]]
 
@@ -191,47 +169,45 @@ class Fit:
 
     @property
     def letter(self) -> str:
-        """Return the usual letter for the x of a law in one variable; x where there is none."""
+        """Return the letter of the variable that x stands for, or x if it has none."""
         column = self.columns.get("x")
         return next((letter for letter, usual in COLUMNS.items() if usual == column), "x")
 
     @cached_property
     def parameters(self) -> dict[str, float]:
-        """Return estimates by name; a term at zero has coefficient 0 and no exponent (nan)."""
+        """Return the estimates by name; a term at zero has coefficient 0 and exponent nan."""
         zero = dict.fromkeys(self.law.coefficients, 0.0)
         none = dict.fromkeys(self.law.exponents, float("nan"))
         return {**zero, **none, **self.optimum.law.natural(self.optimum.theta, self.points.centres)}
 
     @cached_property
     def residuals(self) -> Array:
-        """Return measured - fitted, (n,): log losses, or losses if ``objective`` was ``raw``."""
+        """Return measured - fitted, (n,), in log loss, or in loss if ``objective`` was ``raw``."""
         plain = replace(self.points, weights=None)
         return plain.residuals(self.optimum.law, self.optimum.theta)
 
     @cached_property
     def weighted(self) -> Array:
-        """Return residuals times the weights of the runs, (n,)."""
+        """Return the residuals times the weights of the runs, (n,)."""
         return self.points.residuals(self.optimum.law, self.optimum.theta)
 
     @property
     def unit(self) -> str:
-        """Return what the residuals are of."""
+        """Return the quantity that the residuals are differences of: L or log L."""
         return "L" if self.points.raw else "log L"
 
     def relative(self, spread: Any, loss: Any = None) -> Any:
-        """Return a spread of residuals as a part of ``loss``, by default the mean of the runs."""
+        """Return a spread of residuals relative to ``loss``, by default the mean of the runs."""
         if not self.points.raw:
             return spread
         return spread / (np.exp(self.points.y.mean()) if loss is None else loss)
 
     @property
     def bounds_met(self) -> dict[str, str]:
-        """Return what to say of each parameter at a bound, by name."""
+        """Return a message for each parameter at a bound, by name."""
         law, met = self.optimum.law, {}
         at_low = self.optimum.theta <= bounds(law, self.points)[0]
-        least = dict(
-            zip(law.parameters, at_low, strict=True)
-        )  # without the terms that went to zero
+        least = dict(zip(law.parameters, at_low, strict=True))  # lacks terms that went to zero
         for name in self.optimum.at_bound:
             if name not in least or (name in ("E", "A", "B") and name not in self.law.bounds):
                 words = "went to zero, its natural bound: these data do not show that term"
@@ -248,25 +224,25 @@ class Fit:
 
     @property
     def degrees(self) -> int:
-        """Return the degrees of freedom: points less parameters."""
+        """Return the degrees of freedom: points minus parameters."""
         return len(self.points) - len(self.optimum.law)
 
     @property
     def r_squared(self) -> float:
-        """Return the share of the variance of log L, or of L, that the law explains."""
+        """Return the share of the variance of log L (or L) that the law explains."""
         y = self.points.response
         return 1.0 - float(np.sum(self.residuals**2)) / float(np.sum((y - y.mean()) ** 2))
 
     def at(self, values: Mapping[str, Any]) -> dict[str, Array]:
-        """Return new values of the variables as the law wants them; its x may go by its letter.
+        """Return new values as centred log variables; x may also be given by its letter.
 
-        Raises ConfigError where one is missing.
+        Raises ConfigError where a variable is missing.
         """
         given = {"x" if name == self.letter else name: value for name, value in values.items()}
         wanted = {self.letter if name == "x" else name: name for name in self.columns}
         if missing := [letter for letter, name in wanted.items() if name not in given]:
-            goes_by = " and ".join(wanted)
-            raise ConfigError(f"predict: {missing[0]} is missing: the law goes by {goes_by}")
+            names = " and ".join(wanted)
+            raise ConfigError(f"predict: {missing[0]} is missing: the law goes by {names}")
         return self.points.at(given)
 
     def predict(self, **values: Any) -> Array:
@@ -288,20 +264,25 @@ def fit(
     seed: int = 0,
     **columns: str,
 ) -> Fit:
-    """Fit ``law`` to a table, a row a run.
+    """Fit ``law`` to a table that has one row per run.
 
-    ``columns`` say where the variables of the law stand, as ``N="params"``; ``loss`` names that
-    of the loss.  ``estimator``: ``least_squares`` (of log L), ``huber`` (with ``threshold`` in
-    units of the noise, by default 1.345; or with a ``limit`` in log L itself, as the 1e-3 of
-    Hoffmann et al. 2022), ``likelihood`` (Huber's density with its scale as a parameter,
-    ``threshold`` in units of it: Besiroglu et al. 2024), or ``auto``: least squares unless the
-    residuals speak against it.  ``objective`` says whether residuals are those of log L
-    (``log``) or of L (``raw``).  ``weights``, (n,), multiply residuals.  ``seed`` is that of the
-    starts, where there are random ones.
+    ``columns`` name the columns of the law's variables, as in ``N="params"``, and ``loss`` that of
+    the loss.  ``estimator`` is ``least_squares``, ``huber`` (with ``threshold`` in units of the
+    noise, by default 1.345, or with ``limit`` in log L, such as 1e-3 in Hoffmann et al. 2022),
+    ``likelihood`` (Huber's density with its scale as a parameter and ``threshold`` in units of
+    it, as in Besiroglu et al. 2024), or ``auto``: least squares unless the residuals have heavy
+    tails.  ``objective`` takes residuals in log L (``log``) or L (``raw``).  ``weights``, (n,),
+    multiply the residuals.  ``seed`` sets the random starts that some laws need.
 
-    Raises ConfigError, one line, where the table cannot carry the law.
+    Raises ConfigError where an argument is wrong or the table does not determine the law.
     """
-    form = _named(law)
+    if isinstance(law, Law):
+        check(form := law)
+    elif law in LAWS:
+        form = LAWS[law]
+    else:
+        nearest = did_you_mean(law, list(LAWS))
+        raise ConfigError(f"law={law}: must be one of {', '.join(LAWS)}{nearest}")
     if removed := REMOVED.get(f"estimator={estimator}"):
         raise ConfigError(f"estimator={estimator}: removed; {removed}")
     if estimator not in ESTIMATORS:
@@ -327,18 +308,8 @@ def fit(
     return Fit(form, optimum, points, table, where, loss, estimator, reason, scale)
 
 
-def _named(law: str | Law) -> Law:
-    if isinstance(law, Law):
-        check(law)
-        return law
-    if law not in LAWS:
-        nearest = did_you_mean(law, list(LAWS))
-        raise ConfigError(f"law={law}: must be one of {', '.join(LAWS)}{nearest}")
-    return LAWS[law]
-
-
 def judge(residuals: Array) -> tuple[str, str]:
-    """Return the estimator that residuals of least squares ask for, and why."""
+    """Choose an estimator from the residuals of least squares; return it and the reason."""
     n = len(residuals)
     if n < FEWEST_TO_JUDGE:
         return "least_squares", f"{n} residuals are too few to judge their distribution"
@@ -358,8 +329,8 @@ def judge(residuals: Array) -> tuple[str, str]:
 
 
 def robust_scale(points: Points, optimum: Optimum) -> float:
-    """Return the median absolute residual as a standard deviation, corrected for the fitted
-    parameters; never zero."""
+    """Return the standard deviation that the median absolute residual implies, corrected for the
+    fitted parameters; never zero."""
     residuals = np.abs(points.residuals(optimum.law, optimum.theta))
     degrees = max(1, len(points) - len(optimum.law))
     scale = float(np.median(residuals) / special.ndtri(0.75) * np.sqrt(len(points) / degrees))
@@ -367,10 +338,10 @@ def robust_scale(points: Points, optimum: Optimum) -> float:
 
 
 def residual_scale(points: Points, optimum: Optimum) -> float:
-    """Return the standard deviation that an M-estimator implies; of least squares the usual one.
+    """Return the residual standard deviation that an M-estimator implies.
 
-    Where the threshold leaves hardly a residual inside, the estimator is the median's: its error
-    is that of a mean times √(π/2).
+    For least squares it is the usual one.  Where hardly any residual lies inside the threshold,
+    the estimator acts like a median, whose error is √(π/2) times that of a mean.
     """
     residuals = points.residuals(optimum.law, optimum.theta)
     inside = int(np.sum(np.abs(residuals) <= optimum.threshold))
@@ -382,7 +353,7 @@ def residual_scale(points: Points, optimum: Optimum) -> float:
 
 
 def _likelihood(law: Law, points: Points, squares: Optimum, unit: float, seed: int) -> Optimum:
-    """Fit the law given the scale and the scale given the law in turn, until neither moves."""
+    """Alternate between fitting the law and its scale until neither changes."""
     optimum = squares
     for _ in range(100):
         sizes = np.abs(points.residuals(optimum.law, optimum.theta))
@@ -394,7 +365,7 @@ def _likelihood(law: Law, points: Points, squares: Optimum, unit: float, seed: i
 
 
 def _density_scale(sizes: Array, unit: float) -> float:
-    """Return where n·log σ + Σ huber(r/σ) is least."""
+    """Return the σ that minimises n·log σ + Σ huber(r/σ)."""
 
     def slope(log_scale: float) -> float:
         ratio = sizes / np.exp(log_scale)

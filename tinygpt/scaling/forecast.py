@@ -1,10 +1,10 @@
-"""Predict losses beyond the runs: an average of laws, weighted by how well each predicted.
+"""Predict losses beyond the runs by an average of laws, weighted by how well each predicted.
 
 A member of the average is a law fitted with one tilt: weights that rise with the size of a run, or
-with its tokens, because small and short runs often obey another law than large ones.  Each member
-is fitted again below several cuts in size and predicts the runs above.  Those errors weight the
-members, and give the rate by which the error of their average grows with the distance.  Nothing
-here sees a run that is to be predicted, the choice of the law included.
+with its tokens, because small and short runs often follow another law than large ones.  Each
+member is refitted below several cuts in size and predicts the runs above.  Those errors weight
+the members and say how fast the error of their average grows with distance.  No step, including
+the choice of the law, sees a run that is to be predicted.
 """
 
 from __future__ import annotations
@@ -25,43 +25,42 @@ from tinygpt.scaling.noise import Seeds
 from tinygpt.scaling.points import Points
 from tinygpt.scaling.solver import NDBool, solve, starts_of
 
-HELD_OUT = 0.2  # at least so large a part of the groups, those of the largest size
-# Laws without the constant that a text has, or too free, predict only where no other law can.
+HELD_OUT = 0.2  # least fraction of the groups, the largest first
+# Laws without a constant, or with too much freedom, predict only where no other law can.
 LAST = ("power", "log_power", "broken", "chinchilla_zero", "kaplan")
 TILTS = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 1.0), (1.0, 1.0))  # of size, tokens
 CUTS = (0.3, 0.7, 1.1, 1.6, 2.2, 3.0)  # in log size, below the largest run
-STARTS, PASSES = 16, 3  # of the search; Huber's limit follows from the pass before
-SAME = 1e-3  # minima whose objectives differ by less, relatively, are one
-SHARPNESS = 8.0  # a member counts by its inner error to the power of minus this, at most
-# Where the inner cuts predict fewer runs than this the power is less, in proportion: few errors say
-# little of which member is best.  A likelihood is like this, whose logarithm is a sum over runs.
+STARTS, PASSES = 16, 3  # of the search; each pass sets Huber's limit for the next
+SAME = 1e-3  # minima whose objectives differ relatively by less are one
+SHARPNESS = 8.0  # a member's weight is its inner error to the power of minus this, at most
+# The power is proportionally less where the inner cuts predict fewer runs than this, because few
+# errors say little about which member is best; a likelihood behaves the same.
 ENOUGH = 36
-SHRINKAGE = 10.0  # runs by which the inner error of a member is drawn to the median member's
-NEAR = 0.3  # in log size: so far off, an error no longer shrinks as a place comes nearer
-# Of 10 public tables (experiments/bank): beyond the scatter of runs, the half-width of a 95 %
-# interval is QUANTILE times what ``expected`` says, by these constants: the least for a unit of
-# distance, and factor and most of what the cuts and the members say.  A high rate counts less than
-# in proportion: it is that of small and short runs.
+SHRINKAGE = 10.0  # runs; shrinks the inner error of a member towards the median
+NEAR = 0.3  # in log size: at distances below this, errors no longer shrink
+# Calibrated on 10 public tables (experiments/bank): beyond the scatter of runs, the half-width of
+# a 95 % interval is QUANTILE times ``expected``.  SHAPE has the least error per unit of distance,
+# and the factor and maximum of the rate, which saturates because high rates are of small runs.
 SHAPE = (0.00107, 2.69, 0.00847)
 QUANTILE = 1.12
 NORMAL = 1.96  # 95 % of the runs lie within so many standard deviations of their scatter
-LEAST, TYPICAL = 2e-4, 0.01  # rates: none is less; that of a table too small to be cut
+LEAST, TYPICAL = 2e-4, 0.01  # rates: the least, and that of a table too small to be cut
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold the runs that a forecast is made from, and what it needs to know of them."""
+    """Hold the runs that a forecast is made from, and how to read them."""
 
     table: pd.DataFrame
     laws: Sequence[str]
     columns: Mapping[str, str]  # variable of the laws -> column
     loss: str  # column
-    size: Array  # what orders the runs, as a rule their FLOPs, (n,)
-    groups: NDArray[Any]  # rows of one group stay on one side of every cut, (n,)
+    size: Array  # what orders the runs, usually their FLOPs, (n,)
+    groups: NDArray[Any]  # rows of a group stay on the same side of every cut, (n,)
     seed: int = 0  # of random starts
 
     def rows(self, which: NDBool) -> Sample:
-        """Return the sample of some rows."""
+        """Return a sample of these rows only."""
         return replace(
             self, table=self.table[which], size=self.size[which], groups=self.groups[which]
         )
@@ -85,53 +84,53 @@ class Member:
     tilt: tuple[float, float]
     points: Points
     theta: Array  # (P,)
-    scale: float  # of its residuals, those of the runs that weigh most first
+    scale: float  # of its residuals, weighted as the fit is
 
     def log_loss(self, values: Mapping[str, Array]) -> Array:
-        """Return the log loss, (n,), at values of the law's variables."""
+        """Predict the log loss, (n,), at values of the law's variables."""
         return np.asarray(LAWS[self.law].log_loss(self.theta[None], self.points.at(values))[0])
 
     @property
     def rises(self) -> bool:
-        """Return whether the loss would rise with parameters or tokens, as no law of ours means."""
+        """Return whether a built-in law says that the loss rises with parameters or tokens."""
         exponents = dict(zip(LAWS[self.law].parameters, self.theta, strict=True))
-        is_ours = self.law in BUILT_IN
-        return is_ours and min(exponents.get(name, 0.0) for name in ("alpha", "beta")) < 0
+        least = min(exponents.get(name, 0.0) for name in ("alpha", "beta"))
+        return self.law in BUILT_IN and least < 0
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Hold the members with their weights, and how their average erred."""
+    """Hold the members with their weights, and the error of their average."""
 
     members: list[Member]
     weights: Array  # (members,)
     largest: float  # size of the largest run
     ranges: dict[str, tuple[float, float]]  # of each variable over the runs
-    rate: float  # error of log L per unit of log distance beyond the scatter, by the inner cuts
+    rate: float  # error of log L beyond the scatter per unit of log distance, by the inner cuts
     seeds: Seeds | None
 
     def at(self, values: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
-        """Return the log loss, (n,), and the half-width of its 95 % interval for a single run."""
+        """Predict the log loss, (n,), and the half-width of the 95 % interval of a single run."""
         log_loss, between = self.mean(values)
         beyond = expected(self.rate, between, self.distance(values, size))
         return log_loss, np.hypot(NORMAL * self.scatter(values), QUANTILE * beyond)
 
     def mean(self, values: Mapping[str, Array]) -> tuple[Array, Array]:
-        """Return the average of the members, (n,), and their standard deviation about it."""
+        """Return the weighted mean of the members, (n,), and their standard deviation."""
         each = np.stack([member.log_loss(values) for member in self.members])
         mean = self.weights @ each
         return mean, np.sqrt(self.weights @ (each - mean) ** 2)
 
     def scatter(self, values: Mapping[str, Array]) -> Array:
-        """Return the scatter of single runs, (n,): about the members, or between seeds of such a
-        length where that is less.  A few short runs far off say nothing of long ones."""
+        """Return the standard deviation of single runs, (n,): about the members, or between seeds
+        of that length if less, because outlying short runs say nothing about long ones."""
         scale = float(self.weights @ [member.scale for member in self.members])
         each = np.full(len(next(iter(values.values()))), scale)
         return each if self.seeds is None else np.minimum(each, self.seeds.at(values))
 
     def distance(self, values: Mapping[str, Array], size: Array) -> Array:
-        """Return how far a place lies beyond the runs, (n,): a log ratio of sizes, or of the
-        variable that is further out; 0 among the runs."""
+        """Return how far a place lies beyond the runs, (n,): the largest log ratio of the size or
+        of a variable; 0 among the runs."""
         beyond = [np.zeros(len(size)), np.log(size / self.largest)]
         for name, (low, high) in self.ranges.items():
             beyond += [np.log(values[name] / high), np.log(low / values[name])]
@@ -139,7 +138,7 @@ class Forecast:
 
     @property
     def by_law(self) -> dict[str, float]:
-        """Return the weight of each law, the largest first."""
+        """Return the total weight of each law, the largest first."""
         each = pd.Series(self.weights, [member.law for member in self.members])
         total = each.groupby(level=0, sort=False).sum()
         return dict(total.sort_values(ascending=False, kind="stable"))
@@ -151,8 +150,8 @@ class Forecast:
 
 
 def expected(rate: float, between: Array, distance: Array, shape: Sequence[float] = SHAPE) -> Array:
-    """Return what error to expect of log L beyond the scatter of runs, (n,): in proportion to the
-    distance, and to the geometric mean of what the inner cuts and the members say for a unit."""
+    """Return the expected error of log L beyond the scatter of runs, (n,): the distance times the
+    geometric mean of ``rate`` and the members' disagreement per unit of distance."""
     least, factor, most = shape
     reach = distance + NEAR
     middle = np.sqrt(rate * between / reach)
@@ -160,7 +159,7 @@ def expected(rate: float, between: Array, distance: Array, shape: Sequence[float
 
 
 def forecast(sample: Sample) -> Forecast:
-    """Fit the members to a sample of runs.  Raises ConfigError where no law can be fitted."""
+    """Fit the members to a sample.  Raises ConfigError where no law can be fitted."""
     cuts = inner_cuts(sample.size, sample.groups)
     parts = [np.ones(len(sample.size), dtype=bool), *(below for below, _ in cuts)]
     members: list[Member] = []
@@ -170,7 +169,7 @@ def forecast(sample: Sample) -> Forecast:
             members, *inner = fit_members(replace(sample, laws=laws), parts)
     if not members:
         raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
-    # of few runs, one that rises may predict anything
+    # with few runs, a law that rises may predict anything
     used = [i for i, one in enumerate(members) if not one.rises] or range(len(members))
     found, seeds = [], Seeds.of(sample.values, sample.measured)
     for (below, above), fitted in zip(cuts, inner, strict=True):
@@ -192,8 +191,8 @@ def forecast(sample: Sample) -> Forecast:
 def _weigh(cuts: Sequence[tuple[Array, Array, Array]], count: int) -> tuple[Array, float]:
     """Return the weights of the members, and the rate of the errors of their average.
 
-    A cut has, of each run above it, the log distance, (n,), and of each member what it predicted
-    less what was measured, and the scatter of runs, (members, n).
+    A cut holds, for the runs above it, the log distance, (n,), the errors of each member and the
+    scatter of runs, (members, n) both.
     """
     if not cuts:
         return np.full(count, 1.0 / count), TYPICAL
@@ -205,14 +204,14 @@ def _weigh(cuts: Sequence[tuple[Array, Array, Array]], count: int) -> tuple[Arra
     weights = (square / square.min()) ** (-sharpness / 2)
     weights /= weights.sum()
     rates = []
-    for distance, errors, scatter in cuts:  # the scatter of the runs grows with no distance
+    for distance, errors, scatter in cuts:  # the scatter of runs does not grow with distance
         beyond = np.maximum((weights @ errors) ** 2 - (weights @ scatter) ** 2, 0.0)
         rates.append(np.sqrt(np.mean(beyond / (distance**2 + NEAR**2))))
     return weights, float(np.exp(np.mean(np.log(np.maximum(rates, LEAST)))))
 
 
 def inner_cuts(size: Array, groups: NDArray[Any]) -> list[tuple[NDBool, NDBool]]:
-    """Return pairs of masks, (n,): the runs to fit, and those above the cut to predict."""
+    """Return pairs of masks, (n,): the runs to fit, and those above a cut to predict."""
     top = largest_of(size, groups)
     found: list[tuple[NDBool, NDBool]] = []
     for distance in CUTS:
@@ -226,8 +225,8 @@ def inner_cuts(size: Array, groups: NDArray[Any]) -> list[tuple[NDBool, NDBool]]
 
 
 def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
-    """Fit each law with each tilt to each part of a sample, by Huber's loss, except where a part is
-    too small for it.  All are solved together: a row outside a part has no weight."""
+    """Fit each law with each tilt to each part of a sample that is large enough, by Huber's loss.
+    All parts are solved together, with zero weight for rows outside a part."""
     found: list[list[Member]] = [[] for _ in parts]
     values, size = sample.values, sample.size
     for name in sample.laws:
@@ -238,7 +237,7 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
             points = Points.read(sample.table, law, where, sample.loss)
         except ConfigError:
             continue
-        # through every point, a law extrapolates wildly
+        # a law that fits every point exactly extrapolates wildly
         each = np.stack([logs for v, logs in points.x.items() if v != "U"]).round(12)
         able = [i for i, part in enumerate(parts) if _carries(each[:, part], len(law))]
         if not able:
@@ -248,7 +247,7 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
         plain = np.array(parts, dtype=float)[of_part]
         first = solve(law, points, np.concatenate(starts), weights=plain, **ROUGH)
         tokens = values["D"] if "D" in own else np.ones_like(size)
-        begin, weights, fits = [], [], []  # of each search: its start, weights, part and tilt
+        begin, weights, fits = [], [], []  # for each search: its start, weights, part and tilt
         for i in able:
             part, rows = parts[i], np.flatnonzero(of_part == i)
             rows = rows[np.argsort(first.objective[rows], kind="stable")[:3]]
@@ -278,13 +277,14 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
 
 
 def _carries(x: Array, parameters: int) -> bool:
-    """Return whether points, (variables, n), are more than parameters, and vary in each."""
+    """Return whether there are more distinct points, (variables, n), than parameters, and each
+    variable varies."""
     return bool(x.shape[1] and np.ptp(x, axis=1).all()) and len(np.unique(x.T, axis=0)) > parameters
 
 
 def _weighted_scale(residuals: Array, weights: Array, parameters: int) -> Array:
-    """Return the weighted median absolute residual as a standard deviation, (B, 1), corrected for
-    the fitted parameters by the number of runs that the weights are worth."""
+    """Return the standard deviation that the weighted median absolute residual implies, (B, 1),
+    corrected for the fitted parameters by the effective number of runs."""
     size = np.abs(residuals)
     order = np.argsort(size, axis=1)
     mass = np.cumsum(np.take_along_axis(weights, order, axis=1), axis=1)
@@ -295,37 +295,37 @@ def _weighted_scale(residuals: Array, weights: Array, parameters: int) -> Array:
     return np.asarray(np.maximum(spread, 1e-6))
 
 
-# --- the procedure put to the test
+# --- the forecast, tested on held-out runs
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Say how the whole procedure, given only the runs below a cut in size, predicts the rest."""
+    """Hold how well a forecast from the runs below a cut in size predicts the rest."""
 
     error: float  # mean |predicted - measured| / measured
     worst: float
-    within: float  # share of the runs within their 95 % interval
-    half_width: float  # mean of those intervals, as a part of the loss predicted
+    within: float  # fraction of the runs within their 95 % interval
+    half_width: float  # mean of those intervals, relative to the predicted loss
     runs: int
-    groups: int  # independent ones among them
+    groups: int  # independent runs among them
     cut: float  # the largest size that was fitted
     distance: float  # largest size / cut
-    best_cheaper: float  # the error of "as low as the best run below the cut"
-    plane: float  # the error of a plane through the logarithms of the larger half below it
+    best_cheaper: float  # the error of predicting the best loss below the cut
+    plane: float  # the error of a plane through the logarithms of the larger half below the cut
     by_law: dict[str, float]  # the error of each law alone, fitted below the cut
-    largest: dict[str, float]  # the mean loss of the largest runs: predicted, low, high, measured
+    largest: dict[str, float]  # mean loss of the largest runs: predicted, low, high, measured
     below: Forecast
-    above: NDBool  # (n,) bool: which of all runs were predicted
+    above: NDBool  # which runs were predicted, (n,)
 
     @property
     def has_skill(self) -> bool:
-        """Return whether both simple predictions are worse."""
+        """Return whether the forecast beats both simple predictions."""
         return self.error < min(self.best_cheaper, self.plane)
 
 
 def groups_of(keys: Sequence[pd.Series]) -> NDArray[Any]:
-    """Return a number for each row, (n,): the same for rows that agree in any of the keys, as in
-    their run, its trunk or their place, and so are not independent."""
+    """Label rows, (n,): those that agree in any key, such as their run, its trunk or their place,
+    are not independent and share a label."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -347,26 +347,25 @@ def largest_of(size: Array, groups: NDArray[Any]) -> Array:
 
 
 def split_by_size(groups: NDArray[Any], size: Array, least: int) -> NDBool | None:
-    """Return which rows to hold out: those of the largest groups, which stay whole.
+    """Return which rows to hold out, (n,): those of at least a fifth of the groups, the largest.
 
-    At least a fifth of the groups, and never a part of a budget; None where fewer than ``least``
-    groups would be left.
+    Groups and budgets stay whole.  Returns None where fewer than ``least`` groups would be left.
     """
     top = largest_of(size, groups)
     order = sorted(set(zip(top, groups, strict=True)), reverse=True)
     fifth = held = max(1, int(np.ceil(HELD_OUT * len(order))))
     while held < len(order) and order[held][0] > 0.87 * order[held - 1][0]:
         held += 1
-    if order[fifth - 1][0] > 1.5 * order[held - 1][0]:  # a chain of compute, and no budget
+    if order[fifth - 1][0] > 1.5 * order[held - 1][0]:  # sizes form a chain, not budgets
         held = fifth
     rows = np.isin(groups, [group for _, group in order[:held]])
     return rows if len(order) - held >= least else None
 
 
 def hold_out(sample: Sample, held: NDBool | None = None) -> HeldOut | None:
-    """Return how the procedure predicts the larger runs from the others; None of too few.
+    """Predict the larger runs from the others; return None for too few runs.
 
-    ``held`` says which rows the forecast never sees, (n,); by default those of ``split_by_size``.
+    ``held`` marks the rows that the forecast never sees, (n,), by default ``split_by_size``.
     """
     if held is None and (held := split_by_size(sample.groups, sample.size, 2)) is None:
         return None

@@ -1,8 +1,7 @@
-"""How far an estimate may be trusted: delta method, profile likelihood, bootstrap.
+"""Compute intervals by the delta method, profile likelihood and bootstrap.
 
-Each gives an interval for a *target*: a parameter of the law (coefficients by their logarithm) or
-the log loss at some place.  All of them stand on the residuals; none assumes a normal law beyond
-the quantiles of Student's t.
+Each interval is for a *target*: a parameter of the law (coefficients as logarithms) or the log
+loss at some place.  All derive from the residuals, and assume normal noise only in Student's t.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from tinygpt.scaling.laws import Array
 from tinygpt.scaling.solver import LEAST, Hold, bounds, huber, solve, term_mask
 
 LEVEL = 0.95
-REPLICAS = 1000  # where the bootstrap stands in
-FAINT = float(np.log(1e-4))  # of a term that is zero: from where its profile is followed
-FURTHEST = 30.0  # standard errors that a profile is followed
-STIFFNESS = 1e6  # of a target that is held, in units of the curvature of its profile
+REPLICAS = 1000  # where the bootstrap replaces the profile
+FAINT = float(np.log(1e-4))  # where the profile of a term at zero starts
+FURTHEST = 30.0  # standard errors that a profile is followed for
+STIFFNESS = 1e6  # of a held target, in units of the curvature of its profile
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Hold ``low`` to ``high`` at ``level``; an end that the data do not set is 0, -inf or inf."""
+    """Hold an interval; an end that the data do not determine is 0, -inf or inf."""
 
     estimate: float
     low: float
@@ -40,7 +39,7 @@ class Interval:
 
     @property
     def identified(self) -> bool:
-        """Return whether the data set both ends."""
+        """Return whether the data determine both ends."""
         return bool(np.isfinite(self.low) and np.isfinite(self.high) and self.low != 0.0)
 
     def __contains__(self, value: float) -> bool:
@@ -49,13 +48,13 @@ class Interval:
 
 @dataclass(frozen=True)
 class Target:
-    """Hold a function of the parameters; with ``is_log`` its exponential is reported."""
+    """Hold a function of the parameters; ``is_log`` means that its exponential is reported."""
 
     function: Callable[[Array], tuple[Array, Array]]  # (B, P) -> values (B,), gradients (B, P)
     is_log: bool
 
     def at(self, theta: Array) -> tuple[float, Array]:
-        """Return the value and its gradient, (P,), at one vector."""
+        """Return the value and its gradient, (P,), at one vector of parameters."""
         value, gradient = self.function(theta[None])
         return float(value[0]), gradient[0]
 
@@ -64,7 +63,7 @@ class Target:
 
 
 def of_parameter(fit: Fit, name: str) -> Target:
-    """Return a parameter of the formula.  Raises ConfigError if the law has no such parameter."""
+    """Return a parameter of the formula as a target.  Raises ConfigError if the law lacks it."""
     law = fit.optimum.law
     if name not in law.parameters:
         raise ConfigError(f"{name}: must be one of {', '.join(law.parameters)}")
@@ -76,7 +75,7 @@ def of_parameter(fit: Fit, name: str) -> Target:
 
 
 def of_loss(fit: Fit, **values: float) -> Target:
-    """Return the loss at one place, as ``N=..., D=...``."""
+    """Return the loss at one place, as ``N=..., D=...``, as a target."""
     law, x = fit.optimum.law, fit.at(values)
 
     def function(theta: Array) -> tuple[Array, Array]:
@@ -92,8 +91,8 @@ def of_loss(fit: Fit, **values: float) -> Target:
 def covariance(fit: Fit) -> Array:
     """Return the covariance of the parameters for centred variables, (P, P): s² (JᵀJ)⁻¹.
 
-    s is the scale of an M-estimator (Huber & Ronchetti 2009, section 7.6); of least squares it is
-    the standard error of the residuals.  A parameter at its bound does not vary.
+    s is the scale of the M-estimator (Huber & Ronchetti 2009, section 7.6), which for least squares
+    is the standard error of the residuals.  A parameter at its bound has no variance.
     """
     law = fit.optimum.law
     free = [j for j, name in enumerate(law.parameters) if name not in fit.optimum.at_bound]
@@ -119,8 +118,8 @@ def delta(fit: Fit, target: Target, level: float = LEVEL, new_run: bool = False)
 
 
 def new_runs(fit: Fit, x: Mapping[str, Array], weights: Array | float = 1.0) -> tuple[Array, Array]:
-    """Return the log loss at centred log variables, (n,), and the standard error of a new run
-    there with these weights in the fit."""
+    """Return the log loss at centred log variables, (n,), and the standard error of a new run there
+    that has these weights in the fit, (n,)."""
     value, gradient = fit.optimum.law.derivatives(fit.optimum.theta[None], x)
     variance = np.einsum("np,pq,nq->n", gradient[0], covariance(fit), gradient[0])
     scatter = fit.relative(fit.scale, np.exp(value[0])) / weights
@@ -128,8 +127,10 @@ def new_runs(fit: Fit, x: Mapping[str, Array], weights: Array | float = 1.0) -> 
 
 
 def quantile_of(fit: Fit, level: float = LEVEL) -> float:
-    """Return Student's quantile of a two-sided interval.  Raises ConfigError without degrees of
-    freedom."""
+    """Return Student's quantile of a two-sided interval.
+
+    Raises ConfigError without degrees of freedom.
+    """
     if fit.degrees < 1:
         raise ConfigError(
             f"{fit.law.name}: {len(fit.points)} points leave nothing to judge "
@@ -142,11 +143,11 @@ def quantile_of(fit: Fit, level: float = LEVEL) -> float:
 
 
 def profile(fit: Fit, target: Target, level: float = LEVEL) -> Interval:
-    """Return all values for which the law, refitted with the target held there, is not refuted.
+    """Return the values at which the target can be held without the refitted law being rejected.
 
-    The objective may rise by t² times what one residual is worth: exact for least squares of a
-    linear model (Bates & Watts 1988, section 6.1).  Where it never rises so far, the target is
-    not identified on that side.
+    The objective may rise by t² times the variance of a residual, which is exact for a linear model
+    (Bates & Watts 1988, section 6.1).  The target has no end on a side where the objective never
+    rises so far.
     """
     theta, quantile = fit.optimum.theta, quantile_of(fit, level)
     value, gradient = target.at(theta)
@@ -157,7 +158,7 @@ def profile(fit: Fit, target: Target, level: float = LEVEL) -> Interval:
     elif (term_mask(fit.optimum.law) & (gradient != 0)).any():  # a term at zero can only grow
         start = theta + (FAINT - LEAST) * (gradient != 0)
         estimate, high = -np.inf, _follow(fit, target, start, 1.0, quantile)
-    else:  # at a bound: only the other end is the data's
+    else:  # at a bound, so that the data determine the other end only
         step = standard_error(replace(fit, optimum=replace(fit.optimum, at_bound=())), target)
         if ((theta <= bounds(fit.optimum.law, fit.points)[0]) & (gradient != 0)).any():
             high = _follow(fit, target, theta, step, quantile)
@@ -168,19 +169,20 @@ def profile(fit: Fit, target: Target, level: float = LEVEL) -> Interval:
 
 
 def _follow(fit: Fit, target: Target, theta: Array, step: float, quantile: float) -> float:
-    """Return where the profile, followed from ``theta``, has risen enough; ±inf if it does not.
+    """Follow the profile from ``theta`` to where it has risen enough; return ±inf if it does not.
 
     ``step`` is one standard error in the direction to go.  The square root of the rise is nearly
-    linear in the target, so that Newton's method soon finds where it is enough; its slope follows
-    from the force that holds the target.
+    linear in the target, so Newton's method converges fast; its slope follows from the force that
+    holds the target.
     """
     law, points, limit = fit.optimum.law, fit.points, fit.optimum.threshold
     slope, inside = np.clip(fit.weighted, -limit, limit), np.abs(fit.weighted) <= limit
-    # by how much the objective rises, on average, where a parameter is off by its error
+    # the mean rise of the objective where a parameter is off by its standard error
     worth = 0.5 * float(np.sum(slope**2)) / fit.degrees / float(inside.mean())
     start, _ = target.at(theta)
+    # target values: the furthest with too little rise, and one with too much
+    near: float = start
     far: float | None = None
-    near = start  # target values: the furthest with too little rise, one with too much
     wanted, stiffness = start + quantile * step, STIFFNESS * 2 * worth / step**2
     for _ in range(60):
         hold = Hold(target.function, wanted, stiffness)
@@ -202,7 +204,7 @@ def _follow(fit: Fit, target: Target, theta: Array, step: float, quantile: float
         ahead = -off * 2 * root * worth / force if force * step > 0 else 0.0
         if far == near:  # the step is below the rounding of the target
             return near
-        if far is None:  # some way beyond, so that the end soon lies between
+        if far is None:  # aim beyond the end, to bracket it
             wanted = near + float(np.clip(ahead / (near - start), 0.02, 1.5)) * (near - start)
         else:
             part = (there + ahead - near) / (far - near)
@@ -215,36 +217,35 @@ def _follow(fit: Fit, target: Target, theta: Array, step: float, quantile: float
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Hold the law refitted to resampled runs; the replicas are those that converged."""
+    """Hold the refits of a law to resampled runs that converged."""
 
     fit: Fit
     theta: Array  # (B, P)
-    failed: int  # replicas that came to no minimum
+    failed: int  # refits that did not converge
 
     @property
     def method(self) -> str:
-        """Return the name of the method, with the number of refits that failed."""
+        """Return the name of the method and how many refits failed."""
         lost = f"; {self.failed} of {self.failed + len(self.theta)} refits failed"
         return f"bootstrap (pairs{lost if self.failed else ''})"
 
     @cached_property
     def parameters(self) -> pd.DataFrame:
-        """Return a row for each replica, by the names of the formula."""
+        """Return a table with a row per replica and a column per parameter of the formula."""
         law = self.fit.optimum.law
         plain = law.plain(self.theta, self.fit.points.centres)
         return pd.DataFrame(plain, columns=list(law.parameters))
 
     def predict(self, **values: Any) -> Array:
-        """Return the loss by every replica, (B, n)."""
-        x = self.fit.at(values)
-        return np.exp(self.fit.optimum.law.log_loss(self.theta, x))
+        """Return the loss that each replica predicts, (B, n)."""
+        return np.exp(self.fit.optimum.law.log_loss(self.theta, self.fit.at(values)))
 
     def interval(self, name: str, level: float = LEVEL) -> Interval:
-        """Return percentiles of a parameter over the replicas."""
+        """Return the percentile interval of a parameter."""
         return self._within(self.fit.parameters[name], self.parameters[name].to_numpy(), level)
 
     def of_loss(self, level: float = LEVEL, **place: float) -> Interval:
-        """Return percentiles of the loss at one place."""
+        """Return the percentile interval of the loss at one place."""
         return self._within(float(self.fit.predict(**place)[0]), self.predict(**place)[:, 0], level)
 
     def _within(self, estimate: float, values: Array, level: float) -> Interval:
@@ -257,9 +258,9 @@ class Bootstrap:
 def bootstrap(fit: Fit, n: int = 4000, cluster: str | None = None, seed: int = 0) -> Bootstrap:
     """Refit the law ``n`` times to runs drawn with replacement, starting from the optimum.
 
-    With ``cluster``, whole groups of rows that agree in that column are drawn: rows that are
-    checkpoints of one run are no independent points; of a single group there are no replicas.
-    Raises ConfigError for a column that is not there.
+    ``cluster`` names a column whose groups of rows are drawn whole, because checkpoints of one run
+    are not independent; a single group gives no replicas.  Raises ConfigError for a missing
+    column.
     """
     if cluster is not None and cluster not in fit.table:
         raise ConfigError(f"cluster={cluster}: no such column")
@@ -275,16 +276,16 @@ def bootstrap(fit: Fit, n: int = 4000, cluster: str | None = None, seed: int = 0
     return Bootstrap(fit, found.theta[good], int((~good).sum()))
 
 
-# --- what is used unless a caller says otherwise
+# --- defaults
 
 
 def intervals(
     fit: Fit, names: Sequence[str] = (), level: float = LEVEL, seed: int = 0
 ) -> dict[str, Interval]:
-    """Return the default interval of each parameter: the profile of least squares and Huber.
+    """Return the interval of each parameter: a profile for least squares and Huber.
 
-    The threshold of ``likelihood`` leaves hardly a residual inside, so that the curvature says
-    nothing: the bootstrap over runs stands in.  An E of zero has an upper end.
+    For ``likelihood`` it is a bootstrap over runs, because hardly any residual lies inside the
+    threshold and the curvature means nothing.  An E of zero has an upper end.
     """
     whole = with_constant(fit)
     names = names or whole.optimum.law.parameters
@@ -300,10 +301,9 @@ Fit.intervals = intervals
 def predict_interval(
     fit: Fit, level: float = LEVEL, new_run: bool = False, **place: float
 ) -> Interval:
-    """Return the default interval of the loss at one place, as ``N=..., D=...``: the profile.
+    """Return the interval of the loss at one place, as ``N=..., D=...``, as ``intervals`` does.
 
-    ``new_run`` is for the loss that one more run would measure there: its scatter is added in
-    square, on the logarithmic scale.
+    ``new_run`` adds the scatter of one more run there, in quadrature on the log scale.
     """
     whole = with_constant(fit)
     if fit.estimator != "likelihood":
@@ -321,15 +321,13 @@ def predict_interval(
 
 
 def with_constant(fit: Fit) -> Fit:
-    """Return the same fit with E in its law again, at its floor, where E went to zero.
+    """Return a fit whose E went to zero with E restored at its floor, and other fits unchanged.
 
-    Intervals are those of the whole law: E may be more than zero within them.
+    Intervals are those of the whole law, in which E may be above zero.
     """
     gone = [name for name in fit.optimum.at_bound if name not in fit.optimum.law.parameters]
     if gone != ["E"]:
         return fit
-    law = fit.law
-    theta = dict(zip(fit.optimum.law.parameters, fit.optimum.theta.tolist(), strict=True))
-    floor = bounds(law, fit.points)[0][law.parameters.index("E")]
-    whole = np.array([theta.get(name, floor) for name in law.parameters])
-    return replace(fit, optimum=replace(fit.optimum, law=law, theta=whole))
+    place = fit.law.parameters.index("E")
+    whole = np.insert(fit.optimum.theta, place, bounds(fit.law, fit.points)[0][place])
+    return replace(fit, optimum=replace(fit.optimum, law=fit.law, theta=whole))

@@ -1,8 +1,8 @@
-"""The laws: a table of named forms, each a plain function with its formula and its source.
+"""Define the laws: a table of named forms, each a plain function with its formula and source.
 
-A law gives the logarithm of the loss (nats per token) for a batch of parameter vectors, (B, P), at
-n points.  Coefficients (E, A, B, ...) stand in a vector as logarithms, exponents as they are; the
-variables are divided by their geometric mean beforehand, which ``Law.natural`` undoes.
+A law gives the log loss (nats per token) of a batch of parameter vectors, (B, P), at n points.
+A vector holds coefficients (E, A, B, ...) as logarithms and exponents as they are.  Variables are
+divided by their geometric mean beforehand, which ``Law.natural`` undoes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from tinygpt.config import ConfigError, first_line
 
 Array = NDArray[np.float64]
-Slopes = tuple[Any, dict[str, Any]]  # a log loss, and its slope by the name of each parameter
+Slopes = tuple[Any, dict[str, Any]]  # a log loss, and its derivative by each named parameter
 STEP = 1e-30  # of the complex step, which loses no digits however small it is
 VARIABLES = (("x",), ("log x",), ("N", "D"), ("N", "D", "U"))
 
 
 @dataclass(frozen=True)
 class Law:
-    """Define one form: a sum of powers, or a function of parameters and log variables."""
+    """Define a form: a sum of powers, or a function of the parameters and log variables."""
 
     name: str
     formula: str
@@ -33,14 +33,14 @@ class Law:
     variables: tuple[str, ...]
     coefficients: tuple[str, ...]  # positive; the logarithm is the parameter
     exponents: tuple[str, ...]
-    # for each coefficient but E: by which power of which variable its unit goes
+    # coefficient -> the powers of variables in its unit; E has none
     units: Mapping[str, tuple[tuple[str, str | float], ...]]
-    # of a sum of powers: coefficient -> {variable: exponent}
+    # a sum of powers: coefficient -> {variable: exponent}
     powers: Mapping[str, Mapping[str, str]] | None = None
-    # of any other law: (parameters, log variables) -> log loss, analytic in the parameters
+    # any other law: (parameters, log variables) -> log loss, analytic in the parameters
     expression: Callable[[Mapping[str, Any], Mapping[str, Array]], Any] | None = None
-    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of a plain value
-    # instead of an expression, and several times faster than its complex step
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of plain values
+    # replaces the expression, and is several times faster than its complex step
     slopes: Callable[[Mapping[str, Any], Mapping[str, Array]], Slopes] | None = None
 
     @property
@@ -52,7 +52,7 @@ class Law:
         return len(self.parameters)
 
     def log_loss(self, theta: Array, x: Mapping[str, Array]) -> Array:
-        """Return the log loss, (B, n), at the centred log variables ``x``, (n,) or (B, n) each."""
+        """Return the log loss, (B, n), at centred log variables ``x``, each (n,) or (B, n)."""
         if self.powers is not None:
             return _total(self.terms(theta, x))[0]
         named = self._named(theta)
@@ -65,7 +65,7 @@ class Law:
     def derivatives(self, theta: Array, x: Mapping[str, Array]) -> tuple[Array, Array]:
         """Return the log loss, (B, n), and its gradient in the parameters, (B, n, P).
 
-        Of an expression the gradient is by the complex step: exact to rounding.
+        An expression is differentiated by the complex step, which is exact to rounding.
         """
         place = {name: j for j, name in enumerate(self.parameters)}
         if self.slopes is not None:
@@ -103,8 +103,7 @@ class Law:
         return terms
 
     def shift(self, centres: Mapping[str, float]) -> Array:
-        """Return the affine map from a vector for centred variables to one for plain ones,
-        (P, P + 1)."""
+        """Return the affine map, (P, P + 1), from a vector for centred variables to a plain one."""
         affine = np.eye(len(self), len(self) + 1)
         for coefficient, unit in self.units.items():
             row = affine[self.parameters.index(coefficient)]
@@ -116,7 +115,7 @@ class Law:
         return affine
 
     def plain(self, theta: Array, centres: Mapping[str, float]) -> Array:
-        """Return the parameters for plain variables, coefficients as such, (..., P)."""
+        """Return the parameters for plain variables, (..., P), coefficients not as logarithms."""
         affine = self.shift(centres)
         values: Array = theta @ affine[:, :-1].T + affine[:, -1]
         kinds = len(self.coefficients)
@@ -124,11 +123,11 @@ class Law:
         return values
 
     def natural(self, theta: Array, centres: Mapping[str, float]) -> dict[str, float]:
-        """Return the parameters by name, for plain variables, coefficients as such."""
+        """Return what ``plain`` returns for one vector, by name."""
         return dict(zip(self.parameters, self.plain(theta, centres).tolist(), strict=True))
 
     def internal(self, natural: Mapping[str, float], centres: Mapping[str, float]) -> Array:
-        """Return the vector of natural parameters; a coefficient of zero is -inf."""
+        """Return the vector of natural parameters, (P,); a coefficient of zero becomes -inf."""
         kinds = len(self.coefficients)
         theta = np.array([natural[name] for name in self.parameters], dtype=float)
         with np.errstate(divide="ignore"):
@@ -138,7 +137,7 @@ class Law:
         return theta
 
     def without(self, coefficient: str) -> Law:
-        """Return a sum of powers without one of its terms, where that has gone to zero."""
+        """Return this sum of powers without one term, which has gone to zero."""
         assert self.powers is not None
         powers = {name: p for name, p in self.powers.items() if name != coefficient}
         rest = sum_of_powers(self.name, self.formula, self.source, powers)
@@ -147,7 +146,7 @@ class Law:
 
 
 def _total(terms: Array) -> tuple[Array, Array]:
-    """Return the logarithm of a sum of terms by their logarithms, (K, ...), and their shares."""
+    """Return the log of a sum of terms, given their logs, (K, ...), and the share of each."""
     top = terms.max(axis=0)
     shares = np.exp(terms - top)
     total = shares.sum(axis=0)
@@ -155,7 +154,7 @@ def _total(terms: Array) -> tuple[Array, Array]:
 
 
 def _pair(one: Any, other: Any) -> tuple[Any, Any, Any]:
-    """Return the same of two terms."""
+    """Return the log of a sum of two terms, given their logs, and the share of each."""
     top = np.maximum(one, other)
     a, b = np.exp(one - top), np.exp(other - top)
     total = a + b
@@ -163,13 +162,13 @@ def _pair(one: Any, other: Any) -> tuple[Any, Any, Any]:
 
 
 def logaddexp(one: Any, other: Any) -> Any:
-    """Return log(exp(one) + exp(other)), of complex numbers too."""
+    """Return log(exp(one) + exp(other)), also for complex numbers."""
     top = np.maximum(np.real(one), np.real(other))
     return top + np.log(np.exp(one - top) + np.exp(other - top))
 
 
 def _above(p: Mapping[str, Any], value: Any, slopes: dict[str, Any]) -> Slopes:
-    """Add the constant, if there is one, to a log loss and its slopes."""
+    """Add the constant, if the law has one, to a log loss and its slopes."""
     if "E" not in p:
         return value, slopes
     whole, constant, rest = _pair(p["E"], value)
@@ -201,15 +200,15 @@ def _broken(p: Mapping[str, Any], x: Mapping[str, Array]) -> Any:
 
 def _data_constrained(p: Mapping[str, Any], x: Mapping[str, Array]) -> Slopes:
     alpha, beta = p["alpha"], p["beta"]
-    fresh = np.minimum(x["U"], x["D"])  # of less than one epoch all tokens are unique
-    # the size that so much unique data pays for: where both terms shrink at the same cost
+    fresh = np.minimum(x["U"], x["D"])  # within the first epoch all tokens are unique
+    # the best size for so much unique data: where both terms shrink at the same cost
     wanted = (np.log(alpha) + p["A"] - np.log(beta) - p["B"] + beta * fresh) / alpha
     unique = np.minimum(x["N"], wanted)
     size, of_size, of_rn = _worth(x["N"] - unique, p["rn"])
     data, _, of_rd = _worth(x["D"] - fresh, p["rd"])
     size, data = unique + size, fresh + data
     both, a, b = _pair(p["A"] - alpha * size, p["B"] - beta * data)
-    moved = np.where(x["N"] > wanted, -a * (1.0 - of_size), 0.0)  # alpha times slope by unique
+    moved = np.where(x["N"] > wanted, -a * (1.0 - of_size), 0.0)  # alpha times the slope in unique
     slopes = {"A": a + moved, "B": b - moved, "rn": -a * alpha * of_rn, "rd": -b * beta * of_rd}
     slopes["alpha"] = moved * (1.0 / alpha - wanted) - a * size
     slopes["beta"] = moved * (fresh - 1.0 / beta) - b * data
@@ -217,8 +216,8 @@ def _data_constrained(p: Mapping[str, Any], x: Mapping[str, Array]) -> Slopes:
 
 
 def _worth(log_ratio: Any, log_star: Any) -> tuple[Any, Any, Any]:
-    """Return log(1 + R* (1 - exp(-R / R*))), where R = exp(log_ratio) - 1 repetitions, and its
-    slopes by both arguments."""
+    """Return log(1 + R* (1 - exp(-R / R*))) at R = exp(log_ratio) - 1 repetitions, and its slopes
+    in both arguments."""
     star, ratio = np.exp(log_star), np.exp(log_ratio)
     left = np.exp((1.0 - ratio) / star)
     worth = star * (1.0 - left) + 1.0
@@ -228,7 +227,7 @@ def _worth(log_ratio: Any, log_star: Any) -> tuple[Any, Any, Any]:
 def sum_of_powers(
     name: str, formula: str, source: str, powers: Mapping[str, Mapping[str, str]]
 ) -> Law:
-    """Return a law that is a sum of terms, each a coefficient over powers of variables."""
+    """Return a law whose terms are coefficients divided by powers of variables."""
     variables = dict.fromkeys(v for term in powers.values() for v in term)
     exponents = dict.fromkeys(e for term in powers.values() for e in term.values())
     units = {name: tuple(term.items()) for name, term in powers.items() if term}
@@ -236,14 +235,25 @@ def sum_of_powers(
     return Law(name, formula, source, *names, units, powers)
 
 
+_HESTNESS = "Hestness et al. 2017 (arXiv:1712.00409)"
 _HOFFMANN = "Hoffmann et al. 2022, eq. 2 (arXiv:2203.15556)"
 _KAPLAN = "Kaplan et al. 2020, eq. 1.5 (arXiv:2001.08361)"
 _A_B = {"A": (("N", "alpha"),), "B": (("D", "beta"),)}
-_NC_DC = {"Nc": (("N", 1.0),), "Dc": (("D", 1.0),)}
 _ABOVE_ZERO = {"alpha": (1e-3, 10.0), "beta": (1e-3, 10.0)}
+_KAPLAN_CONSTANT = Law(
+    "kaplan_constant",
+    "L = E + ((Nc/N)^(alpha/beta) + Dc/D)^beta",
+    f"{_KAPLAN}, with a constant",
+    ("N", "D"),
+    ("E", "Nc", "Dc"),
+    ("alpha", "beta"),
+    {"Nc": (("N", 1.0),), "Dc": (("D", 1.0),)},
+    slopes=_kaplan,
+    bounds=_ABOVE_ZERO,
+)
 
-# Those to prefer come first: of laws that describe the runs equally well, the first is reported.
-# One with a constant goes before one without: a text has an entropy.
+# In order of preference: of laws that describe the runs equally well, the first is reported.
+# Laws with a constant come before laws without one, because text has an entropy.
 LAWS: dict[str, Law] = {
     law.name: law
     for law in (
@@ -253,16 +263,11 @@ LAWS: dict[str, Law] = {
             "Henighan et al. 2020, eq. 1.1 (arXiv:2010.14701)",
             {"E": {}, "A": {"x": "alpha"}},
         ),
-        sum_of_powers(
-            "power",
-            "L = A / x^alpha",
-            "Hestness et al. 2017 (arXiv:1712.00409)",
-            {"A": {"x": "alpha"}},
-        ),
+        sum_of_powers("power", "L = A / x^alpha", _HESTNESS, {"A": {"x": "alpha"}}),
         sum_of_powers(
             "log_power",
             "L = A / (ln x)^alpha",
-            "a power law in the logarithm; falls more slowly than any power of x",
+            "a power law in the logarithm, which falls more slowly than any power of x",
             {"A": {"log x": "alpha"}},
         ),
         Law(
@@ -299,33 +304,19 @@ LAWS: dict[str, Law] = {
             slopes=_coupled,
             bounds={"gamma": (0.05, 20.0)},
         ),
-        Law(
-            "kaplan_constant",
-            "L = E + ((Nc/N)^(alpha/beta) + Dc/D)^beta",
-            f"{_KAPLAN}, with a constant",
-            ("N", "D"),
-            ("E", "Nc", "Dc"),
-            ("alpha", "beta"),
-            _NC_DC,
-            slopes=_kaplan,
-            bounds=_ABOVE_ZERO,
-        ),
+        _KAPLAN_CONSTANT,
         sum_of_powers(
             "chinchilla_zero",
             "L = A / N^alpha + B / D^beta",
             f"{_HOFFMANN} with E = 0",
             {"A": {"N": "alpha"}, "B": {"D": "beta"}},
         ),
-        Law(
-            "kaplan",
-            "L = ((Nc/N)^(alpha/beta) + Dc/D)^beta",
-            _KAPLAN,
-            ("N", "D"),
-            ("Nc", "Dc"),
-            ("alpha", "beta"),
-            _NC_DC,
-            slopes=_kaplan,
-            bounds=_ABOVE_ZERO,
+        replace(
+            _KAPLAN_CONSTANT,
+            name="kaplan",
+            formula="L = ((Nc/N)^(alpha/beta) + Dc/D)^beta",
+            source=_KAPLAN,
+            coefficients=("Nc", "Dc"),
         ),
         Law(
             "data_constrained",
@@ -348,9 +339,9 @@ BUILT_IN = frozenset(LAWS)
 
 
 def register(law: Law) -> Law:
-    """Add a law of one's own to those that are compared, behind the others.
+    """Add a law of your own, as the last of those that are compared.
 
-    Raises ConfigError for one that cannot be fitted.
+    Raises ConfigError for a law that cannot be fitted.
     """
     if law.name in BUILT_IN:
         raise ConfigError(f"law={law.name}: is one of tinygpt's own; choose another name")
@@ -363,8 +354,10 @@ def register(law: Law) -> Law:
 
 
 def load(place: str) -> str:
-    """Register the law that a Python file of the user's defines, as ``my_laws.py:shifted``, and
-    return its name.  Raises ConfigError."""
+    """Register the law at ``place``, such as ``my_laws.py:shifted``, and return its name.
+
+    Raises ConfigError where the file fails or defines no such law.
+    """
     file, _, name = place.rpartition(":")
     try:
         found = runpy.run_path(file).get(name)
@@ -376,7 +369,7 @@ def load(place: str) -> str:
 
 
 def check(law: Law) -> None:
-    """Raise ConfigError for a law that cannot be fitted, or whose gradient cannot be had."""
+    """Raise ConfigError for a law that cannot be evaluated or differentiated."""
     if (law.powers is None) == (law.expression is None and law.slopes is None):
         raise ConfigError(f"law={law.name}: give it either powers or an expression")
     if law.powers is not None:

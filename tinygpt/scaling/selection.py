@@ -1,4 +1,4 @@
-"""Which law: information criterion and residuals; and what to run next."""
+"""Select a law by an information criterion, test its residuals, and choose the next run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Settings = dict[str, Any]  # arguments of ``fit``
 
 @dataclass(frozen=True)
 class Candidate:
-    """Hold a law that was tried."""
+    """Hold a law that was tried, and how well it did."""
 
     law: str
     fit: Fit | None
     reason: str  # why it could not be fitted
-    aicc: float = float("inf")  # Akaike's criterion, corrected for few points; the least is best
+    aicc: float = float("inf")  # Akaike's criterion, corrected for few points; lower is better
 
 
 def select(
@@ -39,12 +39,12 @@ def select(
     cluster: str | None = None,
     **settings: Any,
 ) -> list[Candidate]:
-    """Return every law fitted to the same runs, the best first: by AICc.
+    """Fit every law to the same runs, and return them by AICc, the best first.
 
-    Runs that agree in the law's variables and in the columns ``same`` are seeds: runs are weighted
-    by what those scatter at their ``tokens``, and by what the first law leaves beside it.  Rows
-    that share the ``cluster`` column, checkpoints of a run, count as few as their residuals are
-    worth.  ``settings`` are those of ``fit``.
+    Runs that agree in the law's variables and in the columns ``same`` are seeds.  Runs are weighted
+    by the scatter of seeds at their ``tokens`` and by what the first law leaves unexplained.  Rows
+    that share the ``cluster`` column are checkpoints of a run, and count for less the more their
+    residuals agree.  ``settings`` are arguments of ``fit``.
     """
     reasons: dict[str, str] = {}  # why a law could not be fitted
 
@@ -81,8 +81,8 @@ def select(
 def _one_estimator(
     squares: Mapping[str, Fit], settings: Settings, cluster: str | None
 ) -> tuple[float | None, Settings, str]:
-    """Return how many independent runs the rows are worth, and one estimator with one limit for
-    all laws, so that they can be compared: all by the residuals of the best least squares."""
+    """Return the effective number of runs, settings with one estimator and limit for all laws, and
+    the reason for that estimator, all from the residuals of the best law by least squares."""
     asked, reason = settings["estimator"], "asked for"
     if not squares:
         return None, settings, reason
@@ -98,8 +98,8 @@ def _one_estimator(
 
 
 def independent(residuals: Array, cluster: pd.Series) -> float:
-    """Return how many independent rows n are worth, by the correlation within clusters (one-way
-    analysis of variance) and the design effect 1 + (m - 1) rho (Kish 1965, section 5.4)."""
+    """Return the effective number of rows, by the correlation within clusters (one-way analysis of
+    variance) and the design effect 1 + (m - 1) rho (Kish 1965, section 5.4)."""
     labels = pd.factorize(cluster)[0]
     count = np.bincount(labels)
     n, groups = len(labels), len(count)
@@ -114,18 +114,17 @@ def independent(residuals: Array, cluster: pd.Series) -> float:
 
 
 def preferred(candidates: Sequence[Candidate]) -> Candidate:
-    """Return the first in LAWS of the laws that are hardly worse than the best."""
+    """Return the first law, in the order of LAWS, that is about as good as the best."""
     near = [c for c in candidates if c.fit and c.aicc - candidates[0].aicc < CLEAR]
-    order = list(LAWS)
-    return min(near, key=lambda c: order.index(c.law)) if near else candidates[0]
+    return min(near, key=lambda c: list(LAWS).index(c.law), default=candidates[0])
 
 
 def aicc(fit: Fit, worth: float | None = None, factor: float = 1.0) -> float:
     """Return n log(2 objective / n) + 2 k n / (n - k - 1), where k counts the scale too.
 
-    n is the number of runs, or how many independent ones these are ``worth``.  Of least squares
-    the likelihood is that of a normal, of ``likelihood`` Laplace's; of Huber this is the
-    quasi-likelihood, scaled by ``factor``.
+    n is the number of runs, or of independent runs that these are ``worth``.  The likelihood is
+    normal for least squares and Laplace's for ``likelihood``; for Huber it is a quasi-likelihood
+    scaled by ``factor``.
     """
     rows, k = len(fit.points), len(fit.optimum.law) + 1
     n = rows if worth is None else worth
@@ -139,8 +138,8 @@ def aicc(fit: Fit, worth: float | None = None, factor: float = 1.0) -> float:
 
 
 def _quasi(fits: Iterable[Fit]) -> float:
-    """Return the factor of differences of log objectives relative to a normal's, from the variance
-    of the slope of Huber's objective at the best fit (Ronchetti 1985)."""
+    """Return the factor that scales differences of Huber's log objective to those of a normal
+    likelihood, from the variance of its slope at the best fit (Ronchetti 1985)."""
     best = min(fits, key=lambda one: one.optimum.objective, default=None)
     if best is None or best.estimator != "huber" or best.optimum.objective < 1e-30:
         return 1.0
@@ -149,14 +148,14 @@ def _quasi(fits: Iterable[Fit]) -> float:
     return 2 * best.optimum.objective * float(inside.mean()) / float(np.sum(slope**2))
 
 
-# --- what the residuals say
+# --- residuals
 
 
 def structure(fit: Fit) -> float | None:
-    """Return the p-value of there being no structure in the residuals; None of too few points.
+    """Return the p-value of an F test for structure in the residuals, or None for too few points.
 
-    An F test of what second and third powers of the log variables explain of them beyond the
-    law's own derivatives (Ramsey 1969, as a score test).
+    It tests what second and third powers of the log variables explain beyond the law's own
+    derivatives (Ramsey 1969, as a score test).
     """
     own = fit.points.jacobian(fit.optimum.law, fit.optimum.theta)
     logs = list(fit.points.x.values())
@@ -180,27 +179,28 @@ def structure(fit: Fit) -> float | None:
     return float(special.fdtrc(gained, n - rank, (before - left) / gained / (left / (n - rank))))
 
 
-# --- what to run next
+# --- the next run
 
 
 @dataclass(frozen=True)
 class NextRun:
-    """Hold the affordable run that would most shrink the interval of the prediction asked for."""
+    """Hold the affordable run that would narrow the interval of a prediction most."""
 
     place: dict[str, float]
-    cost: float  # FLOPs, or whatever the compute of the runs is counted in
-    width_now: float  # of the 95 % interval of the predicted loss, relative to it
+    cost: float  # in the unit of the runs' compute, usually FLOPs
+    width_now: float  # of the 95 % interval of the predicted loss, relative to that loss
     width_then: float
 
 
 def next_run(fit: Fit, target: Target, places: dict[str, Array], costs: Array) -> NextRun | None:
-    """Return the one of ``places`` where one more run would narrow ``target`` most."""
+    """Return the one of ``places`` where another run would narrow ``target`` most."""
     if fit.degrees < 1:
         return None
     theta, x = fit.optimum.theta, fit.points.at(places)
     _, error = new_runs(fit, x)
-    shared = covariance(fit) @ target.at(theta)[1]
-    now = float(target.at(theta)[1] @ shared)
+    _, gradient = target.at(theta)
+    shared = covariance(fit) @ gradient
+    now = float(gradient @ shared)
     then = now - (fit.optimum.law.derivatives(theta[None], x)[1][0] @ shared) ** 2 / error**2
     best = int(np.argmin(then))
     reach = 2 * quantile_of(fit)

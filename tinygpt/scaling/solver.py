@@ -1,8 +1,8 @@
-"""One solver for fits, profiles and refits: batched Gauss-Newton on a sum of Huber's losses.
+"""Solve fits, profiles and refits by batched Gauss-Newton on a sum of Huber's losses.
 
-A sum of powers is fitted by variable projection: on a grid of exponents the coefficients follow
-in closed form, and every local minimum of that surface is polished.  Other laws are polished from
-many starts instead.
+A sum of powers starts from variable projection: on a grid of exponents the coefficients have a
+closed form, and each local minimum of that surface is a start.  Other laws start from many
+random points.
 """
 
 from __future__ import annotations
@@ -19,20 +19,18 @@ from tinygpt.scaling.points import Points
 
 NDBool = np.ndarray[Any, np.dtype[np.bool_]]
 
-LEAST = float(np.log(1e-9))  # a coefficient below this part of the loss is zero
-FADING = 10.0  # in logs: a falling term this close to its floor is moved onto it
-STEPS = 300
-GAIN = 1e-18
-IN_CACHE = 8000  # points times rows that are evaluated at once
+LEAST = float(np.log(1e-9))  # a coefficient below this fraction of the loss is zero
+FADING = 10.0  # in logs: a shrinking term this close to its floor is moved onto it
+IN_CACHE = 8000  # points times rows evaluated at once
 ROUNDING = 1e-15  # of a log loss
 
 
 @dataclass(frozen=True)
 class Hold:
-    """Pull a function of the parameters to a value, as one more measurement would.
+    """Pull a function of the parameters towards a value, as one more measurement would.
 
-    Whatever the stiffness, the solver ends at a point of the profile: the best law among those that
-    give the function the value it takes there.
+    Whatever the stiffness, the solution lies on the profile: no law with the same value of the
+    function fits better.
     """
 
     function: Callable[[Array], tuple[Array, Array]]  # (B, P) -> values (B,), gradients (B, P)
@@ -42,7 +40,7 @@ class Hold:
 
 @dataclass(frozen=True)
 class Solved:
-    """Hold where the solver ended, for each of a batch of starts."""
+    """Hold where the solver ended for each start of a batch."""
 
     theta: Array  # (B, P)
     objective: Array  # (B,)
@@ -54,15 +52,14 @@ class Solved:
 
 
 def huber(residuals: Array, threshold: Array | float) -> Array:
-    """Return r²/2 up to the threshold, and a line with the same slope beyond it (Huber 1964)."""
+    """Return r²/2 up to the threshold and its tangent beyond it (Huber 1964)."""
     size = np.abs(residuals)
     inside = np.minimum(size, threshold)
-    # with an infinite threshold the second factor is zero everywhere
     return np.asarray(inside * (0.5 * inside + (size - inside)))
 
 
 def bounds(law: Law, points: Points) -> tuple[Array, Array]:
-    """Return the least and the greatest each parameter can be, for centred variables."""
+    """Return the lower and upper bound of each parameter for centred variables, (P,) each."""
     low, high = np.full(len(law), -np.inf), np.full(len(law), np.inf)
     for j, name in enumerate(law.parameters):
         if name in (law.powers or ("E", "A", "B")):
@@ -71,12 +68,12 @@ def bounds(law: Law, points: Points) -> tuple[Array, Array]:
             ends = np.array(law.bounds[name])
             low[j], high[j] = np.log(ends) if name in law.coefficients else ends
         if name == "x1":
-            low[j], high[j] = points.x["x"].min(), points.x["x"].max()  # elsewhere there is none
+            low[j], high[j] = points.x["x"].min(), points.x["x"].max()  # no break is seen elsewhere
     return low, high
 
 
 def term_mask(law: Law) -> NDBool:
-    """Return which parameters are logarithms of terms, which the loss is linear in."""
+    """Return which parameters are logarithms of terms that the loss is linear in, (P,)."""
     return np.array([name in (law.powers or ("E",)) for name in law.parameters])
 
 
@@ -88,7 +85,7 @@ def objective(
     weights: Array | None = None,
     hold: Hold | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Return Σ weight · huber(residual), its gradient and its Gauss-Newton Hessian, by row."""
+    """Return Σ weight · huber(residual), its gradient and Gauss-Newton Hessian for each row."""
     fitted, jacobian = points.derivatives(law, theta)
     residuals = fitted - points.response
     if points.weights is not None:
@@ -97,13 +94,13 @@ def objective(
     if np.min(threshold) < np.inf:
         size = np.abs(residuals)
         slope = np.copysign(np.minimum(size, threshold), residuals)
-        loss, inside = huber(residuals, threshold), (size <= threshold).astype(float)
-        inside = inside if weights is None else inside * weights
+        own = np.ones(1) if weights is None else weights
+        loss = huber(residuals, threshold)
+        inside = np.asarray((size <= threshold) * own, dtype=float)
         few = np.count_nonzero(inside, axis=1) < theta.shape[1]
-        if few.any():  # their curvature says nothing, but Huber's weights still lead downhill
+        if few.any():  # too few for a curvature; Huber's weights still lead downhill
             share = np.minimum(1.0, threshold / np.maximum(size, 1e-300))
-            share = share if weights is None else share * weights
-            inside = np.where(few[:, None], share, inside)
+            inside = np.where(few[:, None], share * own, inside)
     if weights is not None:
         slope, loss = slope * weights, loss * weights
     value, gradient = loss.sum(axis=1), (slope[:, None] @ jacobian)[:, 0]
@@ -126,17 +123,17 @@ def solve(
     threshold: Array | float = np.inf,
     weights: Array | None = None,
     hold: Hold | None = None,
-    most_steps: int = STEPS,
-    gain: float = GAIN,
+    most_steps: int = 300,
+    gain: float = 1e-18,
 ) -> Solved:
-    """Minimise Σ weight · huber(residual) from every row of ``theta``, (B, P).
+    """Minimise Σ weight · huber(residual) from each row of ``theta``, (B, P), within bounds.
 
-    The threshold is one for all rows, or one for each, (B, 1).  A row ends where a step would
-    lower its sum by less than ``gain``, as a part of it.
+    ``threshold`` is a number or (B, 1), ``weights`` are (B, n).  A row ends where a step would
+    lower its sum by less than ``gain`` times that sum.
 
-    Levenberg and Marquardt's method within bounds.  It steps in the terms themselves, not in
-    their logarithms: where a term and E can hardly be told apart the minimum lies in a valley that
-    is straight in the terms and bent in their logarithms.  ``weights`` are (B, n).
+    The method is Levenberg-Marquardt.  It steps in the terms, not in their logarithms: where a
+    term and E can hardly be told apart, the minimum lies in a valley that is straight in the terms
+    and curved in their logarithms.
     """
     limits = np.broadcast_to(threshold, (len(theta), 1))
     size = max(4, IN_CACHE // len(points))
@@ -156,7 +153,7 @@ def solve(
     low, high = bounds(law, points)
     terms, diagonal = term_mask(law), np.arange(len(law))
     faint = np.where(terms, low + FADING, -np.inf)
-    # a sum of squares cannot be computed more exactly than this
+    # a sum of squares is no more precise than this
     rounding = len(points) * (ROUNDING * (points.response.max() if points.raw else 1.0)) ** 2
     for _ in range(most_steps):
         if not len(live):
@@ -168,7 +165,7 @@ def solve(
         bend[:, diagonal, diagonal] = (1 + 1e-13) + damping[:, None]
         step = np.linalg.solve(bend, scaled[..., None])[..., 0]
         expected = 0.5 * (scaled * step).sum(axis=1)
-        full = expected  # what a step without damping would gain: more, and asked for near the end
+        full = expected  # the gain of an undamped step, which is larger; computed near the end
         tiny = 1e-13 * value
         ending = damped & (expected <= np.maximum(tiny, gain * value) + rounding)
         if ending.any():
@@ -188,7 +185,7 @@ def solve(
         gained = value - new[0]
         better, done = (gained >= 0) & finite, full <= gain * value + rounding
         good = better & (gained > 0.25 * expected)
-        last = ~better & (full <= tiny)  # a gain this small drowns in rounding
+        last = ~better & (full <= tiny)  # a gain this small is lost in rounding
         done |= last
         better |= last & finite
         over = done | (~better & (damping > 1e8))
@@ -211,11 +208,11 @@ def solve(
 # --- where a search starts
 
 EXPONENTS = np.geomspace(0.015, 2.4, 34)
-MOST_ON_GRID = 1000  # points that the surface of the grid is drawn from
-N_STARTS = 1024  # of a law that is no sum of powers; the best are polished
+MOST_ON_GRID = 1000  # points used for the grid's surface
+N_STARTS = 1024  # random starts, of which the best are solved
 N_POLISHED = 32
-# Where the starts of a law that is no sum of powers lie: exponents, logarithms of coefficients
-# (of a term: relative to the least loss).
+# Ranges of random starts: of exponents, and of logarithms of coefficients (terms relative to the
+# least loss).
 LIKELY = {
     "E": (-3.0, 0.0),
     **dict.fromkeys(("A", "B", "Nc", "Dc"), (-4.0, 1.0)),
@@ -229,10 +226,10 @@ LIKELY = {
 
 
 def grid_starts(law: Law, points: Points) -> Array:
-    """Return the local minima of a sum of powers over a grid of its exponents, (B, P).
+    """Return the local minima of a sum of powers on a grid of its exponents, (B, P).
 
-    At each node the coefficients that minimise the sum of squared relative errors, none of them
-    negative, follow in closed form, by trying each set of active terms.
+    At each node the non-negative coefficients with the least squared relative errors follow in
+    closed form, by trying each set of active terms.
     """
     from scipy.ndimage import minimum_filter  # slow to import
 
@@ -260,7 +257,7 @@ def grid_starts(law: Law, points: Points) -> Array:
 
 
 def spread_starts(law: Law, points: Points, seed: int) -> Array:
-    """Return starts for any law, (B, P): a Latin hypercube over what its parameters may be."""
+    """Return starts for any law, (B, P): the best of a Latin hypercube of its parameters."""
     names, random = law.parameters, np.random.default_rng(seed)
     ranks = random.permuted(np.tile(np.arange(N_STARTS), (len(names), 1)), axis=1).T
     unit = (ranks + random.random(ranks.shape)) / N_STARTS
@@ -270,7 +267,7 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
     for j, name in enumerate(names):
         if name in (law.powers or ("E", "A", "B")):
             starts[:, j] += least
-        if name in ("Nc", "Dc"):  # raised to its exponent it is about as large as the loss
+        if name in ("Nc", "Dc"):  # its power is about as large as the loss
             exponent = starts[:, names.index("alpha" if name == "Nc" else "beta")]
             starts[:, j] = (starts[:, j] + least) / exponent
         if name == "x1":
@@ -282,11 +279,11 @@ def spread_starts(law: Law, points: Points, seed: int) -> Array:
     return np.asarray(starts[best])
 
 
-_starts: dict[Any, Array] = {}  # by law and points: fits that differ in weights share them
+_starts: dict[Any, Array] = {}  # by law and points, so that fits with other weights share them
 
 
 def starts_of(law: Law, points: Points, seed: int) -> Array:
-    """Return where the search for a law's minima begins, (B, P)."""
+    """Return the starts of a search for a law's minima, (B, P)."""
     arrays = [points.y, *points.x.values()]
     key = (law.name, law.formula, law.parameters, seed, *(array.tobytes() for array in arrays))
     if key not in _starts:
@@ -299,7 +296,7 @@ def starts_of(law: Law, points: Points, seed: int) -> Array:
 
 
 def _likely(law: Law, name: str) -> tuple[float, float]:
-    """Return the range to search for a parameter of a user's law: within its bounds, if any."""
+    """Return the range of starts for a parameter of a user's law, within its bounds if any."""
     if name in law.bounds:
         ends = np.array(law.bounds[name], dtype=float)
         with np.errstate(divide="ignore"):

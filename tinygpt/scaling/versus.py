@@ -1,4 +1,4 @@
-"""Set the runs of several recipes side by side: the law of each, their ratios, checks, a report."""
+"""Compare the runs of several recipes: the law of each, their ratios, checks and a report."""
 
 from __future__ import annotations
 
@@ -30,12 +30,8 @@ from tinygpt.scaling.selection import preferred, select
 from tinygpt.scaling.tables import read_cells
 from tinygpt.scaling.wording import UNKNOWN, count, number, with_interval
 
-COLUMNS = {
-    "optim": "optimizer",
-    "optim.kind": "optimizer",
-    "data": "dataset",
-    "data.name": "dataset",
-}
+COLUMNS = dict.fromkeys(("optim", "optim.kind"), "optimizer")
+COLUMNS |= dict.fromkeys(("data", "data.name"), "dataset")
 BITS = "final_val_bits_per_byte"
 COLOURS = (drawing.BLUE, drawing.RED, drawing.GREEN, drawing.ORANGE, drawing.PURPLE, drawing.BLACK)
 CAPTION = (
@@ -50,20 +46,20 @@ METHOD = (
     "Its error comes from leaving out each place, under both recipes, in turn. How often such "
     "intervals cover the truth in simulated studies is in `experiments/compare`."
 )
-WORSE = "is better there"  # ends the reason to leave out a run at another learning rate
-UNKNOWABLE = 10.0  # a design that tells only larger ratios from 1 tells nothing
+WORSE = "is better there"  # ends the reason for leaving out a run at another learning rate
+UNKNOWABLE = 10.0  # a design that detects only larger ratios tells nothing
 FAIR = "the best of three or more, not at an end: else rates are compared, not recipes"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Recipes, what each is worth against the reference, and whether that can be relied on."""
+    """Hold recipes, their ratios to a reference, and the checks of these ratios."""
 
     key: str
     reference: str
     sides: dict[str, Read]  # by name, the reference first
     variables: dict[str, str]  # variable of the laws -> column
-    words: dict[str, str]  # variable -> what it is called
+    words: dict[str, str]  # variable -> its name
     laws: dict[str, tuple[Fit, dict[str, Interval]]]  # of each recipe alone
     ratios: dict[str, Ratio]  # of each other recipe
     checks: list[Check]
@@ -71,12 +67,12 @@ class Comparison:
 
     @property
     def scale(self) -> str:
-        """Return what the ratio may change with: the compute, or the x of a law in one variable."""
+        """Return the name of the horizontal axis: compute, or the x of a law in one variable."""
         return self.words.get("x", "training compute (FLOPs)")
 
     @property
     def what(self) -> str:
-        """Return what is saved."""
+        """Return what a better recipe saves: compute, or the x of a law in one variable."""
         return self.words.get("x", "compute")
 
     @property
@@ -88,9 +84,9 @@ class Comparison:
 
 
 def split(table: pd.DataFrame, key: str) -> tuple[dict[str, pd.DataFrame], str]:
-    """Return the runs by the values of a key, the commonest first, and the column that has it.
+    """Split runs by the values of a key, the most common first; return them and the key's column.
 
-    Raises ConfigError for a key that is not there, or has one value.
+    Raises ConfigError for a missing key or one with a single value.
     """
     last = COLUMNS.get(key, key.rsplit(".", 1)[-1])
     column = next((name for name in (key, f"config.{key}", last) if name in table), None)
@@ -106,16 +102,16 @@ def split(table: pd.DataFrame, key: str) -> tuple[dict[str, pd.DataFrame], str]:
 
 
 def conditions(path: str, key: str, where: str | None) -> dict[str, str]:
-    """Return for each value of a column of a table file the condition that chooses its rows."""
+    """Return, for each value of a column of a table file, the condition that selects its rows."""
     parts, column = split(read_cells(Path(path), []), key)
     each = {name: f"`{column}` == {part[column].iloc[0]!r}" for name, part in parts.items()}
     return {name: f"({where}) & ({one})" if where else one for name, one in each.items()}
 
 
 def loss_of(parts: Mapping[str, pd.DataFrame], loss: str, notes: list[str]) -> str:
-    """Return the loss that compares between recipes: bits per byte where tokenizers differ.
+    """Return a loss that is comparable between recipes: bits per byte if tokenizers differ.
 
-    Raises ConfigError for losses that were measured on different texts.
+    Raises ConfigError for losses measured on different texts.
     """
 
     def several(name: str) -> bool:
@@ -137,9 +133,9 @@ def loss_of(parts: Mapping[str, pd.DataFrame], loss: str, notes: list[str]) -> s
 def compare(
     sides: Mapping[str, Read], key: str, reference: str | None = None, notes: Sequence[str] = ()
 ) -> Comparison:
-    """Compare recipes by their runs, at the best learning rate of each place.
+    """Compare recipes by their runs at the best learning rate of each place.
 
-    Raises ConfigError where the reference is none of them, or there are too few runs.
+    Raises ConfigError for an unknown reference or too few runs.
     """
     names, said = list(sides), list(notes)
     if reference is None:
@@ -175,19 +171,19 @@ def compare(
 
 
 def _left_out(name: str, side: Read) -> list[str]:
-    """Return a line for each reason to leave runs of a recipe out."""
+    """Return a line for each reason that runs of a recipe were left out for."""
     left, total = side.left_out, len(side.runs) + len(side.left_out)
     if left.empty:
         return []
     worse = left["reason"].str.endswith(WORSE)
-    lines = [f"{name}: {line}" for line in left_out_lines(left[~worse], total)]
-    many = count(int(worse.sum()), "run")
-    rates = f"{name}: {many} at a learning rate that is not the best at its place"
-    return [*lines, rates] if worse.any() else lines
+    lines = left_out_lines(left[~worse], total)
+    if many := int(worse.sum()):
+        lines += [f"{count(many, 'run')} at a learning rate that is not the best at its place"]
+    return [f"{name}: {line}" for line in lines]
 
 
 def _law(side: Read, variables: Mapping[str, str]) -> tuple[Fit, dict[str, Interval]] | None:
-    """Return the law of one recipe alone; None where its runs are too few."""
+    """Fit the law of one recipe alone; return None if it has too few runs."""
     how: dict[str, Any] = {"loss": side.columns.loss, "estimator": "auto", **variables}
     tried = OF_ONE if "x" in variables else LAWS_TRIED
     try:
@@ -199,7 +195,7 @@ def _law(side: Read, variables: Mapping[str, str]) -> tuple[Fit, dict[str, Inter
 
 
 def check_rate(name: str, side: Read, place: Any, key: str) -> Check:
-    """Judge whether a recipe was trained at its best learning rate, by all that were tried."""
+    """Judge by all the rates that were tried whether a recipe was trained at its best one."""
 
     def made(outcome: str, figure: str, advice: str = "") -> Check:
         title = f"{name} is trained at its best learning rate"
@@ -248,7 +244,7 @@ def check_alone(name: str, side: Read, variables: Iterable[str]) -> Check:
 
 
 def check_ratio(two: str, ratio: Ratio, first: Read, side: Read) -> Iterator[Check]:
-    """Judge what a ratio stands on."""
+    """Yield the checks of a ratio."""
     losses = [one.runs[one.columns.loss] for one in (first, side)]
     low, high = max(each.min() for each in losses), min(each.max() for each in losses)
     yield Check(
@@ -280,7 +276,7 @@ def check_ratio(two: str, ratio: Ratio, first: Read, side: Read) -> Iterator[Che
 
 
 def verdict(comparison: Comparison, name: str) -> str:
-    """Return in a sentence what a recipe is worth."""
+    """Say in a sentence what a recipe is worth."""
     ratio, reference, what = comparison.ratios[name], comparison.reference, comparison.what
     found = ratio.at(ratio.best_known)
     shown = with_interval(found)
@@ -305,7 +301,7 @@ def verdict(comparison: Comparison, name: str) -> str:
 
 
 def compose(comparison: Comparison, live: dict[str, Any]) -> Iterator[Block]:
-    """Return the whole report, in the order it is read; ``live`` makes its figure interactive."""
+    """Yield the whole report in order; ``live`` makes its figure interactive."""
     yield from [*answer(comparison), Picture("compare", CAPTION.format(what=comparison.what), live)]
     yield from recipes(comparison)
     yield from checklist(comparison)
@@ -321,7 +317,7 @@ def compose(comparison: Comparison, live: dict[str, Any]) -> Iterator[Block]:
 
 
 def answer(comparison: Comparison) -> Iterator[Block]:
-    """Return the question, the verdicts and the ratios."""
+    """Yield the question, the verdicts and the ratios."""
     others = list(comparison.ratios)
     listed = " or ".join([", ".join(others[:-1]), others[-1]] if others[1:] else others)
     yield Heading(f"What is {listed} worth against {comparison.reference}?", 1)
@@ -341,7 +337,7 @@ def answer(comparison: Comparison) -> Iterator[Block]:
 
 
 def recipes(comparison: Comparison) -> Iterator[Block]:
-    """Return the runs and the law of each recipe, side by side."""
+    """Yield the runs and the law of each recipe."""
     yield Heading("The recipes")
     header = ["", "runs", "places", "compute (FLOPs)", "losses"]
     rows, laws = [], []
@@ -362,7 +358,7 @@ def recipes(comparison: Comparison) -> Iterator[Block]:
 
 
 def checklist(comparison: Comparison, brief: bool = False) -> Iterator[Block]:
-    """Return the checks, those that fail first; ``brief`` only says how many pass."""
+    """Yield the checks, failures first; ``brief`` leaves out those that pass."""
     yield Heading("Checklist")
     passed = sum(one.passed is True for one in comparison.checks)
     yield Paragraph(f"{passed} of {len(comparison.checks)} checks pass.")
@@ -377,7 +373,7 @@ def checklist(comparison: Comparison, brief: bool = False) -> Iterator[Block]:
 
 
 def facts(comparison: Comparison) -> dict[str, Any]:
-    """Return all numbers, for compare.json."""
+    """Return all numbers for compare.json."""
 
     def ends(one: Interval | None) -> dict[str, float] | None:
         return {"estimate": one.estimate, "low": one.low, "high": one.high} if one else None
@@ -402,7 +398,7 @@ def facts(comparison: Comparison) -> dict[str, Any]:
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """Write the report, its figure, its numbers and the runs."""
+    """Write the report with its figure, numbers and runs to a folder."""
     with fileio.report_lock(folder):
         with rc_context(drawing.STYLE):
             figure = draw(comparison)
@@ -416,13 +412,13 @@ def write(comparison: Comparison, folder: Path) -> None:
 
 
 def show(comparison: Comparison, folder: Path) -> None:
-    """Print the report without its figure, and its path."""
+    """Print the report without its figure, and the path of the whole report."""
     blocks = [*answer(comparison), *recipes(comparison), *checklist(comparison, brief=True)]
     document.show(blocks, folder)
 
 
 def draw(comparison: Comparison) -> Figure:
-    """Draw the losses of all recipes with their curves, and the ratios."""
+    """Draw the losses and curves of all recipes, and the ratios."""
     figure, (left, right) = drawing.side_by_side(2)
     any_ratio = next(iter(comparison.ratios.values()))
     for k, (name, side) in enumerate(comparison.sides.items()):
