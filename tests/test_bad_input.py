@@ -454,7 +454,7 @@ def test_a_folder_that_is_no_runs(
     run = here / "outputs" / "s" / "r"
     written(run / "thesis.tex", "the only copy")
     said = fails(*words_for(corpus, cache, here / "outputs"))
-    assert (said.code, said.line) == (2, f"run_name=r: {run} is there and is no run's")
+    assert (said.code, said.line) == (2, f"run_name=r: {run} exists and is not a run's folder")
     assert content(run) == {"thesis.tex": b"the only copy"}
 
 

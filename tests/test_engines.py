@@ -1,4 +1,4 @@
-"""Who trains the jobs: this process, processes of joblib, Slurm, Ray.  The real ones."""
+"""Run studies on the real engines: this process, joblib's processes, Slurm and Ray."""
 
 from __future__ import annotations
 

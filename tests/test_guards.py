@@ -255,7 +255,7 @@ def test_a_loss_scale_has_a_floor(
     trained = run(tmp_path, cache, corpus, *STEPS, "train.precision=bf16-mixed")
     assert trained.results["status"] == "diverged"
     assert trained.results["skipped_steps"] == 18  # lines are written after 10 and every third
-    line = "diverged: the loss scale fell to 0.25, as gradients overflow at step 18"
+    line = "diverged: the loss scale fell to 0.25 because gradients overflow at step 18"
     assert line in trained.said
 
 

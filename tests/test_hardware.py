@@ -1,4 +1,4 @@
-"""What ``hardware`` asks of a process: products, memory, compiling; no part of the experiment."""
+"""Check that ``hardware`` sets products, memory and compilation, and no part of the experiment."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_run_chooses_its_threads_by_itself(
     config, cpu = cli.compose_config(words), Device("cpu", "32")
     seconds = {1: 0.040, 2: 0.030, 4: 0.029}
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(hardware, "_most_threads", lambda: 4)
+    monkeypatch.setattr(hardware, "_default_threads", lambda: 4)
     monkeypatch.setattr(hardware, "_block_seconds", lambda *_: seconds[torch.get_num_threads()])
     monkeypatch.setattr(hardware, "_block_times", {})
     torch.set_num_threads(4)
@@ -206,7 +206,7 @@ def test_a_run_keeps_the_threads_it_began_with(
 ) -> None:
     """It says so and records them; threads that wait do not spin."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(hardware, "_most_threads", lambda: 2)
+    monkeypatch.setattr(hardware, "_default_threads", lambda: 2)
     words = ["train.checkpoint_every=256", "train.steps=1", "hardware.threads=null"]
     first = Trained(tmp_path, cache, tiny(corpus, *words)).go()
     assert "threads 1 of 2: as the model is small" in first.said

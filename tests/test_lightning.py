@@ -1,4 +1,4 @@
-"""Lightning as its users know it: the module and the data in a Trainer of the user's own."""
+"""Use the LightningModule and the data module in a Trainer of the user's own."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_callbacks_of_the_users_own(
     for target, line in {
         "my_code.Nothing": "callbacks.mine: AttributeError: module 'my_code' has no attribute",
         "pathlib.PurePath": "callbacks.mine: TypeError: ",
-        "builtins.dict": "callbacks.mine: builtins.dict is no Callback of Lightning",
+        "builtins.dict": "callbacks.mine: builtins.dict is not a Lightning Callback",
     }.items():
         with pytest.raises(ConfigError, match=f"^{line}"):
             trained([*words, f"+callbacks.mine._target_={target}", "+callbacks.mine.text=hello"])

@@ -1,4 +1,4 @@
-"""What a run begins from: another run's weights, its shape and its tokenizer."""
+"""Begin a run from another model's weights, shape and tokenizer."""
 
 from __future__ import annotations
 
@@ -353,7 +353,7 @@ def test_another_shape_or_tokenizer_is_explained(corpus: Path, base: Path, tmp_p
         "no-such-model": "no model of that name was fetched before",
         str(base.parent): "neither the folder of a run nor of a Hugging Face model",
         str(base / "config.yaml"): "not a folder",
-        str(lone): "lies in no run",
+        str(lone): "is not in a run folder",
     }.items():
         assert why in said(f"init_from={name}")
 

@@ -1,4 +1,4 @@
-"""A run killed at any moment goes on with the same command and ends with the very same bits."""
+"""Kill runs at any moment: the same command resumes them to exactly the same bits."""
 
 from __future__ import annotations
 

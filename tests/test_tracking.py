@@ -1,4 +1,4 @@
-"""MLflow: one run there for each of ours, every step once, nothing beside the output folder."""
+"""Log to MLflow: one run for each of ours, each step once, no files outside the output folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from tinygpt.config.checks import key_names
 from tinygpt.runs import rundir
 from tinygpt.training.callbacks import Checkpoints
 from tinygpt.training.loggers import OUTCOME, check_loggers, mlflow_uri
-from tinygpt.training.loggers import flat as flat_keys
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's own
 WORDS = (
@@ -253,10 +252,3 @@ def test_the_command_says_nothing_of_mlflow_and_asks_nobody(
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     names = {path.name for path in (tmp_path / "outputs").iterdir()}
     assert names == {"s", "mlflow.db", ".mlflow.lock", "mlflow-artifacts"}
-
-
-def test_the_flat_configuration_has_every_key() -> None:
-    flat = flat_keys(config_of("optim.learning_rate=0.5"))
-    assert flat["optim.learning_rate"] == 0.5
-    assert flat["logger.mlflow.experiment"] is None
-    assert all(not isinstance(value, dict) for value in flat.values())

@@ -1,4 +1,4 @@
-"""What is to be seen of runs: read as TensorBoard reads it, and as Weights & Biases is told."""
+"""Read what TensorBoard shows of a run, and what Weights & Biases receives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m tinygpt.benchmark``: how fast it is on this machine."""
+"""Measure how fast training is on this machine: ``python -m tinygpt.benchmark``."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ seconds=1               how long to time everything else, each
 output_dir=outputs/benchmark     where bench.csv and BENCH.md go
 any key of tinygpt run  data, tokenizer, batch, precision, optimizer, hardware to measure with
 
-A line a measure: median and quartiles.  training: the real Trainer with its callbacks and files.
+Each line has the median and quartiles of a measure.  training: the real Trainer with all its files.
 MFU: its FLOPs over the matrix product's.  peak memory: of the process, on CUDA of the card.
 bare step: the same batches, model and optimizer in a plain loop.  forward, backward: of all passes
 of a step.  generation: one text.  Lightning's part of a step: CPU time, of a minimal model.
 """
 COLUMNS = ("model", "measure", "median", "low", "high", "unit", "samples", "threads")
 RIGHT = ("median", "low", "high", "samples", "threads")
-SMALL_DATA = ["data.max_tokens=1_000_000", "data.eval_tokens=10_000"]  # where none is given
-MINIMAL = [  # the model of which Lightning's part of a step is a large one
+SMALL_DATA = ["data.max_tokens=1_000_000", "data.eval_tokens=10_000"]  # the default
+MINIMAL = [  # a model so small that Lightning takes a large part of a step
     *("model=tiny", "model.n_layers=1", "model.d_model=8", "model.n_heads=1"),
     *("model.max_seq_len=8", "train.batch_tokens=8", "hardware.micro_batch_size=null"),
     *("hardware.threads=1", "hardware.devices=1", "data.eval_tokens=1_000", "tokenizer=byte"),
@@ -43,10 +43,10 @@ MINIMAL = [  # the model of which Lightning's part of a step is a large one
 ]
 OURS = [f"train.{name}" for name in ("steps", "log_every", "eval_every", "checkpoint_every")]
 GONE = {
-    "measure": "all is measured; seconds= says how long to time each",
+    "measure": "everything is measured; seconds= sets how long each is timed",
     "rounds": "steps= says how many training steps to time, seconds= how long everything else",
     "baseline": "compare the bench.csv of two output folders",
-    "optim.lora.rank": "it times training of all weights",
+    "optim.lora.rank": "it times the training of all weights",
     **dict.fromkeys([*OURS, "train.sample_tokens", "study", "run_name"], "the benchmark sets it"),
 }
 
@@ -62,7 +62,7 @@ class Arguments:
 
 
 def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
-    """Return the benchmark's own keys and those of ``tinygpt.run``.  Raise ConfigError."""
+    """Return the benchmark's own keys and the words for ``tinygpt.run``.  Raises ConfigError."""
     for item in argv:
         if why := GONE.get(item.partition("=")[0]):
             raise ConfigError(f"{item}: not a key of the benchmark; {why}")
@@ -74,9 +74,9 @@ def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
 
 
 def jobs(arguments: Arguments, given: Sequence[str]) -> dict[str, list[str]]:
-    """Return the overrides of a training run for each model, and for the minimal one.
+    """Return the overrides of a run for each model and for the minimal model.
 
-    Raise ConfigError for what ``tinygpt.run`` would refuse.
+    Raises ConfigError for what ``tinygpt.run`` would refuse.
     """
     window = math.ceil(arguments.steps / 5)
     total = window * (1 + math.ceil(arguments.steps / window))  # one window warms up
@@ -93,24 +93,24 @@ def jobs(arguments: Arguments, given: Sequence[str]) -> dict[str, list[str]]:
 
 
 def measure(name: str, overrides: Sequence[str], seconds: float) -> tuple[str, list[Row]]:
-    """Return the environment and the rows of a process that measures one configuration."""
+    """Measure one configuration in its own process; return the environment and the rows."""
     with tempfile.TemporaryDirectory(prefix="tinygpt-") as folder:
         out, what = Path(folder, "rows.json"), "overhead" if name == "minimal" else "model"
         place = [f"output_dir={folder}", "study=benchmark", "run_name=run"]
         words = [str(out), str(seconds), what, *overrides, *place]
         command = [sys.executable, "-m", "tinygpt.measuring", *words]
-        # in a session of its own, as Ctrl-C is for this process, which then ends the other
+        # in a new session, so that Ctrl-C reaches only this process, which then ends the other
         done = subprocess.run(command, stdout=subprocess.DEVNULL, start_new_session=True)
         if done.returncode < 0:
             raise RunError(f"model={name}: signal {-done.returncode} ended it; out of memory?")
-        if done.returncode:  # it has said why
+        if done.returncode:  # the process has printed why
             raise SystemExit(done.returncode)
         found = fileio.read_json(out)
     return found["environment"], [{"model": name, **row} for row in found["rows"]]
 
 
 def cells(row: Row) -> list[str]:
-    """Return a row as the printed table and BENCH.md show it."""
+    """Return the cells of a row in the printed table and BENCH.md."""
     numbers = ("median", "low", "high")
     shown = {n: format(row[n], ",.0f" if abs(row[n]) >= 1000 else ".3g") for n in numbers}
     if row["samples"] == 1:

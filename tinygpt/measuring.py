@@ -1,6 +1,6 @@
-"""Time one configuration of ``python -m tinygpt.run``, in a process that does nothing else.
+"""Time one configuration of ``python -m tinygpt.run`` in a process of its own.
 
-``tinygpt.benchmark`` starts it: peak memory, threads and compiled code then belong to one model.
+``tinygpt.benchmark`` starts it, so that peak memory, threads and compiled code are of one model.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Samples = Any  # an array of numbers
 
 
 def row(measure: str, unit: str, samples: Samples) -> Row:
-    """Return a row of the table: the median and the quartiles of the samples."""
+    """Return a row of the table with the median and the quartiles of the samples."""
     low, median, high = np.percentile(samples, (25, 50, 75)).tolist()
     numbers = {"median": median, "low": low, "high": high, "samples": len(samples)}
     return {"measure": measure, **numbers, "unit": unit, "threads": torch.get_num_threads()}
 
 
 class Bench:
-    """The parts of one configuration: its data, its model and its steps."""
+    """Hold the data, model and steps of one configuration."""
 
     def __init__(self, config: Config, seconds: float, compiled: str = "off") -> None:
         self.config, self.seconds, self.device = config, seconds, open_machine(config)
@@ -66,7 +66,7 @@ class Bench:
             self.model.compile()
 
     def timed(self, work: Callable[[], object]) -> Samples:
-        """Return the seconds of a call, once for each block of calls that torch's timer makes."""
+        """Return the seconds per call, one number for each block of torch's timer."""
         timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
         return np.array(timer.blocked_autorange(min_run_time=self.seconds).times)
 
@@ -100,7 +100,7 @@ class Bench:
         return step
 
     def of_model(self, steps: Samples, peak_memory: float) -> Iterator[Row]:
-        """Yield what training and sampling cost; ``steps`` are the real Trainer's, in seconds."""
+        """Yield what training and sampling cost; ``steps`` are the Trainer's, in seconds."""
         config, model, device = self.config, self.model, self.device.accelerator
         tokens, passes = config.train.batch_tokens, self.plan.accumulate
         vocab_size = self.tokenizer.vocab_size
@@ -134,7 +134,7 @@ class Bench:
         yield row("tokenization", "MB/s", size / encoding)
 
     def overhead(self) -> Iterator[Row]:
-        """Yield what Lightning adds to a step: CPU time, of alternating steps with and without."""
+        """Yield the CPU time that Lightning adds to a step, by alternating with bare steps."""
         bare_step, marks = self.bare_step(), list[float]()
 
         def after_step(*_: Any) -> None:
@@ -156,7 +156,7 @@ class Bench:
 
 
 def environment(device: Device) -> str:
-    """Return the machine and the software in a line."""
+    """Return a line about the machine and the software."""
     found, path = rundir.environment(), Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", path.read_text() if path.exists() else "")
     return (

@@ -1,4 +1,4 @@
-"""``python -m tinygpt.run``: train one model, or a sweep of them with ``--multirun``."""
+"""Train one model, or a sweep of models with ``--multirun``: ``python -m tinygpt.run``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tinygpt.config import Config
 @hydra.main(config_path=cli.CONF_DIR, config_name=cli.RUN.file, version_base="1.3")
 @cli.one_line_errors
 def job(composed: DictConfig) -> float:
-    """One run; returns its final validation loss."""
+    """Train one run and return its final validation loss."""
     overrides = list(HydraConfig.get().overrides.task)
     config = cli.checked(composed, overrides)
     from tinygpt.sweeping.jobs import study_name
@@ -43,9 +43,9 @@ def job(composed: DictConfig) -> float:
 
 
 def before(config: Config) -> dict[str, Any] | None:
-    """Return the results of the run that is there, without torch; None where it is to be trained.
+    """Return the results of a finished run, without torch, or None if it must be trained.
 
-    Raises ConfigError where it is another run.
+    Raises ConfigError if the folder holds another run.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""Load a run folder: model, tokenizer, configuration and results.
+"""Load the model, tokenizer, configuration and results of a run folder.
 
 run = tinygpt.load_run("outputs/runs/stories")
 print(run)
@@ -36,13 +36,13 @@ WEIGHTS = "model."  # prefix of the model's own weights in a checkpoint
 class TrainedRun:
     """Hold a run at one of its checkpoints; ``print`` shows it in five lines.
 
-    ``results`` is ``results.json``, None for a run that has not ended.  ``model`` is in
-    evaluation mode, its weights in float32 (float64 where it was trained so).
+    ``results`` is the content of ``results.json``, None for a run that has not ended.  ``model`` is
+    in evaluation mode, with weights in float32, or float64 if trained in it.
     """
 
     path: Path
     checkpoint: str
-    step: int  # optimizer steps that the checkpoint has behind it
+    step: int  # optimizer steps before the checkpoint
     config: Config
     tokenizer: Tokenizer
     model: GPT
@@ -64,7 +64,7 @@ class TrainedRun:
         return f"<table>{''.join(rows)}</table>"
 
     def _summary(self) -> dict[str, str]:
-        """Return what to know of the run, by what it is about."""
+        """Return a line for each aspect of the run."""
         config, model, results = self.config, self.config.model, self.results or {}
         size = count_parameters(model, self.tokenizer.vocab_size)
         status = results.get("status", "has not ended")
@@ -92,19 +92,19 @@ class TrainedRun:
     def generate(
         self, prompt: str = "", max_new_tokens: int = 200, *, seed: int = 0, **sampling: Any
     ) -> str:
-        """Return the prompt, as the beginning of a document, and what follows, to its end at most.
+        """Return the prompt and its continuation, up to the end of the document.
 
-        ``sampling`` are the fields of config.Sampling: temperature, top_k, top_p, min_p,
-        repetition_penalty.  The same prompt and seed give the same text.  Raises ConfigError for
-        an option out of its bounds, RunError where the model has diverged to NaN.
+        ``sampling`` takes the fields of config.Sampling: temperature, top_k, top_p, min_p,
+        repetition_penalty.  The same prompt and seed give the same text.  Raises ConfigError for an
+        option out of bounds, RunError if the model's outputs are NaN.
         """
-        begun = self.encode_prompt(prompt)
-        steps = self.stream([begun], [seed], max_new_tokens, Sampling(**sampling))
+        encoded = self.encode_prompt(prompt)
+        steps = self.stream([encoded], [seed], max_new_tokens, Sampling(**sampling))
         new = itertools.takewhile(self.tokenizer.eot_id.__ne__, (int(s.tokens) for s in steps))
-        return self.tokenizer.decode([*begun[1:], *new])
+        return self.tokenizer.decode([*encoded[1:], *new])
 
     def encode_prompt(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt, as training saw the beginning of a document."""
+        """Return the token ids of a prompt as the beginning of a document."""
         return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
 
     def stream(
@@ -115,10 +115,9 @@ class TrainedRun:
         sampling: Sampling,
         use_cache: bool = True,
     ) -> Iterator[Step]:
-        """Continue B encoded prompts of one length side by side, each with its seed.
+        """Continue B encoded prompts of equal length, each with its seed.
 
-        What is drawn for a text depends on its prompt and seed alone, so that it is the same
-        whatever stands beside it.
+        A text depends only on its own prompt and seed, not on the others in the batch.
         """
         generators = [
             torch.Generator().manual_seed(int(fileio.digest([seed, *prompt])[:16], 16))
@@ -142,9 +141,9 @@ def load_run(
 ) -> TrainedRun:
     """Return the run in the folder ``path``, on ``device`` (``auto``: the fastest).
 
-    ``checkpoint`` is ``final``, ``best``, ``last`` or ``step_<N>``; None: ``final``, of a run that
-    has not ended ``last``.  Raises ConfigError, one line, for what is not a run, has no such
-    checkpoint or is damaged.
+    ``checkpoint`` is ``final``, ``best``, ``last`` or ``step_<N>``; None means ``final``, or
+    ``last`` if the run has not ended.  Raises ConfigError, one line, if the folder is not a run,
+    has no such checkpoint or is damaged.
     """
     device, run = usable_device(device), rundir.open_run(path)
     config = rundir.read_config(run.config)
@@ -166,9 +165,9 @@ def load_run(
 
 
 def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the model's weights, with LoRA's adapters merged in, and the step.
+    """Return the model's weights, with LoRA adapters merged in, and the step.
 
-    Tensors and plain data only, never code.  Raises ConfigError for a damaged file.
+    Raises ConfigError for a damaged file.
     """
     try:
         check_sums(path)
@@ -180,15 +179,15 @@ def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor]
         if config.optim.lora.rank is not None:
             weights = merged(weights, config.optim.lora)
         return weights, step
-    except Exception as error:  # torch raises whatever the broken bytes lead it to
+    except Exception as error:  # damaged bytes can make torch raise anything
         raise ConfigError(f"{path}: this checkpoint is damaged") from error
 
 
 def check_sums(path: Path) -> None:
-    """Raise ValueError or BadZipFile where a checkpoint is not as it was written.
+    """Raise ValueError or BadZipFile if a checkpoint is not as it was written.
 
-    It is a zip file with a checksum of every tensor, which torch writes and does not read.
-    Nothing in it is compressed: what is could be of any size.
+    torch writes a zip file with checksums that it does not read.  Nothing in it is compressed, and
+    a compressed entry could expand to any size.
     """
     with zipfile.ZipFile(path) as file:
         compressed = any(one.compress_type != zipfile.ZIP_STORED for one in file.infolist())
@@ -197,8 +196,9 @@ def check_sums(path: Path) -> None:
 
 
 def initial_weights(config: Config, vocab_size: int) -> dict[str, torch.Tensor] | None:
-    """Return the weights that ``config.init_from`` names, of learned positions the first
-    ``max_seq_len``; None where it is null.  Raises ConfigError for damaged files.
+    """Return the weights of ``config.init_from``, None if it is null.
+
+    Learned positions are cut to ``max_seq_len``.  Raises ConfigError for damaged files.
     """
     if config.init_from is None:
         return None
@@ -216,14 +216,14 @@ def initial_weights(config: Config, vocab_size: int) -> dict[str, torch.Tensor] 
 
 
 def usable_device(device: str | torch.device, key: str = "device") -> torch.device:
-    """Return the device, for ``auto`` the fastest.  Raise ConfigError, naming ``key``, where there
-    is none of its kind."""
+    """Return the device, the fastest for ``auto``.  Raises ConfigError, naming ``key``, if the
+    machine has none."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    there = [*["cuda"] * cuda, *["mps"] * mps, "cpu"]
-    wanted = torch.device(there[0] if device == "auto" else device)
-    if wanted.type not in there:
+    usable = [*["cuda"] * cuda, *["mps"] * mps, "cpu"]
+    found = torch.device(usable[0] if device == "auto" else device)
+    if found.type not in usable:
         raise ConfigError(
             f"{key}={device}: this machine or this build of torch has none; "
-            f"usable here: {', '.join(['auto', *there])}"
+            f"usable here: {', '.join(['auto', *usable])}"
         )
-    return wanted
+    return found

@@ -1,4 +1,4 @@
-"""``metrics.csv``, the append-only log of a run.  Torch-free."""
+"""Read and append ``metrics.csv``, the log of a run, without torch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ METRICS = (
     *("skipped_steps", "loss_scale", "tokens_per_second", "peak_memory_bytes", "val_loss"),
     *("val_perplexity", "val_accuracy", "val_bits_per_byte", "val_bits_per_char"),
 )
-# As repr writes it.
+# as repr writes numbers
 _NUMBER = r"(?:-?[0-9]{1,18}(?:\.[0-9]{1,30})?(?:e[-+]?[0-9]{1,3})?|nan|-?inf)?"
 _ROW = re.compile(rf"{_NUMBER}(?:,{_NUMBER})*")
 
 
 class MetricsFile:
-    """``metrics.csv``: a line is appended whole or not at all; an empty field is not measured."""
+    """Read and append metrics; an empty field was not measured."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def keep_until(self, step: int) -> None:
-        """Make the file, or drop the lines after ``step``, which will be written anew."""
+        """Make the file, or drop the lines after ``step``."""
         rows = self.read() if self.path.exists() else []
         kept = [row for row in rows if row["step"].isdecimal() and int(row["step"]) <= step]
         lines = [",".join(METRICS), *(",".join(row[name] for name in METRICS) for row in kept)]
@@ -38,8 +38,10 @@ class MetricsFile:
         return [dict(zip(METRICS, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def columns(self) -> dict[str, Sequence[str]]:
-        """Return the columns of all whole lines; one torn by a crash is left out, and a column
-        that is not there is empty.  Raise ConfigError, naming the file, for no metrics."""
+        """Return the columns of all complete lines; a missing column is empty.
+
+        Raises ConfigError, naming the file, if it holds no metrics.
+        """
         try:
             with self.path.open(newline="", encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]
@@ -52,7 +54,7 @@ class MetricsFile:
         for number, line in enumerate(lines, start=2):
             if not _ROW.fullmatch(line):
                 strange = next(v for v in line.split(",") if not re.fullmatch(_NUMBER, v))
-                raise ConfigError(f"{self.path}: line {number}: {strange!r:.40} is no number")
+                raise ConfigError(f"{self.path}: line {number}: {strange!r:.40} is not a number")
         rows = [line.split(",") for line in lines]
         whole = [row for row in rows if len(row) == len(header)]
         there = dict(zip(header, zip(*whole, strict=True), strict=True)) if whole else {}

@@ -1,6 +1,6 @@
-"""What a run can begin from: the weights of another run, or of a Hugging Face model.
+"""Find the run or Hugging Face model that a run begins from; adopt its shape and tokenizer.
 
-It brings its own shape and its own tokenizer.  Torch-free: trained.py reads the weights themselves.
+This module is torch-free; load.py reads the weights.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from tinygpt.data.tokenizers import Tokenizer
 from tinygpt.model.families import from_config, vocab_rows
 from tinygpt.runs import rundir
 
-# What of a model is chosen anew for each training: the rest is the shape of the weights.
-OWN = ("dropout", "attention", "gradient_checkpointing")
+# Fields of a model that do not change the shape of its weights.
+SHAPELESS = ("dropout", "attention", "gradient_checkpointing")
 
 
 class Source(NamedTuple):
-    """Where the weights lie: in a checkpoint of a run, or in a Hugging Face folder."""
+    """Name a checkpoint of a run, or a Hugging Face folder."""
 
-    name: str  # as it was given
+    name: str  # as given
     folder: Path
     checkpoint: Path | None  # None: a Hugging Face folder
 
 
 def locate(name: str) -> Source:
-    """Find the run folder, checkpoint, Hugging Face folder or model on the hub of that name.
+    """Find a run folder, a checkpoint, a Hugging Face folder or a model on the hub by name.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     path, given = Path(name).expanduser(), f"init_from={name}"
     if path.suffix == ".ckpt" and path.is_file():
         if not rundir.RunDir(path.parent.parent).config.exists():
-            raise ConfigError(f"{given}: lies in no run, whose config.yaml tells its shape")
+            raise ConfigError(f"{given}: is not in a run folder, whose config.yaml has its shape")
         return Source(name, path.parent.parent, path)
     folder = model_folder("init_from", name)
     if (folder / "config.json").exists():
@@ -57,9 +57,9 @@ def locate(name: str) -> Source:
 
 
 def adopt(config: Config, overrides: Sequence[str]) -> None:
-    """Give ``config`` the shape and the tokenizer of what ``config.init_from`` names.
+    """Give ``config`` the shape and the tokenizer of the model named by ``config.init_from``.
 
-    Raises ConfigError where ``overrides``, the command line, ask for others.
+    Raises ConfigError if ``overrides``, the command line, ask for others.
     """
     assert config.init_from is not None
     source = locate(config.init_from)
@@ -84,7 +84,7 @@ def _shape(source: Source, tokenizer: Tokenizer) -> ModelConfig:
             f"init_from={source.name}: its tokenizer has {tokenizer.vocab_size} tokens, but its "
             f"model only {rows} rows for them"
         )
-    padding = rows if rows > tokenizer.vocab_size else 1  # a multiple that gives just these rows
+    padding = rows if rows > tokenizer.vocab_size else 1  # the multiple that gives these rows
     return ModelConfig(**values, pad_vocab_to_multiple=padding)
 
 
@@ -97,7 +97,7 @@ def _adopt_shape(model: ModelConfig, own: ModelConfig, keys: set[str], name: str
         value = getattr(shape, field)
         return value or shape.n_heads if field == "n_kv_heads" else value
 
-    for field in (f.name for f in dataclasses.fields(ModelConfig) if f.name not in OWN):
+    for field in (f.name for f in dataclasses.fields(ModelConfig) if f.name not in SHAPELESS):
         has, wanted = resolved(own, field), resolved(model, field)
         if has != wanted and keys & {"model", f"model.{field}"}:
             why = f"has {_written(has)} and brings its own shape"
@@ -131,7 +131,7 @@ def _check_tokenizer(config: Config, own: Tokenizer) -> None:
 
 
 def contents(corpus: Corpus, config: Config) -> dict[str, str]:
-    """Return fingerprints of all that a configuration names and does not hold, for its hash."""
+    """Return fingerprints of everything that a configuration names, for its hash."""
     found = shards.fingerprints(corpus, config.tokenizer)
     if config.init_from is not None:
         found["init_from"] = fingerprint(config.init_from)
@@ -139,7 +139,7 @@ def contents(corpus: Corpus, config: Config) -> dict[str, str]:
 
 
 def fingerprint(name: str) -> str:
-    """Return the fingerprint of weights, and of how a Hugging Face model computes with them."""
+    """Return the fingerprint of a checkpoint, or of a Hugging Face model's weights and config."""
 
     def hashed(path: Path) -> str:
         status = path.stat()
@@ -154,5 +154,5 @@ def fingerprint(name: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _hashed(path: Path, size: int, changed: int) -> str:
-    """Hash a file once, as a sweep asks a thousand times; one that changes is read again."""
+    """Hash a file once; size and time of change are part of the cache's key."""
     return fileio.sha256(path)

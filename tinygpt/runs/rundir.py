@@ -1,4 +1,4 @@
-"""The run folder: its name, its files, the configuration's hash.  Torch-free."""
+"""Name run folders, find them, read and write their files, and hash configurations.  Torch-free."""
 
 from __future__ import annotations
 
@@ -36,30 +36,27 @@ from tinygpt.runs.metrics import METRICS as METRICS
 from tinygpt.runs.metrics import MetricsFile as MetricsFile
 
 SCHEMA_VERSION = 1
-# What does not change the result of a run, and so is neither in its hash nor in its name.
+# Keys that do not change the result of a run, and so are neither in its hash nor in its name.
 NOT_SCIENCE = {
     *("hardware", "logger", "launcher", "sweep", "scale", "plan", "fit", "experiment"),
     *("output_dir", "cache_dir", "study", "run_name", "force"),
 }
-# Keys of ``train`` that change no weight: a run can be resumed with other values.
+# Keys of ``train`` that do not change the weights: a run can be resumed with other values.
 FREE = (
     *("log_every", "checkpoint_every", "keep_every", "sample_tokens", "sample_prompt"),
     "eval_share",
 )
-DATA_PLACES = ("path", "val_file", "test_file", "repo")  # the content there stands for them
-# Size of a run beside its configuration, as results.json names it.
+DATA_PLACES = ("path", "val_file", "test_file", "repo")  # the content is hashed instead
+# The results that are the size of a run.
 SIZES = ("model_parameters", "parameters_non_embedding", "train_tokens", "flops_exact")
 
 
-# --- the hash and the name
-
-
 def config_hash(config: Config, content: dict[str, str]) -> str:
-    """Return the hash of all that changes a result.
+    """Return the hash of everything that changes a result.
 
-    ``content`` maps what is read from outside (``data``, ``tokenizer``, ``init_from``) to the
-    fingerprint of what was read; it stands for the paths.  A key that is newer than the first runs
-    counts only where it is used, so that they keep their hash.
+    ``content`` has the fingerprints of ``data``, ``tokenizer`` and ``init_from``, which replace
+    their paths.  A key newer than the first runs counts only where it is used, so that earlier
+    runs keep their hash.
     """
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_SCIENCE}
     data, model, train = values["data"], values["model"], values["train"]
@@ -71,7 +68,7 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
     values |= {"trainer": trainer} if trainer else {}
     newer: list[tuple[dict[str, Any], str, Any]] = [(values, "callbacks", {})]
     newer += [(train, "skip_nonfinite", False), (model, "rope_scaling", None)]
-    if train["early_stopping_patience"] is None:  # else it decides when a run stops
+    if train["early_stopping_patience"] is None:  # otherwise it decides when a run stops
         train["eval_share"] = None
     newer += [(train, "eval_share", None)]
     newer += [(data, name, None) for name in ("encoding", "delimiter", "header")]
@@ -82,10 +79,9 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
 
 
 def effective_hash(config: Config, content: dict[str, str]) -> str:
-    """Return the hash of what decides the trained weights, however it is spelt.
+    """Return a hash that two configurations share if they train the same weights.
 
-    A value that a default stands for is written out; what has no effect beside the other values,
-    or only looks on, is left out.  Two runs with the same hash train the same model.
+    Defaults are resolved; values without effect on the weights are left out.
     """
     config = copy.deepcopy(config)
     model, train, schedule = config.model, config.train, config.schedule
@@ -95,7 +91,7 @@ def effective_hash(config: Config, content: dict[str, str]) -> str:
     config.optim.scale_rate_with_width = rate_is_scaled(model, config.optim)
     if model.parametrization == "standard" and not config.optim.scale_rate_with_width:
         model.mup_base_width = 0
-    model.attention = ""  # two ways to the same numbers
+    model.attention = ""  # both compute the same numbers
     model.gradient_checkpointing = False
     config.data.stride = config.data.stride or model.max_seq_len
     if schedule.warmup_steps is not None:
@@ -109,7 +105,7 @@ def effective_hash(config: Config, content: dict[str, str]) -> str:
 
 def run_name(overrides: Sequence[str], config_hash: str) -> str:
     """Return a readable folder name: the overridden values, then six digits of the hash."""
-    named: dict[str, str] = {}  # by the whole key: two may end alike
+    named: dict[str, str] = {}  # by full key: two keys may end alike
     for item in overrides:
         key, _, value = item.lstrip("+~").partition("=")
         group = key.split(".")[0]
@@ -129,16 +125,16 @@ def unquoted(value: str) -> str:
 
 
 def folder_of(config: Settings, named: Sequence[str], config_hash: str) -> Path:
-    """Return the folder that the study has for a run, else a new one named by ``named``.
+    """Return the folder of the run with this hash, or a new folder named after ``named``.
 
-    A run that is spelt in another way, or swept beside others, so finds itself again.
+    A run is thus found again if its overrides are written differently.
     """
     study = Path(config.output_dir) / (config.study or "runs")
     if config.run_name is not None:
         return study / config.run_name
     try:
         known = list(study.glob(f"*-{config_hash[:6]}"))
-    except OSError as error:  # a name too long
+    except OSError as error:  # the name is too long
         line = f"output_dir={config.output_dir:.60}: cannot be written ({error.strerror})"
         raise ConfigError(line) from error
     for path in known:
@@ -148,11 +144,8 @@ def folder_of(config: Settings, named: Sequence[str], config_hash: str) -> Path:
     return study / run_name(named, config_hash)
 
 
-# --- the folders of runs
-
-
 def open_run(path: str | Path) -> RunDir:
-    """Return the folder of a run that has begun.  Raise ConfigError for any other place."""
+    """Return the folder of a run that has begun.  Raises ConfigError for any other folder."""
     run = RunDir(Path(path).expanduser())
     check_name(run.path)
     if run.config.exists() and not is_adaptation(run.path):
@@ -162,33 +155,34 @@ def open_run(path: str | Path) -> RunDir:
     if inside := find_runs(run.path):
         line = f"a folder of {len(inside)} runs; give one of them, as {inside[0]}"
         raise ConfigError(f"run={path}: {line}")
-    raise ConfigError(f"run={path}: not the folder of a run{_instead(run.path)}")
+    raise ConfigError(f"run={path}: not the folder of a run{_adaptations_in(run.path)}")
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Return the folders of trainings in ``folder``, itself included: width 64 before 128."""
+    """Return the folders of trainings in ``folder``, or itself, in natural order."""
     return [path for path in _begun(folder) if not is_adaptation(path)]
 
 
 def find_adaptations(folder: Path) -> list[Path]:
-    """Return the folders of adaptations in ``folder``, itself included."""
+    """Return the folders of adaptations in ``folder``, or itself, in natural order."""
     return [path for path in _begun(folder) if is_adaptation(path)]
 
 
 def is_adaptation(folder: Path) -> bool:
-    """Return whether a run's folder has an adaptation's records, or its configuration."""
-    config, records = folder / "config.yaml", folder / "adapt.jsonl"
-    text = b"" if records.exists() or not config.exists() else config.read_bytes()
-    return records.exists() or text.startswith(b"documents:") or b"\ndocuments:" in text
+    """Return whether a run's folder has an adaptation's records or configuration."""
+    config = folder / "config.yaml"
+    if (folder / "adapt.jsonl").exists():
+        return True
+    return config.exists() and re.search(rb"^documents:", config.read_bytes(), re.M) is not None
 
 
 def no_runs(folder: Path) -> ConfigError:
     """Return the error for a folder without trainings."""
-    return ConfigError(f"runs={folder}: no runs in there{_instead(folder)}")
+    return ConfigError(f"runs={folder}: no runs in there{_adaptations_in(folder)}")
 
 
-def _instead(folder: Path) -> str:
-    """Return what a folder has in the place of trainings."""
+def _adaptations_in(folder: Path) -> str:
+    """Return the part of an error line that says which adaptations are in ``folder``."""
     adaptations = find_adaptations(folder)
     if folder in adaptations:
         return ", but of an adaptation"
@@ -209,36 +203,33 @@ def _begun(folder: Path) -> list[Path]:
 
 
 def check_name(path: Path) -> None:
-    """Raise ConfigError for a name that no table can hold and that not every library opens."""
+    """Raise ConfigError for a name that is not UTF-8, which tables cannot hold."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise ConfigError(f"{path}: its name is not UTF-8; rename it") from error
 
 
-# --- the configuration that a run was trained with
-
-
 def read_config(path: Path) -> Config:
-    """Return the ``config.yaml`` that a run was trained with; what it lacks has its default.
+    """Return the configuration in a run's ``config.yaml``; missing keys have their defaults.
 
-    Raises ConfigError, naming the file, where it is not one.
+    Raises ConfigError, naming the file, if it is not a configuration.
     """
     values = fileio.read_yaml(path)
     try:
         return config_from(values)
     except (ValueError, KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
-        reason = one_line(error)
-        raise ConfigError(f"{path}: not the configuration of a run ({reason})") from error
+        line = f"{path}: not the configuration of a run ({one_line(error)})"
+        raise ConfigError(line) from error
 
 
 def config_from(values: dict[str, Any]) -> Config:
-    """Return the configuration with these plain values; what they lack has its default."""
+    """Return the configuration with these plain values; missing keys have their defaults."""
     values = _literal(values)
     for name in REMOVED:  # keys of earlier versions
         section, _, last = name.partition(".")
         (values.get(section) or {}).pop(last, None)
-    values["train"] = {"eval_share": None, **(values.get("train") or {})}  # as of runs before it
+    values["train"] = {"eval_share": None, **(values.get("train") or {})}  # of runs before the key
     typed = OmegaConf.structured(Config)
     for group in CHOICES:
         typed[group] = OmegaConf.structured(variant(group, values[group]))
@@ -249,7 +240,7 @@ def config_from(values: dict[str, Any]) -> Config:
 
 
 def _check_tables(config: Any) -> None:
-    """Raise ValueError for a text in the place of a table, where OmegaConf takes one with ${."""
+    """Raise ValueError for a string instead of a table; OmegaConf accepts one that has ``${``."""
     for name, kind in typing.get_type_hints(type(config)).items():
         value, kinds = getattr(config, name), (kind, *typing.get_args(kind))
         if dataclasses.is_dataclass(value):
@@ -259,7 +250,7 @@ def _check_tables(config: Any) -> None:
 
 
 def _literal(value: Any) -> Any:
-    """Escape interpolations: a file from elsewhere could ask for the environment."""
+    """Escape interpolations, as a file from elsewhere could read environment variables."""
     if isinstance(value, dict):
         return {key: _literal(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -267,11 +258,8 @@ def _literal(value: Any) -> Any:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-# --- one run's folder
-
-
 class RunDir:
-    """One run's folder and the paths in it."""
+    """Name the files in one run's folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -283,18 +271,14 @@ class RunDir:
         self.samples = path / "samples.txt"
         self.error = path / "error.json"
         self.log = path / "run.log"
-        self.mlflow = path / "mlflow.json"  # which run of MLflow's this is
+        self.mlflow = path / "mlflow.json"  # the id of the run in MLflow
         self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
         self.records = path / "adapt.jsonl"  # of an adaptation, which has no metrics
 
     @property
-    def last(self) -> Path:
-        return self.checkpoints / "last.ckpt"
-
-    @property
     def events(self) -> Path:
-        """Return the folder of TensorBoard's files, whose path is the run's name there: the run's
-        own, or the one within it that earlier versions made."""
+        """Return the folder of TensorBoard's files: the run's, or a subfolder of older runs."""
         older = self.path / "tensorboard"
         return older if older.is_dir() else self.path
 
@@ -309,29 +293,35 @@ class RunDir:
         return [*steps, *(name for name in ("best", "last", "final") if name in names)]
 
     def chosen(self, checkpoint: str | None) -> Path:
-        """Return the checkpoint of that name; None: ``final``, of a run that has not ended
-        ``last``.  Raise ConfigError where there is none."""
-        there = self.kept()
-        if not there:
+        """Return the checkpoint of that name; None means ``final``, or ``last`` before the end.
+
+        Raises ConfigError if there is none.
+        """
+        kept = self.kept()
+        if not kept:
             raise ConfigError(f"run={self.path}: has no checkpoint")
-        name = checkpoint or ("final" if "final" in there else "last")
-        if name not in there:
-            found = f"there are {', '.join(there)}"
-            raise ConfigError(f"checkpoint={name}: not in {self.checkpoints}; {found}")
+        name = checkpoint or ("final" if "final" in kept else "last")
+        if name not in kept:
+            choices = f"there are {', '.join(kept)}"
+            raise ConfigError(f"checkpoint={name}: not in {self.checkpoints}; {choices}")
         return self.checkpoints / f"{name}.ckpt"
 
-    def finished(self, config_hash: str, force: bool = False) -> dict[str, Any] | None:
-        """Return the results of a finished run of this very configuration, else None.
+    def _identity(self) -> Path | None:
+        """Return the file that holds the hash of the run, None if no run has begun here."""
+        return next((path for path in (self.results, self.environment) if path.exists()), None)
 
-        Raises ConfigError where the folder is not a run's or, unless ``force`` may replace it, is
-        that of another configuration.
+    def finished(self, config_hash: str, force: bool = False) -> dict[str, Any] | None:
+        """Return the results if this run is finished, else None.
+
+        Raises ConfigError if the folder is not a run's, or, without ``force``, if it is another
+        run's.
         """
-        begun = next((path for path in (self.results, self.environment) if path.exists()), None)
+        begun = self._identity()
         if begun is None:
-            # what a run can leave behind that was killed before it wrote environment.json
+            # a run killed before it wrote environment.json leaves its log and hidden files
             others = self.path.iterdir() if self.path.is_dir() else ()
             if any(not path.name.startswith(".") and path.name != "run.log" for path in others):
-                line = f"run_name={self.path.name}: {self.path} is there and is no run's"
+                line = f"run_name={self.path.name}: {self.path} exists and is not a run's folder"
                 raise ConfigError(line)
             return None
         values = fileio.read_json(begun)
@@ -346,13 +336,11 @@ class RunDir:
         )
 
     def hash_in(self, config: Config, content: dict[str, str]) -> str:
-        """Return the hash of ``config``, or of the run that is here where it differs from it only
-        in keys that change no weight.
+        """Return the hash of ``config``, or of a run here that differs only in ``FREE`` keys.
 
         Raises ConfigError, naming the keys that differ, for any other run.
         """
-        asked = config_hash(config, content)
-        begun = next((path for path in (self.results, self.environment) if path.exists()), None)
+        asked, begun = config_hash(config, content), self._identity()
         stored = fileio.read_json(begun).get("config_hash") if begun else None
         is_new = config.force or stored in (None, asked) or not self.config.exists()
         if is_new or is_adaptation(self.path):
@@ -372,11 +360,11 @@ class RunDir:
         raise self._another(f"; it has {', '.join(shown[:4])}{more}")
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Keep a second process out of this folder.  Raise ConfigError if one is there."""
+        """Lock this folder.  Raises ConfigError if another process holds it."""
         return fileio.locked(self.path, self.path.parent.parent, "run")
 
     def clear(self) -> None:
-        """Remove an earlier run of the same configuration; the results go first."""
+        """Remove the files of the run that is here, the results first."""
         files = (self.results, self.error, self.metrics, self.samples, self.log, self.mlflow)
         for path in (*files, self.records):
             path.unlink(missing_ok=True)
@@ -384,7 +372,7 @@ class RunDir:
             path.unlink()
 
     def write_config(self, config: Settings) -> None:
-        """Write config.yaml, without the tables of the sweep that a run may belong to."""
+        """Write config.yaml without the tables of a sweep."""
         alone = copy.copy(config)
         alone.sweep = SweepConfig()
         fileio.write_text(self.config, OmegaConf.to_yaml(OmegaConf.structured(alone)))
@@ -403,11 +391,8 @@ def _changed(theirs: Any, ours: Any, name: str = "") -> dict[str, tuple[Any, Any
     return changed
 
 
-# --- what it ran on
-
-
 def environment(**resolved: Any) -> dict[str, Any]:
-    """Return versions, machine and code, for ``environment.json``; ``resolved`` comes first."""
+    """Return ``environment.json``: the values ``resolved``, then versions, machine and code."""
     names = ("torch", "lightning", "torchmetrics", "numpy", "tokenizers", "tiktoken", "datasets")
     return {
         **resolved,
@@ -421,7 +406,7 @@ def environment(**resolved: Any) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the source this runs from, with ``-dirty`` where it is changed."""
+    """Return the commit of this source, with ``-dirty`` if it was changed, None if unknown."""
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():
         return None

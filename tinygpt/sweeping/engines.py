@@ -1,7 +1,7 @@
-"""Choose who does the jobs of a study: this machine, Slurm or Ray.
+"""Choose the engine that runs the jobs of a study: this machine, Slurm or Ray.
 
-Every engine takes jobs and yields each with its outcome as soon as it is known, in any order.  A
-job that fails, diverges or is killed is an outcome like any other.  Jobs are asked for one by one.
+An engine takes jobs one by one and yields each with its outcome as soon as it ends, in any order.
+A job that fails, diverges or is killed has an outcome like any other.
 """
 
 from __future__ import annotations
@@ -41,15 +41,13 @@ from tinygpt.sweeping.workers import (
 )
 
 SHARED_MEMORY = "/dev/shm"
-SMALL = 20_000_000  # parameters without embeddings: of such models a GPU trains several at once
+SMALL = 20_000_000  # parameters without embeddings: below, a GPU trains several models at once
 ON_A_GPU = 4
-
-
-Engine = Callable[[Iterable[Job], Path], Results]  # given a folder for its own files
+Engine = Callable[[Iterable[Job], Path], Results]  # the folder is for its own files
 
 
 def check_engine(launcher: LauncherConfig) -> None:
-    """Raise ConfigError where what the engine named by ``launcher=`` needs is missing."""
+    """Raise ConfigError if something that the engine needs is missing."""
     kind = launcher.kind
     if kind == "local" and not _has_shared_memory():
         raise ConfigError(
@@ -68,37 +66,35 @@ def _has_shared_memory() -> bool:
 
 
 class Share(NamedTuple):
-    """Says who does the jobs, and what a run has of the machine that it trains on."""
+    """Name the engine of a study, and the share of the machine that each run gets."""
 
     engine: str  # serial, local, slurm or ray
     at_once: int  # runs
     threads: int | None  # CPU threads of each; None: torch's choice
-    gpus: int = 0  # that the runs of this machine share out
+    gpus: int = 0  # that the local runs divide between them
     settle: Callable[[], object] = lambda: None  # waits until all processes have started
 
     @property
     def words(self) -> str:
         how = "one after the other" if self.at_once == 1 else f"{self.at_once} at once"
-        if self.threads:
-            how += f", {many(self.threads, 'thread')} each"
-        return how
+        return f"{how}, {many(self.threads, 'thread')} each" if self.threads else how
 
 
 def share_of(jobs: Sequence[Job], study: int = 0) -> Share:
-    """Return who does the jobs, of so many in the ``study``, how many at once, and the threads of
-    each: as asked, or as it pays.
+    """Return the engine, the number of runs at once and their threads, for a ``study`` of so many.
 
-    ``launcher=auto`` is ``local`` where several can train at once, else ``serial``.  On a CPU all
-    three give a run the same threads, whatever is left of the study: losses hang on their number.
+    ``launcher=auto`` means ``local`` where several can train at once, else ``serial``.  On a CPU
+    all three give a run the same number of threads, however much of the study is left, because
+    losses depend on it.
     """
     config, count = jobs[0].config, len(jobs)
     launcher, asked = config.launcher, config.hardware.threads
     if isinstance(launcher, SlurmLauncher):
         return Share("slurm", max(1, min(launcher.n_jobs, count)), asked or launcher.cpus)
-    if isinstance(launcher, RayLauncher):  # how many nodes there are is not known here
+    if isinstance(launcher, RayLauncher):  # the number of nodes is unknown here
         return Share("ray", 1, asked or launcher.cpus)
     if max(count, study) == 1 and launcher.kind != "local":
-        return Share("serial", 1, asked)  # which chooses its threads
+        return Share("serial", 1, asked)  # the run chooses its threads
     import joblib
 
     (kind, gpus), cores = _device(config), joblib.cpu_count()
@@ -115,7 +111,7 @@ def share_of(jobs: Sequence[Job], study: int = 0) -> Share:
 
 
 def _device(config: Settings) -> tuple[str, int]:
-    """Return the kind of device that the jobs compute on, and how many CUDA devices there are."""
+    """Return the kind of device and the number of CUDA devices."""
     if config.hardware.accelerator == "cpu":
         return "cpu", 0
     import torch
@@ -127,7 +123,7 @@ def _device(config: Settings) -> tuple[str, int]:
 
 
 def _fit_on_a_gpu(jobs: Sequence[Job]) -> int:
-    """Return how many runs one GPU trains at once: several of small models, which leave it idle."""
+    """Return how many runs one GPU trains at once: several if all models are small."""
     models = [job.config.model for job in jobs if isinstance(job.config, Config)]
     small = [count_parameters(model, 0).non_embedding < SMALL for model in models]
     return ON_A_GPU if len(small) == len(jobs) and all(small) else 1
@@ -135,10 +131,9 @@ def _fit_on_a_gpu(jobs: Sequence[Job]) -> int:
 
 @contextlib.contextmanager
 def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[tuple[Share, Engine]]:
-    """Yield the share of each run and the engine, for ``jobs`` or some; arguments as ``share_of``.
+    """Yield the share of each run and the engine for ``jobs``; see ``share_of``.
 
-    Processes of this machine start at once and import torch while data is prepared; they stay
-    until the end, so that each imports it once.
+    Local processes start at once, to import torch while data is prepared, and stay to the end.
     """
     share = share_of(jobs, study)
     launcher = jobs[0].config.launcher
@@ -165,7 +160,7 @@ def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[tuple[Share, Engine]]
 
 
 def _threads_of(job: Job, share: Share) -> int | None:
-    """Return the threads of a job: those it began with, so that it resumes with the same bits."""
+    """Return the threads of a job: those it began with if it resumes, for the same bits."""
     config = job.config
     if config.hardware.threads is None and job.run.last.exists() and not config.force:
         begun: int | None = fileio.read_json(job.run.environment).get("threads")
@@ -174,7 +169,7 @@ def _threads_of(job: Job, share: Share) -> int | None:
 
 
 class _SlurmJob:
-    """What submitit runs on a node; out of time or preempted, it is queued again as it is."""
+    """Run a job on a node; submitit queues it again when preempted or out of time."""
 
     def __call__(self, job: Job) -> Outcome:
         outcome = do_job(job)
@@ -189,7 +184,7 @@ class _SlurmJob:
 
 
 def slurm_parameters(launcher: SlurmLauncher, study: str) -> dict[str, Any]:
-    """Return what sbatch is asked for, in the words of submitit's SlurmExecutor."""
+    """Return the parameters of submitit's SlurmExecutor."""
     asked = {
         "job_name": f"tinygpt-{study}",
         "partition": launcher.partition,
@@ -204,7 +199,7 @@ def slurm_parameters(launcher: SlurmLauncher, study: str) -> dict[str, Any]:
 
 
 def run_slurm(jobs: Iterable[Job], launcher: SlurmLauncher, folder: Path) -> Results:
-    """Do them as a Slurm array, by submitit, whose files go to ``folder``/.slurm."""
+    """Run jobs as a Slurm array through submitit, whose files go to ``folder``/.slurm."""
     import submitit
 
     logging.getLogger("submitit").setLevel(logging.ERROR)  # a cluster without accounting is fine
@@ -213,7 +208,7 @@ def run_slurm(jobs: Iterable[Job], launcher: SlurmLauncher, folder: Path) -> Res
     try:
         with executor.batch():
             submitted = [(executor.submit(_SlurmJob(), job), job) for job in jobs]
-    except submitit.core.utils.FailedJobError as refusal:  # an unknown partition, say
+    except submitit.core.utils.FailedJobError as refusal:  # such as an unknown partition
         raise RunError(f"launcher=slurm: {str(refusal).strip().splitlines()[0]}") from refusal
     waiting = dict(submitted)
     try:
@@ -225,17 +220,17 @@ def run_slurm(jobs: Iterable[Job], launcher: SlurmLauncher, folder: Path) -> Res
             else:
                 yield job, done.result()
     finally:
-        for left in waiting:  # interrupted: what runs saves and stops
+        for left in waiting:  # interrupted: running jobs save and stop
             left.cancel()
 
 
 def ray_options(launcher: RayLauncher) -> dict[str, Any]:
-    """Return what a run asks of the cluster; it is the study that tries again, not Ray."""
+    """Return the resources of a run; the study retries runs, so Ray must not."""
     return {"num_cpus": launcher.cpus, "num_gpus": launcher.gpus, "max_retries": 0}
 
 
 def run_ray(jobs: Iterable[Job], launcher: RayLauncher) -> Results:
-    """Do them as Ray tasks, on the cluster at ``address`` or on one of its own."""
+    """Run jobs as Ray tasks, on the cluster at ``address`` or on a new local one."""
     import ray
 
     try:

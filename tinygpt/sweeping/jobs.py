@@ -1,4 +1,4 @@
-"""The jobs of a study: expanded, composed, named and checked, all before any of them runs."""
+"""Expand, compose, name and check all jobs of a study before any of them runs."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from tinygpt.words import Command
 
 
 class Kind(Protocol):
-    """What a study needs to know of the runs it consists of: trainings or adaptations."""
+    """Define what a study does with its runs, which are trainings or adaptations."""
 
     command: Command[Any]
-    study: str  # where a run goes that names no study
-    outside: tuple[str, ...]  # keys that name what is read from outside
+    study: str  # the name of a study by default
+    outside: tuple[str, ...]  # keys that name files or models
     verb: str
-    same: str  # what two jobs of a study may not both do
-    metric: tuple[str, str]  # the headline metric's name, in a line and above a column
+    same: str  # what two jobs of a study must not both do
+    metric: tuple[str, str]  # the headline metric's name in a line and as a column
     report: str  # the last file that a fit writes
 
     def find(self, folder: Path) -> list[Path]:
         """Return the folders of this kind of run in ``folder``."""
 
     def contents(self, config: Any) -> dict[str, str]:
-        """Return fingerprints of what the keys ``outside`` name.  Raises ConfigError."""
+        """Return fingerprints of what the keys ``outside`` name.  Raises ConfigError if missing."""
 
     def config_hash(self, config: Any, content: dict[str, str]) -> str: ...
 
     def effective_hash(self, config: Any, content: dict[str, str]) -> str:
-        """Return a hash that is the same for two jobs that do the same, however spelt."""
+        """Return a hash that two jobs share if they do the same."""
 
     def prepare(self, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
-        """Check machine and data of every job, and fill in what is known before it runs.
+        """Check machine and data, and set ``row`` and ``plan`` of every job.
 
         Raises ConfigError.
         """
@@ -54,58 +54,55 @@ class Kind(Protocol):
         """Print what the prepared jobs that are not ``done`` would do and cost."""
 
     def run(self, job: Job, console: Console) -> dict[str, Any]:
-        """Do the job and return its results."""
+        """Run the job and return its results."""
 
     def headline(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
-        """Return the headline metric of a run and, where methods compete, whose it is."""
+        """Return the headline metric of a run, and the method that has it, if several compete."""
 
     def progress(self, job: Job) -> tuple[float, str]:
-        """Return the fraction done and its latest numbers, from the files in its folder."""
+        """Return the fraction done and the latest numbers, from the files in the run folder."""
 
     def fit(self, folder: Path, console: Console, anew: bool = True) -> None:
-        """Fit what the runs of a study say together, or only show the fit made before."""
+        """Fit the runs of a study, or show the fit made before."""
 
 
 @dataclass(eq=False)
 class Job:
-    """One run of a study."""
+    """Describe one run of a study."""
 
     kind: Kind
     overrides: tuple[str, ...]
     config: Any  # of the kind's command
-    label: str  # what tells it from the others: d_model=64 seed=1
-    content: dict[str, str]  # fingerprints of what is read from outside
+    label: str  # the overrides that vary: d_model=64 seed=1
+    content: dict[str, str]  # fingerprints of the files and models it reads
     hash: str
     run: rundir.RunDir
-    # known once it is prepared: what results.json will say of its size; at least total_steps and
-    # flops_exact
+    # set by Kind.prepare: the results known beforehand, at least total_steps and flops_exact
     row: dict[str, Any] = field(default_factory=dict)
     plan: Plan = field(init=False)  # of a training
     val_tokens: int = 0
     # of a training that shares steps with others
     keep_at: list[int] = field(default_factory=list)  # steps at which others branch off
-    trunk: rundir.RunDir | None = None  # the run whose first steps are this one's too
+    trunk: rundir.RunDir | None = None  # the run that it branches off
     branch_step: int = 0
 
     @property
     def steps(self) -> float:
-        """Return the steps that are not taken over from a trunk."""
+        """Return the number of steps after the trunk's."""
         return float(self.row["total_steps"] - self.branch_step)
 
     @property
     def flops(self) -> float:
-        """Return the FLOPs of these steps."""
+        """Return the FLOPs of ``steps``."""
         own: float = 1 - self.branch_step / self.row["total_steps"]
         return own * float(self.row["flops_exact"])
 
 
 def flops_of(jobs: Iterable[Job]) -> str:
-    """Return what ``jobs`` compute, and what they save where they share trunks."""
+    """Return the FLOPs of ``jobs`` in words, with what shared trunks save."""
     jobs = list(jobs)
     own, alone = (sum(job.flops for job in jobs), sum(job.row["flops_exact"] for job in jobs))
-    saved = ""
-    if own < alone:
-        saved = f", {1 - own / alone:.0%} saved by sharing trunks"
+    saved = f", {1 - own / alone:.0%} saved by sharing trunks" if own < alone else ""
     return f"{own:.2e} FLOPs{saved}"
 
 
@@ -118,8 +115,8 @@ def expand(
     """Return the overrides of every job: all combinations of ``params`` and ``arguments``.
 
     A key of the command line replaces the experiment's.  ``params["together"]`` is a list of
-    tables, each a sweep of its own on top of the rest.  Raises ConfigError where one key of such
-    tables is given without the others.
+    tables, each of which is swept with the other keys.  Raises ConfigError if the command line
+    gives one key of these tables without the others.
     """
     given = _given_values(arguments, loader, command)
     tables = params.get("together", [{}])
@@ -139,10 +136,9 @@ def expand(
 def _check_together(
     tables: Sequence[Mapping[str, Any]], given: set[str], horizons: set[str]
 ) -> None:
-    """Raise ConfigError for a given key that the experiment changes together with others.
+    """Raise ConfigError if a key is given without those that the experiment changes with it.
 
-    Each of its values would meet each of theirs: a width the heads of every other width.  A
-    length is one of every run.
+    Otherwise, each width would be combined with the heads of every other width.
     """
     keys = {key for table in tables for key in table} - horizons
     varying = {key for key in keys if len({str(table.get(key)) for table in tables}) > 1}
@@ -158,7 +154,7 @@ def _check_together(
 def _given_values(
     arguments: Sequence[str], loader: ConfigLoader | None, command: Command[Any]
 ) -> dict[str, list[str]]:
-    """Return the values that the command line gives each key."""
+    """Return the values of each key on the command line."""
     given = {}
     arguments = words.as_meant(arguments, command)
     with cli.in_one_line(arguments, command):
@@ -182,14 +178,14 @@ def _written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float) and value >= 1e6 and float(f"{value:g}") == value:
-        return re.sub(r"e\+0*", "e", f"{value:g}")  # 3e12: it goes into names and labels
+        return re.sub(r"e\+0*", "e", f"{value:g}")  # 3e12, as it goes into names and labels
     return f"[{','.join(map(_written, value))}]" if isinstance(value, list) else str(value)
 
 
 def compose_jobs(job_overrides: Sequence[Sequence[str]], kind: Kind) -> list[Job]:
     """Return every job with its configuration, hash and folder.
 
-    Raises ConfigError for a mistake in any, and where two do the same or share a folder.
+    Raises ConfigError for a mistake in any job, and if two do the same or share a folder.
     """
     configs = [cli.compose_for(kind.command, overrides) for overrides in job_overrides]
     for config in configs:
@@ -225,7 +221,7 @@ def compose_jobs(job_overrides: Sequence[Sequence[str]], kind: Kind) -> list[Job
 
 
 def study_name(config: Any, overrides: Sequence[str], otherwise: str = "runs") -> str:
-    """Return the experiment's name, with its scale where it has scales."""
+    """Return the experiment's name, with the scale if the experiment has scales."""
     experiments = [o.split("=", 1)[1] for o in overrides if _key(o) == "experiment"]
     if not experiments or experiments[-1] == "null":
         return otherwise

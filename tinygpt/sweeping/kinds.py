@@ -1,4 +1,4 @@
-"""The two kinds of job: how trainings and adaptations are planned, run, followed and fitted."""
+"""Plan, run, follow and fit the two kinds of job: trainings and adaptations."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from tinygpt.sweeping.jobs import Job, Kind, flops_of
 from tinygpt.sweeping.view import make_table, say, say_below
 from tinygpt.training.console import clock, short
 
-# Torch, pandas and the data's libraries are imported where they are needed: mistakes are told,
-# and finished runs skipped, without them.
+# Torch, pandas and the data's libraries are imported where they are needed, so that mistakes are
+# reported, and finished runs skipped, without them.
 
 CALIBRATION = 15.0  # seconds, for all sizes together
-LONG_STEP = 5.0  # seconds; a step that takes longer is estimated from smaller models
-IDLE = 0.5  # cores: a machine where others have no more has no other work to speak of
-FINER = (1.1, 1.05, 1.02, 1.01)  # ratios of two recipes that a plan says the cost of
-STATES = {"sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}  # moments a weight; Adam has two
+LONG_STEP = 5.0  # seconds; longer steps are estimated from smaller models
+IDLE = 0.5  # cores: less work of others is not worth mentioning
+FINER = (1.1, 1.05, 1.02, 1.01)  # ratios of two recipes for which a plan names the cost
+STATES = {"sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}  # moments per weight; Adam has two
 
 
 class Trainings(Kind):
-    """Runs of ``tinygpt.run``."""
+    """Handle runs of ``tinygpt.run``."""
 
     command = cli.RUN
     study = "runs"
@@ -92,7 +92,7 @@ class Trainings(Kind):
             share_trunks(jobs, done)
 
     def print_plan(self, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
-        """Print the table of runs, the sums, and what the design can show."""
+        """Print the table of runs, their total cost, and what the design can show."""
         import pandas as pd
         import torch
 
@@ -103,7 +103,7 @@ class Trainings(Kind):
         others = _others_at_work()  # before the timing adds to it
         share = share_of(todo or jobs, len(jobs))
         for job in jobs:
-            job.config.hardware.threads = share.threads  # so that its step is timed as it will run
+            job.config.hardware.threads = share.threads  # so that its step is timed with them
         with console.status("timing a few steps of each size"):
             seconds = estimate_seconds(todo)
         table = make_table("run", "params", "no emb.", "tokens", "FLOPs", "time", "MB")
@@ -140,7 +140,7 @@ class Trainings(Kind):
             branch = Branch(job.trunk, job.branch_step, tuple(job.keep_at))
             return train(job.config, list(job.overrides), console, branch)
         finally:
-            gc.collect()  # a trainer and its callbacks go in circles, with every shard open
+            gc.collect()  # a trainer is part of reference cycles that keep shards open
 
     def headline(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
         return results["final_val_loss"], ""
@@ -151,7 +151,7 @@ class Trainings(Kind):
             with job.run.metrics.open("rb") as file:
                 header = file.readline().decode().strip().split(",")
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-                lines = file.read().decode().split("\n")[1:-1]  # the whole ones
+                lines = file.read().decode().split("\n")[1:-1]  # the complete ones
         except OSError:
             return 0.0, "starting"
         rows = [dict(zip(header, line.split(","), strict=False)) for line in lines]
@@ -165,7 +165,7 @@ class Trainings(Kind):
         return max(0.0, done / max(1.0, job.steps)), words
 
     def fit(self, folder: Path, console: Console, anew: bool = True) -> None:
-        """Fit the law with its report, or print why there is none."""
+        """Fit a law and write its report, or print why there is none."""
         try:
             with cli.spinning("fitting"):
                 from tinygpt.scaling import LAWS, Columns, analyse, load_runs, report, wording
@@ -185,18 +185,16 @@ class Trainings(Kind):
         law = LAWS[found["law"]]
         values = {name: of["estimate"] for name, of in found["parameters"].items()}
         for name in law.coefficients:
-            law = law.without(name) if values[name] == 0 else law  # a term that went to zero
-        verdict = found.get("verdict")  # an earlier version did not write it
-        if verdict is None:
-            verdict = "all applicable checks pass" if found["is_evidence"] else "not evidence yet"
+            law = law.without(name) if values[name] == 0 else law  # a term that vanished
         words = wording.variables({name: of["meaning"] for name, of in found["variables"].items()})
         say_below(console, "law", f"{wording.equation(law, values)}, {words}")
-        say_below(console, "", verdict)
+        if "verdict" in found:  # an earlier version did not write it
+            say_below(console, "", found["verdict"])
         say(console, f"report     {folder / 'fit' / 'report.html'}")
 
 
 class Adaptations(Kind):
-    """Runs of ``tinygpt.adapt``: how one trained run adapts, at one setting."""
+    """Handle runs of ``tinygpt.adapt``, each of which adapts one trained run."""
 
     command = cli.ADAPT
     study = "adaptation"
@@ -218,10 +216,9 @@ class Adaptations(Kind):
     effective_hash = config_hash
 
     def prepare(self, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
-        """Count what can be counted before.
+        """Count records and FLOPs before the jobs run.
 
-        FLOPs: of the steps on adapters 2N forward and 2N backward a token, and 2N for each token
-        that is scored after them.
+        A token costs 2N forward and 2N backward in a step on adapters, and 2N when it is scored.
         """
         from tinygpt.data.tokenizers import load_tokenizer
 
@@ -270,7 +267,7 @@ class Adaptations(Kind):
         return adapt(job.config, list(job.overrides), console)
 
     def headline(self, results: Mapping[str, Any]) -> tuple[float | None, str]:
-        """Return the best mean reward on test documents, and of which method."""
+        """Return the best mean reward on test documents, and its method."""
         prefix = "reward_"
         rewards = {k: v for k, v in results.items() if k.startswith(prefix) and v is not None}
         best = max(rewards, key=rewards.__getitem__, default=None)
@@ -289,7 +286,7 @@ class Adaptations(Kind):
         return min(1.0, len(lines) / total), words
 
     def fit(self, folder: Path, console: Console, anew: bool = True) -> None:
-        """Write the report with its answer, or print why there is none."""
+        """Write the report, or print why there is none."""
         from tinygpt.adaptation import report
 
         if not anew:
@@ -306,10 +303,10 @@ KINDS: dict[str, Kind] = {kind.command.file: kind for kind in (TRAINING, ADAPTAT
 
 
 def share_trunks(jobs: Sequence[Job], done: Container[Job]) -> None:
-    """Tie runs that differ in length alone to one that has, or will leave, their state.
+    """Give runs that differ only in their length a trunk to branch off.
 
-    That is a longer one among those ``done``, where it has kept the step, else the longest that
-    is to be trained.  Raises ConfigError where the schedule does not allow it.
+    The trunk is a longer run that is ``done`` and has kept the step, else the longest run to train.
+    Raises ConfigError if the schedule does not allow it.
     """
     families: dict[str, list[Job]] = {}
     for job in jobs:
@@ -348,7 +345,7 @@ def stable_steps_of(job: Job) -> int:
 
 
 def compared_lines(jobs: Sequence[Job], rows: Any) -> Iterator[str]:
-    """Yield what ratio of two recipes a sweep could tell from 1, for each key that makes them."""
+    """Yield, for each key with several values, the ratio that a comparison could tell from 1."""
     import pandas as pd
 
     from tinygpt.scaling.columns import Columns, other_settings
@@ -382,7 +379,7 @@ def compared_lines(jobs: Sequence[Job], rows: Any) -> Iterator[str]:
 
 
 def _others_at_work() -> float:
-    """Return how many cores the work of others kept busy this last minute, as far as known."""
+    """Return how many cores other work kept busy during the last minute, 0 if unknown."""
     import torch
 
     if not hasattr(os, "getloadavg"):
@@ -399,9 +396,9 @@ def _sum_line(todo: Sequence[Job], seconds: Mapping[Job, float], share: Share) -
 
 
 def estimate_seconds(jobs: Sequence[Job]) -> dict[Job, float]:
-    """Return each job's seconds of training and validation, timed for a few steps of its shape.
+    """Return each job's seconds of training and validation, by timing a few steps of its shape.
 
-    Where that takes too long, it is estimated from the FLOPs and the speed of smaller models.
+    Steps that would take too long are estimated from their FLOPs and the speed of smaller models.
     """
     from tinygpt.training.hardware import choose_threads, seconds_per_step
     from tinygpt.training.session import open_machine
@@ -422,13 +419,13 @@ def estimate_seconds(jobs: Sequence[Job]) -> dict[Job, float]:
             seconds_per_flop = timed[shape] / flops
         step = timed.get(shape, flops * seconds_per_flop)
         between = (job.steps - 1) // plan.eval_steps / row["val_every"]
-        forward = step / row["batch_tokens"] / 3  # a backward pass costs two forward ones
+        forward = step / row["batch_tokens"] / 3  # a backward pass costs two forward passes
         estimated[job] = job.steps * step + (2 + between) * job.val_tokens * forward
     return estimated
 
 
 def disk_bytes(job: Job) -> float:
-    """Return the size of the checkpoints: last, best, final and those that are kept."""
+    """Return the bytes of the checkpoints last, best, final and those that are kept."""
     keep_steps = job.plan.keep_steps
     kept = len(job.keep_at) + (job.plan.total_steps // keep_steps if keep_steps else 0)
     numbers = job.row["model_parameters"] * (1 + STATES.get(job.config.optim.kind, 2))

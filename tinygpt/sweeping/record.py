@@ -1,4 +1,4 @@
-"""The record of a law within a budget: decisions and results, a line each, and the time spent."""
+"""Record the decisions and results of a law within a budget, and the time spent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOUCH = 1.0  # seconds between marks of the time that has passed
 
 
 class Record:
-    """Holds the lines of ``design.jsonl``; a study that was killed goes on from them."""
+    """Hold the lines of ``design.jsonl``, from which a killed study resumes."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.start, self.before = path, time.monotonic(), 0.0
@@ -33,11 +33,11 @@ class Record:
             self.before = last["at"] + max(0.0, touched - last["written"])
 
     def elapsed(self) -> float:
-        """Return the seconds that the study has worked, over all the times it was started."""
+        """Return the seconds that the study has worked, over all its starts."""
         return self.before + time.monotonic() - self.start
 
     def note(self, event: str, **facts: Any) -> dict[str, Any]:
-        """Append what was decided or found; it is on disk before work goes on."""
+        """Append a line, and return it once it is on disk."""
         line = {"event": event, "at": round(self.elapsed(), 2), "written": time.time(), **facts}
         fileio.append(self.path, (json.dumps(line) + "\n").encode(), sync=True)
         self.lines.append(json.loads(json.dumps(line)))
@@ -50,10 +50,10 @@ class Record:
     @contextlib.contextmanager
     def marking_time(self) -> Iterator[None]:
         """Touch the file every second, so that a later start knows how long this one worked."""
-        over = threading.Event()
+        stop = threading.Event()
 
         def mark() -> None:
-            while not over.wait(TOUCH):
+            while not stop.wait(TOUCH):
                 with contextlib.suppress(OSError):
                     os.utime(self.path)
 
@@ -62,5 +62,5 @@ class Record:
         try:
             yield
         finally:
-            over.set()
+            stop.set()
             thread.join()

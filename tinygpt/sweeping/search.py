@@ -1,4 +1,4 @@
-"""``hydra/sweeper=optuna``: Optuna chooses the runs, and each makes the next choice better."""
+"""Let Optuna choose the runs of a sweep, for ``hydra/sweeper=optuna``."""
 
 from __future__ import annotations
 
@@ -33,16 +33,11 @@ def search(
     arguments: Sequence[str],
     loader: ConfigLoader | None = None,
 ) -> None:
-    """Make ``settings.n_trials`` runs that Optuna chooses, and print the best.
+    """Make ``settings["n_trials"]`` runs that Optuna chooses, and print the best.
 
-    Args:
-        config: What Hydra composed: the command's file, ``output_dir``, ``study`` and ``plan``.
-        settings: The keys of ``hydra.sweeper``.  With ``storage``, trials made earlier count.
-        arguments: The command line; its intervals, ranges and choices are the search space.
-
-    Raises:
-        ConfigError: A setting that Optuna does not take.
-        RunError: No trial has a finite loss.
+    ``settings`` are the keys of ``hydra.sweeper``; with a ``storage``, earlier trials count.  The
+    intervals, ranges and choices in ``arguments``, the command line, are the search space.  Raises
+    ConfigError for a setting that Optuna does not accept, RunError if no trial has a finite loss.
     """
     from optuna.trial import TrialState
 
@@ -60,7 +55,7 @@ def search(
     if settings["storage"]:
         print(f"{settings['storage']}: {to_do} of {settings['n_trials']} trials to make")
     if config.plan:
-        print(f"{to_do} trials, each as this one")
+        print(f"{to_do} trials, all like this one")
         to_do = min(to_do, 1)
     reasons = set()
     while to_do > 0:
@@ -79,30 +74,29 @@ def search(
 
 
 def _written(param: tuple[str, Any]) -> str:
-    """Return the override that sets a parameter, floats to four digits: they name folders."""
+    """Return the override of a parameter; floats have four digits, as they name folders."""
     key, value = param
     return f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
 
 
 def _open_study(settings: Mapping[str, Any], name: str) -> optuna.Study:
-    """Return Optuna's study, of the storage where one is given.  Raises ConfigError."""
+    """Return Optuna's study, from the storage if one is given.  Raises ConfigError."""
     import optuna
 
     for key in ("n_trials", "n_jobs"):
-        if not isinstance(settings[key], int) or settings[key] < 1:
-            raise ConfigError(
-                f"hydra.sweeper.{key}={settings[key]}: must be an integer of at least 1"
-            )
+        if not isinstance(value := settings[key], int) or value < 1:
+            raise ConfigError(f"hydra.sweeper.{key}={value}: must be an integer of at least 1")
     if str(settings["direction"]).lower() != "minimize":
+        direction = settings["direction"]
         raise ConfigError(
-            f"hydra.sweeper.direction={settings['direction']}: a loss is made small; minimize"
+            f"hydra.sweeper.direction={direction}: must be minimize, as runs are compared by loss"
         )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage, sampler = settings["storage"], dict(settings["sampler"])
     name = settings["study_name"] or name
     try:
         study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-    except Exception as error:  # whatever its driver raises
+    except Exception as error:  # the driver of the storage can raise anything
         line = str(error).strip().splitlines()[0]
         raise ConfigError(f"hydra.sweeper.storage={storage}: {line}") from None
     if sampler["seed"] is not None:  # the same seed would choose the same runs again
@@ -116,7 +110,7 @@ def _open_study(settings: Mapping[str, Any], name: str) -> optuna.Study:
 
 
 def _distribution(item: Override, kind: Kind) -> BaseDistribution:
-    """Return the values an override may take: an interval, a range or a choice."""
+    """Return the distribution of an interval, a range or a choice."""
     from optuna import distributions
 
     value: Any = item.value()
@@ -137,7 +131,7 @@ def _distribution(item: Override, kind: Kind) -> BaseDistribution:
 
 
 def _outcomes(jobs: Sequence[Sequence[str]], kind: Kind) -> list[Outcome]:
-    """Return how each job ended; an impossible one fails alone."""
+    """Return how each job ended; an invalid job fails alone."""
     try:
         return list(run_study(jobs, kind))
     except ConfigError as error:
@@ -148,7 +142,7 @@ def _outcomes(jobs: Sequence[Sequence[str]], kind: Kind) -> list[Outcome]:
 
 
 def _report(study: optuna.Study, folder: Path, kind: Kind, reasons: set[str]) -> None:
-    """Print the best trial and its folder, and write them to ``optimization_results.yaml``."""
+    """Print the best trial and its folder, and write ``optimization_results.yaml``."""
     ended = [t for t in study.trials if t.value is not None and math.isfinite(t.value)]
     if not ended:
         raise RunError(f"no trial ended with a result: {'; '.join(sorted(reasons))}")

@@ -1,4 +1,4 @@
-"""A study from its jobs to its table: plan, check, skip, prepare, run, sum up."""
+"""Run a study: compose, skip or plan its jobs, run them, and write the summary."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.sweeping.view import View, make_table, say
 from tinygpt.sweeping.workers import Outcome, outcome_of
 
-SHOWN = 40  # rows; of a longer study the table shows what did not end well
+SHOWN = 40  # rows; the table of a longer study shows only what did not end well
 
 
 def run_study(job_overrides: Sequence[Sequence[str]], kind: Kind = TRAINING) -> list[Outcome]:
-    """Do what is not finished of these jobs; return the outcome of each, in their order.
+    """Run the jobs that are not finished, and return the outcomes of all, in order.
 
-    Raises ConfigError for a mistake in any job before one of them begins, Stopped where the study
-    was interrupted.
+    Raises ConfigError for a mistake in any job before the first begins, Stopped if the study is
+    interrupted.
     """
     console = Console(markup=False)
     jobs = compose_jobs(job_overrides, kind)
@@ -79,8 +79,8 @@ def _run(
     outcomes: dict[Job, Outcome],
     console: Console,
 ) -> None:
-    """Do ``pending``, trunks before their branches, and note how each ended in ``outcomes``."""
-    if share.engine != "serial":  # longest first: none is left alone at the end
+    """Run ``pending``, trunks before their branches, and add how each ended to ``outcomes``."""
+    if share.engine != "serial":  # longest first, so that none is left alone at the end
         pending.sort(key=lambda job: -job.row["flops_exact"])
     stages = [job for job in pending if not job.trunk], [job for job in pending if job.trunk]
     with View(pending, total, console) as view:
@@ -101,7 +101,7 @@ def _is_interrupted(outcomes: Mapping[Job, Outcome]) -> bool:
 
 
 def _stopped(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome]) -> signals.Stopped:
-    """Return the signal that ended the study, with what is done and how to resume."""
+    """Return the exception of an interrupted study, which says how to resume."""
     number = signals.received() or signal.SIGINT
     done = sum(not outcome.failed for outcome in outcomes.values())
     line = f"stopped by {signal.Signals(number).name}: {done} of {len(jobs)} runs done; "
@@ -109,30 +109,27 @@ def _stopped(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome]) -> signals.St
 
 
 def _is_fitted(report: Path, folder: Path) -> bool:
-    """Return whether ``report``, the last file of a fit, was written once all runs had ended."""
+    """Return whether ``report``, the last file of a fit, is newer than all results."""
     results = folder.glob("*/results.json")
     ended = max((path.stat().st_mtime for path in results), default=0.0)
     return report.exists() and report.stat().st_mtime >= ended
 
 
 def write_summary(folder: Path, kind: Kind) -> None:
-    """Write ``sweep_summary.csv`` and ``.json`` from the runs in ``folder``: a row a run."""
+    """Write ``sweep_summary.csv`` and ``.json`` with a row for each run in ``folder``."""
     from tinygpt.scaling.runs import read_rows
 
     fileio.remove_torn(folder)
     rows = read_rows(folder, find=kind.find)
     for row in rows:
-        row["folder"] = Path(row["folder"]).name  # the study may be moved
+        row["folder"] = Path(row["folder"]).name  # relative, so that the study can be moved
     fileio.write_csv(folder / "sweep_summary.csv", rows, list(rows[0]) if rows else [])
     fileio.write_json(folder / "sweep_summary.json", {"study": folder.name, "runs": rows})
 
 
 def _print_summary(jobs: Sequence[Job], outcomes: Mapping[Job, Outcome], console: Console) -> None:
-    """Print every run with its metric or its reason, then the counts and where the files are.
-
-    Of a single run, as a sweeper that optimises asks for them, all has been said.
-    """
-    if len(jobs) == 1:
+    """Print every run with its metric or its error, the counts, and the summary's place."""
+    if len(jobs) == 1:  # the trial of a search
         return
     statuses = {}
     table = make_table("run", "status", jobs[0].kind.metric[1], "", left=("run", "status", ""))

@@ -1,6 +1,6 @@
-"""How a study is going: a line a running job on a terminal, a line an event elsewhere.
+"""Show how a study is going: a line per running job on a terminal, a line per event elsewhere.
 
-Whatever the engine, a run tells of itself in its folder: what is shown is read from there.
+All of it is read from the run folders, so it works with every engine.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from tinygpt.sweeping.workers import Outcome
 from tinygpt.training.console import clock, short
 
 EVERY = 1.0  # seconds between looks at the folders
-ENOUGH = 0.05  # the fraction of a run by which its steps can be timed
-REACH = 5.0  # how many times a timed step's FLOPs another step may have to be judged by it
-TRUSTED = 1.5  # the factor by which a time left may be off and be shown
+ENOUGH = 0.05  # fraction of a run after which its steps are timed
+REACH = 5.0  # times the FLOPs of a timed step up to which another step is estimated
+TRUSTED = 1.5  # factor by which a time left that is shown may be wrong
 
 
 def say(console: Console, line: str) -> None:
-    """Print a line as it is: not wrapped, not coloured."""
+    """Print a line without wrapping or colours."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_below(console: Console, name: str, text: str) -> None:
-    """Print a named text; what does not fit into 80 columns goes below its beginning."""
+    """Print a named text, wrapped at 80 columns and indented."""
     shape = textwrap.TextWrapper(80, subsequent_indent=" " * 11, break_long_words=False)
     say(console, shape.fill(f"{name:<10} {text}"))
 
 
 def make_table(*columns: str, left: Container[str] = ("run",)) -> Table:
-    """Return a table without lines whose columns stand to the right, but for those in ``left``."""
+    """Return a borderless table whose columns are right-aligned, except those in ``left``."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, justify="left" if name in left else "right", overflow="fold")
@@ -49,22 +49,22 @@ def make_table(*columns: str, left: Container[str] = ("run",)) -> Table:
 
 
 class Work(NamedTuple):
-    """Steps of a run: done in so many seconds, or to be done."""
+    """Hold steps of a run, done in ``seconds`` or still to do."""
 
     steps: float
-    flops: float  # a step
+    flops: float  # per step
     seconds: float = 0.0
 
 
 def seconds_left(timed: Sequence[Work], todo: Sequence[Work], at_once: float = 1.0) -> float | None:
-    """Return the seconds until ``todo`` is done, or None where one cannot tell.
+    """Return the seconds until ``todo`` is done, or None if they cannot be estimated.
 
-    A step takes ``a + b·FLOPs`` seconds: small models are far from the speed of large ones.  Steps
-    of one size do not tell the two apart: then the truth is between all ``a`` and all ``b``.
+    A step takes ``a + b·FLOPs`` seconds.  Steps of one size cannot separate the two terms: the
+    truth then lies between only ``a`` and only ``b``.
     """
     if not timed or not todo:
         return None
-    import numpy as np  # here: the mistakes of a sweep are told without it
+    import numpy as np  # here, as the mistakes of a sweep are reported without it
 
     flops = np.array([work.flops for work in timed])
     pace = np.array([work.seconds / work.steps for work in timed])
@@ -87,16 +87,16 @@ def seconds_left(timed: Sequence[Work], todo: Sequence[Work], at_once: float = 1
 
 
 class View:
-    """Follows ``pending``, of ``total`` jobs, from its own thread while the engine works."""
+    """Follow ``pending``, of ``total`` jobs, in a thread while the engine works."""
 
     def __init__(self, pending: Sequence[Job], total: int, console: Console) -> None:
         self.pending, self.total, self.console = list(pending), total, console
         self.begun: dict[Job, float] = {}  # when it was first seen to run
         self.took: dict[Job, float] = {}  # seconds, of those that ended
-        self.progress: dict[Job, tuple[float, str]] = {}  # fraction done, what to say
-        self.done_before: dict[Job, float] = {}  # fraction, when the study was resumed
+        self.progress: dict[Job, tuple[float, str]] = {}  # fraction done, latest numbers
+        self.done_before: dict[Job, float] = {}  # fraction done when the study was resumed
         self.outcomes: dict[Job, Outcome] = {}
-        self.start, self._since = time.monotonic(), time.time()  # the latter as files have it
+        self.start, self._since = time.monotonic(), time.time()  # to compare with files' times
         self._stop, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._live = Live(console=console, auto_refresh=False, transient=True)
@@ -119,7 +119,7 @@ class View:
         self._live.stop()
 
     def ended(self, job: Job, outcome: Outcome) -> None:
-        """Print how the job ended, and how long the rest will take."""
+        """Print how the job ended and how long the others will take."""
         now = time.monotonic()
         with self._lock:
             part, _ = self.progress.pop(job, (0.0, ""))
@@ -136,7 +136,7 @@ class View:
             f"{job.kind.metric[0]} {outcome.shown}" if outcome.shown else "",
             clock(now - self.begun.get(job, self.start)),
             outcome.reason,
-            "" if self.console.is_terminal else self.left(),  # where the last line says it
+            "" if self.console.is_terminal else self.left(),  # a terminal's last line has it
         ]
         say(self.console, "  ".join(filter(None, parts)))
 
@@ -169,7 +169,7 @@ class View:
             return False
 
     def left(self) -> str:
-        """Return the share done, the speed and the time left, as far as they are known."""
+        """Return the share done, the speed and the time left, as far as known."""
         now, timed, todo, busy, tokens = time.monotonic(), [], [], 0.0, 0.0
         running = dict(self.progress)
         for job in self.pending:

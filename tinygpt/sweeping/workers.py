@@ -1,4 +1,4 @@
-"""Do jobs on this machine: in this process, or in processes that stay for the whole study."""
+"""Run jobs on this machine: in this process, or in processes that stay for the whole study."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tinygpt.sweeping.jobs import Job
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended."""
+    """Describe how a job ended."""
 
     status: str  # as in results.json, or failed, killed, interrupted
     metric: float | None = None  # the headline metric: a validation loss, a reward
-    method: str = ""  # whose reward it is
-    reason: str = ""  # one line, for what did not end well
+    method: str = ""  # that has this reward
+    reason: str = ""  # one line, if it did not end well
     is_new: bool = True  # False: an earlier command finished it
 
     @property
@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def value(self) -> float:
-        """Return what a sweeper minimizes; a diverged run is as bad as can be."""
+        """Return what a sweeper minimizes: infinity for a diverged run."""
         return math.inf if self.metric is None else self.metric
 
     @property
@@ -52,11 +52,11 @@ class Outcome:
 Results = Iterator[tuple[Job, Outcome]]
 
 
-_interrupted: list[bool] = []  # a worker that was told to stop begins nothing more
+_interrupted: list[bool] = []  # not empty: this worker was told to stop, and begins no more jobs
 
 
 def do_job(job: Job) -> Outcome:
-    """Do the job without a word to the terminal: its folder has a log of its own."""
+    """Run the job without printing; its folder has a log."""
     if _interrupted:
         return Outcome("interrupted")
     streams.survive()
@@ -82,7 +82,7 @@ def one_line(error: BaseException) -> str:
 
 
 def run_serial(jobs: Iterable[Job]) -> Results:
-    """Do them here, one after the other; an interrupt ends them all."""
+    """Run jobs in this process, one after the other; an interrupt ends them all."""
     for job in jobs:
         outcome = do_job(job)
         yield job, outcome
@@ -91,9 +91,9 @@ def run_serial(jobs: Iterable[Job]) -> Results:
 
 
 class Workers:
-    """Holds processes of loky, which names the signal that ended one.
+    """Hold processes of loky, which reports the signal that killed one.
 
-    A signal reaches them as SIGTERM: they save and stop; what waits is not begun.
+    A signal reaches them as SIGTERM, upon which they save and stop.
     """
 
     def __init__(self, at_once: int, gpus: int = 0) -> None:
@@ -107,7 +107,7 @@ class Workers:
 
     def __exit__(self, *error: object) -> None:
         handed = (all(one.running() or one.done() for one in self._begun) for _ in range(200))
-        while not next(handed, True):  # loky's thread fails if it is shut down before
+        while not next(handed, True):  # loky's thread fails if it is shut down earlier
             time.sleep(0.01)
         self._pool.shutdown(wait=True, kill_workers=True)
         self._folder.cleanup()
@@ -128,7 +128,7 @@ class Workers:
             self._begun = [self._pool.submit(os.getpid) for _ in range(self.at_once)]
 
     def do(self, jobs: Iterator[Job]) -> Results:
-        """Do the jobs; once a process was killed, which takes all down, no more are asked for."""
+        """Run jobs; once a process is killed, which ends all of them, take no more jobs."""
         from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
         from concurrent.futures.process import BrokenProcessPool
 
@@ -172,10 +172,10 @@ class Workers:
 
 
 def run_local(jobs: Iterable[Job], workers: Workers) -> Results:
-    """Do them in processes of this machine.
+    """Run jobs in processes of this machine.
 
-    The system may kill a process (for its memory, say).  That takes the others down; those that
-    had begun are then done one at a time, so that it is seen which one it was.
+    If the system kills one, for its memory, say, the others end with it.  The jobs that had begun
+    are then run one at a time, which shows which of them was killed.
     """
     waiting, interrupted = iter(jobs), False
     while not interrupted and (first := next(waiting, None)) is not None:
@@ -198,24 +198,24 @@ def run_local(jobs: Iterable[Job], workers: Workers) -> Results:
         waiting = itertools.chain([job for job in lost if job not in suspects], waiting)
 
 
-_worker = contextlib.ExitStack()  # what a worker holds for as long as it lives
+_worker = contextlib.ExitStack()  # held for as long as a worker lives
 
 
 def _begin_worker(parent: int, at_once: int, gpus: int, folder: Path) -> None:
     if gpus:
         _claim_gpu(at_once, gpus, folder)  # before torch is imported
-    for number in signals.STOPPING:  # a terminal's reach the study too, which sends SIGTERM
+    for number in signals.STOPPING:  # those of a terminal reach the study, which sends SIGTERM
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _worker.enter_context(signals.handled(lambda number: _interrupted.append(True)))
 
     from tinygpt.training.trainer import leave_with_parent
 
-    leave_with_parent(parent)  # its runs would be locked for whoever resumes the study
+    leave_with_parent(parent)  # otherwise its runs would stay locked
 
 
 def _claim_gpu(at_once: int, gpus: int, folder: Path) -> None:
-    """Give this process one of ``at_once`` places on the GPUs, for as long as it lives."""
+    """Take one of ``at_once`` places on the GPUs for as long as this process lives."""
     import filelock
 
     for place in range(at_once):

@@ -1,8 +1,7 @@
-"""What happens between steps: metrics, evaluation, samples, checkpoints, signals, progress.
+"""Log, evaluate, sample, save and stop, in this order, after whole optimizer steps.
 
-All of it happens at whole optimizer steps and in this order: log, evaluate, sample, save, stop.
 A checkpoint therefore holds everything that was logged before it, and a resumed run logs what the
-uninterrupted one would have.
+uninterrupted run would have logged.
 """
 
 from __future__ import annotations
@@ -32,56 +31,69 @@ from tinygpt.training.module import LanguageModel, StepStats
 log = logging.getLogger("tinygpt")
 
 STATS = ("loss_sum", "grad_norm_max", "skipped")
-SPIKE = 10  # times the usual norm of the gradient, the median of the last lines
-MOST_SKIPPED = 10  # steps in a row
-LEAST_SCALE = 1.0  # of the loss, at 16-mixed; below, half precision gains nothing any more
-SAMPLE_MARK = "--- step"  # heads each text in samples.txt
+SPIKE = 10  # a gradient spike is this many times the median norm of the last log lines
+MAX_SKIPPED = 10  # steps in a row
+MIN_LOSS_SCALE = 1.0  # at 16-mixed; below it, half precision gains nothing
+SAMPLE_HEADING = "--- step"
 
 
-def step_ended(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Return whether the pass that just ended completed an optimizer step."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-
-
-def is_rest(step: int, config: Config, plan: Plan) -> bool:
+def is_sync_step(step: int, config: Config, plan: Plan) -> bool:
     """Return whether something is logged, evaluated or saved after this step.
 
-    Only there do the processes of a run exchange more than gradients, so all of them must agree on
-    these steps.
+    Only there do the processes of a run exchange more than gradients, so they must all agree.
     """
     intervals = (config.train.log_every, plan.eval_steps, plan.checkpoint_steps, plan.keep_steps)
     return step >= plan.total_steps or any(every and step % every == 0 for every in intervals)
 
 
+class StepCallback(pl.Callback):
+    """Call ``after_step`` after each optimizer step; Lightning's own hook follows every pass."""
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            assert isinstance(pl_module, LanguageModel)
+            self.after_step(trainer, pl_module)
+
+    def after_step(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        raise NotImplementedError
+
+
 class Samples:
-    """``samples.txt``: text of the model before, during and after training, by optimizer step."""
+    """Write ``samples.txt``, the texts sampled before, during and after training."""
 
     def __init__(
         self, run: rundir.RunDir, config: Config, tokenizer: Tokenizer, loggers: Loggers
     ) -> None:
         self.run, self.config, self.tokenizer, self.loggers = run, config, tokenizer, loggers
-        self.texts: dict[int, str] = {}
+        self.texts: dict[int, str] = {}  # by optimizer step
 
-    def restore(self, step: int) -> None:
-        """Read the samples up to ``step``, and forget those after it."""
+    def restore(self, last_step: int) -> None:
+        """Read back the samples up to ``last_step`` and drop those after it."""
         if self.run.samples.exists():
             text = self.run.samples.read_text(encoding="utf-8")
-            for part in text.split(SAMPLE_MARK)[1:]:
-                at = int(part.split()[0].replace(",", ""))
-                if at <= step:
-                    self.texts[at] = part.partition("\n")[2].removesuffix("\n\n")
+            for part in text.split(SAMPLE_HEADING)[1:]:
+                step = int(part.split()[0].replace(",", ""))
+                if step <= last_step:
+                    self.texts[step] = part.partition("\n")[2].removesuffix("\n\n")
 
     def draw(self, trainer: pl.Trainer, module: LanguageModel) -> None:
-        """Add a text of the model as it is now."""
+        """Sample a text from the current model and add it to the file."""
         train, tokenizer, step = self.config.train, self.tokenizer, trainer.global_step
         if train.sample_tokens == 0 or not trainer.is_global_zero:
             return
         prompt = [tokenizer.start_id, *tokenizer.encode(train.sample_prompt)]
-        tokens = torch.tensor([prompt], device=module.device)
+        tokens = torch.tensor([prompt], device=module.device)[:, -self.config.model.max_seq_len :]
         with trainer.precision_plugin.forward_context():
             out = generate(
                 module.model,
-                tokens[:, -self.config.model.max_seq_len :],
+                tokens,
                 train.sample_tokens,
                 temperature=0.8,
                 top_k=50,
@@ -92,16 +104,15 @@ class Samples:
         ids = [i for i in out[0].tolist() if i not in tokenizer.separator]
         self.texts[step] = tokenizer.decode(ids)
         texts = (
-            f"{SAMPLE_MARK} {at:,} ({at * train.batch_tokens:,} tokens)\n{text}\n\n"
+            f"{SAMPLE_HEADING} {at:,} ({at * train.batch_tokens:,} tokens)\n{text}\n\n"
             for at, text in self.texts.items()
         )
-        with fileio.replacing(self.run.samples) as temporary:
-            temporary.write_text("".join(texts), encoding="utf-8")
+        fileio.write_text(self.run.samples, "".join(texts))
         self.loggers.log_text(self.texts[step])
 
 
-class Journal(pl.Callback):
-    """Logs, evaluates, samples, and ends a run that diverged or makes no more progress."""
+class Journal(StepCallback):
+    """Log, evaluate and sample, and end a run that has diverged or stopped improving."""
 
     def __init__(
         self,
@@ -114,6 +125,7 @@ class Journal(pl.Callback):
         self.config, self.plan, self.metrics = config, plan, metrics
         self.loggers, self.samples = loggers, samples
         self.scores: Scores | None = None  # of the last evaluation
+        # a line below is a row of metrics.csv
         self.state: dict[str, Any] = {
             "status": "finished",
             "initial_val_loss": None,
@@ -123,18 +135,18 @@ class Journal(pl.Callback):
             "final_train_loss": None,
             "seconds": 0.0,
             "tokens_per_second": None,
-            "steps": 0,  # at the last line of metrics
-            "skipped_steps": 0,  # until that line
-            "untaken": 0,  # steps in a row that were skipped, where no other came in between lines
+            "steps": 0,  # at the last line
+            "skipped_steps": 0,  # up to the last line
+            "untaken": 0,  # consecutive skipped steps, while every step of a line was skipped
             "grad_norm_spikes": 0,
-            "grad_norms": [],  # the largest before each of the last lines
-            **dict.fromkeys(STATS, 0.0),  # since that line
+            "grad_norms": [],  # the largest of each of the last lines
+            **dict.fromkeys(STATS, 0.0),  # since the last line
         }
         self._stats: StepStats | None = None
-        self._started: float | None = None  # when the time that is being measured began
-        self._timed_from, self._timed_seconds = 0, 0.0  # since the last line of metrics
+        self._started: float | None = None  # when the current stretch of training began
+        self._timed_from, self._timed_seconds = 0, 0.0  # since the last line
         self._begun = self._printed = (0, 0.0)  # step and time: of the start, of the last print
-        self._rate: float | None = None  # tokens a second since the last print
+        self._rate: float | None = None  # tokens per second since the last print
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.state, **{name: float(getattr(self._stats, name)) for name in STATS}}
@@ -162,22 +174,14 @@ class Journal(pl.Callback):
         if self._started is None:
             self._started = time.perf_counter()
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         step, plan = trainer.global_step, self.plan
-        if not step_ended(trainer, batch_idx) or not is_rest(step, self.config, plan):
+        if not is_sync_step(step, self.config, plan):
             return
-        assert isinstance(pl_module, LanguageModel)
         evaluating = step >= plan.total_steps or step % plan.eval_steps == 0
         logging_ = evaluating or step % self.config.train.log_every == 0
-        # every process continues with the mean of all, so one checkpoint speaks for all
-        stats = pl_module.stats
+        # every process continues with the mean, so one checkpoint is right for all
+        stats = module.stats
         stats.loss_sum = trainer.strategy.reduce(stats.loss_sum)
         measured = (float(stats.loss_sum), float(stats.grad_norm_max))  # waits for the device
         if self._started is not None:  # evaluation, samples and checkpoints are not training time
@@ -186,16 +190,16 @@ class Journal(pl.Callback):
             self._timed_seconds += elapsed
             self._started = None
         if logging_ or not all(map(math.isfinite, measured)):  # bad weights are never saved
-            self._log(trainer, pl_module, step, evaluating)
+            self._log(trainer, module, step, evaluating)
         # half way: at the first evaluation in the second half
         half = plan.eval_steps * math.ceil(plan.total_steps / 2 / plan.eval_steps)
         if step == half < plan.total_steps and self.state["status"] != "diverged":
-            self.samples.draw(trainer, pl_module)
+            self.samples.draw(trainer, module)
 
     def _log(self, trainer: pl.Trainer, module: LanguageModel, step: int, evaluating: bool) -> None:
         state, stats, since = self.state, module.stats, self.state["steps"]
         skipped, largest = int(stats.skipped), float(stats.grad_norm_max)
-        # a step that is skipped for its loss scale has a loss all the same
+        # a step skipped because of its loss scale still has a loss
         counted = step - since - (skipped if self.config.train.skip_nonfinite else 0)
         loss = float(stats.loss_sum) / counted if counted else None
         state["untaken"] = 0 if counted else state["untaken"] + skipped
@@ -223,30 +227,34 @@ class Journal(pl.Callback):
             module.log("train_loss", stats.loss_sum / counted)
         self._stats = module.stats = StepStats(module.device)
         self._note_spike(largest, since, step)
-        scores = None
-        why = self._divergence(row, step)
-        if why is None and evaluating:
+        scores, status = None, "finished"
+        reason = self._divergence(row, step)
+        if reason is None and evaluating:
             scores = self.scores = self._evaluate(module, step)
             if not math.isfinite(scores.loss):
-                why = f"the validation loss is not finite at step {step}"
-        if why is not None:
-            self._end(trainer, "diverged", why)
+                reason = f"the validation loss is not finite at step {step}"
+        if reason is not None:
+            status = "diverged"
         elif scores and self._out_of_patience():
             patience = self.config.train.early_stopping_patience
-            self._end(trainer, "stopped_early", f"no progress in {patience} evaluations")
+            status, reason = "stopped_early", f"no progress in {patience} evaluations"
+        if reason is not None:
+            self.state["status"] = status
+            trainer.should_stop = True
+            log.info("%s: %s", status.replace("_", " "), reason)
         self._write(trainer, step, row, scores)
 
     def _divergence(self, row: dict[str, Any], step: int) -> str | None:
-        """Return how training has diverged by this line of metrics, if it has."""
-        if self.state["untaken"] >= MOST_SKIPPED:
+        """Return why this line of metrics means that training has diverged, or None."""
+        if self.state["untaken"] >= MAX_SKIPPED:
             return f"no gradient was finite in the {self.state['untaken']} steps until {step}"
         if row["train_loss"] is not None and not math.isfinite(row["train_loss"]):
             return f"the training loss is {row['train_loss']} at step {step}"
         if not math.isfinite(row["grad_norm_max"]):
             return f"the gradient's norm is {row['grad_norm_max']} at step {step}"
-        if row["loss_scale"] is not None and row["loss_scale"] < LEAST_SCALE:
+        if row["loss_scale"] is not None and row["loss_scale"] < MIN_LOSS_SCALE:
             scale = f"{row['loss_scale']:g}"
-            return f"the loss scale fell to {scale}, as gradients overflow at step {step}"
+            return f"the loss scale fell to {scale} because gradients overflow at step {step}"
         return None
 
     def _note_spike(self, largest: float, since: int, step: int) -> None:
@@ -259,17 +267,19 @@ class Journal(pl.Callback):
         state["grad_norms"] = [*before, largest][-20:]
 
     def _evaluate(self, module: LanguageModel, step: int) -> Scores:
-        """Return the scores of the part of validation that is scored on the way, by which the
-        best step is found; at the end of the run those of all."""
+        """Evaluate, and return the scores of part of the validation split, or at the end of all.
+
+        The best step is always chosen by the part, which is the same each time.
+        """
         data, is_part = module.data, module.data.val_every() > 1
         data.scores_all = not is_part
         scores = module.validate()
         data.scores_all = True
-        self._judge(step, scores)
+        self._update_best(step, scores)
         is_last = step >= self.plan.total_steps or self._out_of_patience()
         return module.validate() if is_last and is_part else scores
 
-    def _judge(self, step: int, scores: Scores) -> None:
+    def _update_best(self, step: int, scores: Scores) -> None:
         state = self.state
         if state["best_val_loss"] is None or scores.loss < state["best_val_loss"]:
             state |= {"best_val_loss": scores.loss, "best_val_step": step}
@@ -280,11 +290,6 @@ class Journal(pl.Callback):
     def _out_of_patience(self) -> bool:
         patience = self.config.train.early_stopping_patience
         return patience is not None and self.state["evaluations_without_progress"] >= patience
-
-    def _end(self, trainer: pl.Trainer, status: str, why: str) -> None:
-        self.state["status"] = status
-        trainer.should_stop = True
-        log.info("%s: %s", status.replace("_", " "), why)
 
     def _write(
         self, trainer: pl.Trainer, step: int, row: dict[str, Any], scores: Scores | None
@@ -304,7 +309,7 @@ class Journal(pl.Callback):
         self._printed = step, self.state["seconds"]
 
     def pace(self, step: int) -> str:
-        """Return the speed since the last printed line and the time left, evaluations included."""
+        """Return the speed since the last printed line and the time left."""
         first, begun = self._begun
         text = f"  {short(self._rate)} tokens/s" if self._rate else ""
         if not first < step < self.plan.total_steps:
@@ -313,23 +318,16 @@ class Journal(pl.Callback):
         return f"{text}  {clock(each * (self.plan.total_steps - step))} left"
 
 
-class Checkpoints(pl.Callback):
-    """Saves ``last``, ``best`` and ``step_<N>`` after everything of a step is logged."""
+class Checkpoints(StepCallback):
+    """Save the checkpoints ``last``, ``best`` and ``step_<N>``."""
 
     def __init__(
         self, run: rundir.RunDir, plan: Plan, journal: Journal, keep_at: frozenset[int]
     ) -> None:
         self.run, self.plan, self.journal, self.keep_at = run, plan, journal, keep_at
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if not step_ended(trainer, batch_idx) or self.journal.state["status"] == "diverged":
+    def after_step(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        if self.journal.state["status"] == "diverged":
             return
         step, plan = trainer.global_step, self.plan
         at_end = step >= plan.total_steps or trainer.should_stop
@@ -341,11 +339,10 @@ class Checkpoints(pl.Callback):
             trainer.save_checkpoint(self.run.last)
 
 
-class Interrupts(pl.Callback):
-    """Finishes the step, saves and stops once a signal has asked to stop.
+class Interrupts(StepCallback):
+    """Save and stop at the end of the step in which a signal arrives.
 
-    Several processes finish the steps until the next rest, where they learn of each other's
-    signals, and stop together.
+    Several processes train on to the next step at which they synchronize, and stop together.
     """
 
     def __init__(self, run: rundir.RunDir, config: Config, plan: Plan) -> None:
@@ -355,37 +352,24 @@ class Interrupts(pl.Callback):
     def note(self, number: int) -> None:
         self.received = number
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if not step_ended(trainer, batch_idx):
-            return
-        if trainer.world_size > 1 and not is_rest(trainer.global_step, self.config, self.plan):
-            return
-        if self.agreed(trainer):
+    def after_step(self, trainer: pl.Trainer, module: LanguageModel) -> None:
+        is_sync = is_sync_step(trainer.global_step, self.config, self.plan)
+        if (trainer.world_size == 1 or is_sync) and self.agreed(trainer):
             trainer.save_checkpoint(self.run.last)
             trainer.should_stop = True
 
     def agreed(self, trainer: pl.Trainer) -> bool:
-        """Return whether any process had received a signal when asked; all must ask together.
-
-        A signal that comes while they agree is kept for the next time.
-        """
+        """Return whether any process has received a signal; all processes must ask together."""
         if trainer.world_size == 1:
             return self.received is not None
         number = torch.tensor(float(self.received or 0), device=trainer.strategy.root_device)
         received = int(trainer.strategy.reduce(number, reduce_op="max"))
-        self.received = received or self.received
+        self.received = received or self.received  # one may have arrived since: for the next time
         return received > 0
 
 
-class ProgressBar(pl.Callback):
-    """Draws a bar with loss, speed and time left on a terminal, four times a second."""
+class ProgressBar(StepCallback):
+    """Show the loss, the speed and the time left on a terminal, four times a second."""
 
     def __init__(self, bar: Progress, plan: Plan, journal: Journal) -> None:
         self.bar, self.plan, self.journal = bar, plan, journal
@@ -397,14 +381,7 @@ class ProgressBar(pl.Callback):
         self._task = self.bar.add_task("training", total=total, completed=done, words="")
         self.bar.start()
 
-    def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def after_step(self, trainer: pl.Trainer, module: LanguageModel) -> None:
         now = time.monotonic()
         if now < self._next or self._task is None:
             return

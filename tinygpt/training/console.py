@@ -1,4 +1,4 @@
-"""What a run prints: lines, a bar, the table at its end."""
+"""Print what a run is and does: lines, progress bars, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tinygpt.config.counting import count_parameters
 from tinygpt.data.survey import many
 from tinygpt.runs import rundir
 
-if TYPE_CHECKING:  # a sweep prints its errors before torch is imported
+if TYPE_CHECKING:  # a sweep must report mistakes without importing torch
     from tinygpt.data.datamodule import TokenData
     from tinygpt.training.hardware import Device
 
@@ -33,7 +33,7 @@ log = logging.getLogger("tinygpt")
 
 
 def short(number: float) -> str:
-    """Return a number with three digits: 1234567 → 1.23M."""
+    """Return a number to three digits: 1234567 → 1.23M."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
@@ -48,16 +48,14 @@ def clock(seconds: float) -> str:
 
 
 def make_bar(console: Console) -> Progress:
-    """Return a progress bar, redrawn four times a second by its own thread."""
-    return Progress(
+    """Return the progress bar of a training."""
+    columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:3.0f}%"),
         TextColumn("{task.fields[words]}", markup=False),
-        console=console,
-        transient=True,
-        refresh_per_second=4,
     )
+    return Progress(*columns, console=console, transient=True, refresh_per_second=4)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -71,14 +69,14 @@ class _ConsoleHandler(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Raise the error of a line that cannot be written; logging would print its stack."""
+        """Raise the error; logging would print its stack."""
         with fileio.naming(Path(self.baseFilename)):
             raise
 
 
 @contextlib.contextmanager
 def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
-    """Log to the console and, with the time, to run.log."""
+    """Log to the console and, with times, to run.log."""
     file = _LogFile(run.log, encoding="utf-8", errors="backslashreplace")
     file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), file]
@@ -88,18 +86,18 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
         log.addHandler(handler)
     try:
         yield
-    except Exception:  # the caller prints one line; the log has the whole of it
+    except Exception:  # the caller prints one line; the log gets the whole traceback
         with contextlib.suppress(OSError), run.log.open("a", encoding="utf-8") as trace:
             trace.write(traceback.format_exc())
         raise
-    except signals.Stopped as stopped:  # the same
+    except signals.Stopped as stopped:  # the caller prints this line, too
         log.removeHandler(handlers[0])
         log.info(stopped.line)
         raise
     finally:
         for handler in handlers:
             log.removeHandler(handler)
-            with contextlib.suppress(OSError):  # which has been said
+            with contextlib.suppress(OSError):  # which has been reported
                 handler.close()
 
 
@@ -107,25 +105,22 @@ def logging_to(console: Console, run: rundir.RunDir) -> Iterator[None]:
 def preparing(
     console: Console, data: DataConfig
 ) -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show a bar while the corpus is read, elsewhere a line; nothing if it comes from the cache."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
+    """Show a bar, or print a line, while a corpus is read; show nothing if it is cached."""
+    description = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), description, BarColumn(), DownloadColumn(), TimeRemainingColumn())
     name = Path(data.path.strip("[]")).name if isinstance(data, CustomData) else data.name
-    seen = console.is_interactive or console.is_jupyter  # elsewhere it leaves an empty line
-    with Progress(*columns, console=console, transient=True, disable=not seen) as bar:
-        task, told = bar.add_task(f"preparing {name}", total=None), list[str]()
+    live = console.is_interactive or console.is_jupyter  # elsewhere a bar leaves an empty line
+    with Progress(
+        *columns, TextColumn("left"), console=console, transient=True, disable=not live
+    ) as bar:
+        task, printed = bar.add_task(f"preparing {name}", total=None), False
 
         def show(what: str, done: int, total: int | None) -> None:
-            if not seen and not told:
-                told.append(name)
+            nonlocal printed
+            if not live and not printed:
+                printed = True
                 console.print(f"preparing {name} …", highlight=False)
-            if bar.tasks[0].description != what:  # of another speed
+            if bar.tasks[0].description != what:  # begins to measure the speed anew
                 bar.reset(task, description=what)
             bar.update(task, completed=done, total=total)
 
@@ -135,7 +130,7 @@ def preparing(
 def log_beginning(
     config: Config, run: rundir.RunDir, data: TokenData, device: Device, resuming: bool
 ) -> None:
-    """Log what is trained, on which text, on what machine and where."""
+    """Log the model, the text, the recipe, the machine and the folder of a run."""
     import torch
 
     from tinygpt.data import corpora
@@ -158,23 +153,22 @@ def log_beginning(
     lines.append(f"data    {corpora.describe(config.data)}")
     if index.get("survey"):
         lines += [f"        {line}" for line in Survey.read(index["survey"]).lines()]
-    for name, info in index["splits"].items():
-        if info:
-            others = {
-                "unknown_tokens": "unknown token",
-                "empty_documents": "empty document",
-                "left_out_documents": "skipped document",
-            }
-            odd = [many(info[key], words) for key, words in others.items() if info[key]]
-            documents = many(info["documents"], "document")
-            lines.append(
-                f"        {name:<5} {documents:>18}, {short(info['tokens'])} tokens, "
-                f"{info['bytes'] / 1e6:.3g} MB, {short(info['characters'])} characters"
-            )
-            lines += [f"{'':14}{', '.join(odd)}"] if odd else []
+    notable = {
+        "unknown_tokens": "unknown token",
+        "empty_documents": "empty document",
+        "left_out_documents": "skipped document",
+    }
+    for name, info in [item for item in index["splits"].items() if item[1]]:
+        lines.append(
+            f"        {name:<5} {many(info['documents'], 'document'):>18}, "
+            f"{short(info['tokens'])} tokens, {info['bytes'] / 1e6:.3g} MB, "
+            f"{short(info['characters'])} characters"
+        )
+        if counts := [many(info[key], words) for key, words in notable.items() if info[key]]:
+            lines.append(f"{'':14}{', '.join(counts)}")
     if duplicates := index["duplicates_of_validation_or_test"]:
         copies = many(duplicates, "training document")
-        lines.append(f"note    skipped {copies} that validation or test has too")
+        lines.append(f"note    skipped {copies} also found in validation or test")
     lines += [
         f"train   {short(plan.train_tokens)} tokens ({plan.train_tokens / max(1, used):.2g} epochs "
         f"of {short(used)}) in {many(plan.total_steps, 'step')} of {config.train.batch_tokens:,}",
@@ -193,7 +187,7 @@ def log_beginning(
 def report_finished(
     run: rundir.RunDir, results: dict[str, Any], console: Console
 ) -> dict[str, Any]:
-    """Print that the run is there already, and return its results."""
+    """Print that the run has ended before, and return its results."""
     console.print(
         f"already {results['status']}: val loss {_number(results['final_val_loss'])}; force=true "
         f"trains it again\nfolder  {run.path}",
@@ -208,11 +202,11 @@ def _number(value: float | None) -> str:
 
 
 def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console) -> None:
-    """Print what was trained, to which loss, where it is and what to try next."""
+    """Print what was trained, its losses, its folder and what to do next."""
     floor = results["irreducible_loss_exact"]
     initial, final = _number(results["initial_val_loss"]), _number(results["final_val_loss"])
-    seen = {"skipped step": "skipped_steps", "gradient spike": "grad_norm_spikes"}
-    counts = [f", {many(results[name], what)}" for what, name in seen.items() if results[name]]
+    events = {"skipped step": "skipped_steps", "gradient spike": "grad_norm_spikes"}
+    counts = [f", {many(results[name], what)}" for what, name in events.items() if results[name]]
     lines = {
         "trained": f"{short(results['model_parameters'])} parameters on "
         f"{short(results['train_tokens'])} tokens of {results['dataset']} in "
@@ -226,11 +220,12 @@ def print_summary(run: rundir.RunDir, results: dict[str, Any], console: Console)
         f"{_number(results['final_val_bits_per_byte'])}",
         "test loss": _number(results["test_loss"]),
     }
-    step, last, best = results["best_val_step"], results["total_steps"], run.checkpoints
-    if step is not None and step < last:  # a run that ended behind its best
+    step, last = results["best_val_step"], results["total_steps"]
+    best = run.checkpoints / "best.ckpt"
+    if step is not None and step < last:  # the final loss is not the best one
         loss = f"val loss {_number(results['best_val_loss'])} at step {step}"
-        if (best / "best.ckpt").exists():
-            lines["best"] = f"{best / 'best.ckpt'}: {loss}; final.ckpt is of step {last}"
+        if best.exists():
+            lines["best"] = f"{best}: {loss}; final.ckpt is of step {last}"
         elif step == 0:
             lines["best"] = f"{loss}, before training"
     lines |= {"files": str(run.path), "next": f"tensorboard --logdir {run.path.parent.parent}"}

@@ -1,4 +1,4 @@
-"""The corpus of a run, as its training had it."""
+"""Open the corpus that a run was trained on."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ def own_corpus(
     progress: Progress,
     instead: str = "",
 ) -> Prepared:
-    """Raises ConfigError where it is another now; the line ends with what to do ``instead``."""
+    """Return the prepared corpus of ``run``.
+
+    Raises ConfigError where it has changed since; the line ends with what to do ``instead``.
+    """
     cache = shards.cache_root(cache_dir or config.cache_dir)
-    corpus = corpora.open_corpus(config.data)
     wanted = config.tokenizer
-    if wanted.kind in shards.READ:  # from files that may be gone: the run has a copy
+    if wanted.kind in shards.READ:  # its files may be gone, but the run has a copy
         wanted = SavedTokenizer(path=str(run.tokenizer))
+    corpus = corpora.open_corpus(config.data)
     prepared = shards.prepare(corpus, config.data, wanted, cache, progress)
     index = prepared.index
-    now = {"tokenizer_fingerprint": index["tokenizer_fingerprint"]}
-    then = {"tokenizer_fingerprint": tokenizer.fingerprint()}
+    now = {"tokenizer": index["tokenizer_fingerprint"]}
+    then = {"tokenizer": tokenizer.fingerprint()}
     if run.results.exists():
         results = fileio.read_json(run.results, data_fingerprint=str, validation_fingerprint=str)
-        for name, split in (("data_fingerprint", "train"), ("validation_fingerprint", "val")):
+        for name, split in (("data", "train"), ("validation", "val")):
             now[name] = index["splits"][split]["fingerprint"]
-            then[name] = results[name]
-    if now != then:
-        differing = [name.removesuffix("_fingerprint") for name in then if now[name] != then[name]]
+            then[name] = results[f"{name}_fingerprint"]
+    if differing := [name for name in then if now[name] != then[name]]:
         raise ConfigError(
             f"data.path={getattr(config.data, 'path', config.data.name)}: not what {run.path} was "
             f"trained on, another {', '.join(differing)} by its fingerprint{instead}"

@@ -1,4 +1,4 @@
-"""Scoring: loss and accuracy of a model on a fixed set of tokens, every token once."""
+"""Compute the loss and accuracy of a model on a split, counting every token once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tinygpt.data.datamodule import IGNORED
 
 
 class Scored(Protocol):
-    """A GPT, or what has its methods."""
+    """Describe what is scored: a GPT, or an object with its methods."""
 
     training: bool
 
@@ -29,13 +29,13 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """``loss`` in nats per token; bits per byte and per character compare across tokenizers."""
+    """Hold the loss in nats per token, and bits, which compare across tokenizers."""
 
     loss: float
     accuracy: float
     bits_per_byte: float
     bits_per_char: float
-    standard_error: float = math.nan  # of the loss, as the windows scored differ
+    standard_error: float = math.nan  # of the loss, estimated from the windows scored
 
     @property
     def perplexity(self) -> float:
@@ -49,14 +49,14 @@ class Scores:
 
 
 class TokenScores(Metric):
-    """Sums the losses and hits of tokens, each counted once, over batches and processes.
+    """Sum losses and hits over batches and processes, in 64 bits where the device has them.
 
-    In 64 bits where the device has them.  A NaN is kept, as it must show.  The standard error of
-    the mean is that of a ratio, of losses to tokens, over the windows (Cochran 1977, section 2.11).
+    The standard error of the mean is that of a ratio of losses to tokens over the windows (Cochran
+    1977, section 2.11).
     """
 
     full_state_update = False
-    # (7,): of losses, right tokens, tokens; over windows of 1, loss², loss·tokens, tokens²
+    # (7,): sums of losses, hits, tokens; over windows, of 1, loss², loss·tokens, tokens²
     sums: Tensor
 
     def __init__(self, device: torch.device) -> None:
@@ -66,8 +66,7 @@ class TokenScores(Metric):
         self.to(device)
 
     def update(self, losses: Tensor, right: Tensor, scored: Tensor) -> None:
-        """Add windows: losses and whether the model was right, ``(B·T,)`` each, and which tokens
-        count, ``(B, T)``."""
+        """Add the losses and hits of a batch, ``(B·T,)`` each; ``scored`` ``(B, T)`` counts."""
         each, tokens = scored.flatten(), scored.sum(1, dtype=self.sums.dtype)
         counted = losses.to(self.sums.dtype).masked_fill(~each, 0)
         loss = counted.view(scored.shape).sum(1)
@@ -79,16 +78,15 @@ class TokenScores(Metric):
         """Return the mean loss, the accuracy, and the standard error of the loss, ``(3,)``."""
         tokens, windows, squares, products, lengths = self.sums[2:]
         loss, accuracy = self.sums[:2] / tokens
-        apart = (squares - 2 * loss * products + loss**2 * lengths).clamp(min=0)
-        error = (apart * windows / (windows - 1)).sqrt() / tokens  # of one window: no number
+        residual = (squares - 2 * loss * products + loss**2 * lengths).clamp(min=0)
+        error = (residual * windows / (windows - 1)).sqrt() / tokens  # NaN for one window
         return torch.stack((loss, accuracy, error))
 
 
 def scores_of(metric: TokenScores, info: dict[str, Any]) -> Scores:
-    """Return the scores of the split that ``info`` of the index describes.
+    """Return the scores of the split whose entry in the index is ``info``.
 
-    Bits per byte and per character divide the loss of all scored tokens, ends of text included, by
-    the bytes and characters of the documents.
+    The bits are those of all scored tokens, including the ends of documents.
     """
     loss, accuracy, error = metric.compute().tolist()
     bits = loss * scored_tokens(info) / math.log(2)
@@ -96,13 +94,8 @@ def scores_of(metric: TokenScores, info: dict[str, Any]) -> Scores:
 
 
 def scored_tokens(info: dict[str, Any]) -> int:
-    """Return how many tokens of a split count; the others are only context."""
-    return int(info["tokens"]) - _unscored(info)
-
-
-def _unscored(info: dict[str, Any]) -> int:
-    """Return how many tokens of a split are only context, in which case a row is a document."""
-    return len(info["unscored_ids"]) * info["documents"] if "unscored_ids" in info else 0
+    """Return how many tokens of a split are scored; the others are only context."""
+    return int(info["tokens"]) - len(info.get("unscored_ids", ())) * int(info["documents"])
 
 
 def score_batch(
@@ -110,11 +103,10 @@ def score_batch(
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Add a batch of inputs and targets, both ``(B, T)``, of a split to ``metric``.
 
-    Where each row is a document, the batch is cut to the longest.  Returns the model's scores of
-    the targets, ``(B·T,)`` each, and which targets count, ``(B, T)``.
+    Returns the model's scores of the targets, ``(B·T,)`` each, and which targets count, ``(B, T)``.
     """
     inputs, targets = batch
-    if _unscored(info):
+    if info.get("unscored_ids"):  # each row is a document: cut the batch to the longest
         width = 1 + int((targets != IGNORED).any(0).nonzero().max())
         inputs, targets = inputs[:, :width], targets[:, :width]
     inputs, targets = inputs.to(metric.device), targets.to(metric.device)
@@ -135,7 +127,7 @@ def score(
 ) -> Scores:
     """Score ``model`` on ``batches`` of inputs and targets, both ``(B, T)``, of a split.
 
-    ``watch`` is called for each batch with what ``score_batch`` returns.
+    ``watch`` is called with the result of ``score_batch`` for each batch.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""The device of a run, and what a process needs there: threads, memory, compilation."""
+"""Choose the device of a run, and set up threads, memory and compilation on it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from tinygpt.training.optim import make_optimizer
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
-LARGEST = 2**25  # glibc's limit; larger tensors come from the system as before
-SMALL = 2_000_000  # parameters: with fewer, one thread is enough
-GAIN = 1.2  # more threads must be this many times as fast
-TIMED = 2e9  # FLOPs of a timed block
-COMPILING_PAYS = 300.0  # seconds of training, uncompiled; compiling takes about a tenth of it
+MMAP_BYTES = 2**25  # glibc's limit; larger tensors come from the system as before
+SMALL = 2_000_000  # parameters: below, one thread is enough
+MIN_SPEEDUP = 1.2  # by which more threads must be faster
+TIMED_FLOPS = 2e9  # of a timed block
+COMPILING_PAYS = 300.0  # seconds of uncompiled training; compiling takes about a tenth of it
 
 
 @dataclass(frozen=True)
 class Device:
-    """What ``hardware`` and ``train.precision`` resolve to on this machine."""
+    """Hold what ``hardware`` and ``train.precision`` resolve to on this machine."""
 
     accelerator: str  # cpu, mps or cuda
     precision: str  # 32, 64, bf16-mixed or 16-mixed
@@ -61,9 +61,8 @@ class Device:
 def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
     """Return the device to compute on.  Raises ConfigError where the machine lacks it."""
     kind = usable_device(hardware.accelerator, "hardware.accelerator").type
-    allowed = {"cpu": ("32", "64", "bf16-mixed"), "mps": ("32",)}.get(
-        kind, ("32", "64", "bf16-mixed", "16-mixed")
-    )
+    full = ("32", "64", "bf16-mixed")
+    allowed = {"cpu": full, "mps": ("32",), "cuda": (*full, "16-mixed")}[kind]
     if precision == "auto":
         precision = "32"
         if kind == "cuda":
@@ -74,19 +73,17 @@ def resolve_device(hardware: HardwareConfig, precision: str) -> Device:
         )
     devices = hardware.devices
     if kind == "cuda":
-        there = torch.cuda.device_count()
-        if devices > there:
-            raise ConfigError(f"hardware.devices={devices}: this machine has {there}")
-        devices = there if devices == -1 else devices
+        count = torch.cuda.device_count()
+        if devices > count:
+            raise ConfigError(f"hardware.devices={devices}: this machine has {count}")
+        devices = count if devices == -1 else devices
     elif devices == -1:
         raise ConfigError(f"hardware.devices=-1: on {kind} say how many")
     if kind == "mps" and devices * hardware.num_nodes > 1:
         raise ConfigError(f"hardware.devices={devices}: mps has one device")
-    device = Device(kind, precision, devices, hardware.num_nodes)
-    if device.world_size == 1:
-        return device
-    device = dataclasses.replace(device, strategy="ddp")
-    return dataclasses.replace(device, rank=_rank(device))
+    strategy = "ddp" if devices * hardware.num_nodes > 1 else "auto"
+    device = Device(kind, precision, devices, hardware.num_nodes, strategy)
+    return device if strategy == "auto" else dataclasses.replace(device, rank=_rank(device))
 
 
 def _rank(device: Device) -> int:
@@ -98,25 +95,25 @@ def _rank(device: Device) -> int:
         assert isinstance(strategy, ParallelStrategy)
         assert strategy.cluster_environment is not None
         strategy.cluster_environment.validate_settings(device.devices, device.num_nodes)
-    except (RuntimeError, ValueError) as error:  # srun was asked for something else
+    except (RuntimeError, ValueError) as error:  # srun was asked for other numbers
         raise ConfigError(f"hardware.devices={device.devices}: {error}") from error
     return trainer.global_rank
 
 
 def placement(device: Device) -> dict[str, Any]:
     """Return the Trainer's arguments that say where it runs."""
+    ddp = device.strategy == "ddp"
     return {
         "accelerator": device.accelerator,
         "devices": device.devices,
         "num_nodes": device.num_nodes,
-        # buffers are constants
-        "strategy": DDPStrategy(broadcast_buffers=False) if device.strategy == "ddp" else "auto",
+        "strategy": DDPStrategy(broadcast_buffers=False) if ddp else "auto",  # they are constants
     }
 
 
 @contextlib.contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Hide Lightning's hints, which do not concern a user of this program."""
+    """Hide Lightning's hints, which are meant for its own users."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -126,14 +123,14 @@ def quiet_lightning() -> Iterator[None]:
 
 
 def set_up(hardware: HardwareConfig, device: Device) -> None:
-    """Set the threads and memory of this process, before a model is made.
+    """Set the threads and the allocator of this process, before a model is made.
 
-    Without ``hardware.threads``, processes side by side share torch's threads; a run alone
-    chooses later, with ``choose_threads``.  Raises ConfigError for what the device cannot do.
+    Without ``hardware.threads``, several processes divide the cores between them; a single process
+    chooses its threads later.  Raises ConfigError for what the device cannot do.
     """
     if hardware.compile == "on" and device.accelerator == "mps":
         raise ConfigError("hardware.compile=on: on mps one of auto, off")
-    _most_threads()
+    _default_threads()
     threads = hardware.threads
     if threads is None and device.devices > 1:
         share = max(1, (os.cpu_count() or 1) // device.devices)
@@ -143,25 +140,25 @@ def set_up(hardware: HardwareConfig, device: Device) -> None:
     if device.world_size > 1:
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # else Lightning sets its own
     if device.accelerator == "cpu":
-        keep_freed_memory()
+        _keep_freed_memory()
 
 
 @functools.cache
-def _most_threads() -> int:
-    """Return torch's own choice, which must be asked for before a run sets its number."""
+def _default_threads() -> int:
+    """Return torch's own number of threads; it must be asked before a run sets another."""
     return torch.get_num_threads()
 
 
 def choose_threads(
     config: Config, vocab_size: int, plan: Plan, device: Device, begun: dict[str, Any]
 ) -> str | None:
-    """Set the number of CPU threads where nobody gave it; return how it was chosen, in a line.
+    """Set the number of CPU threads unless it is given, and return a line that says why.
 
-    A resumed run, whose environment is ``begun``, keeps its number.  A small model takes one
-    thread: more gain little, and wait for one another where other programs run.  Of a larger one
-    a block is timed on one, half and all of torch's threads; more must be worth it.
+    A resumed run, whose environment is ``begun``, keeps its number.  A small model gets one thread:
+    more help little, and wait for one another where other programs run.  For a larger model, a
+    block is timed on one, half and all of torch's threads.
     """
-    most, hardware = _most_threads(), config.hardware
+    most, hardware = _default_threads(), config.hardware
     if hardware.threads is not None or device.accelerator != "cpu" or device.world_size > 1:
         return None
     if "threads" in begun:
@@ -171,30 +168,29 @@ def choose_threads(
         return None
     chosen, why = 1, "as the model is small"
     if count_parameters(config.model, vocab_size).total >= SMALL:
-        key = f"{config.model} {plan.micro_batch_size}"  # the runs of a sweep choose once
+        key = f"{config.model} {plan.micro_batch_size}"
         seconds = _block_times.setdefault(key, {})
         for count in [n for n in sorted({1, most // 2, most}) if n not in seconds]:
             torch.set_num_threads(count)
             seconds[count] = _block_seconds(config.model, plan)
         for count in sorted(seconds):
-            chosen = count if seconds[count] * GAIN < seconds[chosen] else chosen
+            chosen = count if seconds[count] * MIN_SPEEDUP < seconds[chosen] else chosen
         why = ", ".join(f"{1000 * s:.3g} ms a block on {n}" for n, s in sorted(seconds.items()))
     torch.set_num_threads(chosen)
     return f"{chosen} of {most}: {why}"
 
 
-_block_times: dict[str, dict[int, float]] = {}  # by model: seconds by the number of threads
+# Seconds by the number of threads, for each model, so that the runs of a sweep choose once.
+_block_times: dict[str, dict[int, float]] = {}
 
 
 def _block_seconds(model: ModelConfig, plan: Plan) -> float:
-    """Return the seconds of one forward and backward pass through a block of ``model``.
-
-    The pass takes as much of a micro-batch as needs about ten milliseconds.
-    """
+    """Return the seconds of a forward and backward pass of a block over part of a micro-batch."""
     with torch.random.fork_rng(devices=[]):
         block = Block(dataclasses.replace(model, dropout=0.0))
         size = sum(p.numel() for p in block.parameters())
-        tokens = int(min(plan.micro_batch_size * model.max_seq_len, max(16, TIMED / (6 * size))))
+        most = max(16, TIMED_FLOPS / (6 * size))  # about ten milliseconds
+        tokens = int(min(plan.micro_batch_size * model.max_seq_len, most))
         T = min(model.max_seq_len, tokens)
         x = torch.randn(tokens // T, T, model.d_model)
     rotary = None
@@ -209,7 +205,7 @@ def _block_seconds(model: ModelConfig, plan: Plan) -> float:
 
 
 def seconds_per_step(config: Config, vocab_size: int, plan: Plan, device: Device) -> float:
-    """Return the seconds of one optimizer step over random tokens, timed for a third of one."""
+    """Return the seconds of one optimizer step over random tokens."""
     model = GPT(config.model, vocab_size).to(device.accelerator)
     optimizer = make_optimizer(model, config.optim, fused=False)
     shape = (plan.micro_batch_size, config.model.max_seq_len + 1)
@@ -227,7 +223,7 @@ def seconds_per_step(config: Config, vocab_size: int, plan: Plan, device: Device
 
 
 def _mean_seconds(work: Callable[[], object], seconds: float, least: int = 1) -> float:
-    """Return the mean time of ``work``, as other programs slow some calls but not all."""
+    """Return the mean seconds of calling ``work`` for ``seconds``, at least ``least`` times."""
     begun, times = time.perf_counter(), 0
     while times < least or time.perf_counter() - begun < seconds:
         work()
@@ -237,21 +233,19 @@ def _mean_seconds(work: Callable[[], object], seconds: float, least: int = 1) ->
     return (time.perf_counter() - begun) / times
 
 
-def keep_freed_memory() -> bool:
-    """Make malloc keep freed memory for the next step; return whether it can (glibc).
+def _keep_freed_memory() -> None:
+    """Make glibc's malloc keep freed memory for the next step.
 
-    It would give tensors back to the system, which zeroes every page of them anew when the next
-    step asks: up to a third of the time of a small step.
+    Otherwise the system would zero every page again, up to a third of the time of a small step.
     """
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # not glibc
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+        mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def peak_memory(accelerator: str) -> int | None:
-    """Return the most bytes that CUDA had allocated, or that this process had resident."""
+    """Return the peak of the bytes allocated on CUDA, or resident in this process."""
     if accelerator == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -265,14 +259,14 @@ def peak_memory(accelerator: str) -> int | None:
 def numerics(
     config: Config, vocab_size: int, plan: Plan, device: Device, begun: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what decides the last bits of a result, as environment.json keeps it.
+    """Return what decides the last bits of a result, for environment.json.
 
-    A resumed run, whose environment is ``begun``, keeps what ``auto`` was then.  ``auto`` compiles
-    on one CUDA device where the run is long enough to pay for it.
+    ``auto`` compiles on one CUDA device if the run is long enough to pay for it.  A resumed run,
+    whose environment is ``begun``, keeps its choice.
     """
     compiled = config.hardware.compile
     if compiled == "auto":
-        compiled = "off" if begun.get("compile", "off") == "off" else "on"  # once, "whole" too
+        compiled = "off" if begun.get("compile", "off") == "off" else "on"  # it once was "whole"
         if "compile" not in begun and device.accelerator == "cuda" and device.world_size == 1:
             seconds = plan.total_steps * seconds_per_step(config, vocab_size, plan, device)
             compiled = "on" if seconds > COMPILING_PAYS else "off"

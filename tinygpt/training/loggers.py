@@ -1,9 +1,8 @@
-"""The loggers beside metrics.csv: TensorBoard, Weights & Biases, MLflow.
+"""Log runs to TensorBoard, Weights & Biases and MLflow.
 
-Each logs the configuration, every line of metrics, every sample and the outcome.  The x axis is
-training tokens; FLOPs and seconds can take its place.  When a run begins or resumes, all of its
-history is logged again, so that a run that was interrupted, or that branched off another, is one
-curve from its first step, with nothing twice.
+Each logger gets the configuration, every line of metrics, every sample and the outcome, against
+training tokens.  When a run begins or resumes, its whole history is logged again, so that a run
+that was interrupted, or branched off another, is one curve from its first step, without repeats.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import filelock
@@ -43,8 +41,8 @@ log = logging.getLogger("tinygpt")
 
 # mlflow is last: imported before the others, it would not find them later
 LIBRARIES = {"wandb": ["wandb"], "mlflow": ["alembic", "sqlalchemy", "mlflow"]}
-# The results by which runs are compared, and their names in TensorBoard: its HParams page shows the
-# first five in the alphabet.
+# The results that compare runs, with their names in TensorBoard, whose HParams page shows the first
+# five in alphabetical order.
 OUTCOME = {
     "final_val_loss": "loss",
     "best_val_loss": "loss_best",
@@ -53,15 +51,15 @@ OUTCOME = {
     "final_val_accuracy": "token_accuracy",
     "tokens_per_second": "tokens_per_second",
 }
-# TensorBoard's pages of curves sort digits before all else, so its groups have numbers and the
-# results come after them; its HParams page sorts plain text, in which "(" is before any digit.
+# TensorBoard sorts curves digits first, so that the numbered groups precede the results, but the
+# HParams page sorts plain text, in which "(" comes before digits.
 LOSSES, BY_COMPUTE, FINAL = "1 loss", "2 loss by MFLOPs", "(final)"
 GROUPS = {"train": "3 train", "val": "4 val"}
-WIDTH = 120  # characters of a line of a sample: TensorBoard does not wrap them
+WIDTH = 120  # characters per line of a sample: TensorBoard does not wrap them
 
 
 class Progress(NamedTuple):
-    """How far a run is, by all that can be an x axis."""
+    """Hold how far a run is, in each unit that can be an x axis."""
 
     tokens: int
     flops: float
@@ -69,7 +67,7 @@ class Progress(NamedTuple):
 
 
 class RunLogger(Protocol):
-    """One run in one of the loggers; ``status`` is success, failed or KILLED."""
+    """Log one run; the ``status`` of ``close`` is success, failed or KILLED."""
 
     def log_line(self, values: Mapping[str, float], at: Progress) -> None: ...
 
@@ -81,7 +79,7 @@ class RunLogger(Protocol):
 
 
 class Loggers:
-    """The loggers of a run, none until ``begin``."""
+    """Log a run to the loggers that ``begin`` opens."""
 
     def __init__(self) -> None:
         self.open: list[RunLogger] = []
@@ -98,11 +96,10 @@ class Loggers:
         floor: float | None,
         texts: Mapping[int, str],
     ) -> None:
-        """Open the loggers that ``config.logger`` asks for and log the history of the run.
+        """Open the loggers of ``config.logger`` and log the history of the run.
 
-        ``sizes`` is what the results will say of the run's size, ``floor`` the exact loss of the
-        source if it is known, ``texts`` the samples so far by tokens.  Raises ConfigError where a
-        logger cannot be had.
+        ``sizes`` are the sizes in results.json, ``floor`` is the exact loss of the source if known,
+        ``texts`` are the samples so far by tokens.  Raises ConfigError if a logger cannot open.
         """
         self._flops_per_token = sizes["flops_exact"] / sizes["train_tokens"]
         self._floor = floor
@@ -126,7 +123,7 @@ class Loggers:
                 self.log_text(texts[self._at.tokens])
 
     def log_line(self, row: Mapping[str, float | None]) -> None:
-        """Log a line of metrics.csv, ``row``; what was not measured is None or not there."""
+        """Log a row of metrics.csv, in which None was not measured."""
         known = {name: value for name, value in row.items() if value is not None}
         del known["step"]
         tokens = int(known.pop("tokens"))
@@ -138,7 +135,7 @@ class Loggers:
             logger.log_line(values, self._at)
 
     def log_text(self, text: str) -> None:
-        """Log a sample of the model as it was at the last line, once."""
+        """Log the sample that belongs to the last line, once."""
         if self._at.tokens == self._sampled:
             return
         self._sampled = self._at.tokens
@@ -153,22 +150,19 @@ class Loggers:
     def __enter__(self) -> Loggers:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        interrupted = isinstance(error, SystemExit)
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        failed = "KILLED" if isinstance(error, SystemExit) else "failed"
         for logger in self.open:
-            logger.close("success" if error is None else "KILLED" if interrupted else "failed")
+            logger.close("success" if error is None else failed)
         self.open = []
 
 
 def check_loggers(config: Config) -> None:
     """Raise ConfigError where a logger's library or MLflow's server is missing."""
+    uri = ""
     if config.logger.mlflow is not None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read at its first import
+        uri = mlflow_uri(config)
     for name, libraries in LIBRARIES.items():
         if getattr(config.logger, name) is not None:
             try:
@@ -176,14 +170,12 @@ def check_loggers(config: Config) -> None:
                     importlib.import_module(library)
             except ImportError as error:
                 raise ConfigError(f"logger={name}: needs {install(name)}") from error
-    if config.logger.mlflow is not None:
-        uri = mlflow_uri(config)
-        if uri.startswith("http") and not reachable(uri):  # MLflow would try for minutes
-            raise ConfigError(f"logger.mlflow.tracking_uri={uri}: nothing answers there")
+    if uri.startswith("http") and not reachable(uri):  # MLflow would try for minutes
+        raise ConfigError(f"logger.mlflow.tracking_uri={uri}: nothing answers there")
 
 
 def _tag(name: str) -> str:
-    """Return a column of metrics.csv as a tag in a group: ``val_loss`` → ``val/loss``."""
+    """Return the tag of a column of metrics.csv: ``val_loss`` → ``val/loss``."""
     split, _, rest = name.partition("_")
     return f"{split}/{rest}" if split in ("train", "val") else f"train/{name}"
 
@@ -194,20 +186,18 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 class Board:
-    """A run in TensorBoard: curves, samples and a line of the HParams page.
+    """Write a run to TensorBoard: curves, samples and a row of the HParams page.
 
-    A new event file purges the earlier ones.  Step is training tokens.  The time of a point is
-    when it would have been had the run only trained, without a break, so *Relative* is training
-    time.  FLOPs, which must be whole numbers below 2^63, are the steps of a group of their own.
-    The losses are the first group and the results the last; on the HParams page the keys that
-    differ come first, then the sizes they lead to, then the final loss.
+    A new event file purges the earlier ones.  The step of a point is in training tokens; its time
+    leaves out interruptions and evaluations, so *Relative* is training time.  A second group plots
+    the losses against MFLOPs, as steps must be whole numbers below 2^63.
     """
 
     def __init__(
         self, folder: Path, params: Mapping[str, Any], flush_seconds: int, began: float
     ) -> None:
         self.began = began
-        # TensorBoard reads files in the order of their names: whole seconds, then the process
+        # TensorBoard sorts files by name: by whole seconds, then by process
         if any(folder.glob(f"events.*.{int(time.time())}.*")):
             time.sleep(1 - time.time() % 1)
         self.writer = SummaryWriter(str(folder), purge_step=0, flush_secs=flush_seconds)
@@ -241,7 +231,7 @@ class Board:
 
     def log_text(self, text: str, tokens: int) -> None:
         lines = (textwrap.fill(line, WIDTH) for line in text.splitlines())
-        # indented, it is code: what looks like Markdown is the model's
+        # indented, so that Markdown in it is shown as it is
         self.writer.add_text("samples", textwrap.indent("\n".join(lines), " " * 4), tokens)
 
     def log_outcome(self, outcome: Mapping[str, float], status: str, at: Progress) -> None:
@@ -263,31 +253,31 @@ class Board:
 
 
 class WandbRun:
-    """A run in Weights & Biases.
+    """Log a run to Weights & Biases.
 
-    Offline, it is one folder in ``wandb/``, made anew as all is logged again; online, it resumes
-    after its last step.
+    An offline run is one folder in ``wandb/``, made anew each time; an online run resumes after its
+    last step.
     """
 
     def __init__(self, config: Config, run: rundir.RunDir, params: Mapping[str, Any]) -> None:
         import wandb
 
-        wanted = config.logger.wandb
-        assert wanted is not None
+        settings = config.logger.wandb
+        assert settings is not None
         for old in run.path.glob("wandb/offline-run-*"):
             shutil.rmtree(old)
         try:
             self.run = wandb.init(
-                project=wanted.project,
-                entity=wanted.entity,
+                project=settings.project,
+                entity=settings.entity,
                 name=config.run_name,
                 id=fileio.digest([config.study, config.run_name])[:16],
                 group=config.study,
                 dir=run.path,
-                mode="offline" if wanted.offline else "online",
+                mode="offline" if settings.offline else "online",
                 resume="allow",
                 reinit="create_new",  # several train in this process, some of them at once
-                settings=wandb.Settings(console="off", silent=wanted.offline),
+                settings=wandb.Settings(console="off", silent=settings.offline),
             )
         except wandb.Error as error:
             raise ConfigError(f"logger.wandb: {first_line(error)}") from error
@@ -318,18 +308,17 @@ class WandbRun:
 
 
 def mlflow_uri(config: Config) -> str:
-    """Return where MLflow logs to: by default a database in ``output_dir``."""
+    """Return MLflow's tracking URI, by default that of a database in ``output_dir``."""
     assert config.logger.mlflow is not None
     database = (Path(config.output_dir).absolute() / "mlflow.db").as_posix()
     return config.logger.mlflow.tracking_uri or f"sqlite:///{database}"
 
 
 class MlflowRun:
-    """A run in MLflow: the one that this folder was logged to before, if it is still there.
+    """Log a run to MLflow, to the same MLflow run as before if it still exists.
 
-    MLflow keeps all that it is given, so each step is logged once: what a resumed run repeats is
-    there already, and the same.  Where it fails half way, the training continues without it.
-    Raises ConfigError where its store cannot be had.
+    MLflow keeps everything it is given, so each step is logged only once.  If it fails half way,
+    the training continues without it.  Raises ConfigError if its store cannot be opened.
     """
 
     def __init__(self, config: Config, run: rundir.RunDir, params: Mapping[str, Any]) -> None:
@@ -339,14 +328,13 @@ class MlflowRun:
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # it reports every table it makes
         self.lost, uri = False, mlflow_uri(config)
         is_local = not uri.startswith("http")
-        # jobs of a sweep that begin at once must not all make the database and the experiment
+        # the jobs of a sweep must not make the database and the experiment at the same time
         lock = filelock.FileLock(Path(config.output_dir) / ".mlflow.lock")
         try:
             with lock if is_local else contextlib.nullcontext():
                 self._open(config, run, uri, is_local)
         except (MlflowException, SQLAlchemyError, OSError) as error:
-            line = f"logger.mlflow.tracking_uri={uri}: {first_line(error)}"
-            raise ConfigError(line) from error
+            raise ConfigError(f"logger.mlflow.tracking_uri={uri}: {first_line(error)}") from error
         if self.logged_until < 0:
             self._try(self.logger.log_hyperparams, dict(params))
 
@@ -386,7 +374,7 @@ class MlflowRun:
         self._try(self.logger.finalize, status)
 
     def _try(self, call: Callable[..., object], *arguments: Any) -> None:
-        """Call it, unless one failed before: with a server that is gone each try takes minutes."""
+        """Call MLflow unless it has failed before: each try of a lost server takes minutes."""
         from mlflow.exceptions import MlflowException
 
         if self.lost:
@@ -394,14 +382,12 @@ class MlflowRun:
         try:
             call(*arguments)
         except MlflowException as error:
-            self.lost = True
-            log.warning(
-                "MLflow fails: %s; from here on only metrics.csv is kept", first_line(error)
-            )
+            self.lost, line = True, "MLflow fails: %s; from here on only metrics.csv is kept"
+            log.warning(line, first_line(error))
 
 
 def _known_run(run: rundir.RunDir, uri: str) -> str | None:
-    """Return the id of the MLflow run of this folder, if it is still in that store."""
+    """Return the id of this folder's MLflow run if it is still in the store."""
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 

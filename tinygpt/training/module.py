@@ -1,4 +1,4 @@
-"""The LightningModule: the model, its loss and its optimizer."""
+"""Train a GPT as a LightningModule: the model, its loss and its optimizer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tinygpt.training.optim import make_optimizer, rate_factor
 
 
 class StepStats:
-    """Statistics of the optimizer steps since the last log line: tensors on the device.
+    """Hold statistics of the steps since the last log line, as scalars on the device.
 
-    ``loss_sum`` is summed over the steps; ``grad_norm_max`` is the largest gradient norm before
-    clipping, NaN if one was; ``skipped`` counts the steps that were not taken.
+    ``loss_sum`` is the sum of losses, ``grad_norm_max`` the largest gradient norm before clipping
+    (NaN if one was), ``skipped`` the number of steps not taken.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class StepStats:
         self.loss_sum, self.grad_norm_max, self.skipped = (zero.clone() for _ in range(3))
 
     def update(self, grad_norm: Tensor, skips: bool) -> None:
-        """Record a step with this gradient norm; with ``skips`` it is not taken unless finite."""
+        """Record the gradient norm of a step; with ``skips``, count it as skipped if not finite."""
         if skips:
             finite = grad_norm.isfinite()
             self.skipped += ~finite
@@ -45,10 +45,9 @@ class StepStats:
 class LanguageModel(pl.LightningModule):
     """Train a GPT to predict the next token.
 
-    ``config`` is a configuration or the plain dict of one, as checkpoints hold it.  The model is
-    built at once where ``vocab_size`` is given, else by ``setup`` for the tokenizer of the data.
-    ``stats`` gathers the statistics of the steps since the last log line on the device, so that
-    no step waits for it; whoever logs begins new ones.
+    ``config`` may be a plain dict, as in checkpoints.  The model is built at once if ``vocab_size``
+    is given, else by ``setup``, for the tokenizer of the data.  Whoever logs ``stats`` replaces
+    them with new ones.
     """
 
     model: GPT
@@ -67,8 +66,7 @@ class LanguageModel(pl.LightningModule):
         self.save_hyperparameters({"config": plain, "vocab_size": vocab_size})
         self.stats = StepStats(torch.device("cpu"))
         self.grad_norm: Tensor | None = None
-        # whether a step with a gradient that is not finite is left out
-        self.skips = self.config.train.skip_nonfinite
+        self.skips = self.config.train.skip_nonfinite  # steps whose gradient is not finite
         self.scores: Scores | None = None  # of the last validation or test
         self._passes: list[Tensor] = []  # losses of a step that may yet be skipped
         self._logged_step = 0
@@ -76,7 +74,7 @@ class LanguageModel(pl.LightningModule):
             self.build(vocab_size)
 
     def build(self, vocab_size: int, weights: dict[str, Tensor] | None = None) -> None:
-        """Make the model, with ``weights`` or as the seed draws them, and LoRA's adapters."""
+        """Make the model, with the given or random weights, and LoRA's adapters."""
         self.hparams["vocab_size"] = vocab_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -90,7 +88,7 @@ class LanguageModel(pl.LightningModule):
 
     @property
     def data(self) -> TokenData:
-        """Return the data module of the Trainer.  Raise ConfigError unless it is a TokenData."""
+        """Return the Trainer's data module.  Raises ConfigError unless it is a TokenData."""
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, TokenData):
             raise ConfigError("LanguageModel: needs TokenData, as in Trainer.fit(model, data)")
@@ -101,7 +99,7 @@ class LanguageModel(pl.LightningModule):
         if not hasattr(self, "model"):
             vocab_size = self.data.prepared.tokenizer.vocab_size
             self.build(vocab_size, initial_weights(self.config, vocab_size))
-        if self.trainer.precision == "64-true":  # Lightning does so after loading: too late
+        if self.trainer.precision == "64-true":  # Lightning does it after loading: too late
             self.double()
 
     def on_fit_start(self) -> None:
@@ -121,8 +119,8 @@ class LanguageModel(pl.LightningModule):
         inputs, targets = batch
         seeds = None
         if self.config.model.dropout > 0:
-            # dropout too is a function of (seed, step) and of the sequence's place in the batch,
-            # so a resumed run drops the same units, and so does one on other hardware
+            # dropout is a function of (seed, step) and of the place in the batch, so that a run
+            # drops the same units when it is resumed and on other hardware
             step, pass_ = divmod(batch_idx, self.trainer.accumulate_grad_batches)
             first = (pass_ * self.trainer.world_size + self.global_rank) * len(inputs)
             seeds = dropout_seeds(self.config.seed, step, first, len(inputs)).to(inputs.device)
@@ -138,23 +136,25 @@ class LanguageModel(pl.LightningModule):
         self._metric = TokenScores(self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        score_batch(self.model, batch, self.data.splits["val"].info, self._metric)
+        score_batch(self.model, batch, self.data.splits[self._split].info, self._metric)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores("val")
+        self.scores = scores_of(self._metric, self.data.splits[self._split].info)
+        for name, value in self.scores.named(self._split).items():
+            exact = torch.tensor(value, dtype=self._metric.sums.dtype, device=self.device)
+            self.log(name, exact, prog_bar=name == "val_loss")
 
-    def on_test_epoch_start(self) -> None:
-        self._metric = TokenScores(self.device)
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        score_batch(self.model, batch, self.data.splits["test"].info, self._metric)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
+    @property
+    def _split(self) -> str:
+        return "test" if self.trainer.testing else "val"
 
     def validate(self) -> Scores:
         """Run Lightning's validation loop in the middle of training."""
-        # as Lightning does at its own intervals: the validation has batches of its own to count
+        # as Lightning does at its own intervals; the validation loop counts its own batches
         connector = self.trainer._logger_connector
         first_batch = connector._first_loop_iter
         self.trainer.validating = True
@@ -164,20 +164,13 @@ class LanguageModel(pl.LightningModule):
         assert self.scores is not None
         return self.scores
 
-    def _log_scores(self, split: str) -> None:
-        self.scores = scores_of(self._metric, self.data.splits[split].info)
-        for name, value in self.scores.named(split).items():
-            exact = torch.tensor(value, dtype=self._metric.sums.dtype, device=self.device)
-            self.log(name, exact, prog_bar=name == "val_loss")
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adapt a checkpoint from other hardware, or of a longer run, to this run.
+        """Adapt a checkpoint of other hardware, or of a longer run, to this run.
 
-        Lightning counts passes, and on other hardware a step may take another number of them.  The
-        learning rate of the next step, which the optimizer keeps, differs where this run is
-        shorter than the one that it branched off.
+        Lightning counts passes, of which a step may take another number here.  The optimizer keeps
+        the rate of the next step, which differs if this run is shorter than its trunk.
         """
-        if self.plan is None or "optimizer_states" not in checkpoint:  # the weights alone count
+        if self.plan is None or "optimizer_states" not in checkpoint:  # only the weights are used
             return
         factor = self.rate(checkpoint["global_step"]) / self.config.optim.learning_rate
         for state in checkpoint["optimizer_states"]:
@@ -199,7 +192,7 @@ class LanguageModel(pl.LightningModule):
         self.grad_norm = torch.nn.utils.clip_grad_norm_(
             [p for group in optimizer.param_groups for p in group["params"]],
             float("inf") if limit is None else limit,
-            # on the CPU, too, one call for all, which torch chooses by itself on CUDA alone
+            # one call for all: by itself, torch does so on CUDA only
             foreach=True if self.device.type == "cpu" else None,
         )
         self.stats.update(self.grad_norm, self.skips)
@@ -207,12 +200,12 @@ class LanguageModel(pl.LightningModule):
             if self.grad_norm.isfinite():  # waits for the device
                 self.stats.loss_sum += sum(self._passes)
             else:
-                optimizer.zero_grad()  # without gradients it changes neither weights nor state
+                optimizer.zero_grad()  # without gradients, a step changes nothing
             self._passes.clear()
         self._log_stats(self.trainer.global_step + 1)
 
     def _log_stats(self, step: int) -> None:
-        """Log the statistics of the steps since the last time, as often as the Trainer logs."""
+        """Log and reset the statistics, as often as the Trainer logs."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and step % every == 0:
             stats, steps = self.stats, step - self._logged_step
@@ -222,24 +215,20 @@ class LanguageModel(pl.LightningModule):
             self.stats, self._logged_step = StepStats(self.device), step
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of optimizer step ``step``, of which 0 is the first."""
-        plan = self.plan
-        assert plan is not None
-        factor = rate_factor(
-            step, self.config.schedule, total_steps=plan.total_steps, warmup_steps=plan.warmup_steps
-        )
+        """Return the learning rate of optimizer step ``step``, counted from 0."""
+        assert self.plan is not None
+        total, warmup = self.plan.total_steps, self.plan.warmup_steps
+        factor = rate_factor(step, self.config.schedule, total_steps=total, warmup_steps=warmup)
         return self.config.optim.learning_rate * factor
 
     def make_optimizer(self, *, fused: bool) -> tuple[torch.optim.Optimizer, LambdaLR]:
-        """Return the optimizer and its schedule, which is stepped once an optimizer step."""
+        """Return the optimizer and its schedule, which steps once per optimizer step."""
         optimizer = make_optimizer(self.model, self.config.optim, fused=fused)
         peak = self.config.optim.learning_rate
         return optimizer, LambdaLR(optimizer, lambda step: self.rate(step) / peak)
 
     def configure_optimizers(self) -> Any:
-        on_device = self.device.type in ("cpu", "cuda")
-        # gradients must be unscaled before they are clipped, which fused optimizers do too late
-        optimizer, schedule = self.make_optimizer(
-            fused=on_device and self.trainer.precision != "16-mixed"
-        )
+        # gradients must be unscaled before they are clipped; fused optimizers unscale them later
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed"
+        optimizer, schedule = self.make_optimizer(fused=fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules."""
+"""Make optimizers and compute learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tinygpt.model.gpt import GPT
 
 
 def rate_factor(step: int, config: ScheduleConfig, *, total_steps: int, warmup_steps: int) -> float:
-    """Return the learning rate of optimizer step ``step`` (0 is the first) over its peak.
+    """Return the learning rate of optimizer step ``step``, counted from 0, relative to its peak.
 
-    Linear warmup reaches the peak at step ``warmup_steps - 1``; a decay ends with ``min_ratio``
+    Linear warmup reaches the peak at step ``warmup_steps - 1``; a decay reaches ``min_ratio``
     exactly at the last step.  Cosine: Loshchilov & Hutter 2017; wsd: Hu et al. 2024.
     """
     if step < warmup_steps:
@@ -63,41 +63,36 @@ def check_optimizer(config: OptimConfig) -> None:
 
 
 def parameter_groups(model: GPT, config: OptimConfig) -> list[dict[str, Any]]:
-    """Return the parameter groups with their rates and weight decays.
+    """Return the parameter groups with their learning rates and weight decays.
 
-    Matrices are decayed, norms and biases never, embeddings if ``decay_embeddings``.  Where the
-    matrices inside the blocks have a rate of their own, they are the first group.  A rate that is
-    divided by the width ratio has its decay multiplied by it, so that a step decays by
-    rate · weight_decay at any width ("independent weight decay", Wortsman et al. 2023).
+    Matrices are decayed, norms and biases never, embeddings if ``decay_embeddings``.  The matrices
+    in the blocks are the first group if they have their own rate.  Where the width ratio divides a
+    rate, it multiplies the decay, so that a step decays weights equally at any width ("independent
+    weight decay", Wortsman et al. 2023).
     """
     ratio = width_ratio(model.config) if rate_is_scaled(model.config, config) else 1.0
     hidden = {id(matrix) for matrix in model.hidden_matrices()}
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
-    }
-    apart: list[nn.Parameter] = []
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    scaled: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:  # under LoRA
             continue
         is_matrix = parameter.ndim >= 2
-        wanted = is_matrix and (config.decay_embeddings or id(parameter) not in embeddings)
+        decays = is_matrix and (config.decay_embeddings or id(parameter) not in embeddings)
         if id(parameter) in hidden and (ratio != 1 or isinstance(config, MuonOptim)):
-            apart.append(parameter)
+            scaled.append(parameter)
         else:
-            (decayed if wanted else plain).append(parameter)
+            (decayed if decays else plain).append(parameter)
     rate, decay = config.learning_rate, config.weight_decay
     rest = config.adam_learning_rate if isinstance(config, MuonOptim) else rate
-    groups = [(apart, rate / ratio, decay * ratio), (decayed, rest, decay), (plain, rest, 0.0)]
+    groups = [(scaled, rate / ratio, decay * ratio), (decayed, rest, decay), (plain, rest, 0.0)]
     return [{"params": some, "lr": lr, "weight_decay": wd} for some, lr, wd in groups if some]
 
 
-class Stepping(torch.optim.Optimizer):
-    """An optimizer whose ``step`` calls the closure, then ``move``s the weights."""
+class ClosureOptimizer(torch.optim.Optimizer):
+    """Call the closure in ``step``, then ``update`` the weights."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -105,15 +100,15 @@ class Stepping(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.move()
+        self.update()
         return loss
 
-    def move(self) -> None:
+    def update(self) -> None:
         raise NotImplementedError
 
 
-class Lion(Stepping):
-    """Moves each weight by the learning rate, along the sign of a mean of gradients.
+class Lion(ClosureOptimizer):
+    """Move each weight by the learning rate, along the sign of a mean of gradients.
 
     Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", with decoupled decay:
     u = sign(b1·m + (1 - b1)·g);  w = w·(1 - rate·decay) - rate·u;  m = b2·m + (1 - b2)·g.
@@ -122,45 +117,43 @@ class Lion(Stepping):
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]) -> None:
         super().__init__(groups, {"betas": betas})
 
-    def move(self) -> None:
+    def update(self) -> None:
         for group in self.param_groups:
             params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._move(params, group)
-
-    def _move(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        gradients = [p.grad for p in params if p.grad is not None]
-        momenta = [self.state[p]["momentum"] for p in params]
-        of_step, of_momentum = group["betas"]
-        updates = torch._foreach_lerp(gradients, momenta, of_step)
-        torch._foreach_sign_(updates)
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, updates, alpha=-group["lr"])
-        torch._foreach_lerp_(momenta, gradients, 1 - of_momentum)
+            if not params:  # the foreach functions need some
+                continue
+            gradients = [p.grad for p in params if p.grad is not None]
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
+            beta1, beta2 = group["betas"]
+            updates = torch._foreach_lerp(gradients, momenta, beta1)
+            torch._foreach_sign_(updates)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+            torch._foreach_lerp_(momenta, gradients, 1 - beta2)
 
 
-class MuonWithAdam(Stepping):
-    """torch's Muon for the first group, torch's AdamW for the others, as one optimizer.
+class MuonWithAdam(ClosureOptimizer):
+    """Combine torch's Muon for the first group and its AdamW for the others in one optimizer.
 
-    Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") makes
-    the momentum of a matrix orthogonal.  This object owns groups and state, which the two inner
-    optimizers borrow for a step, so a schedule and a checkpoint see one optimizer.
+    Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") makes the
+    momentum of a matrix orthogonal.  The two inner optimizers borrow groups and state for a step,
+    so that a schedule and a checkpoint see one optimizer.
     """
 
     def __init__(
         self, groups: list[dict[str, Any]], muon: dict[str, Any], adam: dict[str, Any]
     ) -> None:
-        # "original": a step's spectral norm is the rate's, whatever the width, so one rate fits
-        # models of all sizes; "match_rms_adamw" lets it grow with the square root of the width.
+        # "original": the spectral norm of a step does not depend on the width, so one rate fits
+        # all sizes; with "match_rms_adamw" it grows with the square root of the width.
         self.muon = torch.optim.Muon(groups[:1], adjust_lr_fn="original", **muon)
         self.adam = torch.optim.AdamW(groups[1:], **adam)
         super().__init__(self.muon.param_groups + self.adam.param_groups, {})
 
-    def move(self) -> None:
-        # load_state_dict puts new objects in place of these
+    def update(self) -> None:
+        # anew for each step, as load_state_dict replaces these objects
         groups = self.param_groups
         self.muon.param_groups, self.adam.param_groups = groups[:1], groups[1:]
         self.muon.state = self.adam.state = self.state
@@ -169,30 +162,25 @@ class MuonWithAdam(Stepping):
 
 
 def make_optimizer(model: GPT, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
-    """Return the optimizer of ``model``; ``fused`` where torch has a fused one."""
+    """Return the optimizer of ``model``, ``fused`` if asked and torch has a fused version."""
     groups, rate = parameter_groups(model, config), config.learning_rate
     if isinstance(config, SgdOptim):
         return torch.optim.SGD(
             groups, lr=rate, momentum=config.momentum, nesterov=config.nesterov, fused=fused
         )
     if isinstance(config, AdafactorOptim):
-        # torch squares the first eps where the paper has 1e-30; torch's default for it would
-        # also stand in for the mean square of any gradient below 3e-4
+        # torch squares the first eps, which is 1e-30 in the paper; torch's default would also hide
+        # the mean square of gradients below 3e-4
         eps = (1e-15, config.least_rms)
         decay, limit = config.beta2_decay, config.clip_threshold
         return torch.optim.Adafactor(groups, lr=rate, beta2_decay=decay, eps=eps, d=limit)
     assert isinstance(config, (AdamOptim, LionOptim, MuonOptim))
-    first, second = config.betas
-    betas = (first, second)
+    betas = (config.betas[0], config.betas[1])
     if isinstance(config, LionOptim):
         return Lion(groups, betas)
     if isinstance(config, MuonOptim):
         check_optimizer(config)
-        muon = {
-            "momentum": config.momentum,
-            "nesterov": config.nesterov,
-            "ns_steps": config.ns_steps,
-        }
+        muon = {name: getattr(config, name) for name in ("momentum", "nesterov", "ns_steps")}
         return MuonWithAdam(groups, muon, {"betas": betas, "eps": config.eps})
     kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
     return kind(groups, lr=rate, betas=betas, eps=config.eps, fused=fused)

@@ -1,4 +1,4 @@
-"""``results.json``: the outcome of a run, flat, nothing missing; what does not apply is null."""
+"""Make ``results.json``, the flat outcome of a run; a value that does not apply is null."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from tinygpt.config.counting import (
     lora_parameters,
     resolved_d_ff,
 )
-from tinygpt.config.horizon import Plan
 from tinygpt.data import corpora, survey
 from tinygpt.data.datamodule import TokenData
 from tinygpt.runs import rundir
@@ -33,11 +32,10 @@ def make_results(
     final: Scores | None,
     test: Scores | None,
 ) -> dict[str, Any]:
-    """Return what a study wants to know of a run that ended.
+    """Return the results of a run that has ended.
 
     ``state`` is the Journal's; ``final`` is None for a run that diverged.
     """
-    steps = state["steps"]
     return {
         "schema_version": rundir.SCHEMA_VERSION,
         "study": config.study,
@@ -49,25 +47,27 @@ def make_results(
         **_losses(state, data, final, test),
         "skipped_steps": state["skipped_steps"],
         "grad_norm_spikes": state["grad_norm_spikes"],
-        **sizes_of(config, data, steps),
-        "schedule_finished": steps >= data.plan.total_steps,
-        **_recipe(config, data.plan, data, device),
+        **sizes_of(config, data, state["steps"]),
+        "schedule_finished": state["steps"] >= data.plan.total_steps,
+        **_recipe(config, data, device),
         **survey.results(data.prepared.index.get("survey")),
         **_speed(config, data, device, state),
     }
 
 
 def planned(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
-    """Return what is known of the results before training: sizes and recipe."""
-    vocab_size = data.prepared.tokenizer.vocab_size
+    """Return the results that are known before training: sizes and recipe."""
     return {
         "seed": config.seed,
         **sizes_of(config, data, data.plan.total_steps),
-        **_recipe(config, data.plan, data, device),
-        "flops_per_token": flops_per_token(
-            config.model, vocab_size, lora_rank=config.optim.lora.rank
-        ),
+        **_recipe(config, data, device),
+        "flops_per_token": _flops_per_token(config, data),
     }
+
+
+def _flops_per_token(config: Config, data: TokenData) -> float:
+    vocab_size = data.prepared.tokenizer.vocab_size
+    return flops_per_token(config.model, vocab_size, lora_rank=config.optim.lora.rank)
 
 
 def _losses(
@@ -75,7 +75,7 @@ def _losses(
 ) -> dict[str, Any]:
     nothing = Scores(0, 0, 0, 0)
     val = final.named("val") if final else dict.fromkeys(nothing.named("val"))
-    is_best = state["best_val_step"] == state["steps"]  # else of the windows scored on the way
+    is_best = state["best_val_step"] == state["steps"]  # else, of the part scored during training
     losses: dict[str, float | None] = {
         **{f"final_{name}": value for name, value in val.items()},
         "final_val_loss_standard_error": final.standard_error if final else None,
@@ -93,10 +93,9 @@ def _losses(
 
 
 def sizes_of(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
-    """Return the sizes of a run that ends after ``steps`` steps, as results.json has them."""
+    """Return the results that describe the size of a run of ``steps`` steps."""
     model, vocab_size = config.model, data.prepared.tokenizer.vocab_size
-    rank = config.optim.lora.rank
-    sizes = count_parameters(model, vocab_size)
+    sizes, rank = count_parameters(model, vocab_size), config.optim.lora.rank
     tokens = steps * config.train.batch_tokens
     return {
         "model_parameters": sizes.total,
@@ -108,7 +107,7 @@ def sizes_of(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
         "unique_train_tokens": min(tokens, data.windows.used_tokens),
         "dropped_tokens": data.windows.dropped_tokens,
         "flops_6nd": flops_6nd(sizes.total, tokens),
-        "flops_exact": flops_per_token(model, vocab_size, lora_rank=rank) * tokens,
+        "flops_exact": _flops_per_token(config, data) * tokens,
         "d_model": model.d_model,
         "d_ff": resolved_d_ff(model),
         "n_layers": model.n_layers,
@@ -119,35 +118,34 @@ def sizes_of(config: Config, data: TokenData, steps: int) -> dict[str, Any]:
     }
 
 
-def _recipe(config: Config, plan: Plan, data: TokenData, device: Device) -> dict[str, Any]:
+def _recipe(config: Config, data: TokenData, device: Device) -> dict[str, Any]:
     index, tokenizer = data.prepared.index, data.prepared.tokenizer
     train, val, test = (index["splits"][name] for name in ("train", "val", "test"))
-    documents = train["documents"]
     return {
         "init_from": config.init_from,
-        "tokenizer": data.prepared.tokenizer.kind,
+        "tokenizer": tokenizer.kind,
         "document_start": tokenizer.start_text,
         "dataset": corpora.describe(config.data),
         "data_fraction": config.data.fraction,
         "batch_tokens": config.train.batch_tokens,
         "learning_rate": config.optim.learning_rate,
         "weight_decay": config.optim.weight_decay,
-        "warmup_steps": plan.warmup_steps,
+        "warmup_steps": data.plan.warmup_steps,
         "optimizer": config.optim.kind,
         "schedule": config.schedule.kind,
         "precision_resolved": device.precision,
         "threads": torch.get_num_threads(),
         "devices": device.world_size,
         "tokenizer_fingerprint": index["tokenizer_fingerprint"],
-        "data_fingerprint": index["splits"]["train"]["fingerprint"],
+        "data_fingerprint": train["fingerprint"],
         "validation_fingerprint": val["fingerprint"],
         "val_tokens": scored_tokens(val),
-        "val_every": data.val_every(),  # windows: one in so many is scored on the way
+        "val_every": data.val_every(),  # one in so many windows is scored during training
         **{f"corpus_{name}": train[name] for name in ("tokens", "documents", "bytes")},
         "test_tokens": scored_tokens(test) if test else None,
         "test_documents": test["documents"] if test else None,
-        # of a text that is one stream, and not cut into documents, there is no number
-        "val_documents": val["documents"] if val["documents"] + documents > 2 else None,
+        # a text that is one stream has no documents to count
+        "val_documents": val["documents"] if val["documents"] + train["documents"] > 2 else None,
     }
 
 
@@ -157,9 +155,7 @@ def _speed(
     seconds = state["seconds"]
     tokens = state["steps"] * config.train.batch_tokens
     rate = tokens / seconds if seconds > 0 else None
-    vocab_size, rank = data.prepared.tokenizer.vocab_size, config.optim.lora.rank
-    flops = flops_per_token(config.model, vocab_size, lora_rank=rank)
-    peak = _peak_flops(device)
+    flops, peak = _flops_per_token(config, data), _peak_flops(device)
     return {
         "tokens_per_second": rate,
         "seconds_training": seconds,
@@ -169,7 +165,7 @@ def _speed(
 
 
 def _peak_flops(device: Device) -> int | None:
-    """Return the card's published peak at the run's precision, where Lightning's table has it."""
+    """Return the GPU's published FLOP/s at the run's precision, if Lightning's table has it."""
     if device.accelerator != "cuda":
         return None
     dtypes = {"32": torch.float32, "64": torch.float64, "16-mixed": torch.float16}

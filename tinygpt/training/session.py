@@ -1,4 +1,4 @@
-"""One run from its configuration to its results."""
+"""Train one run, from its configuration to its results."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ from tinygpt.training.results import make_results, sizes_of
 from tinygpt.training.trainer import (
     AtomicCheckpoints,
     ending_together,
-    fit,
     leave_with_parent,
     make_trainer,
     own_callbacks,
@@ -56,14 +55,12 @@ log = logging.getLogger("tinygpt")
 
 @dataclass(frozen=True)
 class Branch:
-    """How a run shares its first steps with others: where it begins and what it keeps for them.
+    """Describe how a run shares its first steps with others.
 
-    Under a warmup-stable-decay schedule the rate does not depend on the length of the run until
-    the decay begins.  As the data order is a function of seed and step, two such runs that differ
-    in their length alone pass through the same states up to there: the shorter one may begin at a
-    checkpoint of the longer one, its trunk, and ends with the same weights as if it had been
-    trained from the start (Hägele et al. 2024, "Scaling laws and compute-optimal training beyond
-    fixed training durations").
+    Two runs with a warmup-stable-decay schedule that differ only in their length pass through the
+    same states until the decay begins.  The shorter one may therefore begin at a checkpoint of the
+    longer one, its trunk, and ends with the same weights as if trained from the start (Hägele et
+    al. 2024, "Scaling laws and compute-optimal training beyond fixed training durations").
     """
 
     trunk: rundir.RunDir | None = None
@@ -71,25 +68,25 @@ class Branch:
     keep_at: tuple[int, ...] = ()  # steps at which others will branch off this run
 
     def is_ready(self) -> bool:
-        """Return whether the trunk has left the checkpoint to begin with."""
+        """Return whether the trunk has the checkpoint to begin with."""
         return self.trunk is not None and self.trunk.step(self.step).exists()
 
     def begin(self, run: rundir.RunDir) -> None:
-        """Give ``run`` the trunk's state, metrics and samples up to the branch."""
+        """Copy the trunk's metrics, samples and checkpoint to ``run``."""
         assert self.trunk is not None
         for mine, theirs in ((run.metrics, self.trunk.metrics), (run.samples, self.trunk.samples)):
             if theirs.exists():
                 fileio.copy(theirs, mine)
-        fileio.copy(self.trunk.step(self.step), run.last)  # last: with it the run can be resumed
+        fileio.copy(self.trunk.step(self.step), run.last)  # last: it makes the run resumable
 
 
 def train(
     config: Config, overrides: list[str], console: Console, branch: Branch | None = None
 ) -> dict[str, Any]:
-    """Train the run that ``config`` describes, or resume it, or find it finished.
+    """Train or resume the run of ``config`` unless it is finished, and return its results.
 
-    Returns its results.  Raises ConfigError before a run folder is made where something asked
-    for cannot be had, RunError where a run fails on its way.
+    Raises ConfigError before a run folder is made where the machine lacks what is asked for,
+    RunError where the run fails later.
     """
     device = open_machine(config)
     callbacks = own_callbacks(config.callbacks)
@@ -116,12 +113,11 @@ def train(
     if rounding["compile"] == "on":
         module.model.compile()  # in place: no key of a checkpoint changes
     keep_at = branch.keep_at if branch else ()
-    if device.rank > 0:  # the first process has the folder, and waits for this one to train
+    if device.rank > 0:  # the first process owns the folder
         Run(config, run, data, device, hash_, module, keep_at).train(bool(begun), callbacks, None)
-        # At Python's own end gloo's threads, which may still hold tensors, would abort it.
-        os._exit(0)
+        os._exit(0)  # otherwise gloo's threads, which may still hold tensors, would abort
     with run.locked(), failures_recorded(run):
-        found = run.finished(hash_, config.force)  # meanwhile, another process may have been here
+        found = run.finished(hash_, config.force)  # another process may have trained it meanwhile
         if config.force:
             run.clear()
         elif found is not None:
@@ -138,7 +134,10 @@ def train(
 
 
 def open_machine(config: Config) -> Device:
-    """Return the device of the run.  Raises ConfigError where this machine lacks what is asked."""
+    """Set this process up for a run and return the device.
+
+    Raises ConfigError where this machine lacks what is asked for.
+    """
     device = resolve_device(config.hardware, config.train.precision)
     set_up(config.hardware, device)
     check_loggers(config)
@@ -149,7 +148,7 @@ def open_machine(config: Config) -> Device:
 
 
 def open_data(config: Config, prepared: shards.Prepared, device: Device) -> TokenData:
-    """Return the prepared corpus with all that is counted in steps on ``device``."""
+    """Return the data module of a prepared corpus, with the plan of the run on ``device``."""
     data = TokenData(config, prepared)
     data.derive_plan(device.accelerator, device.world_size)
     return data
@@ -163,7 +162,7 @@ def _fast_dev_run(
     callbacks: list[pl.Callback],
     console: Console,
 ) -> dict[str, Any]:
-    """Train a step and validate a batch, to see whether all of it works; no folder is made."""
+    """Train one step and validate one batch, without a run folder."""
     trainer = make_trainer(run, data.plan, device, callbacks, 1, config.trainer)
     module = LanguageModel(config)
     with ending_together(trainer), quiet_lightning():
@@ -174,7 +173,7 @@ def _fast_dev_run(
 
 
 class Run:
-    """The training of one run folder by this process."""
+    """Train the model of one run folder in this process."""
 
     def __init__(
         self,
@@ -198,22 +197,23 @@ class Run:
     def train(
         self, resuming: bool, own: Sequence[pl.Callback], console: Console | None
     ) -> dict[str, Any]:
-        """Train, and return the results, of which only the first process has any.
+        """Train, and return the results, which are empty except in the first process.
 
-        ``own`` are the user's callbacks, called first, as the run's save their state.  Raises
+        The user's callbacks ``own`` come first, as a checkpoint holds their state.  Raises
         signals.Stopped where a signal ended the training.
         """
         last = self._open_records(resuming)
         callbacks = [*own, self.journal, self.checkpoints, self.interrupts]
         if console is not None and console.is_terminal:
             callbacks.append(ProgressBar(make_bar(console), self.plan, self.journal))
-        trainer = make_trainer(
-            self.run, self.plan, self.device, callbacks, last, self.config.trainer
-        )
+        flags = self.config.trainer
+        trainer = make_trainer(self.run, self.plan, self.device, callbacks, last, flags)
         ckpt_path = str(self.run.last) if resuming else None
         with self.loggers:
             with ending_together(trainer), quiet_lightning():
-                fit(trainer, self.module, self.data, self.interrupts.note, ckpt_path)
+                # also a SIGTERM that submitit ignores
+                with signals.handled(self.interrupts.note, also=(signal.SIGTERM,)):
+                    trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path)
                 is_stopped = self.interrupts.agreed(trainer)
                 is_over = not is_stopped and self.journal.state["status"] != "diverged"
                 final, test = self._final_scores(trainer) if is_over else (None, None)
@@ -228,12 +228,12 @@ class Run:
             return self._finish(final, test)
 
     def _open_records(self, resuming: bool) -> int:
-        """Open metrics, samples and loggers; return the step to end at.
+        """Open metrics, samples and loggers, and return the step to end at.
 
-        What was written after the last checkpoint is forgotten.  A run that had stopped early
-        stays where it stopped.
+        Drops what was written after the last checkpoint.  A run that had stopped early ends where
+        it stopped.
         """
-        first, last = -1, self.plan.total_steps  # a new beginning has a step 0 of its own
+        first, last = -1, self.plan.total_steps  # a new run writes step 0 itself
         if resuming:
             checkpoint = AtomicCheckpoints().load_checkpoint(self.run.last)
             first = int(checkpoint["global_step"])
@@ -249,8 +249,8 @@ class Run:
         return last
 
     def _final_scores(self, trainer: pl.Trainer) -> tuple[Scores, Scores | None]:
-        """Return the scores of validation and test, and draw a last sample."""
-        self.module.to(trainer.strategy.root_device)  # Lightning puts it on the CPU
+        """Draw a last sample, and return the scores on validation and test."""
+        self.module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
         self.samples.draw(trainer, self.module)
         if self.journal.scores is None:  # resumed at its last step
             trainer.validate(self.module, datamodule=self.data, verbose=False)
@@ -262,25 +262,23 @@ class Run:
         return final, test
 
     def _finish(self, final: Scores | None, test: Scores | None) -> dict[str, Any]:
-        """Write the results, and with them the run is finished."""
+        """Write the results, which mark the run as finished, and return them."""
         if final is not None:
             fileio.copy(self.run.last, self.run.checkpoints / "final.ckpt")
         begun = fileio.read_json(self.run.environment)
-        branched = {name: begun.get(name) for name in ("branched_from", "branched_at_step")}
         results = make_results(
             self.config, self.hash, self.data, self.device, self.journal.state, final, test
         )
-        results |= branched
+        results |= {name: begun.get(name) for name in ("branched_from", "branched_at_step")}
         self.loggers.log_results(results)
-        with fileio.replacing(self.run.results) as temporary:
-            temporary.write_text(fileio.to_json(results), encoding="utf-8")
+        fileio.write_json(self.run.results, results)
         return results
 
 
 def identify(
     config: Config, overrides: list[str], corpus: corpora.Corpus
 ) -> tuple[str, rundir.RunDir]:
-    """Return the configuration's hash and folder; fills in ``study`` and ``run_name``."""
+    """Return the hash and the folder of a run, and fill in ``study`` and ``run_name``."""
     content = pretrained.contents(corpus, config)
     config.study = config.study or "runs"
     run = rundir.RunDir(rundir.folder_of(config, overrides, rundir.config_hash(config, content)))
@@ -297,7 +295,7 @@ def begin(
     rounding: dict[str, Any],
     branch: Branch | None,
 ) -> bool:
-    """Make the folder, or check that what is there can be resumed.  Returns whether it is."""
+    """Make the run folder, or check that it can be resumed here, and return whether it is."""
     run.error.unlink(missing_ok=True)
     fileio.remove_torn(run.path, run.checkpoints)
     if run.last.exists():
@@ -309,7 +307,7 @@ def begin(
                 log.info("note    train.%s=%s from here on, %s before", name, new, old)
         return True
     branching = branch is not None and branch.is_ready()
-    # first, as it says whose folder this is
+    # written first, as it identifies the run
     fileio.write_json(
         run.environment,
         rundir.environment(
@@ -329,16 +327,15 @@ def begin(
     if branch is not None and branching:
         branch.begin(run)
     elif branch is not None and branch.trunk is not None:
-        log.info(
-            "note    %s has no step %d: trained from the start", branch.trunk.path, branch.step
-        )
+        line = "note    %s has no step %d: trained from the start"
+        log.info(line, branch.trunk.path, branch.step)
     return branching
 
 
 def _check_begun(
     config: Config, run: rundir.RunDir, device: Device, rounding: dict[str, Any]
 ) -> None:
-    """Log what will round in another way.  Raises ConfigError for what cannot resume here."""
+    """Log what will round differently.  Raises ConfigError for a run that cannot resume here."""
     before = {"devices": 1, **fileio.read_json(run.environment, precision_resolved=str)}
     stack = (fileio.read_yaml(run.config).get("sweep") or {}).get("stack", "off")
     strategies = before.get("strategy"), rundir.read_config(run.config).hardware.strategy
@@ -362,9 +359,9 @@ def _check_begun(
 
 
 def repair(run: rundir.RunDir) -> None:
-    """Replace a damaged last checkpoint by the newest whole one, and say so.
+    """Replace a damaged last checkpoint with the newest intact one, and log it.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     io = AtomicCheckpoints()
     try:
@@ -383,10 +380,7 @@ def repair(run: rundir.RunDir) -> None:
 
 @contextlib.contextmanager
 def failures_recorded(run: rundir.RunDir) -> Iterator[None]:
-    """Record why a run failed in ``error.json``, in one line; it is tried again next time.
-
-    Raises RunError for a lack of memory, anything else as it comes.
-    """
+    """Record in ``error.json`` why a run failed, and raise RunError if it ran out of memory."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:

@@ -1,15 +1,14 @@
-"""The Lightning Trainer of a run, and the processes that it launches."""
+"""Make the Lightning Trainer of a run, and end the processes that it launches."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
-import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.profilers import (
-    AdvancedProfiler,
-    Profiler,
-    PyTorchProfiler,
-    SimpleProfiler,
-)
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
 from tinygpt import fileio, signals
 from tinygpt.config import ConfigError, RunError, TrainerConfig, first_line
@@ -31,17 +25,12 @@ from tinygpt.runs import rundir
 from tinygpt.runs.load import check_sums
 from tinygpt.training.hardware import Device, placement, quiet_lightning
 
-PROFILERS: dict[str, Callable[..., Profiler]] = {
-    "simple": SimpleProfiler,
-    "advanced": AdvancedProfiler,
-    "pytorch": PyTorchProfiler,
-}
-NEVER = 10**9  # epochs: the Journal validates, between logging and saving
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 LIGHTNING_PRECISION = {"32": "32-true", "64": "64-true"}
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Write a checkpoint beside its place, then rename it; read tensors and plain data only."""
+    """Write checkpoints atomically, and read only tensors and plain data from them."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
@@ -52,12 +41,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """Load tensors and plain data onto the CPU.  Raises ConfigError for a damaged file."""
+        """Load a checkpoint onto the CPU.  Raises ConfigError for a damaged file."""
         try:
             check_sums(Path(path))
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             checkpoint["global_step"], checkpoint["callbacks"]["Journal"]["status"]
-        except Exception as error:  # torch raises whatever the broken bytes lead it to
+        except Exception as error:  # damaged bytes can make torch raise anything
             raise ConfigError(
                 f"{path}: this checkpoint is damaged; remove it to begin anew, or use force=true"
             ) from error
@@ -72,19 +61,16 @@ def make_trainer(
     max_steps: int,
     flags: TrainerConfig | None = None,
 ) -> pl.Trainer:
-    """Return a Trainer that only steps: the callbacks log, evaluate and save.
-
-    All that Lightning counts comes from ``plan``; ``flags`` are those that a user may set.
-    """
+    """Return a Trainer that only takes steps; the callbacks log, evaluate and save."""
     flags = flags or TrainerConfig()
     profiler = None
-    if flags.profiler is not None:  # into the folder: Lightning's own messages are not shown
+    if flags.profiler is not None:  # to a file, as Lightning's messages are hidden
         profiler = PROFILERS[flags.profiler](dirpath=run.path, filename="profile")
     if device.accelerator == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
     plugins: list[Any] = [AtomicCheckpoints()]
     with quiet_lightning():
-        if SLURMEnvironment.detect():  # the checkpoints it writes by itself would bypass ours
+        if SLURMEnvironment.detect():  # its automatic checkpoints would bypass ours
             plugins.append(SLURMEnvironment(auto_requeue=False))
         trainer = pl.Trainer(
             **placement(device),
@@ -104,26 +90,26 @@ def make_trainer(
             enable_model_summary=False,
             num_sanity_val_steps=0,
             default_root_dir=run.path,
-            check_val_every_n_epoch=NEVER,
+            check_val_every_n_epoch=10**9,  # the Journal validates, between logging and saving
             inference_mode=False,
             fast_dev_run=bool(flags.fast_dev_run),
             limit_val_batches=flags.limit_val_batches,
             profiler=profiler,
             detect_anomaly=bool(flags.detect_anomaly),
         )
-    # With deterministic kernels torch also fills new memory with NaN, a tenth of a small step,
-    # to show a read of what nobody wrote; what every kernel here reads has been written.
+    # With deterministic kernels, torch also fills new memory with NaN, to reveal reads of memory
+    # that nobody wrote; there are none here, and it costs a tenth of a small step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # Lightning would broadcast at each pass, and wait for it, whether a SIGTERM came; Interrupts
-    # asks that where the processes synchronize anyway.
+    # Lightning would broadcast after each pass whether a SIGTERM arrived; Interrupts does so where
+    # the processes synchronize anyway.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-    # Its own handler of SIGTERM leaves with code 0 and saves nothing.
+    # Lightning's handler of SIGTERM exits with code 0 and saves nothing.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 
 def own_callbacks(wanted: Mapping[str, Any]) -> list[pl.Callback]:
-    """Return the user's own callbacks.  Raises ConfigError where one cannot be made."""
+    """Return the user's own callbacks.  Raises ConfigError if one cannot be made."""
     made = []
     for name, arguments in wanted.items():
         rest = {key: value for key, value in arguments.items() if key != "_target_"}
@@ -134,25 +120,13 @@ def own_callbacks(wanted: Mapping[str, Any]) -> list[pl.Callback]:
             line = f"callbacks.{name}: {type(error).__name__}: {first_line(error)}"
             raise ConfigError(line) from error
         if not isinstance(callback, pl.Callback):
-            raise ConfigError(f"callbacks.{name}: {module}.{last} is no Callback of Lightning")
+            raise ConfigError(f"callbacks.{name}: {module}.{last} is not a Lightning Callback")
         made.append(callback)
     return made
 
 
-def fit(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    data: pl.LightningDataModule,
-    note: signals.Note,
-    ckpt_path: str | None = None,
-) -> None:
-    """Train, and call ``note`` for a signal; for SIGTERM even where submitit ignores it."""
-    with signals.handled(note, also=(signal.SIGTERM,)):
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-
-
 def leave_with_parent(parent: int) -> None:
-    """End this process soon after the one that launched it, which may have been killed."""
+    """End this process within a second of the process that launched it."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -164,14 +138,14 @@ def leave_with_parent(parent: int) -> None:
 
 @contextlib.contextmanager
 def ending_together(trainer: pl.Trainer) -> Iterator[None]:
-    """End every process that Lightning launches inside with the block, however that ends."""
+    """End all processes that Lightning launches in the block when the block ends."""
     os.environ[signals.PARENT] = str(os.getpid())
     try:
         yield
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except (Exception, KeyboardInterrupt, signals.Stopped) as error:
-        # where another process fails this one loses its connection, a RuntimeError
+        # when another process fails, this one loses its connection: a RuntimeError
         if _end_launched(trainer, patience=5 if isinstance(error, RuntimeError) else 0):
             raise RunError("another process of this run failed, as said above") from error
         raise
@@ -181,13 +155,10 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def _end_launched(trainer: pl.Trainer, patience: float) -> bool:
-    """Wait ``patience`` seconds for the launched processes, then kill them.
-
-    Returns whether one failed.
-    """
+    """Wait ``patience`` seconds for the launched processes, kill the rest; return if one failed."""
     launched: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
     processes = list(launched)
-    launched.clear()  # Lightning watches this list, and kills this process once one has failed
+    launched.clear()  # Lightning watches this list and kills this process once one has failed
     end = time.monotonic() + patience
     failed = False
     for process in processes:
