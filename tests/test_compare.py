@@ -174,7 +174,7 @@ def test_a_plan_promises_more_of_more_seeds() -> None:
 
 
 def side(rates: Mapping[float, float], others: tuple[float, ...] = (0.01,)) -> Table:
-    """Return runs of one place at several rates, with the factor of the loss at each, and of others,
+    """Return runs of one place at several rates, each with a factor of the loss, and others,
     whose first rate is the best."""
     rows = [
         {**row, "learning_rate": rate, "loss": row["loss"] * factor}
