@@ -15,7 +15,7 @@ from tinygpt.data.datamodule import IGNORED
 from tinygpt.model.kernels import token_scores
 from tinygpt.training.evaluation import Scores, score
 
-INFO = {"tokens": 60, "bytes": 150, "characters": 120}
+INFO = {"tokens": 60, "bytes": 150, "characters": 120, "documents": 1}
 CPU = torch.device("cpu")
 
 

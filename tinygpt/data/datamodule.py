@@ -229,7 +229,7 @@ class TokenData(pl.LightningDataModule):
         if share is None or self.config.sweep.share_trunk:
             return 1
         between = (plan.total_steps - 1) // plan.eval_steps
-        tokens, windows = self.splits["val"].info["tokens"], len(self.eval_batches("val", 1))
+        tokens, windows = int(self.splits["val"].info["tokens"]), len(self.eval_batches("val", 1))
         wanted = math.ceil(between * tokens / (3 * share * plan.train_tokens))
         return max(1, min(wanted, windows // 16))
 
