@@ -66,6 +66,7 @@ def study(number: int) -> list[dict[str, Any]]:
         for d in LENGTHS
     ]
     table = pd.DataFrame(rows)
+    table["trunk"] = np.repeat(np.arange(3 * len(SIZES)), len(LENGTHS))
     table["luck"] = np.concatenate([luck(random) for _ in range(3 * len(SIZES))])
     largest = TEST * BUDGET / STEP_SECONDS[4] * BATCH
     test = {"N": SIZES[4], "D": min(largest, LENGTHS[-1])}
@@ -82,6 +83,7 @@ def study(number: int) -> list[dict[str, Any]]:
         6 * n * d,
         LAWS,
         guessed(d / BATCH),
+        trunks=table["trunk"].to_numpy(),
     )
     workers: list[tuple[float, int | None]] = [(0.0, None)] * WORKERS  # free at, with what run
     while workers:

@@ -188,7 +188,8 @@ def analyse(
     total = _in_total(runs, best, columns, settings)
     tried = list(laws) if law == "auto" else [law]
     groups = groups_of(columns.dependence(runs, variables.values()))
-    sample = Sample(runs, tried, variables, columns.loss, size, groups, seed)
+    trunks = columns.trunks(runs)
+    sample = Sample(runs, tried, variables, columns.loss, size, groups, seed, trunks)
     ahead: Forecast | None = None
     with contextlib.suppress(ConfigError):
         ahead = forecast(sample)

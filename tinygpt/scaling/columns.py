@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import yaml
+from numpy.typing import NDArray
 
 from tinygpt.config import ConfigError
 from tinygpt.config.checks import did_you_mean
@@ -88,6 +89,14 @@ class Columns:
             keys.append(runs["branched_from"].astype(object).fillna(runs["run_name"]))
             keys.append(runs["run_name"])  # a branch may itself be a trunk
         return keys
+
+    def trunks(self, runs: pd.DataFrame) -> NDArray[np.intp] | None:
+        """Label runs by size and seed, (n,), which decide their luck; None without trunks."""
+        shared = "branched_from" in runs and runs["branched_from"].notna().any()
+        if not shared or self.n not in runs or self.seed not in runs:
+            return None
+        labels = runs.groupby([self.n, self.seed], dropna=False).ngroup()
+        return np.asarray(labels, dtype=np.intp)
 
     def floor(self, runs: pd.DataFrame) -> float | None:
         """Return the exact entropy of the corpus if it is known and all runs share it."""

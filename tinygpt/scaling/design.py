@@ -49,6 +49,7 @@ class Design:
     laws: Sequence[str | Law]
     noise: Array | float = NOISE
     seed: int = 0
+    trunks: NDArray[np.intp] | None = None  # candidates of a trunk share its luck, (n,)
     losses: dict[int, float] = field(default_factory=dict)  # of the runs made, in their order
     forecast: Forecast | None = None  # by these runs, fitted when it pays
     names: list[str] = field(init=False)  # of the laws
@@ -105,7 +106,9 @@ class Design:
         table["loss"] = list(self.losses.values())
         columns = {name: name for name in self.target.columns}
         groups = table.groupby(list(columns)).ngroup().to_numpy()
-        return Sample(table, self.names, columns, "loss", self.size[rows], groups, self.seed)
+        trunks = None if self.trunks is None else self.trunks[rows]
+        size = self.size[rows]
+        return Sample(table, self.names, columns, "loss", size, groups, self.seed, trunks)
 
     def fit(self) -> Forecast | None:
         """Fit the forecast to the runs made so far and return it; None of too few."""

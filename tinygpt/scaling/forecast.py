@@ -58,12 +58,13 @@ class Sample:
     size: Array  # what orders the runs, usually their FLOPs, (n,)
     groups: NDArray[Any]  # rows of a group stay on the same side of every cut, (n,)
     seed: int = 0  # of random starts
+    trunks: NDArray[Any] | None = None  # runs of a trunk share its luck, (n,)
 
     def rows(self, which: NDBool) -> Sample:
         """Return a sample of these rows only."""
-        return replace(
-            self, table=self.table[which], size=self.size[which], groups=self.groups[which]
-        )
+        trunks = None if self.trunks is None else self.trunks[which]
+        table, size, groups = self.table[which], self.size[which], self.groups[which]
+        return replace(self, table=table, size=size, groups=groups, trunks=trunks)
 
     @property
     def values(self) -> dict[str, Array]:
@@ -108,18 +109,29 @@ class Forecast:
     ranges: dict[str, tuple[float, float]]  # of each variable over the runs
     rate: float  # error of log L beyond the scatter per unit of log distance, by the inner cuts
     seeds: Seeds | None
+    without: list[list[Member]]  # the members without each trunk
 
     def at(self, values: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
         """Predict the log loss, (n,), and the half-width of the 95 % interval of a single run."""
         log_loss, between = self.mean(values)
         beyond = expected(self.rate, between, self.distance(values, size))
-        return log_loss, np.hypot(NORMAL * self.scatter(values), QUANTILE * beyond)
+        chance = NORMAL * np.hypot(self.scatter(values), self.luck(values))
+        return log_loss, np.hypot(chance, QUANTILE * beyond)
 
     def mean(self, values: Mapping[str, Array]) -> tuple[Array, Array]:
         """Return the weighted mean of the members, (n,), and their standard deviation."""
         each = np.stack([member.log_loss(values) for member in self.members])
         mean = self.weights @ each
         return mean, np.sqrt(self.weights @ (each - mean) ** 2)
+
+    def luck(self, values: Mapping[str, Array]) -> Array:
+        """Return the standard error, (n,), that comes from the luck of the trunks: the jackknife
+        over them.  One unlucky trunk can tilt the law, and its runs agree with each other."""
+        if not self.without:
+            return np.zeros(len(next(iter(values.values()))))
+        left = [np.stack([one.log_loss(values) for one in members]) for members in self.without]
+        each = np.stack([self.weights @ predicted for predicted in left])
+        return np.asarray(np.sqrt((len(each) - 1) * np.var(each, axis=0)))
 
     def scatter(self, values: Mapping[str, Array]) -> Array:
         """Return the standard deviation of single runs, (n,): about the members, or between seeds
@@ -162,18 +174,21 @@ def forecast(sample: Sample) -> Forecast:
     """Fit the members to a sample.  Raises ConfigError where no law can be fitted."""
     cuts = inner_cuts(sample.size, sample.groups)
     parts = [np.ones(len(sample.size), dtype=bool), *(below for below, _ in cuts)]
+    if sample.trunks is not None:
+        parts += [sample.trunks != one for one in np.unique(sample.trunks)]
     members: list[Member] = []
     for last in (False, True):
         if not members:
             laws = [law for law in sample.laws if (law in LAST) == last]
-            members, *inner = fit_members(replace(sample, laws=laws), parts)
+            members, *others = fit_members(replace(sample, laws=laws), parts)
     if not members:
         raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
     # with few runs, a law that rises may predict anything
-    used = [i for i, one in enumerate(members) if not one.rises] or range(len(members))
+    count = len(members)
+    used = [i for i, one in enumerate(members) if not one.rises] or range(count)
     found, seeds = [], Seeds.of(sample.values, sample.measured)
-    for (below, above), fitted in zip(cuts, inner, strict=True):
-        if len(fitted) < len(members):
+    for (below, above), fitted in zip(cuts, others[: len(cuts)], strict=True):
+        if len(fitted) < count:
             continue
         fitted = [fitted[i] for i in used]
         test = sample.rows(above)
@@ -182,10 +197,11 @@ def forecast(sample: Sample) -> Forecast:
         scatter = np.array([[member.scale] for member in fitted])
         scatter = np.broadcast_to(scatter if seeds is None else seeds.at(test.values), errors.shape)
         found.append((distance, errors, scatter))
+    without = [[fitted[i] for i in used] for fitted in others[len(cuts) :] if len(fitted) == count]
     members = [members[i] for i in used]
     weights, rate = _weigh(found, len(members))
     ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
-    return Forecast(members, weights, float(sample.size.max()), ends, rate, seeds)
+    return Forecast(members, weights, float(sample.size.max()), ends, rate, seeds, without)
 
 
 def _weigh(cuts: Sequence[tuple[Array, Array, Array]], count: int) -> tuple[Array, float]:

@@ -139,6 +139,7 @@ class Recipe:
             table["D"].to_numpy() * table["width"].map(self.flops_per_token).to_numpy(),
             (*LAWS, REPEATED) if self.repeats else LAWS,
             guessed(steps),
+            trunks=table.groupby(["width", "seed"]).ngroup().to_numpy(),
         )
 
     def flops_of(self, n: Any, d: Any) -> Any:
