@@ -235,3 +235,26 @@ def test_of_few_runs_no_law_counts_whose_loss_rises() -> None:
     made = ahead.forecast(ahead.Sample(table, LAWS, COLUMNS, "loss", size, np.arange(10)))
     place = {"N": np.array([223_872.0]), "D": np.array([1.12e6])}
     assert 3.0 < np.exp(made.at(place, 6 * place["N"] * place["D"])[0][0]) < 4.0
+
+
+def test_the_interval_counts_the_luck_of_trunks() -> None:
+    """Raise all runs of one trunk by 3 %: they agree with each other, so only leaving out the whole
+    trunk shows what they do to the prediction."""
+    n, d, seed = (x.ravel() for x in np.meshgrid([1e4, 3e4, 1e5], [1e6, 2e6, 4e6, 8e6], [0, 1]))
+    trunks = np.unique(np.stack([n, seed]), axis=1, return_inverse=True)[1].ravel()
+    loss = 1.5 + (5e3 / n) ** 0.4 + (2e5 / d) ** 0.4
+    place, size = {"N": np.array([3e5]), "D": np.array([2.4e7])}, np.array([6 * 3e5 * 2.4e7])
+
+    def made(loss: np.ndarray) -> ahead.Forecast:
+        table = pd.DataFrame({"N": n, "D": d, "loss": loss})
+        groups = np.arange(len(n))
+        return ahead.forecast(
+            ahead.Sample(table, LAWS, COLUMNS, "loss", 6 * n * d, groups, trunks=trunks)
+        )
+
+    lucky = made(np.where(trunks == trunks.max(), 1.03 * loss, loss))
+    assert made(loss).luck(place)[0] < 1e-3
+    assert lucky.luck(place)[0] > 0.005
+    truth = np.log(1.5 + (5e3 / place["N"]) ** 0.4 + (2e5 / place["D"]) ** 0.4)
+    log_loss, half = lucky.at(place, size)
+    assert abs(log_loss - truth)[0] < half[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,7 @@ class Design:
     laws: Sequence[str | Law]
     noise: Array | float = NOISE
     seed: int = 0
-    trunks: NDArray[np.intp] | None = None  # candidates of a trunk share its luck, (n,)
+    trunks: NDArray[Any] | None = None  # candidates of a trunk share its luck, (n,)
     losses: dict[int, float] = field(default_factory=dict)  # of the runs made, in their order
     forecast: Forecast | None = None  # by these runs, fitted when it pays
     names: list[str] = field(init=False)  # of the laws

@@ -346,7 +346,7 @@ def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
     return [
         f"text        {short(recipe.one_pass)} training tokens{passes}",
         f"tokenizer   {chosen.get('tokenizer', 'bpe')}; batches of {recipe.batch_tokens:,} tokens",
-        f"sizes       d_model {widths}; µP",
+        f"sizes       d_model {widths}; µP, {chosen.get('model.position', 'learned')} positions",
         f"            {short(min(recipe.parameters.values()))} to "
         f"{short(max(recipe.parameters.values()))} parameters without embeddings",
         f"lengths     {spans} tokens, branches of one trunk for each size and seed",
