@@ -77,8 +77,9 @@ class LawStudy:
         rows = self.table[["width", "tokens", "seed"]].to_numpy().tolist()
         self.jobs = compose_jobs([self.recipe.run(*row) for row in rows], TRAINING)
         TRAINING.prepare(self.jobs, (), self.console)
-        for job in self.jobs:
-            job.keep_at = [stable_steps_of(job)]
+        stable = sorted(set(map(stable_steps_of, self.jobs)), reverse=True)
+        for job in self.jobs:  # the step where its own decay begins, then those of shorter runs
+            job.keep_at = [step for step in stable if step <= stable_steps_of(job)]
         target = self.recipe.target(self.asked.target_flops, None)
         self.design = self.recipe.design(self.table, target)
 
@@ -106,20 +107,21 @@ class LawStudy:
         """Return what the steps of a job cost by the timing before the first run."""
         return self.recipe.cost(job.config.model.d_model, job.steps)
 
+    def states(self, rows: Iterable[int]) -> dict[tuple[int, int, int], rundir.RunDir]:
+        """Return what runs leave for others to start from, by width, seed and step."""
+        found: dict[tuple[int, int, int], rundir.RunDir] = {}
+        for job in (self.jobs[row] for row in rows):
+            found |= {place: job.run for place in places(job) if place[2] > job.branch_step}
+        return found
+
     def costs(self) -> Any:
         """Return what each run would cost now, (n,): where another one of its size and seed has
-        left its state at the constant rate, only the steps from there."""
-        families: dict[Any, list[Job]] = {}
-        for row in self.design.losses:
-            job = self.jobs[row]
-            families.setdefault((job.config.model.d_model, job.config.seed), []).append(job)
+        left a state at the constant rate, only the steps from there."""
+        there = self.states(self.design.losses)
         for row, job in enumerate(self.jobs):
-            if row in self.begun or row in self.design.losses:
-                continue
-            job.trunk, job.branch_step = None, 0
-            for other in families.get((job.config.model.d_model, job.config.seed), []):
-                if job.branch_step < other.keep_at[0] <= job.keep_at[0]:
-                    job.trunk, job.branch_step = other.run, other.keep_at[0]
+            if row not in self.begun and row not in self.design.losses:
+                first = next((place for place in places(job) if place in there), None)
+                job.trunk, job.branch_step = (there[first], first[2]) if first else (None, 0)
         own = np.array([self.timed(job) for job in self.jobs])
         if self.asked.flops is not None:
             return own
@@ -149,7 +151,10 @@ class LawStudy:
         more = FEWEST - len(self.design.losses) - len(pending) - 1  # runs that a law still needs
         kept = float(np.sort(costs[free])[: max(0, more)].sum())
         affordable = (costs <= left - kept / self.asked.at_once(self.share)) & free
-        found = self.design.next(affordable, pending)
+        soon = self.states(pending)  # from which other runs will cost less
+        waiting = np.array([places(job)[0] in soon for job in self.jobs])
+        found = self.design.next(affordable & ~waiting, pending)
+        found = found or self.design.next(affordable, pending)
         if found is None:
             return None
         row, part = found
@@ -338,6 +343,11 @@ class LawStudy:
         where = "inside" if all(scored["inside"]) else "outside"
         words = f"measured {scored['loss']:.4f}: off by {abs(scored['error']):.2%}"
         say(self.console, f"{self.left()}  {words}, {where} the interval")
+
+
+def places(job: Job) -> list[tuple[int, int, int]]:
+    """Return where a run leaves its state, last first: width, seed and step."""
+    return [(job.config.model.d_model, job.config.seed, step) for step in job.keep_at]
 
 
 def best_rate(losses: Mapping[float, float]) -> float:
