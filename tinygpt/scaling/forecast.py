@@ -109,7 +109,7 @@ class Forecast:
     ranges: dict[str, tuple[float, float]]  # of each variable over the runs
     rate: float  # error of log L beyond the scatter per unit of log distance, by the inner cuts
     seeds: Seeds | None
-    without: list[list[Member]]  # the members without each trunk
+    without: list[list[Member]]  # of each member, the same without each trunk
 
     def at(self, values: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
         """Predict the log loss, (n,), and the half-width of the 95 % interval of a single run."""
@@ -127,10 +127,8 @@ class Forecast:
     def luck(self, values: Mapping[str, Array]) -> Array:
         """Return the standard error, (n,), that comes from the luck of the trunks: the jackknife
         over them.  One unlucky trunk can tilt the law, and its runs agree with each other."""
-        if not self.without:
-            return np.zeros(len(next(iter(values.values()))))
-        left = [np.stack([one.log_loss(values) for one in members]) for members in self.without]
-        each = np.stack([self.weights @ predicted for predicted in left])
+        left = [np.stack([one.log_loss(values) for one in same]) for same in self.without]
+        each = np.tensordot(self.weights, np.stack(left), axes=1)  # (trunks, n)
         return np.asarray(np.sqrt((len(each) - 1) * np.var(each, axis=0)))
 
     def scatter(self, values: Mapping[str, Array]) -> Array:
@@ -174,20 +172,18 @@ def forecast(sample: Sample) -> Forecast:
     """Fit the members to a sample.  Raises ConfigError where no law can be fitted."""
     cuts = inner_cuts(sample.size, sample.groups)
     parts = [np.ones(len(sample.size), dtype=bool), *(below for below, _ in cuts)]
-    if sample.trunks is not None:
-        parts += [sample.trunks != one for one in np.unique(sample.trunks)]
     members: list[Member] = []
     for last in (False, True):
         if not members:
             laws = [law for law in sample.laws if (law in LAST) == last]
-            members, *others = fit_members(replace(sample, laws=laws), parts)
+            members, *inner = fit_members(replace(sample, laws=laws), parts)
     if not members:
         raise ConfigError(f"too few runs to predict others: {len(sample.table)}")
     # with few runs, a law that rises may predict anything
     count = len(members)
     used = [i for i, one in enumerate(members) if not one.rises] or range(count)
     found, seeds = [], Seeds.of(sample.values, sample.measured)
-    for (below, above), fitted in zip(cuts, others[: len(cuts)], strict=True):
+    for (below, above), fitted in zip(cuts, inner, strict=True):
         if len(fitted) < count:
             continue
         fitted = [fitted[i] for i in used]
@@ -197,11 +193,12 @@ def forecast(sample: Sample) -> Forecast:
         scatter = np.array([[member.scale] for member in fitted])
         scatter = np.broadcast_to(scatter if seeds is None else seeds.at(test.values), errors.shape)
         found.append((distance, errors, scatter))
-    without = [[fitted[i] for i in used] for fitted in others[len(cuts) :] if len(fitted) == count]
     members = [members[i] for i in used]
     weights, rate = _weigh(found, len(members))
     ends = {name: (float(v.min()), float(v.max())) for name, v in sample.values.items()}
-    return Forecast(members, weights, float(sample.size.max()), ends, rate, seeds, without)
+    return Forecast(
+        members, weights, float(sample.size.max()), ends, rate, seeds, without_each(sample, members)
+    )
 
 
 def _weigh(cuts: Sequence[tuple[Array, Array, Array]], count: int) -> tuple[Array, float]:
@@ -270,10 +267,9 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
             apart = np.diff(first.objective[rows], prepend=0.0) > SAME * first.objective[rows]
             apart[0] = True
             for a, b in (tilt for tilt in TILTS if "D" in own or tilt[1] == 0.0):
-                one = (size / size[part].max()) ** a * (tokens / tokens[part].max()) ** b * part
                 for row in rows[apart]:  # distinct minima
                     begin.append(first.theta[row])
-                    weights.append(one * (part.sum() / one.sum()))
+                    weights.append(_tilted((a, b), size, tokens, part))
                     fits.append((i, (a, b)))
         theta, weighted = np.array(begin), np.array(weights)
         limit = np.full((len(theta), 1), np.inf)  # Huber's
@@ -290,6 +286,28 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
                 scale = float(limit[row, 0] / EFFICIENT)
                 found[i].append(Member(name, tilt, points, theta[row], scale))
     return found
+
+
+def without_each(sample: Sample, members: Sequence[Member]) -> list[list[Member]]:
+    """Return each member fitted again without each trunk, from where it is; itself if none is."""
+    if sample.trunks is None:
+        return [[one] for one in members]
+    found, tokens = [], sample.values.get("D", np.ones_like(sample.size))
+    parts = [sample.trunks != one for one in np.unique(sample.trunks)]
+    for one in members:
+        weights = np.stack([_tilted(one.tilt, sample.size, tokens, part) for part in parts])
+        theta, limit = np.tile(one.theta, (len(parts), 1)), EFFICIENT * one.scale
+        limits = np.full((len(parts), 1), limit)
+        solved = solve(LAWS[one.law], one.points, theta, limits, weights, **ROUGH)
+        found.append([replace(one, theta=each) for each in solved.theta])
+    return found
+
+
+def _tilted(tilt: tuple[float, float], size: Array, tokens: Array, part: NDBool) -> Array:
+    """Return the weights of the runs in ``part``, (n,), which sum to their number."""
+    a, b = tilt
+    weights = (size / size[part].max()) ** a * (tokens / tokens[part].max()) ** b * part
+    return np.asarray(weights * (part.sum() / weights.sum()))
 
 
 def _carries(x: Array, parameters: int) -> bool:
