@@ -397,7 +397,7 @@ def print_plan(recipe: Recipe, asked: Asked, share: Share, console: Console) -> 
     )
     steps = recipe.longest(recipe.widths[0]) / recipe.batch_tokens
     scatter = 1.96 * float(noise.guessed(steps))
-    say(console, f"the loss of a run of {steps:,.0f} steps hangs on its seed by ±{scatter:.1%}")
+    say(console, f"the loss of a run of {steps:,.0f} steps varies between seeds by ±{scatter:.1%}")
     if scatter > CLEAR:
         needed = noise.SHORT / np.sqrt((CLEAR / 1.96 / noise.LEAST) ** 2 - 1)
         size = 1e-6 * needed * recipe.batch_tokens * recipe.bytes_per_token
