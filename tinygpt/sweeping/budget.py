@@ -23,7 +23,6 @@ from rich.console import Console
 from tinygpt import cli, fileio, signals
 from tinygpt.config import ConfigError, RunError
 from tinygpt.runs import rundir
-from tinygpt.scaling import noise
 from tinygpt.scaling.design import FEWEST, Design
 from tinygpt.scaling.laws import LAWS
 from tinygpt.scaling.wording import equation
@@ -34,21 +33,27 @@ from tinygpt.sweeping.kinds import TRAINING, stable_steps_of
 from tinygpt.sweeping.recipe import Asked, Recipe
 from tinygpt.sweeping.record import Record
 from tinygpt.sweeping.study import write_summary
-from tinygpt.sweeping.view import make_table, say
+from tinygpt.sweeping.view import say, say_below
 from tinygpt.sweeping.workers import Outcome
 from tinygpt.training.console import clock, short
 
-OVERHEAD, SLOWER = 2.0, 1.2  # seconds of a run beside its steps, and a factor: before any ended
-TRUST = (1.0, 0.3)  # standard deviations of these two guesses
+TRUST = (1.0, 0.3)  # standard deviations of the guesses OVERHEAD and SLOWER
 SHRINK = 5.0  # seconds of runs of a width that count as much as those of all others
 SAFE = 1.1  # of the time that a test run may take
 SLACK = 0.97  # of the budget: the rest is for runs that take longer than they should
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of learning, at the width that µP begins from
 TEST_SEED = 101  # the first: no run before has it
-# Half-widths at the target in simulated studies, as a part of what is expected without a loss.
-PLANNED = 0.22
 TELL = 0.1  # part of the budget between lines that say what the law is
-CLEAR = 0.01  # scatter of a run that hides little of what a plan asks
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeLeft:
+    """Show on a terminal what is left of the budget, as it passes."""
+
+    study: LawStudy
+
+    def __rich__(self) -> str:
+        return f"training, {self.study.left()}"
 
 
 class LawStudy:
@@ -89,7 +94,7 @@ class LawStudy:
         """Return by what factor runs of each width are slower than was timed, and the seconds that
         a run needs beside: the first guesses, drawn to how long the runs took."""
         rows = [[1 / TRUST[0], 0.0], [0.0, 1 / TRUST[1]]]
-        right = [OVERHEAD / TRUST[0], SLOWER / TRUST[1]]
+        right = [rules.OVERHEAD / TRUST[0], rules.SLOWER / TRUST[1]]
         for _, timed, took in self.took:
             spread = 0.2 * timed + 0.5
             rows.append([1 / spread, timed / spread])
@@ -177,10 +182,12 @@ class LawStudy:
         self.record.note("end", row=row, **facts, half=self.half, reason=outcome.reason)
         words = f"{outcome.status} {outcome.reason}" if loss is None else f"loss {loss:.4f}"
         known = "" if self.half is None else f"; target ±{self.half:.1%}"
-        say(self.console, f"{self.left()}  {job.label}  {words}{known}")
+        length = short(job.plan.total_steps * self.recipe.batch_tokens)
+        what = f"d_model={job.config.model.d_model} tokens={length} seed={job.config.seed}"
+        say(self.console, f"{self.left()}  {what}  {words}{known}")
         if self.words and self.used() >= self.said + TELL:
             self.said = self.used()
-            say(self.console, f"law so far  {self.words}")
+            say_below(self.console, "law so far", self.words)
 
     def learn(self, row: int, loss: float | None) -> None:
         """Take a loss into the design."""
@@ -234,10 +241,11 @@ class LawStudy:
 
     def run(self, engine: Engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Outcome]]:
         """Yield each job with its outcome.  Raises signals.Stopped where one was interrupted."""
-        for job, outcome in engine(jobs, self.folder):
-            if outcome.status == "interrupted":
-                raise signals.Stopped(signals.received() or signal.SIGINT)
-            yield job, outcome
+        with self.console.status(TimeLeft(self), refresh_per_second=4):
+            for job, outcome in engine(jobs, self.folder):
+                if outcome.status == "interrupted":
+                    raise signals.Stopped(signals.received() or signal.SIGINT)
+                yield job, outcome
 
     def sweep_rates(self, engine: Engine) -> None:
         """Find the learning rate by a short sweep at a small size; under µP it serves all."""
@@ -365,45 +373,6 @@ def best_rate(losses: Mapping[float, float]) -> float:
     return rates[best]
 
 
-def expected(recipe: Recipe, asked: Asked, share: Share) -> tuple[int, float]:
-    """Return how many runs the budget pays for, and about how well the target will be known."""
-    table = recipe.table()
-    design = recipe.design(table, recipe.target(asked.target_flops, None))
-    pairs = zip(table["width"], table["tokens"], strict=True)
-    costs = np.array([recipe.cost(w, d / recipe.batch_tokens) for w, d in pairs])
-    design.cost = costs if asked.flops is not None else SLOWER * costs + OVERHEAD
-    left = (1 - rules.TEST) * asked.budget * asked.at_once(share)
-    made: list[int] = []
-    while (found := design.next(design.cost <= left, made)) is not None:
-        made.append(found[0])
-        left -= float(design.cost[found[0]])
-    return len(made), PLANNED * 1.96 * float(np.sqrt(design.expect(made)[1]))
-
-
-def print_plan(recipe: Recipe, asked: Asked, share: Share, console: Console) -> None:
-    """Print what each size costs, and what the budget and the text can and cannot answer."""
-    table = make_table(
-        "d_model", "parameters", "longest run", "time" if not asked.flops else "FLOPs"
-    )
-    for width in recipe.widths:
-        tokens = recipe.longest(width)
-        cost = recipe.cost(width, tokens / recipe.batch_tokens)
-        shown = clock(cost) if not asked.flops else f"{cost:.1e}"
-        table.add_row(str(width), short(recipe.parameters[width]), short(tokens), shown)
-    console.print(table)
-    count, half = expected(recipe, asked, share)
-    say(
-        console, f"\nabout {count} runs, then the test; the loss at the target to about ±{half:.1%}"
-    )
-    steps = recipe.longest(recipe.widths[0]) / recipe.batch_tokens
-    scatter = 1.96 * float(noise.guessed(steps))
-    say(console, f"the loss of a run of {steps:,.0f} steps varies between seeds by ±{scatter:.1%}")
-    if scatter > CLEAR:
-        needed = noise.SHORT / np.sqrt((CLEAR / 1.96 / noise.LEAST) ** 2 - 1)
-        size = 1e-6 * needed * recipe.batch_tokens * recipe.bytes_per_token
-        say(console, f"±{CLEAR:.0%} takes {needed:,.0f} steps: {size:.2g} MB of text, read once")
-
-
 def find_law(asked: Asked, output_dir: str, console: Console) -> None:
     """Find the law that ``asked`` asks for, or resume the study that looks for it.
 
@@ -419,7 +388,7 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
             recipe = rules.make(asked, share, console)
             for line in rules.describe(recipe, asked, share):
                 say(console, line)
-            print_plan(recipe, asked, share, console)
+            rules.print_plan(recipe, asked, share, console)
             return
         # a study that cannot begin leaves no folder; of one that has, the record is read locked
         new = None if folder.exists() else rules.make(asked, share, console)

@@ -16,15 +16,16 @@ from rich.console import Console
 
 from tinygpt import cli
 from tinygpt.config import ConfigError
+from tinygpt.scaling import noise
 from tinygpt.scaling.design import Design
 from tinygpt.scaling.forecast import Forecast
 from tinygpt.scaling.laws import Array
-from tinygpt.scaling.noise import guessed
 from tinygpt.scaling.split import flops_per_token
 from tinygpt.sweeping.engines import Share
 from tinygpt.sweeping.jobs import Job, compose_jobs
 from tinygpt.sweeping.kinds import TRAINING
-from tinygpt.training.console import short
+from tinygpt.sweeping.view import make_table, say
+from tinygpt.training.console import clock, short
 
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 HEAD = 16  # the width of a head
@@ -48,6 +49,10 @@ REPEATED = "data_constrained"  # is one of the laws too where tokens are read mo
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
 BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
 UNBALANCED = 10.0  # by which factor a law may move them: early ones would put the target anywhere
+OVERHEAD, SLOWER = 2.0, 1.2  # seconds of a run beside its steps, and a factor: before any ended
+# Half-widths at the target in simulated studies, as a part of what is expected without a loss.
+PLANNED = 0.22
+CLEAR = 0.01  # scatter of a run that hides little of what a plan asks
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ class Recipe:
             np.ones(len(table)),
             table["D"].to_numpy() * table["width"].map(self.flops_per_token).to_numpy(),
             (*LAWS, REPEATED) if self.repeats else LAWS,
-            guessed(steps),
+            noise.guessed(steps),
             trunks=table.groupby(["width", "seed"]).ngroup().to_numpy(),
         )
 
@@ -352,3 +357,42 @@ def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
         f"lengths     {spans} tokens, branches of one trunk for each size and seed",
         f"budget      {budget}, a quarter of it for the test; {share.words}",
     ]
+
+
+def expected(recipe: Recipe, asked: Asked, share: Share) -> tuple[int, float]:
+    """Return how many runs the budget pays for, and about how well the target will be known."""
+    table = recipe.table()
+    design = recipe.design(table, recipe.target(asked.target_flops, None))
+    pairs = zip(table["width"], table["tokens"], strict=True)
+    costs = np.array([recipe.cost(w, d / recipe.batch_tokens) for w, d in pairs])
+    design.cost = costs if asked.flops is not None else SLOWER * costs + OVERHEAD
+    left = (1 - TEST) * asked.budget * asked.at_once(share)
+    made: list[int] = []
+    while (found := design.next(design.cost <= left, made)) is not None:
+        made.append(found[0])
+        left -= float(design.cost[found[0]])
+    return len(made), PLANNED * 1.96 * float(np.sqrt(design.expect(made)[1]))
+
+
+def print_plan(recipe: Recipe, asked: Asked, share: Share, console: Console) -> None:
+    """Print what each size costs, and what the budget and the text can and cannot answer."""
+    table = make_table(
+        "d_model", "parameters", "longest run", "time" if not asked.flops else "FLOPs"
+    )
+    for width in recipe.widths:
+        tokens = recipe.longest(width)
+        cost = recipe.cost(width, tokens / recipe.batch_tokens)
+        shown = clock(cost) if not asked.flops else f"{cost:.1e}"
+        table.add_row(str(width), short(recipe.parameters[width]), short(tokens), shown)
+    console.print(table)
+    count, half = expected(recipe, asked, share)
+    say(
+        console, f"\nabout {count} runs, then the test; the loss at the target to about ±{half:.1%}"
+    )
+    steps = recipe.longest(recipe.widths[0]) / recipe.batch_tokens
+    scatter = 1.96 * float(noise.guessed(steps))
+    say(console, f"the loss of a run of {steps:,.0f} steps varies between seeds by ±{scatter:.1%}")
+    if scatter > CLEAR:
+        needed = noise.SHORT / np.sqrt((CLEAR / 1.96 / noise.LEAST) ** 2 - 1)
+        size = 1e-6 * needed * recipe.batch_tokens * recipe.bytes_per_token
+        say(console, f"±{CLEAR:.0%} takes {needed:,.0f} steps: {size:.2g} MB of text, read once")
