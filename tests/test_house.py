@@ -18,8 +18,8 @@ LIMITS = {
     "data": 3_770,
     "model": 1_494,
     "training": 2_656,
-    "sweeping": 2_516,
-    "scaling": 9_501,
+    "sweeping": 2_540,
+    "scaling": 9_549,
     "evaluating": 1_406,
     "adaptation": 3_080,
 }
