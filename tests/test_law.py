@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -227,6 +228,28 @@ def test_a_study_predicts_what_it_then_measures(
     assert prediction["flops"] <= 0.25 * FLOPS
     flops = [machine.flops[name] for name in machine.trained]
     assert flops[-1] == max(flops) > max(flops[:-1])
+
+
+def test_a_shorter_run_costs_only_its_decay(
+    whole: tuple[Path, Machine, list[dict[str, Any]]],
+) -> None:
+    """A longer run of its size and seed has left its state where the decay of a shorter begins."""
+    lines = whole[2]
+    batch, branches = lines[0]["recipe"]["batch_tokens"], 0
+    runs, longest = dict[int, tuple[tuple[int, int], int]](), dict[tuple[int, int], int]()
+    for line in lines:
+        if line["event"] == "choose":
+            found = re.search(r"d_model-(\d+).*seed-(\d+).*tokens-(\d+)", line["run"])
+            assert found
+            width, seed, tokens = (int(part) for part in found.groups())
+            runs[line["row"]] = (width, seed), tokens
+            if longest.get((width, seed), 0) > tokens:
+                assert 0.75 < line["branch_step"] / (tokens // batch) < 0.85
+                branches += 1
+        elif line["event"] == "end":
+            family, tokens = runs[line["row"]]
+            longest[family] = max(tokens, longest.get(family, 0))
+    assert branches
 
 
 def test_the_prediction_does_not_hang_on_what_it_predicts(
