@@ -19,7 +19,7 @@ LIMITS = {
     "model": 1_494,
     "training": 2_656,
     "sweeping": 2_540,
-    "scaling": 9_549,
+    "scaling": 9_551,
     "evaluating": 1_406,
     "adaptation": 3_080,
 }

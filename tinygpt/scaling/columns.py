@@ -91,7 +91,7 @@ class Columns:
         return keys
 
     def trunks(self, runs: pd.DataFrame) -> NDArray[np.intp] | None:
-        """Label runs by size and seed, (n,), which decide their luck; None without trunks."""
+        """Return a label of the size and seed of each run, (n,), or None if no trunk is shared."""
         shared = "branched_from" in runs and runs["branched_from"].notna().any()
         if not shared or self.n not in runs or self.seed not in runs:
             return None

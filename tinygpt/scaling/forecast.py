@@ -44,6 +44,7 @@ NEAR = 0.3  # in log size: at distances below this, errors no longer shrink
 SHAPE = (0.00107, 2.69, 0.00847)
 QUANTILE = 1.12
 NORMAL = 1.96  # 95 % of the runs lie within so many standard deviations of their scatter
+FEWEST_TRUNKS = 3  # of fewer, leaving out one says nothing
 LEAST, TYPICAL = 2e-4, 0.01  # rates: the least, and that of a table too small to be cut
 
 
@@ -289,11 +290,12 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
 
 
 def without_each(sample: Sample, members: Sequence[Member]) -> list[list[Member]]:
-    """Return each member fitted again without each trunk, from where it is; itself if none is."""
-    if sample.trunks is None:
+    """Return each member fitted again without each trunk, from where it is; itself of too few."""
+    trunks: Sequence[Any] = () if sample.trunks is None else list(np.unique(sample.trunks))
+    if len(trunks) < FEWEST_TRUNKS:
         return [[one] for one in members]
     found, tokens = [], sample.values.get("D", np.ones_like(sample.size))
-    parts = [sample.trunks != one for one in np.unique(sample.trunks)]
+    parts = [sample.trunks != one for one in trunks]
     for one in members:
         weights = np.stack([_tilted(one.tilt, sample.size, tokens, part) for part in parts])
         theta, limit = np.tile(one.theta, (len(parts), 1)), EFFICIENT * one.scale
