@@ -172,8 +172,10 @@ def record(text: str, path: str) -> None:
 def sample_of(table: pd.DataFrame) -> Sample:
     table = table.reset_index(drop=True)
     groups = groups_of([table["N"].astype(str) + " " + table["D"].astype(str)])
-    size = table["flops"].to_numpy(dtype=float)
-    return Sample(table, LAWS, {"N": "N", "D": "D"}, "loss", size, groups)
+    size, trunks = table["flops"].to_numpy(dtype=float), None
+    if (table["study"] != "grid").all():  # runs of a law share trunks
+        trunks = table.groupby(["d_model", "seed"]).ngroup().to_numpy()
+    return Sample(table, LAWS, {"N": "N", "D": "D"}, "loss", size, groups, trunks=trunks)
 
 
 def errors(made: Forecast, table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
