@@ -167,7 +167,7 @@ def load_run(
 def read_checkpoint(path: Path, config: Config) -> tuple[dict[str, torch.Tensor], int]:
     """Return the model's weights, with LoRA adapters merged in, and the step.
 
-    Raises ConfigError for a damaged file.
+    Reads tensors and plain data only, never code.  Raises ConfigError for a damaged file.
     """
     try:
         check_sums(path)

@@ -110,7 +110,7 @@ class Forecast:
     ranges: dict[str, tuple[float, float]]  # of each variable over the runs
     rate: float  # error of log L beyond the scatter per unit of log distance, by the inner cuts
     seeds: Seeds | None
-    without: list[list[Member]]  # of each member, the same without each trunk
+    without: list[list[Member]]  # of each member, the same without each trunk; [] of too few
 
     def at(self, values: Mapping[str, Array], size: Array) -> tuple[Array, Array]:
         """Predict the log loss, (n,), and the half-width of the 95 % interval of a single run."""
@@ -128,6 +128,8 @@ class Forecast:
     def luck(self, values: Mapping[str, Array]) -> Array:
         """Return the standard error, (n,), that comes from the luck of the trunks: the jackknife
         over them.  One unlucky trunk can tilt the law, and its runs agree with each other."""
+        if not self.without:
+            return np.zeros(len(next(iter(values.values()))))
         left = [np.stack([one.log_loss(values) for one in same]) for same in self.without]
         each = np.tensordot(self.weights, np.stack(left), axes=1)  # (trunks, n)
         return np.asarray(np.sqrt((len(each) - 1) * np.var(each, axis=0)))
@@ -290,10 +292,10 @@ def fit_members(sample: Sample, parts: Sequence[NDBool]) -> list[list[Member]]:
 
 
 def without_each(sample: Sample, members: Sequence[Member]) -> list[list[Member]]:
-    """Return each member fitted again without each trunk, from where it is; itself of too few."""
+    """Return each member fitted again without each trunk, from where it is; [] of too few."""
     trunks: Sequence[Any] = () if sample.trunks is None else list(np.unique(sample.trunks))
     if len(trunks) < FEWEST_TRUNKS:
-        return [[one] for one in members]
+        return []
     found, tokens = [], sample.values.get("D", np.ones_like(sample.size))
     parts = [sample.trunks != one for one in trunks]
     for one in members:
