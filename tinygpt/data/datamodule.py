@@ -177,7 +177,8 @@ class TokenData(pl.LightningDataModule):
         self.windows = self.splits["train"].train_windows(self.length, stride, data.fraction)
         for name, split in self.splits.items():
             tokens = split.info["tokens"]
-            if not (len(self.windows.starts) if name == "train" else tokens >= self.length):
+            windows = len(self.windows.starts) if name == "train" else tokens // self.length
+            if windows == 0:
                 raise ConfigError(
                     f"model.max_seq_len={self.length}: longer than the {shards.WORDS[name]} split "
                     f"of {tokens} tokens; lower it, {self._lengthen(name)}"
@@ -192,7 +193,8 @@ class TokenData(pl.LightningDataModule):
             return f"or raise data.{cut}={limit}"
         key, share = "fraction", data.fraction * (1 - data.val_fraction - data.test_fraction)
         if name != "train":
-            share = getattr(data, key := f"{name}_fraction")
+            key = f"{name}_fraction"
+            share = getattr(data, key)
         wanted = 2 * (self.length + 1) * info["bytes"] / info["tokens"] / share
         return f"raise data.{key} or take more text, about {shards.kilobytes(wanted)} in all"
 
@@ -211,10 +213,7 @@ class TokenData(pl.LightningDataModule):
         return self.plan
 
     def floor(self, split: str) -> float | None:
-        """Return the irreducible loss in nats per token, if it is known.
-
-        It is known only if every document fits into a window.
-        """
+        """Return the irreducible loss in nats per token, known if every document fits a window."""
         info = self.splits[split].info
         exact: float | None = info["irreducible_loss_exact"]
         return exact if info["longest_document"] <= self.length else None

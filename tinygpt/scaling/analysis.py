@@ -188,8 +188,7 @@ def analyse(
     total = _in_total(runs, best, columns, settings)
     tried = list(laws) if law == "auto" else [law]
     groups = groups_of(columns.dependence(runs, variables.values()))
-    trunks = columns.trunks(runs)
-    sample = Sample(runs, tried, variables, columns.loss, size, groups, seed, trunks)
+    sample = Sample(runs, tried, variables, columns.loss, size, groups, seed, columns.trunks(runs))
     ahead: Forecast | None = None
     with contextlib.suppress(ConfigError):
         ahead = forecast(sample)

@@ -95,8 +95,7 @@ class Columns:
         shared = "branched_from" in runs and runs["branched_from"].notna().any()
         if not shared or self.n not in runs or self.seed not in runs:
             return None
-        labels = runs.groupby([self.n, self.seed], dropna=False).ngroup()
-        return np.asarray(labels, dtype=np.intp)
+        return np.asarray(runs.groupby([self.n, self.seed], dropna=False).ngroup(), dtype=np.intp)
 
     def floor(self, runs: pd.DataFrame) -> float | None:
         """Return the exact entropy of the corpus if it is known and all runs share it."""
