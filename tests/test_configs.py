@@ -429,6 +429,7 @@ def rows() -> Iterator[Row]:
 ELSEWHERE = {
     *("train.grad_clip_norm", "train.skip_nonfinite", "train.log_every", "train.sample_tokens"),
     *("train.early_stopping_patience", "train.sample_prompt", "train.eval_share", "seed", "force"),
+    "train.eval_on_start",
     *("hardware.threads", "hardware.compile", "hardware.strategy"),
 }
 IN_SWEEPS = {"launcher", "sweep", "scale", "plan", "fit"}  # and whole sections
@@ -532,6 +533,7 @@ def test_what_shows_only_in_a_run_is_in_the_hash_if_it_is_science(
     """``train.eval_share`` is science only with early stopping, which test_training tries."""
     values = {
         "train.sample_prompt": "hello",
+        "train.eval_on_start": "false",
         "hardware.compile": "on",
         "hardware.strategy": "ddp",
         "force": "true",

@@ -196,6 +196,13 @@ def test_flags_of_the_trainer_reach_it(words: list[str], tmp_path: Path) -> None
     profile = tmp_path / "outputs" / "runs" / part["run_name"] / "fit-profile.txt"
     assert "run_training_batch" in profile.read_text()
 
+    bare = trained([*words, "trainer.limit_test_batches=0", "train.eval_on_start=false"])
+    assert bare["config_hash"] != whole["config_hash"]
+    for name in ("test_loss", "initial_val_loss"):
+        assert whole[name] > 0
+        assert bare[name] is None
+    assert bare["final_val_loss"] == whole["final_val_loss"]
+
     before = sorted(tmp_path.rglob("*"))
     tried = trained([*words, "trainer.fast_dev_run=true"])
     assert tried["status"] == "fast_dev_run"

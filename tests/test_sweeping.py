@@ -28,6 +28,8 @@ from tinygpt.config import ConfigError, RunError
 from tinygpt.fileio import read_yaml
 from tinygpt.runs import rundir
 from tinygpt.scaling.runs import load_runs
+from tinygpt.sweeping import study as studies
+from tinygpt.sweeping.engines import Share
 from tinygpt.sweeping.jobs import Job, compose_jobs, expand, flops_of
 from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.sweeping.search import search as optuna_search
@@ -490,6 +492,22 @@ def test_sigterm_saves_and_stops_a_study(
     undisturbed = tinygpt("run", *words, "study=undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert comparable(study) == comparable(study.with_name("undisturbed"))
+
+
+def test_a_job_that_had_not_begun_hides_no_interrupted_one(tmp_path: Path) -> None:
+    words = [[f"output_dir={tmp_path}", f"seed={seed}", "launcher=serial"] for seed in (1, 2)]
+    jobs = compose_jobs(words, TRAINING)
+    jobs[1].run.log.parent.mkdir(parents=True)
+    jobs[1].run.log.touch()
+    for job in jobs:
+        job.row["flops_exact"] = 1.0
+    said, outcomes = io.StringIO(), dict[Job, Outcome]()
+    told = [(job, Outcome("interrupted")) for job in jobs]  # the one that had not begun first
+    share = Share("local", 2, 1)
+    studies._run(list(jobs), share, lambda *_: iter(told), 2, outcomes, Console(file=said))
+    assert list(outcomes) == [jobs[1]]
+    assert said.getvalue().count("seed=2  interrupted at 0%") == 1
+    assert "seed=1" not in said.getvalue()
 
 
 # --- a sweeper that optimises

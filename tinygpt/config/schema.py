@@ -321,6 +321,7 @@ class TrainConfig:
         "but the first and last score every k-th window.  null scores all windows.",
         above=0.0,
     )
+    eval_on_start: bool = key(True, "Validate before the first step.")
     checkpoint_every: Optional[int] = key(None, "Tokens between saves; null: eval_every.", least=1)
     keep_every: Optional[int] = key(None, "Tokens between step_<N>.ckpt; null is off.", least=1)
     early_stopping_patience: Optional[int] = key(

@@ -50,6 +50,9 @@ class TrainerConfig:
         None, "Try one training step and one validation batch without writing a run."
     )
     limit_val_batches: Optional[int] = key(None, "Validate on at most this many batches.", least=1)
+    limit_test_batches: Optional[int] = key(
+        None, "Score at most this many batches of the test text; 0 leaves it out.", least=0
+    )
     profiler: Optional[str] = key(
         None,
         "Write a report of one of Lightning's profilers into the run's folder.",

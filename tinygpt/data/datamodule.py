@@ -26,6 +26,7 @@ from tinygpt.config.horizon import PASS_TOKENS, Plan, derive
 from tinygpt.data import corpora, shards
 from tinygpt.data.shards import EvalWindows, Prepared, Split, TrainWindows
 
+EVAL_TOKENS = 2048  # at least, per pass of an evaluation: of fewer, Lightning's part is the larger
 IGNORED = -100  # the target at positions that are not scored, such as padding
 Batch = tuple[Tensor, Tensor]  # inputs (B, T), targets (B, T), both int64
 
@@ -212,6 +213,11 @@ class TokenData(pl.LightningDataModule):
         )
         return self.plan
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Return the windows per pass of an evaluation."""
+        return max(self.plan.micro_batch_size, EVAL_TOKENS // self.length)
+
     def floor(self, split: str) -> float | None:
         """Return the irreducible loss in nats per token, known if every document fits a window."""
         info = self.splits[split].info
@@ -262,7 +268,7 @@ class TokenData(pl.LightningDataModule):
     def val_dataloader(self) -> StepLoader:
         """Return the validation batches: of all windows if ``scores_all``, else of some."""
         rank, world_size = self._place()
-        size = self.plan.micro_batch_size
+        size = self.eval_batch_size
         batches = [self.eval_batches("val", size, k) for k in (1, self.val_every())]
         count = len(batches[0])
         every = range(rank, count, world_size)
@@ -275,7 +281,7 @@ class TokenData(pl.LightningDataModule):
         if "test" not in self.splits:
             return []
         rank, world_size = self._place()
-        batches = self.eval_batches("test", self.plan.micro_batch_size)
+        batches = self.eval_batches("test", self.eval_batch_size)
         return self._loader(batches, range(rank, len(batches), world_size))
 
     def _place(self) -> tuple[int, int]:

@@ -165,8 +165,8 @@ def open_text(trained: TrainedRun, options: Options, machine: Machine, progress:
     data = open_data(config, prepared, machine.resolved)
     if name not in data.splits:
         raise ConfigError(f"split={name}: {run.path} has none, as data.test_fraction=0")
-    batch_size = data.plan.micro_batch_size
-    return Text(name, data.splits[name], data.length, batch_size, pad, data.floor(name))
+    size = data.eval_batch_size
+    return Text(name, data.splits[name], data.length, size, pad, data.floor(name))
 
 
 @dataclass(frozen=True)

@@ -64,13 +64,15 @@ def config_hash(config: Config, content: dict[str, str]) -> str:
         for name in names:
             section.pop(name, None)
     values.pop("init_from")
-    trainer = {k: v for k, v in values.pop("trainer").items() if v and k != "profiler"}
+    flags = values.pop("trainer")
+    trainer = {k: v for k, v in flags.items() if v or (k, v) == ("limit_test_batches", 0)}
+    trainer.pop("profiler", None)
     values |= {"trainer": trainer} if trainer else {}
     newer: list[tuple[dict[str, Any], str, Any]] = [(values, "callbacks", {})]
     newer += [(train, "skip_nonfinite", False), (model, "rope_scaling", None)]
     if train["early_stopping_patience"] is None:  # otherwise it decides when a run stops
         train["eval_share"] = None
-    newer += [(train, "eval_share", None)]
+    newer += [(train, "eval_share", None), (train, "eval_on_start", True)]
     newer += [(data, name, None) for name in ("encoding", "delimiter", "header")]
     for section, name, unused in newer:
         if name in section and section[name] == unused:

@@ -49,7 +49,7 @@ REPEATED = "data_constrained"  # is one of the laws too where tokens are read mo
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
 BALANCED = 20.0  # tokens per parameter of the target before a law is known (Hoffmann et al. 2022)
 UNBALANCED = 10.0  # by which factor a law may move them: early ones would put the target anywhere
-OVERHEAD, SLOWER = 2.0, 1.2  # seconds of a run beside its steps, and a factor: before any ended
+OVERHEAD, SLOWER = 1.0, 1.2  # seconds of a run beside its steps, and a factor: before any ended
 # Half-widths at the target in simulated studies, as a part of what is expected without a loss.
 PLANNED = 0.22
 CLEAR = 0.01  # scatter of a run that hides little of what a plan asks
@@ -90,7 +90,7 @@ class Recipe:
     bytes_per_token: float
     repeats: bool  # the text is too small for one pass
     step_costs: dict[int, float]  # by width: seconds, or FLOPs
-    extra_steps: float  # that the evaluations of a run cost: before, behind, and of the test text
+    extra_steps: float  # that the last evaluation of a run costs
     parameters: dict[int, int]  # by width, without embeddings
     flops_per_token: dict[int, float]  # by width
     test_cost: float  # of one test run, seconds or FLOPs
@@ -101,7 +101,7 @@ class Recipe:
         return [*self.overrides, *shape(width), f"train.tokens={tokens}", f"seed={seed}"]
 
     def cost(self, width: int, steps: float) -> float:
-        """Return what so many steps and the evaluations of a run are thought to cost."""
+        """Return what so many steps and the evaluation of a run are thought to cost."""
         return self.step_costs[width] * (steps + self.extra_steps)
 
     def longest(self, width: int, slower: float = 1.0) -> int:
@@ -192,7 +192,10 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     """
     given = {item.partition("=")[0] for item in asked.overrides}
     fixed = ["model.parametrization=mup", "schedule=wsd", "schedule.min_ratio=0"]
-    fixed += ["train.sample_tokens=0", f"train.eval_every={10**15}", f"study={asked.study}"]
+    # of each run only the last validation loss counts; the others would cost as much as a short run
+    fixed += [f"train.eval_every={10**15}", "train.eval_on_start=false"]
+    fixed += ["trainer.limit_test_batches=0"]
+    fixed += ["train.sample_tokens=0", f"study={asked.study}"]
     is_small = _is_small(asked)
     common = [*asked.overrides, *fixed]
     chosen = [POSITION, *(SMALL_TEXT if is_small else ())]
@@ -229,8 +232,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
         for width in WIDTHS:
             probe = _probe(common, width, share, console)
             costs[width], rows[width] = step_cost(asked, probe), probe.row
-            # three evaluations; a forward pass is a third of a step
-            extra = probe.val_tokens / batch
+            extra = probe.val_tokens / batch / 3  # as a forward pass is a third of a step
             if len(costs) >= FEWEST and costs[width] * (ABLE * FEWEST_STEPS + extra) > test_cost:
                 break
     able = [w for w in costs if costs[w] * (ABLE * FEWEST_STEPS + extra) <= test_cost]

@@ -83,16 +83,19 @@ def _run(
     if share.engine != "serial":  # longest first, so that none is left alone at the end
         pending.sort(key=lambda job: -job.row["flops_exact"])
     stages = [job for job in pending if not job.trunk], [job for job in pending if job.trunk]
+    is_stopped = False
     with View(pending, total, console) as view:
         for stage in filter(None, stages):
             for job, outcome in engine(stage, pending[0].run.path.parent):
-                if outcome.status == "interrupted" and not job.run.log.exists():
-                    return  # it had not begun
+                if outcome.status == "interrupted":
+                    is_stopped = True
+                    if not job.run.log.exists():
+                        continue  # it had not begun
                 outcomes[job] = outcome
                 if outcome.status == "killed" and job.run.environment.exists():
                     fileio.write_json(job.run.error, {"error": outcome.reason})
                 view.ended(job, outcome)
-            if _is_interrupted(outcomes):
+            if is_stopped:
                 break
 
 

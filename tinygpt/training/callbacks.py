@@ -161,9 +161,10 @@ class Journal(StepCallback):
             getattr(self._stats, name).fill_(self.state[name])
         self._timed_from = trainer.global_step
         if trainer.global_step == 0:
-            self.scores = pl_module.validate()
-            self.state["initial_val_loss"] = self.scores.loss
-            self._write(trainer, 0, {}, self.scores)
+            if self.config.train.eval_on_start:
+                self.scores = pl_module.validate()
+                self.state["initial_val_loss"] = self.scores.loss
+                self._write(trainer, 0, {}, self.scores)
             self.samples.draw(trainer, pl_module)
         self._begun = trainer.global_step, time.perf_counter()
         self._printed = trainer.global_step, self.state["seconds"]

@@ -255,7 +255,7 @@ class Run:
         if self.journal.scores is None:  # resumed at its last step
             trainer.validate(self.module, datamodule=self.data, verbose=False)
         final, test = self.journal.scores or self.module.scores, None
-        if "test" in self.data.splits:
+        if "test" in self.data.splits and self.config.trainer.limit_test_batches != 0:
             trainer.test(self.module, datamodule=self.data, verbose=False)
             test = self.module.scores
         assert final is not None

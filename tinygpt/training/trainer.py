@@ -94,6 +94,7 @@ def make_trainer(
             inference_mode=False,
             fast_dev_run=bool(flags.fast_dev_run),
             limit_val_batches=flags.limit_val_batches,
+            limit_test_batches=flags.limit_test_batches,
             profiler=profiler,
             detect_anomaly=bool(flags.detect_anomaly),
         )
