@@ -18,7 +18,7 @@ LIMITS = {
     "data": 3_775,
     "model": 1_494,
     "training": 2_658,
-    "sweeping": 2_545,
+    "sweeping": 2_546,
     "scaling": 9_551,
     "evaluating": 1_406,
     "adaptation": 3_080,
