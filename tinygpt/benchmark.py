@@ -17,6 +17,7 @@ from rich.table import Table
 
 from tinygpt import cli, fileio
 from tinygpt.config import ConfigError, RunError, key
+from tinygpt.training.console import folded
 
 USAGE = """\
 tinygpt benchmark [key=value ...]
@@ -145,7 +146,7 @@ def main() -> None:
         table.add_column(name, justify="right" if name in RIGHT else "left")
     for row in rows:
         table.add_row(*cells(row))
-    console.print(environment, highlight=False, soft_wrap=True)
+    console.print(folded(environment, 2), highlight=False, soft_wrap=True)
     console.print(table)
     print(f"\n{folder}/BENCH.md, bench.csv")
 

@@ -70,6 +70,7 @@ def main() -> None:
     console = Console(markup=False)
     with console.status("starting") as status:
         from tinygpt.evaluating import runs, table  # torch takes seconds
+        from tinygpt.training.console import folded
 
         refused: list[str] = []
         tell = status.update if console.is_terminal else cli.announce
@@ -85,7 +86,7 @@ def main() -> None:
             print(f"note: {run}: documents start with {start}, as the tokenizer's folder does it")
     for path in without:
         print(f"note: {path} has no checkpoint")
-    print(f"\n{', '.join([str(written[0]), *(path.name for path in written[1:])])}")
+    print("\n" + folded(", ".join([str(written[0]), *(path.name for path in written[1:])]), 2))
     if refused:
         raise RunError(f"{len(refused)} of {len(paths)} runs not scored: {'; '.join(refused)}")
 

@@ -55,6 +55,7 @@ def main() -> None:
     check_target(arguments.to, arguments.force)
     cli.loading()
     from tinygpt.runs.load import load_run  # imports torch: only once the arguments are right
+    from tinygpt.training.console import folded
 
     run = load_run(arguments.run, arguments.checkpoint)
     export(run, Path(arguments.to))
@@ -63,7 +64,8 @@ def main() -> None:
     count = counting.count_parameters(run.config.model, run.tokenizer.vocab_size).total
     size = (Path(arguments.to).expanduser() / WEIGHTS).stat().st_size
     print(f"{run.path}, {run.checkpoint} (step {run.step:,}): {title}, {count:,} parameters")
-    print(f"{arguments.to}: {', '.join(sorted(FILES))} ({size / 1e6:.1f} MB of weights)")
+    files = ", ".join(sorted(FILES))
+    print(folded(f"{arguments.to}: {files} ({size / 1e6:.1f} MB of weights)", 2))
     if run.tokenizer.convention:
         print(run.tokenizer.convention)
     print("to load it, in Python:")

@@ -281,6 +281,8 @@ class LawStudy:
             stage = itertools.chain([first], itertools.islice(jobs, others))
             for job, outcome in self.run(engine, stage):
                 self.ended(job, outcome)
+        if (made := len(self.design.losses) + len(self.failed)) == len(self.table):
+            say(self.console, f"{self.left()}  all {made} runs of these sizes and lengths are made")
 
     def predict(self) -> dict[str, Any]:
         """Predict the loss of the most expensive runs before they begin, and write it down.

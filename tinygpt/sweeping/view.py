@@ -6,7 +6,6 @@ All of it is read from the run folders, so it works with every engine.
 from __future__ import annotations
 
 import math
-import textwrap
 import threading
 import time
 from collections.abc import Container, Sequence
@@ -21,7 +20,7 @@ from rich.text import Text
 from tinygpt.data.survey import many
 from tinygpt.sweeping.jobs import Job
 from tinygpt.sweeping.workers import Outcome
-from tinygpt.training.console import clock, short
+from tinygpt.training.console import clock, folded, short
 
 EVERY = 1.0  # seconds between looks at the folders
 ENOUGH = 0.05  # fraction of a run after which its steps are timed
@@ -36,8 +35,7 @@ def say(console: Console, line: str) -> None:
 
 def say_below(console: Console, name: str, text: str) -> None:
     """Print a named text, wrapped at 80 columns and indented."""
-    shape = textwrap.TextWrapper(80, subsequent_indent=" " * 11, break_long_words=False)
-    say(console, shape.fill(f"{name:<10} {text}"))
+    say(console, folded(f"{name:<10} {text}", 11))
 
 
 def make_table(*columns: str, left: Container[str] = ("run",)) -> Table:

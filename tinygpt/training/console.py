@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def folded(line: str, indent: int, width: int = 80) -> str:
+    """Return a line as several of at most ``width`` columns, all but the first indented.
+
+    A longer word, such as a path, stays whole.
+    """
+    shape = textwrap.TextWrapper(width, subsequent_indent=" " * indent)
+    shape.break_long_words = shape.break_on_hyphens = False
+    return shape.fill(line)
+
+
 def make_bar(console: Console) -> Progress:
     """Return the progress bar of a training."""
     columns = (
@@ -64,7 +75,10 @@ class _ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+        line = record.getMessage()
+        if self.console.is_terminal and len(line) > self.console.width:
+            line = folded(line, 8, self.console.width)
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _LogFile(logging.FileHandler):
