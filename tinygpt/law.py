@@ -86,7 +86,7 @@ def check(overrides: Sequence[str]) -> None:
         name = item.partition("=")[0].lstrip("+")
         if name in OWNED or name.startswith("sweep"):
             raise ConfigError(f"{item}: tinygpt.law decides this; minutes= or flops= is its budget")
-        if name == "schedule" or name.startswith("schedule."):
+        if name.startswith("schedule") and name != "schedule.warmup_steps":
             raise ConfigError(f"{item}: tinygpt.law needs schedule=wsd: lengths share a trunk")
 
 

@@ -226,7 +226,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     top = float(one_pass * PASSES) if repeats else top
     lengths = [int(top / 2**k) // batch * batch for k in range(LENGTHS)]
     lengths = sorted(tokens for tokens in lengths if tokens >= least)
-    if not given & {"schedule.warmup_steps", "schedule.warmup_fraction"}:
+    if "schedule.warmup_steps" not in given:
         common.append(f"schedule.warmup_steps={FEWEST_STEPS // 5}")
     costs, rows, extra = dict[int, float](), dict[int, dict[str, Any]](), 0.0
     with console.status("timing models of several sizes"):
