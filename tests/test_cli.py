@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import importlib
 import operator
 import os
@@ -25,7 +26,7 @@ from omegaconf import MISSING
 
 from tests.conftest import ROOT
 from tests.test_imports import COMMANDS
-from tinygpt import cli, completion, fileio, fit, words
+from tinygpt import cli, completion, fileio, fit, signals, words
 from tinygpt.cli import compose_config, read_arguments
 from tinygpt.config import DEFAULT_TOKENS, HORIZONS, Config, ConfigError, RunError, key
 from tinygpt.data.shards import cache_root
@@ -686,3 +687,31 @@ def test_the_first_word_comes_before_what_is_slow(words: str, tmp_path: Path) ->
         assert (done.stderr, done.stdout) == (first, "heavy")
     else:
         assert done.stdout == first + "heavy", done.stderr
+
+
+def test_garbage_is_collected_again_once_libraries_are_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(signals.PARENT, "1")
+    for finish in (cli.loaded, lambda: cli.spinning("preparing")):
+        cli.loading()
+        assert not gc.isenabled()
+        finish()
+        assert gc.isenabled()
+
+    def fail() -> None:
+        with cli.importing():
+            raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        fail()
+    assert gc.isenabled()
+
+    @cli.one_line_errors
+    def command() -> None:
+        cli.loading()
+        raise RunError("no such thing")
+
+    with pytest.raises(SystemExit):
+        command()
+    assert gc.isenabled()

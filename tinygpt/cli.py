@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import os
 import re
 import signal
@@ -278,7 +280,18 @@ _shown = contextlib.ExitStack()
 def loading(file: TextIO | None = None) -> None:
     """Say that libraries are being loaded, with a spinner until ``loaded`` is called."""
     announce("loading", file)
-    _shown.enter_context(spinning("torch, Lightning", file))
+    _shown.enter_context(importing(file))
+
+
+@contextlib.contextmanager
+def importing(file: TextIO | None = None) -> Iterator[None]:
+    """Show a spinner while the block imports torch; collecting garbage would take a second more."""
+    with spinning("torch, Lightning", file):
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.enable()
 
 
 def loaded() -> None:
@@ -312,6 +325,7 @@ def one_line_errors(command: Callable[P, T]) -> Callable[P, T]:
         for name, value in WAITING.items():
             os.environ.setdefault(name, value)
         streams.survive()
+        atexit.register(gc.freeze)  # collecting torch's objects would take a second
         try:
             # a shell ignores SIGINT for background commands, but whoever sends it means it
             with signals.obeyed(also=(signal.SIGINT,)), _shown:

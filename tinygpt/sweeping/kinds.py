@@ -63,7 +63,7 @@ class Trainings(Kind):
 
     def prepare(self, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
         """Prepare each corpus once and plan every run."""
-        with cli.spinning("torch, Lightning"):
+        with cli.importing():
             from tinygpt.data import corpora, shards
             from tinygpt.data.survey import Survey
             from tinygpt.training.console import preparing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
 import multiprocessing
@@ -209,8 +210,10 @@ def _begin_worker(parent: int, at_once: int, gpus: int, folder: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _worker.enter_context(signals.handled(lambda number: _interrupted.append(True)))
 
+    gc.disable()  # collecting garbage takes a fifth of importing torch
     from tinygpt.training.trainer import leave_with_parent
 
+    gc.enable()
     leave_with_parent(parent)  # otherwise its runs would stay locked
 
 
