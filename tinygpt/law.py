@@ -76,7 +76,9 @@ def read(argv: Sequence[str]) -> tuple[Arguments, list[str]]:
     if not arguments.path and not sources:
         raise ConfigError("path: give a text, as path=book.txt, or data=tinystories")
     if arguments.path:
-        given += ["data=custom", f"data.path=[{','.join(arguments.path)}]"]
+        text = ",".join(arguments.path)
+        is_plain = re.fullmatch(r"[A-Za-z_./~-][\w./~-]*", text)  # as the report's commands show it
+        given += ["data=custom", f"data.path={text if is_plain else f'[{text}]'}"]
     return arguments, [*given, f"output_dir={arguments.output_dir}"]
 
 
