@@ -84,7 +84,8 @@
           xref: "x" + n + " domain", yref: "y" + n + " domain" });
       }
       for (const trace of panel.traces) {
-        if (columns === 1 && width < 560 && trace.mode === "text") continue;
+        const isNarrow = columns === 1 && width < 560;  // labels of contours find no room
+        if (isNarrow && trace.mode === "text") continue;
         const group = trace.legendgroup, first = trace.name && !seen.has(group);
         if (first) seen.add(group);
         let text = JSON.stringify({ type: "scatter", ...trace, tint: undefined,
@@ -92,6 +93,7 @@
         if (isDark) text = text.replace(/"#([0-9a-f]{6})"/g, lighter);
         text = text.replaceAll('"paper"', isDark ? '"#16181b"' : '"#ffffff"');
         const one = JSON.parse(text);
+        if (isNarrow && one.hoverinfo === "text" && one.mode === "lines") one.connectgaps = true;
         if (bar && one.marker && one.marker.colorbar) {
           Object.assign(one.marker.colorbar, { x: x[1], xpad: 6, thickness: 10, outlinewidth: 0,
             y: (y[0] + y[1]) / 2, len: y[1] - y[0] });
