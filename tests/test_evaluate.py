@@ -691,14 +691,14 @@ def test_one_run_with_all_that_can_be_asked(
     words = ["baseline=true", "quantize=int8", "prune=0.5", "samples=3", "task=q[red].jsonl"]
     done = tinygpt("evaluate", f"runs={run}", *words, "output_dir=here")
     assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert max(map(len, lines[:-1])) <= 80
+    shown, files = done.stdout.rsplit("\n\n", 1)
+    assert max(map(len, shown.splitlines())) <= 80
     assert "\x1b" not in done.stdout
     assert "q[red]" in done.stdout
     folder = tmp_path / "here"
     names = {"evaluation_results.csv", "evaluation_results.json", "loss_by_position.png"}
     assert {path.name for path in folder.iterdir()} == {*names, "convergence.png"}
-    assert all(name in lines[-1] for name in names)
+    assert all(name in files for name in names)
     table = pd.read_csv(folder / "evaluation_results.csv")
     assert list(table["variant"]) == ["untrained", "trained", "int8", "pruned 0.5"]
     found = json.loads(
@@ -737,7 +737,8 @@ def test_runs_side_by_side(
     another = ["data=custom", f"data.path={corpus}"]
     done = tinygpt("evaluate", f"runs={run},{wide},{synthetic}", *another)
     assert (done.returncode, done.stderr) == (0, "")
-    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    shown, _ = done.stdout.rsplit("\n\n", 1)
+    assert max(map(len, shown.splitlines())) <= 80
     text = " ".join(done.stdout.split())
     assert "seed 42 7 42" in text
     assert "data.n_facts – – 8" in text
