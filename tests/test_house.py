@@ -17,9 +17,9 @@ LIMITS = {
     "runs": 873,
     "data": 3_775,
     "model": 1_494,
-    "training": 2_672,
+    "training": 2_673,
     "sweeping": 2_549,
-    "scaling": 9_551,
+    "scaling": 9_552,
     "evaluating": 1_406,
     "adaptation": 3_080,
 }

@@ -408,6 +408,8 @@ def test_the_equation_can_be_used(joint: Analysis) -> None:
     place = {"N": 1e6, "D": 1e7}
     by_hand = eval(text, {"__builtins__": {}}, place)
     assert by_hand == pytest.approx(float(joint.fit.predict(**place)[0]), rel=1e-3)
+    vanished = {**joint.fit.parameters, "E": 1.6e-9}  # where a fit that wants none ends
+    assert wording.equation(joint.fit.optimum.law, vanished).startswith("L = 0 + ")
 
 
 def test_laws_that_cannot_be_told_apart_say_which_is_shown(joint: Analysis) -> None:

@@ -34,7 +34,7 @@ from tinygpt.data.tokenizers import load_tokenizer
 from tinygpt.model.gpt import GPT
 from tinygpt.runs import rundir
 from tinygpt.training.callbacks import Journal
-from tinygpt.training.console import print_summary
+from tinygpt.training.console import print_summary, short
 from tinygpt.training.optim import rate_factor
 from tinygpt.training.session import train
 from tinygpt.training.trainer import AtomicCheckpoints
@@ -964,3 +964,11 @@ def test_a_model_that_has_learned_comes_near_the_floor_and_not_below(
         (r["test_loss"], r["test_irreducible_loss_exact"]),
     ):
         assert floor < loss < floor + 0.35
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(7, "7"), (999, "999"), (999.6, "1k"), (1234, "1.23k"), (999_936, "1M"), (1_234_567, "1.23M")],
+)
+def test_three_digits_have_the_letter_of_what_they_round_to(number: float, says: str) -> None:
+    assert short(number) == says

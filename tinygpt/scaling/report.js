@@ -25,12 +25,13 @@
     return { tickmode: "auto", tickvals: null, ticktext: null };
   }
 
-  function short(value) {
+  function short(exact) {
+    const value = Number(exact.toPrecision(3)); // first: what it rounds to may have the next unit
     const units = [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]];
     const [size, unit] = (value < 1e15 && units.find(([size]) => value >= size)) || [1, ""];
     const number = value / size;
     if (number >= 1e4 || number < 1e-3) return number.toExponential(0).replace("e+", "e");
-    return Number(number.toPrecision(3)) + unit;
+    return number + unit;
   }
 
   // Dark colours are lighter on a dark page.

@@ -156,10 +156,11 @@ def formula(law: Law) -> str:
 
 
 def equation(law: Law, parameters: Mapping[str, float]) -> str:
-    """Return the formula with its parameters to four digits."""
+    """Return the formula with its parameters to four digits; an E that vanished is 0."""
     text = formula(law)
     for name in law.parameters:
-        value = number(parameters[name], 4)
+        vanished = name == "E" and abs(parameters[name]) < 1e-5  # such fits end anywhere below
+        value = "0" if vanished else number(parameters[name], 4)
         value = f"({value})" if value.startswith("-") else value
         text = re.sub(rf"(?<!\w){name}(?!\w)", value, text)
     return re.sub(r"([\d)]) (?=[\d(]\S*\))", r"\1·", text)

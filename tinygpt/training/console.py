@@ -34,10 +34,11 @@ log = logging.getLogger("tinygpt")
 
 
 def short(number: float) -> str:
-    """Return a number to three digits: 1234567 → 1.23M."""
+    """Return a number to three digits: 1234567 → 1.23M, 999960 → 1M."""
+    number = float(f"{number:.3g}")
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.3g}{letter}"
+            return f"{number / size:g}{letter}"
     return f"{number:.0f}"
 
 
