@@ -221,7 +221,7 @@ def check_design(runs: pd.DataFrame, law_of: Collection[str] = ()) -> list[Check
         checks.append(check(id, passed, f"{points} values, {times(ratio)}", what))
     outside = {} if set(law_of) == {"N"} else {"equal_tokens": "not a law of size alone"}
     if not {"N", "D"} <= set(law_of):
-        outside["collinear"] = "the law does not have both"
+        outside["collinear"] = "not a law of both"
     if "U" in law_of and is_repeated:
         outside["no_repetition"] = "a law of unique tokens says what repeating them costs"
     return [*checks, *_judged(runs, DESIGN, outside)]

@@ -23,7 +23,7 @@ from tinygpt.runs import rundir
 from tinygpt.sweeping.engines import Share, share_of
 from tinygpt.sweeping.jobs import Job, Kind, flops_of
 from tinygpt.sweeping.view import make_table, say, say_below
-from tinygpt.training.console import clock, short
+from tinygpt.training.console import clock, folded, short
 
 # Torch, pandas and the data's libraries are imported where they are needed, so that mistakes are
 # reported, and finished runs skipped, without them.
@@ -129,7 +129,7 @@ class Trainings(Kind):
             rows = pd.DataFrame([job.row for job in jobs])
             for check in [*check_design(rows), check_validation(rows)]:
                 mark = {True: "yes", False: "NO ", None: " - "}[check.passed]
-                console.print(f"  {mark}  {check.title}: {check.figure}", highlight=False)
+                say(console, folded(f"  {mark}  {check.title}: {check.figure}", 7))
             for line in compared_lines(jobs, rows):
                 say(console, line)
 
