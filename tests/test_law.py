@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from tinygpt.sweeping.engines import Share
 from tinygpt.sweeping.jobs import Job
 from tinygpt.sweeping.kinds import TRAINING
 from tinygpt.sweeping.recipe import Asked
+from tinygpt.sweeping.record import Record
 from tinygpt.sweeping.workers import Outcome
 
 LAWS = ("chinchilla", "coupled")
@@ -228,6 +230,71 @@ def test_a_study_predicts_what_it_then_measures(
     assert prediction["flops"] <= 0.25 * FLOPS
     flops = [machine.flops[name] for name in machine.trained]
     assert flops[-1] == max(flops) > max(flops[:-1])
+
+
+class Clock(Machine):
+    """Does two jobs at once, on a clock of its own: a step takes as long as its FLOPs say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.busy = 0.0, 0.0
+
+    def __call__(self, jobs: Iterable[Job], folder: Path) -> Iterator[tuple[Job, Outcome]]:
+        waiting, running = iter(jobs), list[tuple[float, Job]]()
+        while True:
+            while len(running) < 2 and (job := next(waiting, None)) is not None:
+                took = 1.0 + seconds(job) * (job.steps + 100)
+                self.busy += took
+                running.append((self.now + took, job))
+            if not running:
+                return
+            self.now, job = running.pop(running.index(min(running, key=lambda one: one[0])))
+            yield from super().__call__([job], folder)
+
+    @contextlib.contextmanager
+    def ready(self, jobs: Any, study: int = 0) -> Iterator[tuple[Share, Machine]]:
+        yield Share("local", 2, 1), self
+
+
+def seconds(job: Job) -> float:
+    """Return the seconds of an optimizer step on the simulated clock."""
+    return float(job.row["flops_per_token"] * job.row["batch_tokens"]) / 5e9
+
+
+def test_of_two_workers_one_goes_on_beside_the_test(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(recipe, "step_cost", lambda _, job: seconds(job))
+    monkeypatch.setattr(Record, "elapsed", lambda _: clock.now)
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    lines = find(text, tmp_path, clock, monkeypatch, minutes=10.0, flops=None)
+    said = json.loads((tmp_path / "law" / "prediction.json").read_text())
+    chosen = decisions(lines)
+    beside = [name for name in chosen if name not in said["from_runs"]]
+    assert 250 < said["seconds"] < 300
+    assert beside
+    assert set(said["from_runs"]) == set(chosen[: -len(beside)])
+    (test,) = (line for line in lines if line["event"] == "test")
+    assert test["loss"] == lines[-1]["loss"]
+    assert abs(lines[-1]["error"]) < 0.02
+    assert max(clock.flops.values()) == said["flops"]  # and it took longest
+    assert 500 < clock.now < 600
+    assert clock.busy > 0.85 * 2 * clock.now
+
+
+@pytest.mark.parametrize(
+    ("workers", "expected"),
+    [(1, (1, 0.25)), (2, (1, 0.5)), (3, (1, 0.5)), (4, (2, 0.5)), (6, (3, 0.5)), (64, (3, 0.5))],
+)
+def test_a_quarter_of_the_budget_at_most_goes_into_the_test(
+    workers: int, expected: tuple[int, float]
+) -> None:
+    share = Share("local", workers, 1)
+    count, part = Asked([], "law", 10.0, None).test(share)
+    assert (count, part) == expected
+    assert count * part <= 0.25 * workers
+    assert Asked([], "law", None, 1e15).test(share) == (1, 0.25)  # of FLOPs
 
 
 def test_a_shorter_run_costs_only_its_decay(

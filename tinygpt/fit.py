@@ -128,7 +128,8 @@ def main() -> None:
         cli.announce("loading")
         from tinygpt.adaptation import report as adaptation_report
 
-        adaptation_report.make(arguments.runs, folder, arguments.seed)
+        made = adaptation_report.make(arguments.runs, folder, arguments.seed)
+        adaptation_report.show(made, folder)
         return
     keys = [f"units.{name}" for name, unit in vars(arguments.units).items() if unit is not None]
     keys += [n for n in ("loss_unit", "decimal", "last") if getattr(arguments, n) is not None]

@@ -29,7 +29,7 @@ any key of tinygpt run  tokenizer, batch, optimizer, hardware, launcher
 
 It reads the text, times this machine, finds a learning rate, then chooses one run after the other:
 the one that tells most of the loss at the target for its cost.  A quarter of the budget goes into
-the last and most expensive runs, whose loss it predicts before they begin.
+the most expensive run, whose loss it predicts before it begins.
 """
 
 

@@ -153,10 +153,10 @@ def find_law(text: str, path: str, seed: int, minutes: float, flops: float) -> p
     names = {line["row"]: line["run"] for line in found if line["event"] == "choose"}
     ends = {names[line["row"]]: line["at"] / 60 for line in found if line["event"] == "end"}
     said = json.loads((OUTPUTS / study / "prediction.json").read_text())
-    scored = next(line["at"] / 60 for line in found if line["event"] == "score")
+    tested = next(line["at"] / 60 for line in found if line["event"] == "test")
     runs = load_runs(OUTPUTS / study)
     is_test = runs["seed"].isin(said["seeds"])
-    ends |= dict.fromkeys(runs.loc[is_test, "run_name"], scored)
+    ends |= dict.fromkeys(runs.loc[is_test, "run_name"], tested)
     return rows_of(OUTPUTS / study, text, study, ends)
 
 

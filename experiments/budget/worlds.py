@@ -5,8 +5,9 @@ python experiments/budget/worlds.py 20     so many, printed alone
 
 The true loss is a law that the forecast does not have; runs scatter as the seeds of
 experiments/grid_books do, those of one trunk alike.  Two workers make the runs that
-``tinygpt.scaling.design`` chooses, for 20 core-minutes; then the loss of the most expensive run,
-and that at ten times its compute, are predicted.
+``tinygpt.scaling.design`` chooses, for 20 core-minutes.  After half of the time the loss of the
+most expensive run is predicted, which one of them then trains; at the end, the loss at ten times
+its compute.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import pandas as pd
 from tinygpt.fileio import write_text
 from tinygpt.scaling.design import Design
 from tinygpt.scaling.noise import guessed
-from tinygpt.sweeping.recipe import COSTLIEST
+from tinygpt.sweeping.recipe import COSTLIEST, LONGEST
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bank"))
 import worlds as bank
 
 HERE = Path(__file__).parent
 MARKS = re.compile(r"(<!-- worlds -->\n).*?(<!-- end -->\n)", re.S)
-STUDIES, WORKERS, BUDGET, TEST = 100, 2, 600.0, 0.25  # seconds of each worker
+STUDIES, WORKERS, BUDGET = 100, 2, 600.0  # seconds of each worker
 SIZES = np.array([6592, 25472, 56640, 100096, 223872, 396800, 890112], dtype=float)
 STEP_SECONDS = np.array([0.006, 0.008, 0.011, 0.014, 0.022, 0.033, 0.06])
 LENGTHS, BATCH, BESIDE = 64_000 * 2.0 ** np.arange(6), 256, 3.0
@@ -68,11 +69,14 @@ def study(number: int) -> list[dict[str, Any]]:
     table = pd.DataFrame(rows)
     table["trunk"] = np.repeat(np.arange(3 * len(SIZES)), len(LENGTHS))
     table["luck"] = np.concatenate([luck(random) for _ in range(3 * len(SIZES))])
-    largest = TEST * BUDGET / STEP_SECONDS[4] * BATCH
+    largest = LONGEST * BUDGET / STEP_SECONDS[4] * BATCH
     test = {"N": SIZES[4], "D": min(largest, LENGTHS[-1])}
-    is_cheap = table["seconds"] <= COSTLIEST * TEST * BUDGET
+    is_cheap = table["seconds"] <= COSTLIEST * LONGEST * BUDGET
     is_small = table["N"] * table["D"] <= COSTLIEST * test["N"] * test["D"]
-    table = table[is_cheap & is_small].reset_index(drop=True)
+    table = table[is_cheap & is_small]
+    last = {**test, "trunk": -1, "luck": random.standard_normal()}
+    last["seconds"] = BESIDE + STEP_SECONDS[4] * (test["D"] / BATCH + 200)
+    table = pd.concat([table, pd.DataFrame([last])], ignore_index=True)
     n, d, seconds = (table[name].to_numpy() for name in ("N", "D", "seconds"))
     losses = form(5e4 / n, 1e6 / d) * np.exp(noise_of(d) * table["luck"].to_numpy())
     target = {name: value * 10**0.5 for name, value in test.items()}
@@ -85,6 +89,7 @@ def study(number: int) -> list[dict[str, Any]]:
         guessed(d / BATCH),
         trunks=table["trunk"].to_numpy(),
     )
+    row_of_test, said = len(table) - 1, None
     workers: list[tuple[float, int | None]] = [(0.0, None)] * WORKERS  # free at, with what run
     while workers:
         workers.sort(key=lambda one: one[0])
@@ -92,22 +97,34 @@ def study(number: int) -> list[dict[str, Any]]:
         if ended is not None:
             design.tell(ended, float(losses[ended]))
         pending = [row for _, row in workers if row is not None]
-        found = design.next(now + seconds <= (1 - TEST) * BUDGET, pending)
+        left = (BUDGET if said else (1 - LONGEST) * BUDGET) - now
+        is_over = said is not None and row_of_test not in pending
+        able = (seconds <= left) & (np.arange(len(table)) != row_of_test)
+        found = None if is_over else design.next(able, pending)
         if found is not None:
             workers.append((now + seconds[found[0]], found[0]))
+        elif said is None and not pending:
+            said = predicted(design, test)
+            workers += [(now + seconds[row_of_test], row_of_test), (now, None)]
+    assert said is not None
+    out = []
+    pairs = (("test run", test, said), ("ten times", target, predicted(design, target)))
+    for what, place, (log_loss, half) in pairs:
+        truth = float(np.log(form(5e4 / place["N"], 1e6 / place["D"])))
+        chance = float(noise_of(place["D"])) * random.standard_normal()
+        measured = np.log(losses[-1]) if place is test else truth + chance
+        one = {"what": what, "error": log_loss - measured, "reach": half}
+        out.append({**one, "runs": len(design.losses)})
+    return out
+
+
+def predicted(design: Design, place: dict[str, float]) -> tuple[float, float]:
+    """Return the log loss at a place by all runs that have ended, and its half-width."""
     made = design.fit()
     assert made is not None
-    out = []
-    for what, place in (("test run", test), ("ten times", target)):
-        there = {name: np.array([value]) for name, value in place.items()}
-        predicted, half = made.at(there, 6 * there["N"] * there["D"])
-        truth = np.log(form(5e4 / there["N"], 1e6 / there["D"]))
-        measured = truth + noise_of(there["D"]) * random.standard_normal()
-        error = float(predicted[0] - measured[0])
-        out.append(
-            {"what": what, "error": error, "reach": float(half[0]), "runs": len(design.losses)}
-        )
-    return out
+    there = {name: np.array([value]) for name, value in place.items()}
+    log_loss, half = made.at(there, 6 * there["N"] * there["D"])
+    return float(log_loss[0]), float(half[0])
 
 
 def score(count: int) -> pd.DataFrame:

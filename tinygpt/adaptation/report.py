@@ -53,10 +53,15 @@ Row = dict[Any, Any]
 Cells = dict[str, str]  # of a row, by column
 
 
-def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> None:
-    """Write the report on the records in ``runs`` and print the answer, or raise ConfigError."""
+def make(runs: Sequence[str | Path], folder: Path, seed: int = 0) -> Adaptation:
+    """Write the report on the records in ``runs``, or raise ConfigError."""
     adaptation = analyse_adaptation(load_records(*runs), seed)
     write(adaptation, folder)
+    return adaptation
+
+
+def show(adaptation: Adaptation, folder: Path) -> None:
+    """Print the answer, and where the report is."""
     brief = outcomes(adaptation, brief=True)
     document.show([*answer(adaptation), *brief, *notes(adaptation)], folder)
 

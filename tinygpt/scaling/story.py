@@ -46,7 +46,7 @@ class Story:
         text = f"The budget was {budget}; the study took {self.lines[-1]['at'] / 60:.1f} minutes: "
         text += f"{count(len(ended), 'run')}, chosen one after the other"
         losses = self.of("score")[0]["losses"] if self.of("score") else {}
-        text += f", then {count(len(losses), 'run')} to test the prediction." if losses else "."
+        text += f", and {count(len(losses), 'run')} to test the prediction." if losses else "."
         text += f" The text has {recipe['one_pass']:,} training tokens, "
         repeated = "too few for one pass: they were read several times, and the laws that were "
         repeated += "fitted include that of repeated data."
@@ -80,15 +80,15 @@ class Story:
         if made is None:
             return
         what = f"d_model {made['d_model']}, {made['tokens']:,} tokens"
-        text = f"Before the most expensive runs began ({what}), their loss was predicted to be "
+        text = f"Before the test began ({what}), its loss was predicted to be "
         text += f"{made['predicted']:.4f} ({made['low']:.4f} to {made['high']:.4f}), "
         text += f"from {count(len(made['from_runs']), 'run')}"
         if not score:
-            yield Paragraph(f"{text}. These runs have not finished.")
+            yield Paragraph(f"{text}. The test has not finished.")
             return
         losses, inside = score[0]["losses"].values(), score[0]["inside"]
         reached = " and ".join(f"{loss:.4f}" for loss in losses)
-        text += f". **They reached {reached}: off by {percent(abs(score[0]['error']))}**, "
+        text += f". **It reached {reached}: off by {percent(abs(score[0]['error']))}**, "
         yield Paragraph(f"{text}{sum(inside)} of {len(losses)} inside the interval.")
 
     def figure(self) -> Figure | None:

@@ -72,6 +72,7 @@ class LawStudy:
         self.failed: list[int] = []  # rows that are not chosen again
         self.spent = 0.0  # FLOPs
         self.took: list[tuple[int, float, float]] = []  # width, seconds as timed, as they were
+        self.tests: list[int] = []  # rows of the runs that test the prediction, once it is made
         self.half: float | None = None  # of the interval at the target, as a part of the loss
         self.words = ""  # what is known now: the law that weighs most, and the target's loss
         self.said = 0.0  # part of the budget that was spent when these words were last printed
@@ -87,6 +88,24 @@ class LawStudy:
             job.keep_at = [step for step in stable if step <= stable_steps_of(job)]
         target = self.recipe.target(self.asked.target_flops, None)
         self.design = self.recipe.design(self.table, target)
+        if self.prediction.exists():
+            self.add_tests(fileio.read_json(self.prediction))
+
+    def add_tests(self, said: Mapping[str, Any]) -> None:
+        """Add the runs whose loss was predicted to those that can be made."""
+        width, tokens, seeds = said["d_model"], said["tokens"], said["seeds"]
+        ends = [list(self.jobs[row].overrides) for row in (0, -1)]  # so that names say it all
+        runs = [self.recipe.run(width, tokens, seed) for seed in seeds]
+        jobs = compose_jobs([*ends, *runs], TRAINING)[2:]
+        TRAINING.prepare(jobs, (), self.console)
+        rows = [{"width": width, "tokens": tokens, "seed": seed} for seed in seeds]
+        self.tests = list(range(len(self.jobs), len(self.jobs) + len(jobs)))
+        self.jobs += jobs
+        self.table = pd.concat([self.table, self.recipe.placed(rows)], ignore_index=True)
+        losses = self.design.losses
+        target = {str(name): float(value) for name, value in self.design.target.iloc[0].items()}
+        self.design = self.recipe.design(self.table, target)
+        self.design.losses = losses
 
     # --- what a run costs
 
@@ -136,7 +155,8 @@ class LawStudy:
     # --- choosing
 
     def chosen(self) -> Iterator[Job]:
-        """Yield the runs to make: those that were decided before, then the best of the rest."""
+        """Yield the runs to make: those that were decided before, then the best of the rest, as
+        long as the test has not begun or is under way."""
         yield from [self.jobs[row] for row in self.begun]
         while (row := self.choose()) is not None:
             yield self.jobs[row]
@@ -145,19 +165,22 @@ class LawStudy:
         """Choose the next run by what has ended, and record it; None: no more."""
         if self.asked.error is not None and self.half is not None and self.half <= self.asked.error:
             return None
+        if self.tests and not self.begun.keys() & set(self.tests):
+            return None
         self.design.cost = costs = self.costs()
         pending = list(self.begun)
+        part = 0.0 if self.tests else self.asked.test(self.share)[1]
         if self.asked.flops is not None:
             running = sum(float(costs[row]) for row in pending)
-            left = (1 - rules.TEST) * self.asked.budget - self.spent - running
+            left = (1 - part) * self.asked.budget - self.spent - running
         else:
-            left = SLACK * (1 - rules.TEST) * self.asked.budget - self.record.elapsed()
+            left = SLACK * (1 - part) * self.asked.budget - self.record.elapsed()
         free = ~self.table.index.isin([*self.failed, *pending, *self.design.losses])
         more = FEWEST - len(self.design.losses) - len(pending) - 1  # runs that a law still needs
         kept = float(np.sort(costs[free])[: max(0, more)].sum())
         affordable = (costs <= left - kept / self.asked.at_once(self.share)) & free
         soon = self.states(pending)  # from which other runs will cost less
-        waiting = np.array([places(job)[0] in soon for job in self.jobs])
+        waiting = np.array([bool(set(places(job)[:1]) & soon.keys()) for job in self.jobs])
         found = self.design.next(affordable & ~waiting, pending)
         found = found or self.design.next(affordable, pending)
         if found is None:
@@ -171,7 +194,7 @@ class LawStudy:
         return row
 
     def ended(self, job: Job, outcome: Outcome) -> None:
-        """Record how a chosen run ended, and say what is known now."""
+        """Record how a run ended, and say what is known now."""
         row, loss = self.jobs.index(job), outcome.metric
         seconds = time.monotonic() - self.begun.pop(row)
         if loss is not None and row not in self.resumed:
@@ -179,7 +202,8 @@ class LawStudy:
         self.learn(row, loss)
         self.judge()
         facts = {"status": outcome.status, "loss": loss, "seconds": round(seconds, 2)}
-        self.record.note("end", row=row, **facts, half=self.half, reason=outcome.reason)
+        facts |= {"half": self.half, "reason": outcome.reason}
+        self.record.note("test" if row in self.tests else "end", row=row, **facts)
         words = f"{outcome.status} {outcome.reason}" if loss is None else f"loss {loss:.4f}"
         known = "" if self.half is None else f"; target ±{self.half:.1%}"
         length = short(job.plan.total_steps * self.recipe.batch_tokens)
@@ -231,9 +255,11 @@ class LawStudy:
                 job.trunk = rundir.RunDir(self.folder / trunk) if trunk else None
                 job.branch_step = line["branch_step"]
                 self.begun[line["row"]] = time.monotonic()
-            elif line["event"] == "end":
+            elif line["event"] in ("end", "test"):
                 self.begun.pop(line["row"], None)
                 self.learn(line["row"], line["loss"])
+        ended = {*self.design.losses, *self.failed}
+        self.begun |= {row: time.monotonic() for row in self.tests if row not in ended}
         self.judge()
         self.resumed = set(self.begun)
 
@@ -270,29 +296,46 @@ class LawStudy:
         say(self.console, rate)
         recipe.overrides.append(f"optim.learning_rate={line['rate']:g}")
 
-    def explore(self, engine: Engine) -> None:
-        """Make the runs that are worth most, until the part of the budget for them is spent."""
-        self.replay()
-        if self.prediction.exists():
-            return
+    def train(self, engine: Engine) -> None:
+        """Make runs as long as there are any to make."""
         is_here = self.share.engine in ("serial", "local")  # where each end is followed by a choice
         while (first := next(jobs := self.chosen(), None)) is not None:
             others = None if is_here else self.share.at_once - 1
             stage = itertools.chain([first], itertools.islice(jobs, others))
             for job, outcome in self.run(engine, stage):
                 self.ended(job, outcome)
-        if (made := len(self.design.losses) + len(self.failed)) == len(self.table):
-            say(self.console, f"{self.left()}  all {made} runs of these sizes and lengths are made")
+
+    def find(self, engine: Engine) -> None:
+        """Make the runs that are worth most, then the test, and beside it what is still worth most.
+
+        Raises RunError where too few runs have ended for a prediction, or none of the test.
+        """
+        self.replay()
+        if not self.prediction.exists():
+            self.train(engine)
+            if (made := len(self.design.losses) + len(self.failed)) == len(self.table):
+                words = f"all {made} runs of these sizes and lengths are made"
+                say(self.console, f"{self.left()}  {words}")
+            self.add_tests(self.predict())
+            self.begun |= dict.fromkeys(self.tests, time.monotonic())
+        said = fileio.read_json(self.prediction)
+        what = f"d_model={said['d_model']} tokens={short(said['tokens'])}"
+        words = f"{said['predicted']:.4f} ({said['low']:.4f} to {said['high']:.4f})"
+        say(self.console, f"{self.left()}  predicted for {what}: {words}")
+        say(self.console, f"written to {self.prediction}, before it is tested")
+        self.train(engine)
+        scored = self.record.find("score") or self.score(said)
+        where = "inside" if all(scored["inside"]) else "outside"
+        words = f"measured {scored['loss']:.4f}: off by {abs(scored['error']):.2%}"
+        say(self.console, f"{self.left()}  {words}, {where} the interval")
 
     def predict(self) -> dict[str, Any]:
         """Predict the loss of the most expensive runs before they begin, and write it down.
 
-        Of each size as long a run as a quarter of the budget pays for, and of those that take more
+        Of each size as long a run as the budget of the test pays for, and of those that take more
         FLOPs than any run before, that of the lowest loss is the test.  Raises RunError where too
         few runs have ended.
         """
-        if self.prediction.exists():
-            return fileio.read_json(self.prediction)
         made, recipe = self.design.fit(), self.recipe
         if made is None:
             raise RunError(f"{len(self.design.losses)} runs have a loss, too few for any law")
@@ -310,7 +353,7 @@ class LawStudy:
         ends = np.exp(log_loss[best] + half[best] * np.array([0.0, -1.0, 1.0]))
         used = [self.jobs[row].run for row in self.design.losses]
         seed = TEST_SEED + recipe.seed - 1
-        prediction = {
+        said = {
             "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(self.record.elapsed(), 1),
             **dict(zip(("predicted", "low", "high"), ends.tolist(), strict=True)),
@@ -319,40 +362,25 @@ class LawStudy:
             "tokens": tokens[able[best]],
             "parameters_non_embedding": int(n[best]),
             "flops": float(flops[best]),
-            "seeds": [seed + i for i in range(min(self.share.at_once, rules.SEEDS))],
+            "seeds": [seed + i for i in range(self.asked.test(self.share)[0])],
             "laws": made.by_law,
             "from_runs": {run.path.name: fileio.sha256(run.results) for run in used},
         }
-        fileio.write_json(self.prediction, prediction)
-        return prediction
+        fileio.write_json(self.prediction, said)
+        return said
 
-    def test(self, engine: Engine) -> None:
-        """Train the runs that were predicted, and score the prediction."""
-        said = self.predict()
-        low, high = said["low"], said["high"]
-        what = f"d_model={said['d_model']} tokens={short(said['tokens'])}"
-        words = f"predicted for {what}: {said['predicted']:.4f} ({low:.4f} to {high:.4f})"
-        say(self.console, f"{self.left()}  {words}")
-        say(self.console, f"written to {self.prediction}, before it is tested")
-        if (scored := self.record.find("score")) is None:
-            runs = [self.recipe.run(said["d_model"], said["tokens"], s) for s in said["seeds"]]
-            ends = [list(self.jobs[row].overrides) for row in (0, -1)]  # so that names say it all
-            jobs = compose_jobs([*ends, *runs], TRAINING)[2:]
-            TRAINING.prepare(jobs, (), self.console)
-            ended = list(self.run(engine, jobs))
-            losses = {job.config.seed: one.metric for job, one in ended if one.metric is not None}
-            if not losses:
-                raise RunError(f"the test failed: {ended[0][1].reason or ended[0][1].status}")
-            mean = float(np.mean(list(losses.values())))
-            inside = [low <= loss <= high for loss in losses.values()]
-            error = said["predicted"] / mean - 1
-            if self.asked.flops is not None:
-                self.spent += said["flops"] * len(jobs)
-            facts = {"losses": losses, "loss": mean, "error": error, "inside": inside}
-            scored = self.record.note("score", **facts)
-        where = "inside" if all(scored["inside"]) else "outside"
-        words = f"measured {scored['loss']:.4f}: off by {abs(scored['error']):.2%}"
-        say(self.console, f"{self.left()}  {words}, {where} the interval")
+    def score(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """Compare the prediction with the losses of the test, and record it.  Raises RunError where
+        no run of the test has a loss."""
+        found = self.design.losses
+        losses = {self.jobs[row].config.seed: found[row] for row in self.tests if row in found}
+        if not losses:
+            line = self.record.find("test") or {}
+            raise RunError(f"the test failed: {line.get('reason') or line.get('status')}")
+        mean = float(np.mean(list(losses.values())))
+        inside = [said["low"] <= loss <= said["high"] for loss in losses.values()]
+        facts = {"losses": losses, "loss": mean, "error": said["predicted"] / mean - 1}
+        return self.record.note("score", **facts, inside=inside)
 
 
 def places(job: Job) -> list[tuple[int, int, int]]:
@@ -410,7 +438,6 @@ def find_law(asked: Asked, output_dir: str, console: Console) -> None:
             say(console, line)
         study.sweep_rates(engine)
         study.open()
-        study.explore(engine)
-        study.test(engine)
+        study.find(engine)
     write_summary(folder, TRAINING)
     TRAINING.fit(folder, console)

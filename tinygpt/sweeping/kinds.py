@@ -287,15 +287,18 @@ class Adaptations(Kind):
 
     def fit(self, folder: Path, console: Console, anew: bool = True) -> None:
         """Write the report, or print why there is none."""
-        from tinygpt.adaptation import report
-
         if not anew:
             say(console, f"report     {folder / 'fit' / self.report}")
             return
         try:
-            report.make([folder], folder / "fit")
+            with cli.spinning("drawing"):
+                from tinygpt.adaptation import report
+
+                made = report.make([folder], folder / "fit")
         except ConfigError as error:
             say_below(console, "report", f"none: {error}")
+        else:
+            report.show(made, folder / "fit")
 
 
 TRAINING, ADAPTATION = Trainings(), Adaptations()

@@ -42,8 +42,9 @@ ABLE = 2  # times so many steps: what the test's cost must pay for, of a size wo
 PER_PARAMETER = 10.0  # tokens of the longest run, at the middle size
 FEWEST = 3  # sizes and lengths: less identify no law
 PASSES = 8  # at most, over a text that is too small for one
-TEST = 0.25  # of the budget: the last runs, whose loss is predicted before they begin
-COSTLIEST = 0.75  # of a test run's cost, and of its FLOPs, that any run before it may take
+TEST = 0.25  # of the budget of all workers: the test, whose loss is predicted before it begins
+LONGEST = 0.5  # of the minutes, at most, that a run of the test may take
+COSTLIEST = 0.75  # of a test run's cost, and of its FLOPs, that any other run may take
 LAWS = ("chinchilla", "chinchilla_tied", "coupled", "kaplan_constant")
 REPEATED = "data_constrained"  # is one of the laws too where tokens are read more than once
 FURTHER = 10.0  # the target: the best split of so many times the compute of a test run
@@ -76,6 +77,13 @@ class Asked:
     def at_once(self, share: Share) -> int:
         """Return how many runs spend the budget at once: of FLOPs, each spends its own."""
         return 1 if self.flops is not None else share.at_once
+
+    def test(self, share: Share) -> tuple[int, float]:
+        """Return how many runs the test has, and the part of the budget that each takes: a few long
+        ones rather than one for each worker, because a law is best near its largest runs."""
+        workers = self.at_once(share)
+        count = min(max(1, int(TEST * workers / LONGEST)), SEEDS)
+        return count, min(TEST * workers / count, LONGEST)
 
 
 @dataclass
@@ -125,6 +133,10 @@ class Recipe:
             if self.cost(width, tokens / self.batch_tokens) <= cost
             and self.flops_per_token[width] * tokens <= flops
         ]
+        return self.placed(rows)
+
+    def placed(self, rows: Sequence[Mapping[str, int]]) -> pd.DataFrame:
+        """Return a table of runs, with the variables of the law."""
         table = pd.DataFrame(rows)
         return table.assign(**self.places(table["width"].map(self.parameters), table["tokens"]))
 
@@ -206,7 +218,8 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     probe = _probe([*first, *few], WIDTHS[0], share, console)
     with cli.spinning("starting workers"):
         share.settle()  # so that what is timed has a core to itself
-    batch, test_cost = probe.config.train.batch_tokens, TEST * asked.budget
+    _, part = asked.test(share)
+    batch, test_cost = probe.config.train.batch_tokens, part * asked.budget
     top = test_cost / step_cost(asked, probe) * batch
     if not has_limit:  # of a large text no more is read than the longest run can use
         common.append(f"data.max_tokens={max(FIRST_TOKENS, int(top))}")
@@ -238,7 +251,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
                 break
     able = [w for w in costs if costs[w] * (ABLE * FEWEST_STEPS + extra) <= test_cost]
     if min(len(able), len(lengths)) < FEWEST:
-        needed = costs[WIDTHS[FEWEST - 1]] * (ABLE * FEWEST_STEPS + extra) / TEST
+        needed = costs[WIDTHS[FEWEST - 1]] * (ABLE * FEWEST_STEPS + extra) / part
         raise _too_small(asked, needed)
     _check_pays(asked, share, costs, lengths, extra, batch)
     widths = _amid(able, [rows[w]["parameters_non_embedding"] for w in able], lengths[-1])
@@ -272,7 +285,7 @@ def _check_pays(
     shortest = list(costs.values())[:FEWEST]
     pilot = sum(cost * (tokens / batch + extra) for cost in shortest for tokens in lengths[:FEWEST])
     pilot += 4 * shortest[1] * (lengths[len(lengths) // 2] / batch + extra)  # the rates
-    needed = pilot / (1 - TEST) / asked.at_once(share)
+    needed = pilot / (1 - asked.test(share)[1]) / asked.at_once(share)
     if needed > asked.budget:
         raise _too_small(asked, needed)
 
@@ -351,6 +364,8 @@ def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
     spans = f"{short(recipe.lengths[0])} to {short(recipe.lengths[-1])}"
     passes = f", up to {PASSES} passes: it is small" if recipe.repeats else ", each read once"
     budget = f"{asked.flops:.1e} FLOPs" if asked.flops else f"{asked.minutes:g} minutes"
+    count, part = asked.test(share)
+    some = "" if count == asked.at_once(share) else f" on {count} of {share.at_once} workers"
     return [
         f"text        {short(recipe.one_pass)} training tokens{passes}",
         f"tokenizer   {chosen.get('tokenizer', 'bpe')}; batches of {recipe.batch_tokens:,} tokens",
@@ -358,7 +373,7 @@ def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
         f"            {short(min(recipe.parameters.values()))} to "
         f"{short(max(recipe.parameters.values()))} parameters without embeddings",
         f"lengths     {spans} tokens, branches of one trunk for each size and seed",
-        f"budget      {budget}, a quarter of it for the test; {share.words}",
+        f"budget      {budget}, the last {part:.0%} for a test{some}; {share.words}",
     ]
 
 
@@ -369,7 +384,8 @@ def expected(recipe: Recipe, asked: Asked, share: Share) -> tuple[int, float]:
     pairs = zip(table["width"], table["tokens"], strict=True)
     costs = np.array([recipe.cost(w, d / recipe.batch_tokens) for w, d in pairs])
     design.cost = costs if asked.flops is not None else SLOWER * costs + OVERHEAD
-    left = (1 - TEST) * asked.budget * asked.at_once(share)
+    count, part = asked.test(share)
+    left = (asked.at_once(share) - count * part) * asked.budget
     made: list[int] = []
     while (found := design.next(design.cost <= left, made)) is not None:
         made.append(found[0])
@@ -389,9 +405,8 @@ def print_plan(recipe: Recipe, asked: Asked, share: Share, console: Console) -> 
         table.add_row(str(width), short(recipe.parameters[width]), short(tokens), shown)
     console.print(table)
     count, half = expected(recipe, asked, share)
-    say(
-        console, f"\nabout {count} runs, then the test; the loss at the target to about ±{half:.1%}"
-    )
+    words = f"about {count} runs, and the test; the loss at the target to about ±{half:.1%}"
+    say(console, f"\n{words}")
     steps = recipe.longest(recipe.widths[0]) / recipe.batch_tokens
     scatter = 1.96 * float(noise.guessed(steps))
     say(console, f"the loss of a run of {steps:,.0f} steps varies between seeds by ±{scatter:.1%}")
