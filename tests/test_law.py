@@ -432,11 +432,13 @@ def test_a_sweep_of_rates_takes_the_valley() -> None:
 
 def test_sizes_suit_the_longest_run() -> None:
     sizes = [12 * width**2 for width in recipe.WIDTHS]
-    small = recipe._amid(list(recipe.WIDTHS), sizes, 300_000)
-    large = recipe._amid(list(recipe.WIDTHS), sizes, 300_000_000)
+    small = recipe._amid(list(recipe.WIDTHS), [n / 300_000 for n in sizes])
+    large = recipe._amid(list(recipe.WIDTHS), [n / 300_000_000 for n in sizes])
     assert small == list(recipe.WIDTHS[:7])
     assert 512 in large
     assert len(large) == 7
+    dear = recipe._amid(list(recipe.WIDTHS), [n**2 / 3e13 for n in sizes])  # tokens cost more there
+    assert max(dear) < max(large)
 
 
 @pytest.mark.parametrize(

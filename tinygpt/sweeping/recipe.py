@@ -39,7 +39,7 @@ BATCHES = (256, 32_768)  # tokens
 STEPS = 8000  # of the longest run, as far as powers of two allow
 FEWEST_STEPS = 250  # with less the seeds scatter by several per cent
 ABLE = 2  # times so many steps: what the test's cost must pay for, of a size worth having
-PER_PARAMETER = 10.0  # tokens of the longest run, at the middle size
+PER_PARAMETER = 10.0  # tokens of a test run of the middle size
 FEWEST = 3  # sizes and lengths: less identify no law
 PASSES = 8  # at most, over a text that is too small for one
 TEST = 0.25  # of the budget of all workers: the test, whose loss is predicted before it begins
@@ -254,7 +254,9 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
         needed = costs[WIDTHS[FEWEST - 1]] * (ABLE * FEWEST_STEPS + extra) / part
         raise _too_small(asked, needed)
     _check_pays(asked, share, costs, lengths, extra, batch)
-    widths = _amid(able, [rows[w]["parameters_non_embedding"] for w in able], lengths[-1])
+    sizes = [rows[w]["parameters_non_embedding"] for w in able]
+    tokens = [min(lengths[-1], (test_cost / costs[w] - extra) * batch) for w in able]
+    widths = _amid(able, [n / d for n, d in zip(sizes, tokens, strict=True)])
     return Recipe(
         overrides=common,
         widths=widths,
@@ -297,14 +299,17 @@ def _too_small(asked: Asked, needed: float) -> ConfigError:
     return ConfigError(f"the budget is too small for a law of this text; it takes {enough}")
 
 
-def _amid(widths: list[int], parameters: list[int], tokens: int) -> list[int]:
-    """Return the neighbouring widths about the one whose parameters suit the longest run: of much
-    larger ones the loss does not depend on the size."""
+def _amid(widths: list[int], per_token: list[float]) -> list[int]:
+    """Return the neighbouring widths about the one whose test run would see the tokens that suit
+    it: of much larger sizes the loss does not depend on the size, and short runs say little.
+
+    ``per_token`` are the parameters of each width per token of its longest run.
+    """
     ends = range(min(SIZES, len(widths)), len(widths) + 1)
 
     def away(end: int) -> float:
-        logs = [math.log(n) for n in parameters[max(0, end - SIZES) : end]]
-        return abs(sum(logs) / len(logs) - math.log(tokens / PER_PARAMETER))
+        logs = [math.log(PER_PARAMETER * one) for one in per_token[max(0, end - SIZES) : end]]
+        return abs(sum(logs) / len(logs))
 
     best = min(ends, key=away)
     return widths[max(0, best - SIZES) : best]
