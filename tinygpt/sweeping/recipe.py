@@ -370,7 +370,7 @@ def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
     passes = f", up to {PASSES} passes: it is small" if recipe.repeats else ", each read once"
     budget = f"{asked.flops:.1e} FLOPs" if asked.flops else f"{asked.minutes:g} minutes"
     count, part = asked.test(share)
-    some = "" if count == asked.at_once(share) else f" on {count} of {share.at_once} workers"
+    of_it = count * part / asked.at_once(share)
     return [
         f"text        {short(recipe.one_pass)} training tokens{passes}",
         f"tokenizer   {chosen.get('tokenizer', 'bpe')}; batches of {recipe.batch_tokens:,} tokens",
@@ -378,7 +378,7 @@ def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
         f"            {short(min(recipe.parameters.values()))} to "
         f"{short(max(recipe.parameters.values()))} parameters without embeddings",
         f"lengths     {spans} tokens, branches of one trunk for each size and seed",
-        f"budget      {budget}, the last {part:.0%} for a test{some}; {share.words}",
+        f"budget      {budget}, {of_it:.0%} of it for the test; {share.words}",
     ]
 
 
