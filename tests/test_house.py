@@ -18,7 +18,7 @@ LIMITS = {
     "data": 3_775,
     "model": 1_494,
     "training": 2_673,
-    "sweeping": 2_599,
+    "sweeping": 2_606,
     "scaling": 9_552,
     "evaluating": 1_406,
     "adaptation": 3_085,

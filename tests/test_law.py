@@ -284,17 +284,21 @@ def test_of_two_workers_one_goes_on_beside_the_test(
 
 
 @pytest.mark.parametrize(
-    ("workers", "expected"),
-    [(1, (1, 0.25)), (2, (1, 0.5)), (3, (1, 0.5)), (4, (2, 0.5)), (6, (3, 0.5)), (64, (3, 0.5))],
+    ("workers", "long", "short"),
+    [(1, 1, 1), (2, 1, 2), (3, 1, 3), (4, 2, 3), (6, 3, 3), (64, 3, 3)],
 )
 def test_a_quarter_of_the_budget_at_most_goes_into_the_test(
-    workers: int, expected: tuple[int, float]
+    workers: int, long: int, short: int
 ) -> None:
-    share = Share("local", workers, 1)
-    count, part = Asked([], "law", 10.0, None).test(share)
-    assert (count, part) == expected
-    assert count * part <= 0.25 * workers
-    assert Asked([], "law", None, 1e15).test(share) == (1, 0.25)  # of FLOPs
+    share, asked = Share("local", workers, 1), Asked([], "law", 10.0, None)
+    cost = asked.test_cost(share)
+    assert cost == (300 if workers > 1 else 150)  # half of the time of one worker, at most
+    assert asked.tests(share, cost) == long
+    assert long * cost <= 0.25 * workers * 600
+    assert asked.tests(share, 30.0) == short  # all that the text allows: seeds say more
+    of_flops = Asked([], "law", None, 1e15)
+    assert of_flops.test_cost(share) == 0.25e15
+    assert of_flops.tests(share, 0.1e15) == 1
 
 
 def test_a_shorter_run_costs_only_its_decay(

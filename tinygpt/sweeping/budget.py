@@ -99,13 +99,13 @@ class LawStudy:
         jobs = compose_jobs([*ends, *runs], TRAINING)[2:]
         TRAINING.prepare(jobs, (), self.console)
         rows = [{"width": width, "tokens": tokens, "seed": seed} for seed in seeds]
-        self.tests = list(range(len(self.jobs), len(self.jobs) + len(jobs)))
         self.jobs += jobs
+        self.tests = list(range(len(self.jobs) - len(jobs), len(self.jobs)))
         self.table = pd.concat([self.table, self.recipe.placed(rows)], ignore_index=True)
-        losses = self.design.losses
-        target = {str(name): float(value) for name, value in self.design.target.iloc[0].items()}
+        known = self.design
+        target = {str(name): float(value) for name, value in known.target.iloc[0].items()}
         self.design = self.recipe.design(self.table, target)
-        self.design.losses = losses
+        self.design.losses = known.losses
 
     # --- what a run costs
 
@@ -131,6 +131,16 @@ class LawStudy:
         """Return what the steps of a job cost by the timing before the first run."""
         return self.recipe.cost(job.config.model.d_model, job.steps)
 
+    def longest(self) -> dict[int, tuple[int, float]]:
+        """Return for each width the tokens and the highest cost of the longest run of a test."""
+        recipe, found = self.recipe, dict[int, tuple[int, float]]()
+        factors = self.slower()[0] if self.asked.flops is None else {}
+        for width in recipe.widths:
+            slower = SAFE * factors[width] if factors else 1.0
+            tokens = recipe.longest(width, slower)
+            found[width] = tokens, slower * recipe.cost(width, tokens / recipe.batch_tokens)
+        return found
+
     def states(self, rows: Iterable[int]) -> dict[tuple[int, int, int], rundir.RunDir]:
         """Return what runs leave for others to start from, by width, seed and step."""
         found: dict[tuple[int, int, int], rundir.RunDir] = {}
@@ -155,8 +165,7 @@ class LawStudy:
     # --- choosing
 
     def chosen(self) -> Iterator[Job]:
-        """Yield the runs to make: those that were decided before, then the best of the rest, as
-        long as the test has not begun or is under way."""
+        """Yield the runs to make: those that were decided before, then the best of the rest."""
         yield from [self.jobs[row] for row in self.begun]
         while (row := self.choose()) is not None:
             yield self.jobs[row]
@@ -169,12 +178,12 @@ class LawStudy:
             return None
         self.design.cost = costs = self.costs()
         pending = list(self.begun)
-        part = 0.0 if self.tests else self.asked.test(self.share)[1]
+        of_test = 0.0 if self.tests else max(cost for _, cost in self.longest().values())
         if self.asked.flops is not None:
             running = sum(float(costs[row]) for row in pending)
-            left = (1 - part) * self.asked.budget - self.spent - running
+            left = self.asked.budget - of_test - self.spent - running
         else:
-            left = SLACK * (1 - part) * self.asked.budget - self.record.elapsed()
+            left = SLACK * self.asked.budget - of_test - self.record.elapsed()
         free = ~self.table.index.isin([*self.failed, *pending, *self.design.losses])
         more = FEWEST - len(self.design.losses) - len(pending) - 1  # runs that a law still needs
         kept = float(np.sort(costs[free])[: max(0, more)].sum())
@@ -238,8 +247,7 @@ class LawStudy:
 
     def used(self) -> float:
         """Return the part of the budget that is spent."""
-        spent = self.record.elapsed() if self.asked.flops is None else self.spent
-        return spent / self.asked.budget
+        return (self.spent if self.asked.flops else self.record.elapsed()) / self.asked.budget
 
     def left(self) -> str:
         """Return what is left of the budget, in words."""
@@ -332,18 +340,16 @@ class LawStudy:
     def predict(self) -> dict[str, Any]:
         """Predict the loss of the most expensive runs before they begin, and write it down.
 
-        Of each size as long a run as the budget of the test pays for, and of those that take more
-        FLOPs than any run before, that of the lowest loss is the test.  Raises RunError where too
-        few runs have ended.
+        Of the longest runs that take more FLOPs than any before, that of the lowest loss is the
+        test.  Raises RunError where too few runs have ended.
         """
         made, recipe = self.design.fit(), self.recipe
         if made is None:
             raise RunError(f"{len(self.design.losses)} runs have a loss, too few for any law")
-        factors = self.slower()[0] if self.asked.flops is None else {}
-        tokens = {w: recipe.longest(w, SAFE * factors.get(w, 1 / SAFE)) for w in recipe.widths}
-        able = [w for w in recipe.widths if tokens[w] >= rules.FEWEST_STEPS * recipe.batch_tokens]
+        longest = self.longest()
+        able = [w for w in longest if longest[w][0] >= rules.FEWEST_STEPS * recipe.batch_tokens]
         n = np.array([float(recipe.parameters[w]) for w in able])
-        d = np.array([float(tokens[w]) for w in able])
+        d = np.array([float(longest[w][0]) for w in able])
         places = recipe.places(n, d)
         flops = d * np.array([recipe.flops_per_token[w] for w in able])
         log_loss, half = made.at(places, flops)
@@ -351,7 +357,8 @@ class LawStudy:
         dearer = flops > most if (flops > most).any() else flops == flops.max()
         best = int(np.argmin(np.where(dearer, log_loss, np.inf)))
         ends = np.exp(log_loss[best] + half[best] * np.array([0.0, -1.0, 1.0]))
-        used = [self.jobs[row].run for row in self.design.losses]
+        used = (self.jobs[row].run for row in self.design.losses)
+        tokens, cost = longest[able[best]]
         seed = TEST_SEED + recipe.seed - 1
         said = {
             "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -359,10 +366,10 @@ class LawStudy:
             **dict(zip(("predicted", "low", "high"), ends.tolist(), strict=True)),
             "level": 0.95,
             "d_model": able[best],
-            "tokens": tokens[able[best]],
+            "tokens": tokens,
             "parameters_non_embedding": int(n[best]),
             "flops": float(flops[best]),
-            "seeds": [seed + i for i in range(self.asked.test(self.share)[0])],
+            "seeds": [seed + i for i in range(self.asked.tests(self.share, cost))],
             "laws": made.by_law,
             "from_runs": {run.path.name: fileio.sha256(run.results) for run in used},
         }

@@ -78,12 +78,15 @@ class Asked:
         """Return how many runs spend the budget at once: of FLOPs, each spends its own."""
         return 1 if self.flops is not None else share.at_once
 
-    def test(self, share: Share) -> tuple[int, float]:
-        """Return how many runs the test has, and the part of the budget that each takes: a few long
-        ones rather than one for each worker, because a law is best near its largest runs."""
+    def test_cost(self, share: Share) -> float:
+        """Return what one run of the test may cost: seconds, or FLOPs."""
+        return self.budget * min(TEST * self.at_once(share), LONGEST)
+
+    def tests(self, share: Share, cost: float) -> int:
+        """Return how many runs of this cost the test has: a few long ones rather than one for each
+        worker, because a law is best near its largest runs."""
         workers = self.at_once(share)
-        count = min(max(1, int(TEST * workers / LONGEST)), SEEDS)
-        return count, min(TEST * workers / count, LONGEST)
+        return max(1, min(int(TEST * workers * self.budget / cost), workers, SEEDS))
 
 
 @dataclass
@@ -218,8 +221,7 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
     probe = _probe([*first, *few], WIDTHS[0], share, console)
     with cli.spinning("starting workers"):
         share.settle()  # so that what is timed has a core to itself
-    _, part = asked.test(share)
-    batch, test_cost = probe.config.train.batch_tokens, part * asked.budget
+    batch, test_cost = probe.config.train.batch_tokens, asked.test_cost(share)
     top = test_cost / step_cost(asked, probe) * batch
     if not has_limit:  # of a large text no more is read than the longest run can use
         common.append(f"data.max_tokens={max(FIRST_TOKENS, int(top))}")
@@ -251,7 +253,8 @@ def make(asked: Asked, share: Share, console: Console) -> Recipe:
                 break
     able = [w for w in costs if costs[w] * (ABLE * FEWEST_STEPS + extra) <= test_cost]
     if min(len(able), len(lengths)) < FEWEST:
-        needed = costs[WIDTHS[FEWEST - 1]] * (ABLE * FEWEST_STEPS + extra) / part
+        needed = costs[WIDTHS[FEWEST - 1]] * (ABLE * FEWEST_STEPS + extra)
+        needed *= asked.budget / test_cost
         raise _too_small(asked, needed)
     _check_pays(asked, share, costs, lengths, extra, batch)
     sizes = [rows[w]["parameters_non_embedding"] for w in able]
@@ -287,7 +290,7 @@ def _check_pays(
     shortest = list(costs.values())[:FEWEST]
     pilot = sum(cost * (tokens / batch + extra) for cost in shortest for tokens in lengths[:FEWEST])
     pilot += 4 * shortest[1] * (lengths[len(lengths) // 2] / batch + extra)  # the rates
-    needed = pilot / (1 - asked.test(share)[1]) / asked.at_once(share)
+    needed = pilot / (1 - asked.test_cost(share) / asked.budget) / asked.at_once(share)
     if needed > asked.budget:
         raise _too_small(asked, needed)
 
@@ -369,8 +372,6 @@ def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
     spans = f"{short(recipe.lengths[0])} to {short(recipe.lengths[-1])}"
     passes = f", up to {PASSES} passes: it is small" if recipe.repeats else ", each read once"
     budget = f"{asked.flops:.1e} FLOPs" if asked.flops else f"{asked.minutes:g} minutes"
-    count, part = asked.test(share)
-    of_it = count * part / asked.at_once(share)
     return [
         f"text        {short(recipe.one_pass)} training tokens{passes}",
         f"tokenizer   {chosen.get('tokenizer', 'bpe')}; batches of {recipe.batch_tokens:,} tokens",
@@ -378,7 +379,7 @@ def describe(recipe: Recipe, asked: Asked, share: Share) -> list[str]:
         f"            {short(min(recipe.parameters.values()))} to "
         f"{short(max(recipe.parameters.values()))} parameters without embeddings",
         f"lengths     {spans} tokens, branches of one trunk for each size and seed",
-        f"budget      {budget}, {of_it:.0%} of it for the test; {share.words}",
+        f"budget      {budget}, up to a quarter for the test; {share.words}",
     ]
 
 
@@ -389,8 +390,7 @@ def expected(recipe: Recipe, asked: Asked, share: Share) -> tuple[int, float]:
     pairs = zip(table["width"], table["tokens"], strict=True)
     costs = np.array([recipe.cost(w, d / recipe.batch_tokens) for w, d in pairs])
     design.cost = costs if asked.flops is not None else SLOWER * costs + OVERHEAD
-    count, part = asked.test(share)
-    left = (asked.at_once(share) - count * part) * asked.budget
+    left = (1 - TEST) * asked.budget * asked.at_once(share)
     made: list[int] = []
     while (found := design.next(design.cost <= left, made)) is not None:
         made.append(found[0])
