@@ -159,7 +159,7 @@ def equation(law: Law, parameters: Mapping[str, float]) -> str:
     """Return the formula with its parameters to four digits; an E that vanished is 0."""
     text = formula(law)
     for name in law.parameters:
-        vanished = name == "E" and abs(parameters[name]) < 1e-5  # such fits end anywhere below
+        vanished = name == "E" and abs(parameters[name]) < 1e-4  # such fits end anywhere below
         value = "0" if vanished else number(parameters[name], 4)
         value = f"({value})" if value.startswith("-") else value
         text = re.sub(rf"(?<!\w){name}(?!\w)", value, text)
