@@ -19,7 +19,7 @@ LIMITS = {
     "model": 1_494,
     "training": 2_673,
     "sweeping": 2_606,
-    "scaling": 9_552,
+    "scaling": 9_553,
     "evaluating": 1_406,
     "adaptation": 3_085,
 }

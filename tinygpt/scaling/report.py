@@ -324,6 +324,7 @@ def predictions(analysis: Analysis, story: Story | None = None) -> Iterator[Bloc
         values = [one.flops] * len(costs) + [one.place[name] for name in names]
         loss = [wording.estimate(one.run.estimate, one.run), wording.reach(one.run)]
         rows.append([*map(number, values), *loss, with_interval(one.loss)])
+    rows = [row for i, row in enumerate(rows) if row not in rows[:i]]  # asked for, and the default
     header = [*costs, *(analysis.words[name] for name in names)]
     yield Table([*header, "loss", f"{INTERVAL} of a run", "by the law alone"], rows)
 
