@@ -18,7 +18,7 @@ LIMITS = {
     "data": 3_775,
     "model": 1_494,
     "training": 2_673,
-    "sweeping": 2_606,
+    "sweeping": 2_607,
     "scaling": 9_553,
     "evaluating": 1_406,
     "adaptation": 3_085,

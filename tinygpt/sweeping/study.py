@@ -120,7 +120,8 @@ def _is_fitted(report: Path, folder: Path) -> bool:
 
 def write_summary(folder: Path, kind: Kind) -> None:
     """Write ``sweep_summary.csv`` and ``.json`` with a row for each run in ``folder``."""
-    from tinygpt.scaling.runs import read_rows
+    with cli.spinning("summary"):
+        from tinygpt.scaling.runs import read_rows
 
     fileio.remove_torn(folder)
     rows = read_rows(folder, find=kind.find)
