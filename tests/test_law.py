@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -357,6 +358,25 @@ def test_a_killed_study_takes_the_same_decisions(
     path.write_bytes(path.read_bytes() + b'{"event": "cho')  # torn
     again = find(text, tmp_path, Machine(), monkeypatch)
     assert again[1:] == whole[2][1:]  # the first names the folders
+
+
+def test_a_study_that_an_earlier_version_finished_trains_nothing(
+    whole: tuple[Path, Machine, list[dict[str, Any]]],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its record has no line for each run of the test."""
+    shutil.copytree(whole[0] / "law", tmp_path / "law")
+    path = tmp_path / "law" / "design.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["asked"]["overrides"][2] = f"output_dir={tmp_path}"
+    old = [json.dumps(line) + "\n" for line in lines if line["event"] != "test"]
+    path.write_text("".join(old))
+    machine = Machine()
+    find(text, tmp_path, machine, monkeypatch)
+    assert machine.trained == []
+    assert len(path.read_text().splitlines()) == len(old)
 
 
 def test_a_text_read_several_times_has_the_law_of_repeated_data(

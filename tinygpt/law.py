@@ -28,8 +28,8 @@ study=NAME              where it goes, outputs/NAME; run it again to resume
 any key of tinygpt run  tokenizer, batch, optimizer, hardware, launcher
 
 It reads the text, times this machine, finds a learning rate, then chooses one run after the other:
-the one that tells most of the loss at the target for its cost.  A quarter of the budget goes into
-the most expensive run, whose loss it predicts before it begins.
+the one that tells most of the loss at the target for its cost.  Up to a quarter of the budget goes
+into the most expensive run, whose loss it predicts before it begins.
 """
 
 

@@ -134,9 +134,8 @@ class LawStudy:
     def longest(self) -> dict[int, tuple[int, float]]:
         """Return for each width the tokens and the highest cost of the longest run of a test."""
         recipe, found = self.recipe, dict[int, tuple[int, float]]()
-        factors = self.slower()[0] if self.asked.flops is None else {}
-        for width in recipe.widths:
-            slower = SAFE * factors[width] if factors else 1.0
+        for width, factor in self.slower()[0].items():
+            slower = SAFE * factor if self.asked.flops is None else 1.0
             tokens = recipe.longest(width, slower)
             found[width] = tokens, slower * recipe.cost(width, tokens / recipe.batch_tokens)
         return found
@@ -267,7 +266,8 @@ class LawStudy:
                 self.begun.pop(line["row"], None)
                 self.learn(line["row"], line["loss"])
         ended = {*self.design.losses, *self.failed}
-        self.begun |= {row: time.monotonic() for row in self.tests if row not in ended}
+        if not self.record.find("score"):  # an earlier version has that of its tests alone
+            self.begun |= {row: time.monotonic() for row in self.tests if row not in ended}
         self.judge()
         self.resumed = set(self.begun)
 
@@ -327,9 +327,9 @@ class LawStudy:
             self.add_tests(self.predict())
             self.begun |= dict.fromkeys(self.tests, time.monotonic())
         said = fileio.read_json(self.prediction)
-        what = f"d_model={said['d_model']} tokens={short(said['tokens'])}"
-        words = f"{said['predicted']:.4f} ({said['low']:.4f} to {said['high']:.4f})"
-        say(self.console, f"{self.left()}  predicted for {what}: {words}")
+        words = f"d_model={said['d_model']} tokens={short(said['tokens'])}: {said['predicted']:.4f}"
+        words += f" ({said['low']:.4f} to {said['high']:.4f})"
+        say(self.console, f"{self.left()}  predicted for {words}")
         say(self.console, f"written to {self.prediction}, before it is tested")
         self.train(engine)
         scored = self.record.find("score") or self.score(said)
