@@ -159,46 +159,37 @@ def test_a_compiled_run_is_the_same_within_rounding(
 
 
 @pytest.mark.parametrize(
-    ("words", "begun", "threads", "said"),
+    ("words", "precision", "begun", "slices", "each"),
     [
-        ([], {}, 1, "1 of 4: as the model is small"),
-        ([], {"threads": 3}, 3, "3, as it began"),
-        (["hardware.threads=2"], {"threads": 3}, 4, None),  # set before
-        (["model.d_model=512"], {}, 2, "2 of 4: 40 ms a block on 1, 30 ms a block on 2, 29"),
+        ([], "32", {}, 4, 1),  # of 512 tokens, which leaves two of six threads unused
+        (["hardware.threads=3"], "32", {}, 3, 1),
+        (["model.d_model=512"], "32", {}, 4, 1),
+        (["model.d_model=512", "hardware.threads=8"], "32", {}, 4, 2),
+        (["model.d_model=4096", "model.n_layers=12"], "32", {}, 1, 6),  # gradients of 10 GB
+        ([], "bf16-mixed", {}, 1, 1),
+        (["hardware.compile=on"], "32", {}, 1, 1),
+        ([], "32", {"threads": 3}, 1, 3),  # begun by an earlier version
+        ([], "32", {"threads": 4, "slices": 2}, 2, 2),
+        (["hardware.threads=1"], "32", {"threads": 2, "slices": 2}, 2, 1),
     ],
 )
-def test_a_run_chooses_its_threads_by_itself(
+def test_a_run_chooses_its_slices_by_itself(
     monkeypatch: pytest.MonkeyPatch,
     words: list[str],
+    precision: str,
     begun: dict[str, int],
-    threads: int,
-    said: str | None,
+    slices: int,
+    each: int,
 ) -> None:
-    """As many as pay; those it began with where it is taken up; none but those that are given."""
-    config, cpu = cli.compose_config(words), Device("cpu", "32")
-    seconds = {1: 0.040, 2: 0.030, 4: 0.029}
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(hardware, "_default_threads", lambda: 4)
-    monkeypatch.setattr(hardware, "_block_seconds", lambda *_: seconds[torch.get_num_threads()])
-    monkeypatch.setattr(hardware, "_block_times", {})
-    torch.set_num_threads(4)
-    line = hardware.choose_threads(config, 4096, PLAN, cpu, begun)
-    assert torch.get_num_threads() == threads
-    assert line is None if said is None else str(line).startswith(said)
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # given, too
-    torch.set_num_threads(4)
-    hardware.choose_threads(config, 4096, PLAN, cpu, {})
-    assert torch.get_num_threads() == 4
-
-
-@pytest.mark.parametrize("position", ["learned", "rope"])
-def test_a_timed_block_leaves_no_trace(position: str) -> None:
-    config = cli.compose_config([f"model.position={position}", "model.dropout=0.1"])
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-    assert 0 < hardware._block_seconds(config.model, PLAN) < 60
-    assert torch.equal(torch.rand(2), expected)
+    """As many as there are threads; those it began with where it is resumed."""
+    config, cpu = cli.compose_config(words), Device("cpu", precision)
+    monkeypatch.setattr(hardware, "_default_threads", lambda: 6)
+    assert hardware.choose_slices(config, 4096, PLAN, cpu, begun) == slices
+    assert torch.get_num_threads() == each
+    torch.set_num_threads(5)
+    for other in (Device("cuda", precision), Device("cpu", precision, devices=2)):
+        assert hardware.choose_slices(config, 4096, PLAN, other, begun) == 1
+        assert torch.get_num_threads() == 5
 
 
 def test_a_run_keeps_the_threads_it_began_with(
@@ -209,14 +200,14 @@ def test_a_run_keeps_the_threads_it_began_with(
     monkeypatch.setattr(hardware, "_default_threads", lambda: 2)
     words = ["train.checkpoint_every=256", "train.steps=1", "hardware.threads=null"]
     first = Trained(tmp_path, cache, tiny(corpus, *words)).go()
-    assert "threads 1 of 2: as the model is small" in first.said
+    assert "cpu, 1 thread, " in first.said  # it has one slice, as its batch is small
     assert first.results["threads"] == 1
     first.path.joinpath("results.json").unlink()
     environment = fileio.read_json(first.path / "environment.json")
     assert environment["threads"] == 1
     fileio.write_json(first.path / "environment.json", {**environment, "threads": 2})
     first.go()
-    assert "threads 2, as it began" in first.said
+    assert "cpu, 2 threads, " in first.said
     assert first.results["threads"] == 2
     for name in cli.WAITING:
         monkeypatch.delenv(name, raising=False)

@@ -199,6 +199,22 @@ def test_a_command_starts_without_what_it_does_not_need(
     assert done.stderr.count("\n") == fails
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_training_starts_without_what_only_users_need(own: bool, tmp_path: Path) -> None:
+    """Lightning's torchmetrics imports them; only a callback of the user's own may need them."""
+    (tmp_path / "mine.py").write_text("from lightning.pytorch import Callback as Mine")
+    words = ["run", "trainer.fast_dev_run=true", "data.max_tokens=20_000", "tokenizer=byte"]
+    words += ["data.eval_tokens=1_000", f"cache_dir={tmp_path}"]
+    words += ["+callbacks.x._target_=mine.Mine"] if own else []
+    program = [sys.executable, "-c", RUN_AS_A_COMMAND, *words]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+    said, _, names = done.stdout.rpartition("loaded ")
+    assert "fast_dev_run: one step done" in said
+    loaded = set(names.split()) & {"scipy", "matplotlib", "transformers"}
+    assert ("matplotlib" in loaded) == own
+    assert not loaded or own
+
+
 def test_the_package_itself_imports_nothing() -> None:
     program = (
         "import sys; before = set(sys.modules); import tinygpt; print(*set(sys.modules) - before)"

@@ -99,7 +99,7 @@ def main() -> None:
     source = Path(arguments.path[0]).stem if arguments.path else config.data.name
     name = arguments.study or f"law-{re.sub('[^A-Za-z0-9._-]+', '-', source)}"
 
-    cli.loading()
+    cli.loading(lean=not config.callbacks)
     from rich.console import Console
 
     from tinygpt.sweeping.budget import find_law

@@ -28,20 +28,14 @@ from tinygpt.data import corpora, shards
 from tinygpt.data.datamodule import TrainBatches
 from tinygpt.model.generate import generate
 from tinygpt.runs import rundir
-from tinygpt.training.hardware import AUTOCAST, Device, quiet_lightning
+from tinygpt.training.hardware import AUTOCAST, Device, choose_slices, quiet_lightning
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.session import open_data, open_machine, train
+from tinygpt.training.slices import in_slices, mean_loss
 from tinygpt.training.trainer import make_trainer
 
 Row = dict[str, Any]
 Samples = Any  # an array of numbers
-
-
-def row(measure: str, unit: str, samples: Samples) -> Row:
-    """Return a row of the table with the median and the quartiles of the samples."""
-    low, median, high = np.percentile(samples, (25, 50, 75)).tolist()
-    numbers = {"median": median, "low": low, "high": high, "samples": len(samples)}
-    return {"measure": measure, **numbers, "unit": unit, "threads": torch.get_num_threads()}
 
 
 class Bench:
@@ -56,8 +50,12 @@ class Bench:
         self.batches = TrainBatches(
             split, windows, length=self.data.length, seed=config.seed, plan=self.plan
         )
-        self.module = LanguageModel(config, self.tokenizer.vocab_size, self.plan)
+        vocab_size = self.tokenizer.vocab_size
+        self.module = LanguageModel(config, vocab_size, self.plan)
         self.model = self.module.model
+        self.slices = choose_slices(config, vocab_size, self.plan, self.device, {})
+        self.each = torch.get_num_threads()  # the threads of a slice
+        self.threads = self.slices * self.each
         self.dtype = {**AUTOCAST, "64": torch.float64}.get(self.device.precision, torch.float32)
         self.module.to(self.device.accelerator)
         if self.device.precision == "64":
@@ -65,10 +63,16 @@ class Bench:
         if compiled == "on":
             self.model.compile()
 
-    def timed(self, work: Callable[[], object]) -> Samples:
+    def timed(self, work: Callable[[], object], threads: int | None = None) -> Samples:
         """Return the seconds per call, one number for each block of torch's timer."""
-        timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        timer = Timer("work()", globals={"work": work}, num_threads=threads or self.each)
         return np.array(timer.blocked_autorange(min_run_time=self.seconds).times)
+
+    def row(self, measure: str, unit: str, samples: Samples) -> Row:
+        """Return a row of the table with the median and the quartiles of the samples."""
+        low, median, high = np.percentile(samples, (25, 50, 75)).tolist()
+        numbers = {"median": median, "low": low, "high": high, "samples": len(samples)}
+        return {"measure": measure, **numbers, "unit": unit, "threads": self.threads}
 
     def autocast(self) -> torch.autocast:
         device = self.device
@@ -78,8 +82,7 @@ class Bench:
         """Return the loss of one pass, in the precision of the run."""
         inputs, targets = (part.to(self.device.accelerator) for part in batch)
         with self.autocast():
-            loss: Tensor = self.model(inputs, targets)
-        return loss
+            return mean_loss(self.model, self.slices, inputs, targets)
 
     def bare_step(self) -> Callable[[], None]:
         """Return a training step without Lightning: the same batches, model and optimizer."""
@@ -107,31 +110,34 @@ class Bench:
         speed = tokens * flops_per_token(config.model, vocab_size) / steps
         side = 1024 if device == "cpu" else 8192  # large enough for full speed
         a, b = (torch.randn(side, side, device=device).to(self.dtype) for _ in range(2))
-        product = 2 * side**3 / self.timed(lambda: a @ b)
+        product = 2 * side**3 / self.timed(lambda: a @ b, self.threads)
         best = np.median(product) * self.device.world_size
-        yield row("parameters", "", [count_parameters(config.model, vocab_size).total])
-        yield row("tokens per step", "", [tokens])
-        yield row("training", "tokens/s", tokens / steps)
-        yield row("training step", "ms", 1e3 * steps)
-        yield row("training FLOPs", "GFLOP/s", 1e-9 * speed)
-        yield row("matrix product", "GFLOP/s", 1e-9 * product)
-        yield row("MFU", "%", 100 * speed / best)
-        yield row("peak memory", "MB", [1e-6 * peak_memory])
-        yield row("bare step", "ms", 1e3 * self.timed(self.bare_step()))
+        yield self.row("parameters", "", [count_parameters(config.model, vocab_size).total])
+        yield self.row("tokens per step", "", [tokens])
+        yield self.row("training", "tokens/s", tokens / steps)
+        yield self.row("training step", "ms", 1e3 * steps)
+        yield self.row("training FLOPs", "GFLOP/s", 1e-9 * speed)
+        yield self.row("matrix product", "GFLOP/s", 1e-9 * product)
+        yield self.row("MFU", "%", 100 * speed / best)
+        yield self.row("peak memory", "MB", [1e-6 * peak_memory])
+        yield self.row("bare step", "ms", 1e3 * self.timed(self.bare_step()))
         batch, weights = self.batches[0], list(model.parameters())
-        yield row("forward", "ms", 1e3 * passes * self.timed(lambda: self.loss(batch)))
+        batch = batch[0].to(device), batch[1].to(device)
+        with self.autocast():
+            forward = self.timed(lambda: in_slices(self.model, self.slices, batch, grad=True))
+        yield self.row("forward", "ms", 1e3 * passes * forward)
         both = self.timed(lambda: torch.autograd.grad(self.loss(batch), weights))
-        yield row("forward+backward", "ms", 1e3 * passes * both)
+        yield self.row("forward+backward", "ms", 1e3 * passes * both)
         prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
         count = max(1, config.model.max_seq_len - 1)
         with self.autocast():
             sampling = self.timed(lambda: generate(model, prompt, count))
-        yield row("generation", "tokens/s", count / sampling)
+        yield self.row("generation", "tokens/s", count / sampling)
         documents = corpora.open_corpus(config.data).documents("train")
         texts = list(corpora.first_bytes((document.text for document in documents), 1_000_000))
         size = 1e-6 * sum(len(text.encode()) for text in texts)
         encoding = self.timed(lambda: self.tokenizer.encode_batch(texts))
-        yield row("tokenization", "MB/s", size / encoding)
+        yield self.row("tokenization", "MB/s", size / encoding)
 
     def overhead(self) -> Iterator[Row]:
         """Yield the CPU time that Lightning adds to a step, by alternating with bare steps."""
@@ -150,9 +156,9 @@ class Bench:
             trainer.fit(module, datamodule=self.data)
         begun, ended = np.reshape(marks, (-1, 2)).T  # of the bare steps
         ours, bare = 1e3 * (begun[1:] - ended[:-1]), 1e3 * (ended - begun)[1:]
-        yield row("Trainer's step", "CPU ms", ours)
-        yield row("bare step", "CPU ms", bare)
-        yield row("Lightning's part", "CPU ms", ours - bare)
+        yield self.row("Trainer's step", "CPU ms", ours)
+        yield self.row("bare step", "CPU ms", bare)
+        yield self.row("Lightning's part", "CPU ms", ours - bare)
 
 
 def environment(device: Device) -> str:

@@ -50,6 +50,7 @@ class Machine:
 
     resolved: Device
     config: Config  # of the run, with the hardware of this evaluation
+    slices: int = 1  # of a batch, a thread each, as in training
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +77,7 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
     Raises ConfigError if this machine lacks a device or a precision.
     """
     trained = fileio.read_json(run.environment)
-    on_cpu, threads = trained.get("device") == "cpu", options.threads
+    on_cpu, threads, slices = trained.get("device") == "cpu", options.threads, 1
     if on_cpu:
         trained = fileio.read_json(run.environment, threads=int)
         threads = threads or min(trained["threads"], os.cpu_count() or 1)
@@ -100,13 +101,16 @@ def as_in_training(run: rundir.RunDir, config: Config, options: Options) -> Iter
             line += f", as {run.path} was trained"
         raise ConfigError(line) from error
     before = torch.get_num_threads()
+    if on_cpu and resolved.accelerator == "cpu" and resolved.precision not in HALF:
+        slices = trained.get("slices", 1)
+        hardware.threads = max(1, (threads or 1) // slices)
     try:
         set_up(hardware, resolved)
         if on_cpu and "matmul" in trained:
             kernels.use_onednn(trained["matmul"] == "onednn" and kernels.onednn_is_there())
         if resolved.accelerator == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, as the Trainer sets it
-        yield Machine(resolved, dataclasses.replace(config, hardware=hardware))
+        yield Machine(resolved, dataclasses.replace(config, hardware=hardware), slices)
     finally:
         torch.set_num_threads(before)
         kernels.use_onednn(None)
@@ -219,7 +223,8 @@ def score_text(
 
 def _score(model: GPT, batches: EvalBatches, text: Text, machine: Machine) -> tuple[Scores, _Tally]:
     tally, autocast = _Tally(model, text.length), machine.autocast()
-    return score(tally, batches, text.split.info, machine.device, autocast, watch=tally.add), tally
+    info, device, slices = text.split.info, machine.device, machine.slices
+    return score(tally, batches, info, device, autocast, tally.add, slices), tally
 
 
 class _Tally:

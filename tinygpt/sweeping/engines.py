@@ -144,7 +144,8 @@ def ready(jobs: Sequence[Job], study: int = 0) -> Iterator[tuple[Share, Engine]]
             "ray": lambda jobs, folder: run_ray(jobs, launcher),
         }
         if share.engine == "local":
-            workers = stack.enter_context(Workers(share.at_once, share.gpus))
+            lean = not any(getattr(job.config, "callbacks", None) for job in jobs)
+            workers = stack.enter_context(Workers(share.at_once, share.gpus, lean))
             engines["local"] = lambda jobs, folder: run_local(jobs, workers)
             share = share._replace(settle=workers.settle)
 

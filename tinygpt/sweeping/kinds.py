@@ -63,7 +63,7 @@ class Trainings(Kind):
 
     def prepare(self, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
         """Prepare each corpus once and plan every run."""
-        with cli.importing():
+        with cli.importing(lean=not any(job.config.callbacks for job in jobs)):
             from tinygpt.data import corpora, shards
             from tinygpt.data.survey import Survey
             from tinygpt.training.console import preparing
@@ -94,7 +94,6 @@ class Trainings(Kind):
     def print_plan(self, jobs: Sequence[Job], done: Container[Job], console: Console) -> None:
         """Print the table of runs, their total cost, and what the design can show."""
         import pandas as pd
-        import torch
 
         from tinygpt.scaling.evidence import check_design, check_validation
         from tinygpt.training.session import open_machine
@@ -117,11 +116,10 @@ class Trainings(Kind):
                 f"{disk_bytes(job) / 1e6:.3g}",
             )
         console.print(table, highlight=False, markup=False)
-        threads = share.threads or torch.get_num_threads()
-        say(console, f"\n{_sum_line(todo, seconds, share._replace(threads=threads))}")
+        say(console, f"\n{_sum_line(todo, seconds, share)}")
         on_cpu = bool(todo) and open_machine(todo[0].config).accelerator == "cpu"
         cores = os.cpu_count() or 1
-        if on_cpu and others >= IDLE and others + share.at_once * threads > cores:
+        if on_cpu and others >= IDLE and others + share.at_once * (share.threads or cores) > cores:
             load = f"a load of {others:.1f} on {cores} cores"
             say(console, f"other work: {load}; the time is uncertain")
         if len(jobs) > 1:
@@ -403,7 +401,7 @@ def estimate_seconds(jobs: Sequence[Job]) -> dict[Job, float]:
 
     Steps that would take too long are estimated from their FLOPs and the speed of smaller models.
     """
-    from tinygpt.training.hardware import choose_threads, seconds_per_step
+    from tinygpt.training.hardware import seconds_per_step
     from tinygpt.training.session import open_machine
 
     begun, seconds_per_flop = time.perf_counter(), math.inf
@@ -413,7 +411,6 @@ def estimate_seconds(jobs: Sequence[Job]) -> dict[Job, float]:
         plan, row = job.plan, job.row
         flops, vocab_size = row["flops_per_token"] * row["batch_tokens"], row["vocab_size"]
         device = open_machine(job.config)
-        choose_threads(job.config, vocab_size, plan, device, {})
         shape = f"{job.config.model} {vocab_size} {job.config.optim.kind} {plan.batch_size}"
         is_late = time.perf_counter() - begun > CALIBRATION
         is_long = is_late or flops * seconds_per_flop > LONG_STEP

@@ -342,14 +342,13 @@ def _size(job: Job) -> tuple[int, float]:
 
 def step_cost(asked: Asked, job: Job) -> float:
     """Return the seconds of an optimizer step, timed here, or its FLOPs."""
-    from tinygpt.training.hardware import choose_threads, seconds_per_step
+    from tinygpt.training.hardware import seconds_per_step
     from tinygpt.training.session import open_machine
 
     row, config = job.row, job.config
     if asked.flops is not None:
         return float(row["flops_per_token"] * row["batch_tokens"])
     device = open_machine(config)
-    choose_threads(config, row["vocab_size"], job.plan, device, {})
     return seconds_per_step(config, row["vocab_size"], job.plan, device)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import itertools
 import math
 import multiprocessing
@@ -19,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tinygpt import signals, streams
+from tinygpt import cli, signals, streams
 from tinygpt.config import ConfigError, RunError
 from tinygpt.sweeping.jobs import Job
 
@@ -97,8 +96,8 @@ class Workers:
     A signal reaches them as SIGTERM, upon which they save and stop.
     """
 
-    def __init__(self, at_once: int, gpus: int = 0) -> None:
-        self.at_once, self.gpus = at_once, gpus
+    def __init__(self, at_once: int, gpus: int = 0, lean: bool = False) -> None:
+        self.at_once, self.gpus, self.lean = at_once, gpus, lean
         self._pool: Any = None
 
     def __enter__(self) -> Workers:
@@ -121,7 +120,8 @@ class Workers:
     def _start(self) -> None:
         from joblib.externals.loky import ProcessPoolExecutor
 
-        begun_with = (os.getpid(), self.at_once, self.gpus, Path(self._folder.name))
+        folder = Path(self._folder.name)
+        begun_with = (os.getpid(), self.at_once, self.gpus, folder, self.lean)
         self._pool = ProcessPoolExecutor(
             self.at_once, initializer=_begin_worker, initargs=begun_with
         )
@@ -202,7 +202,7 @@ def run_local(jobs: Iterable[Job], workers: Workers) -> Results:
 _worker = contextlib.ExitStack()  # held for as long as a worker lives
 
 
-def _begin_worker(parent: int, at_once: int, gpus: int, folder: Path) -> None:
+def _begin_worker(parent: int, at_once: int, gpus: int, folder: Path, lean: bool) -> None:
     if gpus:
         _claim_gpu(at_once, gpus, folder)  # before torch is imported
     for number in signals.STOPPING:  # those of a terminal reach the study, which sends SIGTERM
@@ -210,10 +210,8 @@ def _begin_worker(parent: int, at_once: int, gpus: int, folder: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _worker.enter_context(signals.handled(lambda number: _interrupted.append(True)))
 
-    gc.disable()  # collecting garbage takes a fifth of importing torch
-    from tinygpt.training.trainer import leave_with_parent
-
-    gc.enable()
+    with cli.quickly(lean=lean):
+        from tinygpt.training.trainer import leave_with_parent
     leave_with_parent(parent)  # otherwise its runs would stay locked
 
 

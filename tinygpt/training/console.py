@@ -143,10 +143,14 @@ def preparing(
 
 
 def log_beginning(
-    config: Config, run: rundir.RunDir, data: TokenData, device: Device, resuming: bool
+    config: Config,
+    run: rundir.RunDir,
+    data: TokenData,
+    device: Device,
+    threads: int,
+    resuming: bool,
 ) -> None:
     """Log the model, the text, the recipe, the machine and the folder of a run."""
-    import torch
 
     from tinygpt.data import corpora
     from tinygpt.data.survey import Survey
@@ -154,7 +158,7 @@ def log_beginning(
     plan, index, tokenizer = data.plan, data.prepared.index, data.prepared.tokenizer
     assert plan is not None
     sizes = count_parameters(config.model, tokenizer.vocab_size)
-    threads, used = torch.get_num_threads(), data.windows.used_tokens
+    used = data.windows.used_tokens
     lines = [
         f"model   {short(sizes.total)} parameters, {short(sizes.non_embedding)} without "
         f"embeddings; vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind})"

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from tinygpt.data.datamodule import IGNORED
+from tinygpt.training.slices import in_slices
 
 
 class Scored(Protocol):
@@ -99,7 +100,11 @@ def scored_tokens(info: dict[str, Any]) -> int:
 
 
 def score_batch(
-    model: Scored, batch: tuple[Tensor, Tensor], info: dict[str, Any], metric: TokenScores
+    model: Scored,
+    batch: tuple[Tensor, Tensor],
+    info: dict[str, Any],
+    metric: TokenScores,
+    slices: int = 1,
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Add a batch of inputs and targets, both ``(B, T)``, of a split to ``metric``.
 
@@ -111,7 +116,10 @@ def score_batch(
         inputs, targets = inputs[:, :width], targets[:, :width]
     inputs, targets = inputs.to(metric.device), targets.to(metric.device)
     scored = targets != IGNORED
-    found = model.scores(inputs, targets.clamp(min=0))
+    parts = min(slices, len(inputs))
+    batch = inputs, targets.clamp(min=0)
+    each = in_slices(model.scores, parts, batch, grad=torch.is_grad_enabled())
+    found = tuple(torch.cat(some) for some in zip(*each, strict=True))
     metric.update(found[0], found[1], scored)
     return found, scored
 
@@ -124,8 +132,11 @@ def score(
     device: torch.device,
     autocast: AbstractContextManager[Any] | None = None,
     watch: Callable[[tuple[Tensor, ...], Tensor], None] | None = None,
+    slices: int = 1,
 ) -> Scores:
     """Score ``model`` on ``batches`` of inputs and targets, both ``(B, T)``, of a split.
+
+    A CPU computes each batch in ``slices``, a thread each.
 
     ``watch`` is called with the result of ``score_batch`` for each batch.
     """
@@ -134,7 +145,7 @@ def score(
     metric = TokenScores(device)
     with autocast or nullcontext():
         for batch in batches:
-            found, scored = score_batch(model, batch, info, metric)
+            found, scored = score_batch(model, batch, info, metric, slices)
             if watch is not None:
                 watch(found, scored)
     model.train(was_training)

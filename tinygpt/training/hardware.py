@@ -7,11 +7,12 @@ import ctypes
 import dataclasses
 import functools
 import logging
+import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +21,22 @@ import psutil
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 
-from tinygpt.config import Config, ConfigError, HardwareConfig, ModelConfig
+from tinygpt.config import Config, ConfigError, HardwareConfig
 from tinygpt.config.counting import count_parameters
 from tinygpt.config.horizon import Plan
-from tinygpt.model.gpt import GPT, Block, rotary_tables
+from tinygpt.model.gpt import GPT
 from tinygpt.model.kernels import onednn_is_used
 from tinygpt.runs.load import usable_device
 from tinygpt.training.optim import make_optimizer
+from tinygpt.training.slices import mean_loss
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES = 2**30
 MMAP_BYTES = 2**25  # glibc's limit; larger tensors come from the system as before
-SMALL = 2_000_000  # parameters: below, one thread is enough
-MIN_SPEEDUP = 1.2  # by which more threads must be faster
-TIMED_FLOPS = 2e9  # of a timed block
+SMALL = 2_000_000  # parameters: below, threads that share an operator mostly wait
+GRADIENTS = 2**28  # numbers that the gradients of further slices may take: 1 GiB
+SLICE_TOKENS, MOST_SLICES = 512, 8  # otherwise threads would wait for Python, which runs one
 COMPILING_PAYS = 300.0  # seconds of uncompiled training; compiling takes about a tenth of it
 
 
@@ -149,63 +151,35 @@ def _default_threads() -> int:
     return torch.get_num_threads()
 
 
-def choose_threads(
-    config: Config, vocab_size: int, plan: Plan, device: Device, begun: dict[str, Any]
-) -> str | None:
-    """Set the number of CPU threads unless it is given, and return a line that says why.
+def choose_slices(
+    config: Config, vocab_size: int, plan: Plan, device: Device, begun: Mapping[str, Any]
+) -> int:
+    """Return into how many slices to divide a pass, and set the threads that each may use.
 
-    A resumed run, whose environment is ``begun``, keeps its number.  A small model gets one thread:
-    more help little, and wait for one another where other programs run.  For a larger model, a
-    block is timed on one, half and all of torch's threads.
+    On a CPU there is a slice for each thread, unless slices become too small or their gradients too
+    large.  What is left of the threads speeds up the operators of a large model; those of a small
+    one would only wait.  A resumed run, whose environment is ``begun``, keeps its slices.
     """
-    most, hardware = _default_threads(), config.hardware
-    if hardware.threads is not None or device.accelerator != "cpu" or device.world_size > 1:
-        return None
-    if "threads" in begun:
-        torch.set_num_threads(begun["threads"])
-        return f"{begun['threads']}, as it began"
-    if most == 1 or "OMP_NUM_THREADS" in os.environ:
-        return None
-    chosen, why = 1, "as the model is small"
-    if count_parameters(config.model, vocab_size).total >= SMALL:
-        key = f"{config.model} {plan.micro_batch_size}"
-        seconds = _block_times.setdefault(key, {})
-        for count in [n for n in sorted({1, most // 2, most}) if n not in seconds]:
-            torch.set_num_threads(count)
-            seconds[count] = _block_seconds(config.model, plan)
-        for count in sorted(seconds):
-            chosen = count if seconds[count] * MIN_SPEEDUP < seconds[chosen] else chosen
-        why = ", ".join(f"{1000 * s:.3g} ms a block on {n}" for n, s in sorted(seconds.items()))
-    torch.set_num_threads(chosen)
-    return f"{chosen} of {most}: {why}"
-
-
-# Seconds by the number of threads, for each model, so that the runs of a sweep choose once.
-_block_times: dict[str, dict[int, float]] = {}
-
-
-def _block_seconds(model: ModelConfig, plan: Plan) -> float:
-    """Return the seconds of a forward and backward pass of a block over part of a micro-batch."""
-    with torch.random.fork_rng(devices=[]):
-        block = Block(dataclasses.replace(model, dropout=0.0))
-        size = sum(p.numel() for p in block.parameters())
-        most = max(16, TIMED_FLOPS / (6 * size))  # about ten milliseconds
-        tokens = int(min(plan.micro_batch_size * model.max_seq_len, most))
-        T = min(model.max_seq_len, tokens)
-        x = torch.randn(tokens // T, T, model.d_model)
-    rotary = None
-    if model.position == "rope":
-        rotary = rotary_tables(T, model.d_model // model.n_heads, model.rope_theta)
-
-    def one_pass() -> None:
-        torch.autograd.backward(block(x, rotary).sum())
-
-    one_pass()
-    return _mean_seconds(one_pass, 0.05, least=2)
+    if device.accelerator != "cpu" or device.world_size > 1:
+        return 1
+    given, most = config.hardware.threads, _default_threads()
+    threads = given or begun.get("threads") or most
+    slices: int = begun.get("slices", 1)
+    if not begun:
+        size, rows = count_parameters(config.model, vocab_size).total, plan.micro_batch_size
+        if device.precision in ("32", "64") and config.hardware.compile != "on":
+            least = rows * config.model.max_seq_len // SLICE_TOKENS
+            most = max(1, min(threads, MOST_SLICES, least, 1 + GRADIENTS // size))
+            slices = math.ceil(rows / math.ceil(rows / most))
+        if size < SMALL and given is None:
+            threads = slices
+    torch.set_num_threads(max(1, threads // slices))
+    return slices
 
 
 def seconds_per_step(config: Config, vocab_size: int, plan: Plan, device: Device) -> float:
     """Return the seconds of one optimizer step over random tokens."""
+    slices = choose_slices(config, vocab_size, plan, device, {})
     model = GPT(config.model, vocab_size).to(device.accelerator)
     optimizer = make_optimizer(model, config.optim, fused=False)
     shape = (plan.micro_batch_size, config.model.max_seq_len + 1)
@@ -214,7 +188,7 @@ def seconds_per_step(config: Config, vocab_size: int, plan: Plan, device: Device
 
     def one_pass() -> None:
         with torch.autocast(device.accelerator, dtype, enabled=dtype is not None):
-            loss = model(tokens[:, :-1], tokens[:, 1:])
+            loss = mean_loss(model, slices, tokens[:, :-1], tokens[:, 1:])
         torch.autograd.backward(loss)
 
     one_pass()
@@ -222,10 +196,10 @@ def seconds_per_step(config: Config, vocab_size: int, plan: Plan, device: Device
     return plan.accumulate * _mean_seconds(one_pass, 0.3) + _mean_seconds(optimizer.step, 0.05)
 
 
-def _mean_seconds(work: Callable[[], object], seconds: float, least: int = 1) -> float:
-    """Return the mean seconds of calling ``work`` for ``seconds``, at least ``least`` times."""
+def _mean_seconds(work: Callable[[], object], seconds: float) -> float:
+    """Return the mean seconds of calling ``work`` for ``seconds``."""
     begun, times = time.perf_counter(), 0
-    while times < least or time.perf_counter() - begun < seconds:
+    while time.perf_counter() - begun < seconds or not times:
         work()
         times += 1
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -259,7 +233,7 @@ def peak_memory(accelerator: str) -> int | None:
 def numerics(
     config: Config, vocab_size: int, plan: Plan, device: Device, begun: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what decides the last bits of a result, for environment.json.
+    """Return what decides the last bits of a result, for environment.json, and set the threads.
 
     ``auto`` compiles on one CUDA device if the run is long enough to pay for it.  A resumed run,
     whose environment is ``begun``, keeps its choice.
@@ -270,8 +244,10 @@ def numerics(
         if "compile" not in begun and device.accelerator == "cuda" and device.world_size == 1:
             seconds = plan.total_steps * seconds_per_step(config, vocab_size, plan, device)
             compiled = "on" if seconds > COMPILING_PAYS else "off"
+    slices = choose_slices(config, vocab_size, plan, device, begun)
     return {
-        "threads": torch.get_num_threads(),
+        "threads": slices * torch.get_num_threads(),
+        "slices": slices,
         "devices": device.world_size,
         "matmul": "onednn" if device.accelerator == "cpu" and onednn_is_used() else "torch",
         "compile": compiled,

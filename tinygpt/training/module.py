@@ -19,6 +19,7 @@ from tinygpt.runs import rundir
 from tinygpt.runs.load import initial_weights
 from tinygpt.training.evaluation import Scores, TokenScores, score_batch, scores_of
 from tinygpt.training.optim import make_optimizer, rate_factor
+from tinygpt.training.slices import mean_loss
 
 
 class StepStats:
@@ -66,6 +67,7 @@ class LanguageModel(pl.LightningModule):
         self.save_hyperparameters({"config": plain, "vocab_size": vocab_size})
         self.stats = StepStats(torch.device("cpu"))
         self.grad_norm: Tensor | None = None
+        self.slices = 1  # of a pass, a thread each
         self.skips = self.config.train.skip_nonfinite  # steps whose gradient is not finite
         self.scores: Scores | None = None  # of the last validation or test
         self._passes: list[Tensor] = []  # losses of a step that may yet be skipped
@@ -124,7 +126,7 @@ class LanguageModel(pl.LightningModule):
             step, pass_ = divmod(batch_idx, self.trainer.accumulate_grad_batches)
             first = (pass_ * self.trainer.world_size + self.global_rank) * len(inputs)
             seeds = dropout_seeds(self.config.seed, step, first, len(inputs)).to(inputs.device)
-        loss: Tensor = self.model(inputs, targets, seeds=seeds)
+        loss = mean_loss(self.model, self.slices, inputs, targets, seeds)
         part = loss.detach().to(self.stats.loss_sum) / self.trainer.accumulate_grad_batches
         if self.config.train.skip_nonfinite:
             self._passes.append(part)
@@ -136,7 +138,8 @@ class LanguageModel(pl.LightningModule):
         self._metric = TokenScores(self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        score_batch(self.model, batch, self.data.splits[self._split].info, self._metric)
+        info = self.data.splits[self._split].info
+        score_batch(self.model, batch, info, self._metric, self.slices)
 
     def on_validation_epoch_end(self) -> None:
         self.scores = scores_of(self._metric, self.data.splits[self._split].info)

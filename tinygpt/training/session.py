@@ -32,7 +32,6 @@ from tinygpt.training.console import (
 from tinygpt.training.evaluation import Scores
 from tinygpt.training.hardware import (
     Device,
-    choose_threads,
     numerics,
     quiet_lightning,
     resolve_device,
@@ -106,9 +105,9 @@ def train(
     if config.trainer.fast_dev_run:
         return _fast_dev_run(config, run, data, device, callbacks, console)
     begun = fileio.read_json(run.environment) if run.last.exists() and not config.force else {}
-    threads = choose_threads(config, vocab_size, data.plan, device, begun)
     rounding = numerics(config, vocab_size, data.plan, device, begun)
     module = LanguageModel(config, plan=data.plan)
+    module.slices = rounding["slices"]
     module.build(vocab_size, None if begun else initial_weights(config, vocab_size))
     if rounding["compile"] == "on":
         module.model.compile()  # in place: no key of a checkpoint changes
@@ -123,10 +122,8 @@ def train(
         elif found is not None:
             return report_finished(run, found, console)
         with logging_to(console, run):
-            if threads is not None:
-                log.info("threads %s", threads)
             resuming = begin(config, run, prepared, device, hash_, rounding, branch)
-            log_beginning(config, run, data, device, resuming)
+            log_beginning(config, run, data, device, rounding["threads"], resuming)
             training = Run(config, run, data, device, hash_, module, keep_at)
             results = training.train(resuming, callbacks, console)
     print_summary(run, results, console)
@@ -270,6 +267,7 @@ class Run:
             self.config, self.hash, self.data, self.device, self.journal.state, final, test
         )
         results |= {name: begun.get(name) for name in ("branched_from", "branched_at_step")}
+        results["threads"] *= self.module.slices
         self.loggers.log_results(results)
         fileio.write_json(self.run.results, results)
         return results
