@@ -41,6 +41,7 @@ from tinygpt.data.tokenizers import Char
 from tinygpt.data.writing import SplitWriter
 from tinygpt.model.kernels import Linear
 from tinygpt.runs import rundir
+from tinygpt.training.hardware import choose_slices
 from tinygpt.training.module import LanguageModel
 from tinygpt.training.session import Run, open_data, open_machine
 
@@ -187,6 +188,7 @@ def train_tinygpt(config: Config, vocab_size: int, folder: Path, pipe: Connectio
     data = open_data(config, random_tokens(folder, vocab_size, length), device)
     assert data.plan is not None
     module = LanguageModel(config, vocab_size, data.plan)
+    module.slices = choose_slices(config, vocab_size, data.plan, device, {})
     starts = length * np.arange(data.plan.batch_size)
     tokens = torch.from_numpy(data.splits["train"].gather(starts, length + 1))
     batch = [tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()]
