@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import settings
 
 from tests import warm
 
@@ -20,6 +21,9 @@ OPTIMIZERS = sorted(path.stem for path in (ROOT / "conf/optim").glob("*.yaml"))
 
 # Without fork (on Windows) nothing can be killed half way, and commands start cold.
 collect_ignore_glob = [] if hasattr(os, "fork") else ["f*/*", "test_resume.py", "test_signals.py"]
+
+settings.register_profile("tinygpt", deadline=None)  # machines are busy at times
+settings.load_profile("tinygpt")
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 Starts = Callable[..., warm.Process]

@@ -94,7 +94,7 @@ def of_text(run: TrainedRun, text: str) -> Document:
 # --- documents
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(2, 32), st.integers(0, 9))
 def test_no_window_of_the_heldout_part_overlaps_the_context(
     context: int, heldout: int, length: int, more: int
@@ -137,7 +137,7 @@ def cut(texts: list[str], **values: int) -> tuple[list[Document], int]:
     return documents.domain_shift(config, untrained(Bytes()), iter(texts))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.permutations(TEXTS))
 def test_the_split_is_by_the_text_and_the_short_are_counted(texts: list[str]) -> None:
     found, skipped = cut(TEXTS)
@@ -237,7 +237,7 @@ def drawing(logits: Any, ops: Any = edits.TEXT_OPS) -> OwnPolicy:
     return policy
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), st.floats(0, 1), st.integers(0, 2**32), st.lists(st.text(), max_size=3))
 def test_whatever_the_logits_an_edit_comes_out_and_can_be_read(
     data: st.DataObject, explore: float, seed: int, text: list[str]
@@ -298,7 +298,7 @@ a_directive = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(a_directive, st.integers(1, 20))
 def test_rows_hold_every_piece_whole_and_the_context_last(edit: SelfEdit, length: int) -> None:
     document = of_text(untrained(Bytes()), "One is here. Two is there! Is it three?")
@@ -415,7 +415,7 @@ def test_a_reward_by_hand(base: Base, facts: list[Document]) -> None:
     assert record["forgetting"] == pytest.approx(forgotten, abs=2e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(12, 40), st.integers(0, 5))
 def test_a_step_has_exactly_its_tokens_and_each_row_comes_whole(
     lengths: list[int], tokens: int, given_: int
@@ -528,7 +528,7 @@ def test_run_ids_tell_apart_what_differs(base: Base, facts: list[Document]) -> N
 RECORDS = [dict.fromkeys(FIELDS) | {"run_id": f"id{n}", "doc_id": "é\u2028\n"} for n in range(4)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_a_file_torn_anywhere_goes_on_with_whole_lines(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -44,7 +44,7 @@ def build(config: ModelConfig, vocab_size: int) -> GPT:
         return GPT(config, vocab_size)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(model_configs(), st.integers(1, 200))
 def test_parameters_are_those_of_the_module(config: ModelConfig, vocab_size: int) -> None:
     sizes = {name: p.numel() for name, p in build(config, vocab_size).named_parameters()}
@@ -54,7 +54,7 @@ def test_parameters_are_those_of_the_module(config: ModelConfig, vocab_size: int
     assert count_parameters(config, vocab_size) == Parameters(total, total - embedding, embedding)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(model_configs(), st.integers(1, 200), st.integers(1, 3), st.data())
 def test_flops_are_those_torch_counts(
     config: ModelConfig, vocab_size: int, batch: int, data: st.DataObject

@@ -91,7 +91,7 @@ def step_tokens(data: TokenData, seed: int, step: int, size: int, micro: int, wo
 # Training
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     step=st.integers(0, 2000),
@@ -106,7 +106,7 @@ def test_a_batch_depends_on_seed_and_step_alone(
     assert torch.equal(step_tokens(data, seed, step, 32, micro, world), whole)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(count=st.integers(1, 60), size=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
 def test_every_epoch_is_a_permutation_of_its_own(
     data: TokenData, count: int, size: int, seed: int
@@ -177,7 +177,7 @@ def test_a_resumed_loader_goes_on_at_its_step(data: TokenData, step: int) -> Non
 # Evaluation
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     length=st.integers(1, 700),
     batch_size=st.integers(1, 9),

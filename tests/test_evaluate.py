@@ -177,7 +177,7 @@ def test_a_sliding_window_scores_every_target_once_with_the_most_context(
     assert found["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=3), st.integers(1, 20), st.data())
 def test_windows_of_any_stride_share_out_the_targets(
     sizes: list[int], length: int, data: st.DataObject
@@ -483,7 +483,7 @@ def test_files_of_questions(tmp_path: Path) -> None:
 GRAMMAR = Grammar(SyntheticData(name="s", n_facts=300, heldout_entities=5, max_tokens=1))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 1000), st.floats(0.1, 3), st.integers(1, 4))
 def test_the_likeliest_answer_is_that_of_all_scored_one_by_one(
     seed: int, scale: float, at_once: int
@@ -557,7 +557,7 @@ def test_bands_hold_facts_of_their_ranks() -> None:
 texts = st.lists(st.lists(st.integers(0, 5), max_size=30).map(np.array), min_size=1, max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts, texts)
 def test_qualities_of_text_are_those_of_a_direct_computation(
     written: list[Any], real: list[Any]

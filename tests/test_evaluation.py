@@ -62,7 +62,7 @@ def direct(model: Table, batches: list[tuple[Tensor, Tensor]]) -> tuple[float, f
     return math.fsum(losses) / len(losses), right / len(losses)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(0, 8), st.integers(0, 1000))
 def test_scores_are_those_of_a_direct_computation(
     rows: int, length: int, ignored: int, seed: int

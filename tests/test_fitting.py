@@ -157,7 +157,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("law", [name for name, law in LAWS.items() if law.powers])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_exact_recovery(law: str, data: st.DataObject) -> None:
     form = LAWS[law]

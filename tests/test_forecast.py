@@ -100,7 +100,7 @@ def test_checkpoints_trunks_and_seeds_stay_on_one_side() -> None:
     assert [list(groups).index(one) for one in groups] == [0, 0, 2, 2, 2, 5, 5]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.floats(1.0, 1e6)), min_size=12, max_size=60),
 )

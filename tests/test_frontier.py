@@ -194,7 +194,7 @@ def test_every_seed_is_a_row_of_the_polynomial() -> None:
             assert np.abs(roots - at).min() < 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(1.5, 10), min_size=1, max_size=6),
     st.lists(st.integers(1, 5), min_size=7, max_size=7),
@@ -380,7 +380,7 @@ BOUNDS = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(p=st.fixed_dictionaries(BOUNDS), flops=st.floats(1e17, 1e21))
 def test_closed_form_and_numeric_agree(exact: Fit, p: dict[str, float], flops: float) -> None:
     law = with_parameters(exact, **p)

@@ -222,7 +222,7 @@ def by_hugging_face(logits: Tensor, context: Tensor, sampling: Sampling) -> Tens
     return logits
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 30)), elements=LOGITS),
     OPTIONS,
@@ -302,7 +302,7 @@ def test_the_penalty_is_for_what_the_context_has() -> None:
         text = torch.cat((text, step.tokens[:, None]), dim=1)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.integers(0, 2**32), st.integers(1, 3))
 def test_draws_for_samples_in_training_stay_as_they_were(seed: int, batch: int) -> None:
     """top_k=50, temperature=0.8, one generator: bit for bit p / Exp(1), as it is written here."""
@@ -417,7 +417,7 @@ def in_pieces(model: GPT, tokens: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat([model.hidden(piece, caches) for piece in tokens.split(lengths, dim=1)], 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(KINDS), st.lists(st.integers(1, 8), min_size=1), st.sampled_from([1, 3]))
 def test_hidden_states_do_not_depend_on_the_pieces(
     kind: dict[str, Any], lengths: list[int], batch: int
@@ -441,7 +441,7 @@ def test_same_tokens_with_and_without_the_cache(kind: dict[str, Any], batch: int
             assert torch.equal(with_cache, generate(model, prompt, 25, use_cache=False, **options))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(KINDS), st.integers(1, 9), st.integers(1, 20), st.integers(0, 20), st.data())
 def test_same_tokens_for_any_lengths(
     kind: dict[str, Any], max_seq_len: int, length: int, new: int, data: st.DataObject

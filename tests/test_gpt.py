@@ -174,7 +174,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shapes(), st.data())
 def test_any_shape(shape: dict[str, Any], data: st.DataObject) -> None:
     """SDPA and the manual attention agree in values and gradients, and nothing looks ahead."""

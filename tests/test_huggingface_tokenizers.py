@@ -69,7 +69,7 @@ def exported(ours: Tokenizer, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts)
 def test_any_text_has_the_same_ids(
     ours: Tokenizer, theirs: HuggingFaceTokenizer, text: str

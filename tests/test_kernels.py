@@ -44,7 +44,7 @@ def with_gradients(value: Tensor, *of: Tensor) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad(3 * value, of)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40), st.integers(0, 99))
 def test_value_and_gradients_are_those_of_the_plain_loss(
     tokens: int, width: int, vocabulary: int, seed: int
@@ -105,7 +105,7 @@ def test_what_is_not_a_number_stays_so() -> None:
     assert mean_loss(hidden, weight, targets).isnan()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 200), st.integers(2, 40), st.integers(0, 99))
 def test_scores_are_the_losses_of_each_token(tokens: int, vocabulary: int, seed: int) -> None:
     hidden, weight, targets = made(tokens, 5, vocabulary, torch.float64, seed)
@@ -115,7 +115,7 @@ def test_scores_are_the_losses_of_each_token(tokens: int, vocabulary: int, seed:
     assert right.bool().tolist() == (logits.argmax(1) == targets).tolist()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 200), st.integers(5, 40), st.integers(1, 5), st.integers(0, 99))
 def test_hits_among_the_likeliest(tokens: int, vocabulary: int, top: int, seed: int) -> None:
     hidden, weight, targets = made(tokens, 5, vocabulary, torch.float64, seed)
@@ -161,7 +161,7 @@ print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @has_onednn
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 30), st.integers(1, 30), st.booleans())
 def test_a_layer_by_onednn_is_torchs_own(
     rows: int, length: int, inputs: int, outputs: int, bias: bool

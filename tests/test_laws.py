@@ -101,7 +101,7 @@ def cases(draw: st.DrawFn, name: str) -> tuple[Law, np.ndarray, dict[str, np.nda
 
 def each_law(test: Callable[..., None]) -> Callable[..., None]:
     found: Callable[..., None] = pytest.mark.parametrize("name", NAMES)(
-        settings(max_examples=15, deadline=None)(test)
+        settings(max_examples=15)(test)
     )
     return found
 

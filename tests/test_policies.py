@@ -241,7 +241,7 @@ def test_all_weights_can_be_trained_too(policy: Any, books: list[Document]) -> N
     assert log_probability(later, books[0], edit) > log_probability(policy, books[0], edit)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 99), min_size=1, max_size=20),
     st.lists(st.integers(100, 199), max_size=30),

@@ -116,7 +116,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # What is on disk
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=30),
     shard=st.integers(1, 200),
@@ -206,7 +206,7 @@ def test_the_floor_is_the_mean_of_the_documents_information(tmp_path: Path) -> N
 # Windows
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     count=st.integers(1, 25),
     shard=st.integers(20, 400),
@@ -242,7 +242,7 @@ def test_training_windows_are_those_of_a_direct_cut(
     assert (windows.used_tokens, windows.dropped_tokens) == (used, dropped)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     count=st.integers(1, 25),
     shard=st.integers(20, 400),
@@ -277,7 +277,7 @@ def test_evaluation_windows_hold_every_target_once(
 # How much is read
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(limits=st.tuples(st.integers(1, 3000), st.integers(1, 3000)))
 def test_max_tokens_stops_an_endless_source_and_nests(limits: tuple[int, int]) -> None:
     small, large = sorted(limits)
@@ -310,7 +310,7 @@ def test_the_evaluation_set_of_fewer_training_tokens_begins_that_of_more(tmp_pat
         assert more == most  # once eval_tokens are there, the set is fixed
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     cpus=st.integers(2, 20),
     batch=st.integers(1, 3000),
@@ -490,7 +490,7 @@ class Interrupted(Texts):
             yield document
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     ats=st.lists(st.integers(0, 299), max_size=3).map(sorted),
     shard=st.integers(1000, 4000),

@@ -45,7 +45,7 @@ def gradients(model: GPT, slices: int, *tensors: Tensor) -> tuple[Tensor, dict[s
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 7),
     slices=st.integers(1, 7),

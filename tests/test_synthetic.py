@@ -68,7 +68,7 @@ def test_the_parse_gives_the_nats_of_the_generator(grammar: Grammar) -> None:
         assert reader.nats(text) == pytest.approx(nats, abs=1e-9)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(
     config=st.builds(
         SyntheticData,

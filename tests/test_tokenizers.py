@@ -76,7 +76,7 @@ def reference(tokenizer: Bpe) -> HuggingFaceTokenizer:
     return made
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(texts_of_all_kinds)
 def test_bpe_and_bytes_lose_nothing(bpe: Bpe, text: str) -> None:
     for tokenizer in (bpe, tokenizers.Bytes()):
@@ -86,7 +86,7 @@ def test_bpe_and_bytes_lose_nothing(bpe: Bpe, text: str) -> None:
         assert not {tokenizer.bos_id, tokenizer.eot_id} & set(ids)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(corpora, st.sampled_from([258, 261, 270, 300, 600]), st.lists(texts_of_all_kinds))
 def test_ids_are_identical_for_any_trained_merges(
     corpus: list[str], vocab_size: int, texts: list[str]
@@ -101,7 +101,7 @@ def test_ids_are_identical_for_any_trained_merges(
     assert all(len(library.model.tokenize(token)) == 1 for token in tokenizer.merged)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(texts_of_all_kinds | st.sampled_from(["<|endoftext|>", "<|endoftext|", "\ud800"])))
 def test_a_batch_is_each_text_alone_on_any_thread(bpe: Bpe, texts: list[str]) -> None:
     for tokenizer in (bpe, tokenizers.Bytes()):
@@ -286,7 +286,7 @@ def test_a_megabyte_without_a_break(bpe: Bpe, text: str) -> None:
     assert bpe.decode(ids) == text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from([" ", "\n", "\u3000", "\x1c", "a", "1", "'s", "!"]), max_size=30))
 def test_long_white_space_has_the_ids_of_the_library(bpe: Bpe, parts: list[str]) -> None:
     """tiktoken's pattern backtracks over it, up to a limit behind which `tokenizers` encodes."""
