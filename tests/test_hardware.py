@@ -161,10 +161,10 @@ def test_a_compiled_run_is_the_same_within_rounding(
 @pytest.mark.parametrize(
     ("words", "precision", "begun", "slices", "each"),
     [
-        ([], "32", {}, 4, 1),  # of 512 tokens, which leaves two of six threads unused
+        ([], "32", {}, 4, 1),  # of two sequences, which leaves two of six threads unused
         (["hardware.threads=3"], "32", {}, 3, 1),
         (["model.d_model=512"], "32", {}, 4, 1),
-        (["model.d_model=512", "hardware.threads=8"], "32", {}, 4, 2),
+        (["model.d_model=512", "hardware.threads=16"], "32", {}, 8, 2),
         (["model.d_model=4096", "model.n_layers=12"], "32", {}, 1, 6),  # gradients of 10 GB
         ([], "bf16-mixed", {}, 1, 1),
         (["hardware.compile=on"], "32", {}, 1, 1),

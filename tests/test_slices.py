@@ -22,7 +22,7 @@ from tinygpt.model.gpt import GPT, dropout_seeds
 from tinygpt.model.lora import add_lora
 from tinygpt.training.slices import in_slices, mean_loss
 
-# 8 windows of 128 tokens a step: two slices of 512
+# 8 windows of 128 tokens a step: two slices, of four each
 TWO = ("model.max_seq_len=128", "train.batch_tokens=1024", "hardware.threads=2")
 
 

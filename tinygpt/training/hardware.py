@@ -36,7 +36,7 @@ KEPT_BYTES = 2**30
 MMAP_BYTES = 2**25  # glibc's limit; larger tensors come from the system as before
 SMALL = 2_000_000  # parameters: below, threads that share an operator mostly wait
 GRADIENTS = 2**28  # numbers that the gradients of further slices may take: 1 GiB
-SLICE_TOKENS, MOST_SLICES = 512, 8  # otherwise threads would wait for Python, which runs one
+SLICE_TOKENS, MOST_SLICES = 256, 8  # otherwise threads would wait for Python, which runs one
 COMPILING_PAYS = 300.0  # seconds of uncompiled training; compiling takes about a tenth of it
 
 
